@@ -1,0 +1,372 @@
+"""Every knob of a run, typed: dataclasses <- YAML <- `key.sub=value`, checked once, never mutated."""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cfpretrain.console import UserError
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    folder: str = "runs/run"  # everything a run writes lies here
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    latent_size: int = 16  # rows = columns of the latent grid
+    latent_channels: int = 16
+    patch_size: int = 1  # latent rows = columns of one token
+    width: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    num_cond_tokens: int = 64  # condition tokens a class (Q)
+    num_classes: int = 1000  # the null class is index num_classes
+    position_embedding: Literal["learnable", "sincos"] = "learnable"
+
+    @property
+    def grid(self) -> int:
+        """Rows = columns of the token grid."""
+        return self.latent_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image (L)."""
+        return self.grid**2
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one token (P)."""
+        return self.patch_size**2 * self.latent_channels
+
+
+@dataclass(frozen=True)
+class OrderConfig:
+    ar_step_decay: float = 0.9  # P(S) is proportional to ar_step_decay^(S-1)
+    ar_split: Literal["sample", "batch"] = "sample"  # who shares a split: nobody, or a global batch
+    ar_weight_first: float = 2.0  # loss weight of a step that begins at token 0
+    ar_weight_last: float = 1.0  # its limit for a step that begins at token L
+    ar_weight_schedule: Literal["linear", "cosine"] = "linear"
+
+
+@dataclass(frozen=True)
+class NoiseConfig:
+    num_timesteps: int = 1000
+    beta_first: float = 1e-4  # betas are scaled by 1000 / num_timesteps
+    beta_last: float = 0.02
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    shards: str = "data/latents"  # folder of MDS shards, or its remote address
+    latent_shift: tuple[float, ...] = (0.0,)  # model sees (raw - shift) * scale; one value, or C
+    latent_scale: tuple[float, ...] = (0.2325,)
+    mirror_prob: float = 0.5  # 0 for digits and text
+    num_workers: int = 4  # loader processes a rank; 0 loads in the training process
+    num_canonical_nodes: int = 1  # fixes the shuffle whatever the number of nodes
+    shuffle_block_size: int = 262144  # samples shuffled together
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    global_batch_size: int = 2048  # samples an optimizer step, over all ranks
+    micro_batch_size: int = 32  # samples a forward on one rank
+    num_steps: int = 500_000
+    max_train_seconds: float = 0.0  # stop after this much training too; 0 = no limit
+    label_drop_prob: float = 0.1  # labels replaced by the null class
+    learning_rate: float = 8e-4
+    warmup_steps: int = 25_000
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-15
+    weight_decay: float = 0.0
+    clip_grad_norm: float = 1.0  # 0 = no clipping
+    ema_decay: float = 0.9999
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    zero_stage: int = 3
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 1000
+    keep_last: int = 2
+    keep_every_steps: int = 0  # kept forever when its step is a multiple of this; 0 = none
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    every_steps: int = 5000  # a grid of EMA samples; 0 = only at the end
+    num_per_class: int = 4
+    max_classes: int = 10  # classes shown in the grid
+    num_denoising_steps: int = 250
+    guidance: float = 2.0
+    num_ar_steps: tuple[int, ...] = (1,)  # one picture for each
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    log_every_steps: int = 20
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: offline without a key
+    wandb_project: str = "cfpretrain"
+
+
+@dataclass(frozen=True)
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    order: OrderConfig = field(default_factory=OrderConfig)
+    noise: NoiseConfig = field(default_factory=NoiseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def accumulation_steps(self, world_size: int) -> int:
+        """Micro-batches a rank adds up in one optimizer step."""
+        return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loading
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML file and `key.sub=value` overrides into a typed config.
+
+    Raises:
+        UserError: the file is missing or not YAML; unknown keys and wrong types, all in one message.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"config file {path} does not exist; give the path of a YAML file, e.g. configs/tiny.yaml")
+    try:
+        tree = OmegaConf.merge(OmegaConf.load(path), _parse_overrides(overrides))
+        plain = OmegaConf.to_container(tree, resolve=True)
+    except UserError:
+        raise
+    except (OmegaConfBaseException, Exception) as error:  # yaml raises errors of its own classes
+        reason = " ".join(str(error).split())
+        raise UserError(f"config file {path} cannot be read: {reason}") from error
+    return from_plain(plain, source=str(path))
+
+
+def _parse_overrides(overrides: Sequence[str]) -> Any:
+    for text in overrides:
+        if "=" not in text or text.startswith("-"):
+            raise UserError(f"argument {text!r} is not understood; overrides look like train.num_steps=100")
+    return OmegaConf.from_dotlist(list(overrides))
+
+
+def from_plain(plain: Any, source: str) -> Config:
+    """Builds a config from nested dicts; raises UserError with every unknown key and wrong type."""
+    problems: list[str] = []
+    config = _build(Config, plain, "", problems)
+    _raise_all(problems, source)
+    return typing.cast(Config, config)
+
+
+def to_plain(config: Config) -> dict[str, Any]:
+    """The config as nested dicts of plain values, tuples as lists: what YAML and JSON can hold."""
+    plain = OmegaConf.to_container(OmegaConf.create(dataclasses.asdict(config)))
+    return typing.cast(dict[str, Any], plain)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML, loadable again."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+
+
+def _build(kind: type, plain: Any, prefix: str, problems: list[str]) -> Any:
+    if not isinstance(plain, dict):
+        problems.append(f"{prefix.rstrip('.') or 'the file'}: expected keys with values, got {plain!r}")
+        return None
+    hints = typing.get_type_hints(kind)
+    for name in plain:
+        if name not in hints:
+            problems.append(f"{prefix}{name}: unknown key{_suggest(str(name), hints, prefix)}")
+    values = {}
+    for name, value in plain.items():
+        if name not in hints:
+            continue
+        path, hint = f"{prefix}{name}", hints[name]
+        if dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), value, f"{path}.", problems)
+        else:
+            values[name] = _convert(value, hint, path, problems)
+    return kind(**values)
+
+
+def _suggest(name: str, known: Iterable[str], prefix: str) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(known)}"
+
+
+def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
+    """`value` as the type `hint`; appends to `problems` where it is not of that type."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            problems.append(f"{path}: expected one of {', '.join(map(str, choices))}; got {value!r}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(item, typing.get_args(hint)[0], path, problems) for item in items)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as a string, since it has no dot.
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
+        problems.append(f"{path}: expected {_type_name(hint)}, got {value!r}")
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    names: dict[Any, str] = {
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        bool: "true or false",
+    }
+    return names.get(hint, str(hint))
+
+
+def _raise_all(problems: Sequence[str], source: str) -> None:
+    if problems:
+        count = "" if len(problems) == 1 else f"{len(problems)} problems: "
+        raise UserError(f"{source}: {count}{' | '.join(problems)}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checking
+
+
+def check(config: Config, world_size: int) -> None:
+    """Refuses a config that cannot run on `world_size` ranks, naming every problem at once.
+
+    Raises:
+        UserError: each problem names its key, what was expected, what came and the fix.
+    """
+    problems = [
+        *_check_ranges(config),
+        *_check_model(config.model),
+        *_check_sampling(config),
+        *_check_batch(config.train, world_size),
+    ]
+    _raise_all(problems, "config")
+
+
+def _in_range(path: str, value: float, low: float, high: float = math.inf) -> Iterable[str]:
+    if not (math.isfinite(value) and low <= value <= high):
+        wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        yield f"{path}: expected {wanted}, got {value}"
+
+
+def _check_ranges(config: Config) -> Iterable[str]:
+    bounds: dict[str, tuple[float, float]] = {
+        "order.ar_step_decay": (1e-9, 1.0),
+        "order.ar_weight_last": (0.0, math.inf),
+        "noise.num_timesteps": (2, math.inf),
+        "noise.beta_first": (0.0, 1.0),
+        "noise.beta_last": (0.0, 1.0),
+        "data.mirror_prob": (0.0, 1.0),
+        "data.num_workers": (0, 1024),
+        "data.num_canonical_nodes": (1, math.inf),
+        "data.shuffle_block_size": (1, math.inf),
+        "train.num_steps": (1, math.inf),
+        "train.max_train_seconds": (0.0, math.inf),
+        "train.label_drop_prob": (0.0, 1.0),
+        "train.learning_rate": (0.0, math.inf),
+        "train.warmup_steps": (0, math.inf),
+        "train.adam_beta1": (0.0, 1.0),
+        "train.adam_beta2": (0.0, 1.0),
+        "train.adam_eps": (0.0, math.inf),
+        "train.weight_decay": (0.0, math.inf),
+        "train.clip_grad_norm": (0.0, math.inf),
+        "train.ema_decay": (0.0, 1.0),
+        "engine.zero_stage": (0, 3),
+        "checkpoint.every_steps": (1, math.inf),
+        "checkpoint.keep_last": (1, math.inf),
+        "checkpoint.keep_every_steps": (0, math.inf),
+        "sample.every_steps": (0, math.inf),
+        "sample.num_per_class": (1, math.inf),
+        "sample.max_classes": (1, math.inf),
+        "sample.guidance": (0.0, math.inf),
+        "metrics.log_every_steps": (1, math.inf),
+    }
+    for path, (low, high) in bounds.items():
+        section, name = path.split(".")
+        yield from _in_range(path, getattr(getattr(config, section), name), low, high)
+    if config.order.ar_weight_first < config.order.ar_weight_last:
+        yield (
+            f"order.ar_weight_first: expected at least order.ar_weight_last = {config.order.ar_weight_last:g}, "
+            f"got {config.order.ar_weight_first:g}; earlier AR steps weigh more"
+        )
+    if config.noise.beta_first > config.noise.beta_last:
+        yield f"noise.beta_first: expected at most noise.beta_last = {config.noise.beta_last:g}; noise grows with t"
+
+
+def _check_model(model: ModelConfig) -> Iterable[str]:
+    sizes = [f.name for f in dataclasses.fields(model) if f.type is int]
+    wrong = [name for name in sizes if getattr(model, name) < 1]
+    for name in wrong:
+        yield f"model.{name}: expected at least 1, got {getattr(model, name)}"
+    if wrong:
+        return
+    if model.latent_size % model.patch_size:
+        yield f"model.patch_size: expected a divisor of model.latent_size = {model.latent_size}, got {model.patch_size}"
+    if model.width % model.num_heads:
+        yield f"model.num_heads: expected a divisor of model.width = {model.width}, got {model.num_heads}"
+    if model.width % 4:
+        yield f"model.width: expected a multiple of 4 (2-d sin-cos positions), got {model.width}"
+
+
+def _check_sampling(config: Config) -> Iterable[str]:
+    yield from _in_range(
+        "sample.num_denoising_steps",
+        config.sample.num_denoising_steps,
+        2,
+        config.noise.num_timesteps,
+    )
+    if not config.sample.num_ar_steps:
+        yield "sample.num_ar_steps: expected at least one number of AR steps, got none"
+    for num in config.sample.num_ar_steps:
+        if not 1 <= num <= max(config.model.num_tokens, 1):
+            yield f"sample.num_ar_steps: expected 1 to {config.model.num_tokens} (the tokens of an image), got {num}"
+    channels = config.model.latent_channels
+    for name in ("latent_shift", "latent_scale"):
+        values = getattr(config.data, name)
+        if len(values) not in (1, channels):
+            yield f"data.{name}: expected 1 or {channels} values (one a latent channel), got {len(values)}"
+    if 0.0 in config.data.latent_scale:
+        yield "data.latent_scale: expected non-zero numbers, got 0"
+
+
+def _check_batch(train: TrainConfig, world_size: int) -> Iterable[str]:
+    wrong = [name for name in ("global_batch_size", "micro_batch_size") if getattr(train, name) < 1]
+    for name in wrong:
+        yield f"train.{name}: expected at least 1, got {getattr(train, name)}"
+    if not wrong and train.global_batch_size % (train.micro_batch_size * world_size):
+        yield (
+            f"train.global_batch_size: expected a multiple of train.micro_batch_size x ranks = "
+            f"{train.micro_batch_size} x {world_size} = {train.micro_batch_size * world_size}, "
+            f"got {train.global_batch_size}"
+        )

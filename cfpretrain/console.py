@@ -1,0 +1,62 @@
+"""What rank 0 says to the person in front of it. Standard library only: it speaks before torch is imported."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# The exit code for a mistake of the user's: a bad config, missing shards, an unwritable folder.
+EXIT_USER_ERROR = 2
+
+_HEARTBEAT_SECONDS = 5.0
+
+
+class UserError(ValueError):
+    """A mistake of the user's: shown as one line, without a traceback.
+
+    The message names the key or file, what was expected, what came, and how to mend it.
+    """
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for the run; true outside a launcher."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def say(text: str) -> None:
+    """Prints one line from rank 0, at once."""
+    if is_rank_zero():
+        print(f"[cfpretrain] {text}", flush=True)
+
+
+def exit_with(error: UserError) -> None:
+    """Ends this process with the user's mistake on one line, printed by rank 0 only."""
+    if is_rank_zero():
+        sys.stdout.flush()
+        print(f"[cfpretrain] error: {error}", file=sys.stderr, flush=True)
+    sys.exit(EXIT_USER_ERROR)
+
+
+@contextmanager
+def phase(name: str) -> Iterator[None]:
+    """Names what begins now, and repeats it every 5 s until it ends, so that nobody waits in the dark."""
+    say(f"{name} ...")
+    if not is_rank_zero():
+        yield
+        return
+    begin = time.monotonic()
+    ended = threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(_HEARTBEAT_SECONDS):
+            say(f"still {name} ({time.monotonic() - begin:.0f} s)")
+
+    heart = threading.Thread(target=beat, daemon=True)
+    heart.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        heart.join()

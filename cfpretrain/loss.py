@@ -1,0 +1,122 @@
+"""The training loss: order -> noise -> model -> (sum, count)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cfpretrain import seeds
+from cfpretrain.model.transformer import ClassPart, ImagePart, patchify, take_tokens
+from cfpretrain.noise import Schedule, q_sample
+from cfpretrain.order import Condition, Image, ar_weights, build_layout, draw_shared_steps, draw_steps
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random in the loss of a micro-batch.
+
+    Attributes:
+        labels_B: int64 [B], labels after the drop to the null class.
+        order_BL: int64 [B, L], which token of the grid stands at each position.
+        steps_BL: int64 [B, L], the AR step of each position.
+        timesteps_B: int64 [B].
+        noise_BLP: float32 [B, L, P], in raster order.
+    """
+
+    labels_B: Tensor
+    order_BL: Tensor
+    steps_BL: Tensor
+    timesteps_B: Tensor
+    noise_BLP: Tensor
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss as a pair, since counts may differ between ranks.
+
+    Attributes:
+        total: scalar, the weighted squared errors added up.
+        count: number of values added.
+        squared_error_BL: float32 [B, L], each token's unweighted mean squared error, in the order of generation.
+    """
+
+    total: Tensor
+    count: int
+    squared_error_BL: Tensor
+
+
+@dataclass(frozen=True)
+class NoisePredictionLoss:
+    """Squared error of the predicted noise over AR steps of random number, size and order.
+
+    Attributes:
+        schedule: noise levels; t is uniform over them, one for each sample.
+        patch_size: latent rows = columns of a token.
+        num_cond_tokens: Q.
+        null_class: the label that stands for "no class".
+        label_drop_prob: probability of it.
+        ar_step_decay: gamma in P(S) ~ gamma^(S-1).
+        ar_split: "sample" for a split of its own for each sample (equal last sizes), "batch" for one that all share.
+        ar_weight_first, ar_weight_last, ar_weight_schedule: see `order.ar_weights`.
+        seed: the run's seed.
+    """
+
+    schedule: Schedule
+    patch_size: int
+    num_cond_tokens: int
+    null_class: int
+    label_drop_prob: float
+    ar_step_decay: float
+    ar_split: str
+    ar_weight_first: float
+    ar_weight_last: float
+    ar_weight_schedule: str
+    seed: int
+
+    def draw(self, step: int, epoch: int, ids_B: Tensor, labels_B: Tensor, num_tokens: int, patch_values: int) -> Draws:
+        """The random numbers of a micro-batch: functions of the seed, the step, the epoch and the samples' ids.
+
+        Args:
+            step: optimizer step; what a whole global batch shares depends on it alone.
+            epoch: pass over the data.
+            ids_B: int64 [B], the samples' ids.
+            labels_B: int64 [B], their labels.
+            num_tokens: L.
+            patch_values: P.
+        """
+
+        def sample_keys(purpose: str) -> Tensor:
+            return seeds.fold(seeds.fold(seeds.key(self.seed, purpose), epoch), ids_B)
+
+        shared_key = seeds.fold(seeds.key(self.seed, "shared ar split"), step)
+        if self.ar_split == "batch":
+            steps_BL = draw_shared_steps(shared_key, len(ids_B), num_tokens, self.ar_step_decay)
+        else:
+            steps_BL = draw_steps(shared_key, sample_keys("ar split"), num_tokens, self.ar_step_decay)
+        dropped_B = seeds.uniform(sample_keys("label drop")) < self.label_drop_prob
+        return Draws(
+            labels_B=torch.where(dropped_B, self.null_class, labels_B),
+            order_BL=seeds.permutation(sample_keys("order"), num_tokens),
+            steps_BL=steps_BL,
+            timesteps_B=seeds.integers(sample_keys("timestep"), len(self.schedule)),
+            noise_BLP=seeds.normal(sample_keys("noise"), (num_tokens, patch_values)),
+        )
+
+    def __call__(self, model: nn.Module, latents_BCYX: Tensor, draws: Draws) -> LossTerms:
+        """The loss of a micro-batch; `latents_BCYX` are what the model sees, shift and scale applied."""
+        device = latents_BCYX.device
+        order_BL = draws.order_BL.to(device)
+        timesteps_B = draws.timesteps_B.to(device)
+        clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
+        noise_BLP = take_tokens(draws.noise_BLP.to(device), order_BL)
+        noised_BLP = q_sample(self.schedule, clean_BLP, noise_BLP, timesteps_B)
+
+        layout = build_layout([Condition(self.num_cond_tokens), Image(draws.steps_BL)])
+        num_clean = layout.num_clean_image_tokens[0]
+        image = ImagePart(clean_BLP[:, :num_clean], order_BL[:, :num_clean], noised_BLP, order_BL, timesteps_B)
+        prediction_BLP = model([ClassPart(draws.labels_B.to(device)), image], layout.intervals_BMI.to(device))
+
+        squared_error_BLP = (prediction_BLP.float() - noise_BLP).square()
+        weights_BL = ar_weights(draws.steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule)
+        total = (squared_error_BLP * weights_BL.to(device).unsqueeze(-1)).sum()
+        return LossTerms(total, squared_error_BLP.numel(), squared_error_BLP.detach().mean(-1))

@@ -1,0 +1,1 @@
+"""What has learned parameters: the transformer, its attention, and the autoencoder in front of it."""

@@ -1,0 +1,305 @@
+"""The AR axis: AR steps and orders, the layout of a sequence, who sees whom, AR weights.
+
+A sequence is built from segments (condition, text, image), any number in any order. Every token has an AR step and is
+clean or noised; one rule says who sees whom (section 3 of arXiv 2412.12095):
+
+    a query sees a key  iff  the key is clean and its step comes before the query's,
+                        or   both are of the same step and of the same kind.
+
+The clean tokens of all segments come first, in order, then the noised tokens of all images. What a query row sees is
+then at most two intervals of keys, so four integers a row drive every attention backend and no dense mask need exist.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cfpretrain import seeds
+
+# ---------------------------------------------------------------------------
+# AR steps: how L ordered tokens are cut
+
+
+def step_count_probabilities(num_tokens: int, decay: float) -> Tensor:
+    """P(S) for S = 1..L, proportional to decay^(S-1): float64 [L]; decay 1 is uniform."""
+    weight = torch.tensor(decay, dtype=torch.float64) ** torch.arange(num_tokens)
+    return weight / weight.sum()
+
+
+@functools.lru_cache(maxsize=8)
+def last_size_table(num_tokens: int, decay: float) -> Tensor:
+    """The joint law of S and the size of the last AR step, for uniformly drawn cut points.
+
+    P(last = l | S) = C(L-l-1, S-2) / C(L-1, S-1) for S >= 2, and S = 1 iff l = L.
+
+    Returns:
+        float64 [L, L]: entry [l-1, S-1] is P(last = l, S).
+    """
+    L = num_tokens
+    last = torch.arange(1, L + 1, dtype=torch.float64)[:, None]
+    steps = torch.arange(1, L + 1, dtype=torch.float64)[None, :]
+    log_given_steps = _log_choose(L - last - 1, steps - 2) - _log_choose(torch.full_like(last, L - 1), steps - 1)
+    possible = (steps >= 2) & (last + steps <= L + 1)
+    table = torch.where(possible, log_given_steps.exp(), 0.0)
+    table[L - 1, 0] = 1.0
+    return table * step_count_probabilities(L, decay)
+
+
+def _log_choose(n: Tensor, k: Tensor) -> Tensor:
+    n, k = torch.broadcast_tensors(n, k)
+    inside = (k >= 0) & (n >= k)
+    n, k = torch.where(inside, n, 1.0), torch.where(inside, k, 0.0)
+    return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+
+
+def draw_shared_steps(shared_key: Tensor, batch_size: int, num_tokens: int, decay: float) -> Tensor:
+    """One split for the whole batch, as the official training draws it.
+
+    Args:
+        shared_key: int64 scalar, equal on all ranks and micro-batches of an optimizer step.
+
+    Returns:
+        int64 [B, L]: the AR step (0-based) of each position of the ordered tokens.
+    """
+    num_steps = _draw_index(step_count_probabilities(num_tokens, decay), shared_key) + 1
+    cuts_BL = _cut_uniformly(seeds.fold(shared_key, 0)[None], num_steps[None], num_tokens, torch.tensor([num_tokens]))
+    return cuts_BL.cumsum(1).expand(batch_size, -1)
+
+
+def draw_steps(shared_key: Tensor, sample_keys_B: Tensor, num_tokens: int, decay: float) -> Tensor:
+    """A split for each sample, all with a last AR step of the same size.
+
+    A sequence's length depends on the size of its last step only. That size is drawn once from its marginal with
+    `shared_key`, the rest of each split from the exact conditional, so that lengths are equal and every sample's split
+    has the law of `draw_shared_steps`.
+
+    Args:
+        shared_key: int64 scalar, equal on all ranks and micro-batches of an optimizer step.
+        sample_keys_B: int64 [B], one key a sample.
+        num_tokens: L.
+        decay: gamma of P(S).
+
+    Returns:
+        int64 [B, L]: the AR step (0-based) of each position of the ordered tokens.
+    """
+    table = last_size_table(num_tokens, decay)
+    last = _draw_index(table.sum(1), shared_key)
+    num_steps_B = _draw_index(table[last], sample_keys_B) + 1
+    begin_of_last = torch.full_like(num_steps_B, num_tokens - 1) - last
+    cuts_BL = _cut_uniformly(seeds.fold(sample_keys_B, 0), num_steps_B - 1, num_tokens, begin_of_last)
+    # The cut before the last step is given, not drawn (S = 1 has none).
+    has_last_B = num_steps_B > 1
+    cuts_BL[has_last_B, begin_of_last[has_last_B]] = 1
+    return cuts_BL.cumsum(1)
+
+
+def _draw_index(weight: Tensor, keys: Tensor) -> Tensor:
+    """An index drawn with probability proportional to `weight` [..], by inversion, for each key."""
+    cumulated = weight.cumsum(0)
+    point = seeds.uniform(keys) * cumulated[-1]
+    return torch.searchsorted(cumulated, point.reshape(-1), right=True).reshape(point.shape).clamp_(max=len(weight) - 1)
+
+
+def _cut_uniformly(keys_B: Tensor, num_pieces_B: Tensor, num_tokens: int, end_B: Tensor) -> Tensor:
+    """Cuts [0, end) into pieces at a uniform subset of {1..end-1}: int64 [B, L], 1 where a piece begins (but at 0)."""
+    bits_BL = seeds.bits(keys_B, (num_tokens,))
+    position = torch.arange(num_tokens)
+    allowed_BL = (position >= 1) & (position < end_B[:, None])
+    rank_BL = torch.where(allowed_BL, bits_BL, torch.iinfo(torch.int64).max).argsort(1).argsort(1)
+    return ((rank_BL < num_pieces_B[:, None] - 1) & allowed_BL).long()
+
+
+def equal_sizes(num_tokens: int, num_ar_steps: int) -> list[int]:
+    """Sizes of AR steps as equal as can be, the larger ones last."""
+    if not 1 <= num_ar_steps <= num_tokens:
+        raise ValueError(f"num_ar_steps: expected 1 to {num_tokens} (the tokens of an image), got {num_ar_steps}")
+    return [(i + 1) * num_tokens // num_ar_steps - i * num_tokens // num_ar_steps for i in range(num_ar_steps)]
+
+
+def steps_from_sizes(sizes: Sequence[int] | Tensor) -> Tensor:
+    """The AR step of each position for steps of the given sizes: int64 [L]."""
+    sizes = torch.as_tensor(sizes)
+    return torch.arange(len(sizes)).repeat_interleave(sizes)
+
+
+def step_begin(steps_BL: Tensor) -> Tensor:
+    """The position at which each position's AR step begins: int64 [B, L]."""
+    position_L = torch.arange(steps_BL.shape[1], device=steps_BL.device)
+    begins_BL = F.pad(steps_BL[:, 1:] != steps_BL[:, :-1], (1, 0), value=True)
+    return torch.where(begins_BL, position_L, 0).cummax(1).values
+
+
+def step_end(steps_BL: Tensor) -> Tensor:
+    """The position after the last one of each position's AR step: int64 [B, L]."""
+    length = steps_BL.shape[1]
+    return length - step_begin(steps_BL.flip(1)).flip(1)
+
+
+def ar_weights(steps_BL: Tensor, first: float, last: float, schedule: str) -> Tensor:
+    """The loss weight of each token: from `first` for a step that begins at token 0 down to `last` at token L.
+
+    Args:
+        steps_BL: int64 [B, L], the AR step of each position.
+        first: weight at x = 0, where x is the position at which the token's step begins.
+        last: weight at x = L.
+        schedule: "linear" or "cosine".
+
+    Returns:
+        float32 [B, L].
+    """
+    share_BL = step_begin(steps_BL).float() / steps_BL.shape[1]
+    if schedule == "cosine":
+        return (first - last) / 2 * torch.cos(math.pi * share_BL) + (first + last) / 2
+    assert schedule == "linear", schedule
+    return first - (first - last) * share_BL
+
+
+# ---------------------------------------------------------------------------
+# Segments and their layout in one sequence
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Condition tokens: one clean AR step."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text tokens: each a clean AR step of size one."""
+
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Image:
+    """An image: clean and noised tokens in the order of generation.
+
+    Attributes:
+        steps_BL: int64 [B, L], the AR step (0-based, not decreasing) of each position; B may be 1 for a shared split.
+    """
+
+    steps_BL: Tensor
+
+
+Segment = Condition | Text | Image
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where tokens stand in a sequence and what each row sees.
+
+    Attributes:
+        step_BM: int64 [B, M], the AR step of each token, counted over all segments.
+        is_clean_M: bool [M], true for the clean tokens, which come first.
+        intervals_BMI: int32 [B, M, 4], (prefix_begin, prefix_end, own_begin, own_end) of each row: key k is visible iff
+            prefix_begin <= k < prefix_end or own_begin <= k < own_end. The two never overlap.
+        num_clean_image_tokens: for each image, how many of its tokens stand in the clean part.
+    """
+
+    step_BM: Tensor
+    is_clean_M: Tensor
+    intervals_BMI: Tensor
+    num_clean_image_tokens: tuple[int, ...]
+
+    @property
+    def num_clean(self) -> int:
+        """Clean tokens of the sequence."""
+        return int(self.is_clean_M.sum())
+
+
+def build_layout(segments: Sequence[Segment]) -> Layout:
+    """Lays segments out as [clean tokens of all segments | noised tokens of all images].
+
+    The clean tokens of an image's last AR step are left out where nothing follows the image: no one would see them.
+
+    Raises:
+        ValueError: no segment, an empty one, or an image at the end whose samples have last steps of different sizes
+            (their sequences would differ in length).
+    """
+    if not segments:
+        raise ValueError("a sequence needs at least one segment")
+    clean_steps, noised_steps, num_clean_image_tokens = [], [], []
+    next_step = torch.zeros(1, 1, dtype=torch.int64)
+    for i, segment in enumerate(segments):
+        steps_BL = next_step + _steps_of(segment)
+        num_clean = steps_BL.shape[1]
+        if isinstance(segment, Image):
+            noised_steps.append(steps_BL)
+            if i == len(segments) - 1:
+                num_clean = _tokens_before_last_step(segment.steps_BL)
+            num_clean_image_tokens.append(num_clean)
+        clean_steps.append(steps_BL[:, :num_clean])
+        next_step = steps_BL[:, -1:] + 1
+    clean_BM, noised_BM = _cat(clean_steps), _cat(noised_steps)
+    step_BM = _cat([clean_BM, noised_BM])
+    is_clean_M = torch.arange(step_BM.shape[1]) < clean_BM.shape[1]
+    return Layout(
+        step_BM, is_clean_M, _intervals(step_BM, clean_BM.shape[1]).to(torch.int32), tuple(num_clean_image_tokens)
+    )
+
+
+def _steps_of(segment: Segment) -> Tensor:
+    if isinstance(segment, Image):
+        steps_BL = segment.steps_BL
+    elif isinstance(segment, Text):
+        steps_BL = torch.arange(segment.num_tokens)[None]
+    else:
+        steps_BL = torch.zeros(1, segment.num_tokens, dtype=torch.int64)
+    if steps_BL.shape[1] == 0:
+        raise ValueError(f"a segment needs at least one token, got {segment}")
+    return steps_BL
+
+
+def _tokens_before_last_step(steps_BL: Tensor) -> int:
+    begins_B = step_begin(steps_BL)[:, -1]
+    if (begins_B != begins_B[0]).any():
+        raise ValueError(f"the samples' last AR steps must have equal sizes, got them at positions {begins_B.tolist()}")
+    return int(begins_B[0])
+
+
+def _cat(parts: Sequence[Tensor]) -> Tensor:
+    """Joins [B or 1, n] parts along the second axis; no parts make [1, 0]."""
+    batch_size = max((part.shape[0] for part in parts), default=1)
+    return torch.cat([part.expand(batch_size, -1) for part in parts] or [torch.zeros(1, 0, dtype=torch.int64)], dim=1)
+
+
+def _intervals(step_BM: Tensor, num_clean: int) -> Tensor:
+    """The row intervals of a sequence whose first `num_clean` tokens are clean; steps never decrease in either part."""
+    clean_BK = step_BM[:, :num_clean].contiguous()
+    zero_BM = torch.zeros_like(step_BM)
+    # A clean row sees the clean tokens up to the end of its own step: one interval, its own is empty.
+    clean_end = torch.searchsorted(clean_BK, clean_BK, right=True)
+    noised_BN = step_BM[:, num_clean:].contiguous()
+    before = torch.searchsorted(clean_BK, noised_BN, right=False)
+    own_begin = num_clean + torch.searchsorted(noised_BN, noised_BN, right=False)
+    own_end = num_clean + torch.searchsorted(noised_BN, noised_BN, right=True)
+    none_BK = torch.zeros_like(clean_BK)
+    return torch.stack(
+        [
+            zero_BM,
+            torch.cat([clean_end, before], dim=1),
+            torch.cat([none_BK, own_begin], dim=1),
+            torch.cat([none_BK, own_end], dim=1),
+        ],
+        dim=-1,
+    )
+
+
+def may_attend(intervals_BMI: Tensor, num_keys: int) -> Tensor:
+    """The dense form of the row intervals: bool [B, M, K], true where the query row may attend to the key."""
+    key_K = torch.arange(num_keys, device=intervals_BMI.device)
+    prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.unsqueeze(-1).unbind(2)
+    return ((prefix_begin <= key_K) & (key_K < prefix_end)) | ((own_begin <= key_K) & (key_K < own_end))
+
+
+def count_visible(intervals_BMI: Tensor) -> Tensor:
+    """Pairs of query and key that attention computes, for each sample: int64 [B]."""
+    prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.long().unbind(-1)
+    return (prefix_end - prefix_begin + own_end - own_begin).sum(-1)

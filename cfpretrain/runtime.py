@@ -1,0 +1,97 @@
+"""Ranks and the device: who we are in the run, and how ranks agree."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cfpretrain.console import UserError
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+def rank() -> int:
+    """This process's rank; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """This process's rank on its node; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks of the run; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def pick_device() -> torch.device:
+    """This rank's GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def start(device: torch.device) -> None:
+    """Joins the process group (nccl with gloo for CPU tensors on a GPU, gloo on a CPU).
+
+    Sets LOCAL_WORLD_SIZE, which mosaicml-streaming reads and the deepspeed launcher leaves unset.
+    """
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "MASTER_PORT" in os.environ:
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+        return
+    # One process without a launcher: a store inside this process, on a port that the system picks.
+    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    os.environ["MASTER_PORT"] = str(store.port)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Waits for every rank; nothing on one process without a group."""
+    if dist.is_initialized():
+        gather(None)
+
+
+def gather(item: Any) -> list[Any]:
+    """What each rank passed, in rank order, on every rank; small plain values only."""
+    if not dist.is_initialized():
+        return [item]
+    items: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def agree(problem: str | None) -> None:
+    """Ends the run on all ranks together when one of them has a problem.
+
+    Args:
+        problem: what is wrong on this rank, or None.
+
+    Raises:
+        UserError: on every rank, with the problem of the first rank that has one.
+    """
+    for found in gather(problem):
+        if found is not None:
+            raise UserError(found)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of a small CPU tensor, as a new tensor."""
+    total = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return total

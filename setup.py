@@ -1,0 +1,49 @@
+"""Packaging of cfpretrain. Tool settings live in pyproject.toml, tested versions in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "([^"]+)"', (here / "cfpretrain" / "__init__.py").read_text())
+assert version is not None
+
+setup(
+    name="cfpretrain",
+    version=version.group(1),
+    description="Pre-training stack for CausalFusion, causal diffusion transformers",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["cfpretrain", "cfpretrain.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "deepspeed>=0.19.8",
+        "mosaicml-streaming>=0.13",
+        "omegaconf>=2.3",
+        "safetensors>=0.5",
+        "numpy",
+        "scipy",
+        "scikit-learn",  # the demo's real digits, and the classifier that scores them
+        "matplotlib",
+        "pillow",
+        "tqdm",
+        "wandb",
+        "ninja",  # DeepSpeed builds its CPU communication op at the first launch
+    ],
+    extras_require={
+        "gpu": ["flash-attn>=2.8"],
+        "dali": ["nvidia-dali-cuda130>=2.4"],
+        "dev": [
+            "hypothesis",
+            "import-linter",
+            "mypy",
+            "pre-commit",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+        ],
+    },
+)

@@ -1,0 +1,90 @@
+"""Runs a function in N real gloo processes, as a launcher would, and returns what each rank returned."""
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def launcher_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What the deepspeed launcher sets for a rank of a one-node run (LOCAL_WORLD_SIZE is not among it)."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def run_in_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
+    """Calls `function(*args)` in `world_size` spawned processes with the launcher's environment.
+
+    Args:
+        function: importable at module level; it starts the process group itself if it wants one.
+        world_size: number of ranks.
+        args: picklable arguments, the same for every rank.
+        timeout_s: the whole group is ended after this long.
+
+    Returns:
+        What each rank returned, in rank order.
+
+    Raises:
+        RuntimeError: a rank raised (with its traceback), died, or did not end in time.
+    """
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
+    ranks = [
+        context.Process(target=_serve, args=(pipes[r][1], launcher_environment(r, world_size, port), function, args))
+        for r in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    try:
+        return [_receive(pipe, process, timeout_s) for (pipe, _), process in zip(pipes, ranks, strict=True)]
+    finally:
+        for process in ranks:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _receive(pipe: Connection, process: Any, timeout_s: float) -> Any:
+    waited = 0.0
+    while not pipe.poll(0.2):
+        waited += 0.2
+        if not process.is_alive() and not pipe.poll(0.2):
+            raise RuntimeError(f"a rank died with exit code {process.exitcode}")
+        if waited > timeout_s:
+            raise RuntimeError(f"a rank did not end within {timeout_s:.0f} s")
+    ok, value = pipe.recv()
+    if not ok:
+        raise RuntimeError(f"a rank raised:\n{value}")
+    return value
+
+
+def _serve(pipe: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    try:
+        pipe.send((True, function(*args)))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        import torch.distributed as dist
+
+        if dist.is_initialized():
+            dist.destroy_process_group()

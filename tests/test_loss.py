@@ -1,0 +1,88 @@
+"""The loss beyond the golden numbers: its draws, and what they may depend on."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from cfpretrain import noise, order, seeds
+from cfpretrain.loss import Draws, NoisePredictionLoss
+from tests.test_transformer import small_model
+
+LOSS = NoisePredictionLoss(
+    schedule=noise.linear_schedule(),
+    patch_size=2,
+    num_cond_tokens=2,
+    null_class=5,
+    label_drop_prob=0.25,
+    ar_step_decay=0.9,
+    ar_split="sample",
+    ar_weight_first=2.0,
+    ar_weight_last=1.0,
+    ar_weight_schedule="linear",
+    seed=0,
+)
+IDS = torch.tensor([3, 141, 59, 26])
+LABELS = torch.tensor([0, 1, 2, 3])
+
+
+def draw(loss: NoisePredictionLoss = LOSS, step: int = 7, epoch: int = 1, ids=IDS, labels=LABELS) -> Draws:
+    return loss.draw(step, epoch, ids, labels, num_tokens=9, patch_values=4)
+
+
+def fields(draws: Draws) -> dict[str, torch.Tensor]:
+    return {f.name: getattr(draws, f.name) for f in dataclasses.fields(draws)}
+
+
+@pytest.mark.parametrize("split", ["sample", "batch"])
+def test_a_sample_draws_the_same_numbers_in_any_micro_batch(split) -> None:
+    loss = dataclasses.replace(LOSS, ar_split=split)
+    whole = fields(draw(loss))
+    parts = [fields(draw(loss, ids=IDS[i], labels=LABELS[i])) for i in ([2], [0, 3])]
+    for name, value in whole.items():
+        assert torch.equal(parts[0][name], value[[2]]), name
+        assert torch.equal(parts[1][name], value[[0, 3]]), name
+
+
+def test_epoch_and_seed_renew_every_draw() -> None:
+    base = fields(draw())
+    for other in (draw(epoch=2), draw(dataclasses.replace(LOSS, seed=1))):
+        for name in ("order_BL", "timesteps_B", "noise_BLP"):
+            assert not torch.equal(fields(other)[name], base[name]), name
+    # The shared size of the last AR step belongs to the optimizer step.
+    last = {int(order.step_begin(draw(step=s).steps_BL)[0, -1]) for s in range(20)}
+    assert len(last) > 3
+
+
+def test_draws_have_their_laws() -> None:
+    ids = torch.arange(20_000)
+    draws = LOSS.draw(0, 0, ids, torch.zeros_like(ids), num_tokens=4, patch_values=1)
+    dropped = (draws.labels_B == LOSS.null_class).double().mean()
+    assert float(dropped) == pytest.approx(0.25, abs=5 * (0.25 * 0.75 / 2e4) ** 0.5)
+    t = draws.timesteps_B.double()
+    assert float(t.mean()) == pytest.approx(499.5, abs=5 * 288.7 / 2e4**0.5)
+    assert (int(t.min()), int(t.max())) == (0, 999)
+    # Noise levels and places are independent of each other.
+    correlation = torch.corrcoef(torch.stack([t, draws.order_BL[:, 0].double(), draws.noise_BLP[:, 0, 0].double()]))
+    assert float((correlation - torch.eye(3)).abs().max()) < 5 / 2e4**0.5
+
+
+def test_loss_is_the_weighted_mean_over_tokens() -> None:
+    """Terms of micro-batches add up to the terms of the whole batch, and weights enter as the AR axis says."""
+    model = small_model()
+    latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
+    whole = LOSS(model, latents, draw())
+    parts = [LOSS(model, latents[i : i + 2], draw(ids=IDS[i : i + 2], labels=LABELS[i : i + 2])) for i in (0, 2)]
+    assert whole.count == sum(p.count for p in parts) == 4 * 9 * 4
+    torch.testing.assert_close(whole.total, parts[0].total + parts[1].total, rtol=1e-5, atol=1e-5)
+    weights = order.ar_weights(draw().steps_BL, 2.0, 1.0, "linear")
+    torch.testing.assert_close(whole.total, (whole.squared_error_BL * weights).sum() * 4, rtol=1e-5, atol=1e-5)
+
+
+def test_a_zero_head_predicts_nothing() -> None:
+    """At the start the prediction is 0, so a token's error is its noise's square: the loss knows the order it used."""
+    model = small_model(random_head=False)
+    draws = draw()
+    terms = LOSS(model, torch.zeros(4, 1, 6, 6), draws)
+    noise_in_order = torch.gather(draws.noise_BLP.square().mean(-1), 1, draws.order_BL)
+    torch.testing.assert_close(terms.squared_error_BL, noise_in_order)

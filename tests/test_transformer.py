@@ -1,0 +1,163 @@
+"""The network: tokens, initial weights, invariances that the sequence's layout promises."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfpretrain import order, seeds
+from cfpretrain.model.transformer import (
+    CausalFusion,
+    ClassPart,
+    ImagePart,
+    initial_values,
+    initialise,
+    patchify,
+    sincos_positions,
+    unpatchify,
+)
+
+
+def small_model(learnable_positions: bool = True, random_head: bool = True) -> CausalFusion:
+    model = CausalFusion(
+        grid=3,
+        patch_values=4,
+        width=16,
+        depth=2,
+        num_heads=2,
+        num_cond_tokens=2,
+        num_classes=5,
+        learnable_positions=learnable_positions,
+    )
+    initialise(model, seed=0)
+    if random_head:
+        with torch.no_grad():
+            model.noise_head.linear.weight.copy_(seeds.normal(seeds.key(0, "head"), (4, 16)))
+    return model.eval()
+
+
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
+def test_patchify_round_trip(batch, grid, patch, channels) -> None:
+    latents = torch.arange(batch * channels * (grid * patch) ** 2).reshape(batch, channels, grid * patch, grid * patch)
+    tokens = patchify(latents, patch)
+    assert tokens.shape == (batch, grid**2, patch**2 * channels)
+    assert torch.equal(unpatchify(tokens, patch), latents)
+
+
+def test_a_patch_is_flattened_as_row_column_channel() -> None:
+    latents = torch.arange(2 * 4 * 4).reshape(1, 2, 4, 4)
+    # The patch in grid row 1, column 0 has index 2.
+    want = [int(latents[0, c, 2 + y, x]) for y in range(2) for x in range(2) for c in range(2)]
+    assert patchify(latents, 2)[0, 2].tolist() == want
+
+
+def test_sincos_positions_spelled_out() -> None:
+    table = sincos_positions(grid=3, width=8)
+    # Index 7 is row 2, column 1; two frequencies, 1 and 1/100.
+    column = [math.sin(1), math.sin(0.01), math.cos(1), math.cos(0.01)]
+    row = [math.sin(2), math.sin(0.02), math.cos(2), math.cos(0.02)]
+    torch.testing.assert_close(table[7], torch.tensor(column + row))
+
+
+def test_initial_weights_follow_the_recipe() -> None:
+    model = small_model(random_head=False)
+    for name, parameter in model.state_dict().items():
+        if name.endswith("bias") or name == "noise_head.linear.weight":
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        elif name == "image_embedder.pos_embed":
+            assert torch.equal(parameter[0], sincos_positions(3, 16))
+        elif "embed" in name and "t_embedder" not in name and "x_proj" not in name:
+            assert float(parameter.std()) == pytest.approx(0.02, rel=0.35), name
+        else:
+            bound = math.sqrt(6 / sum(parameter.shape))
+            assert bound * 0.9 < float(parameter.abs().max()) <= bound, name
+
+
+@given(st.integers(0, 600), st.integers(0, 300))
+def test_initial_values_of_a_range_are_a_slice_of_the_whole(offset, count) -> None:
+    for name, shape in (("trunk.blocks.0.mlp.fc1.weight", (64, 16)), ("class_embedder.cond_pos_embed", (1, 8, 128))):
+        whole = initial_values(1, 3, name, shape, 0, 1024)
+        count = min(count, 1024 - offset)
+        assert torch.equal(initial_values(1, 3, name, shape, offset, count), whole[offset : offset + count])
+
+
+def test_different_parameters_and_seeds_begin_differently() -> None:
+    def draw(seed: int, name: str) -> list[float]:
+        return initial_values(seed, 3, name, (8, 8), 0, 64).tolist()
+
+    names = ["trunk.blocks.0.mlp.fc1.weight", "trunk.blocks.1.mlp.fc1.weight"]
+    assert draw(0, names[0]) != draw(0, names[1])
+    assert draw(0, names[0]) != draw(1, names[0])
+
+
+def forward(model: CausalFusion, steps: torch.Tensor, clean: torch.Tensor, noised: torch.Tensor, label: int = 1):
+    """The training forward of one sample in raster order."""
+    layout = order.build_layout([order.Condition(2), order.Image(steps[None])])
+    n = layout.num_clean_image_tokens[0]
+    positions = torch.arange(9)[None]
+    image = ImagePart(clean[None, :n], positions[:, :n], noised[None], positions, torch.tensor([500]))
+    return model([ClassPart(torch.tensor([label])), image], layout.intervals_BMI)[0]
+
+
+@given(st.integers(0, 8), st.integers(0, 8), st.booleans())
+def test_information_flows_only_where_the_rule_lets_it(source, target, change_noised) -> None:
+    model = small_model()
+    steps = order.steps_from_sizes([2, 3, 1, 3])
+    clean, noised = seeds.normal(seeds.fold(seeds.key(0, "t"), torch.arange(2)), (9, 4))
+    before = forward(model, steps, clean, noised)[target]
+    changed = (noised if change_noised else clean).clone()
+    changed[source] += 1.0
+    after = forward(model, steps, *((clean, changed) if change_noised else (changed, noised)))[target]
+    flows = steps[source] == steps[target] if change_noised else steps[source] < steps[target]
+    assert (not torch.equal(before, after)) == bool(flows)
+
+
+def test_class_reaches_every_token() -> None:
+    model = small_model()
+    clean, noised = seeds.normal(seeds.fold(seeds.key(0, "t"), torch.arange(2)), (9, 4))
+    steps = order.steps_from_sizes([4, 5])
+    one, other = (forward(model, steps, clean, noised, label) for label in (1, 2))
+    assert (one != other).any(-1).all()
+
+
+def test_several_segments_in_one_sequence() -> None:
+    """Two classes with an image each: the second image sees the first one's clean tokens, not the other way."""
+    model = small_model()
+    steps = order.Image(order.steps_from_sizes([4, 5])[None])
+    layout = order.build_layout([order.Condition(2), steps, order.Condition(2), steps])
+    positions, t = torch.arange(9)[None], torch.tensor([500])
+    first_clean, first_noised, last_clean, last_noised = seeds.normal(
+        seeds.fold(seeds.key(0, "t"), torch.arange(4)), (1, 9, 4)
+    )
+
+    def predict(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [
+            ClassPart(torch.tensor([1])),
+            ImagePart(first, positions, first_noised, positions, t),
+            ClassPart(torch.tensor([2])),
+            ImagePart(last[:, :4], positions[:, :4], last_noised, positions, t),
+        ]
+        one, two = model(parts, layout.intervals_BMI).split(9, dim=1)
+        return one, two
+
+    one, two = predict(first_clean, last_clean)
+    one_again, two_again = predict(first_clean + 1, last_clean)
+    assert torch.equal(one[:, :4], one_again[:, :4])
+    assert (two != two_again).any(-1).all()
+    one_again, _ = predict(first_clean, last_clean + 1)
+    assert torch.equal(one, one_again)
+    # Alone, the first image is predicted as in company.
+    alone = forward(model, steps.steps_BL[0], first_clean[0], first_noised[0])
+    torch.testing.assert_close(one[0], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_fixed_positions_are_no_parameter_and_equal_learnable_ones_at_the_start() -> None:
+    fixed, learned = small_model(learnable_positions=False), small_model()
+    assert "image_embedder.pos_embed" not in dict(fixed.named_parameters())
+    clean, noised = seeds.normal(seeds.fold(seeds.key(0, "t"), torch.arange(2)), (9, 4))
+    steps = order.steps_from_sizes([4, 5])
+    assert torch.equal(forward(fixed, steps, clean, noised), forward(learned, steps, clean, noised))
