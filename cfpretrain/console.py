@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 # The exit code for a mistake of the user's: a bad config, missing shards, an unwritable folder.
 EXIT_USER_ERROR = 2
@@ -60,3 +61,36 @@ def phase(name: str) -> Iterator[None]:
     finally:
         ended.set()
         heart.join()
+
+
+class Progress:
+    """How far training is: a bar on a terminal, else a line every few seconds; rank 0 only.
+
+    Args:
+        num_steps: the step at which training ends.
+        step: where it begins.
+    """
+
+    def __init__(self, num_steps: int, step: int) -> None:
+        self._num_steps = num_steps
+        self._said_at = 0.0
+        self._bar: Any = None
+        if is_rank_zero() and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True)
+
+    def show(self, step: int, text: str, seconds_left: float) -> None:
+        """Shows the step reached, with `text` (loss, speed) and the time left."""
+        left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left"
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{text}, {left}", refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif time.monotonic() - self._said_at >= _HEARTBEAT_SECONDS:
+            self._said_at = time.monotonic()
+            say(f"step {step}/{self._num_steps}  {text}  {left}")
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,14 +1,15 @@
 """The training loss: order -> noise -> model -> (sum, count)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfpretrain import seeds
 from cfpretrain.model.transformer import ClassPart, ImagePart, patchify, take_tokens
 from cfpretrain.noise import Schedule, q_sample
-from cfpretrain.order import Condition, Image, ar_weights, build_layout, draw_shared_steps, draw_steps
+from cfpretrain.order import Condition, Image, ar_weights, build_layout, count_visible, draw_shared_steps, draw_steps
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,15 @@ class LossTerms:
         total: scalar, the weighted squared errors added up.
         count: number of values added.
         squared_error_BL: float32 [B, L], each token's unweighted mean squared error, in the order of generation.
+        num_tokens: tokens of the batch's sequences.
+        num_visible: their visible pairs of query and key.
     """
 
     total: Tensor
     count: int
     squared_error_BL: Tensor
+    num_tokens: int
+    num_visible: int
 
 
 @dataclass(frozen=True)
@@ -102,7 +107,7 @@ class NoisePredictionLoss:
             noise_BLP=seeds.normal(sample_keys("noise"), (num_tokens, patch_values)),
         )
 
-    def __call__(self, model: nn.Module, latents_BCYX: Tensor, draws: Draws) -> LossTerms:
+    def __call__(self, model: Callable[..., Tensor], latents_BCYX: Tensor, draws: Draws) -> LossTerms:
         """The loss of a micro-batch; `latents_BCYX` are what the model sees, shift and scale applied."""
         device = latents_BCYX.device
         order_BL = draws.order_BL.to(device)
@@ -119,4 +124,7 @@ class NoisePredictionLoss:
         squared_error_BLP = (prediction_BLP.float() - noise_BLP).square()
         weights_BL = ar_weights(draws.steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule)
         total = (squared_error_BLP * weights_BL.to(device).unsqueeze(-1)).sum()
-        return LossTerms(total, squared_error_BLP.numel(), squared_error_BLP.detach().mean(-1))
+        num_tokens = layout.step_BM.shape[1] * len(latents_BCYX)
+        num_visible = int(count_visible(layout.intervals_BMI).expand(len(latents_BCYX)).sum())
+        squared_error_BL = squared_error_BLP.detach().mean(-1)
+        return LossTerms(total, squared_error_BLP.numel(), squared_error_BL, num_tokens, num_visible)

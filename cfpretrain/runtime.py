@@ -1,6 +1,7 @@
 """Ranks and the device: who we are in the run, and how ranks agree."""
 
 import os
+import resource
 from datetime import timedelta
 from typing import Any
 
@@ -49,7 +50,9 @@ def start(device: torch.device) -> None:
         dist.init_process_group(backend, timeout=_TIMEOUT)
         return
     # One process without a launcher: a store inside this process, on a port that the system picks.
-    store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    store: Any = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, 1, is_master=True
+    )
     os.environ["MASTER_PORT"] = str(store.port)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
 
@@ -95,3 +98,9 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+def peak_rss_mb() -> float:
+    """The most memory this process has held, in MB."""
+    # ru_maxrss counts KiB on Linux.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

@@ -17,7 +17,7 @@ def test_one_value_serves_all_channels() -> None:
     torch.testing.assert_close(LatentScaling([0.0], [0.2325]).to_model(raw), raw * 0.2325)
 
 
-def test_identity_decodes_to_pixels_in_range() -> None:
+def test_identity_decodes_to_pixels() -> None:
     autoencoder = IdentityAutoencoder(LatentScaling([0.5], [2.0]))
-    latents = torch.tensor([[[[-1.0, 0.0, 1.0, 3.0]]]])
-    assert autoencoder.decode(latents).flatten().tolist() == [0.0, 0.5, 1.0, 1.0]
+    latents = torch.tensor([[[[-1.0, 0.0, 1.0, 2.0]]]])
+    assert autoencoder.decode(latents).flatten().tolist() == [0.0, 0.5, 1.0, 1.5]

@@ -39,5 +39,5 @@ class IdentityAutoencoder:
         self._scaling = scaling
 
     def decode(self, latents_BCYX: Tensor) -> Tensor:
-        """Latents of the transformer -> images in [0, 1], float32 [B, C, Y, X]."""
-        return self._scaling.from_model(latents_BCYX).clamp(0, 1)
+        """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, C, Y, X]."""
+        return self._scaling.from_model(latents_BCYX)

@@ -1,0 +1,95 @@
+"""From a config to what it describes (network, objective, autoencoder), and from a run folder to its model."""
+
+from pathlib import Path
+
+import torch
+
+from cfpretrain import config as configs
+from cfpretrain.checkpoint import CheckpointStore, read_state, read_tensors
+from cfpretrain.config import Config
+from cfpretrain.console import UserError
+from cfpretrain.loss import NoisePredictionLoss
+from cfpretrain.model.autoencoder import IdentityAutoencoder, LatentScaling
+from cfpretrain.model.transformer import CausalFusion
+from cfpretrain.noise import linear_schedule
+
+# What a run folder holds.
+CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
+CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+
+
+def make_model(config: Config) -> CausalFusion:
+    """The network, with weights of no particular value."""
+    model = config.model
+    return CausalFusion(
+        grid=model.grid,
+        patch_values=model.patch_values,
+        width=model.width,
+        depth=model.depth,
+        num_heads=model.num_heads,
+        num_cond_tokens=model.num_cond_tokens,
+        num_classes=model.num_classes,
+        learnable_positions=model.position_embedding == "learnable",
+    )
+
+
+def make_loss(config: Config) -> NoisePredictionLoss:
+    """The training objective."""
+    order, noise = config.order, config.noise
+    return NoisePredictionLoss(
+        schedule=linear_schedule(noise.num_timesteps, noise.beta_first, noise.beta_last),
+        patch_size=config.model.patch_size,
+        num_cond_tokens=config.model.num_cond_tokens,
+        null_class=config.model.num_classes,
+        label_drop_prob=config.train.label_drop_prob,
+        ar_step_decay=order.ar_step_decay,
+        ar_split=order.ar_split,
+        ar_weight_first=order.ar_weight_first,
+        ar_weight_last=order.ar_weight_last,
+        ar_weight_schedule=order.ar_weight_schedule,
+        seed=config.run.seed,
+    )
+
+
+def make_scaling(config: Config) -> LatentScaling:
+    """Shift and scale between raw latents and those that the network sees."""
+    return LatentScaling(config.data.latent_shift, config.data.latent_scale)
+
+
+def make_autoencoder(config: Config) -> IdentityAutoencoder:
+    """What turns the network's latents into images."""
+    return IdentityAutoencoder(make_scaling(config))
+
+
+def make_store(config: Config) -> CheckpointStore:
+    """The checkpoints of a run."""
+    keep = config.checkpoint
+    return CheckpointStore(Path(config.run.folder) / CHECKPOINTS, keep.keep_last, keep.keep_every_steps)
+
+
+def load_run(folder: Path, device: torch.device) -> tuple[Config, CausalFusion, int]:
+    """The EMA model of a run's latest checkpoint, for sampling and scoring.
+
+    Returns:
+        The run's config, the model in fp32 on `device`, and the checkpoint's step.
+
+    Raises:
+        UserError: the folder is not a run's, or holds no complete checkpoint.
+    """
+    if not (folder / CONFIG_FILE).is_file():
+        raise UserError(
+            f"run folder {folder} holds no {CONFIG_FILE}; give a folder that cfpretrain/train.py has written"
+        )
+    config = configs.load(folder / CONFIG_FILE, [f"run.folder={folder}"])
+    latest = make_store(config).latest()
+    if latest is None:
+        raise UserError(f"run folder {folder} holds no complete checkpoint yet; train until checkpoint.every_steps")
+    step = read_state(latest).step
+    with torch.device("meta"):
+        model = make_model(config)
+    try:
+        model.load_state_dict(read_tensors(latest, "ema"), assign=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"checkpoint {latest} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
+    return config, model.to(device).eval().requires_grad_(False), step

@@ -1,0 +1,1 @@
+"""Training data: shard folders on disk (shards.py) and the batches of a run (loader.py)."""

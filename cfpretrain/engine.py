@@ -1,0 +1,410 @@
+"""The door to DeepSpeed: one engine for ZeRO stages 0 to 3, and what it keeps in fp32 (weights, moments) as fragments.
+
+Fragments reach into DeepSpeed's internals (read in 0.19.8). Nothing outside this module may; EMA, checkpoints and
+exports use `Engine.fragments`, `Engine.refresh` and `Engine.optimizer_step` alone.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cfpretrain.config import Config
+
+# Elements of a communication bucket (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
+_BUCKET_NUMEL = 50_000_000
+
+# (name, shape of the whole parameter, flat offset, numel) -> fp32 [numel]
+InitialValues = Callable[[str, tuple[int, ...], int, int], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """What this rank holds of one parameter: a contiguous range of its flattened values, in fp32.
+
+    `values`, `exp_avg` and `exp_avg_sq` are views: writing into them changes the engine, and after writing `values`
+    the engine must be told by `Engine.refresh`.
+    """
+
+    name: str  # as in module.named_parameters()
+    shape: tuple[int, ...]  # of the whole parameter
+    offset: int  # where the range begins in the flattened parameter
+    values: Tensor  # [numel], the weights that the optimizer updates
+    exp_avg: Tensor  # [numel], Adam's first moment
+    exp_avg_sq: Tensor  # [numel], Adam's second moment
+    replicated: bool  # every rank holds the same range (ZeRO stage 0)
+
+    @property
+    def numel(self) -> int:
+        """Values in this range."""
+        return self.values.numel()
+
+
+@dataclass(frozen=True)
+class _Range:
+    """A fragment's place: `numel` values of a parameter lie in `flat` from `begin` on."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    flat: Tensor
+    begin: int
+    numel: int
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Building
+
+
+def ds_config(config: Config, world_size: int, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's configuration, derived from ours; no user ever writes one.
+
+    Args:
+        config: checked for `world_size` ranks.
+        world_size: number of ranks.
+        device: where the ranks compute.
+    """
+    # At stage 0 DeepSpeed knows of fp32 only, and does not clip where it should: `_GuardedAdamW` clips.
+    has_masters = config.engine.precision == "bf16" and config.engine.zero_stage > 0
+    clip_grad_norm = config.train.clip_grad_norm if config.engine.zero_stage > 0 else 0.0
+    return {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": config.accumulation_steps(world_size),
+        "gradient_clipping": clip_grad_norm,
+        "steps_per_print": 10**12,
+        "bf16": {
+            "enabled": has_masters,
+            "check_grad_overflow": True,
+            # Frees each bf16 gradient once it is added to the fp32 ones (stage 1).
+            "immediate_grad_update": True,
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+        # Its default under bf16 would round the sums over ranks, also those of gradients accumulated in fp32.
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": config.engine.zero_stage,
+            "overlap_comm": device.type == "cuda" and config.engine.zero_stage > 0,
+            "reduce_bucket_size": _BUCKET_NUMEL,
+            "allgather_bucket_size": _BUCKET_NUMEL,
+            "stage3_prefetch_bucket_size": _BUCKET_NUMEL,
+            # It replaces torch's linear in the whole process by one that rounds before it adds the bias,
+            # so that stage 3 would compute other numbers than stages 0 to 2.
+            "memory_efficient_linear": False,
+        },
+    }
+
+
+def build_engine(make_module: Callable[[], nn.Module], config: Config, device: torch.device) -> "Engine":
+    """Builds the module, its optimizer and DeepSpeed's engine around them. Every rank calls it.
+
+    The weights are whatever `make_module` drew; `Engine.initialise` or a checkpoint gives them their values.
+
+    Args:
+        make_module: constructs the module; at stage 3 each submodule is cut into shards as soon as it is constructed,
+            so that no rank ever holds the whole model, and the module's dtype is already that of `engine.precision`.
+            Every parameter must require a gradient: frozen tensors are buffers.
+        config: checked; its sections `train` and `engine` are used.
+        device: of this rank; torch.distributed is initialised for it.
+    """
+    assert torch.distributed.is_initialized(), "the process group is started before the engine"
+    deepspeed = _load_deepspeed(device)
+    settings = ds_config(config, torch.distributed.get_world_size(), device)
+    module = _construct(deepspeed, make_module, config, settings, device)
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    assert not frozen, f"frozen tensors must be buffers: {frozen}"
+    called = module
+    if config.engine.zero_stage == 0 and config.engine.precision == "bf16":
+        called = _Bfloat16Forward(module)
+    parameters = list(module.parameters())
+    deepspeed_engine, *_ = deepspeed.initialize(
+        model=called,
+        optimizer=_make_optimizer(parameters, config, device),
+        model_parameters=parameters,
+        config=settings,
+        dist_init_required=False,
+    )
+    return Engine(deepspeed_engine, called, dict(module.named_parameters()), config.engine.zero_stage)
+
+
+def _load_deepspeed(device: torch.device) -> ModuleType:
+    # DeepSpeed chooses its accelerator at import; unset, it guesses, and warns where it finds no GPU.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime import bf16_optimizer
+
+    found = get_accelerator().device_name()
+    assert found == device.type, f"DeepSpeed computes on {found}, the run on {device.type}"
+    # Otherwise `init_distributed` compiles a shared-memory all-reduce on the CPU (up to a minute, needs a C++
+    # compiler), which only inference calls: DeepSpeed builds no op that is not in this table.
+    deepspeed.ops.__compatible_ops__ = {}
+    # Stage 1 with bf16 prints the memory in use, whatever the level of the log.
+    bf16_optimizer.see_memory_usage = _say_nothing
+    deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
+    return deepspeed  # type: ignore[no-any-return]
+
+
+def _say_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
+def _construct(
+    deepspeed: ModuleType,
+    make_module: Callable[[], nn.Module],
+    config: Config,
+    settings: dict[str, Any],
+    device: torch.device,
+) -> nn.Module:
+    if config.engine.zero_stage < 3:
+        with device:
+            return make_module()
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        module = make_module()
+    # DeepSpeed moves the buffers of stages 0 to 2 only.
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+    return module
+
+
+def _make_optimizer(parameters: list[nn.Parameter], config: Config, device: torch.device) -> torch.optim.AdamW:
+    train = config.train
+    # Fused is the fastest, but on the CPU its last bit depends on where a range begins: resuming at another stage would
+    # not go on with the same numbers.
+    on_gpu = device.type == "cuda"
+    options: dict[str, Any] = {
+        "lr": train.learning_rate,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "eps": train.adam_eps,
+        "weight_decay": train.weight_decay,
+        "fused": on_gpu,
+        "foreach": not on_gpu,
+    }
+    if config.engine.zero_stage == 0:
+        return _GuardedAdamW(parameters, clip_grad_norm=train.clip_grad_norm, **options)
+    return torch.optim.AdamW(parameters, **options)
+
+
+class _GuardedAdamW(torch.optim.AdamW):
+    """AdamW of stage 0, which clips and which refuses non-finite gradients as the optimizers of ZeRO do.
+
+    DeepSpeed leaves both out at stage 0, but takes `overflow` and `_global_grad_norm` from an optimizer that has them.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], clip_grad_norm: float, **options: Any) -> None:
+        super().__init__(parameters, **options)
+        self._clip_grad_norm = clip_grad_norm
+        self._global_grad_norm: float | Tensor = 0.0
+        self.overflow = False
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        assert closure is None, "a closure is not supported"
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        # The gradients are summed over the ranks already, so all ranks see one norm and decide alike.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        self.overflow = not bool(norm.isfinite())
+        self._global_grad_norm = float("inf") if self.overflow else norm
+        if self.overflow:
+            return
+        if self._clip_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_grad_norm, norm)
+        super().step()
+
+
+class _Bfloat16Forward(nn.Module):
+    """Computes in bf16 with fp32 weights: each forward rounds them, and their gradients arrive in fp32.
+
+    DeepSpeed's own bf16 without ZeRO accumulates gradients in bf16 only. The weights of a forward are those of the
+    other stages, bit by bit. (Activation checkpointing would recompute with the fp32 weights: it needs stage 1.)
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        rounded = {name: parameter.to(torch.bfloat16) for name, parameter in self.module.named_parameters()}
+        return torch.func.functional_call(self.module, rounded, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        # What callers ask of the module (its sizes, its null class) is the inner module's to answer.
+        own = self.__dict__["_modules"]
+        return own[name] if name in own else getattr(own["module"], name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The engine
+
+
+class Engine:
+    """A module in training: forward, backward, step, and the fp32 state of this rank.
+
+    A step of training is `loss = engine(...)` and `engine.backward(loss)` for each micro-batch, then one
+    `engine.step(learning_rate)`. The gradient applied is the mean over micro-batches and ranks, so a loss that is the
+    mean over its micro-batch's samples gives the gradient of the mean over the global batch.
+
+    Every rank calls the same methods in the same order, forwards under `torch.no_grad` included.
+    """
+
+    def __init__(
+        self, deepspeed_engine: Any, module: nn.Module, parameters: dict[str, nn.Parameter], zero_stage: int
+    ) -> None:
+        self._deepspeed = deepspeed_engine
+        self._zero_stage = zero_stage
+        self._num_backwards = 0
+        self._states = _create_adam_states(deepspeed_engine.basic_optimizer, self._flats())
+        self._fragments = [self._make_fragment(place) for place in self._ranges(parameters)]
+        self.module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module's forward; training forwards must come through here, others may call `module`."""
+        return self._deepspeed(*args, **kwargs)
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Micro-batches, hence backwards, of one step."""
+        return int(self._deepspeed.gradient_accumulation_steps())
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds one micro-batch's gradients, divided by the number of micro-batches.
+
+        Args:
+            loss: scalar, computed from the output of the latest `engine(...)`.
+        """
+        assert self._num_backwards < self.accumulation_steps, "a step has as many backwards as micro-batches"
+        self._deepspeed.backward(loss)
+        self._num_backwards += 1
+        if self._num_backwards < self.accumulation_steps:
+            # Updates nothing: DeepSpeed counts micro-batches by calls of its step.
+            self._deepspeed.step()
+
+    def step(self, learning_rate: float) -> bool:
+        """Clips, updates the weights and clears the gradients, after the last micro-batch's backward.
+
+        Returns:
+            Whether the update was applied; false on all ranks alike where a gradient was not finite, and then
+            neither weights nor moments nor the step count have changed.
+        """
+        assert self._num_backwards == self.accumulation_steps, "a step has as many backwards as micro-batches"
+        for group in self._deepspeed.basic_optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._deepspeed.step()
+        self._num_backwards = 0
+        if self._zero_stage == 3:
+            # DeepSpeed writes over the gradients that the next backward computes, and would apply the others again:
+            # those of parameters that the next step does not use.
+            self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
+        return bool(self._deepspeed.was_step_applied())
+
+    @property
+    def grad_norm(self) -> float:
+        """Norm of the whole gradient of the latest step, before clipping; infinity where it was not finite."""
+        return float(self._deepspeed.get_global_grad_norm())
+
+    @property
+    def optimizer_step(self) -> int:
+        """Updates that Adam has made, on which its bias correction depends."""
+        return int(self._states[0]["step"])
+
+    @optimizer_step.setter
+    def optimizer_step(self, num_steps: int) -> None:
+        for state in self._states:
+            state["step"].fill_(num_steps)
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank holds, in the order of the module's parameters; valid for the life of the engine.
+
+        Parameters of which this rank holds nothing are left out, and padding is never part of a fragment.
+        """
+        return self._fragments
+
+    @torch.no_grad()
+    def initialise(self, initial_values: InitialValues) -> None:
+        """Gives every weight its initial value, whatever the stage and the number of ranks.
+
+        Args:
+            initial_values: (name, shape of the whole parameter, flat offset, numel) -> fp32 [numel]; the same
+                function on every rank.
+        """
+        for fragment in self._fragments:
+            fragment.values.copy_(initial_values(fragment.name, fragment.shape, fragment.offset, fragment.numel))
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Recomputes the weights that forward uses from the fragments' values; all ranks together."""
+        optimizer = self._deepspeed.optimizer
+        if self._zero_stage == 0:
+            return
+        if self._zero_stage < 3:
+            optimizer.update_lp_params()
+            return
+        optimizer._partition_all_parameters()
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        # Small parameters stay gathered on every rank, and would keep their old values.
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _flats(self) -> list[Tensor]:
+        """The tensors that the optimizer updates on this rank."""
+        if self._zero_stage == 3:
+            return list(self._deepspeed.optimizer.fp32_partitioned_groups_flat)
+        return [flat for group in self._deepspeed.basic_optimizer.param_groups for flat in group["params"]]
+
+    def _ranges(self, parameters: dict[str, nn.Parameter]) -> Iterator[_Range]:
+        if self._zero_stage == 0:
+            return (_Range(name, tuple(p.shape), 0, p, 0, p.numel()) for name, p in parameters.items())
+        if self._zero_stage < 3:
+            return _ranges_of_stages_1_and_2(parameters, self._flats())
+        return _ranges_of_stage_3(parameters, self._deepspeed.optimizer)
+
+    def _make_fragment(self, place: _Range) -> Fragment:
+        state = self._deepspeed.basic_optimizer.state[place.flat]
+        values, exp_avg, exp_avg_sq = (
+            tensor.detach().view(-1).narrow(0, place.begin, place.numel)
+            for tensor in (place.flat, state["exp_avg"], state["exp_avg_sq"])
+        )
+        replicated = self._zero_stage == 0
+        return Fragment(place.name, place.shape, place.offset, values, exp_avg, exp_avg_sq, replicated)
+
+
+def _create_adam_states(optimizer: torch.optim.AdamW, flats: list[Tensor]) -> list[dict[str, Tensor]]:
+    """The state that AdamW would create at its first step, so that it can be restored before one."""
+    for flat in flats:
+        optimizer.state[flat] = {
+            "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+            "exp_avg": torch.zeros_like(flat, requires_grad=False),
+            "exp_avg_sq": torch.zeros_like(flat, requires_grad=False),
+        }
+    return [optimizer.state[flat] for flat in flats]
+
+
+def _ranges_of_stages_1_and_2(parameters: dict[str, nn.Parameter], flats: list[Tensor]) -> Iterator[_Range]:
+    """One flat tensor holds all parameters one after another, and each rank an equal part of it."""
+    for name, parameter in parameters.items():
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            continue
+        place, flat = mapping.get_hp_fragment_address(), flats[mapping.param_group_index]
+        offset = mapping.lp_fragment_address.start
+        yield _Range(name, tuple(parameter.shape), offset, flat, place.start, place.numel)
+
+
+def _ranges_of_stage_3(parameters: dict[str, nn.Parameter], optimizer: Any) -> Iterator[_Range]:
+    """Each parameter is cut into equal parts, one a rank, and a rank's parts lie one after another."""
+    names = {parameter: name for name, parameter in parameters.items()}
+    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        begin = 0
+        for parameter in group:
+            size = parameter.partition_numel()
+            offset = torch.distributed.get_rank() * size
+            # The last ranks' parts may be padded, or be nothing else.
+            numel = min(size, parameter.ds_numel - offset)
+            if numel > 0:
+                yield _Range(names[parameter], tuple(parameter.ds_shape), offset, flat, begin, numel)
+            begin += size

@@ -1,0 +1,82 @@
+"""Images from a model, made by all ranks together: the same images on any number of ranks."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfpretrain import runtime
+from cfpretrain.model.transformer import unpatchify
+from cfpretrain.noise import Schedule, respace
+from cfpretrain.order import equal_sizes
+from cfpretrain.sampler import Model, generate, noise_by_image, random_orders
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How images are made.
+
+    Attributes:
+        num_ar_steps: AR steps, of equal size and random order.
+        num_denoising_steps: levels that each AR step runs through.
+        guidance: scale of classifier-free guidance; 1 = none.
+        batch_size: images a forward on one rank.
+        seed: of noise and orders.
+    """
+
+    num_ar_steps: int
+    num_denoising_steps: int
+    guidance: float
+    batch_size: int
+    seed: int
+
+
+def generate_images(
+    model: Model,
+    decode: Callable[[Tensor], Tensor],
+    labels: Sequence[int],
+    settings: GenerationSettings,
+    schedule: Schedule,
+    num_tokens: int,
+    patch_size: int,
+    device: torch.device,
+) -> Tensor:
+    """One image for each label; image i has id i, which fixes its noise and order.
+
+    The images are cut into batches of equal size, dealt to the ranks in turn. The last batches are filled up with
+    surplus images, so that every rank runs the same number of forwards (ZeRO-3 would hang otherwise) and no image
+    depends on the number of ranks.
+
+    Args:
+        model: predicts epsilon; called alike on all ranks.
+        decode: latents as the model sees them -> images, 0 black and 1 white.
+        labels: the class of each image.
+        settings: how.
+        schedule: the full noise schedule.
+        num_tokens: L.
+        patch_size: latent rows = columns of a token.
+        device: where the model computes.
+
+    Returns:
+        float32 [len(labels), C, Y, X] on the CPU, on every rank.
+    """
+    rank, world_size, size = runtime.rank(), runtime.world_size(), settings.batch_size
+    num_rounds = -(-len(labels) // (size * world_size))
+    padded = torch.tensor([*labels, *[labels[-1]] * (num_rounds * world_size * size - len(labels))])
+    made = []
+    for round_index in range(num_rounds):
+        begin = (round_index * world_size + rank) * size
+        ids_B = torch.arange(begin, begin + size)
+        tokens_BLP = generate(
+            model,
+            padded[ids_B].to(device),
+            random_orders(settings.seed, ids_B, num_tokens).to(device),
+            equal_sizes(num_tokens, settings.num_ar_steps),
+            respace(schedule, settings.num_denoising_steps),
+            settings.guidance,
+            noise_by_image(settings.seed, ids_B.to(device), model.patch_values),
+        )
+        made.append(decode(unpatchify(tokens_BLP, patch_size)).cpu())
+    by_rank = torch.stack([torch.stack(images) for images in runtime.gather(made)], dim=1)
+    return by_rank.flatten(0, 2)[: len(labels)]

@@ -1,0 +1,198 @@
+"""Numbers a person will plot: one JSON line a step, windows summed over ranks, FLOPs, and the door to wandb."""
+
+import json
+import math
+import netrc
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from cfpretrain import runtime
+from cfpretrain.config import ModelConfig
+
+# Dense bf16 rate of one GPU, in FLOP/s, by a part of its name (the makers' data sheets, without sparsity).
+_PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
+
+
+# ---------------------------------------------------------------------------
+# FLOPs
+
+
+def training_flops(model: ModelConfig, num_sequences: int, num_tokens: int, num_visible: int) -> float:
+    """FLOPs of forward and backward over some sequences; of attention, visible pairs alone count.
+
+    Embeddings of classes and timesteps, norms and pointwise operations are left out (under 1 %).
+
+    Args:
+        model: sizes.
+        num_sequences: sequences, one image each.
+        num_tokens: their tokens, all together.
+        num_visible: visible pairs of query and key, all together.
+    """
+    D, L = model.width, model.num_tokens
+    blocks = model.depth * (24 * D**2 * num_tokens + 4 * D * num_visible)
+    image_tokens = num_tokens - model.num_cond_tokens * num_sequences
+    ends = 2 * model.patch_values * D * (image_tokens + L * num_sequences)
+    return 3.0 * (blocks + ends)
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """The device's dense bf16 rate in FLOP/s; None where it is not known to us."""
+    if device.type != "cuda" or precision != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in _PEAK_BF16.items() if part in name), None)
+
+
+# ---------------------------------------------------------------------------
+# Steps and windows
+
+
+@dataclass
+class StepRecord:
+    """What one rank knows of one step.
+
+    Attributes:
+        row: values that are equal on all ranks: step, learning_rate, grad_norm, applied, ...
+        loss_total, loss_count: this rank's part of the loss.
+        flops: this rank's part of the step's FLOPs.
+    """
+
+    row: dict[str, Any]
+    loss_total: float
+    loss_count: int
+    flops: float
+
+
+@dataclass
+class Window:
+    """The steps since the last line, summed over ranks in one exchange when the window ends."""
+
+    records: list[StepRecord] = field(default_factory=list)
+
+    def close(self, seconds: Sequence[float]) -> tuple[list[dict[str, Any]], float, list[float]]:
+        """Rows with global losses, the window's FLOPs over all ranks, and rank 0's `seconds`; empties the window."""
+        # Rank 0's clock decides for all, so that all ranks stop at the same step.
+        clock = [[s if runtime.rank() == 0 else 0.0, 0.0, 0.0] for s in seconds]
+        local = [[r.loss_total, r.loss_count, r.flops] for r in self.records]
+        sums = runtime.sum_over_ranks(torch.tensor(local + clock, dtype=torch.float64))
+        steps, clocks = sums[: len(local)], sums[len(local) :]
+        rows = [
+            {"step": r.row["step"], "loss": _finite_or_none(total / count), **r.row}
+            for r, (total, count, _) in zip(self.records, steps.tolist(), strict=True)
+        ]
+        self.records = []
+        return rows, float(steps[:, 2].sum()), clocks[:, 0].tolist()
+
+
+def _finite_or_none(value: float) -> float | None:
+    # JSON has no NaN; a row without a loss is one that was not finite.
+    return value if math.isfinite(value) else None
+
+
+class MetricsFile:
+    """`metrics.jsonl`: a row for each step, written by rank 0.
+
+    Args:
+        path: the file.
+        resume_step: rows after this step are of work that a kill lost; they are dropped.
+    """
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self._path = path
+        if runtime.rank() == 0:
+            kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
+            temporary = path.with_suffix(".partial")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            os.replace(temporary, path)
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Adds rows and hands them to the system."""
+        if runtime.rank() == 0:
+            with self._path.open("a") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a kill cut short is left out."""
+    rows = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise
+    return rows
+
+
+# ---------------------------------------------------------------------------
+# wandb
+
+
+class Tracker:
+    """The door to wandb; every method does nothing on ranks but 0 and where `mode` is "disabled".
+
+    Args:
+        mode: "online", "offline", "disabled", or "auto": online where a key is found, else offline.
+        project: the project's name.
+        folder: where its files go.
+        run_id: the run to go on with; None begins one.
+        config: the resolved config, logged with the run.
+    """
+
+    def __init__(self, mode: str, project: str, folder: Path, run_id: str | None, config: Mapping[str, Any]) -> None:
+        self.run_id = run_id
+        self._run: Any = None
+        if mode == "disabled" or runtime.rank() != 0:
+            return
+        import wandb
+
+        self._wandb = wandb
+        self._run = wandb.init(
+            mode=_resolve_mode(mode),
+            project=project,
+            dir=str(folder),
+            id=run_id,
+            resume="allow" if run_id else None,
+            config=dict(config),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+        )
+        self.run_id = self._run.id
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Logs the numbers of a row at its step."""
+        if self._run is not None:
+            numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+            self._run.log(numbers, step=row["step"])
+
+    def log_picture(self, name: str, path: Path, step: int) -> None:
+        """Logs a PNG."""
+        if self._run is not None:
+            self._run.log({name: self._wandb.Image(str(path))}, step=step)
+
+    def close(self) -> None:
+        """Ends the run and waits for its files."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+def _resolve_mode(mode: str) -> Literal["online", "offline"]:
+    if mode == "online":
+        return "online"
+    if mode == "offline":
+        return "offline"
+    assert mode == "auto", mode
+    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_key() else "offline"
+
+
+def _has_netrc_key() -> bool:
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

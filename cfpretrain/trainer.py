@@ -1,0 +1,379 @@
+"""The training loop: one step on one screen, and what happens every n steps."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfpretrain import runtime
+from cfpretrain.build import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    SAMPLES,
+    SUMMARY_FILE,
+    make_autoencoder,
+    make_loss,
+    make_model,
+    make_scaling,
+    make_store,
+)
+from cfpretrain.checkpoint import TrainingState, read_state
+from cfpretrain.config import Config, to_plain, to_yaml
+from cfpretrain.console import Progress, UserError, phase, say
+from cfpretrain.data.loader import Loader, Position
+from cfpretrain.data.shards import read_info
+from cfpretrain.ema import ShardedEMA
+from cfpretrain.engine import Engine, build_engine
+from cfpretrain.evaluation import pictures
+from cfpretrain.evaluation.generation import GenerationSettings, generate_images
+from cfpretrain.loss import LossTerms
+from cfpretrain.metrics import MetricsFile, StepRecord, Tracker, Window, peak_flops, read_metrics, training_flops
+from cfpretrain.model.transformer import initial_values
+
+_PACKAGES = ("torch", "deepspeed", "mosaicml-streaming")
+
+
+@dataclass
+class Progression:
+    """The counters of a run; a checkpoint holds them."""
+
+    step: int = 0  # global batches consumed
+    num_skipped: int = 0  # of them, those whose gradients were not finite
+    train_seconds: float = 0.0  # in the loop, over all resumes
+
+
+class Clock:
+    """Seconds of a window of steps, those of checkpoints and samples apart."""
+
+    def __init__(self) -> None:
+        self._begin, self._aside = time.perf_counter(), 0.0
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What runs inside is not part of the steps."""
+        begin = time.perf_counter()
+        yield
+        self._aside += time.perf_counter() - begin
+
+    def read(self) -> tuple[float, float]:
+        """Seconds of the steps and seconds aside since the last reading."""
+        now = time.perf_counter()
+        seconds = now - self._begin - self._aside, self._aside
+        self._begin, self._aside = now, 0.0
+        return seconds
+
+
+class Trainer:
+    """A run: built once, then `train`.
+
+    Args:
+        config: checked for the number of ranks.
+        device: this rank's.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self.folder = Path(config.run.folder)
+        self.store = make_store(config)
+        self.class_names = read_info(config.data.shards).class_names
+        self.scaling = make_scaling(config)
+        self.loss = make_loss(config)
+        with phase(f"building the model on {runtime.world_size()} ranks, ZeRO stage {config.engine.zero_stage}"):
+            self.engine: Engine = build_engine(lambda: make_model(config), config, device)
+        self.at = Progression()
+        self.ema = ShardedEMA(self.engine.fragments(), config.train.ema_decay)
+        saved = self._restore_or_initialise()
+        position = Position(saved.epoch, saved.samples_in_epoch) if saved else None
+        self.loader = Loader(config, runtime.rank(), runtime.world_size(), position)
+        if saved is not None:
+            _check_same_data(saved, self.loader.fingerprint, config.run.seed)
+        self.metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
+        self.tracker = Tracker(
+            config.metrics.wandb,
+            config.metrics.wandb_project,
+            self.folder,
+            saved.wandb_run_id if saved else None,
+            to_plain(config),
+        )
+        self.window = Window()
+
+    def _restore_or_initialise(self) -> TrainingState | None:
+        """Weights, moments, EMA and counters: from the latest checkpoint, or from the seed."""
+        config, fragments = self.config, self.engine.fragments()
+        latest = self.store.latest()
+        if latest is None:
+            with phase("initialising the weights"):
+                self.engine.initialise(
+                    lambda name, shape, offset, count: initial_values(
+                        config.run.seed, config.model.grid, name, shape, offset, count
+                    )
+                )
+            for average, fragment in zip(self.ema.values, fragments, strict=True):
+                average.copy_(fragment.values)
+            return None
+        with phase(f"resuming from {latest}"):
+            saved = self.store.load(latest, fragments, self.ema.values, to_plain(config)["model"])
+            self.engine.optimizer_step = saved.optimizer_step
+            self.engine.refresh()
+        self.at = Progression(saved.step, saved.num_skipped, saved.train_seconds)
+        return saved
+
+    # ------------------------------------------------------------------
+    # The loop
+
+    def train(self) -> None:
+        """Trains to the end of the config, from wherever the run stands."""
+        config = self.config
+        progress = Progress(config.train.num_steps, self.at.step)
+        say(f"training from step {self.at.step} to {config.train.num_steps}")
+        self.clock = Clock()
+        while not _is_done(config, self.at.step, self.at.train_seconds):
+            self.train_step()
+            if self._window_ends():
+                self._close_window(progress)
+            with self.clock.aside():
+                if self.at.step % config.checkpoint.every_steps == 0:
+                    self.save_checkpoint()
+                if config.sample.every_steps and self.at.step % config.sample.every_steps == 0:
+                    self.draw_samples()
+        progress.close()
+        self._finish()
+
+    def train_step(self) -> None:
+        """One optimizer step: a global batch is ordered and noised, becomes a loss, and moves the engine."""
+        terms = []
+        for batch in next(self.loader):
+            latents_BCYX = self.scaling.to_model(batch.latents_BCYX.to(self.device))
+            draws = self.loss.draw(
+                self.at.step,
+                batch.epoch,
+                batch.ids_B,
+                batch.labels_B,
+                self.config.model.num_tokens,
+                self.config.model.patch_values,
+            )
+            micro_batch = self.loss(self.engine, latents_BCYX, draws)
+            self.engine.backward(micro_batch.total / micro_batch.count)
+            terms.append(micro_batch)
+
+        learning_rate = self._learning_rate()
+        applied = self.engine.step(learning_rate)
+        if applied:
+            self.ema.update()
+        self.at.step += 1
+        self.at.num_skipped += not applied
+        self._record(terms, learning_rate, applied)
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, then constant; a skipped step does not move it."""
+        train = self.config.train
+        num_applied = self.at.step - self.at.num_skipped
+        return train.learning_rate * min(1.0, (num_applied + 1) / max(train.warmup_steps, 1))
+
+    # ------------------------------------------------------------------
+    # Every n steps
+
+    def _record(self, terms: list[LossTerms], learning_rate: float, applied: bool) -> None:
+        position = self.loader.position
+        grad_norm = self.engine.grad_norm
+        row = {
+            "step": self.at.step,
+            "grad_norm": grad_norm if applied else None,
+            "learning_rate": learning_rate,
+            "epoch": position.epoch,
+            "num_skipped_steps": self.at.num_skipped,
+        }
+        num_sequences = len(terms) * self.config.train.micro_batch_size
+        flops = training_flops(
+            self.config.model, num_sequences, sum(t.num_tokens for t in terms), sum(t.num_visible for t in terms)
+        )
+        loss_total = float(torch.stack([t.total.detach() for t in terms]).double().sum())
+        self.window.records.append(StepRecord(row, loss_total, sum(t.count for t in terms), flops))
+
+    def _window_ends(self) -> bool:
+        # A checkpoint's metrics are on disk before it, so that a resume finds all rows up to its step.
+        config, step = self.config, self.at.step
+        every = (config.metrics.log_every_steps, config.checkpoint.every_steps, config.train.num_steps)
+        return any(step % n == 0 for n in every)
+
+    def _close_window(self, progress: Progress) -> None:
+        num_steps = len(self.window.records)
+        rows, flops, (seconds, seconds_aside) = self.window.close(self.clock.read())
+        self.at.train_seconds += seconds + seconds_aside
+        images_per_second = num_steps * self.config.train.global_batch_size / seconds
+        peak = peak_flops(self.device, self.config.engine.precision)
+        rows[-1] |= {
+            "images_per_second": images_per_second,
+            "tflops_per_second": flops / seconds / 1e12,
+            "mfu": flops / seconds / (peak * runtime.world_size()) if peak else None,
+            "train_seconds": self.at.train_seconds,
+        }
+        self.metrics.append(rows)
+        for row in rows:
+            self.tracker.log(row)
+        left = self.config.train.num_steps - self.at.step
+        seconds_left = left * seconds / num_steps
+        if self.config.train.max_train_seconds:
+            seconds_left = min(seconds_left, max(0.0, self.config.train.max_train_seconds - self.at.train_seconds))
+        loss = rows[-1]["loss"]
+        skipped = f"  skipped {self.at.num_skipped}" if self.at.num_skipped else ""
+        shown = "not finite" if loss is None else f"{loss:.4f}"
+        progress.show(self.at.step, f"loss {shown}  {images_per_second:.0f} images/s{skipped}", seconds_left)
+
+    def save_checkpoint(self) -> None:
+        """Writes a checkpoint of the present step."""
+        position = self.loader.position
+        state = TrainingState(
+            step=self.at.step,
+            optimizer_step=self.engine.optimizer_step,
+            num_skipped=self.at.num_skipped,
+            epoch=position.epoch,
+            samples_in_epoch=position.samples_in_epoch,
+            train_seconds=self.at.train_seconds,
+            seed=self.config.run.seed,
+            model=to_plain(self.config)["model"],
+            data_fingerprint=self.loader.fingerprint,
+            wandb_run_id=self.tracker.run_id,
+            versions=package_versions(),
+        )
+        self.store.save(state, self.engine.fragments(), self.ema.values)
+
+    def draw_samples(self) -> None:
+        """Writes a labelled grid of EMA samples for each number of AR steps of `config.sample`."""
+        sample, model = self.config.sample, self.config.model
+        names = self.class_names[: sample.max_classes]
+        labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
+        module: Any = self.engine.module
+        batch_size = -(-len(labels) // runtime.world_size())
+        with phase(f"sampling {len(labels)} images at step {self.at.step}"), self.ema.applied(self.engine):
+            module.eval()
+            for num_ar_steps in sample.num_ar_steps:
+                settings = GenerationSettings(
+                    num_ar_steps, sample.num_denoising_steps, sample.guidance, batch_size, self.config.run.seed
+                )
+                images = generate_images(
+                    module,
+                    make_autoencoder(self.config).decode,
+                    labels,
+                    settings,
+                    self.loss.schedule,
+                    model.num_tokens,
+                    model.patch_size,
+                    self.device,
+                )
+                if runtime.rank() == 0:
+                    self._draw_grid(images, names, settings)
+            module.train()
+        runtime.barrier()
+
+    def _draw_grid(self, images: torch.Tensor, names: tuple[str, ...], settings: GenerationSettings) -> None:
+        path = self.folder / SAMPLES / f"step_{self.at.step:08d}_ar_steps_{settings.num_ar_steps:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        title = (
+            f"step {self.at.step}, EMA weights, guidance {settings.guidance:g}\n"
+            f"AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}"
+        )
+        pictures.sample_grid(path, images, names, title=title, value_range=(0.0, 1.0))
+        self.tracker.log_picture(f"samples/ar_steps_{settings.num_ar_steps}", path, self.at.step)
+
+    def _finish(self) -> None:
+        """Keeps the last step, draws the last pictures, and writes the summary that says the run is done."""
+        latest = self.store.latest()
+        if latest is None or read_state(latest).step != self.at.step:
+            self.save_checkpoint()
+        self.draw_samples()
+        peak_rss_mb = runtime.gather(runtime.peak_rss_mb())
+        if runtime.rank() == 0:
+            rows = read_metrics(self.folder / METRICS_FILE)
+            pictures.curves(self.folder / "curves.png", rows, title=f"{self.config.run.folder}, step {self.at.step}")
+            summary = self._summary(rows, peak_rss_mb)
+            temporary = self.folder / f"{SUMMARY_FILE}.partial"
+            temporary.write_text(json.dumps(summary, indent=2) + "\n")
+            os.replace(temporary, self.folder / SUMMARY_FILE)
+        self.tracker.close()
+        self.loader.close()
+        runtime.barrier()
+        say(f"done: step {self.at.step} after {self.at.train_seconds:.0f} s of training; see {self.folder}")
+
+    def _summary(self, rows: list[dict[str, Any]], peak_rss_mb: list[float]) -> dict[str, Any]:
+        losses = [row["loss"] for row in rows if row["loss"] is not None]
+        tail = losses[-max(1, len(losses) // 20) :]
+        return {
+            "world_size": runtime.world_size(),
+            "zero_stage": self.config.engine.zero_stage,
+            "precision": self.config.engine.precision,
+            "num_steps": self.at.step,
+            "num_skipped_steps": self.at.num_skipped,
+            "train_seconds": self.at.train_seconds,
+            "images_per_second": self.at.step * self.config.train.global_batch_size / self.at.train_seconds,
+            "loss_first": losses[0] if losses else None,
+            "loss_last": sum(tail) / len(tail) if losses else None,
+            "peak_rss_mb": max(peak_rss_mb),
+            "versions": package_versions(),
+        }
+
+
+# ---------------------------------------------------------------------------
+# The run folder
+
+
+def prepare_folder(config: Config) -> None:
+    """Makes the run folder and writes the resolved config into it; rank 0 writes, all ranks call.
+
+    Raises:
+        UserError: on all ranks, when the folder cannot be written.
+    """
+    folder = Path(config.run.folder)
+    problem = None
+    if runtime.rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = folder / f"{CONFIG_FILE}.partial"
+            temporary.write_text(to_yaml(config))
+            os.replace(temporary, folder / CONFIG_FILE)
+        except OSError as error:
+            problem = (
+                f"run.folder: {folder} cannot be written ({error.strerror}); "
+                "choose another with run.folder=PATH or change its permissions"
+            )
+    runtime.agree(problem)
+
+
+def finished_step(config: Config) -> int | None:
+    """The step at which this run folder's run was completed under this config; None where there is work left."""
+    try:
+        summary = json.loads((Path(config.run.folder) / SUMMARY_FILE).read_text())
+    except OSError:
+        return None
+    step = int(summary["num_steps"])
+    return step if _is_done(config, step, float(summary["train_seconds"])) else None
+
+
+def _is_done(config: Config, step: int, train_seconds: float) -> bool:
+    limit = config.train.max_train_seconds
+    return step >= config.train.num_steps or (limit > 0 and train_seconds >= limit)
+
+
+def _check_same_data(saved: TrainingState, fingerprint: str, seed: int) -> None:
+    if saved.data_fingerprint != fingerprint:
+        raise UserError(
+            "data.shards: the checkpoint was trained on other shards (their fingerprints differ), so its place in the "
+            "data means nothing here; give the same shards or choose another run.folder"
+        )
+    if saved.seed != seed:
+        raise UserError(
+            f"run.seed: expected {saved.seed}, the seed of the checkpoint, got {seed}; "
+            "another seed is another order of the data: choose another run.folder"
+        )
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that decide numbers."""
+    return {name: version(name) for name in ("cfpretrain", *_PACKAGES)}

@@ -1,0 +1,436 @@
+"""The engine against plain torch, against itself at other ZeRO stages and numbers of ranks, and its refusals."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cfpretrain import seeds
+from cfpretrain.config import Config
+from cfpretrain.engine import Engine, Fragment, build_engine, ds_config
+from tests.processes import run_in_processes
+
+CPU = torch.device("cpu")
+STAGES = (0, 1, 2, 3)
+PRECISIONS = ("fp32", "bf16")
+KINDS = [(stage, precision) for stage in STAGES for precision in PRECISIONS]
+GLOBAL_BATCH = 8
+LEARNING_RATE = 1e-2
+# Below the norms of the toy's gradients, so that every step is clipped.
+CLIP = 0.1
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A small module whose parameters have odd sizes (so that shards are padded), lie on the root, on a submodule directly
+# and in layers, and of which one is large enough for ZeRO-3 to keep it in shards between forwards.
+
+
+class Positions(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(5, 13))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.table
+
+
+class Toy(nn.Module):
+    """Tokens -> predictions; the keyword `head` chooses which submodules a forward uses."""
+
+    num_tokens = 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(13))
+        self.embedding = nn.Embedding(8009, 13)
+        self.positions = Positions()
+        self.norm = nn.LayerNorm(13)
+        self.mlp = nn.Sequential(nn.Linear(13, 29), nn.GELU(), nn.Linear(29, 13))
+        self.head = nn.Linear(13, 3, bias=False)
+
+    def forward(self, parts: list[Tensor], head: bool = False) -> Tensor:
+        tokens = self.norm(self.positions(self.embedding(parts[0])) * self.scale)
+        output: Tensor = self.head(tokens) if head else self.mlp(tokens)
+        return output
+
+
+def toy_values(name: str, shape: tuple[int, ...], offset: int, numel: int) -> Tensor:
+    """Initial values: a pure function of the place."""
+    del shape
+    return 0.3 * seeds.normal(seeds.key(0, name), (numel,), first=offset)
+
+
+def toy_config(stage: int, precision: str, micro_batch_size: int = 2, clip_grad_norm: float = CLIP) -> Config:
+    default = Config()
+    return replace(
+        default,
+        train=replace(
+            default.train,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=micro_batch_size,
+            clip_grad_norm=clip_grad_norm,
+            weight_decay=0.01,
+            adam_eps=1e-8,
+        ),
+        engine=replace(default.engine, zero_stage=stage, precision=precision),
+    )
+
+
+def toy_engine(stage: int, precision: str, **options: Any) -> Engine:
+    engine = build_engine(Toy, toy_config(stage, precision, **options), CPU)
+    engine.initialise(toy_values)
+    return engine
+
+
+def toy_batch(step: int) -> tuple[Tensor, Tensor]:
+    """Tokens [8, 5] and targets [8, 5, 13] of a step's global batch."""
+    keys = seeds.fold(seeds.fold(seeds.key(1, "batch"), step), torch.arange(GLOBAL_BATCH))
+    return seeds.integers(keys, 8009, (5,)), seeds.normal(keys, (5, 13))
+
+
+def toy_loss(prediction: Tensor, targets: Tensor) -> Tensor:
+    return (prediction.float() - targets).square().mean()
+
+
+def train_step(engine: Engine, step: int, poison: bool = False) -> tuple[bool, float]:
+    """One step over the global batch; returns (applied, mean loss). `poison` spoils a micro-batch of the last rank."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    tokens, targets = toy_batch(step)
+    micro_batches = list(
+        zip(
+            tokens.chunk(size)[rank].chunk(engine.accumulation_steps),
+            targets.chunk(size)[rank].chunk(engine.accumulation_steps),
+            strict=True,
+        )
+    )
+    total = torch.zeros(())
+    for i, (tokens_micro, targets_micro) in enumerate(micro_batches):
+        loss = toy_loss(engine([tokens_micro]), targets_micro)
+        total += loss.detach() / len(micro_batches) / size
+        if poison and rank == size - 1 and i == 0:
+            loss = loss * float("nan")
+        engine.backward(loss)
+    dist.all_reduce(total)
+    return engine.step(LEARNING_RATE), float(total)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whole tensors from fragments, as a checkpoint would hold them
+
+
+def content(fragment: Fragment) -> dict[str, Tensor]:
+    return {"values": fragment.values, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
+
+
+def gather(engine: Engine) -> dict[str, Tensor]:
+    """{"name/values": whole parameter, "name/exp_avg": ..., "name/exp_avg_sq": ..., "name/times_held": ...}"""
+    whole: dict[str, Tensor] = {}
+    for name, parameter in Toy().named_parameters():
+        for key in ("values", "exp_avg", "exp_avg_sq", "times_held"):
+            whole[f"{name}/{key}"] = torch.zeros(parameter.numel())
+    for fragment in engine.fragments():
+        end = fragment.offset + fragment.numel
+        whole[f"{fragment.name}/times_held"][fragment.offset : end] += 1
+        if not fragment.replicated or dist.get_rank() == 0:
+            for key, values in content(fragment).items():
+                whole[f"{fragment.name}/{key}"][fragment.offset : end] = values
+    for tensor in whole.values():
+        dist.all_reduce(tensor)
+    return whole
+
+
+def restore(engine: Engine, whole: dict[str, Tensor], optimizer_step: int) -> None:
+    for fragment in engine.fragments():
+        for key, values in content(fragment).items():
+            saved = whole[f"{fragment.name}/{key}"]
+            values.copy_(saved[fragment.offset : fragment.offset + fragment.numel])
+    engine.optimizer_step = optimizer_step
+    engine.refresh()
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor], ignoring: str = "\0") -> bool:
+    return all(torch.equal(first[key], second[key]) for key in first if not key.endswith(ignoring))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs in the ranks. One group of processes does everything, since starting one takes seconds.
+
+
+@dataclass
+class Run:
+    """What one engine did."""
+
+    initial: dict[str, Tensor]
+    first_output: Tensor
+    replicated: bool
+    losses: list[float]
+    grad_norms: list[float]
+    final: dict[str, Tensor]
+    num_updates: int
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """A process group in which torch's warnings are errors, and so is whatever DeepSpeed logs or prints."""
+    dist.init_process_group("gloo")
+    warnings.simplefilter("error")
+    said = io.StringIO()
+    # DeepSpeed's log goes to the standard output of the moment it is imported, which is below.
+    with contextlib.redirect_stdout(said):
+        yield
+    unexpected = [line for line in said.getvalue().splitlines() if "OVERFLOW! Skipping step" not in line]
+    assert not unexpected, f"DeepSpeed said: {unexpected}"
+
+
+def run_steps(engine: Engine, num_steps: int = 4) -> Run:
+    initial = gather(engine)
+    engine.module.eval()
+    with torch.no_grad():
+        first_output = engine.module([toy_batch(0)[0]]).clone()
+    engine.module.train()
+    losses, grad_norms = [], []
+    for step in range(num_steps):
+        applied, loss = train_step(engine, step)
+        assert applied
+        losses.append(loss)
+        grad_norms.append(engine.grad_norm)
+    replicated = all(fragment.replicated for fragment in engine.fragments())
+    return Run(initial, first_output, replicated, losses, grad_norms, gather(engine), engine.optimizer_step)
+
+
+def check_skip(stage: int, precision: str) -> None:
+    engine = toy_engine(stage, precision)
+    train_step(engine, 0)
+    before = gather(engine)
+    applied, _ = train_step(engine, 1, poison=True)
+    assert not applied
+    assert engine.grad_norm == float("inf")
+    assert engine.optimizer_step == 1
+    assert equal(before, gather(engine))
+    applied, loss = train_step(engine, 1)
+    assert applied
+    assert engine.optimizer_step == 2
+    # Nothing of the spoilt step is left: the run goes on as one that never saw it.
+    control = toy_engine(stage, precision)
+    train_step(control, 0)
+    assert (applied, loss) == train_step(control, 1)
+    assert equal(gather(control), gather(engine))
+
+
+def check_unused(stage: int, precision: str) -> None:
+    """A parameter without a gradient in this step gets none from the step before."""
+    engine = toy_engine(stage, precision, micro_batch_size=GLOBAL_BATCH // dist.get_world_size(), clip_grad_norm=0.0)
+    tokens = toy_batch(0)[0]
+    norms = []
+    for head in (False, True, False):
+        engine.backward(engine([tokens], head=head).float().square().mean())
+        engine.step(0.0)
+        norms.append(engine.grad_norm)
+    assert norms[0] == pytest.approx(norms[2], rel=1e-6)
+    module = Toy()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(toy_values(name, tuple(parameter.shape), 0, parameter.numel()).view_as(parameter))
+    module([tokens], head=True).square().mean().backward()
+    expected = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    assert norms[1] == pytest.approx(float(expected), rel=1e-5 if precision == "fp32" else 2e-2)
+
+
+def check_sampling(stage: int, precision: str) -> None:
+    """Forwards through other submodules between the steps: right, and without a trace in the training."""
+    engine, control = toy_engine(stage, precision), toy_engine(stage, precision)
+    tokens = toy_batch(9)[0]
+    outputs = []
+    for step in range(3):
+        assert train_step(engine, step) == train_step(control, step)
+        engine.module.eval()
+        with torch.no_grad():
+            outputs = [engine.module([tokens], head=True), engine.module([tokens]), engine([tokens], head=True)]
+        engine.module.train()
+        assert engine.module.num_tokens == 5
+    assert torch.equal(outputs[0], outputs[2])
+    assert outputs[0].shape == (GLOBAL_BATCH, 5, 3)
+    whole = gather(engine)
+    assert equal(whole, gather(control))
+    module = Toy().to(outputs[0].dtype)
+    module.load_state_dict({name: whole[f"{name}/values"].view_as(p) for name, p in module.named_parameters()})
+    tolerance = 1e-6 if precision == "fp32" else 2e-2
+    torch.testing.assert_close(outputs[0], module([tokens], head=True), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(outputs[1], module([tokens]), rtol=tolerance, atol=tolerance)
+
+
+def check_restore(source: int, targets: tuple[int, ...], precision: str, micro_batch_size: int) -> None:
+    """State of one stage goes on at others with the same losses and weights, bit by bit."""
+    # Clipping is off: the norm is summed in another order at each stage, and its last bit reaches every weight.
+    options: dict[str, Any] = {"micro_batch_size": micro_batch_size, "clip_grad_norm": 0.0}
+    engine = toy_engine(source, precision, **options)
+    for step in range(2):
+        train_step(engine, step)
+    saved = gather(engine)
+    continued = [train_step(engine, step) for step in range(2, 5)]
+    final = gather(engine)
+    for stage in targets:
+        fresh = toy_engine(stage, precision, **options)
+        restore(fresh, saved, optimizer_step=2)
+        assert continued == [train_step(fresh, step) for step in range(2, 5)], (source, stage, precision)
+        assert equal(final, gather(fresh), ignoring="times_held"), (source, stage, precision)
+        assert fresh.optimizer_step == 5
+
+
+def campaign_of_two() -> dict[tuple[int, str], Run]:
+    with process_group():
+        runs = {kind: run_steps(toy_engine(*kind)) for kind in KINDS}
+        for kind in KINDS:
+            check_skip(*kind)
+            check_unused(*kind)
+            check_sampling(*kind)
+        for precision in PRECISIONS:
+            check_restore(0, STAGES, precision, micro_batch_size=4)
+            check_restore(3, STAGES, precision, micro_batch_size=4)
+        # With accumulation, stages 0 and 1 sum over micro-batches first, stages 2 and 3 over ranks first.
+        check_restore(0, (0, 1), "fp32", micro_batch_size=1)
+        check_restore(3, (2, 3), "fp32", micro_batch_size=1)
+    return runs
+
+
+def campaign_of_one() -> dict[Any, Run]:
+    with process_group():
+        runs: dict[Any, Run] = {kind: run_steps(toy_engine(*kind)) for kind in KINDS}
+        for micro_batch_size in (1, 4, 8):
+            for stage in STAGES:
+                runs[stage, micro_batch_size] = run_steps(toy_engine(stage, "fp32", micro_batch_size=micro_batch_size))
+        check_misuse()
+    return runs
+
+
+def check_misuse() -> None:
+    engine = toy_engine(3, "fp32", micro_batch_size=4)
+    tokens, targets = toy_batch(0)
+    engine.backward(toy_loss(engine([tokens[:4]]), targets[:4]))
+    with pytest.raises(AssertionError, match="as many backwards as micro-batches"):
+        engine.step(LEARNING_RATE)
+    with pytest.raises(AssertionError, match="frozen tensors must be buffers"):
+        build_engine(lambda: Toy().requires_grad_(False), toy_config(1, "fp32"), CPU)
+
+
+@pytest.fixture(scope="module")
+def two() -> dict[tuple[int, str], Run]:
+    """Runs on two ranks; restoring, skipping, sampling and unused parameters are checked inside."""
+    runs: list[dict[tuple[int, str], Run]] = run_in_processes(campaign_of_two, 2)
+    assert all(runs[0][kind].losses == runs[1][kind].losses for kind in KINDS)
+    return runs[0]
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[Any, Run]:
+    """Runs on one rank."""
+    runs: dict[Any, Run] = run_in_processes(campaign_of_one, 1)[0]
+    return runs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tests
+
+
+def plain_torch(num_steps: int = 4) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """The same training in a loop of torch alone: losses, gradient norms, final weights."""
+    train = toy_config(0, "fp32").train
+    module = Toy()
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(toy_values(name, tuple(parameter.shape), 0, parameter.numel()).view_as(parameter))
+    betas = (train.adam_beta1, train.adam_beta2)
+    optimizer = torch.optim.AdamW(
+        module.parameters(), LEARNING_RATE, betas, train.adam_eps, train.weight_decay, foreach=False
+    )
+    losses, norms = [], []
+    for step in range(num_steps):
+        tokens, targets = toy_batch(step)
+        loss = toy_loss(module([tokens]), targets)
+        loss.backward()
+        # Every engine gives a parameter that was not used a gradient of zero.
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    return losses, norms, {name: parameter.detach().flatten() for name, parameter in module.named_parameters()}
+
+
+def assert_same_training(run: Run, other: Run, tolerance: float) -> None:
+    assert run.losses == pytest.approx(other.losses, rel=tolerance)
+    assert run.grad_norms == pytest.approx(other.grad_norms, rel=tolerance)
+    for key, expected in other.final.items():
+        if key.endswith("/values"):
+            torch.testing.assert_close(run.final[key], expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fragments_tile_every_parameter_once(kind: tuple[int, str], two: Any, one: Any) -> None:
+    for run, world_size in ((two[kind], 2), (one[kind], 1)):
+        assert run.replicated == (kind[0] == 0)
+        times = world_size if run.replicated else 1
+        held = {key: value for key, value in run.initial.items() if key.endswith("times_held")}
+        assert len(held) == len(list(Toy().parameters()))
+        assert all(torch.equal(value, torch.full_like(value, times)) for value in held.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_weights_depend_on_neither_stage_nor_ranks(kind: tuple[int, str], two: Any, one: Any) -> None:
+    for run in (two[kind], one[kind]):
+        for name, parameter in Toy().named_parameters():
+            expected = toy_values(name, tuple(parameter.shape), 0, parameter.numel())
+            assert torch.equal(run.initial[f"{name}/values"], expected)
+            assert run.initial[f"{name}/exp_avg"].count_nonzero() == 0
+        # The weights that forward uses, too.
+        assert torch.equal(run.first_output, one[0, kind[1]].first_output)
+        assert run.first_output.dtype == (torch.bfloat16 if kind[1] == "bf16" else torch.float32)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_training_is_that_of_plain_torch_with_clipping(stage: int, two: Any, one: Any) -> None:
+    losses, norms, weights = plain_torch()
+    assert min(norms) > 2 * CLIP
+    for run in (two[stage, "fp32"], one[stage, "fp32"]):
+        assert run.num_updates == 4
+        assert run.losses == pytest.approx(losses, rel=1e-5)
+        assert run.grad_norms == pytest.approx(norms, rel=1e-5)
+        for name, expected in weights.items():
+            torch.testing.assert_close(run.final[f"{name}/values"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_and_stages_agree_in_bf16(stage: int, two: Any, one: Any) -> None:
+    assert_same_training(two[stage, "bf16"], one[0, "bf16"], 1e-3)
+    assert_same_training(one[stage, "bf16"], one[0, "bf16"], 1e-3)
+    # And bf16 is what they computed in.
+    assert two[stage, "bf16"].losses != two[stage, "fp32"].losses
+    assert_same_training(two[stage, "bf16"], one[0, "fp32"], 5e-2)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_accumulation_is_the_same_sum(stage: int, one: Any) -> None:
+    """8 micro-batches of 1, 4 of 2, 2 of 4 and 1 of 8."""
+    for micro_batch_size in (1, 4, 8):
+        assert_same_training(one[stage, micro_batch_size], one[stage, "fp32"], 1e-5)
+
+
+def test_deepspeed_config_follows_ours() -> None:
+    config = toy_config(2, "bf16", micro_batch_size=2)
+    settings = ds_config(config, 2, CPU)
+    assert settings["train_batch_size"] == 8
+    assert settings["train_micro_batch_size_per_gpu"] == 2
+    assert settings["gradient_accumulation_steps"] == 2
+    assert settings["bf16"]["enabled"]
+    assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert settings["zero_optimization"]["stage"] == 2
+    assert not settings["zero_optimization"]["overlap_comm"]
+    assert ds_config(config, 2, torch.device("cuda", 0))["zero_optimization"]["overlap_comm"]
+    assert not ds_config(toy_config(3, "fp32"), 2, CPU)["bf16"]["enabled"]

@@ -1,0 +1,186 @@
+"""Samples and scores a run: report.json, a loss map and sample grids in the run folder, and a table on the screen.
+
+    deepspeed --num_accelerators 2 tools/report.py runs/demo --held-out data/digits-held-out
+
+The scores are those of small images judged in pixel space, as the demo's digits are.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from cfpretrain.console import UserError, exit_with, phase, say
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Sample and score a run; writes report.json into its folder.")
+    parser.add_argument("run", type=Path, help="a run folder, e.g. runs/demo")
+    parser.add_argument("--held-out", type=Path, required=True, help="shards of real images kept from training")
+    parser.add_argument("--num-images", type=int, default=1000, help="images for each setting (default 1000)")
+    parser.add_argument("--num-ar-steps", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
+    parser.add_argument("--num-denoising-steps", type=int, default=50, help="default 50")
+    parser.add_argument("--guidance", type=float, default=2.0, help="beside unguided samples (default 2)")
+    parser.add_argument("--batch-size", type=int, default=250, help="images a forward on one rank (default 250)")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except UserError as error:
+        exit_with(error)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Samples on all ranks; rank 0 scores and writes."""
+    with phase("loading torch"):
+        from cfpretrain import build, runtime
+    device = runtime.pick_device()
+    config, model, step = build.load_run(arguments.run, device)
+    _check(arguments, config.model.num_tokens, len(build.make_loss(config).schedule))
+    runtime.start(device)
+    try:
+        generated = {
+            guidance: {
+                num_ar_steps: _generate(arguments, config, model, num_ar_steps, guidance, device)
+                for num_ar_steps in arguments.num_ar_steps
+            }
+            for guidance in (arguments.guidance, 1.0)
+        }
+        if runtime.rank() == 0:
+            _report(arguments, config, model, step, generated)
+    finally:
+        runtime.stop()
+
+
+def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> None:
+    for name, value, low, high in (
+        ("--num-images", arguments.num_images, 100, 10**6),
+        ("--num-denoising-steps", arguments.num_denoising_steps, 2, num_levels),
+        ("--batch-size", arguments.batch_size, 1, 10**6),
+        *(("--num-ar-steps", value, 1, num_tokens) for value in arguments.num_ar_steps),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"{name}: expected {low} to {high}, got {value}")
+
+
+def _generate(
+    arguments: argparse.Namespace, config: Any, model: Any, num_ar_steps: int, guidance: float, device: Any
+) -> Any:
+    """Images [N, C, Y, X] with pixels in [-1, 1] and the classes asked for."""
+    import torch
+
+    from cfpretrain import build
+    from cfpretrain.evaluation.generation import GenerationSettings, generate_images
+    from cfpretrain.evaluation.summary import LabelledImages
+
+    labels = [i % config.model.num_classes for i in range(arguments.num_images)]
+    settings = GenerationSettings(
+        num_ar_steps, arguments.num_denoising_steps, guidance, arguments.batch_size, config.run.seed
+    )
+    with phase(f"sampling {len(labels)} images, AR steps {num_ar_steps}, guidance {guidance:g}"):
+        images = generate_images(
+            model,
+            build.make_autoencoder(config).decode,
+            labels,
+            settings,
+            build.make_loss(config).schedule,
+            config.model.num_tokens,
+            config.model.patch_size,
+            device,
+        )
+    return LabelledImages(images * 2 - 1, torch.tensor(labels))
+
+
+def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, generated: dict[float, Any]) -> None:
+    from cfpretrain import build
+    from cfpretrain.data.shards import read_all, read_info
+    from cfpretrain.evaluation import pictures
+    from cfpretrain.evaluation.loss_map import measure_loss_map
+    from cfpretrain.evaluation.summary import LabelledImages, summarise
+
+    folder: Path = arguments.run
+    decode = build.make_autoencoder(config).decode
+    scaling = build.make_scaling(config)
+    _, train_raw, train_labels = read_all(config.data.shards)
+    _, held_out_raw, held_out_labels = read_all(arguments.held_out, key="--held-out")
+    device = next(model.parameters()).device
+    with phase("drawing the loss map"):
+        latents = scaling.to_model(train_raw).to(device)
+        errors = measure_loss_map(model, build.make_loss(config), latents, train_labels, num_bins=20, passes=8)
+        pictures.loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
+    with phase("scoring"):
+        train, held_out = (
+            LabelledImages(decode(scaling.to_model(raw)) * 2 - 1, labels)
+            for raw, labels in ((train_raw, train_labels), (held_out_raw, held_out_labels))
+        )
+        scores = summarise(train, held_out, generated[arguments.guidance], generated[1.0], config.run.seed)
+    names = read_info(config.data.shards).class_names[: config.sample.max_classes]
+    samples = folder / build.SAMPLES
+    samples.mkdir(exist_ok=True)
+    for guidance, by_ar_steps in generated.items():
+        for num_ar_steps, made in by_ar_steps.items():
+            path = samples / f"report_ar_steps_{num_ar_steps:04d}_guidance_{guidance:g}.png"
+            _draw_grid(path, made, names, num_ar_steps, guidance, arguments.num_denoising_steps, step)
+    summary = folder / build.SUMMARY_FILE
+    trained = json.loads(summary.read_text()) if summary.is_file() else {}
+    report = {
+        **trained,
+        **scores,
+        "scored_step": step,
+        "guidance": arguments.guidance,
+        "num_denoising_steps": arguments.num_denoising_steps,
+    }
+    temporary = folder / "report.json.partial"
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(temporary, folder / "report.json")
+    _print_table(report, folder)
+
+
+def _draw_grid(
+    path: Path, made: Any, names: tuple[str, ...], num_ar_steps: int, guidance: float, num_denoising: int, step: int
+) -> None:
+    import torch
+
+    from cfpretrain.evaluation import pictures
+
+    rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
+    title = f"step {step}, EMA weights, guidance {guidance:g}\nAR steps {num_ar_steps}, denoising steps {num_denoising}"
+    pictures.sample_grid(path, torch.cat(rows), names, title=title, value_range=(-1.0, 1.0))
+
+
+def _print_table(report: dict[str, Any], folder: Path) -> None:
+    def line(name: str, *values: object) -> str:
+        cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)
+        return f"  {name:<34}" + "".join(f"{cell:>12}" for cell in cells)
+
+    ar_steps = list(report["class_accuracy"])
+    lines = [
+        "",
+        line("share of digits that are the class", *(f"{n} AR step{'s' if n != '1' else ''}" for n in ar_steps)),
+        line(f"  guidance {report['guidance']:g}", *report["class_accuracy"].values()),
+        line("  unguided", *report["class_accuracy_unguided"].values()),
+        line("  real digits, held out", report["classifier_accuracy_on_real"]),
+        "",
+        line("unguided, 1 AR step", "model", "real", "cheat"),
+        *(
+            line(f"  {name}", *(report[name][who] for who in ("value", "real_against_real", "cheat")))
+            for name in ("precision", "recall", "frechet_pixel")
+        ),
+        "",
+    ]
+    if "train_seconds" in report:
+        lines.append(
+            f"  trained {report['num_steps']} steps in {report['train_seconds']:.0f} s on {report['world_size']} ranks "
+            f"(ZeRO stage {report['zero_stage']}), {report['images_per_second']:.0f} images/s, "
+            f"loss {report['loss_first']:.3f} -> {report['loss_last']:.3f}"
+        )
+    lines.append(f"  pictures: {folder}/samples/*.png {folder}/curves.png {folder}/loss_map.png")
+    lines.append(f"  numbers:  {folder}/report.json")
+    print("\n".join(lines), flush=True)
+    say(f"{folder} is scored")
+
+
+if __name__ == "__main__":
+    main()
