@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export OMP_NUM_THREADS ?= 1
 
+# The demo's ranks: two on the CPU. Outside the demo, the deepspeed launcher takes every GPU by itself.
+LAUNCH := $(BIN)/deepspeed --num_accelerators 2
+
 .PHONY: help demo test test-slow check fix clean
 help:
 	@echo "make demo       install, train on real digits on 2 CPU ranks, sample, score (about 12 minutes)"
@@ -22,6 +25,18 @@ $(READY): setup.py constraints.txt
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	DS_BUILD_OPS=0 $(BIN)/pip install --progress-bar off --constraint constraints.txt --editable ".[dev]" | grep -v "already satisfied" | cut -c1-100
 	@touch $(READY)
+
+DIGITS := data/digits
+RUN := runs/demo
+
+demo: $(READY)
+	$(BIN)/python tools/make_shards.py --source digits --out $(DIGITS) --held-out $(DIGITS)-held-out
+	$(LAUNCH) cfpretrain/train.py --config configs/tiny.yaml
+	@if [ $(RUN)/report.json -nt $(RUN)/summary.json ]; then \
+		echo "[make] $(RUN) is scored already:"; cat $(RUN)/report.json; \
+	else \
+		$(LAUNCH) tools/report.py $(RUN) --held-out $(DIGITS)-held-out; \
+	fi
 
 test: $(READY)
 	$(BIN)/python -m pytest

@@ -79,7 +79,7 @@ class DataConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     global_batch_size: int = 2048  # samples an optimizer step, over all ranks
-    micro_batch_size: int = 32  # samples a forward on one rank
+    micro_batch_size: int = 32  # most samples a forward on one rank
     num_steps: int = 500_000
     max_train_seconds: float = 0.0  # stop after this much training too; 0 = no limit
     label_drop_prob: float = 0.1  # labels replaced by the null class
@@ -136,9 +136,13 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
+    def micro_batch_size(self, world_size: int) -> int:
+        """Samples a forward on one rank: fewer than the knob says where the global batch leaves a rank fewer."""
+        return min(self.train.micro_batch_size, self.train.global_batch_size // world_size)
+
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches a rank adds up in one optimizer step."""
-        return self.train.global_batch_size // (self.train.micro_batch_size * world_size)
+        return self.train.global_batch_size // (self.micro_batch_size(world_size) * world_size)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,7 +273,7 @@ def check(config: Config, world_size: int) -> None:
         *_check_ranges(config),
         *_check_model(config.model),
         *_check_sampling(config),
-        *_check_batch(config.train, world_size),
+        *_check_batch(config, world_size),
     ]
     _raise_all(problems, "config")
 
@@ -360,13 +364,22 @@ def _check_sampling(config: Config) -> Iterable[str]:
         yield "data.latent_scale: expected non-zero numbers, got 0"
 
 
-def _check_batch(train: TrainConfig, world_size: int) -> Iterable[str]:
+def _check_batch(config: Config, world_size: int) -> Iterable[str]:
+    train = config.train
     wrong = [name for name in ("global_batch_size", "micro_batch_size") if getattr(train, name) < 1]
     for name in wrong:
         yield f"train.{name}: expected at least 1, got {getattr(train, name)}"
-    if not wrong and train.global_batch_size % (train.micro_batch_size * world_size):
+    if wrong:
+        return
+    if train.global_batch_size % world_size:
         yield (
-            f"train.global_batch_size: expected a multiple of train.micro_batch_size x ranks = "
-            f"{train.micro_batch_size} x {world_size} = {train.micro_batch_size * world_size}, "
-            f"got {train.global_batch_size}"
+            f"train.global_batch_size: expected a multiple of the {world_size} ranks, got {train.global_batch_size}; "
+            "change it or the number of ranks"
+        )
+        return
+    share, micro = train.global_batch_size // world_size, config.micro_batch_size(world_size)
+    if share % micro:
+        yield (
+            f"train.micro_batch_size: expected a divisor of {share}, a rank's share of train.global_batch_size = "
+            f"{train.global_batch_size} on {world_size} ranks, got {micro}"
         )

@@ -73,7 +73,7 @@ def ds_config(config: Config, world_size: int, device: torch.device) -> dict[str
     clip_grad_norm = config.train.clip_grad_norm if config.engine.zero_stage > 0 else 0.0
     return {
         "train_batch_size": config.train.global_batch_size,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "train_micro_batch_size_per_gpu": config.micro_batch_size(world_size),
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
         "gradient_clipping": clip_grad_norm,
         "steps_per_print": 10**12,

@@ -64,7 +64,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
     train = config.train
     print(f"parameters: {num_parameters:,}")
     print(
-        f"global batch: {train.global_batch_size} = {train.micro_batch_size} a micro-batch x "
+        f"global batch: {train.global_batch_size} = {config.micro_batch_size(world_size)} a micro-batch x "
         f"{config.accumulation_steps(world_size)} micro-batches x {world_size} ranks"
     )
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")

@@ -190,7 +190,7 @@ class Trainer:
             "epoch": position.epoch,
             "num_skipped_steps": self.at.num_skipped,
         }
-        num_sequences = len(terms) * self.config.train.micro_batch_size
+        num_sequences = len(terms) * self.config.micro_batch_size(runtime.world_size())
         flops = training_flops(
             self.config.model, num_sequences, sum(t.num_tokens for t in terms), sum(t.num_visible for t in terms)
         )

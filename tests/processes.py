@@ -3,10 +3,16 @@
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 def free_port() -> int:
@@ -88,3 +94,44 @@ def _serve(pipe: Connection, environment: dict[str, str], function: Callable[...
 
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A rank that ended: its exit code and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def start_script(script: str, arguments: Sequence[str], world_size: int) -> list[subprocess.Popen[str]]:
+    """Starts a script of the repository on each rank, with the launcher's environment and `--local_rank`."""
+    port = free_port()
+    return [
+        subprocess.Popen(
+            [sys.executable, str(REPOSITORY / script), f"--local_rank={rank}", *arguments],
+            env=os.environ | launcher_environment(rank, world_size, port),
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def run_script(script: str, arguments: Sequence[str], world_size: int = 1, timeout_s: float = 240) -> list[Ended]:
+    """Runs a script of the repository on each rank and waits for all; none is left running."""
+    ranks = start_script(script, arguments, world_size)
+    try:
+        ended = []
+        for process in ranks:
+            out, err = process.communicate(timeout=timeout_s)
+            ended.append(Ended(process.returncode, out, err))
+        return ended
+    finally:
+        for process in ranks:
+            if process.poll() is None:
+                process.kill()
+                process.communicate()

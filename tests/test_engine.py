@@ -3,7 +3,7 @@
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -167,12 +167,27 @@ class Run:
     """What one engine did."""
 
     initial: dict[str, Tensor]
-    first_output: Tensor
+    first_output: Tensor  # in fp32
+    output_dtype: str
     replicated: bool
     losses: list[float]
     grad_norms: list[float]
     final: dict[str, Tensor]
     num_updates: int
+
+    def mapped(self, convert: Callable[[Any], Any]) -> "Run":
+        """The same with every tensor converted."""
+        initial, final = ({key: convert(value) for key, value in d.items()} for d in (self.initial, self.final))
+        return replace(self, initial=initial, final=final, first_output=convert(self.first_output))
+
+
+def portable(runs: dict[Any, Run]) -> dict[Any, Run]:
+    """With arrays for tensors, which outlive the process that sends them."""
+    return {key: run.mapped(Tensor.numpy) for key, run in runs.items()}
+
+
+def received(runs: dict[Any, Run]) -> dict[Any, Run]:
+    return {key: run.mapped(torch.from_numpy) for key, run in runs.items()}
 
 
 @contextlib.contextmanager
@@ -192,7 +207,7 @@ def run_steps(engine: Engine, num_steps: int = 4) -> Run:
     initial = gather(engine)
     engine.module.eval()
     with torch.no_grad():
-        first_output = engine.module([toy_batch(0)[0]]).clone()
+        first_output = engine.module([toy_batch(0)[0]])
     engine.module.train()
     losses, grad_norms = [], []
     for step in range(num_steps):
@@ -201,7 +216,9 @@ def run_steps(engine: Engine, num_steps: int = 4) -> Run:
         losses.append(loss)
         grad_norms.append(engine.grad_norm)
     replicated = all(fragment.replicated for fragment in engine.fragments())
-    return Run(initial, first_output, replicated, losses, grad_norms, gather(engine), engine.optimizer_step)
+    output_dtype = str(first_output.dtype).removeprefix("torch.")
+    final, num_updates = gather(engine), engine.optimizer_step
+    return Run(initial, first_output.float(), output_dtype, replicated, losses, grad_norms, final, num_updates)
 
 
 def check_skip(stage: int, precision: str) -> None:
@@ -283,9 +300,9 @@ def check_restore(source: int, targets: tuple[int, ...], precision: str, micro_b
         assert fresh.optimizer_step == 5
 
 
-def campaign_of_two() -> dict[tuple[int, str], Run]:
+def campaign_of_two() -> dict[Any, Run]:
     with process_group():
-        runs = {kind: run_steps(toy_engine(*kind)) for kind in KINDS}
+        runs: dict[Any, Run] = {kind: run_steps(toy_engine(*kind)) for kind in KINDS}
         for kind in KINDS:
             check_skip(*kind)
             check_unused(*kind)
@@ -296,7 +313,7 @@ def campaign_of_two() -> dict[tuple[int, str], Run]:
         # With accumulation, stages 0 and 1 sum over micro-batches first, stages 2 and 3 over ranks first.
         check_restore(0, (0, 1), "fp32", micro_batch_size=1)
         check_restore(3, (2, 3), "fp32", micro_batch_size=1)
-    return runs
+    return portable(runs)
 
 
 def campaign_of_one() -> dict[Any, Run]:
@@ -306,7 +323,7 @@ def campaign_of_one() -> dict[Any, Run]:
             for stage in STAGES:
                 runs[stage, micro_batch_size] = run_steps(toy_engine(stage, "fp32", micro_batch_size=micro_batch_size))
         check_misuse()
-    return runs
+    return portable(runs)
 
 
 def check_misuse() -> None:
@@ -320,18 +337,17 @@ def check_misuse() -> None:
 
 
 @pytest.fixture(scope="module")
-def two() -> dict[tuple[int, str], Run]:
+def two() -> dict[Any, Run]:
     """Runs on two ranks; restoring, skipping, sampling and unused parameters are checked inside."""
-    runs: list[dict[tuple[int, str], Run]] = run_in_processes(campaign_of_two, 2)
+    runs: list[dict[Any, Run]] = run_in_processes(campaign_of_two, 2)
     assert all(runs[0][kind].losses == runs[1][kind].losses for kind in KINDS)
-    return runs[0]
+    return received(runs[0])
 
 
 @pytest.fixture(scope="module")
 def one() -> dict[Any, Run]:
     """Runs on one rank."""
-    runs: dict[Any, Run] = run_in_processes(campaign_of_one, 1)[0]
-    return runs
+    return received(run_in_processes(campaign_of_one, 1)[0])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,7 +376,7 @@ def plain_torch(num_steps: int = 4) -> tuple[list[float], list[float], dict[str,
         norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP)))
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, norms, {name: parameter.detach().flatten() for name, parameter in module.named_parameters()}
 
 
@@ -391,7 +407,7 @@ def test_initial_weights_depend_on_neither_stage_nor_ranks(kind: tuple[int, str]
             assert run.initial[f"{name}/exp_avg"].count_nonzero() == 0
         # The weights that forward uses, too.
         assert torch.equal(run.first_output, one[0, kind[1]].first_output)
-        assert run.first_output.dtype == (torch.bfloat16 if kind[1] == "bf16" else torch.float32)
+        assert run.output_dtype == {"bf16": "bfloat16", "fp32": "float32"}[kind[1]]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -412,7 +428,8 @@ def test_ranks_and_stages_agree_in_bf16(stage: int, two: Any, one: Any) -> None:
     assert_same_training(one[stage, "bf16"], one[0, "bf16"], 1e-3)
     # And bf16 is what they computed in.
     assert two[stage, "bf16"].losses != two[stage, "fp32"].losses
-    assert_same_training(two[stage, "bf16"], one[0, "fp32"], 5e-2)
+    assert two[stage, "bf16"].losses == pytest.approx(one[0, "fp32"].losses, rel=2e-2)
+    assert two[stage, "bf16"].grad_norms == pytest.approx(one[0, "fp32"].grad_norms, rel=2e-2)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -145,12 +146,13 @@ def test_no_sample_comes_twice_in_an_epoch(
             assert len(seen) == len(set(seen))
             assert set(seen) <= known
             assert len(known) - len(seen) < global_batch_size
-        assert epochs[0] != epochs[1] != epochs[2]
+        if num_samples > global_batch_size:
+            assert epochs[0] != epochs[1] != epochs[2]
 
 
 def test_other_samples_are_dropped_in_every_epoch(folders: Any) -> None:
-    steps, _ = ids_of_steps(config_for(folders(47)), 1, 4)
-    assert len({tuple(ids) for ids in steps}) == 4
+    steps, _ = ids_of_steps(config_for(folders(47)), 1, 20)
+    assert len({tuple(ids) for ids in steps}) == 20
     assert len({i for ids in steps for i in ids}) == 47
 
 
@@ -236,7 +238,7 @@ def test_another_global_batch_goes_on_at_the_same_sample(folders: Any) -> None:
     first, position = ids_of_steps(small, 1, 3)
     then, after = ids_of_steps(large, 2, 1, position)
     everything, _ = ids_of_steps(small, 1, 6)
-    assert sorted(sum(first, []) + then[0]) == sorted(sum(everything, []))
+    assert sorted([*chain(*first), *then[0]]) == sorted(chain(*everything))
     assert after == Position(1, 0)
 
 
@@ -280,9 +282,10 @@ def test_mirroring_is_a_function_of_seed_epoch_and_id(folders: Any) -> None:
     # 384 fair coins: six standard deviations are 59.
     assert abs(sum(one.values()) - 192) < 59
     assert mirrored(config_for(folder, 24, 3, mirror_prob=0.5, num_workers=2), 2) == one
-    assert mirrored(config_for(folder, 24, 2, 3, mirror_prob=0.5), 4).items() & one.items()
-    other_order = mirrored(config_for(folder, 12, 12, 3, mirror_prob=0.5), 1)
-    assert all(one[key] == value for key, value in other_order.items() if key in one)
+    other_order = mirrored(config_for(folder, 12, 3, 3, mirror_prob=0.5), 4)
+    in_both_orders = other_order.keys() & one.keys()
+    assert len(in_both_orders) > 100
+    assert all(one[key] == other_order[key] for key in in_both_orders)
     in_both = [i for epoch, i in one if epoch == 0 and (1, i) in one]
     assert any(one[0, i] != one[1, i] for i in in_both)
     reseeded = mirrored(config_for(folder, mirror_prob=0.5, seed=6), 1)
@@ -292,11 +295,11 @@ def test_mirroring_is_a_function_of_seed_epoch_and_id(folders: Any) -> None:
 
 
 def test_the_global_generators_are_left_alone(folders: Any) -> None:
-    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[union-attr]
+    torch_state, numpy_state = torch.get_rng_state(), repr(np.random.get_state(legacy=False)["state"])
     for num_workers in (0, 2):
         run_rank(config_for(folders(101), mirror_prob=0.5, num_workers=num_workers), 0, 1, 5)
     assert torch.equal(torch.get_rng_state(), torch_state)
-    assert np.random.get_state()[1].tolist() == numpy_state  # type: ignore[union-attr]
+    assert repr(np.random.get_state(legacy=False)["state"]) == numpy_state
 
 
 def test_a_batch_moves_with_all_its_tensors(folders: Any) -> None:
@@ -348,10 +351,11 @@ def gather_ids(config: Config, num_steps: int) -> tuple[list[list[int]], set[str
     mine = [[i for batch in batches for i in batch.ids_B.tolist()] for batches in steps]
     theirs: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(theirs, mine)
-    return [sorted(sum(shares, [])) for shares in zip(*theirs, strict=True)], set(os.listdir("/dev/shm")) - before
+    return [sorted(chain(*shares)) for shares in zip(*theirs, strict=True)], set(os.listdir("/dev/shm")) - before
 
 
-@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 2), (4, 0)])
+# Ranks of the loader share nothing, so the tests above run them one after another; here they are processes.
+@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 2), pytest.param(4, 0, marks=pytest.mark.slow)])
 def test_real_ranks_see_the_same_global_batches(folders: Any, world_size: int, num_workers: int) -> None:
     wanted, _ = ids_of_steps(config_for(folders(101)), 1, 9)
     config = config_for(folders(101), 24, 3, num_workers=num_workers)

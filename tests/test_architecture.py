@@ -1,0 +1,65 @@
+"""What the import contract cannot say: one door for each vendor, no shadowing, nobody imports train."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import REPOSITORY
+
+PACKAGE = REPOSITORY / "cfpretrain"
+DOORS = {
+    "deepspeed": {"engine.py"},
+    "streaming": {"data/shards.py", "data/loader.py"},
+    "wandb": {"metrics.py"},
+    "omegaconf": {"config.py"},
+    "safetensors": {"checkpoint.py"},
+    "matplotlib": {"evaluation/pictures.py"},
+    "PIL": {"evaluation/pictures.py"},
+    "sklearn": {"evaluation/classifier.py"},
+    "tqdm": {"console.py"},
+    "nvidia": set(),
+    "apex": set(),
+    "flash_attn": set(),
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported_names(path: Path) -> set[str]:
+    """Top-level names of everything a file imports, at its top or inside functions."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module or "")
+    return names
+
+
+@pytest.mark.parametrize("vendor", sorted(DOORS))
+def test_one_vendor_one_door(vendor) -> None:
+    users = {
+        str(path.relative_to(PACKAGE))
+        for path in MODULES
+        if vendor in {name.split(".")[0] for name in imported_names(path)}
+    }
+    assert users == DOORS[vendor]
+
+
+def test_no_module_shadows_the_standard_library_or_a_vendor() -> None:
+    """The folder of a script comes first on sys.path: `cfpretrain/logging.py` would hide python's own."""
+    names = {path.stem for path in [*PACKAGE.iterdir(), *(REPOSITORY / "tools").iterdir()]} - {"__init__"}
+    assert not names & (sys.stdlib_module_names | DOORS.keys() | {"torch", "numpy", "scipy", "triton"})
+
+
+def test_nobody_imports_train() -> None:
+    files = [*MODULES, *(REPOSITORY / "tools").glob("*.py")]
+    assert not [path for path in files if "cfpretrain.train" in imported_names(path)]
+
+
+def test_no_pickle_is_written_or_read() -> None:
+    for path in MODULES:
+        assert not imported_names(path) & {"pickle", "dill", "cloudpickle", "joblib", "shelve"}, path
+        assert "torch.load(" not in path.read_text(), path
+        assert "torch.save(" not in path.read_text(), path

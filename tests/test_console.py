@@ -1,0 +1,75 @@
+"""What people see: rank 0 alone speaks, phases stay alive, mistakes are one line."""
+
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from cfpretrain import console
+from tests.processes import REPOSITORY
+
+
+@pytest.mark.parametrize(("rank", "want"), [("0", "[cfpretrain] hello\n"), ("1", "")])
+def test_rank_zero_alone_speaks(rank, want, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", rank)
+    console.say("hello")
+    assert capsys.readouterr().out == want
+
+
+@pytest.mark.parametrize(("rank", "want"), [("0", "[cfpretrain] error: no such key\n"), ("1", "")])
+def test_a_mistake_ends_every_rank_with_one_line(rank, want, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", rank)
+    with pytest.raises(SystemExit) as caught:
+        console.exit_with(console.UserError("no such key"))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == want
+
+
+def test_a_long_phase_says_that_it_lives(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(console, "_HEARTBEAT_SECONDS", 0.01)
+    lines: list[str] = []
+    with console.phase("waiting"):
+        while len(lines) < 3:
+            time.sleep(0.01)
+            lines += capsys.readouterr().out.splitlines()
+    assert lines[0] == "[cfpretrain] waiting ..."
+    assert lines[1].startswith("[cfpretrain] still waiting (")
+    # Once it ends, it is quiet.
+    capsys.readouterr()
+    time.sleep(0.05)
+    assert capsys.readouterr().out == ""
+
+
+def test_progress_without_a_terminal_is_lines(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(console, "_HEARTBEAT_SECONDS", 0.0)
+    progress = console.Progress(num_steps=100, step=0)
+    progress.show(10, "loss 0.5", seconds_left=125)
+    progress.close()
+    assert capsys.readouterr().out == "[cfpretrain] step 10/100  loss 0.5  2:05 left\n"
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    progress = console.Progress(num_steps=100, step=40)
+    progress.show(60, "loss 0.5", seconds_left=5)
+    progress.close()
+    shown = capsys.readouterr().err
+    assert "60/100" in shown
+    assert "loss 0.5, 0:05 left" in shown
+
+
+def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
+    """Importing torch takes seconds on a busy machine: by then something has been said."""
+    (tmp_path / "torch.py").write_text("print('torch begins', flush=True)\nraise SystemExit(7)\n")
+    program = textwrap.dedent(f"""
+        import runpy, sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        sys.argv = ["train.py", "--config", "configs/tiny.yaml"]
+        runpy.run_path("cfpretrain/train.py", run_name="__main__")
+    """)
+    ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    lines = ended.stdout.splitlines()
+    assert lines.index("[cfpretrain] loading torch ...") < lines.index("torch begins")

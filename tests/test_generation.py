@@ -1,0 +1,49 @@
+"""Images made by all ranks together: the same on any number of ranks, surplus images masked."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cfpretrain import noise, runtime
+from cfpretrain.evaluation.generation import GenerationSettings, generate_images
+from tests.processes import run_in_processes
+from tests.test_transformer import small_model
+
+LABELS = [0, 1, 2, 3, 4, 0, 1]
+
+
+def make(settings: GenerationSettings) -> Tensor:
+    schedule = noise.linear_schedule()
+    return generate_images(small_model(), lambda x: x / 2 + 0.5, LABELS, settings, schedule, 9, 2, torch.device("cpu"))
+
+
+def make_on_ranks(settings: GenerationSettings) -> tuple[list[list[float]], int]:
+    torch.set_num_threads(1)
+    runtime.start(torch.device("cpu"))
+    calls: list[int] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, *_: calls.append(1) if type(module).__name__ == "CausalFusion" else None
+    )
+    images = make(settings)
+    handle.remove()
+    runtime.stop()
+    return images.flatten(1).tolist(), len(calls)
+
+
+@pytest.mark.parametrize("num_ar_steps", [3])
+def test_images_are_equal_on_any_number_of_ranks(num_ar_steps) -> None:
+    settings = GenerationSettings(num_ar_steps, num_denoising_steps=3, guidance=2.0, batch_size=2, seed=5)
+    by_world = [run_in_processes(make_on_ranks, world_size, settings) for world_size in (1, 2, 3)]
+    one = by_world[0][0][0]
+    assert len(one) == len(LABELS)
+    for ranks in by_world:
+        images, calls = zip(*ranks, strict=True)
+        assert all(made == one for made in images)
+        # Under ZeRO-3 every rank must run as many forwards as any other.
+        assert len(set(calls)) == 1
+
+
+def test_batch_size_changes_rounding_only() -> None:
+    one, other = (make(GenerationSettings(2, 3, 1.0, batch_size, 5)) for batch_size in (1, 7))
+    assert one.shape == (7, 1, 6, 6)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

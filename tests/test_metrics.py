@@ -1,0 +1,111 @@
+"""Metrics: FLOPs against published figures, windows, the file across a resume, wandb offline."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from cfpretrain import metrics, order
+from cfpretrain.config import ModelConfig
+from tests.processes import run_in_processes
+
+
+@pytest.mark.parametrize(
+    ("width", "depth", "heads", "tera"), [(1024, 24, 16, 0.96), (1280, 32, 20, 1.98), (1408, 48, 22, 3.58)]
+)
+def test_flops_of_an_image_as_published(width, depth, heads, tera) -> None:
+    """At 256 px with the exact mask, in the mean over splits of decay 0.9."""
+    model = ModelConfig(width=width, depth=depth, num_heads=heads)
+    table = order.last_size_table(256, 0.9)
+    keys = torch.arange(2000)
+    steps = order.draw_shared_steps
+    tokens, visible = 0, 0
+    for i in keys[:200].tolist():
+        layout = order.build_layout([order.Condition(64), order.Image(steps(torch.tensor(i * 7919 + 1), 1, 256, 0.9))])
+        tokens += layout.step_BM.shape[1]
+        visible += int(order.count_visible(layout.intervals_BMI))
+    assert float(table.sum()) == pytest.approx(1)
+    assert metrics.training_flops(model, 200, tokens, visible) / 200 / 1e12 == pytest.approx(tera, rel=0.03)
+
+
+def close_a_window() -> tuple[list[dict[str, object]], float, list[float]]:
+    from cfpretrain import runtime
+
+    runtime.start(torch.device("cpu"))
+    rank = runtime.rank()
+    window = metrics.Window()
+    window.records.append(metrics.StepRecord({"step": 1, "grad_norm": 0.5}, 2.0 + rank, 4, 10.0))
+    window.records.append(metrics.StepRecord({"step": 2, "grad_norm": None}, math.inf if rank else 1.0, 4, 10.0))
+    closed = window.close([1.5 + rank, 0.25])
+    assert window.records == []
+    runtime.stop()
+    return closed
+
+
+def test_a_window_sums_over_ranks_and_takes_the_clock_of_rank_zero() -> None:
+    rows = [{"step": 1, "loss": 5.0 / 8, "grad_norm": 0.5}, {"step": 2, "loss": None, "grad_norm": None}]
+    assert run_in_processes(close_a_window, 2) == [(rows, 40.0, [1.5, 0.25])] * 2
+
+
+def test_resume_drops_rows_of_lost_work(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = metrics.MetricsFile(path, resume_step=0)
+    first.append([{"step": i, "loss": 1.0 / i} for i in (1, 2, 3)])
+    with path.open("a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    assert [row["step"] for row in metrics.read_metrics(path)] == [1, 2, 3]
+    again = metrics.MetricsFile(path, resume_step=2)
+    again.append([{"step": 3, "loss": 9.0}])
+    assert metrics.read_metrics(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 9.0}]
+
+
+def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"step": 5, "loss": 1.0}) + "\n")
+    metrics.MetricsFile(path, resume_step=0)
+    assert metrics.read_metrics(path) == []
+
+
+def test_damage_in_the_middle_is_not_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(ValueError, match="Unterminated"):
+        metrics.read_metrics(path)
+
+
+def test_wandb_offline_keeps_numbers_and_goes_on_with_its_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tracker = metrics.Tracker("auto", "cfpretrain-test", tmp_path, None, {"train": {"num_steps": 3}})
+    assert tracker.run_id
+    tracker.log({"step": 1, "loss": 0.5, "mfu": None})
+    tracker.close()
+    again = metrics.Tracker("offline", "cfpretrain-test", tmp_path, tracker.run_id, {})
+    assert again.run_id == tracker.run_id
+    again.close()
+    files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{tracker.run_id}.wandb"))
+    assert len(files) == 2
+    assert any(b"loss" in file.read_bytes() for file in files)
+
+
+def test_disabled_tracking_writes_nothing(tmp_path: Path) -> None:
+    tracker = metrics.Tracker("disabled", "x", tmp_path, None, {})
+    tracker.log({"step": 1, "loss": 0.5})
+    tracker.close()
+    assert tracker.run_id is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mode_is_online_only_where_a_key_is(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert metrics._resolve_mode("auto") == "offline"
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert metrics._resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert metrics._resolve_mode("auto") == "online"
+    assert metrics._resolve_mode("offline") == "offline"

@@ -1,0 +1,64 @@
+"""Ranks: agreement and sums over real processes, and a single process without a launcher."""
+
+import pytest
+import torch
+
+from cfpretrain import runtime
+from cfpretrain.console import UserError
+from tests.processes import run_in_processes
+
+
+def exchange() -> dict[str, object]:
+    runtime.start(torch.device("cpu"))
+    found: dict[str, object] = {
+        "rank": runtime.rank(),
+        "gathered": runtime.gather(runtime.rank() * 10),
+        "sum": runtime.sum_over_ranks(torch.tensor([1.0, runtime.rank()])).tolist(),
+    }
+    runtime.agree(None)
+    try:
+        runtime.agree(f"rank {runtime.rank()} has no disk" if runtime.rank() > 0 else None)
+    except UserError as error:
+        found["problem"] = str(error)
+    runtime.barrier()
+    runtime.stop()
+    return found
+
+
+def test_ranks_agree() -> None:
+    for rank, found in enumerate(run_in_processes(exchange, 3)):
+        assert found == {
+            "rank": rank,
+            "gathered": [0, 10, 20],
+            "sum": [3.0, 3.0],
+            "problem": "rank 1 has no disk",
+        }
+
+
+def alone() -> list[object]:
+    import os
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        del os.environ[name]
+    before = [runtime.rank(), runtime.world_size(), runtime.gather("x")]
+    runtime.start(torch.device("cpu"))
+    after = [runtime.gather("x"), torch.distributed.get_world_size(), os.environ["LOCAL_WORLD_SIZE"]]
+    runtime.stop()
+    return [*before, *after]
+
+
+def test_one_process_needs_no_launcher() -> None:
+    assert run_in_processes(alone, 1) == [[0, 1, ["x"], ["x"], 1, "1"]]
+
+
+def test_without_a_group_a_process_agrees_with_itself() -> None:
+    assert runtime.sum_over_ranks(torch.tensor([2.0])).tolist() == [2.0]
+    with pytest.raises(UserError, match="mine"):
+        runtime.agree("mine")
+
+
+def test_peak_memory_counts_what_was_held() -> None:
+    before = runtime.peak_rss_mb()
+    held = torch.ones(64_000_000)
+    assert held.sum() > 0
+    assert runtime.peak_rss_mb() > max(before, 256)

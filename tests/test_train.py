@@ -1,0 +1,224 @@
+"""Whole runs of `cfpretrain/train.py` on real ranks: resume, world sizes, and mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cfpretrain import config as configs
+from cfpretrain.data.loader import Loader
+from tests.digits import small_config, small_run, write_digits
+from tests.processes import REPOSITORY, Ended, run_script, start_script
+
+TRAIN = "cfpretrain/train.py"
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture(scope="module")
+def whole_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 12 steps on 2 ranks, over two epochs of 6 steps and a tail."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    for ended in run_script(TRAIN, small_run(shards, folder), 2):
+        assert ended.code == 0, ended.err
+    return folder
+
+
+def numbers(folder: Path) -> list[tuple[object, ...]]:
+    """What must repeat bit by bit: not the times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row[key] for key in ("step", "loss", "grad_norm", "learning_rate", "epoch")) for row in rows]
+
+
+def checkpoint(folder: Path, content: str, step: int = 12) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / f"{content}.safetensors")
+
+
+def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
+    assert [row[0] for row in numbers(whole_run)] == list(range(1, 13))
+    losses = [row[1] for row in numbers(whole_run)]
+    assert losses[-1] < losses[0]
+    assert configs.load(whole_run / "config.yaml").train.num_steps == 12
+    assert (whole_run / "checkpoints" / "latest").read_text().strip() == "step_00000012"
+    # keep_last = 2
+    names = sorted(p.name for p in (whole_run / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000008", "step_00000012"]
+    assert (whole_run / "curves.png").stat().st_size > 1000
+    pictures = sorted(p.name for p in (whole_run / "samples").iterdir())
+    assert pictures == ["step_00000012_ar_steps_0001.png", "step_00000012_ar_steps_0002.png"]
+    summary = json.loads((whole_run / "summary.json").read_text())
+    assert (summary["world_size"], summary["zero_stage"], summary["num_steps"]) == (2, 3, 12)
+    assert summary["loss_first"] == losses[0]
+
+
+def test_learning_rate_warms_up_then_stays(whole_run: Path) -> None:
+    rates = [row[3] for row in numbers(whole_run)]
+    assert rates == pytest.approx([1e-3 * min(1.0, i / 4) for i in range(1, 13)])
+
+
+def test_a_killed_run_goes_on_bit_by_bit(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    """SIGKILL in the middle of an epoch, then the same command: losses, weights and EMA of the uninterrupted run."""
+    folder = tmp_path / "killed"
+    # It would train on for long: the kill comes while it does.
+    ranks = start_script(TRAIN, small_run(shards, folder, "train.num_steps=5000", "checkpoint.keep_last=1000"), 2)
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 6):
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
+        time.sleep(0.01)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+        rank.communicate()
+    # The machine may have been fast: go back to step 4, as if the kill had come right after its checkpoint.
+    (folder / "checkpoints" / "latest").write_text("step_00000004\n")
+
+    for ended in run_script(TRAIN, small_run(shards, folder, "checkpoint.keep_last=1000"), 2):
+        assert ended.code == 0, ended.err
+        if ended.out:
+            assert "resuming from" in ended.out
+            assert "training from step 4 to 12" in ended.out
+    assert numbers(folder) == numbers(whole_run)
+    for content in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        ours, theirs = checkpoint(folder, content), checkpoint(whole_run, content)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), content
+    # The averages are averages: a resume that copied the weights over them would be noticed.
+    weights, ema = checkpoint(folder, "weights"), checkpoint(folder, "ema")
+    assert not any(torch.equal(weights[name], ema[name]) for name in weights if weights[name].std() > 0)
+
+
+def test_a_complete_run_says_so(shards: Path, whole_run: Path) -> None:
+    before = (whole_run / "metrics.jsonl").read_bytes()
+    [ended] = run_script(TRAIN, small_run(shards, whole_run))
+    assert ended.code == 0
+    assert f"nothing to do: {whole_run} is complete at step 12" in ended.out
+    assert (whole_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_one_rank_trains_on_the_same_numbers(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    """1 rank with 4 micro-batches against 2 ranks with 2: equal up to the order of summation, stage 1 against 3."""
+    folder = tmp_path / "one"
+    [ended] = run_script(TRAIN, small_run(shards, folder, "engine.zero_stage=1"))
+    assert ended.code == 0, ended.err
+    ours = torch.tensor([row[1] for row in numbers(folder)])
+    theirs = torch.tensor([row[1] for row in numbers(whole_run)])
+    # Measured: 5e-7 after 12 steps.
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+def test_draws_are_equal_on_1_2_and_4_ranks(shards: Path, tmp_path: Path) -> None:
+    """Number by number, over more than an epoch: samples, orders, splits, t, noise, label drops."""
+    from cfpretrain.build import make_loss
+
+    def draws_of(world_size: int) -> list[dict[int, tuple[list[float], ...]]]:
+        config = small_config(shards, tmp_path, "train.label_drop_prob=0.5", "data.mirror_prob=0.5")
+        loss = make_loss(config)
+        loaders = [Loader(config, rank, world_size) for rank in range(world_size)]
+        steps: list[dict[int, tuple[list[float], ...]]] = []
+        for step in range(8):
+            found: dict[int, tuple[list[float], ...]] = {}
+            for loader in loaders:
+                for batch in next(loader):
+                    draws = loss.draw(step, batch.epoch, batch.ids_B, batch.labels_B, 16, 4)
+                    for i, sample in enumerate(batch.ids_B.tolist()):
+                        fields = (draws.labels_B, draws.order_BL, draws.steps_BL, draws.timesteps_B, draws.noise_BLP)
+                        assert sample not in found
+                        found[sample] = tuple(f[i].flatten().tolist() for f in (*fields, batch.latents_BCYX))
+            steps.append(found)
+        for loader in loaders:
+            loader.close()
+        return steps
+
+    one = draws_of(1)
+    assert all(len(found) == 16 for found in one)
+    assert draws_of(2) == one
+    assert draws_of(4) == one
+
+
+# ---------------------------------------------------------------------------
+# Mistakes
+
+
+def assert_refused(ranks: list[Ended], *parts: str) -> None:
+    """Exit code 2 on every rank, one line from rank 0 that names what is wrong, no traceback."""
+    assert [ended.code for ended in ranks] == [2] * len(ranks), ranks
+    lines = [line for line in ranks[0].err.splitlines() if "[cfpretrain] error: " in line]
+    assert len(lines) == 1, ranks[0].err
+    for part in parts:
+        assert part in lines[0]
+    assert all("[cfpretrain]" not in ended.out + ended.err for ended in ranks[1:])
+    assert not any("Traceback" in ended.err for ended in ranks)
+
+
+def test_config_mistakes(shards: Path, tmp_path: Path) -> None:
+    run = small_run(shards, tmp_path / "run")
+    assert_refused(run_script(TRAIN, [*run, "train.num_stepz=3"]), "train.num_stepz: unknown key", "train.num_steps?")
+    assert_refused(run_script(TRAIN, [*run, "train.num_steps=many"]), "train.num_steps: expected a whole number")
+    wrong = [*run, "train.global_batch_size=15"]
+    assert_refused(run_script(TRAIN, wrong, 2), "train.global_batch_size: expected a multiple of the 2 ranks, got 15")
+    assert_refused(run_script(TRAIN, ["--config", "configs/nowhere.yaml"]), "configs/nowhere.yaml does not exist")
+    assert not (tmp_path / "run").exists()
+
+
+def test_shard_mistakes(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    run = tmp_path / "run"
+    missing = small_run(tmp_path / "nowhere", run)
+    assert_refused(run_script(TRAIN, missing, 2), "data.shards", "nowhere does not exist", "tools/make_shards.py")
+    assert_refused(run_script(TRAIN, small_run(tmp_path / "empty", run)), "data.shards", "empty is empty")
+    other = small_run(shards, run, "model.latent_size=16", "data.latent_scale=1.0", "sample.num_ar_steps=[1]")
+    assert_refused(run_script(TRAIN, other), "model.latent_size: expected 8", "data.latent_scale: expected [2.0]")
+
+
+def test_run_folder_mistakes(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    unwritable = small_run(shards, tmp_path / "file" / "run")
+    assert_refused(run_script(TRAIN, unwritable, 2), "run.folder", "cannot be written")
+    other_model = small_run(shards, whole_run, "train.num_steps=20", "model.depth=3")
+    before = (whole_run / "config.yaml").read_bytes()
+    assert_refused(run_script(TRAIN, other_model, 2), "of another model", "model.depth is 2 there and 3 in the config")
+    assert (whole_run / "config.yaml").read_bytes() == before
+    other_seed = small_run(shards, whole_run, "train.num_steps=20", "run.seed=1")
+    assert_refused(run_script(TRAIN, other_seed), "run.seed: expected 0, the seed of the checkpoint, got 1")
+    fewer = write_digits(tmp_path / "fewer", 90)
+    other_shards = small_run(fewer, whole_run, "train.num_steps=20")
+    assert_refused(run_script(TRAIN, other_shards), "data.shards: the checkpoint was trained on other shards")
+
+
+def test_dry_run_prints_config_arithmetic_and_parameters(shards: Path, tmp_path: Path) -> None:
+    [ended] = run_script(TRAIN, [*small_run(shards, tmp_path / "run"), "--dry-run", "--num-ranks", "2"])
+    assert ended.code == 0, ended.err
+    assert "global batch: 16 = 4 a micro-batch x 2 micro-batches x 2 ranks" in ended.out
+    assert "parameters: 43,876" in ended.out
+    assert "num_steps: 12" in ended.out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_under_the_deepspeed_launcher(shards: Path, tmp_path: Path) -> None:
+    """The real launcher: a run of 12 steps, and a mistake that ends it with exit code 2."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", "2", TRAIN]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
+        command = [*launcher, *small_run(shards, tmp_path / "run", *overrides)]
+        return subprocess.run(
+            command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+
+    wrong = launch("train.num_stepz=3")
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("[cfpretrain] error: ") == 1
+    ended = launch()
+    assert ended.returncode == 0, ended.stderr
+    assert "done: step 12" in ended.stdout
+    assert [row[0] for row in numbers(tmp_path / "run")] == list(range(1, 13))
