@@ -1,5 +1,6 @@
 """From a config to what it describes (network, objective, autoencoder), and from a run folder to its model."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -16,6 +17,13 @@ from cfpretrain.noise import linear_schedule
 # What a run folder holds.
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def make_model(config: Config) -> CausalFusion:

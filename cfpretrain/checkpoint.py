@@ -366,14 +366,11 @@ def _reason(error: OSError) -> str:
 @contextmanager
 def _all_ranks(task: str, fix: str) -> Iterator[None]:
     """Runs a block on each rank; where it fails on one, all ranks raise the same UserError."""
-    problem = None
-    try:
-        yield
-    except UserError as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{task}: {_reason(error)}; {fix}"
-    runtime.agree(problem)
+    with runtime.together():
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{task}: {_reason(error)}; {fix}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

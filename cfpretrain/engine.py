@@ -343,12 +343,10 @@ class Engine:
         if self._zero_stage < 3:
             optimizer.update_lp_params()
             return
+        # Small parameters stay gathered on every rank: released, they are gathered anew by the next forward.
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        # Small parameters stay gathered on every rank, and would keep their old values.
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def _flats(self) -> list[Tensor]:
         """The tensors that the optimizer updates on this rank."""

@@ -2,6 +2,8 @@
 
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -90,6 +92,17 @@ def agree(problem: str | None) -> None:
     for found in gather(problem):
         if found is not None:
             raise UserError(found)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Runs a block on each rank; a UserError on one of them is raised on all, as `agree` does."""
+    problem = None
+    try:
+        yield
+    except UserError as error:
+        problem = str(error)
+    agree(problem)
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

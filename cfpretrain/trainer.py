@@ -23,12 +23,13 @@ from cfpretrain.build import (
     make_model,
     make_scaling,
     make_store,
+    write_text,
 )
 from cfpretrain.checkpoint import TrainingState, read_state
 from cfpretrain.config import Config, to_plain, to_yaml
 from cfpretrain.console import Progress, UserError, phase, say
 from cfpretrain.data.loader import Loader, Position
-from cfpretrain.data.shards import read_info
+from cfpretrain.data.shards import check_info, fingerprint, read_info
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
@@ -92,8 +93,6 @@ class Trainer:
         saved = self._restore_or_initialise()
         position = Position(saved.epoch, saved.samples_in_epoch) if saved else None
         self.loader = Loader(config, runtime.rank(), runtime.world_size(), position)
-        if saved is not None:
-            _check_same_data(saved, self.loader.fingerprint, config.run.seed)
         self.metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
         self.tracker = Tracker(
             config.metrics.wandb,
@@ -294,9 +293,7 @@ class Trainer:
             rows = read_metrics(self.folder / METRICS_FILE)
             pictures.curves(self.folder / "curves.png", rows, title=f"{self.config.run.folder}, step {self.at.step}")
             summary = self._summary(rows, peak_rss_mb)
-            temporary = self.folder / f"{SUMMARY_FILE}.partial"
-            temporary.write_text(json.dumps(summary, indent=2) + "\n")
-            os.replace(temporary, self.folder / SUMMARY_FILE)
+            write_text(self.folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         self.tracker.close()
         self.loader.close()
         runtime.barrier()
@@ -325,25 +322,57 @@ class Trainer:
 
 
 def prepare_folder(config: Config) -> None:
-    """Makes the run folder and writes the resolved config into it; rank 0 writes, all ranks call.
+    """Checks what a run reads and where it writes, then puts the resolved config into the run folder.
+
+    It takes no seconds of building an engine, and where it refuses, the run folder is as it was. All ranks call it.
 
     Raises:
-        UserError: on all ranks, when the folder cannot be written.
+        UserError: on all ranks: the shards do not fit the config, the latest checkpoint is of another run, or the
+            folder cannot be written.
     """
     folder = Path(config.run.folder)
-    problem = None
-    if runtime.rank() == 0:
+    with runtime.together():
+        _check_writable(folder)
+        _check_inputs(config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = folder / f"{CONFIG_FILE}.partial"
-            temporary.write_text(to_yaml(config))
-            os.replace(temporary, folder / CONFIG_FILE)
+            if runtime.rank() == 0:
+                write_text(folder / CONFIG_FILE, to_yaml(config))
         except OSError as error:
-            problem = (
-                f"run.folder: {folder} cannot be written ({error.strerror}); "
-                "choose another with run.folder=PATH or change its permissions"
-            )
-    runtime.agree(problem)
+            raise _unwritable(folder, error.strerror or str(error)) from error
+
+
+def _check_writable(folder: Path) -> None:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not nearest.is_dir():
+        raise _unwritable(folder, f"{nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"no permission to write in {nearest}")
+
+
+def _unwritable(folder: Path, reason: str) -> UserError:
+    fix = "choose another with run.folder=PATH or change its permissions"
+    return UserError(f"run.folder: {folder} cannot be written ({reason}); {fix}")
+
+
+def _check_inputs(config: Config) -> None:
+    check_info(read_info(config.data.shards), config)
+    latest = make_store(config).latest()
+    if latest is None:
+        return
+    saved = read_state(latest)
+    saved.check_model(to_plain(config)["model"], str(latest))
+    if saved.data_fingerprint != fingerprint(config.data.shards):
+        raise UserError(
+            f"data.shards: checkpoint {latest} was trained on other shards than {config.data.shards} (their "
+            "fingerprints differ), so its place in the data means nothing there; give the same shards or choose "
+            "another run.folder"
+        )
+    if saved.seed != config.run.seed:
+        raise UserError(
+            f"run.seed: expected {saved.seed}, the seed of checkpoint {latest}, got {config.run.seed}; "
+            "another seed is another order of the data: choose another run.folder"
+        )
 
 
 def finished_step(config: Config) -> int | None:
@@ -359,19 +388,6 @@ def finished_step(config: Config) -> int | None:
 def _is_done(config: Config, step: int, train_seconds: float) -> bool:
     limit = config.train.max_train_seconds
     return step >= config.train.num_steps or (limit > 0 and train_seconds >= limit)
-
-
-def _check_same_data(saved: TrainingState, fingerprint: str, seed: int) -> None:
-    if saved.data_fingerprint != fingerprint:
-        raise UserError(
-            "data.shards: the checkpoint was trained on other shards (their fingerprints differ), so its place in the "
-            "data means nothing here; give the same shards or choose another run.folder"
-        )
-    if saved.seed != seed:
-        raise UserError(
-            f"run.seed: expected {saved.seed}, the seed of the checkpoint, got {seed}; "
-            "another seed is another order of the data: choose another run.folder"
-        )
 
 
 def package_versions() -> dict[str, str]:

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from cfpretrain import config as configs
+from cfpretrain.console import UserError
 from cfpretrain.data.loader import Loader
+from cfpretrain.trainer import prepare_folder
 from tests.digits import small_config, small_run, write_digits
 from tests.processes import REPOSITORY, Ended, run_script, start_script
 
@@ -159,46 +161,48 @@ def assert_refused(ranks: list[Ended], *parts: str) -> None:
     assert not any("Traceback" in ended.err for ended in ranks)
 
 
-def test_config_mistakes(shards: Path, tmp_path: Path) -> None:
+def test_mistakes_end_all_ranks_with_one_line(shards: Path, tmp_path: Path) -> None:
     run = small_run(shards, tmp_path / "run")
-    assert_refused(run_script(TRAIN, [*run, "train.num_stepz=3"]), "train.num_stepz: unknown key", "train.num_steps?")
-    assert_refused(run_script(TRAIN, [*run, "train.num_steps=many"]), "train.num_steps: expected a whole number")
-    wrong = [*run, "train.global_batch_size=15"]
-    assert_refused(run_script(TRAIN, wrong, 2), "train.global_batch_size: expected a multiple of the 2 ranks, got 15")
-    assert_refused(run_script(TRAIN, ["--config", "configs/nowhere.yaml"]), "configs/nowhere.yaml does not exist")
+    stray = [*run, "train.num_stepz=3", "train.depth=many"]
+    assert_refused(run_script(TRAIN, stray, 2), "2 problems", "train.num_stepz: unknown key", "train.num_steps?")
+    missing = small_run(tmp_path / "nowhere", tmp_path / "run")
+    assert_refused(run_script(TRAIN, missing, 2), "data.shards", "nowhere does not exist", "tools/make_shards.py")
     assert not (tmp_path / "run").exists()
+
+
+def refuse(config: configs.Config, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        prepare_folder(config)
 
 
 def test_shard_mistakes(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     run = tmp_path / "run"
-    missing = small_run(tmp_path / "nowhere", run)
-    assert_refused(run_script(TRAIN, missing, 2), "data.shards", "nowhere does not exist", "tools/make_shards.py")
-    assert_refused(run_script(TRAIN, small_run(tmp_path / "empty", run)), "data.shards", "empty is empty")
-    other = small_run(shards, run, "model.latent_size=16", "data.latent_scale=1.0", "sample.num_ar_steps=[1]")
-    assert_refused(run_script(TRAIN, other), "model.latent_size: expected 8", "data.latent_scale: expected [2.0]")
+    refuse(small_config(tmp_path / "empty", run), "data.shards: .*empty is empty; make shards with")
+    other = small_config(shards, run, "model.latent_size=16", "data.latent_scale=1.0")
+    refuse(other, r"model.latent_size: expected 8.*data.latent_scale: expected \[2.0\]")
+    refuse(small_config(shards, run, "train.global_batch_size=128"), "train.global_batch_size: expected at most 100")
+    assert not run.exists()
 
 
 def test_run_folder_mistakes(shards: Path, whole_run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    unwritable = small_run(shards, tmp_path / "file" / "run")
-    assert_refused(run_script(TRAIN, unwritable, 2), "run.folder", "cannot be written")
-    other_model = small_run(shards, whole_run, "train.num_steps=20", "model.depth=3")
+    refuse(small_config(shards, tmp_path / "file" / "run"), "run.folder: .* cannot be written")
     before = (whole_run / "config.yaml").read_bytes()
-    assert_refused(run_script(TRAIN, other_model, 2), "of another model", "model.depth is 2 there and 3 in the config")
-    assert (whole_run / "config.yaml").read_bytes() == before
-    other_seed = small_run(shards, whole_run, "train.num_steps=20", "run.seed=1")
-    assert_refused(run_script(TRAIN, other_seed), "run.seed: expected 0, the seed of the checkpoint, got 1")
+    refuse(
+        small_config(shards, whole_run, "model.depth=3"), "another model: model.depth is 2 there and 3 in the config"
+    )
+    refuse(small_config(shards, whole_run, "run.seed=1"), "run.seed: expected 0, the seed of checkpoint .*, got 1")
     fewer = write_digits(tmp_path / "fewer", 90)
-    other_shards = small_run(fewer, whole_run, "train.num_steps=20")
-    assert_refused(run_script(TRAIN, other_shards), "data.shards: the checkpoint was trained on other shards")
+    refuse(small_config(fewer, whole_run), "data.shards: checkpoint .* was trained on other shards")
+    assert (whole_run / "config.yaml").read_bytes() == before
 
 
 def test_dry_run_prints_config_arithmetic_and_parameters(shards: Path, tmp_path: Path) -> None:
     [ended] = run_script(TRAIN, [*small_run(shards, tmp_path / "run"), "--dry-run", "--num-ranks", "2"])
     assert ended.code == 0, ended.err
     assert "global batch: 16 = 4 a micro-batch x 2 micro-batches x 2 ranks" in ended.out
-    assert "parameters: 43,876" in ended.out
+    assert "parameters: 37,028" in ended.out
     assert "num_steps: 12" in ended.out
     assert not (tmp_path / "run").exists()
 

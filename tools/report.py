@@ -7,7 +7,6 @@ The scores are those of small images judged in pixel space, as the demo's digits
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +131,7 @@ def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, g
         "guidance": arguments.guidance,
         "num_denoising_steps": arguments.num_denoising_steps,
     }
-    temporary = folder / "report.json.partial"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(temporary, folder / "report.json")
+    build.write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     _print_table(report, folder)
 
 

@@ -202,7 +202,7 @@ def _start_reading(shards: Shards, config: Config, requests: Iterator[_Request])
         # A fork starts in milliseconds; any other way imports torch and streaming again in every worker (10 to 30 s).
         multiprocessing_context="fork" if config.data.num_workers else None,
         collate_fn=_as_it_is,
-        worker_init_fn=_leave_signals_to_the_rank,
+        worker_init_fn=_leave_interrupts_to_the_rank,
         generator=torch.Generator(),  # else torch would draw from the global one
     )
     return iter(data_loader)
@@ -222,8 +222,6 @@ def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_rank(_: int) -> None:
-    # Ctrl-C reaches the whole process group; and a handler of the rank's, inherited, would swallow the signal by which
-    # torch ends a worker.
+def _leave_interrupts_to_the_rank(_: int) -> None:
+    # Ctrl-C reaches the whole process group; the rank decides, and ends its workers by the signal torch gives them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
