@@ -294,6 +294,8 @@ def check_restore(source: int, targets: tuple[int, ...], precision: str, micro_b
     final = gather(engine)
     for stage in targets:
         fresh = toy_engine(stage, precision, **options)
+        # So that there is something to overwrite, in the weights that forward has gathered too.
+        train_step(fresh, 7)
         restore(fresh, saved, optimizer_step=2)
         assert continued == [train_step(fresh, step) for step in range(2, 5)], (source, stage, precision)
         assert equal(final, gather(fresh), ignoring="times_held"), (source, stage, precision)
