@@ -31,7 +31,6 @@ setup(
         "pillow",
         "tqdm",
         "wandb",
-        "ninja",  # DeepSpeed builds its CPU communication op at the first launch
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8"],

@@ -102,6 +102,7 @@ class Trainer:
             to_plain(config),
         )
         self.window = Window()
+        self.clock = Clock()
 
     def _restore_or_initialise(self) -> TrainingState | None:
         """Weights, moments, EMA and counters: from the latest checkpoint, or from the seed."""
@@ -135,8 +136,8 @@ class Trainer:
         self.clock = Clock()
         while not _is_done(config, self.at.step, self.at.train_seconds):
             self.train_step()
-            if self._window_ends():
-                self._close_window(progress)
+            if self.window_ends():
+                self.close_window(progress)
             with self.clock.aside():
                 if self.at.step % config.checkpoint.every_steps == 0:
                     self.save_checkpoint()
@@ -168,7 +169,7 @@ class Trainer:
             self.ema.update()
         self.at.step += 1
         self.at.num_skipped += not applied
-        self._record(terms, learning_rate, applied)
+        self.record_step(terms, learning_rate, applied)
 
     def _learning_rate(self) -> float:
         """Linear warm-up, then constant; a skipped step does not move it."""
@@ -179,7 +180,8 @@ class Trainer:
     # ------------------------------------------------------------------
     # Every n steps
 
-    def _record(self, terms: list[LossTerms], learning_rate: float, applied: bool) -> None:
+    def record_step(self, terms: list[LossTerms], learning_rate: float, applied: bool) -> None:
+        """Notes what this rank knows of the step just made."""
         position = self.loader.position
         grad_norm = self.engine.grad_norm
         row = {
@@ -196,13 +198,15 @@ class Trainer:
         loss_total = float(torch.stack([t.total.detach() for t in terms]).double().sum())
         self.window.records.append(StepRecord(row, loss_total, sum(t.count for t in terms), flops))
 
-    def _window_ends(self) -> bool:
+    def window_ends(self) -> bool:
+        """Whether the present step's row is due on disk."""
         # A checkpoint's metrics are on disk before it, so that a resume finds all rows up to its step.
         config, step = self.config, self.at.step
         every = (config.metrics.log_every_steps, config.checkpoint.every_steps, config.train.num_steps)
         return any(step % n == 0 for n in every)
 
-    def _close_window(self, progress: Progress) -> None:
+    def close_window(self, progress: Progress) -> None:
+        """Sums the window over ranks and writes, logs and shows it."""
         num_steps = len(self.window.records)
         rows, flops, (seconds, seconds_aside) = self.window.close(self.clock.read())
         self.at.train_seconds += seconds + seconds_aside

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,20 @@ def test_one_rank_trains_on_the_same_numbers(shards: Path, whole_run: Path, tmp_
     theirs = torch.tensor([row[1] for row in numbers(whole_run)])
     # Measured: 5e-7 after 12 steps.
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
+
+
+def test_another_number_of_ranks_and_stage_goes_on(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    """2 ranks at stage 3 until step 8, then 1 rank at stage 1: the uninterrupted run's losses up to summation order."""
+    folder = tmp_path / "moved"
+    shutil.copytree(whole_run, folder)
+    (folder / "summary.json").unlink()
+    (folder / "checkpoints" / "latest").write_text("step_00000008\n")
+    [ended] = run_script(TRAIN, small_run(shards, folder, "engine.zero_stage=1"))
+    assert ended.code == 0, ended.err
+    assert "training from step 8 to 12" in ended.out
+    ours, theirs = numbers(folder), numbers(whole_run)
+    assert ours[:8] == theirs[:8]
+    torch.testing.assert_close([row[1] for row in ours], [row[1] for row in theirs], rtol=1e-5, atol=0)
 
 
 def test_draws_are_equal_on_1_2_and_4_ranks(shards: Path, tmp_path: Path) -> None:

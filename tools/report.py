@@ -38,6 +38,13 @@ def run(arguments: argparse.Namespace) -> None:
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
     _check(arguments, config.model.num_tokens, len(build.make_loss(config).schedule))
+    settings = _settings(arguments, step)
+    done = arguments.run / "report.json"
+    if done.is_file() and settings.items() <= (report := json.loads(done.read_text())).items():
+        if runtime.rank() == 0:
+            say(f"nothing to do: {arguments.run} is scored at step {step}")
+            _print_table(report, arguments.run)
+        return
     runtime.start(device)
     try:
         generated = {
@@ -51,6 +58,18 @@ def run(arguments: argparse.Namespace) -> None:
             _report(arguments, config, model, step, generated)
     finally:
         runtime.stop()
+
+
+def _settings(arguments: argparse.Namespace, step: int) -> dict[str, Any]:
+    """What a report is of; a run that was scored so needs no second scoring."""
+    return {
+        "scored_step": step,
+        "num_scored": arguments.num_images,
+        "num_ar_steps": arguments.num_ar_steps,
+        "num_denoising_steps": arguments.num_denoising_steps,
+        "guidance": arguments.guidance,
+        "held_out": str(arguments.held_out),
+    }
 
 
 def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> None:
@@ -124,13 +143,7 @@ def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, g
             _draw_grid(path, made, names, num_ar_steps, guidance, arguments.num_denoising_steps, step)
     summary = folder / build.SUMMARY_FILE
     trained = json.loads(summary.read_text()) if summary.is_file() else {}
-    report = {
-        **trained,
-        **scores,
-        "scored_step": step,
-        "guidance": arguments.guidance,
-        "num_denoising_steps": arguments.num_denoising_steps,
-    }
+    report = {**trained, **scores, **_settings(arguments, step)}
     build.write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     _print_table(report, folder)
 
