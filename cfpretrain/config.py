@@ -85,6 +85,7 @@ class TrainConfig:
     label_drop_prob: float = 0.1  # labels replaced by the null class
     learning_rate: float = 8e-4
     warmup_steps: int = 25_000
+    decay_steps: int = 0  # the last of num_steps, over which the learning rate falls to 0; 0 = constant
     adam_beta1: float = 0.9
     adam_beta2: float = 0.95
     adam_eps: float = 1e-15
@@ -300,6 +301,7 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "train.label_drop_prob": (0.0, 1.0),
         "train.learning_rate": (0.0, math.inf),
         "train.warmup_steps": (0, math.inf),
+        "train.decay_steps": (0, config.train.num_steps),
         "train.adam_beta1": (0.0, 1.0),
         "train.adam_beta2": (0.0, 1.0),
         "train.adam_eps": (0.0, math.inf),

@@ -172,10 +172,13 @@ class Trainer:
         self.record_step(terms, learning_rate, applied)
 
     def _learning_rate(self) -> float:
-        """Linear warm-up, then constant; a skipped step does not move it."""
+        """Linear warm-up, constant, and where the config asks for it a linear fall to 0 over the last steps."""
         train = self.config.train
+        # A skipped step does not move the warm-up; the end stands fixed.
         num_applied = self.at.step - self.at.num_skipped
-        return train.learning_rate * min(1.0, (num_applied + 1) / max(train.warmup_steps, 1))
+        warm_up = (num_applied + 1) / max(train.warmup_steps, 1)
+        fall = (train.num_steps - self.at.step) / max(train.decay_steps, 1)
+        return train.learning_rate * min(1.0, warm_up, fall)
 
     # ------------------------------------------------------------------
     # Every n steps

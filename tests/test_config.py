@@ -85,6 +85,7 @@ WRONG = [
     ("train.micro_batch_size=0", "train.micro_batch_size: expected at least 1"),
     ("train.learning_rate=-1.0", "train.learning_rate: expected at least 0"),
     ("train.learning_rate=.nan", "train.learning_rate: expected at least 0"),
+    ("train.decay_steps=100000", "train.decay_steps: expected between 0 and"),
     ("order.ar_step_decay=0.0", "order.ar_step_decay: expected between"),
     ("order.ar_weight_first=0.5", "order.ar_weight_first: expected at least order.ar_weight_last"),
     ("noise.beta_first=0.5", "noise.beta_first: expected at most"),

@@ -64,9 +64,9 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     assert summary["loss_first"] == losses[0]
 
 
-def test_learning_rate_warms_up_then_stays(whole_run: Path) -> None:
+def test_learning_rate_warms_up_stays_and_falls(whole_run: Path) -> None:
     rates = [row[3] for row in numbers(whole_run)]
-    assert rates == pytest.approx([1e-3 * min(1.0, i / 4) for i in range(1, 13)])
+    assert rates == pytest.approx([1e-3 * min(1.0, i / 4, (13 - i) / 3) for i in range(1, 13)])
 
 
 def test_a_killed_run_goes_on_bit_by_bit(shards: Path, whole_run: Path, tmp_path: Path) -> None:

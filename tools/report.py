@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True, help="shards of real images kept from training")
     parser.add_argument("--num-images", type=int, default=1000, help="images for each setting (default 1000)")
     parser.add_argument("--num-ar-steps", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
-    parser.add_argument("--num-denoising-steps", type=int, default=50, help="default 50")
+    parser.add_argument("--num-denoising-steps", type=int, default=100, help="default 100")
     parser.add_argument("--guidance", type=float, default=2.0, help="beside unguided samples (default 2)")
     parser.add_argument("--batch-size", type=int, default=250, help="images a forward on one rank (default 250)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
