@@ -1,7 +1,10 @@
 """From a config to what it describes (network, objective, autoencoder), and from a run folder to its model."""
 
+import dataclasses
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +27,15 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(f"{path.name}.partial")
     temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """What a complete run says of itself; None where it is not complete, or its summary is damaged."""
+    try:
+        summary = json.loads((folder / SUMMARY_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return summary if isinstance(summary, dict) and {"num_steps", "train_seconds"} <= summary.keys() else None
 
 
 def make_model(config: Config) -> CausalFusion:
@@ -88,7 +100,9 @@ def load_run(folder: Path, device: torch.device) -> tuple[Config, CausalFusion, 
         raise UserError(
             f"run folder {folder} holds no {CONFIG_FILE}; give a folder that cfpretrain/train.py has written"
         )
-    config = configs.load(folder / CONFIG_FILE, [f"run.folder={folder}"])
+    config = configs.load(folder / CONFIG_FILE)
+    # The folder may have been moved since.
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
     latest = make_store(config).latest()
     if latest is None:
         raise UserError(f"run folder {folder} holds no complete checkpoint yet; train until checkpoint.every_steps")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from cfpretrain.console import UserError
 
@@ -67,7 +66,7 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str = "data/latents"  # folder of MDS shards, or its remote address
+    shards: str = "data/latents"  # folder of MDS shards
     latent_shift: tuple[float, ...] = (0.0,)  # model sees (raw - shift) * scale; one value, or C
     latent_scale: tuple[float, ...] = (0.2325,)
     mirror_prob: float = 0.5  # 0 for digits and text
@@ -163,7 +162,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         plain = OmegaConf.to_container(tree, resolve=True)
     except UserError:
         raise
-    except (OmegaConfBaseException, Exception) as error:  # yaml raises errors of its own classes
+    except Exception as error:  # omegaconf and yaml raise errors of their own classes
         reason = " ".join(str(error).split())
         raise UserError(f"config file {path} cannot be read: {reason}") from error
     return from_plain(plain, source=str(path))
@@ -287,10 +286,12 @@ def _in_range(path: str, value: float, low: float, high: float = math.inf) -> It
 
 def _check_ranges(config: Config) -> Iterable[str]:
     bounds: dict[str, tuple[float, float]] = {
+        "run.seed": (0, math.inf),
         "order.ar_step_decay": (1e-9, 1.0),
+        "order.ar_weight_first": (0.0, math.inf),
         "order.ar_weight_last": (0.0, math.inf),
         "noise.num_timesteps": (2, math.inf),
-        "noise.beta_first": (0.0, 1.0),
+        "noise.beta_first": (1e-9, 1.0),
         "noise.beta_last": (0.0, 1.0),
         "data.mirror_prob": (0.0, 1.0),
         "data.num_workers": (0, 1024),
@@ -302,8 +303,8 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "train.learning_rate": (0.0, math.inf),
         "train.warmup_steps": (0, math.inf),
         "train.decay_steps": (0, config.train.num_steps),
-        "train.adam_beta1": (0.0, 1.0),
-        "train.adam_beta2": (0.0, 1.0),
+        "train.adam_beta1": (0.0, 1 - 1e-9),
+        "train.adam_beta2": (0.0, 1 - 1e-9),
         "train.adam_eps": (0.0, math.inf),
         "train.weight_decay": (0.0, math.inf),
         "train.clip_grad_norm": (0.0, math.inf),
@@ -328,6 +329,11 @@ def _check_ranges(config: Config) -> Iterable[str]:
         )
     if config.noise.beta_first > config.noise.beta_last:
         yield f"noise.beta_first: expected at most noise.beta_last = {config.noise.beta_last:g}; noise grows with t"
+    if config.noise.num_timesteps >= 1 and config.noise.beta_last * 1000 / config.noise.num_timesteps >= 1:
+        yield (
+            f"noise.num_timesteps: expected more than {1000 * config.noise.beta_last:g}, since betas are scaled by "
+            f"1000 / num_timesteps and must stay under 1, got {config.noise.num_timesteps}"
+        )
 
 
 def _check_model(model: ModelConfig) -> Iterable[str]:

@@ -12,6 +12,8 @@ from typing import Any
 EXIT_USER_ERROR = 2
 
 _HEARTBEAT_SECONDS = 5.0
+# The launcher ends all ranks within a second of the first that ends: rank 0 gets the time to speak before.
+_LINGER_SECONDS = 5.0
 
 
 class UserError(ValueError):
@@ -37,13 +39,19 @@ def exit_with(error: UserError) -> None:
     if is_rank_zero():
         sys.stdout.flush()
         print(f"[cfpretrain] error: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_LINGER_SECONDS)
     sys.exit(EXIT_USER_ERROR)
 
 
 @contextmanager
-def phase(name: str) -> Iterator[None]:
-    """Names what begins now, and repeats it every 5 s until it ends, so that nobody waits in the dark."""
-    say(f"{name} ...")
+def phase(name: str, announce: bool = True) -> Iterator[None]:
+    """Names what begins now, and repeats it every 5 s until it ends, so that nobody waits in the dark.
+
+    What is usually over in a moment need not be announced: it is named once it takes longer.
+    """
+    if announce:
+        say(f"{name} ...")
     if not is_rank_zero():
         yield
         return

@@ -57,7 +57,7 @@ class StepRecord:
     """What one rank knows of one step.
 
     Attributes:
-        row: values that are equal on all ranks: step, learning_rate, grad_norm, applied, ...
+        row: values that are equal on all ranks: step, learning_rate, grad_norm, ...
         loss_total, loss_count: this rank's part of the loss.
         flops: this rank's part of the step's FLOPs.
     """

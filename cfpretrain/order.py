@@ -208,11 +208,6 @@ class Layout:
     intervals_BMI: Tensor
     num_clean_image_tokens: tuple[int, ...]
 
-    @property
-    def num_clean(self) -> int:
-        """Clean tokens of the sequence."""
-        return int(self.is_clean_M.sum())
-
 
 def build_layout(segments: Sequence[Segment]) -> Layout:
     """Lays segments out as [clean tokens of all segments | noised tokens of all images].

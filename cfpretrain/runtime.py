@@ -31,8 +31,18 @@ def world_size() -> int:
 
 
 def pick_device() -> torch.device:
-    """This rank's GPU where there is one, else the CPU."""
+    """This rank's GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: more ranks on this machine than GPUs.
+    """
     if torch.cuda.is_available():
+        num_ranks, num_gpus = int(os.environ.get("LOCAL_SIZE", "1")), torch.cuda.device_count()
+        if num_ranks > num_gpus:
+            raise UserError(
+                f"--num_accelerators: expected at most {num_gpus}, the GPUs of this machine, got {num_ranks}; "
+                "leave the option out to take all"
+            )
         return torch.device("cuda", local_rank())
     return torch.device("cpu")
 
@@ -72,7 +82,7 @@ def barrier() -> None:
 
 
 def gather(item: Any) -> list[Any]:
-    """What each rank passed, in rank order, on every rank; small plain values only."""
+    """What each rank passed, in rank order, on every rank. It travels pickled between the ranks, so it is small."""
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()

@@ -79,14 +79,16 @@ def run(arguments: argparse.Namespace) -> None:
     configs.check(config, runtime.world_size())
     with phase("loading deepspeed and streaming"):
         from cfpretrain import trainer
-    step = trainer.finished_step(config)
-    if step is not None:
-        say(f"nothing to do: {config.run.folder} is complete at step {step}; raise train.num_steps to train on")
-        return
     device = runtime.pick_device()
-    runtime.start(device)
+    with phase("waiting for all ranks", announce=False):
+        runtime.start(device)
     try:
         trainer.prepare_folder(config)
+        step = trainer.finished_step(config)
+        if step is not None:
+            limit = "num_steps" if step >= config.train.num_steps else "max_train_seconds"
+            say(f"nothing to do: {config.run.folder} is complete at step {step}; raise train.{limit} to train on")
+            return
         trainer.Trainer(config, device).train()
     finally:
         runtime.stop()

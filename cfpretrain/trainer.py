@@ -18,22 +18,22 @@ from cfpretrain.build import (
     METRICS_FILE,
     SAMPLES,
     SUMMARY_FILE,
-    make_autoencoder,
     make_loss,
     make_model,
     make_scaling,
     make_store,
+    read_summary,
     write_text,
 )
 from cfpretrain.checkpoint import TrainingState, read_state
 from cfpretrain.config import Config, to_plain, to_yaml
 from cfpretrain.console import Progress, UserError, phase, say
-from cfpretrain.data.loader import Loader, Position
-from cfpretrain.data.shards import check_info, fingerprint, read_info
+from cfpretrain.data.loader import Loader, Position, order_fingerprint
+from cfpretrain.data.shards import Shards, check_info, read_info
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
-from cfpretrain.evaluation.generation import GenerationSettings, generate_images
+from cfpretrain.evaluation.generation import GenerationSettings, generate_for, grid_title
 from cfpretrain.loss import LossTerms
 from cfpretrain.metrics import MetricsFile, StepRecord, Tracker, Window, peak_flops, read_metrics, training_flops
 from cfpretrain.model.transformer import initial_values
@@ -89,25 +89,8 @@ class Trainer:
         with phase(f"building the model on {runtime.world_size()} ranks, ZeRO stage {config.engine.zero_stage}"):
             self.engine: Engine = build_engine(lambda: make_model(config), config, device)
         self.at = Progression()
-        self.ema = ShardedEMA(self.engine.fragments(), config.train.ema_decay)
-        saved = self._restore_or_initialise()
-        position = Position(saved.epoch, saved.samples_in_epoch) if saved else None
-        self.loader = Loader(config, runtime.rank(), runtime.world_size(), position)
-        self.metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
-        self.tracker = Tracker(
-            config.metrics.wandb,
-            config.metrics.wandb_project,
-            self.folder,
-            saved.wandb_run_id if saved else None,
-            to_plain(config),
-        )
-        self.window = Window()
-        self.clock = Clock()
-
-    def _restore_or_initialise(self) -> TrainingState | None:
-        """Weights, moments, EMA and counters: from the latest checkpoint, or from the seed."""
-        config, fragments = self.config, self.engine.fragments()
-        latest = self.store.latest()
+        # One rank's view of the folder decides: file systems may show a new name late on other nodes.
+        latest = runtime.gather(self.store.latest())[0]
         if latest is None:
             with phase("initialising the weights"):
                 self.engine.initialise(
@@ -115,11 +98,29 @@ class Trainer:
                         config.run.seed, config.model.grid, name, shape, offset, count
                     )
                 )
-            for average, fragment in zip(self.ema.values, fragments, strict=True):
-                average.copy_(fragment.values)
-            return None
-        with phase(f"resuming from {latest}"):
-            saved = self.store.load(latest, fragments, self.ema.values, to_plain(config)["model"])
+        self.ema = ShardedEMA(self.engine.fragments(), config.train.ema_decay)
+        saved = None if latest is None else self._restore(latest)
+        self.saved_step = None if saved is None else saved.step
+        position = Position(saved.epoch, saved.samples_in_epoch) if saved else None
+        self.loader = Loader(config, runtime.rank(), runtime.world_size(), position)
+        self.metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
+        with phase("starting wandb", announce=False):
+            self.tracker = Tracker(
+                config.metrics.wandb,
+                config.metrics.wandb_project,
+                self.folder,
+                saved.wandb_run_id if saved else None,
+                to_plain(config),
+            )
+        self.window = Window()
+        self.clock = Clock()
+
+    def _restore(self, checkpoint: Path) -> TrainingState:
+        """Weights, moments, EMA and counters from a checkpoint."""
+        with phase(f"resuming from {checkpoint}"):
+            saved = self.store.load(
+                checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config)["model"]
+            )
             self.engine.optimizer_step = saved.optimizer_step
             self.engine.refresh()
         self.at = Progression(saved.step, saved.num_skipped, saved.train_seconds)
@@ -203,10 +204,16 @@ class Trainer:
 
     def window_ends(self) -> bool:
         """Whether the present step's row is due on disk."""
-        # A checkpoint's metrics are on disk before it, so that a resume finds all rows up to its step.
-        config, step = self.config, self.at.step
-        every = (config.metrics.log_every_steps, config.checkpoint.every_steps, config.train.num_steps)
-        return any(step % n == 0 for n in every)
+        # A checkpoint's metrics are on disk before it, so that a resume finds all rows up to its step; and wandb takes
+        # no row once it has a picture of a later step.
+        config = self.config
+        every = (
+            config.metrics.log_every_steps,
+            config.checkpoint.every_steps,
+            config.sample.every_steps,
+            config.train.num_steps,
+        )
+        return any(n and self.at.step % n == 0 for n in every)
 
     def close_window(self, progress: Progress) -> None:
         """Sums the window over ranks and writes, logs and shows it."""
@@ -249,61 +256,50 @@ class Trainer:
             wandb_run_id=self.tracker.run_id,
             versions=package_versions(),
         )
-        self.store.save(state, self.engine.fragments(), self.ema.values)
+        with phase(f"writing the checkpoint of step {self.at.step}", announce=False):
+            self.store.save(state, self.engine.fragments(), self.ema.values)
+        self.saved_step = self.at.step
 
     def draw_samples(self) -> None:
         """Writes a labelled grid of EMA samples for each number of AR steps of `config.sample`."""
-        sample, model = self.config.sample, self.config.model
+        sample = self.config.sample
         names = self.class_names[: sample.max_classes]
         labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
         module: Any = self.engine.module
         batch_size = -(-len(labels) // runtime.world_size())
+        grids = []
         with phase(f"sampling {len(labels)} images at step {self.at.step}"), self.ema.applied(self.engine):
             module.eval()
             for num_ar_steps in sample.num_ar_steps:
                 settings = GenerationSettings(
                     num_ar_steps, sample.num_denoising_steps, sample.guidance, batch_size, self.config.run.seed
                 )
-                images = generate_images(
-                    module,
-                    make_autoencoder(self.config).decode,
-                    labels,
-                    settings,
-                    self.loss.schedule,
-                    model.num_tokens,
-                    model.patch_size,
-                    self.device,
-                )
-                if runtime.rank() == 0:
-                    self._draw_grid(images, names, settings)
+                grids.append((settings, generate_for(self.config, module, labels, settings, self.device)))
             module.train()
-        runtime.barrier()
+        with _writes_in(self.folder):
+            for settings, images in grids if runtime.rank() == 0 else []:
+                self._draw_grid(images, names, settings)
 
     def _draw_grid(self, images: torch.Tensor, names: tuple[str, ...], settings: GenerationSettings) -> None:
         path = self.folder / SAMPLES / f"step_{self.at.step:08d}_ar_steps_{settings.num_ar_steps:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        title = (
-            f"step {self.at.step}, EMA weights, guidance {settings.guidance:g}\n"
-            f"AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}"
-        )
-        pictures.sample_grid(path, images, names, title=title, value_range=(0.0, 1.0))
+        pictures.sample_grid(path, images, names, title=grid_title(self.at.step, settings), value_range=(0.0, 1.0))
         self.tracker.log_picture(f"samples/ar_steps_{settings.num_ar_steps}", path, self.at.step)
 
     def _finish(self) -> None:
         """Keeps the last step, draws the last pictures, and writes the summary that says the run is done."""
-        latest = self.store.latest()
-        if latest is None or read_state(latest).step != self.at.step:
+        if self.saved_step != self.at.step:
             self.save_checkpoint()
         self.draw_samples()
         peak_rss_mb = runtime.gather(runtime.peak_rss_mb())
-        if runtime.rank() == 0:
-            rows = read_metrics(self.folder / METRICS_FILE)
-            pictures.curves(self.folder / "curves.png", rows, title=f"{self.config.run.folder}, step {self.at.step}")
-            summary = self._summary(rows, peak_rss_mb)
-            write_text(self.folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-        self.tracker.close()
+        with phase("drawing curves and closing", announce=False), _writes_in(self.folder):
+            if runtime.rank() == 0:
+                rows = read_metrics(self.folder / METRICS_FILE)
+                title = f"{self.config.run.folder}, step {self.at.step}"
+                pictures.curves(self.folder / "curves.png", rows, title=title)
+                write_text(self.folder / SUMMARY_FILE, json.dumps(self._summary(rows, peak_rss_mb), indent=2) + "\n")
+            self.tracker.close()
         self.loader.close()
-        runtime.barrier()
         say(f"done: step {self.at.step} after {self.at.train_seconds:.0f} s of training; see {self.folder}")
 
     def _summary(self, rows: list[dict[str, Any]], peak_rss_mb: list[float]) -> dict[str, Any]:
@@ -357,23 +353,33 @@ def _check_writable(folder: Path) -> None:
         raise _unwritable(folder, f"no permission to write in {nearest}")
 
 
+@contextmanager
+def _writes_in(folder: Path) -> Iterator[None]:
+    """Runs a block on each rank; a full disk under one of them ends all."""
+    with runtime.together():
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
+
+
 def _unwritable(folder: Path, reason: str) -> UserError:
     fix = "choose another with run.folder=PATH or change its permissions"
     return UserError(f"run.folder: {folder} cannot be written ({reason}); {fix}")
 
 
 def _check_inputs(config: Config) -> None:
-    check_info(read_info(config.data.shards), config)
+    check_info(Shards(config.data.shards).info, config)
     latest = make_store(config).latest()
     if latest is None:
         return
     saved = read_state(latest)
     saved.check_model(to_plain(config)["model"], str(latest))
-    if saved.data_fingerprint != fingerprint(config.data.shards):
+    if saved.data_fingerprint != order_fingerprint(config):
         raise UserError(
-            f"data.shards: checkpoint {latest} was trained on other shards than {config.data.shards} (their "
-            "fingerprints differ), so its place in the data means nothing there; give the same shards or choose "
-            "another run.folder"
+            f"data.shards: checkpoint {latest} was trained on other shards than {config.data.shards}, or with other "
+            "data.num_canonical_nodes or data.shuffle_block_size, so its place in the data means nothing here; "
+            "set these as they were or choose another run.folder"
         )
     if saved.seed != config.run.seed:
         raise UserError(
@@ -384,9 +390,8 @@ def _check_inputs(config: Config) -> None:
 
 def finished_step(config: Config) -> int | None:
     """The step at which this run folder's run was completed under this config; None where there is work left."""
-    try:
-        summary = json.loads((Path(config.run.folder) / SUMMARY_FILE).read_text())
-    except OSError:
+    summary = runtime.gather(read_summary(Path(config.run.folder)))[0]
+    if summary is None:
         return None
     step = int(summary["num_steps"])
     return step if _is_done(config, step, float(summary["train_seconds"])) else None

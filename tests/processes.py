@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,27 +61,38 @@ def run_in_processes(function: Callable[..., Any], world_size: int, *args: Any, 
     for process in ranks:
         process.start()
     try:
-        return [_receive(pipe, process, timeout_s) for (pipe, _), process in zip(pipes, ranks, strict=True)]
+        return _receive_all([pipe for pipe, _ in pipes], ranks, timeout_s)
     finally:
+        failed = sys.exc_info()[0] is not None
         for process in ranks:
-            process.join(10)
+            process.join(0 if failed else 10)
             if process.is_alive():
                 process.kill()
                 process.join()
 
 
-def _receive(pipe: Connection, process: Any, timeout_s: float) -> Any:
-    waited = 0.0
-    while not pipe.poll(0.2):
-        waited += 0.2
-        if not process.is_alive() and not pipe.poll(0.2):
-            raise RuntimeError(f"a rank died with exit code {process.exitcode}")
-        if waited > timeout_s:
-            raise RuntimeError(f"a rank did not end within {timeout_s:.0f} s")
-    ok, value = pipe.recv()
-    if not ok:
-        raise RuntimeError(f"a rank raised:\n{value}")
-    return value
+def _receive_all(pipes: list[Connection], ranks: list[Any], timeout_s: float) -> list[Any]:
+    """What the ranks return; the first failure is raised, though other ranks may still wait for the one that failed."""
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(results) < len(pipes):
+        for rank, (pipe, process) in enumerate(zip(pipes, ranks, strict=True)):
+            if rank in results:
+                continue
+            alive = process.is_alive()
+            if pipe.poll():
+                ok, value = pipe.recv()
+                if not ok:
+                    raise RuntimeError(f"rank {rank} raised:\n{value}")
+                results[rank] = value
+            elif not alive:
+                raise RuntimeError(f"rank {rank} died with exit code {process.exitcode}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(
+                f"ranks {sorted(set(range(len(pipes))) - set(results))} did not end in {timeout_s:.0f} s"
+            )
+        time.sleep(0.02)
+    return [results[rank] for rank in range(len(pipes))]
 
 
 def _serve(pipe: Connection, environment: dict[str, str], function: Callable[..., Any], args: tuple[Any, ...]) -> None:

@@ -22,6 +22,7 @@ def test_rank_zero_alone_speaks(rank, want, monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(("rank", "want"), [("0", "[cfpretrain] error: no such key\n"), ("1", "")])
 def test_a_mistake_ends_every_rank_with_one_line(rank, want, monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(console, "_LINGER_SECONDS", 0.0)
     with pytest.raises(SystemExit) as caught:
         console.exit_with(console.UserError("no such key"))
     assert caught.value.code == 2

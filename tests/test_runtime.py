@@ -58,7 +58,6 @@ def test_without_a_group_a_process_agrees_with_itself() -> None:
 
 
 def test_peak_memory_counts_what_was_held() -> None:
-    before = runtime.peak_rss_mb()
     held = torch.ones(64_000_000)
     assert held.sum() > 0
-    assert runtime.peak_rss_mb() > max(before, 256)
+    assert runtime.peak_rss_mb() > held.nbytes / 1e6

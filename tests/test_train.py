@@ -103,7 +103,7 @@ def test_a_complete_run_says_so(shards: Path, whole_run: Path) -> None:
     before = (whole_run / "metrics.jsonl").read_bytes()
     [ended] = run_script(TRAIN, small_run(shards, whole_run))
     assert ended.code == 0
-    assert f"nothing to do: {whole_run} is complete at step 12" in ended.out
+    assert f"nothing to do: {whole_run} is complete at step 12; raise train.num_steps" in ended.out
     assert (whole_run / "metrics.jsonl").read_bytes() == before
 
 
@@ -176,10 +176,13 @@ def assert_refused(ranks: list[Ended], *parts: str) -> None:
     assert not any("Traceback" in ended.err for ended in ranks)
 
 
-def test_mistakes_end_all_ranks_with_one_line(shards: Path, tmp_path: Path) -> None:
+def test_mistakes_end_all_ranks_with_one_line(shards: Path, whole_run: Path, tmp_path: Path) -> None:
     run = small_run(shards, tmp_path / "run")
     stray = [*run, "train.num_stepz=3", "train.depth=many"]
     assert_refused(run_script(TRAIN, stray, 2), "2 problems", "train.num_stepz: unknown key", "train.num_steps?")
+    assert_refused(
+        run_script(TRAIN, small_run(shards, whole_run, "model.depth=3")), "of another model: model.depth is 2"
+    )
     missing = small_run(tmp_path / "nowhere", tmp_path / "run")
     assert_refused(run_script(TRAIN, missing, 2), "data.shards", "nowhere does not exist", "tools/make_shards.py")
     assert not (tmp_path / "run").exists()
@@ -208,6 +211,7 @@ def test_run_folder_mistakes(shards: Path, whole_run: Path, tmp_path: Path) -> N
         small_config(shards, whole_run, "model.depth=3"), "another model: model.depth is 2 there and 3 in the config"
     )
     refuse(small_config(shards, whole_run, "run.seed=1"), "run.seed: expected 0, the seed of checkpoint .*, got 1")
+    refuse(small_config(shards, whole_run, "data.num_canonical_nodes=2"), "other data.num_canonical_nodes")
     fewer = write_digits(tmp_path / "fewer", 90)
     refuse(small_config(fewer, whole_run), "data.shards: checkpoint .* was trained on other shards")
     assert (whole_run / "config.yaml").read_bytes() == before

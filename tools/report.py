@@ -20,7 +20,18 @@ def main() -> None:
     parser.add_argument("--held-out", type=Path, required=True, help="shards of real images kept from training")
     parser.add_argument("--num-images", type=int, default=1000, help="images for each setting (default 1000)")
     parser.add_argument("--num-ar-steps", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
-    parser.add_argument("--num-denoising-steps", type=int, default=100, help="default 100")
+    parser.add_argument(
+        "--num-denoising-steps",
+        type=int,
+        default=100,
+        help="for the images compared with real ones: unguided, fewest AR steps (default 100)",
+    )
+    parser.add_argument(
+        "--num-accuracy-steps",
+        type=int,
+        default=30,
+        help="denoising steps for the others, of which only the class is judged (default 30)",
+    )
     parser.add_argument("--guidance", type=float, default=2.0, help="beside unguided samples (default 2)")
     parser.add_argument("--batch-size", type=int, default=250, help="images a forward on one rank (default 250)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
@@ -38,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
     _check(arguments, config.model.num_tokens, len(build.make_loss(config).schedule))
+    _check_held_out(arguments.held_out, config)
     settings = _settings(arguments, step)
     done = arguments.run / "report.json"
     if done.is_file() and settings.items() <= (report := json.loads(done.read_text())).items():
@@ -67,6 +79,7 @@ def _settings(arguments: argparse.Namespace, step: int) -> dict[str, Any]:
         "num_scored": arguments.num_images,
         "num_ar_steps": arguments.num_ar_steps,
         "num_denoising_steps": arguments.num_denoising_steps,
+        "num_accuracy_steps": arguments.num_accuracy_steps,
         "guidance": arguments.guidance,
         "held_out": str(arguments.held_out),
     }
@@ -76,45 +89,51 @@ def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> N
     for name, value, low, high in (
         ("--num-images", arguments.num_images, 100, 10**6),
         ("--num-denoising-steps", arguments.num_denoising_steps, 2, num_levels),
+        ("--num-accuracy-steps", arguments.num_accuracy_steps, 2, num_levels),
         ("--batch-size", arguments.batch_size, 1, 10**6),
         *(("--num-ar-steps", value, 1, num_tokens) for value in arguments.num_ar_steps),
     ):
         if not low <= value <= high:
             raise UserError(f"{name}: expected {low} to {high}, got {value}")
+    if arguments.guidance == 1:
+        raise UserError("--guidance: expected another scale than 1, which is measured anyway; e.g. 2")
+
+
+def _check_held_out(held_out: Path, config: Any) -> None:
+    from cfpretrain.data.shards import read_info
+
+    there, trained = read_info(held_out, "--held-out"), read_info(config.data.shards)
+    for name in ("latent_shape", "latent_shift", "latent_scale", "class_names"):
+        expected, got = getattr(trained, name), getattr(there, name)
+        if expected != got:
+            raise UserError(f"--held-out: expected {name} {expected} as in {config.data.shards}, got {got}")
 
 
 def _generate(
     arguments: argparse.Namespace, config: Any, model: Any, num_ar_steps: int, guidance: float, device: Any
 ) -> Any:
-    """Images [N, C, Y, X] with pixels in [-1, 1] and the classes asked for."""
+    """Images [N, C, Y, X] with pixels in [-1, 1] and the classes asked for, and how they were made."""
     import torch
 
-    from cfpretrain import build
-    from cfpretrain.evaluation.generation import GenerationSettings, generate_images
+    from cfpretrain.evaluation.generation import GenerationSettings, generate_for
     from cfpretrain.evaluation.summary import LabelledImages
 
     labels = [i % config.model.num_classes for i in range(arguments.num_images)]
-    settings = GenerationSettings(
-        num_ar_steps, arguments.num_denoising_steps, guidance, arguments.batch_size, config.run.seed
-    )
+    compared = guidance == 1 and num_ar_steps == min(arguments.num_ar_steps)
+    num_denoising_steps = arguments.num_denoising_steps if compared else arguments.num_accuracy_steps
+    settings = GenerationSettings(num_ar_steps, num_denoising_steps, guidance, arguments.batch_size, config.run.seed)
     with phase(f"sampling {len(labels)} images, AR steps {num_ar_steps}, guidance {guidance:g}"):
-        images = generate_images(
-            model,
-            build.make_autoencoder(config).decode,
-            labels,
-            settings,
-            build.make_loss(config).schedule,
-            config.model.num_tokens,
-            config.model.patch_size,
-            device,
-        )
-    return LabelledImages(images * 2 - 1, torch.tensor(labels))
+        images = generate_for(config, model, labels, settings, device)
+    return LabelledImages(images * 2 - 1, torch.tensor(labels)), settings
 
 
 def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, generated: dict[float, Any]) -> None:
+    import torch
+
     from cfpretrain import build
     from cfpretrain.data.shards import read_all, read_info
     from cfpretrain.evaluation import pictures
+    from cfpretrain.evaluation.generation import grid_title
     from cfpretrain.evaluation.loss_map import measure_loss_map
     from cfpretrain.evaluation.summary import LabelledImages, summarise
 
@@ -133,31 +152,24 @@ def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, g
             LabelledImages(decode(scaling.to_model(raw)) * 2 - 1, labels)
             for raw, labels in ((train_raw, train_labels), (held_out_raw, held_out_labels))
         )
-        scores = summarise(train, held_out, generated[arguments.guidance], generated[1.0], config.run.seed)
+        guided, unguided = (
+            {num: made for num, (made, _) in generated[guidance].items()} for guidance in (arguments.guidance, 1.0)
+        )
+        scores = summarise(train, held_out, guided, unguided, config.run.seed)
     names = read_info(config.data.shards).class_names[: config.sample.max_classes]
     samples = folder / build.SAMPLES
     samples.mkdir(exist_ok=True)
     for guidance, by_ar_steps in generated.items():
-        for num_ar_steps, made in by_ar_steps.items():
+        for num_ar_steps, (made, how) in by_ar_steps.items():
+            rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
             path = samples / f"report_ar_steps_{num_ar_steps:04d}_guidance_{guidance:g}.png"
-            _draw_grid(path, made, names, num_ar_steps, guidance, arguments.num_denoising_steps, step)
-    summary = folder / build.SUMMARY_FILE
-    trained = json.loads(summary.read_text()) if summary.is_file() else {}
+            pictures.sample_grid(path, torch.cat(rows), names, title=grid_title(step, how), value_range=(-1.0, 1.0))
+    trained = build.read_summary(folder)
+    if trained is None or trained["num_steps"] != step:
+        trained = {}  # a run that has not ended, or goes on
     report = {**trained, **scores, **_settings(arguments, step)}
     build.write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     _print_table(report, folder)
-
-
-def _draw_grid(
-    path: Path, made: Any, names: tuple[str, ...], num_ar_steps: int, guidance: float, num_denoising: int, step: int
-) -> None:
-    import torch
-
-    from cfpretrain.evaluation import pictures
-
-    rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
-    title = f"step {step}, EMA weights, guidance {guidance:g}\nAR steps {num_ar_steps}, denoising steps {num_denoising}"
-    pictures.sample_grid(path, torch.cat(rows), names, title=title, value_range=(-1.0, 1.0))
 
 
 def _print_table(report: dict[str, Any], folder: Path) -> None:

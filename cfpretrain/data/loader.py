@@ -13,7 +13,6 @@ workers are handed the indices of a micro-batch and need no state; they read ahe
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +80,7 @@ class Loader:
     ) -> None:
         self._shards = Shards(config.data.shards)
         check_info(self._shards.info, config)
-        self.fingerprint = fingerprint(config.data.shards)
+        self.fingerprint = order_fingerprint(config)
         self._config = config
         self._rank = rank
         self._ranks_per_node = ranks_per_node or world_size
@@ -150,6 +149,12 @@ class Loader:
         return grid[:, self._rank % self._ranks_per_node, self._rank // self._ranks_per_node]
 
 
+def order_fingerprint(config: Config) -> str:
+    """What a position means: the shards' fingerprint and the knobs that decide the order of an epoch."""
+    data = config.data
+    return f"{fingerprint(data.shards)}-{data.num_canonical_nodes}-{data.shuffle_block_size}"
+
+
 def epoch_order(config: Config, shard_sizes: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
     """The order in which an epoch visits the samples of a shard folder.
 
@@ -201,7 +206,6 @@ def _start_reading(shards: Shards, config: Config, requests: Iterator[_Request])
         num_workers=config.data.num_workers,
         # A fork starts in milliseconds; any other way imports torch and streaming again in every worker (10 to 30 s).
         multiprocessing_context="fork" if config.data.num_workers else None,
-        collate_fn=_as_it_is,
         worker_init_fn=_leave_interrupts_to_the_rank,
         generator=torch.Generator(),  # else torch would draw from the global one
     )
@@ -216,10 +220,6 @@ class _Requests:
 
     def __iter__(self) -> Iterator[_Request]:
         return self._requests
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 def _leave_interrupts_to_the_rank(_: int) -> None:

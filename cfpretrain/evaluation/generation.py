@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from cfpretrain import runtime
+from cfpretrain.build import make_autoencoder, make_loss
+from cfpretrain.config import Config
 from cfpretrain.model.transformer import unpatchify
 from cfpretrain.noise import Schedule, respace
 from cfpretrain.order import equal_sizes
@@ -30,6 +32,30 @@ class GenerationSettings:
     guidance: float
     batch_size: int
     seed: int
+
+
+def generate_for(
+    config: Config, model: Model, labels: Sequence[int], settings: GenerationSettings, device: torch.device
+) -> Tensor:
+    """`generate_images` with the autoencoder, the schedule and the sizes of a config."""
+    return generate_images(
+        model,
+        make_autoencoder(config).decode,
+        labels,
+        settings,
+        make_loss(config).schedule,
+        config.model.num_tokens,
+        config.model.patch_size,
+        device,
+    )
+
+
+def grid_title(step: int, settings: GenerationSettings) -> str:
+    """What stands above a grid of samples."""
+    return (
+        f"step {step}, EMA weights, guidance {settings.guidance:g}\n"
+        f"AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}"
+    )
 
 
 def generate_images(
