@@ -339,7 +339,7 @@ def test_shards_that_do_not_fit_are_refused(folders: Any, tmp_path: Path) -> Non
 
 def test_the_fingerprint_is_the_folders(folders: Any) -> None:
     with closing(Loader(config_for(folders(101)), 0, 1)) as loader:
-        assert loader.fingerprint == fingerprint(folders(101))
+        assert loader.fingerprint.startswith(fingerprint(folders(101)))
 
 
 def gather_ids(config: Config, num_steps: int) -> tuple[list[list[int]], set[str]]:
