@@ -17,8 +17,6 @@ from cfpretrain.config import Config
 
 # Elements of a communication bucket (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
 _BUCKET_NUMEL = 50_000_000
-# Parameters of fewer elements stay gathered at stage 3 on a GPU (DeepSpeed's own default).
-_PERSISTENT_NUMEL = 100_000
 
 # (name, shape of the whole parameter, flat offset, numel) -> fp32 [numel]
 InitialValues = Callable[[str, tuple[int, ...], int, int], Tensor]
@@ -97,11 +95,16 @@ def ds_config(config: Config, world_size: int, device: torch.device) -> dict[str
             # It replaces torch's linear in the whole process by one that rounds before it adds the bias,
             # so that stage 3 would compute other numbers than stages 0 to 2.
             "memory_efficient_linear": False,
-            # Small parameters that stay gathered are sent one by one after each step. Over gloo that costs more than
-            # gathering them with their modules: the demo's step took 250 ms instead of 200.
-            "stage3_param_persistence_threshold": 0 if device.type == "cpu" else _PERSISTENT_NUMEL,
+            "stage3_param_persistence_threshold": _persistent_numel(device),
         },
     }
+
+
+def _persistent_numel(device: torch.device) -> int:
+    """Parameters of fewer elements stay gathered at stage 3."""
+    # They are sent one by one after each step. Over gloo that costs more than gathering them with their modules: the
+    # demo's step took 250 ms instead of 200. On a GPU it is DeepSpeed's own default.
+    return 0 if device.type == "cpu" else 100_000
 
 
 def build_engine(make_module: Callable[[], nn.Module], config: Config, device: torch.device) -> "Engine":

@@ -6,12 +6,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cfpretrain import engine as engine_module
 from cfpretrain import seeds
 from cfpretrain.config import Config
 from cfpretrain.engine import Engine, Fragment, build_engine, ds_config
@@ -28,7 +30,7 @@ CLIP = 0.1
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A small module whose parameters have odd sizes (so that shards are padded), lie on the root, on a submodule directly
-# and in layers, and of which one is large enough for ZeRO-3 to keep it in shards between forwards.
+# and in layers, and of which one is too large to stay gathered at stage 3 where small ones do, as on a GPU.
 
 
 class Positions(nn.Module):
@@ -315,6 +317,12 @@ def campaign_of_two() -> dict[Any, Run]:
         # With accumulation, stages 0 and 1 sum over micro-batches first, stages 2 and 3 over ranks first.
         check_restore(0, (0, 1), "fp32", micro_batch_size=1)
         check_restore(3, (2, 3), "fp32", micro_batch_size=1)
+        # As on a GPU: small parameters stay gathered at stage 3.
+        with patch.object(engine_module, "_persistent_numel", lambda device: 100_000):
+            for precision in PRECISIONS:
+                check_skip(3, precision)
+                check_sampling(3, precision)
+                check_restore(3, (3, 1), precision, micro_batch_size=4)
     return portable(runs)
 
 
