@@ -308,7 +308,7 @@ class Trainer:
         return {
             "world_size": runtime.world_size(),
             "zero_stage": self.config.engine.zero_stage,
-            "precision": self.config.engine.precision,
+            "engine_precision": self.config.engine.precision,
             "num_steps": self.at.step,
             "num_skipped_steps": self.at.num_skipped,
             "train_seconds": self.at.train_seconds,
