@@ -13,8 +13,10 @@ from cfpretrain.checkpoint import CheckpointStore, read_state, read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.loss import NoisePredictionLoss
+from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import IdentityAutoencoder, LatentScaling
-from cfpretrain.model.transformer import CausalFusion
+from cfpretrain.model.norm import has_apex
+from cfpretrain.model.transformer import BlockSettings, CausalFusion
 from cfpretrain.noise import linear_schedule
 
 # What a run folder holds.
@@ -38,8 +40,36 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary if isinstance(summary, dict) and {"num_steps", "train_seconds"} <= summary.keys() else None
 
 
-def make_model(config: Config) -> CausalFusion:
-    """The network, with weights of no particular value."""
+def choose_blocks(config: Config, device_type: str) -> BlockSettings:
+    """How the blocks compute in training on a device.
+
+    Args:
+        config: its section `engine` decides.
+        device_type: "cpu" or "cuda".
+
+    Raises:
+        UserError: what the config asks for does not run there.
+    """
+    engine = config.engine
+    try:
+        masked = attention.choose(engine.attention, device_type, engine.compile_blocks)
+    except ValueError as error:
+        raise UserError(f"engine.attention: {error}") from error
+    try:
+        cached = attention.choose_cached(engine.cached_attention, device_type, engine.precision)
+    except ValueError as error:
+        raise UserError(f"engine.cached_attention: {error}") from error
+    fused_norm = device_type == "cuda" and not engine.compile_blocks and has_apex()
+    return BlockSettings(masked, cached, engine.compile_blocks, engine.activation_checkpointing, fused_norm)
+
+
+def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFusion:
+    """The network, with weights of no particular value.
+
+    Args:
+        config: its section `model` says what the network is.
+        blocks: how it computes; left out, in the plainest way, which runs everywhere.
+    """
     model = config.model
     return CausalFusion(
         grid=model.grid,
@@ -50,6 +80,7 @@ def make_model(config: Config) -> CausalFusion:
         num_cond_tokens=model.num_cond_tokens,
         num_classes=model.num_classes,
         learnable_positions=model.position_embedding == "learnable",
+        blocks=blocks,
     )
 
 
@@ -68,6 +99,11 @@ def make_loss(config: Config) -> NoisePredictionLoss:
         ar_weight_last=order.ar_weight_last,
         ar_weight_schedule=order.ar_weight_schedule,
         seed=config.run.seed,
+        num_ar_steps=order.num_ar_steps,
+        ar_step_sizes=order.ar_step_sizes,
+        token_order=order.token_order,
+        block_size=order.block_size,
+        clean_multiple=config.clean_token_multiple(),
     )
 
 

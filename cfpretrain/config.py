@@ -13,6 +13,12 @@ from omegaconf import OmegaConf
 
 from cfpretrain.console import UserError
 
+_ABSENT = object()
+
+# What kernels can do.
+_TRITON_HEAD_WIDTHS = (32, 64, 128)
+_FLEX_MIN_HEAD_WIDTH = 16
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -50,11 +56,15 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OrderConfig:
-    ar_step_decay: float = 0.9  # P(S) is proportional to ar_step_decay^(S-1)
+    num_ar_steps: int = 0  # AR steps (S) of every image; 0 = drawn
+    ar_step_decay: float = 0.9  # P(S) is proportional to ar_step_decay^(S-1), where S is drawn
+    ar_step_sizes: Literal["random", "equal"] = "random"  # uniform cut points, or num_ar_steps equal steps
     ar_split: Literal["sample", "batch"] = "sample"  # who shares a split: nobody, or a global batch
     ar_weight_first: float = 2.0  # loss weight of a step that begins at token 0
     ar_weight_last: float = 1.0  # its limit for a step that begins at token L
     ar_weight_schedule: Literal["linear", "cosine"] = "linear"
+    token_order: Literal["random", "raster", "block_raster", "dilated"] = "random"  # see order.fixed_order
+    block_size: int = 4  # block_raster: rows = columns of tokens of a block; dilated: the stride
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,14 @@ class TrainConfig:
 class EngineConfig:
     zero_stage: int = 3
     precision: Literal["bf16", "fp32"] = "bf16"
+    attention: Literal["auto", "sdpa", "flex", "triton"] = "auto"  # where the mask holds: in training
+    cached_attention: Literal["auto", "sdpa", "flash"] = "auto"  # where all is visible: in sampling
+    compile_blocks: bool = False  # torch.compile; the first steps of each length take minutes
+    # Clean tokens are padded up to a multiple of it, so that sequences have few lengths; 0 = at most 9 lengths where
+    # kernels are compiled for each (compile_blocks, or attention: flex), else no padding.
+    clean_token_multiple: int = 0
+    activation_checkpointing: bool = False  # keep only the blocks' inputs, compute the rest twice
+    ema_on_host: bool = False  # EMA in pinned host memory
 
 
 @dataclass(frozen=True)
@@ -144,35 +162,84 @@ class Config:
         """Micro-batches a rank adds up in one optimizer step."""
         return self.train.global_batch_size // (self.micro_batch_size(world_size) * world_size)
 
+    def clean_token_multiple(self) -> int:
+        """What the number of clean image tokens is padded up to a multiple of, resolved: 1 (no padding) to L."""
+        num_tokens = self.model.num_tokens
+        if self.engine.clean_token_multiple:
+            return min(self.engine.clean_token_multiple, num_tokens)
+        if not (self.engine.compile_blocks or self.engine.attention == "flex"):
+            return 1
+        # Multiples of 64: 64 at 256 tokens (5 lengths), 128 at 1024 (9 lengths).
+        return min(64 * -(-num_tokens // 512), num_tokens)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML file and `key.sub=value` overrides into a typed config.
+def load(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """Reads YAML files and `key.sub=value` overrides into a typed config.
+
+    Args:
+        paths: one file or several; where two set the same key, the later one wins.
+        overrides: win over all files.
 
     Raises:
-        UserError: the file is missing or not YAML; unknown keys and wrong types, all in one message.
+        UserError: a file is missing or not YAML; unknown keys and wrong types, all in one message.
     """
+    files = [paths] if isinstance(paths, str | Path) else list(paths)
+    assert files, "a config needs a file"
+    trees = [(str(path), _read(path)) for path in files]
+    if overrides:
+        trees.append(("command line", _parse_overrides(overrides)))
+    source = " + ".join(str(path) for path in files)
+    try:
+        plain = OmegaConf.to_container(OmegaConf.merge(*(tree for _, tree in trees)), resolve=True)
+    except Exception as error:  # omegaconf raises errors of its own classes
+        raise UserError(f"config file {source} cannot be read: {_one_line(error)}") from error
+    problems: list[str] = []
+    config = _build(Config, plain, "", problems)
+    if len(trees) > 1:
+        problems = [problem + _where(problem.partition(":")[0], trees) for problem in problems]
+    _raise_all(problems, source)
+    return typing.cast(Config, config)
+
+
+def _read(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist; give the path of a YAML file, e.g. configs/tiny.yaml")
     try:
-        tree = OmegaConf.merge(OmegaConf.load(path), _parse_overrides(overrides))
-        plain = OmegaConf.to_container(tree, resolve=True)
-    except UserError:
-        raise
+        tree = OmegaConf.load(path)
     except Exception as error:  # omegaconf and yaml raise errors of their own classes
-        reason = " ".join(str(error).split())
-        raise UserError(f"config file {path} cannot be read: {reason}") from error
-    return from_plain(plain, source=str(path))
+        raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from error
+    if not OmegaConf.is_dict(tree):
+        raise UserError(f"{path}: the file: expected keys with values, got {OmegaConf.to_container(tree)!r}")
+    return tree
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _where(key: str, trees: Sequence[tuple[str, Any]]) -> str:
+    """Names the last of `trees` that sets the key."""
+    for source, tree in reversed(trees):
+        value = OmegaConf.to_container(tree)
+        for name in key.split("."):
+            value = value.get(name, _ABSENT) if isinstance(value, dict) else _ABSENT
+        if value is not _ABSENT:
+            return f" ({source})"
+    return ""
 
 
 def _parse_overrides(overrides: Sequence[str]) -> Any:
     for text in overrides:
         if "=" not in text or text.startswith("-"):
             raise UserError(f"argument {text!r} is not understood; overrides look like train.num_steps=100")
-    return OmegaConf.from_dotlist(list(overrides))
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:  # as in `_read`
+        raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {_one_line(error)}") from error
 
 
 def from_plain(plain: Any, source: str) -> Config:
@@ -269,12 +336,9 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         UserError: each problem names its key, what was expected, what came and the fix.
     """
-    problems = [
-        *_check_ranges(config),
-        *_check_model(config.model),
-        *_check_sampling(config),
-        *_check_batch(config, world_size),
-    ]
+    problems = [*_check_model(config.model), *_check_ranges(config), *_check_batch(config, world_size)]
+    if not _wrong_sizes(config.model):
+        problems += [*_check_order(config), *_check_engine(config), *_check_sampling(config)]
     _raise_all(problems, "config")
 
 
@@ -287,9 +351,11 @@ def _in_range(path: str, value: float, low: float, high: float = math.inf) -> It
 def _check_ranges(config: Config) -> Iterable[str]:
     bounds: dict[str, tuple[float, float]] = {
         "run.seed": (0, math.inf),
+        "order.num_ar_steps": (0, math.inf),
         "order.ar_step_decay": (1e-9, 1.0),
         "order.ar_weight_first": (0.0, math.inf),
         "order.ar_weight_last": (0.0, math.inf),
+        "order.block_size": (1, math.inf),
         "noise.num_timesteps": (2, math.inf),
         "noise.beta_first": (1e-9, 1.0),
         "noise.beta_last": (0.0, 1.0),
@@ -337,8 +403,7 @@ def _check_ranges(config: Config) -> Iterable[str]:
 
 
 def _check_model(model: ModelConfig) -> Iterable[str]:
-    sizes = [f.name for f in dataclasses.fields(model) if f.type is int]
-    wrong = [name for name in sizes if getattr(model, name) < 1]
+    wrong = _wrong_sizes(model)
     for name in wrong:
         yield f"model.{name}: expected at least 1, got {getattr(model, name)}"
     if wrong:
@@ -349,6 +414,50 @@ def _check_model(model: ModelConfig) -> Iterable[str]:
         yield f"model.num_heads: expected a divisor of model.width = {model.width}, got {model.num_heads}"
     if model.width % 4:
         yield f"model.width: expected a multiple of 4 (2-d sin-cos positions), got {model.width}"
+
+
+def _wrong_sizes(model: ModelConfig) -> list[str]:
+    sizes = [f.name for f in dataclasses.fields(model) if f.type is int]
+    return [name for name in sizes if getattr(model, name) < 1]
+
+
+def _check_order(config: Config) -> Iterable[str]:
+    order, num_tokens, grid = config.order, config.model.num_tokens, config.model.grid
+    if order.num_ar_steps > num_tokens:
+        yield (
+            f"order.num_ar_steps: expected at most {num_tokens} (the tokens of an image), or 0 to draw it, "
+            f"got {order.num_ar_steps}"
+        )
+    if order.ar_step_sizes == "equal" and order.num_ar_steps == 0:
+        yield (
+            "order.ar_step_sizes: equal sizes need a fixed number of AR steps, got order.num_ar_steps = 0 (drawn); "
+            "set order.num_ar_steps, or order.ar_step_sizes=random"
+        )
+    if order.token_order in ("block_raster", "dilated") and order.block_size >= 1 and grid % order.block_size:
+        yield (
+            f"order.block_size: expected a divisor of {grid}, the token grid's rows, for "
+            f"order.token_order = {order.token_order}, got {order.block_size}"
+        )
+
+
+def _check_engine(config: Config) -> Iterable[str]:
+    engine, model = config.engine, config.model
+    yield from _in_range("engine.clean_token_multiple", engine.clean_token_multiple, 0, model.num_tokens)
+    if model.width % model.num_heads == 0:
+        yield from _check_head_width(engine.attention, model.width // model.num_heads)
+    if engine.activation_checkpointing and engine.zero_stage == 0 and engine.precision == "bf16":
+        yield (
+            "engine.activation_checkpointing: expected false at engine.zero_stage = 0 in bf16, which would recompute "
+            "with the fp32 weights, got true; set engine.zero_stage=1"
+        )
+
+
+def _check_head_width(attention: str, head_width: int) -> Iterable[str]:
+    got = f"got model.width / model.num_heads = {head_width}; change model.num_heads, or set engine.attention=auto"
+    if attention == "triton" and head_width not in _TRITON_HEAD_WIDTHS:
+        yield f"engine.attention: triton needs heads of width {', '.join(map(str, _TRITON_HEAD_WIDTHS))}, {got}"
+    if attention == "flex" and head_width < _FLEX_MIN_HEAD_WIDTH:
+        yield f"engine.attention: flex needs heads of width {_FLEX_MIN_HEAD_WIDTH} or more, {got}"
 
 
 def _check_sampling(config: Config) -> Iterable[str]:

@@ -4,6 +4,7 @@ Fragments reach into DeepSpeed's internals (read in 0.19.8). Nothing outside thi
 exports use `Engine.fragments`, `Engine.refresh` and `Engine.optimizer_step` alone.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cfpretrain.config import Config
+from cfpretrain.model.transformer import Block
 
 # Elements of a communication bucket (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
 _BUCKET_NUMEL = 50_000_000
@@ -125,6 +127,10 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
     module = _construct(deepspeed, make_module, config, settings, device)
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     assert not frozen, f"frozen tensors must be buffers: {frozen}"
+    if config.engine.compile_blocks and config.engine.zero_stage == 3:
+        # Else ZeRO's hooks would gather the parameters of each linear layer inside the compiled graphs, which break
+        # there, and are compiled anew without end.
+        deepspeed.utils.set_z3_leaf_modules(module, [Block])
     called = module
     if config.engine.zero_stage == 0 and config.engine.precision == "bf16":
         called = _Bfloat16Forward(module)
@@ -179,8 +185,20 @@ def _construct(
     return module
 
 
-def _make_optimizer(parameters: list[nn.Parameter], config: Config, device: torch.device) -> torch.optim.AdamW:
+def _make_optimizer(parameters: list[nn.Parameter], config: Config, device: torch.device) -> torch.optim.Optimizer:
     train = config.train
+    fused_adam = _apex_fused_adam() if device.type == "cuda" and config.engine.zero_stage > 0 else None
+    if fused_adam is not None:
+        return _with_step_in_state(
+            fused_adam(
+                parameters,
+                lr=train.learning_rate,
+                betas=(train.adam_beta1, train.adam_beta2),
+                eps=train.adam_eps,
+                weight_decay=train.weight_decay,
+                adam_w_mode=True,
+            )
+        )
     # Fused is the fastest, but on the CPU its last bit depends on where a range begins: resuming at another stage would
     # not go on with the same numbers.
     on_gpu = device.type == "cuda"
@@ -195,6 +213,36 @@ def _make_optimizer(parameters: list[nn.Parameter], config: Config, device: torc
     if config.engine.zero_stage == 0:
         return _GuardedAdamW(parameters, clip_grad_norm=train.clip_grad_norm, **options)
     return torch.optim.AdamW(parameters, **options)
+
+
+def _apex_fused_adam() -> Any:
+    """FusedAdam of NVIDIA's apex; None where apex is not installed with its CUDA code."""
+    # The package `apex` on the registry is another: it has no optimizers.
+    if importlib.util.find_spec("amp_C") is None or importlib.util.find_spec("apex") is None:
+        return None
+    from apex.optimizers import FusedAdam
+
+    return FusedAdam
+
+
+def _with_step_in_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Lets apex's optimizer count its steps where torch's does, so that they are saved and restored alike.
+
+    It counts in the group, and a restored run would begin again with the bias correction of step 1.
+    """
+
+    def count_in(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            group["step"] = int(optimizer.state[group["params"][0]]["step"])
+
+    def count_out(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["step"].fill_(group["step"])
+
+    optimizer.register_step_pre_hook(count_in)
+    optimizer.register_step_post_hook(count_out)
+    return optimizer
 
 
 class _GuardedAdamW(torch.optim.AdamW):
@@ -271,6 +319,14 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's forward; training forwards must come through here, others may call `module`."""
         return self._deepspeed(*args, **kwargs)
+
+    @property
+    def optimizer_name(self) -> str:
+        """What moves the weights, for people to read."""
+        optimizer = self._deepspeed.basic_optimizer
+        package = type(optimizer).__module__.split(".")[0]
+        fused = "fused " if optimizer.defaults.get("fused") else ""
+        return f"{fused}{type(optimizer).__name__.removeprefix('_Guarded')} of {package}"
 
     @property
     def accumulation_steps(self) -> int:
@@ -379,7 +435,7 @@ class Engine:
         return Fragment(place.name, place.shape, place.offset, values, exp_avg, exp_avg_sq, replicated)
 
 
-def _create_adam_states(optimizer: torch.optim.AdamW, flats: list[Tensor]) -> list[dict[str, Tensor]]:
+def _create_adam_states(optimizer: torch.optim.Optimizer, flats: list[Tensor]) -> list[dict[str, Tensor]]:
     """The state that AdamW would create at its first step, so that it can be restored before one."""
     for flat in flats:
         optimizer.state[flat] = {

@@ -9,7 +9,18 @@ from torch import Tensor
 from cfpretrain import seeds
 from cfpretrain.model.transformer import ClassPart, ImagePart, patchify, take_tokens
 from cfpretrain.noise import Schedule, q_sample
-from cfpretrain.order import Condition, Image, ar_weights, build_layout, count_visible, draw_shared_steps, draw_steps
+from cfpretrain.order import (
+    Condition,
+    Image,
+    ar_weights,
+    build_layout,
+    count_useful,
+    draw_orders,
+    draw_shared_steps,
+    draw_steps,
+    equal_sizes,
+    steps_from_sizes,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class LossTerms:
         total: scalar, the weighted squared errors added up.
         count: number of values added.
         squared_error_BL: float32 [B, L], each token's unweighted mean squared error, in the order of generation.
-        num_tokens: tokens of the batch's sequences.
+        num_tokens: tokens of the batch's sequences, padding left out.
         num_visible: their visible pairs of query and key.
     """
 
@@ -64,6 +75,10 @@ class NoisePredictionLoss:
         ar_split: "sample" for a split of its own for each sample (equal last sizes), "batch" for one that all share.
         ar_weight_first, ar_weight_last, ar_weight_schedule: see `order.ar_weights`.
         seed: the run's seed.
+        num_ar_steps: AR steps of every split; 0 draws them.
+        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
+        token_order, block_size: see `order.draw_orders`.
+        clean_multiple: clean tokens are padded up to a multiple of it; see `order.build_layout`.
     """
 
     schedule: Schedule
@@ -77,6 +92,11 @@ class NoisePredictionLoss:
     ar_weight_last: float
     ar_weight_schedule: str
     seed: int
+    num_ar_steps: int = 0
+    ar_step_sizes: str = "random"
+    token_order: str = "random"
+    block_size: int = 4
+    clean_multiple: int = 1
 
     def draw(self, step: int, epoch: int, ids_B: Tensor, labels_B: Tensor, num_tokens: int, patch_values: int) -> Draws:
         """The random numbers of a micro-batch: functions of the seed, the step, the epoch and the samples' ids.
@@ -94,18 +114,22 @@ class NoisePredictionLoss:
             return seeds.fold(seeds.fold(seeds.key(self.seed, purpose), epoch), ids_B)
 
         shared_key = seeds.fold(seeds.key(self.seed, "shared ar split"), step)
-        if self.ar_split == "batch":
-            steps_BL = draw_shared_steps(shared_key, len(ids_B), num_tokens, self.ar_step_decay)
-        else:
-            steps_BL = draw_steps(shared_key, sample_keys("ar split"), num_tokens, self.ar_step_decay)
         dropped_B = seeds.uniform(sample_keys("label drop")) < self.label_drop_prob
         return Draws(
             labels_B=torch.where(dropped_B, self.null_class, labels_B),
-            order_BL=seeds.permutation(sample_keys("order"), num_tokens),
-            steps_BL=steps_BL,
+            order_BL=draw_orders(sample_keys("order"), num_tokens, self.token_order, self.block_size),
+            steps_BL=self._draw_steps(shared_key, sample_keys("ar split"), num_tokens),
             timesteps_B=seeds.integers(sample_keys("timestep"), len(self.schedule)),
             noise_BLP=seeds.normal(sample_keys("noise"), (num_tokens, patch_values)),
         )
+
+    def _draw_steps(self, shared_key: Tensor, sample_keys_B: Tensor, num_tokens: int) -> Tensor:
+        batch_size = len(sample_keys_B)
+        if self.ar_step_sizes == "equal":
+            return steps_from_sizes(equal_sizes(num_tokens, self.num_ar_steps)).expand(batch_size, -1)
+        if self.ar_split == "batch":
+            return draw_shared_steps(shared_key, batch_size, num_tokens, self.ar_step_decay, self.num_ar_steps)
+        return draw_steps(shared_key, sample_keys_B, num_tokens, self.ar_step_decay, self.num_ar_steps)
 
     def __call__(self, model: Callable[..., Tensor], latents_BCYX: Tensor, draws: Draws) -> LossTerms:
         """The loss of a micro-batch; `latents_BCYX` are what the model sees, shift and scale applied."""
@@ -116,7 +140,7 @@ class NoisePredictionLoss:
         noise_BLP = take_tokens(draws.noise_BLP.to(device), order_BL)
         noised_BLP = q_sample(self.schedule, clean_BLP, noise_BLP, timesteps_B)
 
-        layout = build_layout([Condition(self.num_cond_tokens), Image(draws.steps_BL)])
+        layout = build_layout([Condition(self.num_cond_tokens), Image(draws.steps_BL)], self.clean_multiple)
         num_clean = layout.num_clean_image_tokens[0]
         image = ImagePart(clean_BLP[:, :num_clean], order_BL[:, :num_clean], noised_BLP, order_BL, timesteps_B)
         prediction_BLP = model([ClassPart(draws.labels_B.to(device)), image], layout.intervals_BMI.to(device))
@@ -124,7 +148,6 @@ class NoisePredictionLoss:
         squared_error_BLP = (prediction_BLP.float() - noise_BLP).square()
         weights_BL = ar_weights(draws.steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule)
         total = (squared_error_BLP * weights_BL.to(device).unsqueeze(-1)).sum()
-        num_tokens = layout.step_BM.shape[1] * len(latents_BCYX)
-        num_visible = int(count_visible(layout.intervals_BMI).expand(len(latents_BCYX)).sum())
+        num_tokens, num_visible = (int(n_B.expand(len(latents_BCYX)).sum()) for n_B in count_useful(layout))
         squared_error_BL = squared_error_BLP.detach().mean(-1)
         return LossTerms(total, squared_error_BLP.numel(), squared_error_BL, num_tokens, num_visible)

@@ -25,14 +25,28 @@ from cfpretrain import seeds
 # AR steps: how L ordered tokens are cut
 
 
-def step_count_probabilities(num_tokens: int, decay: float) -> Tensor:
-    """P(S) for S = 1..L, proportional to decay^(S-1): float64 [L]; decay 1 is uniform."""
+def step_count_probabilities(num_tokens: int, decay: float, num_ar_steps: int = 0) -> Tensor:
+    """P(S) for S = 1..L: float64 [L].
+
+    Args:
+        num_tokens: L.
+        decay: P(S) is proportional to decay^(S-1); 1 is uniform.
+        num_ar_steps: the S that is always taken; 0 draws it.
+    """
+    if num_ar_steps:
+        _check_num_ar_steps(num_tokens, num_ar_steps)
+        return F.one_hot(torch.tensor(num_ar_steps - 1), num_tokens).double()
     weight = torch.tensor(decay, dtype=torch.float64) ** torch.arange(num_tokens)
     return weight / weight.sum()
 
 
+def _check_num_ar_steps(num_tokens: int, num_ar_steps: int) -> None:
+    if not 1 <= num_ar_steps <= num_tokens:
+        raise ValueError(f"num_ar_steps: expected 1 to {num_tokens} (the tokens of an image), got {num_ar_steps}")
+
+
 @functools.lru_cache(maxsize=8)
-def last_size_table(num_tokens: int, decay: float) -> Tensor:
+def last_size_table(num_tokens: int, decay: float, num_ar_steps: int = 0) -> Tensor:
     """The joint law of S and the size of the last AR step, for uniformly drawn cut points.
 
     P(last = l | S) = C(L-l-1, S-2) / C(L-1, S-1) for S >= 2, and S = 1 iff l = L.
@@ -47,7 +61,7 @@ def last_size_table(num_tokens: int, decay: float) -> Tensor:
     possible = (steps >= 2) & (last + steps <= L + 1)
     table = torch.where(possible, log_given_steps.exp(), 0.0)
     table[L - 1, 0] = 1.0
-    return table * step_count_probabilities(L, decay)
+    return table * step_count_probabilities(L, decay, num_ar_steps)
 
 
 def _log_choose(n: Tensor, k: Tensor) -> Tensor:
@@ -57,21 +71,29 @@ def _log_choose(n: Tensor, k: Tensor) -> Tensor:
     return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
 
 
-def draw_shared_steps(shared_key: Tensor, batch_size: int, num_tokens: int, decay: float) -> Tensor:
+def draw_shared_steps(
+    shared_key: Tensor, batch_size: int, num_tokens: int, decay: float, num_ar_steps: int = 0
+) -> Tensor:
     """One split for the whole batch, as the official training draws it.
 
     Args:
         shared_key: int64 scalar, equal on all ranks and micro-batches of an optimizer step.
+        batch_size: B.
+        num_tokens: L.
+        decay: gamma of P(S).
+        num_ar_steps: the S that is always taken; 0 draws it.
 
     Returns:
         int64 [B, L]: the AR step (0-based) of each position of the ordered tokens.
     """
-    num_steps = _draw_index(step_count_probabilities(num_tokens, decay), shared_key) + 1
+    num_steps = _draw_index(step_count_probabilities(num_tokens, decay, num_ar_steps), shared_key) + 1
     cuts_BL = _cut_uniformly(seeds.fold(shared_key, 0)[None], num_steps[None], num_tokens, torch.tensor([num_tokens]))
     return cuts_BL.cumsum(1).expand(batch_size, -1)
 
 
-def draw_steps(shared_key: Tensor, sample_keys_B: Tensor, num_tokens: int, decay: float) -> Tensor:
+def draw_steps(
+    shared_key: Tensor, sample_keys_B: Tensor, num_tokens: int, decay: float, num_ar_steps: int = 0
+) -> Tensor:
     """A split for each sample, all with a last AR step of the same size.
 
     A sequence's length depends on the size of its last step only. That size is drawn once from its marginal with
@@ -83,12 +105,13 @@ def draw_steps(shared_key: Tensor, sample_keys_B: Tensor, num_tokens: int, decay
         sample_keys_B: int64 [B], one key a sample.
         num_tokens: L.
         decay: gamma of P(S).
+        num_ar_steps: the S that is always taken; 0 draws it.
 
     Returns:
         int64 [B, L]: the AR step (0-based) of each position of the ordered tokens.
     """
-    table = last_size_table(num_tokens, decay)
-    last = _draw_index(table.sum(1), shared_key)
+    table = last_size_table(num_tokens, decay, num_ar_steps)
+    last = _draw_index(last_size_probabilities(num_tokens, decay, num_ar_steps, "random"), shared_key)
     num_steps_B = _draw_index(table[last], sample_keys_B) + 1
     begin_of_last = torch.full_like(num_steps_B, num_tokens - 1) - last
     cuts_BL = _cut_uniformly(seeds.fold(sample_keys_B, 0), num_steps_B - 1, num_tokens, begin_of_last)
@@ -116,8 +139,7 @@ def _cut_uniformly(keys_B: Tensor, num_pieces_B: Tensor, num_tokens: int, end_B:
 
 def equal_sizes(num_tokens: int, num_ar_steps: int) -> list[int]:
     """Sizes of AR steps as equal as can be, the larger ones last."""
-    if not 1 <= num_ar_steps <= num_tokens:
-        raise ValueError(f"num_ar_steps: expected 1 to {num_tokens} (the tokens of an image), got {num_ar_steps}")
+    _check_num_ar_steps(num_tokens, num_ar_steps)
     return [(i + 1) * num_tokens // num_ar_steps - i * num_tokens // num_ar_steps for i in range(num_ar_steps)]
 
 
@@ -157,6 +179,86 @@ def ar_weights(steps_BL: Tensor, first: float, last: float, schedule: str) -> Te
         return (first - last) / 2 * torch.cos(math.pi * share_BL) + (first + last) / 2
     assert schedule == "linear", schedule
     return first - (first - last) * share_BL
+
+
+@functools.lru_cache(maxsize=8)
+def last_size_probabilities(num_tokens: int, decay: float, num_ar_steps: int, ar_step_sizes: str) -> Tensor:
+    """P(last = l) for l = 1..L, on which alone a sequence's length depends: float64 [L].
+
+    Args:
+        num_tokens: L.
+        decay: gamma of P(S).
+        num_ar_steps: the S that is always taken; 0 draws it.
+        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
+    """
+    if ar_step_sizes == "equal":
+        return F.one_hot(torch.tensor(equal_sizes(num_tokens, num_ar_steps)[-1] - 1), num_tokens).double()
+    return last_size_table(num_tokens, decay, num_ar_steps).sum(1)
+
+
+def expected_work(
+    num_cond_tokens: int, num_tokens: int, decay: float, num_ar_steps: int, ar_step_sizes: str
+) -> tuple[float, float]:
+    """Tokens and visible pairs of `[condition | clean | noised]`, in the mean over splits.
+
+    They are what `count_useful` counts; arguments as for `last_size_probabilities`, and Q.
+    """
+    Q, L = num_cond_tokens, num_tokens
+    size = torch.arange(1, L + 1, dtype=torch.float64)
+    last = float(last_size_probabilities(L, decay, num_ar_steps, ar_step_sizes) @ size)
+    if ar_step_sizes == "equal":
+        squares = float(sum(n**2 for n in equal_sizes(L, num_ar_steps)))
+    else:
+        # Sizes of a split are exchangeable: S times the last one's square has the mean of the sum of squares.
+        squares = float(size.square() @ last_size_table(L, decay, num_ar_steps) @ size)
+    # A token of a step that ends at e sees Q + e, clean or noised; e adds up to (L^2 + squares) / 2 over an image.
+    return Q + 2 * L - last, Q**2 + Q * (2 * L - last) + L**2 + squares - L * last
+
+
+# ---------------------------------------------------------------------------
+# Orders: which token of the grid stands at each position
+
+
+def draw_orders(sample_keys_B: Tensor, num_tokens: int, token_order: str, block_size: int) -> Tensor:
+    """The order of each sample's tokens: int64 [B, L], entry i the token (row * grid + column) at position i.
+
+    Args:
+        sample_keys_B: int64 [B], one key a sample.
+        num_tokens: L.
+        token_order: "random" for a permutation of its own for each sample, else as for `fixed_order`.
+        block_size: as for `fixed_order`.
+    """
+    if token_order == "random":
+        return seeds.permutation(sample_keys_B, num_tokens)
+    return fixed_order(math.isqrt(num_tokens), token_order, block_size).expand(len(sample_keys_B), -1)
+
+
+def fixed_order(grid: int, token_order: str, block_size: int) -> Tensor:
+    """An order that all images share.
+
+    Args:
+        grid: rows = columns of the token grid.
+        token_order: "raster": row by row. "block_raster": blocks of block_size x block_size tokens row by row, and the
+            tokens of each block row by row. "dilated": the tokens with (row % s, column % s) = (0, 0) for the stride
+            s = block_size, row by row, then those with (0, 1), and so on to (s - 1, s - 1).
+        block_size: divides the grid; "raster" has no use for it.
+
+    Returns:
+        int64 [L], entry i the token (row * grid + column) at position i.
+
+    Raises:
+        ValueError: the block size does not divide the grid.
+    """
+    tokens_L = torch.arange(grid**2)
+    if token_order == "raster":
+        return tokens_L
+    if block_size < 1 or grid % block_size:
+        raise ValueError(f"block_size: expected a divisor of the token grid's {grid} rows, got {block_size}")
+    blocks = tokens_L.reshape(grid // block_size, block_size, grid // block_size, block_size)
+    if token_order == "block_raster":
+        return blocks.permute(0, 2, 1, 3).flatten()
+    assert token_order == "dilated", token_order
+    return blocks.permute(1, 3, 0, 2).flatten()
 
 
 # ---------------------------------------------------------------------------
@@ -201,25 +303,35 @@ class Layout:
         intervals_BMI: int32 [B, M, 4], (prefix_begin, prefix_end, own_begin, own_end) of each row: key k is visible iff
             prefix_begin <= k < prefix_end or own_begin <= k < own_end. The two never overlap.
         num_clean_image_tokens: for each image, how many of its tokens stand in the clean part.
+        is_padding_BM: bool [B, M], true for the clean tokens that no other step sees and that only fill the length up.
     """
 
     step_BM: Tensor
     is_clean_M: Tensor
     intervals_BMI: Tensor
     num_clean_image_tokens: tuple[int, ...]
+    is_padding_BM: Tensor
 
 
-def build_layout(segments: Sequence[Segment]) -> Layout:
+def build_layout(segments: Sequence[Segment], clean_multiple: int = 1) -> Layout:
     """Lays segments out as [clean tokens of all segments | noised tokens of all images].
 
     The clean tokens of an image's last AR step are left out where nothing follows the image: no one would see them.
+    So few or many of them may stay as padding, which changes no other token, to make sequences of few lengths: with
+    the segments' sizes given there are ceil(L / clean_multiple) + 1.
+
+    Args:
+        segments: in the order of generation.
+        clean_multiple: the clean tokens of an image at the end are a multiple of it, or all L.
 
     Raises:
-        ValueError: no segment, an empty one, or an image at the end whose samples have last steps of different sizes
-            (their sequences would differ in length).
+        ValueError: no segment, an empty one, a multiple below 1, or an image at the end whose samples have last steps
+            of different sizes (their sequences would differ in length).
     """
     if not segments:
         raise ValueError("a sequence needs at least one segment")
+    if clean_multiple < 1:
+        raise ValueError(f"clean_multiple: expected at least 1, got {clean_multiple}")
     clean_steps, noised_steps, num_clean_image_tokens = [], [], []
     next_step = torch.zeros(1, 1, dtype=torch.int64)
     for i, segment in enumerate(segments):
@@ -228,15 +340,20 @@ def build_layout(segments: Sequence[Segment]) -> Layout:
         if isinstance(segment, Image):
             noised_steps.append(steps_BL)
             if i == len(segments) - 1:
-                num_clean = _tokens_before_last_step(segment.steps_BL)
+                num_clean = _clean_tokens_at_end(segment.steps_BL, clean_multiple)
             num_clean_image_tokens.append(num_clean)
         clean_steps.append(steps_BL[:, :num_clean])
         next_step = steps_BL[:, -1:] + 1
     clean_BM, noised_BM = _cat(clean_steps), _cat(noised_steps)
     step_BM = _cat([clean_BM, noised_BM])
     is_clean_M = torch.arange(step_BM.shape[1]) < clean_BM.shape[1]
+    is_last_BM = step_BM == next_step - 1
     return Layout(
-        step_BM, is_clean_M, _intervals(step_BM, clean_BM.shape[1]).to(torch.int32), tuple(num_clean_image_tokens)
+        step_BM,
+        is_clean_M,
+        _intervals(step_BM, clean_BM.shape[1]).to(torch.int32),
+        tuple(num_clean_image_tokens),
+        is_padding_BM=is_clean_M & is_last_BM & isinstance(segments[-1], Image),
     )
 
 
@@ -252,11 +369,17 @@ def _steps_of(segment: Segment) -> Tensor:
     return steps_BL
 
 
-def _tokens_before_last_step(steps_BL: Tensor) -> int:
+def _clean_tokens_at_end(steps_BL: Tensor, clean_multiple: int) -> int:
     begins_B = step_begin(steps_BL)[:, -1]
-    if (begins_B != begins_B[0]).any():
+    kept_B = num_clean_kept(begins_B, steps_BL.shape[1], clean_multiple)
+    if (kept_B != kept_B[0]).any():
         raise ValueError(f"the samples' last AR steps must have equal sizes, got them at positions {begins_B.tolist()}")
-    return int(begins_B[0])
+    return int(kept_B[0])
+
+
+def num_clean_kept(begin_of_last: Tensor, num_tokens: int, clean_multiple: int) -> Tensor:
+    """Clean tokens of an image at the end of a sequence, padding included, by where its last AR step begins."""
+    return (-(-begin_of_last // clean_multiple) * clean_multiple).clamp(max=num_tokens)
 
 
 def _cat(parts: Sequence[Tensor]) -> Tensor:
@@ -296,5 +419,15 @@ def may_attend(intervals_BMI: Tensor, num_keys: int) -> Tensor:
 
 def count_visible(intervals_BMI: Tensor) -> Tensor:
     """Pairs of query and key that attention computes, for each sample: int64 [B]."""
+    return _visible_keys(intervals_BMI).sum(-1)
+
+
+def _visible_keys(intervals_BMI: Tensor) -> Tensor:
     prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.long().unbind(-1)
-    return (prefix_end - prefix_begin + own_end - own_begin).sum(-1)
+    return prefix_end - prefix_begin + own_end - own_begin
+
+
+def count_useful(layout: Layout) -> tuple[Tensor, Tensor]:
+    """Tokens and visible pairs of each sample's sequence, padding left out: two int64 [B]."""
+    is_useful_BM = ~layout.is_padding_BM
+    return is_useful_BM.sum(-1), (_visible_keys(layout.intervals_BMI) * is_useful_BM).sum(-1)

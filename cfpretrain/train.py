@@ -1,6 +1,6 @@
 """Trains a CausalFusion model: parse, check, build, run.
 
-    deepspeed cfpretrain/train.py --config configs/tiny.yaml [key.sub=value ...] [--dry-run]
+    deepspeed cfpretrain/train.py --config configs/tiny.yaml [--config more.yaml] [key.sub=value ...] [--dry-run]
 
 The same command resumes. The file is started by the launcher and nothing imports it; torch and DeepSpeed are imported
 after the first line is out, since that takes seconds.
@@ -8,7 +8,9 @@ after the first line is out, since that takes seconds.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     # Started by its path, python puts this folder first: our modules would be importable under bare names as well.
@@ -16,13 +18,22 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
 
 from cfpretrain.console import UserError, exit_with, phase, say
 
+if TYPE_CHECKING:
+    from cfpretrain.config import Config
+
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         prog="deepspeed cfpretrain/train.py", description="Train a CausalFusion model; the same command resumes it."
     )
-    parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/tiny.yaml")
+    parser.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="a YAML file, e.g. configs/tiny.yaml; give several and later ones win",
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. train.num_steps=100")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its arithmetic, and stop")
     parser.add_argument("--num-ranks", type=int, help="ranks that --dry-run assumes (default: those started)")
@@ -43,7 +54,7 @@ def main() -> None:
 
 
 def dry_run(arguments: argparse.Namespace) -> None:
-    """Prints the resolved config, the batch arithmetic and the number of parameters, in seconds and without a GPU."""
+    """Prints the resolved config and what follows from it, in seconds; needs neither a GPU nor the weights' memory."""
     from cfpretrain import config as configs
     from cfpretrain import runtime
 
@@ -54,20 +65,53 @@ def dry_run(arguments: argparse.Namespace) -> None:
         return
     print(configs.to_yaml(config))
 
+    train = config.train
+    print(f"parameters: {_num_parameters(config):,}")
+    print(
+        f"global batch: {train.global_batch_size} = {config.micro_batch_size(world_size)} a micro-batch x "
+        f"{config.accumulation_steps(world_size)} micro-batches x {world_size} ranks"
+    )
+    print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
+    for line in _describe_sequences(config):
+        print(line)
+
+
+def _num_parameters(config: "Config") -> int:
     import torch
 
     from cfpretrain.build import make_model
 
     with torch.device("meta"):
         model = make_model(config)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    train = config.train
-    print(f"parameters: {num_parameters:,}")
-    print(
-        f"global batch: {train.global_batch_size} = {config.micro_batch_size(world_size)} a micro-batch x "
-        f"{config.accumulation_steps(world_size)} micro-batches x {world_size} ranks"
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _describe_sequences(config: "Config") -> Iterator[str]:
+    """AR steps, lengths and FLOPs of the training sequences, exact in the mean over splits."""
+    import torch
+
+    from cfpretrain import metrics
+    from cfpretrain import order as ar
+
+    model, order, num_sequences = config.model, config.order, config.train.global_batch_size
+    L, law = model.num_tokens, (config.order.ar_step_decay, config.order.num_ar_steps)
+    mean = float(ar.step_count_probabilities(L, *law) @ torch.arange(1, L + 1, dtype=torch.float64))
+    drawn = "" if order.num_ar_steps else f" in the mean, decay {order.ar_step_decay:g}"
+    yield f"AR steps: {mean:g}{drawn}, {order.ar_step_sizes} sizes, {order.token_order} order"
+
+    last_L = ar.last_size_probabilities(L, *law, order.ar_step_sizes)
+    begin_L = L - torch.arange(1, L + 1)
+    padded_L = ar.num_clean_kept(begin_L, L, config.clean_token_multiple()) + model.num_cond_tokens + L
+    lengths = sorted(set(padded_L[last_L > 0].tolist()))
+    shown = ", ".join(map(str, lengths)) if len(lengths) < 10 else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
+    padded = float(last_L @ padded_L.double())
+    num_tokens, num_visible = ar.expected_work(model.num_cond_tokens, L, *law, order.ar_step_sizes)
+    yield f"tokens a sequence: {num_tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
+    flops = metrics.training_flops(
+        model, num_sequences, round(num_tokens * num_sequences), round(num_visible * num_sequences)
     )
-    print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
+    yield f"visible pairs: {num_visible / num_tokens**2:.1%} of the mean length's square"
+    yield f"training FLOPs: {flops / num_sequences:.3e} an image, {flops:.3e} a step"
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -83,7 +127,7 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("waiting for all ranks", announce=False):
         runtime.start(device)
     try:
-        trainer.prepare_folder(config)
+        trainer.prepare_folder(config, device)
         step = trainer.finished_step(config)
         if step is not None:
             limit = "num_steps" if step >= config.train.num_steps else "max_train_seconds"

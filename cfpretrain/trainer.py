@@ -18,6 +18,7 @@ from cfpretrain.build import (
     METRICS_FILE,
     SAMPLES,
     SUMMARY_FILE,
+    choose_blocks,
     make_loss,
     make_model,
     make_scaling,
@@ -36,7 +37,7 @@ from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.generation import GenerationSettings, generate_for, grid_title
 from cfpretrain.loss import LossTerms
 from cfpretrain.metrics import MetricsFile, StepRecord, Tracker, Window, peak_flops, read_metrics, training_flops
-from cfpretrain.model.transformer import initial_values
+from cfpretrain.model.transformer import BlockSettings, initial_values
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming")
 
@@ -86,8 +87,10 @@ class Trainer:
         self.class_names = read_info(config.data.shards).class_names
         self.scaling = make_scaling(config)
         self.loss = make_loss(config)
+        blocks = choose_blocks(config, device.type)
         with phase(f"building the model on {runtime.world_size()} ranks, ZeRO stage {config.engine.zero_stage}"):
-            self.engine: Engine = build_engine(lambda: make_model(config), config, device)
+            self.engine: Engine = build_engine(lambda: make_model(config, blocks), config, device)
+        say(f"{_describe(blocks)}; {self.engine.optimizer_name}")
         self.at = Progression()
         # One rank's view of the folder decides: file systems may show a new name late on other nodes.
         latest = runtime.gather(self.store.latest())[0]
@@ -98,7 +101,7 @@ class Trainer:
                         config.run.seed, config.model.grid, name, shape, offset, count
                     )
                 )
-        self.ema = ShardedEMA(self.engine.fragments(), config.train.ema_decay)
+        self.ema = ShardedEMA(self.engine.fragments(), config.train.ema_decay, config.engine.ema_on_host)
         saved = None if latest is None else self._restore(latest)
         self.saved_step = None if saved is None else saved.step
         position = Position(saved.epoch, saved.samples_in_epoch) if saved else None
@@ -324,17 +327,18 @@ class Trainer:
 # The run folder
 
 
-def prepare_folder(config: Config) -> None:
+def prepare_folder(config: Config, device: torch.device) -> None:
     """Checks what a run reads and where it writes, then puts the resolved config into the run folder.
 
     It takes no seconds of building an engine, and where it refuses, the run folder is as it was. All ranks call it.
 
     Raises:
-        UserError: on all ranks: the shards do not fit the config, the latest checkpoint is of another run, or the
-            folder cannot be written.
+        UserError: on all ranks: the shards do not fit the config, the latest checkpoint is of another run, the
+            folder cannot be written, or the device cannot do what the config asks for.
     """
     folder = Path(config.run.folder)
     with runtime.together():
+        choose_blocks(config, device.type)
         _check_writable(folder)
         _check_inputs(config)
         try:
@@ -400,6 +404,14 @@ def finished_step(config: Config) -> int | None:
 def _is_done(config: Config, step: int, train_seconds: float) -> bool:
     limit = config.train.max_train_seconds
     return step >= config.train.num_steps or (limit > 0 and train_seconds >= limit)
+
+
+def _describe(blocks: BlockSettings) -> str:
+    ways = [f"attention {blocks.attention}, in sampling {blocks.cached_attention}"]
+    ways += ["blocks compiled"] * blocks.compile
+    ways += ["activations recomputed"] * blocks.checkpoint_activations
+    ways += ["apex LayerNorm"] * blocks.fused_norm
+    return "; ".join(ways)
 
 
 def package_versions() -> dict[str, str]:

@@ -19,9 +19,10 @@ DOORS = {
     "PIL": {"evaluation/pictures.py"},
     "sklearn": {"evaluation/classifier.py"},
     "tqdm": {"console.py"},
+    "triton": {"model/block_causal.py"},
     "nvidia": set(),
-    "apex": set(),
-    "flash_attn": set(),
+    "apex": {"engine.py", "model/norm.py"},
+    "flash_attn": {"model/attention.py"},
 }
 MODULES = sorted(PACKAGE.rglob("*.py"))
 

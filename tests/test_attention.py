@@ -1,10 +1,18 @@
-"""Attention under row intervals against a float64 dense oracle."""
+"""Attention backends under row intervals against a float64 dense oracle; what cannot run is refused."""
+
+import importlib.util
+import sys
+import types
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from cfpretrain import order, seeds
-from cfpretrain.model.attention import attend, dense_mask
+from cfpretrain.model import attention
+from cfpretrain.model.attention import attend, choose, choose_cached, make_visibility
+
+HEAD_WIDTHS = (32, 64, 128)
 
 
 def oracle(q, k, v, may_attend):
@@ -12,24 +20,179 @@ def oracle(q, k, v, may_attend):
     return scores.masked_fill(~may_attend, -torch.inf).softmax(-1) @ v.double()
 
 
-@pytest.mark.parametrize("sizes", [[5], [1] * 7, [3, 1, 6], [2, 2, 9, 1]])
-def test_output_and_gradients(sizes) -> None:
-    layout = order.build_layout([order.Condition(3), order.Image(order.steps_from_sizes(sizes)[None])])
-    M = layout.step_BM.shape[1]
-    inputs = seeds.normal(seeds.fold(seeds.key(0, "qkv"), torch.arange(3)), (2, 2, M, 8))
-    direction = seeds.normal(seeds.key(0, "direction"), (2, 2, M, 8))
-    q, k, v = (x.clone().requires_grad_() for x in inputs)
-    q64, k64, v64 = (x.double().requires_grad_() for x in inputs)
-    out = attend(q, k, v, dense_mask(layout.intervals_BMI, M))
-    want = oracle(q64, k64, v64, order.may_attend(layout.intervals_BMI, M).unsqueeze(1))
-    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
-    (out * direction).sum().backward()
-    (want * direction).sum().backward()
-    for ours, theirs in ((q, q64), (k, k64), (v, v64)):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+def error(ours, theirs) -> float:
+    return float((ours.detach().double() - theirs.detach()).abs().max() / theirs.detach().abs().max())
+
+
+def random_segments(key: torch.Tensor, batch_size: int, most_tokens: int) -> list[order.Segment]:
+    """A sequence of one to three segments, the first a condition; images with a split for each sample or a shared one."""
+    kinds = seeds.integers(seeds.fold(key, torch.arange(3)), 4).tolist()
+    sizes = (2 + seeds.integers(seeds.fold(key, torch.arange(3, 6)), most_tokens - 1)).tolist()
+    segments: list[order.Segment] = [order.Condition(sizes[0])]
+    for i, (kind, size) in enumerate(zip(kinds[1:], sizes[1:], strict=True)):
+        image_key = seeds.fold(key, 10 + i)
+        if kind == 0:
+            segments.append(order.Text(size))
+        elif kind == 1:
+            segments.append(order.Image(order.draw_shared_steps(image_key, 1, size, 0.9)))
+        else:
+            sample_keys = seeds.fold(image_key, torch.arange(batch_size))
+            segments.append(order.Image(order.draw_steps(image_key, sample_keys, size, 0.9)))
+    return segments
+
+
+def random_case(number: int, most_tokens: int, dtype: torch.dtype = torch.float32):
+    """q, k, v as the network makes them (views of one projection), a direction and the intervals of a random layout."""
+    key = seeds.fold(seeds.key(0, "layouts"), number)
+    batch_size, num_heads = 1 + number % 3, 1 + number % 2
+    layout = order.build_layout(random_segments(key, batch_size, most_tokens))
+    M, E = layout.step_BM.shape[1], HEAD_WIDTHS[number % 3]
+    qkv = seeds.normal(seeds.fold(key, 100), (batch_size, M, 3, num_heads, E)).to(dtype)
+    direction = seeds.normal(seeds.fold(key, 101), (batch_size, num_heads, M, E)).to(dtype)
+    return qkv, direction, layout.intervals_BMI
+
+
+def split(qkv):
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+@pytest.mark.parametrize("tenth", range(10))
+def test_sdpa_over_500_layouts(tenth) -> None:
+    for number in range(50 * tenth, 50 * tenth + 50):
+        qkv, direction, intervals = random_case(number, 40)
+        ours, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+        M = qkv.shape[1]
+        out = attend(*split(ours), make_visibility(intervals, M, "sdpa"))
+        want = oracle(*split(theirs), order.may_attend(intervals, M).unsqueeze(1))
+        assert error(out, want) < 1e-5, number
+        (out * direction).sum().backward()
+        (want * direction).sum().backward()
+        assert error(ours.grad, theirs.grad) < 1e-5, number
+
+
+def test_sdpa_in_bf16() -> None:
+    for number in range(12):
+        qkv, direction, intervals = random_case(number, 40, torch.bfloat16)
+        ours, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+        out = attend(*split(ours), make_visibility(intervals, qkv.shape[1], "sdpa"))
+        want = oracle(*split(theirs), order.may_attend(intervals, qkv.shape[1]).unsqueeze(1))
+        assert error(out, want) < 2e-2
+        (out * direction).sum().backward()
+        (want * direction.double()).sum().backward()
+        assert error(ours.grad, theirs.grad) < 2e-2
+
+
+def layout_of_one_length(number: int, batch_size: int) -> order.Layout:
+    """Layouts of 179 tokens, more than a tile of FlexAttention and no multiple of one."""
+    keys = seeds.fold(seeds.fold(seeds.key(0, "layouts of one length"), number), torch.arange(3 * batch_size))
+    inner = order.draw_steps(seeds.fold(keys[0], 1), keys[:batch_size], 20, 0.9)
+    last = order.draw_steps(seeds.key(8, "last step"), keys[batch_size : 2 * batch_size], 60, 0.9)
+    return order.build_layout([order.Condition(30), order.Image(inner), order.Text(9), order.Image(last)])
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "head_width", "dtype"),
+    [(2, 64, torch.float32), (1, 32, torch.float32), (2, 128, torch.bfloat16)],
+    ids=str,
+)
+def test_flex_forward(batch_size, head_width, dtype) -> None:
+    """Its backward needs a GPU."""
+    torch._dynamo.reset()
+    for number in range(10):
+        layout = layout_of_one_length(number, batch_size)
+        M = layout.step_BM.shape[1]
+        qkv = seeds.normal(seeds.key(number, "qkv"), (batch_size, M, 3, 2, head_width)).to(dtype)
+        with torch.no_grad():
+            out = attend(*split(qkv), make_visibility(layout.intervals_BMI, M, "flex"))
+        want = oracle(*split(qkv), order.may_attend(layout.intervals_BMI, M).unsqueeze(1))
+        assert error(out, want) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_flex_is_compiled_once_for_all_layouts_of_a_length(batch_size) -> None:
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compiled = torch.compile(attention.flex_attention, backend=graphs, dynamic=False)
+    for number in range(4):
+        layout = layout_of_one_length(number, batch_size)
+        M = layout.step_BM.shape[1]
+        q, k, v = seeds.normal(seeds.fold(seeds.key(number, "qkv"), torch.arange(3)), (3, 1, M, 32))
+        compiled(q, k, v, block_mask=make_visibility(layout.intervals_BMI, M, "flex").mask)
+    assert graphs.frame_count == 1
+
+
+def test_tiles_of_flex_are_those_of_the_dense_mask() -> None:
+    for number in range(30):
+        _, _, intervals = random_case(number, 60)
+        M = intervals.shape[1]
+        dense = order.may_attend(intervals, M)
+        missing = -M % 16
+        seen, whole = attention._tiles_seen(intervals, M, 16)
+        rows = torch.nn.functional.pad(dense, (0, 0, 0, missing), value=False).unflatten(1, (-1, 16)).any(2)
+        all_rows = torch.nn.functional.pad(dense, (0, 0, 0, missing), value=True).unflatten(1, (-1, 16)).all(2)
+        want = torch.nn.functional.pad(rows, (0, missing), value=False).unflatten(2, (-1, 16)).any(3)
+        want_whole = torch.nn.functional.pad(all_rows, (0, missing), value=True).unflatten(2, (-1, 16)).all(3)
+        assert torch.equal(seen, want)
+        # A tile that two intervals cover between them may pass for one seen in part.
+        assert not (whole & ~want_whole).any()
+        assert (whole | ~want_whole).float().mean() > 0.95
 
 
 def test_no_intervals_means_everything_is_visible() -> None:
     q, k, v = seeds.normal(seeds.fold(seeds.key(0, "qkv"), torch.arange(3)), (1, 1, 4, 8))
     want = oracle(q, k, v, torch.ones(4, 4, dtype=torch.bool))
-    torch.testing.assert_close(attend(q, k, v, dense_mask(None, 4)).double(), want, rtol=1e-5, atol=1e-5)
+    assert error(attend(q, k, v, make_visibility(None, 4, "sdpa")), want) < 1e-5
+
+
+# ---------------------------------------------------------------------------
+# Choosing
+
+
+def test_auto() -> None:
+    assert choose("auto", "cpu", compiled=True) == "sdpa"
+    assert choose("auto", "cuda", compiled=True) == "flex"
+    assert choose("auto", "cuda", compiled=False) == "sdpa"
+    assert choose("sdpa", "cuda", compiled=True) == "sdpa"
+    assert choose_cached("auto", "cpu", "bf16") == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["flex", "triton"])
+def test_what_needs_a_gpu_is_refused_on_a_cpu(name) -> None:
+    with pytest.raises(ValueError, match=f"{name} trains on a GPU only.*use sdpa"):
+        choose(name, "cpu", compiled=False)
+
+
+def test_missing_packages_are_named(monkeypatch) -> None:
+    monkeypatch.setattr(attention.block_causal, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="pip install triton"):
+        choose("triton", "cuda", compiled=True)
+    monkeypatch.setattr(attention, "_is_installed", lambda package: False)
+    with pytest.raises(ValueError, match=r"pip install 'flash-attn"):
+        choose_cached("flash", "cuda", "bf16")
+    assert choose_cached("auto", "cuda", "bf16") == "sdpa"
+
+
+def test_flash_needs_a_gpu_and_bf16(monkeypatch) -> None:
+    monkeypatch.setattr(attention, "_is_installed", lambda package: True)
+    assert choose_cached("auto", "cuda", "bf16") == "flash"
+    assert choose_cached("auto", "cuda", "fp32") == "sdpa"
+    with pytest.raises(ValueError, match=r"a GPU and engine.precision=bf16"):
+        choose_cached("flash", "cpu", "fp32")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the real package is installed")
+def test_flash_is_called_with_tokens_before_heads(monkeypatch) -> None:
+    """The package builds on GPU machines only: a stand-in with its documented signature [B, M, H, E]."""
+    standin = types.ModuleType("flash_attn")
+
+    def flash_attn_func(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+    standin.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn", standin)
+    attention._flash.cache_clear()
+    q = seeds.normal(seeds.key(0, "q"), (2, 3, 5, 8))
+    k, v = seeds.normal(seeds.fold(seeds.key(0, "kv"), torch.arange(2)), (2, 3, 9, 8))
+    out = attend(q, k, v, make_visibility(None, 9, "flash"))
+    attention._flash.cache_clear()
+    assert error(out, oracle(q, k, v, torch.ones(5, 9, dtype=torch.bool))) < 1e-5

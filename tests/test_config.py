@@ -1,6 +1,7 @@
 """Config: typed loading, overrides, and a check that finds all problems at once."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,39 @@ def test_every_preset_passes_its_own_check(path: Path) -> None:
     configs.check(configs.load(path), world_size=8)
 
 
+def test_later_files_win_and_overrides_win_over_all(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("train: {num_steps: 3, ema_decay: 0.5}\ndata: {latent_scale: [1.0, 2.0]}")
+    (tmp_path / "b.yaml").write_text("train: {num_steps: 4}\ndata: {latent_scale: [5.0]}")
+    config = configs.load([TINY, tmp_path / "a.yaml", tmp_path / "b.yaml"], ["train.ema_decay=0.25"])
+    assert (config.train.num_steps, config.train.ema_decay, config.data.latent_scale) == (4, 0.25, (5.0,))
+    # What no later file names stays.
+    assert config.train.global_batch_size == configs.load(TINY).train.global_batch_size
+    assert configs.load([TINY]) == configs.load(str(TINY)) == configs.load(TINY)
+
+
+def test_a_problem_names_the_file_that_it_comes_from(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("train: {num_steps: many, learning_rat: 1.0}\nengine: {precision: fp8}")
+    second.write_text("engine: {precision: fp4}\nmodle: {}")
+    with pytest.raises(UserError) as caught:
+        configs.load([first, second], ["run.seed=x"])
+    message = str(caught.value)
+    assert message.startswith(f"{first} + {second}: 5 problems")
+    for part in (
+        f"train.num_steps: expected a whole number, got 'many' ({first})",
+        f"did you mean train.learning_rate? ({first})",
+        f"got 'fp4' ({second})",
+        f"modle: unknown key; did you mean model? ({second})",
+        "run.seed: expected a whole number, got 'x' (command line)",
+    ):
+        assert part in message
+    second.write_text("- a list")
+    with pytest.raises(UserError, match=r"second\.yaml: .*expected keys with values, got \['a list'\]"):
+        configs.load([first, second])
+    with pytest.raises(UserError, match=r"third\.yaml does not exist"):
+        configs.load([TINY, tmp_path / "third.yaml"])
+
+
 def test_all_wrong_keys_and_types_in_one_message() -> None:
     plain = {"train": {"learning_rat": 1.0, "num_steps": 1.5}, "modle": {}, "engine": {"precision": "fp8"}, "run": 3}
     with pytest.raises(UserError) as caught:
@@ -66,6 +100,8 @@ def test_types_are_not_bent(value, key) -> None:
 def test_a_stray_argument_is_named(override) -> None:
     with pytest.raises(UserError, match="is not understood"):
         configs.load(TINY, [override])
+    with pytest.raises(UserError, match=r"overrides run\.seed=\[1 cannot be read"):
+        configs.load(TINY, ["run.seed=[1"])
 
 
 def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
@@ -88,6 +124,14 @@ WRONG = [
     ("train.decay_steps=100000", "train.decay_steps: expected between 0 and"),
     ("order.ar_step_decay=0.0", "order.ar_step_decay: expected between"),
     ("order.ar_weight_first=0.5", "order.ar_weight_first: expected at least order.ar_weight_last"),
+    (
+        "order.num_ar_steps=17",
+        "order.num_ar_steps: expected at most 16 (the tokens of an image), or 0 to draw it, got 17",
+    ),
+    ("order.num_ar_steps=-1", "order.num_ar_steps: expected at least 0, got -1"),
+    ("order.ar_step_sizes=equal", "order.ar_step_sizes: equal sizes need a fixed number of AR steps"),
+    ("order.block_size=0", "order.block_size: expected at least 1"),
+    ("engine.clean_token_multiple=17", "engine.clean_token_multiple: expected between 0 and 16, got 17"),
     ("order.ar_weight_first=.nan", "order.ar_weight_first: expected at least 0, got nan"),
     ("run.seed=-1", "run.seed: expected at least 0, got -1"),
     ("noise.num_timesteps=20", "noise.num_timesteps: expected more than 20"),
@@ -109,6 +153,82 @@ def test_impossible_values_are_refused_by_name(override, message) -> None:
     with pytest.raises(UserError) as caught:
         configs.check(config, world_size=2)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["order.token_order=block_raster", "order.block_size=3"],
+            "order.block_size: expected a divisor of 4, the token grid's rows, for order.token_order = block_raster",
+        ),
+        (
+            ["order.token_order=dilated", "order.block_size=8"],
+            "order.block_size: expected a divisor of 4, the token grid's rows, for order.token_order = dilated, got 8",
+        ),
+        (
+            ["engine.attention=triton", "model.num_heads=8"],
+            "engine.attention: triton needs heads of width 32, 64, 128, got model.width / model.num_heads = 16",
+        ),
+        (
+            ["engine.attention=flex", "model.num_heads=16"],
+            "engine.attention: flex needs heads of width 16 or more, got model.width / model.num_heads = 8",
+        ),
+        (
+            ["engine.activation_checkpointing=true", "engine.zero_stage=0", "engine.precision=bf16"],
+            "engine.activation_checkpointing: expected false at engine.zero_stage = 0 in bf16",
+        ),
+        (["model.latent_size=4", "order.num_ar_steps=5"], "order.num_ar_steps: expected at most 4"),
+    ],
+)
+def test_impossible_combinations_are_refused_by_name(overrides, message) -> None:
+    with pytest.raises(UserError) as caught:
+        configs.check(configs.load(TINY, overrides), world_size=2)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["order.num_ar_steps=16", "order.ar_step_sizes=equal"],
+        ["order.token_order=dilated", "order.block_size=2"],
+        # Nothing uses it.
+        ["order.token_order=raster", "order.block_size=3"],
+        ["engine.attention=triton", "model.num_heads=2"],
+        ["engine.attention=flex", "model.num_heads=8"],
+        ["engine.activation_checkpointing=true", "engine.zero_stage=0"],
+        ["engine.clean_token_multiple=16"],
+    ],
+)
+def test_what_is_possible_is_not_refused(overrides) -> None:
+    configs.check(configs.load(TINY, overrides), world_size=2)
+
+
+@pytest.mark.parametrize("name", ["patch_size", "num_heads", "latent_size"])
+def test_a_size_of_zero_is_refused_before_anything_divides_by_it(name) -> None:
+    with pytest.raises(UserError, match=f"model.{name}: expected at least 1, got 0"):
+        configs.check(configs.load(TINY, [f"model.{name}=0"]), world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("engine", "latent_size", "want"),
+    [
+        ([], 16, 1),
+        (["attention=triton"], 16, 1),
+        (["attention=flex"], 16, 64),
+        (["compile_blocks=true"], 16, 64),
+        (["compile_blocks=true"], 32, 128),
+        (["compile_blocks=true"], 24, 128),
+        (["compile_blocks=true"], 4, 16),
+        (["compile_blocks=true", "clean_token_multiple=100"], 16, 100),
+        (["clean_token_multiple=1"], 16, 1),
+    ],
+)
+def test_clean_tokens_are_padded_where_kernels_are_compiled(engine, latent_size, want) -> None:
+    overrides = [f"model.latent_size={latent_size}", "model.patch_size=1", *(f"engine.{knob}" for knob in engine)]
+    config = configs.load(TINY, overrides)
+    assert config.clean_token_multiple() == want
+    assert want == 1 or math.ceil(config.model.num_tokens / want) + 1 <= 9
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from cfpretrain import ema as ema_module
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, Fragment
 from tests.processes import run_in_processes
@@ -33,7 +34,7 @@ def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def check_stage(stage: int, precision: str) -> None:
     engine, control = toy_engine(stage, precision), toy_engine(stage, precision)
-    ema = ShardedEMA(engine.fragments(), DECAY)
+    ema = ShardedEMA(engine.fragments(), DECAY, on_host=precision == "bf16")
     oracle = whole_values(engine)
     for step in range(3):
         assert train_step(engine, step) == train_step(control, step)
@@ -81,10 +82,13 @@ def fragment(values: Tensor) -> Fragment:
     return Fragment("w", (values.numel(),), 0, values, torch.zeros_like(values), torch.zeros_like(values), False)
 
 
+@pytest.mark.parametrize("on_host", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999, 1.0])
-def test_update_is_the_recurrence(decay: float) -> None:
+def test_update_is_the_recurrence(decay: float, on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Smaller than the fragment and no divisor of it.
+    monkeypatch.setattr(ema_module, "_STAGED_NUMEL", 2)
     weights = torch.tensor([1.0, -2.0, 3.0])
-    ema = ShardedEMA([fragment(weights)], decay)
+    ema = ShardedEMA([fragment(weights)], decay, on_host)
     assert torch.equal(ema.values[0], weights)
     assert ema.values[0].data_ptr() != weights.data_ptr()
     weights.add_(8.0)
@@ -94,7 +98,8 @@ def test_update_is_the_recurrence(decay: float) -> None:
         torch.testing.assert_close(ema.values[0], expected, rtol=1e-6, atol=1e-6)
 
 
-def test_rank_that_holds_nothing() -> None:
-    ema = ShardedEMA([], DECAY)
+@pytest.mark.parametrize("on_host", [False, True])
+def test_rank_that_holds_nothing(on_host: bool) -> None:
+    ema = ShardedEMA([], DECAY, on_host)
     ema.update()
     assert ema.values == []

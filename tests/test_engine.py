@@ -14,9 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cfpretrain import engine as engine_module
-from cfpretrain import seeds
+from cfpretrain import runtime, seeds
 from cfpretrain.config import Config
 from cfpretrain.engine import Engine, Fragment, build_engine, ds_config
+from cfpretrain.loss import NoisePredictionLoss
+from cfpretrain.model.norm import has_apex
+from cfpretrain.model.transformer import BlockSettings, CausalFusion, initial_values
+from cfpretrain.noise import linear_schedule
 from tests.processes import run_in_processes
 
 CPU = torch.device("cpu")
@@ -461,3 +465,108 @@ def test_deepspeed_config_follows_ours() -> None:
     assert not settings["zero_optimization"]["overlap_comm"]
     assert ds_config(config, 2, torch.device("cuda", 0))["zero_optimization"]["overlap_comm"]
     assert not ds_config(toy_config(3, "fp32"), 2, CPU)["bf16"]["enabled"]
+
+
+class CountsInTheGroup(torch.optim.Optimizer):
+    """Adam that counts its steps as apex's FusedAdam does (which needs a GPU): in the group, from what it finds there.
+
+    Its update is torch's.
+    """
+
+    def __init__(self, parameters: list[Tensor], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                state, correction = self.state[p], [1 - beta ** group["step"] for beta in (0.9, 0.95)]
+                state["exp_avg"].lerp_(p.grad, 0.1)
+                state["exp_avg_sq"].lerp_(p.grad.square(), 0.05)
+                denominator = (state["exp_avg_sq"] / correction[1]).sqrt() + 1e-8
+                p -= group["lr"] * state["exp_avg"] / correction[0] / denominator
+
+
+def test_steps_that_apex_counts_are_saved_and_restored() -> None:
+    ours, theirs = (torch.ones(3, requires_grad=True) for _ in range(2))
+    optimizer = engine_module._with_step_in_state(CountsInTheGroup([ours], lr=0.1))
+    (state,) = engine_module._create_adam_states(optimizer, [ours])
+    control = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for step in range(4):
+        if step == 2:
+            # Another process goes on from the states alone.
+            optimizer = engine_module._with_step_in_state(CountsInTheGroup([ours], lr=0.1))
+            optimizer.state[ours] = state
+        ours.grad = theirs.grad = seeds.normal(seeds.fold(seeds.key(0, "gradient"), step), (3,))
+        optimizer.step()
+        control.step()
+        assert int(state["step"]) == step + 1
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(engine_module._apex_fused_adam() is not None, reason="the real apex is installed")
+def test_the_registry_package_apex_is_not_taken_for_nvidias(monkeypatch) -> None:
+    found = {"apex"}
+    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: object() if name in found else None)
+    assert engine_module._apex_fused_adam() is None
+    assert not has_apex()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiled blocks and recomputed activations, under ZeRO
+
+
+def network_losses(stage: int, precision: str, blocks: BlockSettings) -> tuple[list[float], int]:
+    """Losses of a small network's steps, weights, splits and lengths changing, and how many graphs were compiled."""
+    runtime.start(CPU)
+    torch._dynamo.utils.counters.clear()
+    config = toy_config(stage, precision, micro_batch_size=4)
+    config = replace(config, engine=replace(config.engine, compile_blocks=blocks.compile))
+    engine = build_engine(
+        lambda: CausalFusion(
+            grid=3,
+            patch_values=4,
+            width=32,
+            depth=2,
+            num_heads=2,
+            num_cond_tokens=2,
+            num_classes=5,
+            blocks=blocks,
+        ),
+        config,
+        CPU,
+    )
+    engine.initialise(lambda name, shape, offset, count: initial_values(0, 3, name, shape, offset, count))
+    loss = NoisePredictionLoss(linear_schedule(), 1, 2, 5, 0.1, 0.9, "sample", 2.0, 1.0, "linear", seed=0)
+    ids = torch.arange(4) + 4 * dist.get_rank()
+    losses = []
+    for step in (0, 1, 0, 2):
+        total = 0.0
+        for part in range(engine.accumulation_steps):
+            part_ids = ids + 8 * part
+            latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), part_ids), (4, 3, 3))
+            terms = loss(engine, latents, loss.draw(step, 0, part_ids, part_ids % 5, 9, 4))
+            engine.backward(terms.total / terms.count)
+            total += float(terms.total.detach()) / terms.count
+        assert engine.step(1e-2)
+        losses.append(total)
+    return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+COMPILED = [(3, "fp32", True), (3, "bf16", False), (1, "bf16", True), (0, "bf16", False)]
+
+
+# Each rank compiles for half a minute.
+@pytest.mark.parametrize(
+    ("stage", "precision", "checkpoint_activations"),
+    [COMPILED[0], *(pytest.param(*kind, marks=pytest.mark.slow) for kind in COMPILED[1:])],
+)
+def test_compiled_blocks_train_alike(stage, precision, checkpoint_activations) -> None:
+    plain = run_in_processes(network_losses, 2, stage, precision, BlockSettings())
+    settings = BlockSettings(compile=True, checkpoint_activations=checkpoint_activations)
+    compiled = run_in_processes(network_losses, 2, stage, precision, settings)
+    for (want, _), (got, num_graphs) in zip(plain, compiled, strict=True):
+        assert got == pytest.approx(want, rel=1e-5 if precision == "fp32" else 3e-3)
+        # Three steps of three lengths at most, whatever the blocks and their weights: nothing is compiled again.
+        assert 1 <= num_graphs <= 3

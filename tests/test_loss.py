@@ -34,9 +34,17 @@ def fields(draws: Draws) -> dict[str, torch.Tensor]:
     return {f.name: getattr(draws, f.name) for f in dataclasses.fields(draws)}
 
 
-@pytest.mark.parametrize("split", ["sample", "batch"])
-def test_a_sample_draws_the_same_numbers_in_any_micro_batch(split) -> None:
-    loss = dataclasses.replace(LOSS, ar_split=split)
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"ar_split": "sample"},
+        {"ar_split": "batch"},
+        {"num_ar_steps": 4, "token_order": "raster"},
+        {"num_ar_steps": 4, "ar_step_sizes": "equal", "token_order": "dilated", "block_size": 3},
+    ],
+)
+def test_a_sample_draws_the_same_numbers_in_any_micro_batch(knobs) -> None:
+    loss = dataclasses.replace(LOSS, **knobs)
     whole = fields(draw(loss))
     parts = [fields(draw(loss, ids=IDS[i], labels=LABELS[i])) for i in ([2], [0, 3])]
     for name, value in whole.items():
@@ -86,3 +94,48 @@ def test_a_zero_head_predicts_nothing() -> None:
     terms = LOSS(model, torch.zeros(4, 1, 6, 6), draws)
     noise_in_order = torch.gather(draws.noise_BLP.square().mean(-1), 1, draws.order_BL)
     torch.testing.assert_close(terms.squared_error_BL, noise_in_order)
+
+
+def test_ablations_reach_the_draws() -> None:
+    """A plain diffusion transformer, pure autoregression, and blocks in raster order."""
+    dit = draw(dataclasses.replace(LOSS, num_ar_steps=1))
+    assert dit.steps_BL.unique().tolist() == [0]
+    pure = draw(dataclasses.replace(LOSS, num_ar_steps=9, ar_step_sizes="equal"))
+    assert torch.equal(pure.steps_BL, torch.arange(9).expand(4, -1))
+    blocks = dataclasses.replace(
+        LOSS, num_ar_steps=4, ar_step_sizes="equal", token_order="block_raster", block_size=2
+    ).draw(7, 1, IDS, LABELS, num_tokens=16, patch_values=4)
+    assert torch.equal(blocks.order_BL, order.fixed_order(4, "block_raster", 2).expand(4, -1))
+    assert torch.equal(blocks.steps_BL, (torch.arange(16) // 4).expand(4, -1))
+    # Nothing else moves with them.
+    for other in (dit, pure):
+        for name in ("labels_B", "order_BL", "timesteps_B", "noise_BLP"):
+            assert torch.equal(fields(other)[name], fields(draw())[name]), name
+
+
+@pytest.mark.parametrize("clean_multiple", [2, 4, 9])
+@pytest.mark.parametrize("split", ["sample", "batch"])
+def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:
+    # In fp64, where rounding of other summation orders cannot hide a difference.
+    model, latents = small_model().double(), seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
+    plain = dataclasses.replace(LOSS, ar_split=split)
+    padded = dataclasses.replace(plain, clean_multiple=clean_multiple)
+    lengths = []
+    for step in range(20):
+        seen = []
+
+        def watched(parts, intervals_BMI, seen=seen):
+            seen.append((model(parts, intervals_BMI), intervals_BMI.shape[1]))
+            return seen[-1][0]
+
+        draws = draw(plain, step=step)
+        want, got = plain(watched, latents, draws), padded(watched, latents, draws)
+        (prediction, length), (padded_prediction, padded_length) = seen
+        torch.testing.assert_close(padded_prediction, prediction, rtol=0, atol=1e-12)
+        torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
+        # FLOPs are of useful work: padding is none.
+        assert (got.num_tokens, got.num_visible, got.count) == (want.num_tokens, want.num_visible, want.count)
+        assert want.num_tokens == 4 * length
+        lengths.append((length, padded_length))
+    assert any(length < padded_length for length, padded_length in lengths)
+    assert {n for _, n in lengths} <= {2 + 9 + min(i * clean_multiple, 9) for i in range(9)}

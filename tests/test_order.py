@@ -2,11 +2,14 @@
 
 import itertools
 import math
+import random
+from collections import Counter
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chi2
 
 from cfpretrain import order, seeds
 
@@ -46,9 +49,11 @@ def by_the_rule(step: list[int], clean: list[bool]) -> list[list[bool]]:
     ]
 
 
-def plain_tokens(segments: list[order.Segment], sample: int) -> tuple[list[int], list[bool]]:
-    """Steps and kinds of the sequence's tokens, written down segment by segment."""
-    clean_steps, noised_steps, step = [], [], 0
+def plain_tokens(
+    segments: list[order.Segment], sample: int, clean_multiple: int
+) -> tuple[list[int], list[bool], list[bool]]:
+    """Steps, kinds and uses of the sequence's tokens, written down segment by segment."""
+    clean_steps, noised_steps, step, num_padding = [], [], 0, 0
     for i, segment in enumerate(segments):
         if isinstance(segment, order.Condition):
             clean_steps += [step] * segment.num_tokens
@@ -59,34 +64,47 @@ def plain_tokens(segments: list[order.Segment], sample: int) -> tuple[list[int],
         else:
             own = [step + s for s in segment.steps_BL[sample % len(segment.steps_BL)].tolist()]
             noised_steps += own
-            clean_steps += own if i < len(segments) - 1 else [s for s in own if s < own[-1]]
+            num_before = len(own) if i < len(segments) - 1 else sum(s < own[-1] for s in own)
+            num_clean = min(math.ceil(num_before / clean_multiple) * clean_multiple, len(own))
+            num_padding = num_clean - num_before
+            clean_steps += own[:num_clean]
             step = own[-1] + 1
-    return clean_steps + noised_steps, [True] * len(clean_steps) + [False] * len(noised_steps)
+    clean = [True] * len(clean_steps) + [False] * len(noised_steps)
+    if not isinstance(segments[-1], order.Image):
+        num_padding = 0
+    padding = [len(clean_steps) - num_padding <= i < len(clean_steps) for i in range(len(clean))]
+    return clean_steps + noised_steps, clean, padding
 
 
-def assert_follows_the_rule(segments: list[order.Segment]) -> None:
-    layout = order.build_layout(segments)
+def assert_follows_the_rule(segments: list[order.Segment], clean_multiple: int) -> None:
+    layout = order.build_layout(segments, clean_multiple)
     mask = order.may_attend(layout.intervals_BMI, layout.step_BM.shape[1])
     for sample in range(len(layout.step_BM)):
-        step, clean = plain_tokens(segments, sample)
+        step, clean, padding = plain_tokens(segments, sample, clean_multiple)
         assert layout.is_clean_M.tolist() == clean
+        assert layout.is_padding_BM[sample].tolist() == padding
         assert mask[sample].tolist() == by_the_rule(step, clean)
+        useful = ~layout.is_padding_BM[sample]
+        # Nobody sees the padding but itself; what is left counts as without it.
+        assert not mask[sample][useful][:, ~useful].any()
+        num_tokens, num_visible = (counts[sample] for counts in order.count_useful(layout))
+        assert (num_tokens, num_visible) == (useful.sum(), mask[sample][useful].sum())
     # No key counts twice, and no row is blind.
     assert torch.equal(order.count_visible(layout.intervals_BMI), mask.sum((1, 2)))
     assert mask.any(-1).all()
 
 
-@given(segment_lists)
-def test_layout_follows_the_rule_for_any_segments(segments) -> None:
-    assert_follows_the_rule(segments)
+@given(segment_lists, st.integers(1, 6))
+def test_layout_follows_the_rule_for_any_segments(segments, clean_multiple) -> None:
+    assert_follows_the_rule(segments, clean_multiple)
 
 
-@given(images(), st.booleans(), st.booleans())
-def test_layout_follows_the_rule_for_splits_of_their_own(image, condition_first, text_after) -> None:
+@given(images(), st.booleans(), st.booleans(), st.integers(1, 6))
+def test_layout_follows_the_rule_for_splits_of_their_own(image, condition_first, text_after, clean_multiple) -> None:
     if text_after and len(image.steps_BL) > 1:
         text_after = len({int(s[-1]) for s in image.steps_BL}) == 1
     before = [order.Condition(2)] if condition_first else []
-    assert_follows_the_rule([*before, image, *([order.Text(2)] if text_after else [])])
+    assert_follows_the_rule([*before, image, *([order.Text(2)] if text_after else [])], clean_multiple)
 
 
 def test_two_images_and_a_caption_spelled_out() -> None:
@@ -114,6 +132,32 @@ def test_unequal_last_steps_are_refused() -> None:
         order.build_layout([order.Condition(1), image])
     # What follows the image sees all of it: lengths are equal again.
     assert order.build_layout([image, order.Condition(1)]).step_BM.shape == (2, 7)
+
+
+def test_samples_need_only_agree_on_the_padded_length() -> None:
+    segments = [order.Condition(1), order.Image(torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]]))]
+    with pytest.raises(ValueError, match="equal sizes"):
+        order.build_layout(segments, 3)
+    assert order.build_layout(segments, 2).num_clean_image_tokens == (4,)
+    assert order.count_useful(order.build_layout(segments, 2))[0].tolist() == [10, 11]
+    assert_follows_the_rule(segments, 2)
+    with pytest.raises(ValueError, match="clean_multiple: expected at least 1, got 0"):
+        order.build_layout(segments, 0)
+
+
+@pytest.mark.parametrize(("num_tokens", "clean_multiple", "most"), [(256, 64, 5), (256, 100, 4), (64, 1, 64)])
+def test_a_run_has_few_lengths(num_tokens, clean_multiple, most) -> None:
+    assert most <= math.ceil(num_tokens / clean_multiple) + 1
+    lengths = set()
+    for i in range(400):
+        key = seeds.fold(seeds.key(5, "test"), i)
+        image = order.Image(order.draw_steps(key, seeds.fold(key, torch.arange(2)), num_tokens, 0.9))
+        layout = order.build_layout([order.Condition(4), image], clean_multiple)
+        num_clean = layout.num_clean_image_tokens[0]
+        assert num_clean % clean_multiple == 0 or num_clean == num_tokens
+        lengths.add(layout.step_BM.shape[1])
+    assert lengths <= {4 + num_tokens + min(i * clean_multiple, num_tokens) for i in range(most)}
+    assert len(lengths) > 2
 
 
 @pytest.mark.parametrize("segments", [[], [order.Condition(0)], [order.Text(0)]])
@@ -176,35 +220,115 @@ def frequencies(steps_BL: torch.Tensor) -> dict[tuple[int, ...], float]:
     }
 
 
-def split_probabilities(num_tokens: int, decay: float) -> dict[tuple[int, ...], float]:
-    """P(split): S from its law, then each subset of cut points alike."""
-    law = order.step_count_probabilities(num_tokens, decay)
+def split_probabilities(num_tokens: int, decay: float, num_ar_steps: int) -> dict[tuple[int, ...], float]:
+    """P(split): S from its law or fixed, then each subset of cut points alike."""
+    law = [decay**s for s in range(num_tokens)]
+    law = [p / sum(law) if not num_ar_steps else float(s + 1 == num_ar_steps) for s, p in enumerate(law)]
     chances = {}
     for cuts in range(2 ** (num_tokens - 1)):
         edges = [0, *(i + 1 for i in range(num_tokens - 1) if cuts >> i & 1), num_tokens]
         parts = tuple(b - a for a, b in itertools.pairwise(edges))
-        chances[parts] = float(law[len(parts) - 1]) / math.comb(num_tokens - 1, len(parts) - 1)
+        if law[len(parts) - 1]:
+            chances[parts] = law[len(parts) - 1] / math.comb(num_tokens - 1, len(parts) - 1)
     return chances
 
 
-@pytest.mark.parametrize("split", ["sample", "batch"])
-@pytest.mark.parametrize("decay", [1.0, 0.7])
-def test_every_split_has_its_probability(split, decay) -> None:
-    num_tokens, num_draws = 5, 6000
-    root = seeds.key(3, "test")
+def draw_one(split: str, key: torch.Tensor, num_tokens: int, decay: float, num_ar_steps: int = 0) -> torch.Tensor:
     if split == "batch":
-        drawn = [order.draw_shared_steps(seeds.fold(root, i), 1, num_tokens, decay) for i in range(num_draws)]
-    else:
-        drawn = [
-            order.draw_steps(seeds.fold(root, i), seeds.fold(seeds.fold(root, i), torch.tensor([7])), num_tokens, decay)
-            for i in range(num_draws)
-        ]
-    seen, want = frequencies(torch.cat(drawn)), split_probabilities(num_tokens, decay)
+        return order.draw_shared_steps(key, 1, num_tokens, decay, num_ar_steps)
+    return order.draw_steps(key, seeds.fold(key, torch.tensor([7])), num_tokens, decay, num_ar_steps)
+
+
+@pytest.mark.parametrize("split", ["sample", "batch"])
+@pytest.mark.parametrize(("num_tokens", "decay", "num_ar_steps"), [(5, 1.0, 0), (5, 0.7, 0), (7, 0.9, 3)])
+def test_every_split_has_its_probability(split, num_tokens, decay, num_ar_steps) -> None:
+    num_draws, root = 2500, seeds.key(3, "test")
+    drawn = [draw_one(split, seeds.fold(root, i), num_tokens, decay, num_ar_steps) for i in range(num_draws)]
+    seen, want = frequencies(torch.cat(drawn)), split_probabilities(num_tokens, decay, num_ar_steps)
+    assert len(want) == (math.comb(num_tokens - 1, num_ar_steps - 1) if num_ar_steps else 2 ** (num_tokens - 1))
     assert seen.keys() <= want.keys()
     chi_square = sum(num_draws * (seen.get(parts, 0.0) - p) ** 2 / p for parts, p in want.items())
-    # 15 degrees of freedom: 37.7 is exceeded with probability 0.001, and the seed is fixed.
-    assert len(want) == 16
-    assert chi_square < 37.7
+    # Exceeded with probability 0.001, and the seed is fixed.
+    assert chi_square < chi2.isf(0.001, len(want) - 1)
+
+
+def official_sizes(num_draws: int, num_tokens: int, decay: float) -> list[list[int]]:
+    """Splits as the official sampler draws them: S by its weights, then a uniform set of cut points."""
+    draw = random.Random(0)
+    num_steps = draw.choices(range(1, num_tokens + 1), [decay**s for s in range(num_tokens)], k=num_draws)
+    cuts = [sorted(draw.sample(range(1, num_tokens), s - 1)) for s in num_steps]
+    return [[b - a for a, b in itertools.pairwise([0, *c, num_tokens])] for c in cuts]
+
+
+def chi_square_of_two_samples(ours: list[int], theirs: list[int]) -> tuple[float, int]:
+    """Whether two samples have one law: the statistic and its degrees of freedom, over bins of 30 values or more."""
+    count_ours, count_theirs = Counter(ours), Counter(theirs)
+    bins, a, b = [], 0, 0
+    for value in sorted(count_ours | count_theirs):
+        a, b = a + count_ours[value], b + count_theirs[value]
+        if a + b >= 30:
+            bins.append((a, b))
+            a, b = 0, 0
+    bins.append((a, b))
+    ratio = math.sqrt(len(ours) / len(theirs))
+    return sum((x / ratio - y * ratio) ** 2 / (x + y) for x, y in bins if x + y), len(bins) - 1
+
+
+def test_marginals_at_full_size_are_the_official_samplers() -> None:
+    """Splits of their own with a shared last size: S and the sizes at the ends and in the middle, at 256 tokens."""
+    num_tokens, decay, root = 256, 0.9, seeds.key(11, "test")
+    ours = [draw_one("sample", seeds.fold(root, i), num_tokens, decay)[0].bincount().tolist() for i in range(5_000)]
+    theirs = official_sizes(50_000, num_tokens, decay)
+    assert all(sum(split) == num_tokens and min(split) >= 1 for split in ours)
+    marginals = {
+        "S": len,
+        "first": lambda split: split[0],
+        "middle": lambda split: split[len(split) // 2],
+        "last": lambda split: split[-1],
+        "largest": max,
+    }
+    for name, value in marginals.items():
+        chi_square, freedom = chi_square_of_two_samples([value(s) for s in ours], [value(s) for s in theirs])
+        assert freedom > 12, name
+        assert chi_square < chi2.isf(0.001, freedom), name
+
+
+@pytest.mark.parametrize(("num_tokens", "decay", "num_ar_steps"), [(5, 0.9, 0), (9, 1.0, 0), (8, 0.9, 3), (6, 0.9, 1)])
+def test_expected_work_is_the_mean_over_all_splits(num_tokens, decay, num_ar_steps) -> None:
+    tokens = visible = 0.0
+    for parts, p in split_probabilities(num_tokens, decay, num_ar_steps).items():
+        segments = [order.Condition(3), order.Image(order.steps_from_sizes(parts)[None])]
+        counts = order.count_useful(order.build_layout(segments, 4))
+        tokens, visible = tokens + p * int(counts[0]), visible + p * int(counts[1])
+    assert order.expected_work(3, num_tokens, decay, num_ar_steps, "random") == pytest.approx((tokens, visible))
+
+
+@given(st.integers(1, 30), st.data())
+def test_work_of_equal_sizes(num_tokens, data) -> None:
+    num_ar_steps = data.draw(st.integers(1, num_tokens))
+    parts = order.equal_sizes(num_tokens, num_ar_steps)
+    counts = order.count_useful(
+        order.build_layout([order.Condition(2), order.Image(order.steps_from_sizes(parts)[None])])
+    )
+    assert order.expected_work(2, num_tokens, 0.9, num_ar_steps, "equal") == tuple(map(int, counts))
+    assert order.last_size_probabilities(num_tokens, 0.9, num_ar_steps, "equal").nonzero().tolist() == [[parts[-1] - 1]]
+
+
+@given(st.integers(0, 2**31), st.integers(1, 40), st.data())
+def test_a_fixed_number_of_steps(seed, num_tokens, data) -> None:
+    num_ar_steps = data.draw(st.integers(1, num_tokens))
+    root = seeds.key(seed, "test")
+    own = order.draw_steps(root, seeds.fold(root, torch.arange(6)), num_tokens, 0.9, num_ar_steps)
+    shared = order.draw_shared_steps(root, 2, num_tokens, 0.9, num_ar_steps)
+    assert (own[:, -1] == num_ar_steps - 1).all()
+    assert (shared[:, -1] == num_ar_steps - 1).all()
+    assert order.step_begin(own)[:, -1].unique().numel() == 1
+
+
+def test_more_steps_than_tokens_are_refused() -> None:
+    root = seeds.key(0, "test")
+    with pytest.raises(ValueError, match="num_ar_steps: expected 1 to 4"):
+        order.draw_steps(root, root[None], 4, 0.9, 5)
 
 
 @given(st.integers(0, 2**31), st.integers(1, 40), st.sampled_from([1.0, 0.9, 0.5]))
@@ -224,3 +348,22 @@ def test_a_sample_keeps_its_split_in_another_batch() -> None:
     assert torch.equal(torch.cat([order.draw_steps(root, half, 16, 0.9) for half in keys.chunk(2)]), whole)
     shared = order.draw_shared_steps(root, 8, 16, 0.9)
     assert torch.equal(shared[:3], order.draw_shared_steps(root, 3, 16, 0.9))
+
+
+def test_fixed_orders_spelled_out() -> None:
+    assert order.fixed_order(3, "raster", 4).tolist() == list(range(9))
+    blocks = [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
+    assert order.fixed_order(4, "block_raster", 2).tolist() == sum(blocks, [])
+    strides = [[0, 2, 8, 10], [1, 3, 9, 11], [4, 6, 12, 14], [5, 7, 13, 15]]
+    assert order.fixed_order(4, "dilated", 2).tolist() == sum(strides, [])
+    with pytest.raises(ValueError, match="block_size: expected a divisor of the token grid's 4 rows, got 3"):
+        order.fixed_order(4, "dilated", 3)
+
+
+@pytest.mark.parametrize("token_order", ["random", "raster", "block_raster", "dilated"])
+def test_orders_are_permutations(token_order) -> None:
+    keys = seeds.fold(seeds.key(0, "test"), torch.arange(3))
+    orders = order.draw_orders(keys, 144, token_order, 4)
+    assert torch.equal(orders.sort(1).values, torch.arange(144).expand(3, -1))
+    assert torch.equal(order.draw_orders(keys[1:2], 144, token_order, 4), orders[1:2])
+    assert torch.equal(orders[0], orders[1]) == (token_order != "random")

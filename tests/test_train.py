@@ -190,7 +190,7 @@ def test_mistakes_end_all_ranks_with_one_line(shards: Path, whole_run: Path, tmp
 
 def refuse(config: configs.Config, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        prepare_folder(config)
+        prepare_folder(config, torch.device("cpu"))
 
 
 def test_shard_mistakes(shards: Path, tmp_path: Path) -> None:

@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cfpretrain import order, seeds
+from cfpretrain.model import attention
 from cfpretrain.model.transformer import (
+    BlockSettings,
     CausalFusion,
     ClassPart,
     ImagePart,
@@ -20,7 +23,9 @@ from cfpretrain.model.transformer import (
 )
 
 
-def small_model(learnable_positions: bool = True, random_head: bool = True) -> CausalFusion:
+def small_model(
+    learnable_positions: bool = True, random_head: bool = True, blocks: BlockSettings | None = None
+) -> CausalFusion:
     model = CausalFusion(
         grid=3,
         patch_values=4,
@@ -30,6 +35,7 @@ def small_model(learnable_positions: bool = True, random_head: bool = True) -> C
         num_cond_tokens=2,
         num_classes=5,
         learnable_positions=learnable_positions,
+        blocks=blocks,
     )
     initialise(model, seed=0)
     if random_head:
@@ -161,3 +167,73 @@ def test_fixed_positions_are_no_parameter_and_equal_learnable_ones_at_the_start(
     clean, noised = seeds.normal(seeds.fold(seeds.key(0, "t"), torch.arange(2)), (9, 4))
     steps = order.steps_from_sizes([4, 5])
     assert torch.equal(forward(fixed, steps, clean, noised), forward(learned, steps, clean, noised))
+
+
+# ---------------------------------------------------------------------------
+# Ways to compute the blocks
+
+
+def training_pass(model: CausalFusion, number: int, sizes: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Prediction and gradients for a batch of two with random orders and AR steps of the given sizes."""
+    key = seeds.fold(seeds.key(0, "training pass"), number)
+    order_BL = seeds.permutation(seeds.fold(key, torch.arange(2)), 9)
+    layout = order.build_layout([order.Condition(2), order.Image(order.steps_from_sizes(sizes)[None])])
+    num_clean = layout.num_clean_image_tokens[0]
+    clean, noised, direction = seeds.normal(seeds.fold(key, torch.arange(3)), (2, 9, 4))
+    labels, timesteps = torch.tensor([1, 4]), torch.tensor([3, 700])
+    image = ImagePart(clean[:, :num_clean], order_BL[:, :num_clean], noised, order_BL, timesteps)
+    model.zero_grad()
+    prediction = model([ClassPart(labels), image], layout.intervals_BMI)
+    (prediction * direction).sum().backward()
+    return prediction.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def test_recomputed_activations_change_no_bit() -> None:
+    plain, recomputed = small_model(), small_model(blocks=BlockSettings(checkpoint_activations=True))
+    calls = []
+    recomputed.trunk.blocks[0].attn.register_forward_hook(lambda *_: calls.append(1))
+    want, want_gradients = training_pass(plain, 0, [4, 3, 2])
+    got, gradients = training_pass(recomputed, 0, [4, 3, 2])
+    assert torch.equal(got, want)
+    assert all(torch.equal(gradients[name], want_gradients[name]) for name in want_gradients)
+    assert len(calls) == 2
+
+
+# Torch looks at it while it traces, and hides the warning but from filters that make it an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("checkpoint_activations", [False, True])
+def test_compiled_blocks_share_a_graph_a_length(checkpoint_activations) -> None:
+    """Splits, orders, weights and blocks change; only another length makes another graph."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    settings = BlockSettings(compile=True, checkpoint_activations=checkpoint_activations)
+    plain, compiled = small_model(), small_model(blocks=settings)
+    for number, sizes in enumerate([[4, 3, 2], [1, 6, 2], [7, 2], [4, 5], [1, 1, 1, 1, 5], [3, 4, 2]]):
+        want, want_gradients = training_pass(plain, number, sizes)
+        got, gradients = training_pass(compiled, number, sizes)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        for name, gradient in want_gradients.items():
+            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_forwards_without_gradients_compile_nothing() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model = small_model(blocks=BlockSettings(compile=True))
+    with torch.no_grad():
+        model([ClassPart(torch.tensor([1]))])
+    assert not torch._dynamo.utils.counters["stats"]
+
+
+def test_too_many_lengths_are_an_error_not_silence(monkeypatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(attention, "_MOST_GRAPHS", 2)
+    compiled = attention.compile_by_shape(lambda x: x + 1)
+    try:
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            for length in range(2, 5):
+                compiled(torch.zeros(length))
+    finally:
+        torch._dynamo.config.recompile_limit = 64

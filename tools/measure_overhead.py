@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
             overrides = [*arguments.overrides, f"run.folder={shared}", "metrics.wandb=disabled"]
             config = configs.load(arguments.config, overrides)
             configs.check(config, runtime.world_size())
-            trainer.prepare_folder(config)
+            trainer.prepare_folder(config, device)
             measured = _measure(trainer.Trainer(config, device), arguments)
             runtime.barrier()
     finally:

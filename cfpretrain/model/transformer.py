@@ -6,16 +6,19 @@ knows nothing of images or classes: a further kind of segment brings its own emb
 Every parameter belongs to a module whose `forward` uses it, since ZeRO-3 gathers parameters only there.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cfpretrain import seeds
-from cfpretrain.model.attention import attend, dense_mask
+from cfpretrain.model.attention import Visibility, attend, compile_by_shape, make_visibility
+from cfpretrain.model.norm import layer_norm
 
 _NORM_EPS = 1e-5
 _TIMESTEP_WIDTH = 256
@@ -131,6 +134,10 @@ class KeyValueCache:
         self.length += num_tokens
 
 
+# A block's keys and values [B, H, M, E] -> those of its context and these.
+ExtendContext = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 # ---------------------------------------------------------------------------
 # The network
 
@@ -196,20 +203,20 @@ class ClassEmbedder(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with LayerNorm over the head width on queries and keys."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, fused_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = nn.LayerNorm(width // num_heads, eps=_NORM_EPS)
-        self.k_norm = nn.LayerNorm(width // num_heads, eps=_NORM_EPS)
+        self.q_norm = layer_norm(width // num_heads, _NORM_EPS, fused_norm)
+        self.k_norm = layer_norm(width // num_heads, _NORM_EPS, fused_norm)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BMD: Tensor, mask_B1MK: Tensor | None, cache: KeyValueCache | None, block: int) -> Tensor:
+    def forward(self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None) -> Tensor:
         q, k, v = self.qkv(x_BMD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = self.q_norm(q), self.k_norm(k)
-        if cache is not None:
-            k, v = cache.extend(block, k, v)
-        return self.proj(attend(q, k, v, mask_B1MK).transpose(1, 2).flatten(2))
+        if extend is not None:
+            k, v = extend(k, v)
+        return self.proj(attend(q, k, v, visibility).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -224,27 +231,55 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x_BMD), approximate="tanh"))
 
 
+@dataclass(frozen=True)
+class BlockSettings:
+    """How the blocks compute; what they compute is the same.
+
+    Attributes:
+        attention: backend where the intervals say who sees whom (`attention.choose`).
+        cached_attention: backend where everyone sees everything (`attention.choose_cached`).
+        compile: torch.compile each block in training.
+        checkpoint_activations: keep only the blocks' inputs for the backward and compute the rest again.
+        fused_norm: apex's LayerNorm (`norm.has_apex`); not with `compile`.
+    """
+
+    attention: str = "sdpa"
+    cached_attention: str = "sdpa"
+    compile: bool = False
+    checkpoint_activations: bool = False
+    fused_norm: bool = False
+
+
 class Block(nn.Module):
     """Pre-norm attention and perceptron, each with a residual."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, settings: BlockSettings) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=_NORM_EPS)
-        self.attn = Attention(width, num_heads)
-        self.norm2 = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.norm1 = layer_norm(width, _NORM_EPS, settings.fused_norm)
+        self.attn = Attention(width, num_heads, settings.fused_norm)
+        self.norm2 = layer_norm(width, _NORM_EPS, settings.fused_norm)
         self.mlp = Mlp(width)
+        # One graph a length serves all blocks: they differ in their weights only.
+        self._compiled = compile_by_shape(self._compute) if settings.compile else None
 
-    def forward(self, x_BMD: Tensor, mask_B1MK: Tensor | None, cache: KeyValueCache | None, block: int) -> Tensor:
-        x_BMD = x_BMD + self.attn(self.norm1(x_BMD), mask_B1MK, cache, block)
+    def forward(self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None = None) -> Tensor:
+        if self._compiled is not None and torch.is_grad_enabled():
+            return self._compiled(x_BMD, visibility, extend)
+        # Sampling comes in too many lengths to compile.
+        return self._compute(x_BMD, visibility, extend)
+
+    def _compute(self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None) -> Tensor:
+        x_BMD = x_BMD + self.attn(self.norm1(x_BMD), visibility, extend)
         return x_BMD + self.mlp(self.norm2(x_BMD))
 
 
 class Trunk(nn.Module):
     """The blocks."""
 
-    def __init__(self, width: int, depth: int, num_heads: int) -> None:
+    def __init__(self, width: int, depth: int, num_heads: int, settings: BlockSettings) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(width, num_heads) for _ in range(depth))
+        self.settings = settings
+        self.blocks = nn.ModuleList(Block(width, num_heads, settings) for _ in range(depth))
 
     def forward(self, x_BMD: Tensor, intervals_BMI: Tensor | None, cache: KeyValueCache | None) -> Tensor:
         """Tokens through all blocks.
@@ -253,9 +288,17 @@ class Trunk(nn.Module):
             intervals_BMI: what each row sees (`order.Layout`); None lets each see all tokens and the whole cache.
             cache: context of earlier calls, extended by this one's tokens; None without context.
         """
-        mask_B1MK = dense_mask(intervals_BMI, x_BMD.shape[1])
+        settings = self.settings
+        backend = settings.cached_attention if intervals_BMI is None else settings.attention
+        visibility = make_visibility(intervals_BMI, x_BMD.shape[1], backend)
         for i, block in enumerate(self.blocks):
-            x_BMD = block(x_BMD, mask_B1MK, cache, i)
+            if cache is not None:
+                x_BMD = block(x_BMD, visibility, functools.partial(cache.extend, i))
+            elif settings.checkpoint_activations and torch.is_grad_enabled():
+                # Nothing in a block is random: no state of a generator to keep.
+                x_BMD = checkpoint(block, x_BMD, visibility, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_BMD = block(x_BMD, visibility)
         return x_BMD
 
 
@@ -264,7 +307,7 @@ class NoiseHead(nn.Module):
 
     def __init__(self, width: int, patch_values: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width, eps=_NORM_EPS)
+        self.norm = layer_norm(width, _NORM_EPS)
         self.linear = nn.Linear(width, patch_values)
 
     def forward(self, x_BND: Tensor) -> Tensor:
@@ -283,6 +326,7 @@ class CausalFusion(nn.Module):
         num_cond_tokens: condition tokens a class (Q).
         num_classes: classes without the null class.
         learnable_positions: learned position embeddings, else fixed 2-d sin-cos.
+        blocks: how the blocks compute.
     """
 
     def __init__(
@@ -296,13 +340,14 @@ class CausalFusion(nn.Module):
         num_cond_tokens: int,
         num_classes: int,
         learnable_positions: bool = True,
+        blocks: BlockSettings | None = None,
     ) -> None:
         super().__init__()
         self.grid, self.patch_values, self.depth = grid, patch_values, depth
         self.num_cond_tokens, self.num_classes = num_cond_tokens, num_classes
         self.image_embedder = ImageEmbedder(grid, patch_values, width, learnable_positions)
         self.class_embedder = ClassEmbedder(num_classes, num_cond_tokens, width)
-        self.trunk = Trunk(width, depth, num_heads)
+        self.trunk = Trunk(width, depth, num_heads, blocks or BlockSettings())
         self.noise_head = NoiseHead(width, patch_values)
 
     @property

@@ -1,0 +1,27 @@
+"""LayerNorm: torch's, or the fused one of NVIDIA apex (the package of that name on the registry is another)."""
+
+import importlib.util
+
+from torch import nn
+
+
+def has_apex() -> bool:
+    """Whether NVIDIA's apex is installed with its CUDA LayerNorm."""
+    if importlib.util.find_spec("apex") is None or importlib.util.find_spec("fused_layer_norm_cuda") is None:
+        return False
+    return importlib.util.find_spec("apex.multi_tensor_apply") is not None
+
+
+def layer_norm(width: int, eps: float, fused: bool = False) -> nn.Module:
+    """A LayerNorm over the last dimension, with weight and bias.
+
+    Args:
+        width: the last dimension's size.
+        eps: added to the variance.
+        fused: apex's kernel, where `has_apex`; a compiled graph would break at it.
+    """
+    if not fused:
+        return nn.LayerNorm(width, eps=eps)
+    from apex.normalization import FusedLayerNorm
+
+    return FusedLayerNorm(width, eps=eps)
