@@ -12,6 +12,7 @@ from torch import Tensor
 from cfpretrain import seeds
 from cfpretrain.model.transformer import ClassPart, ImagePart, KeyValueCache, Part
 from cfpretrain.noise import Schedule, ddpm_update
+from cfpretrain.order import draw_orders
 
 
 class Model(Protocol):
@@ -44,9 +45,18 @@ def noise_by_image(seed: int, image_ids_B: Tensor, patch_values: int) -> NoiseDr
     return draw
 
 
-def random_orders(seed: int, image_ids_B: Tensor, num_tokens: int) -> Tensor:
-    """A uniform random order of the tokens for each image: int64 [B, L]."""
-    return seeds.permutation(seeds.fold(seeds.key(seed, "sampling order"), image_ids_B), num_tokens)
+def sampling_orders(
+    seed: int, image_ids_B: Tensor, num_tokens: int, token_order: str = "random", block_size: int = 1
+) -> Tensor:
+    """The order in which each image's tokens are made, as the model was trained: int64 [B, L].
+
+    Args:
+        seed: of random orders.
+        image_ids_B: int64 [B]; an image's random order depends on its id alone.
+        num_tokens: L.
+        token_order, block_size: see `order.draw_orders`.
+    """
+    return draw_orders(seeds.fold(seeds.key(seed, "sampling order"), image_ids_B), num_tokens, token_order, block_size)
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ def error(ours, theirs) -> float:
 
 
 def random_segments(key: torch.Tensor, batch_size: int, most_tokens: int) -> list[order.Segment]:
-    """A sequence of one to three segments, the first a condition; images with a split for each sample or a shared one."""
+    """A condition and two segments of random kinds; images with a split for each sample or a shared one."""
     kinds = seeds.integers(seeds.fold(key, torch.arange(3)), 4).tolist()
     sizes = (2 + seeds.integers(seeds.fold(key, torch.arange(3, 6)), most_tokens - 1)).tolist()
     segments: list[order.Segment] = [order.Condition(sizes[0])]

@@ -47,3 +47,19 @@ def test_batch_size_changes_rounding_only() -> None:
     one, other = (make(GenerationSettings(2, 3, 1.0, batch_size, 5)) for batch_size in (1, 7))
     assert one.shape == (7, 1, 6, 6)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_tokens_is_the_models() -> None:
+    """Of three AR steps in raster order, the first makes the first row of tokens, from the noise of the same tokens."""
+    settings = GenerationSettings(3, num_denoising_steps=3, guidance=1.0, batch_size=7, seed=5)
+    seen: list[Tensor] = []
+
+    def spy(model, parts, intervals=None, cache=None):
+        seen.extend(part.noised_positions_BN for part in parts if hasattr(part, "noised_positions_BN"))
+
+    model = small_model()
+    model.register_forward_pre_hook(lambda module, args, kwargs: spy(module, *args, **kwargs), with_kwargs=True)
+    schedule = noise.linear_schedule()
+    generate_images(model, lambda x: x, LABELS, settings, schedule, 9, 2, torch.device("cpu"), "raster")
+    made = [positions[0].tolist() for positions in seen if positions.shape[1]]
+    assert made == [row for row in ([0, 1, 2], [3, 4, 5], [6, 7, 8]) for _ in range(3)]

@@ -15,7 +15,7 @@ LABELS, IDS = torch.tensor([0, 3, 4]), torch.tensor([10, 11, 12])
 
 
 def generate(model: CausalFusion, sizes: Sequence[int], guidance: float, ids: Tensor = IDS, labels: Tensor = LABELS):
-    orders = sampler.random_orders(0, ids, 9)
+    orders = sampler.sampling_orders(0, ids, 9)
     draw = sampler.noise_by_image(0, ids, model.patch_values)
     return sampler.generate(model, labels, orders, sizes, SCHEDULE, guidance, draw)
 
@@ -23,7 +23,7 @@ def generate(model: CausalFusion, sizes: Sequence[int], guidance: float, ids: Te
 @torch.no_grad()
 def generate_without_cache(model: CausalFusion, sizes: Sequence[int], guidance: float) -> Tensor:
     """Every denoising step recomputes the whole training sequence, of which only the current AR step is read."""
-    orders = sampler.random_orders(0, IDS, 9)
+    orders = sampler.sampling_orders(0, IDS, 9)
     draw = sampler.noise_by_image(0, IDS, model.patch_values)
     layout = order.build_layout([order.Condition(2), order.Image(order.steps_from_sizes(sizes)[None])])
     num_clean = layout.num_clean_image_tokens[0]
@@ -69,7 +69,7 @@ def test_image_ids_and_seed_make_different_images() -> None:
     images = generate(model, [9], 1.0, labels=same_label)
     assert not torch.allclose(images[0], images[1])
     draw = sampler.noise_by_image(1, IDS, model.patch_values)
-    other = sampler.generate(model, same_label, sampler.random_orders(0, IDS, 9), [9], SCHEDULE, 1.0, draw)
+    other = sampler.generate(model, same_label, sampler.sampling_orders(0, IDS, 9), [9], SCHEDULE, 1.0, draw)
     assert not torch.allclose(images, other)
 
 

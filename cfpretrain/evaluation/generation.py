@@ -12,7 +12,7 @@ from cfpretrain.config import Config
 from cfpretrain.model.transformer import unpatchify
 from cfpretrain.noise import Schedule, respace
 from cfpretrain.order import equal_sizes
-from cfpretrain.sampler import Model, generate, noise_by_image, random_orders
+from cfpretrain.sampler import Model, generate, noise_by_image, sampling_orders
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class GenerationSettings:
     """How images are made.
 
     Attributes:
-        num_ar_steps: AR steps, of equal size and random order.
+        num_ar_steps: AR steps, of equal size.
         num_denoising_steps: levels that each AR step runs through.
         guidance: scale of classifier-free guidance; 1 = none.
         batch_size: images a forward on one rank.
@@ -47,6 +47,8 @@ def generate_for(
         config.model.num_tokens,
         config.model.patch_size,
         device,
+        config.order.token_order,
+        config.order.block_size,
     )
 
 
@@ -67,6 +69,8 @@ def generate_images(
     num_tokens: int,
     patch_size: int,
     device: torch.device,
+    token_order: str = "random",
+    block_size: int = 1,
 ) -> Tensor:
     """One image for each label; image i has id i, which fixes its noise and order.
 
@@ -83,6 +87,7 @@ def generate_images(
         num_tokens: L.
         patch_size: latent rows = columns of a token.
         device: where the model computes.
+        token_order, block_size: see `order.draw_orders`.
 
     Returns:
         float32 [len(labels), C, Y, X] on the CPU, on every rank.
@@ -97,7 +102,7 @@ def generate_images(
         tokens_BLP = generate(
             model,
             padded[ids_B].to(device),
-            random_orders(settings.seed, ids_B, num_tokens).to(device),
+            sampling_orders(settings.seed, ids_B, num_tokens, token_order, block_size).to(device),
             equal_sizes(num_tokens, settings.num_ar_steps),
             respace(schedule, settings.num_denoising_steps),
             settings.guidance,

@@ -33,11 +33,18 @@ class LatentScaling:
 
 
 class IdentityAutoencoder:
-    """Pixels as latents: raw latents are pixel values in [0, 1]."""
+    """Pixels as latents: raw latents of 1 or 3 channels are pixel values in [0, 1].
+
+    Latents of other numbers of channels are another autoencoder's; their first channels are shown in false colours.
+    """
 
     def __init__(self, scaling: LatentScaling) -> None:
         self._scaling = scaling
 
     def decode(self, latents_BCYX: Tensor) -> Tensor:
-        """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, C, Y, X]."""
-        return self._scaling.from_model(latents_BCYX)
+        """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, 1 or 3, Y, X]."""
+        num_channels = latents_BCYX.shape[1]
+        if num_channels in (1, 3):
+            return self._scaling.from_model(latents_BCYX)
+        # The transformer sees latents of about unit variance: three deviations are black and white.
+        return 0.5 + latents_BCYX[:, : 3 if num_channels > 3 else 1].float() / 6
