@@ -192,7 +192,7 @@ def test_equals_the_oracle(interpret: Interpret, layout: Callable[..., Tensor], 
 @pytest.mark.parametrize("head_width", [32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_equals_the_oracle_on_many_layouts(interpret: Interpret, head_width: int, dtype: torch.dtype) -> None:
-    for seed in range(10):
+    for seed in range(3):
         for layout in LAYOUTS:
             intervals_BMI = layout(torch.Generator().manual_seed(seed))
             assert_close(interpret(relative_errors, intervals_BMI, head_width, dtype), dtype)
