@@ -118,6 +118,17 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class GuardConfig:
+    # A loss or gradient norm that lies so many robust standard deviations above the median of the latest applied steps
+    # is a spike, and its step is skipped, as one is that is not finite; 0 = only those.
+    spike_deviations: float = 20.0
+    window_steps: int = 200  # applied steps that say what is usual
+    max_skips_in_row: int = 10  # then back to the last checkpoint, and on with the data after the skipped
+    max_rewinds: int = 3  # in a run; then it stops
+    rank_timeout_seconds: float = 600.0  # a run ends when a rank keeps the others waiting for longer
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every_steps: int = 1000
     keep_last: int = 2
@@ -137,6 +148,7 @@ class SampleConfig:
 @dataclass(frozen=True)
 class MetricsConfig:
     log_every_steps: int = 20
+    log_sample_ids: bool = False  # in each row, the ids of the samples that the step was trained on
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: offline without a key
     wandb_project: str = "cfpretrain"
 
@@ -150,6 +162,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
@@ -376,6 +389,11 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "train.clip_grad_norm": (0.0, math.inf),
         "train.ema_decay": (0.0, 1.0),
         "engine.zero_stage": (0, 3),
+        "guard.spike_deviations": (0.0, math.inf),
+        "guard.window_steps": (8, math.inf),
+        "guard.max_skips_in_row": (1, math.inf),
+        "guard.max_rewinds": (0, math.inf),
+        "guard.rank_timeout_seconds": (5.0, math.inf),
         "checkpoint.every_steps": (1, math.inf),
         "checkpoint.keep_last": (1, math.inf),
         "checkpoint.keep_every_steps": (0, math.inf),
