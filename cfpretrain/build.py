@@ -22,6 +22,9 @@ from cfpretrain.noise import linear_schedule
 # What a run folder holds.
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+# Its one line says why the same command should be run again; without it, it should not.
+REQUEUE_FILE = "requeue"
+LOCK_FILE = "lock"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -50,17 +53,30 @@ def choose_blocks(config: Config, device_type: str) -> BlockSettings:
     Raises:
         UserError: what the config asks for does not run there.
     """
-    engine = config.engine
+    engine, model = config.engine, config.model
     try:
-        masked = attention.choose(engine.attention, device_type, engine.compile_blocks)
-    except ValueError as error:
-        raise UserError(f"engine.attention: {error}") from error
-    try:
-        cached = attention.choose_cached(engine.cached_attention, device_type, engine.precision)
+        cached = attention.choose_cached(
+            engine.cached_attention, device_type, engine.precision, model.width // model.num_heads
+        )
     except ValueError as error:
         raise UserError(f"engine.cached_attention: {error}") from error
     fused_norm = device_type == "cuda" and not engine.compile_blocks and has_apex()
-    return BlockSettings(masked, cached, engine.compile_blocks, engine.activation_checkpointing, fused_norm)
+    return BlockSettings(
+        choose_attention(config, device_type),
+        cached,
+        engine.compile_blocks,
+        engine.activation_checkpointing,
+        fused_norm,
+    )
+
+
+def choose_attention(config: Config, device_type: str) -> str:
+    """The backend of attention in training on a device ("cpu" or "cuda"); raises as `choose_blocks` does."""
+    engine, model = config.engine, config.model
+    try:
+        return attention.choose(engine.attention, device_type, engine.compile_blocks, model.width // model.num_heads)
+    except ValueError as error:
+        raise UserError(f"engine.attention: {error}") from error
 
 
 def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFusion:

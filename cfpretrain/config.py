@@ -15,9 +15,11 @@ from cfpretrain.console import UserError
 
 _ABSENT = object()
 
-# What kernels can do.
+# What kernels can do; `model.block_causal` and `model.attention` say it too.
 _TRITON_HEAD_WIDTHS = (32, 64, 128)
 _FLEX_MIN_HEAD_WIDTH = 16
+# Each length is compiled, which takes minutes, and torch has a limit.
+_MOST_COMPILED_LENGTHS = 16
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class EngineConfig:
     # kernels are compiled for each (compile_blocks, or attention: flex), else no padding.
     clean_token_multiple: int = 0
     activation_checkpointing: bool = False  # keep only the blocks' inputs, compute the rest twice
-    ema_on_host: bool = False  # EMA in pinned host memory
+    ema_on_host: bool = False  # EMA in host memory
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,16 @@ class Config:
         """Micro-batches a rank adds up in one optimizer step."""
         return self.train.global_batch_size // (self.micro_batch_size(world_size) * world_size)
 
+    def compiles_lengths(self) -> bool:
+        """Whether kernels are compiled for each length of a sequence."""
+        return self.engine.compile_blocks or self.engine.attention == "flex"
+
     def clean_token_multiple(self) -> int:
         """What the number of clean image tokens is padded up to a multiple of, resolved: 1 (no padding) to L."""
         num_tokens = self.model.num_tokens
         if self.engine.clean_token_multiple:
             return min(self.engine.clean_token_multiple, num_tokens)
-        if not (self.engine.compile_blocks or self.engine.attention == "flex"):
+        if not self.compiles_lengths():
             return 1
         # Multiples of 64: 64 at 256 tokens (5 lengths), 128 at 1024 (9 lengths).
         return min(64 * -(-num_tokens // 512), num_tokens)
@@ -463,15 +469,37 @@ def _check_engine(config: Config) -> Iterable[str]:
     yield from _in_range("engine.clean_token_multiple", engine.clean_token_multiple, 0, model.num_tokens)
     if model.width % model.num_heads == 0:
         yield from _check_head_width(engine.attention, model.width // model.num_heads)
-    if engine.activation_checkpointing and engine.zero_stage == 0 and engine.precision == "bf16":
+    if 1 <= engine.clean_token_multiple <= model.num_tokens and config.compiles_lengths():
+        yield from _check_num_lengths(config)
+    if engine.activation_checkpointing and not can_checkpoint(engine.zero_stage, engine.precision):
         yield (
             "engine.activation_checkpointing: expected false at engine.zero_stage = 0 in bf16, which would recompute "
             "with the fp32 weights, got true; set engine.zero_stage=1"
         )
 
 
+def can_checkpoint(zero_stage: int, precision: str) -> bool:
+    """Whether activation checkpointing recomputes what the forward computed."""
+    return zero_stage > 0 or precision == "fp32"
+
+
+def _check_num_lengths(config: Config) -> Iterable[str]:
+    order, multiple = config.order, config.clean_token_multiple()
+    if order.ar_step_sizes == "equal" or order.num_ar_steps == 1:
+        return
+    # The last AR step begins at S - 1 at the earliest, and at L - 1 at the latest.
+    first, last = -(-max(order.num_ar_steps - 1, 0) // multiple), -(-(config.model.num_tokens - 1) // multiple)
+    num_lengths = last - first + 1
+    if num_lengths > _MOST_COMPILED_LENGTHS:
+        yield (
+            f"engine.clean_token_multiple: expected one that makes at most {_MOST_COMPILED_LENGTHS} lengths, since "
+            f"kernels are compiled for each, got {multiple}, which makes {num_lengths}; set a larger one, or 0 to have "
+            "it chosen"
+        )
+
+
 def _check_head_width(attention: str, head_width: int) -> Iterable[str]:
-    got = f"got model.width / model.num_heads = {head_width}; change model.num_heads, or set engine.attention=auto"
+    got = f"got model.width / model.num_heads = {head_width}; change model.num_heads, or set engine.attention=sdpa"
     if attention == "triton" and head_width not in _TRITON_HEAD_WIDTHS:
         yield f"engine.attention: triton needs heads of width {', '.join(map(str, _TRITON_HEAD_WIDTHS))}, {got}"
     if attention == "flex" and head_width < _FLEX_MIN_HEAD_WIDTH:

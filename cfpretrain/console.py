@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# The exit code for a mistake of the user's: a bad config, missing shards, an unwritable folder.
-EXIT_USER_ERROR = 2
+# Exit codes besides 0.
+EXIT_USER_ERROR = 2  # a mistake of the user's: a bad config, missing shards, an unwritable folder
+EXIT_SICK = 3  # training that does not recover by itself: the same command would not help
+EXIT_REQUEUE = 75  # stopped to be continued by the same command: asked to stop, or a rank was lost (EX_TEMPFAIL)
 
 _HEARTBEAT_SECONDS = 5.0
 # The launcher ends all ranks within a second of the first that ends: rank 0 gets the time to speak before.
@@ -23,6 +25,10 @@ class UserError(ValueError):
     """
 
 
+class SickRunError(RuntimeError):
+    """Training that does not recover by itself: shown as one line, without a traceback."""
+
+
 def is_rank_zero() -> bool:
     """Whether this process speaks for the run; true outside a launcher."""
     return int(os.environ.get("RANK", "0")) == 0
@@ -34,14 +40,19 @@ def say(text: str) -> None:
         print(f"[cfpretrain] {text}", flush=True)
 
 
-def exit_with(error: UserError) -> None:
-    """Ends this process with the user's mistake on one line, printed by rank 0 only."""
+def exit_with(error: UserError | SickRunError) -> None:
+    """Ends this process with what is wrong on one line, printed by rank 0 only."""
     if is_rank_zero():
         sys.stdout.flush()
         print(f"[cfpretrain] error: {error}", file=sys.stderr, flush=True)
-    else:
+    linger()
+    sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_SICK)
+
+
+def linger() -> None:
+    """Lets rank 0 be the first to end."""
+    if not is_rank_zero():
         time.sleep(_LINGER_SECONDS)
-    sys.exit(EXIT_USER_ERROR)
 
 
 @contextmanager

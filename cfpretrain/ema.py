@@ -23,8 +23,8 @@ class ShardedEMA:
         Args:
             fragments: of `Engine.fragments`; they stay the source of every update.
             decay: in [0, 1].
-            on_host: keep the averages in host memory, pinned where there is a GPU: four bytes a weight less on the
-                GPU, for a copy of the weights to the host and an average there in each step.
+            on_host: keep the averages in host memory: four bytes a weight less on the GPU, for a copy of the weights
+                to the host and an average there in each step.
         """
         self._weights = [fragment.values for fragment in fragments]
         self._decay = decay
@@ -33,13 +33,12 @@ class ShardedEMA:
         """The averages, aligned with the fragments; a restored checkpoint is written into them in place."""
 
     def _make_staged(self) -> Tensor:
+        # Pinned memory is scarce, and only what is on its way gains by it.
         numel = min(_STAGED_NUMEL, max((weights.numel() for weights in self._weights), default=0))
         return torch.empty(numel, pin_memory=torch.cuda.is_available())
 
     def _make_average(self, weights: Tensor) -> Tensor:
-        if self._staged is None:
-            return weights.clone()
-        return torch.empty(weights.shape, pin_memory=torch.cuda.is_available()).copy_(weights)
+        return weights.clone() if self._staged is None else weights.to("cpu", copy=True)
 
     @torch.no_grad()
     def update(self) -> None:

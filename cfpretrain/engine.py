@@ -5,8 +5,10 @@ exports use `Engine.fragments`, `Engine.refresh` and `Engine.optimizer_step` alo
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,8 @@ _BUCKET_NUMEL = 50_000_000
 
 # (name, shape of the whole parameter, flat offset, numel) -> fp32 [numel]
 InitialValues = Callable[[str, tuple[int, ...], int, int], Tensor]
+# (global gradient norm before clipping, finite) -> whether the update may be applied
+MayApply = Callable[[float], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,6 +155,8 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
     from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.fp16 import loss_scaler
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     found = get_accelerator().device_name()
     assert found == device.type, f"DeepSpeed computes on {found}, the run on {device.type}"
@@ -159,12 +165,51 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     deepspeed.ops.__compatible_ops__ = {}
     # Stage 1 with bf16 prints the memory in use, whatever the level of the log.
     bf16_optimizer.see_memory_usage = _say_nothing
+    # It calls every step that is not applied an overflow; the caller knows better, and says so.
+    loss_scaler.log_dist = _say_nothing
+    # All that optimizers of ZeRO ask before they apply an update; when refused, they discard the gradients.
+    for optimizers in (bf16_optimizer, stage_1_and_2, stage3):
+        asked = hasattr(optimizers, "is_invalid_grad_norm")
+        assert asked, f"{optimizers.__name__} of DeepSpeed {deepspeed.__version__} does not ask is_invalid_grad_norm"
+        optimizers.is_invalid_grad_norm = _gate.refuses
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed  # type: ignore[no-any-return]
 
 
 def _say_nothing(*_: Any, **__: Any) -> None:
     """In place of a function of DeepSpeed's that prints."""
+
+
+class _Gate:
+    """Where the optimizers ask whether to apply an update, once a step, on all ranks with the same gradient norm."""
+
+    def __init__(self) -> None:
+        self._may_apply: MayApply | None = None
+        self._is_open = False
+        self.norm = math.inf  # what the optimizer found in the latest step; infinity where it found none, or no number
+
+    @contextmanager
+    def asking(self, may_apply: MayApply | None) -> Iterator[None]:
+        """The question of one step, which is put to `may_apply` where the norm is finite."""
+        self._may_apply, self._is_open, self.norm = may_apply, True, math.inf
+        try:
+            yield
+        finally:
+            self._may_apply, self._is_open = None, False
+
+    def refuses(self, norm: Tensor | float) -> bool:
+        """In place of DeepSpeed's `is_invalid_grad_norm`, which marks a norm that is not finite by -1 at times."""
+        value = float(norm)
+        is_invalid = not math.isfinite(value) or value < 0
+        # Stages 1 and 2 ask again while they clip, having begun to apply.
+        if not self._is_open or is_invalid:
+            return is_invalid
+        self._is_open = False
+        self.norm = value
+        return self._may_apply is not None and not self._may_apply(value)
+
+
+_gate = _Gate()
 
 
 def _construct(
@@ -246,15 +291,14 @@ def _with_step_in_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
 
 
 class _GuardedAdamW(torch.optim.AdamW):
-    """AdamW of stage 0, which clips and which refuses non-finite gradients as the optimizers of ZeRO do.
+    """AdamW of stage 0, which clips and which asks before it applies, as the optimizers of ZeRO do.
 
-    DeepSpeed leaves both out at stage 0, but takes `overflow` and `_global_grad_norm` from an optimizer that has them.
+    DeepSpeed leaves both out at stage 0, but takes `overflow` from an optimizer that has it.
     """
 
     def __init__(self, parameters: list[nn.Parameter], clip_grad_norm: float, **options: Any) -> None:
         super().__init__(parameters, **options)
         self._clip_grad_norm = clip_grad_norm
-        self._global_grad_norm: float | Tensor = 0.0
         self.overflow = False
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -262,8 +306,7 @@ class _GuardedAdamW(torch.optim.AdamW):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         # The gradients are summed over the ranks already, so all ranks see one norm and decide alike.
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        self.overflow = not bool(norm.isfinite())
-        self._global_grad_norm = float("inf") if self.overflow else norm
+        self.overflow = _gate.refuses(norm)
         if self.overflow:
             return
         if self._clip_grad_norm > 0:
@@ -312,6 +355,7 @@ class Engine:
         self._deepspeed = deepspeed_engine
         self._zero_stage = zero_stage
         self._num_backwards = 0
+        self._grad_norm = 0.0
         self._states = _create_adam_states(deepspeed_engine.basic_optimizer, self._flats())
         self._fragments = [self._make_fragment(place) for place in self._ranges(parameters)]
         self.module = module
@@ -346,28 +390,41 @@ class Engine:
             # Updates nothing: DeepSpeed counts micro-batches by calls of its step.
             self._deepspeed.step()
 
-    def step(self, learning_rate: float) -> bool:
+    def step(self, learning_rate: float, may_apply: MayApply | None = None) -> bool:
         """Clips, updates the weights and clears the gradients, after the last micro-batch's backward.
 
+        Args:
+            learning_rate: of this step.
+            may_apply: given the gradient's global norm before clipping, the same on all ranks, says whether to apply
+                the update, alike on all ranks. It is not asked where a gradient is not finite.
+
         Returns:
-            Whether the update was applied; false on all ranks alike where a gradient was not finite, and then
-            neither weights nor moments nor the step count have changed.
+            Whether the update was applied; false on all ranks alike where a gradient was not finite or `may_apply`
+            refused, and then neither weights nor moments nor the step count have changed.
         """
         assert self._num_backwards == self.accumulation_steps, "a step has as many backwards as micro-batches"
         for group in self._deepspeed.basic_optimizer.param_groups:
             group["lr"] = learning_rate
-        self._deepspeed.step()
+        with _gate.asking(may_apply):
+            self._deepspeed.step()
         self._num_backwards = 0
+        self._grad_norm = _gate.norm
+        applied = bool(self._deepspeed.was_step_applied())
+        assert not applied or math.isfinite(self._grad_norm), "DeepSpeed applied an update without asking"
         if self._zero_stage == 3:
             # DeepSpeed writes over the gradients that the next backward computes, and would apply the others again:
             # those of parameters that the next step does not use.
             self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
-        return bool(self._deepspeed.was_step_applied())
+        return applied
+
+    def discard(self) -> None:
+        """Throws the gradients of this step away, after its last backward, in place of `step`."""
+        self.step(0.0, may_apply=lambda _: False)
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the whole gradient of the latest step, before clipping; infinity where it was not finite."""
-        return float(self._deepspeed.get_global_grad_norm())
+        """Norm of the whole gradient of the latest step, applied or not, before clipping; infinity if not finite."""
+        return self._grad_norm
 
     @property
     def optimizer_step(self) -> int:

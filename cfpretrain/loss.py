@@ -19,6 +19,7 @@ from cfpretrain.order import (
     draw_shared_steps,
     draw_steps,
     equal_sizes,
+    shares_split,
     steps_from_sizes,
 )
 
@@ -140,7 +141,9 @@ class NoisePredictionLoss:
         noise_BLP = take_tokens(draws.noise_BLP.to(device), order_BL)
         noised_BLP = q_sample(self.schedule, clean_BLP, noise_BLP, timesteps_B)
 
-        layout = build_layout([Condition(self.num_cond_tokens), Image(draws.steps_BL)], self.clean_multiple)
+        shared = shares_split(self.ar_split, self.num_ar_steps, self.ar_step_sizes)
+        steps_BL = draws.steps_BL[:1] if shared else draws.steps_BL
+        layout = build_layout([Condition(self.num_cond_tokens), Image(steps_BL)], self.clean_multiple)
         num_clean = layout.num_clean_image_tokens[0]
         image = ImagePart(clean_BLP[:, :num_clean], order_BL[:, :num_clean], noised_BLP, order_BL, timesteps_B)
         prediction_BLP = model([ClassPart(draws.labels_B.to(device)), image], layout.intervals_BMI.to(device))

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cfpretrain.config import Config
+from cfpretrain.order import sequence_lengths, shares_split
 
 _FP32 = 4
 
@@ -76,7 +77,7 @@ class Plan:
         accumulation_steps: micro-batches of a step.
         checkpointing: activation checkpointing.
         compiled: blocks are compiled.
-        mask_rows: samples of the dense mask; 0 where attention takes none.
+        mask: whose dense mask attention takes: "sample" for one of each sample, "shared", "none".
         ema_on_host: EMA in host memory.
         on_gpu: one fused update; else torch's foreach update, which makes a copy.
         bucket_numel: elements of a communication bucket.
@@ -91,7 +92,7 @@ class Plan:
     accumulation_steps: int
     checkpointing: bool
     compiled: bool
-    mask_rows: int
+    mask: Literal["none", "shared", "sample"]
     ema_on_host: bool
     on_gpu: bool
     bucket_numel: int
@@ -103,12 +104,23 @@ class Plan:
         """Of a weight in a forward, and of an activation."""
         return 2 if self.precision == "bf16" else _FP32
 
+    @property
+    def num_masks(self) -> int:
+        """Dense masks of a micro-batch."""
+        return {"none": 0, "shared": 1, "sample": self.micro_batch_size}[self.mask]
+
 
 def network_of(config: Config, parameter_numels: Sequence[int]) -> Network:
     """The sizes of a config's network; `parameter_numels` are those of `build.make_model`."""
-    model = config.model
-    # One AR step has no clean image tokens. Else the shortest last step leaves all but one of them, and padding all.
-    num_clean = 0 if config.order.num_ar_steps == 1 else model.num_tokens
+    model, order = config.model, config.order
+    lengths = sequence_lengths(
+        model.num_cond_tokens,
+        model.num_tokens,
+        order.ar_step_decay,
+        order.num_ar_steps,
+        order.ar_step_sizes,
+        config.clean_token_multiple(),
+    )
     return Network(
         parameter_numels=tuple(parameter_numels),
         width=model.width,
@@ -116,31 +128,31 @@ def network_of(config: Config, parameter_numels: Sequence[int]) -> Network:
         num_heads=model.num_heads,
         num_tokens=model.num_tokens,
         patch_values=model.patch_values,
-        max_sequence=model.num_cond_tokens + num_clean + model.num_tokens,
+        max_sequence=max(lengths),
     )
 
 
-def plan_of(config: Config, num_ranks: int, zero_settings: dict[str, Any], on_gpu: bool) -> Plan:
+def plan_of(config: Config, num_ranks: int, zero_settings: dict[str, Any], attention: str, on_gpu: bool) -> Plan:
     """How a config makes a step.
 
     Args:
         config: checked for `num_ranks`.
         num_ranks: GPUs.
         zero_settings: section `zero_optimization` of `engine.ds_config`.
+        attention: its backend, chosen by `build.choose_attention`.
         on_gpu: whether the ranks compute on GPUs.
     """
-    engine, micro_batch_size = config.engine, config.micro_batch_size(num_ranks)
-    has_dense_mask = engine.attention == "sdpa" or (engine.attention == "auto" and not on_gpu)
-    shares_split = config.order.ar_split == "batch"
+    engine, order = config.engine, config.order
+    shared = shares_split(order.ar_split, order.num_ar_steps, order.ar_step_sizes)
     return Plan(
         num_ranks=num_ranks,
         zero_stage=engine.zero_stage,
         precision=engine.precision,
-        micro_batch_size=micro_batch_size,
+        micro_batch_size=config.micro_batch_size(num_ranks),
         accumulation_steps=config.accumulation_steps(num_ranks),
         checkpointing=engine.activation_checkpointing,
         compiled=engine.compile_blocks,
-        mask_rows=(1 if shares_split else micro_batch_size) if has_dense_mask else 0,
+        mask="none" if attention != "sdpa" else "shared" if shared else "sample",
         ema_on_host=engine.ema_on_host,
         on_gpu=on_gpu,
         bucket_numel=zero_settings["reduce_bucket_size"],
@@ -153,13 +165,7 @@ def with_micro_batch(plan: Plan, micro_batch_size: int) -> Plan:
     """The same global batch in other micro-batches; `micro_batch_size` divides a rank's share."""
     share = plan.micro_batch_size * plan.accumulation_steps
     assert share % micro_batch_size == 0, (share, micro_batch_size)
-    mask_rows = micro_batch_size if plan.mask_rows > 1 or plan.mask_rows == plan.micro_batch_size else plan.mask_rows
-    return replace(
-        plan,
-        micro_batch_size=micro_batch_size,
-        accumulation_steps=share // micro_batch_size,
-        mask_rows=mask_rows,
-    )
+    return replace(plan, micro_batch_size=micro_batch_size, accumulation_steps=share // micro_batch_size)
 
 
 # ---------------------------------------------------------------------------
@@ -177,10 +183,11 @@ class Estimate:
         optimizer: fp32 masters and Adam's moments.
         ema: on the GPU.
         buffers: of communication.
+        lasting_buffers: of them, those that also live between two micro-batches.
         activations: kept from the forward for the backward, at the longest sequence.
         moments: what else lives at the three moments that can be the worst: when the backward begins (beside the
             activations), when it ends and the last gradients are reduced, and when the weights are updated.
-        host: pinned host memory.
+        host: in host memory.
     """
 
     weights: int
@@ -188,6 +195,7 @@ class Estimate:
     optimizer: int
     ema: int
     buffers: int
+    lasting_buffers: int
     activations: int
     moments: dict[str, int]
     host: int
@@ -196,6 +204,11 @@ class Estimate:
     def static(self) -> int:
         """What does not depend on the micro-batch."""
         return self.weights + self.gradients + self.optimizer + self.ema + self.buffers
+
+    @property
+    def between_micro_batches(self) -> int:
+        """What is held when no forward or backward is under way."""
+        return self.static - self.buffers + self.lasting_buffers
 
     @property
     def worst_moment(self) -> str:
@@ -222,13 +235,16 @@ def estimate(network: Network, plan: Plan) -> Estimate:
     share = P if stage == 0 else -(-P // plan.num_ranks)
     ema = _FP32 * share
     kept, working = _activations(network, plan)
+    buffers = _buffers(plan)
     return Estimate(
         weights=_weights(network, plan),
         gradients=_gradients(network, plan, share),
         # At stage 0 the weights themselves are fp32; elsewhere there are masters, even of fp32 weights.
         optimizer=(2 if stage == 0 else 3) * _FP32 * share,
         ema=0 if plan.ema_on_host else ema,
-        buffers=_buffers(plan),
+        buffers=buffers,
+        # Stage 2 allocates its buckets in each backward.
+        lasting_buffers=0 if stage == 2 else buffers,
         activations=kept,
         moments={
             "backward": working + _gathered(network, plan) + _conversions(network, plan),
@@ -347,13 +363,13 @@ def _activations(network: Network, plan: Plan) -> tuple[int, int]:
     # Mean and reciprocal deviation of two norms of a token and two of each head, and attention's log-sum-exp.
     statistics = _FP32 * B * M * (4 + 5 * network.num_heads)
     # Torch turns the boolean mask into one to be added, anew in each block.
-    added_mask = value * plan.mask_rows * M * M
+    added_mask = value * plan.num_masks * M * M
     num_kept = _KEPT_OF_BLOCK + (_KEPT_BY_COMPILER_FP32 if plan.compiled and plan.precision == "fp32" else 0)
     block = num_kept * tensor + statistics + added_mask
     loss = _KEPT_OF_LOSS * _FP32 * B * L * network.patch_values
     # The trunk's output and its norm, the projected tokens and their places, the boolean mask.
     ends = tensor + value * B * L * network.width + B * (M * network.patch_values * value + 8 * M) + loss
-    ends += plan.mask_rows * M * M
+    ends += plan.num_masks * M * M
     working = _WORKING * tensor
     if plan.checkpointing:
         return network.depth * tensor + ends, block - tensor + working

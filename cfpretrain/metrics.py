@@ -54,43 +54,49 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 @dataclass
 class StepRecord:
-    """What one rank knows of one step.
+    """One step.
 
     Attributes:
-        row: values that are equal on all ranks: step, learning_rate, grad_norm, ...
-        loss_total, loss_count: this rank's part of the loss.
-        flops: this rank's part of the step's FLOPs.
+        row: values that are equal on all ranks: step, loss, learning_rate, grad_norm, ...
+        flops: the step's FLOPs over all ranks.
+        sample_ids: of this rank; None where they are not logged.
     """
 
     row: dict[str, Any]
-    loss_total: float
-    loss_count: int
     flops: float
+    sample_ids: list[int] | None = None
 
 
 @dataclass
 class Window:
-    """The steps since the last line, summed over ranks in one exchange when the window ends."""
+    """The steps since the last line."""
 
     records: list[StepRecord] = field(default_factory=list)
 
     def close(self, seconds: Sequence[float]) -> tuple[list[dict[str, Any]], float, list[float]]:
-        """Rows with global losses, the window's FLOPs over all ranks, and rank 0's `seconds`; empties the window."""
+        """Empties the window; all ranks call it.
+
+        Returns:
+            The rows, the window's FLOPs over all ranks, and rank 0's `seconds`.
+        """
         # Rank 0's clock decides for all, so that all ranks stop at the same step.
-        clock = [[s if runtime.rank() == 0 else 0.0, 0.0, 0.0] for s in seconds]
-        local = [[r.loss_total, r.loss_count, r.flops] for r in self.records]
-        sums = runtime.sum_over_ranks(torch.tensor(local + clock, dtype=torch.float64))
-        steps, clocks = sums[: len(local)], sums[len(local) :]
-        rows = [
-            {"step": r.row["step"], "loss": _finite_or_none(total / count), **r.row}
-            for r, (total, count, _) in zip(self.records, steps.tolist(), strict=True)
-        ]
+        clocks = [s if runtime.rank() == 0 else 0.0 for s in seconds]
+        agreed = runtime.sum_over_ranks(torch.tensor(clocks, dtype=torch.float64)).tolist()
+        self._gather_sample_ids()
+        rows, flops = [r.row for r in self.records], sum(r.flops for r in self.records)
         self.records = []
-        return rows, float(steps[:, 2].sum()), clocks[:, 0].tolist()
+        return rows, flops, agreed
+
+    def _gather_sample_ids(self) -> None:
+        if not any(record.sample_ids for record in self.records):
+            return
+        of_ranks = runtime.gather([record.sample_ids for record in self.records])
+        for record, parts in zip(self.records, zip(*of_ranks, strict=True), strict=True):
+            record.row["sample_ids"] = sorted(i for part in parts for i in part)
 
 
-def _finite_or_none(value: float) -> float | None:
-    # JSON has no NaN; a row without a loss is one that was not finite.
+def finite_or_none(value: float) -> float | None:
+    """What JSON, which has no NaN, can hold of a number."""
     return value if math.isfinite(value) else None
 
 

@@ -137,6 +137,17 @@ def _cut_uniformly(keys_B: Tensor, num_pieces_B: Tensor, num_tokens: int, end_B:
     return ((rank_BL < num_pieces_B[:, None] - 1) & allowed_BL).long()
 
 
+def shares_split(ar_split: str, num_ar_steps: int, ar_step_sizes: str) -> bool:
+    """Whether all samples of an optimizer step are cut alike, so that one row of a layout serves them.
+
+    Args:
+        ar_split: "batch" for a split that all share, "sample" for one of its own for each sample.
+        num_ar_steps: the S that is always taken; 0 draws it.
+        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
+    """
+    return ar_split == "batch" or ar_step_sizes == "equal" or num_ar_steps == 1
+
+
 def equal_sizes(num_tokens: int, num_ar_steps: int) -> list[int]:
     """Sizes of AR steps as equal as can be, the larger ones last."""
     _check_num_ar_steps(num_tokens, num_ar_steps)
@@ -194,6 +205,25 @@ def last_size_probabilities(num_tokens: int, decay: float, num_ar_steps: int, ar
     if ar_step_sizes == "equal":
         return F.one_hot(torch.tensor(equal_sizes(num_tokens, num_ar_steps)[-1] - 1), num_tokens).double()
     return last_size_table(num_tokens, decay, num_ar_steps).sum(1)
+
+
+def sequence_lengths(
+    num_cond_tokens: int, num_tokens: int, decay: float, num_ar_steps: int, ar_step_sizes: str, clean_multiple: int
+) -> dict[int, float]:
+    """The lengths of `[condition | clean | noised]` that can be drawn, padding included, and their probabilities.
+
+    Args:
+        num_cond_tokens: Q.
+        num_tokens, decay, num_ar_steps, ar_step_sizes: as for `last_size_probabilities`.
+        clean_multiple: as for `build_layout`.
+
+    Returns:
+        {tokens: probability}, the shortest first.
+    """
+    last_L = last_size_probabilities(num_tokens, decay, num_ar_steps, ar_step_sizes)
+    begin_L = num_tokens - torch.arange(1, num_tokens + 1)
+    lengths_L = num_cond_tokens + num_clean_kept(begin_L, num_tokens, clean_multiple) + num_tokens
+    return {length: float(last_L[lengths_L == length].sum()) for length in lengths_L[last_L > 0].unique().tolist()}
 
 
 def expected_work(
@@ -295,7 +325,7 @@ Segment = Condition | Text | Image
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand in a sequence and what each row sees.
+    """Where tokens stand in a sequence and what each row sees; B is 1 where all samples share their splits.
 
     Attributes:
         step_BM: int64 [B, M], the AR step of each token, counted over all segments.
@@ -317,8 +347,8 @@ def build_layout(segments: Sequence[Segment], clean_multiple: int = 1) -> Layout
     """Lays segments out as [clean tokens of all segments | noised tokens of all images].
 
     The clean tokens of an image's last AR step are left out where nothing follows the image: no one would see them.
-    So few or many of them may stay as padding, which changes no other token, to make sequences of few lengths: with
-    the segments' sizes given there are ceil(L / clean_multiple) + 1.
+    Some of them may stay as padding, which changes no other token, so that sequences have few lengths: for segments of
+    given sizes at most ceil(L / clean_multiple) + 1.
 
     Args:
         segments: in the order of generation.

@@ -1,10 +1,14 @@
 """Ranks and the device: who we are in the run, and how ranks agree."""
 
+import fcntl
 import os
 import resource
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +16,10 @@ import torch.distributed as dist
 
 from cfpretrain.console import UserError
 
-_TIMEOUT = timedelta(minutes=10)
+# Longer than `guard.rank_timeout_seconds` usually is, since that speaks more clearly.
+_TIMEOUT = timedelta(minutes=30)
+
+_num_ticks = 0
 
 
 def rank() -> int:
@@ -28,6 +35,12 @@ def local_rank() -> int:
 def world_size() -> int:
     """Number of ranks of the run; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def ranks_per_node() -> int | None:
+    """Ranks on each machine; None where machines hold unequal numbers."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return here if len(set(gather(here))) == 1 else None
 
 
 def pick_device() -> torch.device:
@@ -73,6 +86,17 @@ def stop() -> None:
     """Leaves the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def tick() -> None:
+    """Notes that this rank has come one step further; called at the same places on all ranks."""
+    global _num_ticks
+    _num_ticks += 1
+
+
+def num_ticks() -> int:
+    """How far this rank is: `tick`s so far."""
+    return _num_ticks
 
 
 def barrier() -> None:
@@ -121,6 +145,46 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+class FolderLock:
+    """Keeps two runs from writing into one folder: a lock on a file in it, held by rank 0 until its process ends.
+
+    Args:
+        file: the lock.
+        wait_seconds: how long to wait for another run, which may be about to end.
+
+    Raises:
+        UserError: another process still holds it.
+    """
+
+    def __init__(self, file: Path, wait_seconds: float) -> None:
+        if rank() != 0:
+            return
+        deadline = time.monotonic() + wait_seconds
+        # A record lock: a loader's worker, forked from this process and left behind by its death, does not hold it.
+        self._file = file.open("a+")
+        while not self._try():
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"run.folder: {file.parent} is in use by another run ({self._holder()}); "
+                    "end that one, or choose another run.folder"
+                )
+            time.sleep(0.2)
+        self._file.truncate(0)
+        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        self._file.flush()
+
+    def _try(self) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def _holder(self) -> str:
+        self._file.seek(0)
+        return self._file.read().strip() or "of an unknown process"
 
 
 def peak_rss_mb() -> float:

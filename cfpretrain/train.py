@@ -16,7 +16,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # Started by its path, python puts this folder first: our modules would be importable under bare names as well.
     del sys.path[0]
 
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import EXIT_REQUEUE, SickRunError, UserError, exit_with, linger, phase
 
 if TYPE_CHECKING:
     from cfpretrain.config import Config
@@ -49,7 +49,7 @@ def main() -> None:
             dry_run(arguments)
         else:
             run(arguments)
-    except UserError as error:
+    except (UserError, SickRunError) as error:
         exit_with(error)
 
 
@@ -99,12 +99,12 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     drawn = "" if order.num_ar_steps else f" in the mean, decay {order.ar_step_decay:g}"
     yield f"AR steps: {mean:g}{drawn}, {order.ar_step_sizes} sizes, {order.token_order} order"
 
-    last_L = ar.last_size_probabilities(L, *law, order.ar_step_sizes)
-    begin_L = L - torch.arange(1, L + 1)
-    padded_L = ar.num_clean_kept(begin_L, L, config.clean_token_multiple()) + model.num_cond_tokens + L
-    lengths = sorted(set(padded_L[last_L > 0].tolist()))
+    share_by_length = ar.sequence_lengths(
+        model.num_cond_tokens, L, *law, order.ar_step_sizes, config.clean_token_multiple()
+    )
+    lengths = list(share_by_length)
     shown = ", ".join(map(str, lengths)) if len(lengths) < 10 else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
-    padded = float(last_L @ padded_L.double())
+    padded = sum(length * share for length, share in share_by_length.items())
     num_tokens, num_visible = ar.expected_work(model.num_cond_tokens, L, *law, order.ar_step_sizes)
     yield f"tokens a sequence: {num_tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
     flops = metrics.training_flops(
@@ -115,7 +115,7 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Checks the config, then trains."""
+    """Checks the config, then trains; ends the process with `EXIT_REQUEUE` where the same command should go on."""
     with phase("loading torch"):
         from cfpretrain import config as configs
         from cfpretrain import runtime
@@ -123,19 +123,18 @@ def run(arguments: argparse.Namespace) -> None:
     configs.check(config, runtime.world_size())
     with phase("loading deepspeed and streaming"):
         from cfpretrain import trainer
+        from cfpretrain.lifeline import StopRequest
+    stop = StopRequest()
     device = runtime.pick_device()
     with phase("waiting for all ranks", announce=False):
         runtime.start(device)
     try:
-        trainer.prepare_folder(config, device)
-        step = trainer.finished_step(config)
-        if step is not None:
-            limit = "num_steps" if step >= config.train.num_steps else "max_train_seconds"
-            say(f"nothing to do: {config.run.folder} is complete at step {step}; raise train.{limit} to train on")
-            return
-        trainer.Trainer(config, device).train()
+        finished = trainer.run(config, device, stop)
     finally:
         runtime.stop()
+    if not finished:
+        linger()
+        sys.exit(EXIT_REQUEUE)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +15,9 @@ import torch
 from cfpretrain import runtime
 from cfpretrain.build import (
     CONFIG_FILE,
+    LOCK_FILE,
     METRICS_FILE,
+    REQUEUE_FILE,
     SAMPLES,
     SUMMARY_FILE,
     choose_blocks,
@@ -26,20 +28,42 @@ from cfpretrain.build import (
     read_summary,
     write_text,
 )
-from cfpretrain.checkpoint import TrainingState, read_state
+from cfpretrain.checkpoint import (
+    CheckpointStore,
+    CheckpointWriter,
+    DamagedCheckpointError,
+    Outcome,
+    TrainingState,
+    read_state,
+)
 from cfpretrain.config import Config, to_plain, to_yaml
-from cfpretrain.console import Progress, UserError, phase, say
-from cfpretrain.data.loader import Loader, Position, order_fingerprint
+from cfpretrain.config import load as load_config
+from cfpretrain.console import Progress, SickRunError, UserError, phase, say
+from cfpretrain.data.loader import Batch, Loader, Position, order_fingerprint
 from cfpretrain.data.shards import Shards, check_info, read_info
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.generation import GenerationSettings, generate_for, grid_title
+from cfpretrain.health import Guard
+from cfpretrain.lifeline import StopRequest, Watch
 from cfpretrain.loss import LossTerms
-from cfpretrain.metrics import MetricsFile, StepRecord, Tracker, Window, peak_flops, read_metrics, training_flops
+from cfpretrain.metrics import (
+    MetricsFile,
+    StepRecord,
+    Tracker,
+    Window,
+    finite_or_none,
+    peak_flops,
+    read_metrics,
+    training_flops,
+)
 from cfpretrain.model.transformer import BlockSettings, initial_values
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming")
+_LOCK_SECONDS = 60.0  # a run that was asked to stop ends within it
+_MOST_FAILED_CHECKPOINTS = 3  # in a row
+_MOST_STEPS_LISTED = 1000
 
 
 @dataclass
@@ -47,8 +71,27 @@ class Progression:
     """The counters of a run; a checkpoint holds them."""
 
     step: int = 0  # global batches consumed
-    num_skipped: int = 0  # of them, those whose gradients were not finite
+    num_skipped: int = 0  # of them, those that the weights know nothing of: skipped, or gone back behind
+    num_rewinds: int = 0
     train_seconds: float = 0.0  # in the loop, over all resumes
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What the ranks tell each other in a step, before its update.
+
+    Attributes:
+        loss: of the global batch.
+        flops: over all ranks.
+        must_stop: a rank was asked to stop.
+        is_writing, has_failed: of the checkpoint in flight, on any rank.
+    """
+
+    loss: float
+    flops: float
+    must_stop: bool
+    is_writing: bool
+    has_failed: bool
 
 
 class Clock:
@@ -78,23 +121,27 @@ class Trainer:
     Args:
         config: checked for the number of ranks.
         device: this rank's.
+        stop: what asks the run to stop before its end; None where nothing does.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: Config, device: torch.device, stop: StopRequest | None = None) -> None:
+        self.config, self.device, self.stop = config, device, stop
         self.folder = Path(config.run.folder)
         self.store = make_store(config)
         self.class_names = read_info(config.data.shards).class_names
         self.scaling = make_scaling(config)
         self.loss = make_loss(config)
+        guard = config.guard
+        self.guard = Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row)
         blocks = choose_blocks(config, device.type)
         with phase(f"building the model on {runtime.world_size()} ranks, ZeRO stage {config.engine.zero_stage}"):
             self.engine: Engine = build_engine(lambda: make_model(config, blocks), config, device)
         say(f"{_describe(blocks)}; {self.engine.optimizer_name}")
         self.at = Progression()
+        self.must_stop = False
         # One rank's view of the folder decides: file systems may show a new name late on other nodes.
-        latest = runtime.gather(self.store.latest())[0]
-        if latest is None:
+        candidates = runtime.gather(self.store.candidates())[0]
+        if not candidates:
             with phase("initialising the weights"):
                 self.engine.initialise(
                     lambda name, shape, offset, count: initial_values(
@@ -102,10 +149,14 @@ class Trainer:
                     )
                 )
         self.ema = ShardedEMA(self.engine.fragments(), config.train.ema_decay, config.engine.ema_on_host)
-        saved = None if latest is None else self._restore(latest)
+        saved = self._restore(candidates) if candidates else None
         self.saved_step = None if saved is None else saved.step
+        if saved is not None:
+            self.at = Progression(saved.step, saved.num_skipped, saved.num_rewinds, saved.train_seconds)
         position = Position(saved.epoch, saved.samples_in_epoch) if saved else None
-        self.loader = Loader(config, runtime.rank(), runtime.world_size(), position)
+        self.loader = Loader(config, runtime.rank(), runtime.world_size(), position, runtime.ranks_per_node())
+        self.writer = CheckpointWriter(self.store, self.engine.fragments(), self.ema.values)
+        self.num_failed_checkpoints = 0
         self.metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
         with phase("starting wandb", announce=False):
             self.tracker = Tracker(
@@ -118,42 +169,61 @@ class Trainer:
         self.window = Window()
         self.clock = Clock()
 
-    def _restore(self, checkpoint: Path) -> TrainingState:
-        """Weights, moments, EMA and counters from a checkpoint."""
-        with phase(f"resuming from {checkpoint}"):
-            saved = self.store.load(
-                checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config)["model"]
-            )
+    def _restore(self, candidates: Sequence[Path]) -> TrainingState:
+        """Weights, moments, EMA and the guard's window from the first of these checkpoints that is whole."""
+        for checkpoint in candidates:
+            try:
+                with phase(f"resuming from {checkpoint}"):
+                    saved = self.store.load(
+                        checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config)["model"]
+                    )
+            except DamagedCheckpointError as error:
+                say(f"WARNING: {checkpoint} is damaged and left out: {error}")
+                continue
             self.engine.optimizer_step = saved.optimizer_step
             self.engine.refresh()
-        self.at = Progression(saved.step, saved.num_skipped, saved.train_seconds)
-        return saved
+            self.guard.restore(saved.guard)
+            return saved
+        raise UserError(
+            f"run.folder: none of the {len(candidates)} checkpoints in {self.store.folder} is whole; "
+            "restore one, or choose another run.folder to begin again"
+        )
 
     # ------------------------------------------------------------------
     # The loop
 
-    def train(self) -> None:
-        """Trains to the end of the config, from wherever the run stands."""
+    def train(self) -> bool:
+        """Trains from wherever the run stands; returns whether it came to the end of the config, or was stopped."""
         config = self.config
         progress = Progress(config.train.num_steps, self.at.step)
         say(f"training from step {self.at.step} to {config.train.num_steps}")
         self.clock = Clock()
-        while not _is_done(config, self.at.step, self.at.train_seconds):
-            self.train_step()
-            if self.window_ends():
-                self.close_window(progress)
-            with self.clock.aside():
-                if self.at.step % config.checkpoint.every_steps == 0:
-                    self.save_checkpoint()
-                if config.sample.every_steps and self.at.step % config.sample.every_steps == 0:
-                    self.draw_samples()
-        progress.close()
-        self._finish()
+        try:
+            while not _is_done(config, self.at.step, self.at.train_seconds):
+                self.train_step()
+                if self.window_ends() or self.must_stop:
+                    self.close_window(progress)
+                with self.clock.aside():
+                    if self.must_stop:
+                        return self._pause()
+                    if self.at.step % config.checkpoint.every_steps == 0:
+                        self.save_checkpoint()
+                    if config.sample.every_steps and self.at.step % config.sample.every_steps == 0:
+                        self.draw_samples()
+            progress.close()
+            self._finish()
+        except SickRunError:
+            self.close_window(progress)  # whose rows say why
+            raise
+        finally:
+            self.loader.close()
+        return True
 
     def train_step(self) -> None:
         """One optimizer step: a global batch is ordered and noised, becomes a loss, and moves the engine."""
-        terms = []
-        for batch in next(self.loader):
+        runtime.tick()
+        batches, terms = next(self.loader), []
+        for batch in batches:
             latents_BCYX = self.scaling.to_model(batch.latents_BCYX.to(self.device))
             draws = self.loss.draw(
                 self.at.step,
@@ -167,13 +237,35 @@ class Trainer:
             self.engine.backward(micro_batch.total / micro_batch.count)
             terms.append(micro_batch)
 
+        exchanged = self.exchange(terms)
         learning_rate = self._learning_rate()
-        applied = self.engine.step(learning_rate)
+        applied = self.engine.step(learning_rate, lambda grad_norm: self.is_healthy(exchanged.loss, grad_norm))
         if applied:
             self.ema.update()
         self.at.step += 1
-        self.at.num_skipped += not applied
-        self.record_step(terms, learning_rate, applied)
+        self.record_step(batches, exchanged, learning_rate, applied)
+        self.obey(exchanged)
+
+    def exchange(self, terms: Sequence[LossTerms]) -> Exchanged:
+        """What all ranks must know before the update, in one sum over ranks."""
+        model = self.config.model
+        num_sequences = len(terms) * self.config.micro_batch_size(runtime.world_size())
+        num_tokens, num_visible = sum(t.num_tokens for t in terms), sum(t.num_visible for t in terms)
+        told = [
+            float(torch.stack([t.total.detach() for t in terms]).double().sum()),
+            float(sum(t.count for t in terms)),
+            training_flops(model, num_sequences, num_tokens, num_visible),
+            float(self.stop is not None and self.stop.reason is not None),
+            float(self.writer.is_working),
+            float(self.writer.has_failed),
+        ]
+        total, count, flops, *flags = runtime.sum_over_ranks(torch.tensor(told, dtype=torch.float64)).tolist()
+        return Exchanged(total / count, flops, *(flag > 0 for flag in flags))
+
+    def is_healthy(self, loss: float, grad_norm: float) -> bool:
+        """Whether a step with this global loss and gradient norm may move the weights."""
+        problem = self.guard.problem_of_loss(loss) or self.guard.problem_of_grad_norm(grad_norm)
+        return problem is None
 
     def _learning_rate(self) -> float:
         """Linear warm-up, constant, and where the config asks for it a linear fall to 0 over the last steps."""
@@ -187,23 +279,63 @@ class Trainer:
     # ------------------------------------------------------------------
     # Every n steps
 
-    def record_step(self, terms: list[LossTerms], learning_rate: float, applied: bool) -> None:
-        """Notes what this rank knows of the step just made."""
-        position = self.loader.position
+    def record_step(self, batches: Sequence[Batch], exchanged: Exchanged, learning_rate: float, applied: bool) -> None:
+        """Notes the step just made, for the metrics and for the guard."""
         grad_norm = self.engine.grad_norm
-        row = {
+        row: dict[str, Any] = {
             "step": self.at.step,
-            "grad_norm": grad_norm if applied else None,
+            "loss": finite_or_none(exchanged.loss),
+            "grad_norm": finite_or_none(grad_norm),
             "learning_rate": learning_rate,
-            "epoch": position.epoch,
-            "num_skipped_steps": self.at.num_skipped,
+            "epoch": self.loader.position.epoch,
         }
-        num_sequences = len(terms) * self.config.micro_batch_size(runtime.world_size())
-        flops = training_flops(
-            self.config.model, num_sequences, sum(t.num_tokens for t in terms), sum(t.num_visible for t in terms)
-        )
-        loss_total = float(torch.stack([t.total.detach() for t in terms]).double().sum())
-        self.window.records.append(StepRecord(row, loss_total, sum(t.count for t in terms), flops))
+        if applied:
+            self.guard.applied(exchanged.loss, grad_norm)
+        else:
+            row["skipped"] = self.guard.problem_of_loss(exchanged.loss) or self.guard.problem_of_grad_norm(grad_norm)
+            say(f"step {self.at.step} is skipped: {row['skipped']}")
+            self.guard.skipped()
+            self.at.num_skipped += 1
+        row |= {"num_skipped_steps": self.at.num_skipped, "num_rewinds": self.at.num_rewinds}
+        ids = [i for batch in batches for i in batch.ids_B.tolist()] if self.config.metrics.log_sample_ids else None
+        self.window.records.append(StepRecord(row, exchanged.flops, ids))
+
+    def obey(self, exchanged: Exchanged) -> None:
+        """Follows what the step's exchange and the guard ask for."""
+        self.must_stop |= exchanged.must_stop
+        self._note_checkpoint(self.writer.advance(exchanged.is_writing, exchanged.has_failed))
+        if self.guard.must_rewind:
+            with self.clock.aside():
+                self._rewind()
+
+    def _rewind(self) -> None:
+        """Back to the weights of the last checkpoint before the skipped steps, and on with the data after them."""
+        skipped = f"{self.guard.num_skips_in_row} steps in a row were skipped, the last one {self.at.step}"
+        if self.at.num_rewinds >= self.config.guard.max_rewinds:
+            raise SickRunError(
+                f"{skipped}: {self.window.records[-1].row['skipped']}; after {self.at.num_rewinds} rewinds "
+                f"(guard.max_rewinds) the run stops; look at the skipped rows of {self.folder / METRICS_FILE}, lower "
+                "train.learning_rate, or go on from an earlier checkpoint"
+            )
+        self._note_checkpoint(self.writer.wait())
+        good = [path for path in self.store.candidates() if read_state(path).guard.get("num_skips_in_row") == 0]
+        good = runtime.gather(good)[0]
+        if not good:
+            raise SickRunError(
+                f"{skipped}: {self.window.records[-1].row['skipped']}; and there is no checkpoint from before them to "
+                "go back to; lower train.learning_rate or mend the data, and begin again in another run.folder"
+            )
+        saved = self._restore(good)
+        self.guard.begin_row()
+        # The data of the steps between are behind us; the weights, and the learning rate with them, know nothing of it.
+        self.at.num_skipped = self.at.step - (saved.step - saved.num_skipped)
+        self.at.num_rewinds += 1
+        self.window.records[-1].row |= {
+            "rewound_to_step": saved.step,
+            "num_skipped_steps": self.at.num_skipped,
+            "num_rewinds": self.at.num_rewinds,
+        }
+        say(f"{skipped}: back to the weights of step {saved.step}, on with the data after step {self.at.step}")
 
     def window_ends(self) -> bool:
         """Whether the present step's row is due on disk."""
@@ -244,12 +376,16 @@ class Trainer:
         progress.show(self.at.step, f"loss {shown}  {images_per_second:.0f} images/s{skipped}", seconds_left)
 
     def save_checkpoint(self) -> None:
-        """Writes a checkpoint of the present step."""
+        """Begins to write a checkpoint of the present step, once the one in flight is complete."""
+        with phase("waiting for the checkpoint in flight", announce=False):
+            self._note_checkpoint(self.writer.wait())
         position = self.loader.position
         state = TrainingState(
             step=self.at.step,
             optimizer_step=self.engine.optimizer_step,
             num_skipped=self.at.num_skipped,
+            num_rewinds=self.at.num_rewinds,
+            guard=self.guard.to_plain(),
             epoch=position.epoch,
             samples_in_epoch=position.samples_in_epoch,
             train_seconds=self.at.train_seconds,
@@ -259,9 +395,41 @@ class Trainer:
             wandb_run_id=self.tracker.run_id,
             versions=package_versions(),
         )
+        self.writer.begin(state)
+
+    def _note_checkpoint(self, outcome: Outcome | None) -> None:
+        """Takes note of a checkpoint that is complete, or could not be written."""
+        if outcome is None:
+            return
+        if outcome.error is None:
+            self.saved_step, self.num_failed_checkpoints = outcome.step, 0
+            return
+        self.num_failed_checkpoints += 1
+        say(f"WARNING: {outcome.error}")
+        if self.num_failed_checkpoints >= _MOST_FAILED_CHECKPOINTS:
+            raise UserError(f"{self.num_failed_checkpoints} checkpoints in a row failed: {outcome.error}")
+
+    def _complete_checkpoint(self) -> None:
+        """A checkpoint of the present step, complete on disk."""
         with phase(f"writing the checkpoint of step {self.at.step}", announce=False):
-            self.store.save(state, self.engine.fragments(), self.ema.values)
-        self.saved_step = self.at.step
+            self._note_checkpoint(self.writer.wait())
+            if self.saved_step == self.at.step:
+                return
+            self.save_checkpoint()
+            outcome = self.writer.wait()
+        if outcome is None or outcome.error is not None:
+            raise UserError(f"{outcome.error if outcome else 'no checkpoint was written'}")
+        self._note_checkpoint(outcome)
+
+    def _pause(self) -> bool:
+        """Leaves what the same command goes on from; False: the run is not complete."""
+        self._complete_checkpoint()
+        # A rank that nobody asked has its reason from another.
+        reason = next(found for found in runtime.gather(self.stop.reason if self.stop else None) if found is not None)
+        write_requeue(self.folder, reason)
+        self.tracker.close()
+        say(f"stopped at step {self.at.step} with a checkpoint ({reason}); the same command goes on")
+        return False
 
     def draw_samples(self) -> None:
         """Writes a labelled grid of EMA samples for each number of AR steps of `config.sample`."""
@@ -291,8 +459,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Keeps the last step, draws the last pictures, and writes the summary that says the run is done."""
-        if self.saved_step != self.at.step:
-            self.save_checkpoint()
+        self._complete_checkpoint()
         self.draw_samples()
         peak_rss_mb = runtime.gather(runtime.peak_rss_mb())
         with phase("drawing curves and closing", announce=False), _writes_in(self.folder):
@@ -302,7 +469,6 @@ class Trainer:
                 pictures.curves(self.folder / "curves.png", rows, title=title)
                 write_text(self.folder / SUMMARY_FILE, json.dumps(self._summary(rows, peak_rss_mb), indent=2) + "\n")
             self.tracker.close()
-        self.loader.close()
         say(f"done: step {self.at.step} after {self.at.train_seconds:.0f} s of training; see {self.folder}")
 
     def _summary(self, rows: list[dict[str, Any]], peak_rss_mb: list[float]) -> dict[str, Any]:
@@ -314,6 +480,8 @@ class Trainer:
             "engine_precision": self.config.engine.precision,
             "num_steps": self.at.step,
             "num_skipped_steps": self.at.num_skipped,
+            "num_rewinds": self.at.num_rewinds,
+            "skipped_steps": [row["step"] for row in rows if "skipped" in row][:_MOST_STEPS_LISTED],
             "train_seconds": self.at.train_seconds,
             "images_per_second": self.at.step * self.config.train.global_batch_size / self.at.train_seconds,
             "loss_first": losses[0] if losses else None,
@@ -323,8 +491,39 @@ class Trainer:
         }
 
 
+def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
+    """A run from its checks to its end; the process group is started. All ranks call it.
+
+    Returns:
+        Whether the run is complete; False where it was asked to stop, and the same command goes on.
+    """
+    prepare_folder(config, device)
+    step = finished_step(config)
+    if step is not None:
+        limit = "num_steps" if step >= config.train.num_steps else "max_train_seconds"
+        say(f"nothing to do: {config.run.folder} is complete at step {step}; raise train.{limit} to train on")
+        return True
+    folder = Path(config.run.folder)
+    watch = Watch(config.guard.rank_timeout_seconds, lambda reason: write_requeue(folder, reason))
+    try:
+        return Trainer(config, device, stop).train()
+    except (UserError, SickRunError):
+        raise
+    except Exception:
+        watch.leave_if_ranks_are_lost()
+        raise
+    finally:
+        watch.end()
+
+
 # ---------------------------------------------------------------------------
 # The run folder
+
+
+def write_requeue(folder: Path, reason: str) -> None:
+    """Leaves word for job scripts that the same command should be run again."""
+    # Not only rank 0: it may be the one that is lost. The content is the same from all.
+    (folder / REQUEUE_FILE).write_text(f"{reason}\n")
 
 
 def prepare_folder(config: Config, device: torch.device) -> None:
@@ -343,10 +542,37 @@ def prepare_folder(config: Config, device: torch.device) -> None:
         _check_inputs(config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _take(folder)
             if runtime.rank() == 0:
+                (folder / REQUEUE_FILE).unlink(missing_ok=True)
+                _say_changes(folder, config)
                 write_text(folder / CONFIG_FILE, to_yaml(config))
         except OSError as error:
             raise _unwritable(folder, error.strerror or str(error)) from error
+
+
+def _say_changes(folder: Path, config: Config) -> None:
+    """Names the knobs that are set otherwise than when the run was last started."""
+    if not (folder / CONFIG_FILE).is_file():
+        return
+    try:
+        before = to_plain(load_config(folder / CONFIG_FILE))
+    except UserError:  # of an older version, or damaged: it is written anew
+        return
+    for section, knobs in to_plain(config).items():
+        for name, value in knobs.items():
+            if before[section][name] != value and (section, name) != ("run", "folder"):
+                say(f"changed since the last start: {section}.{name} from {before[section][name]} to {value}")
+
+
+_locks: dict[Path, runtime.FolderLock] = {}
+
+
+def _take(folder: Path) -> None:
+    """Takes the folder for this process, for its life."""
+    with phase(f"waiting for the run that uses {folder}", announce=False):
+        if folder.resolve() not in _locks:
+            _locks[folder.resolve()] = runtime.FolderLock(folder / LOCK_FILE, _LOCK_SECONDS)
 
 
 def _check_writable(folder: Path) -> None:
@@ -374,10 +600,10 @@ def _unwritable(folder: Path, reason: str) -> UserError:
 
 def _check_inputs(config: Config) -> None:
     check_info(Shards(config.data.shards).info, config)
-    latest = make_store(config).latest()
-    if latest is None:
+    found = _newest_readable(make_store(config))
+    if found is None:
         return
-    saved = read_state(latest)
+    latest, saved = found
     saved.check_model(to_plain(config)["model"], str(latest))
     if saved.data_fingerprint != order_fingerprint(config):
         raise UserError(
@@ -390,6 +616,15 @@ def _check_inputs(config: Config) -> None:
             f"run.seed: expected {saved.seed}, the seed of checkpoint {latest}, got {config.run.seed}; "
             "another seed is another order of the data: choose another run.folder"
         )
+
+
+def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | None:
+    for path in store.candidates():
+        try:
+            return path, read_state(path)
+        except DamagedCheckpointError:
+            continue  # said where it is resumed from
+    return None
 
 
 def finished_step(config: Config) -> int | None:

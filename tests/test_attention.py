@@ -3,14 +3,17 @@
 import importlib.util
 import sys
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch._dynamo.testing
 
+from cfpretrain import config as configs
 from cfpretrain import order, seeds
-from cfpretrain.model import attention
+from cfpretrain.model import attention, block_causal
 from cfpretrain.model.attention import attend, choose, choose_cached, make_visibility
+from cfpretrain.model.transformer import Block, BlockSettings
 
 HEAD_WIDTHS = (32, 64, 128)
 
@@ -91,17 +94,17 @@ def layout_of_one_length(number: int, batch_size: int) -> order.Layout:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "head_width", "dtype"),
+    ("num_splits", "head_width", "dtype"),
     [(2, 64, torch.float32), (1, 32, torch.float32), (2, 128, torch.bfloat16)],
     ids=str,
 )
-def test_flex_forward(batch_size, head_width, dtype) -> None:
-    """Its backward needs a GPU."""
+def test_flex_forward(num_splits, head_width, dtype) -> None:
+    """Two samples, each with a split of its own or both with one. The backward needs a GPU."""
     torch._dynamo.reset()
     for number in range(10):
-        layout = layout_of_one_length(number, batch_size)
+        layout = layout_of_one_length(number, num_splits)
         M = layout.step_BM.shape[1]
-        qkv = seeds.normal(seeds.key(number, "qkv"), (batch_size, M, 3, 2, head_width)).to(dtype)
+        qkv = seeds.normal(seeds.key(number, "qkv"), (2, M, 3, 2, head_width)).to(dtype)
         with torch.no_grad():
             out = attend(*split(qkv), make_visibility(layout.intervals_BMI, M, "flex"))
         want = oracle(*split(qkv), order.may_attend(layout.intervals_BMI, M).unsqueeze(1))
@@ -119,6 +122,20 @@ def test_flex_is_compiled_once_for_all_layouts_of_a_length(batch_size) -> None:
         q, k, v = seeds.normal(seeds.fold(seeds.key(number, "qkv"), torch.arange(3)), (3, 1, M, 32))
         compiled(q, k, v, block_mask=make_visibility(layout.intervals_BMI, M, "flex").mask)
     assert graphs.frame_count == 1
+
+
+def test_a_compiled_block_with_flex_is_one_graph_for_all_layouts_of_a_length() -> None:
+    torch._dynamo.reset()
+    block = Block(64, 2, BlockSettings(attention="flex"))
+    compiled = torch.compile(block._compute, backend="eager", fullgraph=True, dynamic=False)
+    for number in range(2):
+        layout = layout_of_one_length(number, 2)
+        M = layout.step_BM.shape[1]
+        x_BMD = seeds.normal(seeds.key(number, "tokens"), (2, M, 64))
+        flex, sdpa = (make_visibility(layout.intervals_BMI, M, backend) for backend in ("flex", "sdpa"))
+        with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile" if number else "default"):
+            out = compiled(x_BMD, flex, None)
+        torch.testing.assert_close(out, block(x_BMD, sdpa), rtol=1e-5, atol=1e-5)
 
 
 def test_tiles_of_flex_are_those_of_the_dense_mask() -> None:
@@ -145,39 +162,144 @@ def test_no_intervals_means_everything_is_visible() -> None:
 
 
 # ---------------------------------------------------------------------------
+# On a GPU
+
+GPU = "cuda"
+# Inductor recommends them; a tolerance of 1e-5 does not.
+no_tf32 = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+
+
+def layout_of_2112_tokens(number: int) -> order.Layout:
+    """64 condition tokens and all 1024 of an image, twice; a split for each of two samples."""
+    key = seeds.fold(seeds.key(0, "long layouts"), number)
+    while True:
+        steps_BL = order.draw_steps(key, seeds.fold(key, torch.arange(2)), 1024, 0.9)
+        layout = order.build_layout([order.Condition(64), order.Image(steps_BL)], clean_multiple=1024)
+        if layout.step_BM.shape[1] == 2112:  # one AR step has no clean tokens
+            return layout
+        key = seeds.fold(key, 0)
+
+
+@no_tf32
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["sdpa", "flex", "triton"])
+@pytest.mark.parametrize(
+    ("head_width", "dtype"), [(64, torch.float32), (64, torch.bfloat16), (128, torch.bfloat16)], ids=str
+)
+def test_long_sequences_on_a_gpu(backend, head_width, dtype) -> None:
+    """Both directions, against the oracle."""
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for number in range(2):
+        intervals = layout_of_2112_tokens(number).intervals_BMI.to(GPU)
+        M, key = intervals.shape[1], seeds.key(number, "long")
+        qkv = seeds.normal(key, (2, M, 3, 2, head_width)).to(GPU, dtype)
+        direction = seeds.normal(seeds.fold(key, 1), (2, 2, M, head_width)).to(GPU, dtype)
+        ours, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
+        out = attend(*split(ours), make_visibility(intervals, M, backend))
+        want = oracle(*split(theirs), order.may_attend(intervals, M).unsqueeze(1))
+        assert error(out, want) < tolerance
+        out.backward(direction)
+        want.backward(direction.double())
+        assert error(ours.grad, theirs.grad) < tolerance
+
+
+@no_tf32
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["flex", "triton"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_block_on_a_gpu(backend) -> None:
+    """One graph for all layouts of a length, and what the block computes in float64."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.device(GPU):
+        block = Block(256, 4, BlockSettings(attention=backend, compile=True)).bfloat16()
+        exact = Block(256, 4, BlockSettings()).double()
+    exact.load_state_dict(block.state_dict())
+    for number in range(3):
+        intervals = layout_of_2112_tokens(number).intervals_BMI.to(GPU)
+        M, key = intervals.shape[1], seeds.key(number, "tokens")
+        x_BMD = seeds.normal(key, (2, M, 256)).to(GPU, torch.bfloat16).requires_grad_()
+        direction = seeds.normal(seeds.fold(key, 1), (2, M, 256)).to(GPU, torch.bfloat16)
+        wide_BMD = x_BMD.detach().double().requires_grad_()
+        out = block(x_BMD, make_visibility(intervals, M, backend))
+        want = exact(wide_BMD, make_visibility(intervals, M, "sdpa"))
+        inputs = (
+            [x_BMD, block.attn.qkv.weight, block.mlp.fc1.weight],
+            [
+                wide_BMD,
+                exact.attn.qkv.weight,
+                exact.mlp.fc1.weight,
+            ],
+        )
+        got = [out, *torch.autograd.grad(out, inputs[0], direction)]
+        expected = [want, *torch.autograd.grad(want, inputs[1], direction.double())]
+        for a, b in zip(got, expected, strict=True):
+            assert (a.double() - b).norm() < 2e-2 * b.norm()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+# ---------------------------------------------------------------------------
 # Choosing
 
 
 def test_auto() -> None:
-    assert choose("auto", "cpu", compiled=True) == "sdpa"
-    assert choose("auto", "cuda", compiled=True) == "flex"
-    assert choose("auto", "cuda", compiled=False) == "sdpa"
-    assert choose("sdpa", "cuda", compiled=True) == "sdpa"
-    assert choose_cached("auto", "cpu", "bf16") == "sdpa"
+    assert choose("auto", "cpu", compiled=True, head_width=64) == "sdpa"
+    assert choose("auto", "cuda", compiled=True, head_width=64) == "flex"
+    assert choose("auto", "cuda", compiled=True, head_width=16) == "flex"
+    assert choose("auto", "cuda", compiled=True, head_width=8) == "sdpa"
+    assert choose("auto", "cuda", compiled=False, head_width=64) == "sdpa"
+    assert choose("sdpa", "cuda", compiled=True, head_width=64) == "sdpa"
+    assert choose_cached("auto", "cpu", "bf16", 64) == "sdpa"
+
+
+def test_the_config_knows_what_the_kernels_can_do() -> None:
+    assert configs._TRITON_HEAD_WIDTHS == block_causal.HEAD_WIDTHS
+    assert configs._FLEX_MIN_HEAD_WIDTH == attention.FLEX_MIN_HEAD_WIDTH
 
 
 @pytest.mark.parametrize("name", ["flex", "triton"])
 def test_what_needs_a_gpu_is_refused_on_a_cpu(name) -> None:
     with pytest.raises(ValueError, match=f"{name} trains on a GPU only.*use sdpa"):
-        choose(name, "cpu", compiled=False)
+        choose(name, "cpu", compiled=False, head_width=64)
 
 
-def test_missing_packages_are_named(monkeypatch) -> None:
+@pytest.fixture
+def capability(monkeypatch) -> Callable[[int, int], None]:
+    """Sets the compute capability of a GPU that is taken to be there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def set_to(major: int, minor: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, minor))
+
+    return set_to
+
+
+def test_missing_packages_are_named(monkeypatch, capability) -> None:
+    capability(9, 0)
     monkeypatch.setattr(attention.block_causal, "is_available", lambda: False)
     with pytest.raises(ValueError, match="pip install triton"):
-        choose("triton", "cuda", compiled=True)
+        choose("triton", "cuda", compiled=True, head_width=64)
     monkeypatch.setattr(attention, "_is_installed", lambda package: False)
     with pytest.raises(ValueError, match=r"pip install 'flash-attn"):
-        choose_cached("flash", "cuda", "bf16")
-    assert choose_cached("auto", "cuda", "bf16") == "sdpa"
+        choose_cached("flash", "cuda", "bf16", 64)
+    assert choose_cached("auto", "cuda", "bf16", 64) == "sdpa"
 
 
-def test_flash_needs_a_gpu_and_bf16(monkeypatch) -> None:
+def test_flash_needs_an_ampere_gpu_bf16_and_heads_that_are_not_too_wide(monkeypatch, capability) -> None:
     monkeypatch.setattr(attention, "_is_installed", lambda package: True)
-    assert choose_cached("auto", "cuda", "bf16") == "flash"
-    assert choose_cached("auto", "cuda", "fp32") == "sdpa"
-    with pytest.raises(ValueError, match=r"a GPU and engine.precision=bf16"):
-        choose_cached("flash", "cpu", "fp32")
+    capability(8, 0)
+    assert choose_cached("auto", "cuda", "bf16", 256) == "flash"
+    assert choose_cached("auto", "cuda", "fp32", 64) == "sdpa"
+    assert choose_cached("auto", "cuda", "bf16", 320) == "sdpa"
+    with pytest.raises(ValueError, match=r"flash needs heads of width 256 at most; or use sdpa"):
+        choose_cached("flash", "cuda", "bf16", 320)
+    with pytest.raises(ValueError, match=r"a GPU from Ampere on .* and engine.precision=bf16"):
+        choose_cached("flash", "cpu", "fp32", 64)
+    capability(7, 5)
+    assert choose_cached("auto", "cuda", "bf16", 64) == "sdpa"
+    with pytest.raises(ValueError, match=r"compute capability 8\.0"):
+        choose_cached("flash", "cuda", "bf16", 64)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the real package is installed")

@@ -1,7 +1,9 @@
 """The one place of shift and scale."""
 
+import pytest
 import torch
 
+from cfpretrain.console import UserError
 from cfpretrain.model.autoencoder import IdentityAutoencoder, LatentScaling
 
 
@@ -23,11 +25,9 @@ def test_identity_decodes_to_pixels() -> None:
     assert autoencoder.decode(latents).flatten().tolist() == [0.0, 0.5, 1.0, 1.5]
 
 
-def test_latents_of_another_autoencoder_become_false_colours() -> None:
-    latents = torch.zeros(2, 16, 4, 4)
-    latents[0, 1] = 3.0
-    latents[0, 5] = 99.0
-    images = IdentityAutoencoder(LatentScaling([0.0], [0.2325])).decode(latents)
-    assert images.shape == (2, 3, 4, 4)
-    assert images[0, :, 0, 0].tolist() == [0.5, 1.0, 0.5]
-    assert (images[1] == 0.5).all()
+@pytest.mark.parametrize("num_channels", [2, 4, 16])
+def test_latents_of_another_autoencoder_are_refused(num_channels) -> None:
+    """Nothing else may be scored in silence."""
+    autoencoder = IdentityAutoencoder(LatentScaling([0.0], [0.2325]))
+    with pytest.raises(UserError, match=rf"model\.latent_channels: expected 1 or 3 .*got {num_channels}"):
+        autoencoder.decode(torch.zeros(2, num_channels, 4, 4))

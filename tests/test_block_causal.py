@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cfpretrain import order
-from cfpretrain.model import block_causal
+from cfpretrain.model import attention, block_causal, transformer
 
 if not block_causal.is_available():
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -383,29 +383,24 @@ def test_operator_is_registered_as_torch_wants_it(interpret: Interpret) -> None:
 
 
 def compile_a_block() -> list[bool]:
-    """Whether outputs and gradients of a compiled function are those of the same function run eagerly."""
+    """Whether outputs and gradients of a compiled block are those of the same block run eagerly."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(96, 32, generator=generator).requires_grad_()
-
-    def block(x_BMD: Tensor, tiles: block_causal.Tiles) -> Tensor:
-        q, k, v = (x_BMD @ weight.T).unflatten(-1, (3, 1, 32)).permute(2, 0, 3, 1, 4).unbind(0)
-        return block_causal.block_causal_attention(q * 2, k, v, tiles).transpose(1, 2).flatten(2) + x_BMD
-
-    compiled = torch.compile(block, fullgraph=True, dynamic=False, backend="aot_eager")
+    block = transformer.Block(32, 1, transformer.BlockSettings(attention="triton"))
+    compiled = torch.compile(block._compute, fullgraph=True, dynamic=False, backend="aot_eager")
     x_BMD = torch.randn(1, 98, 32, generator=generator)
-    equal = []
+    weight, equal = block.attn.qkv.weight, []
     for _ in range(2):
-        tiles = block_causal.make_tiles(shared_split(generator), 98)
+        visibility = attention.make_visibility(shared_split(generator), 98, "triton")
         with torch.compiler.set_stance("default" if not equal else "fail_on_recompile"):
-            out = compiled(x_BMD, tiles)
+            out = compiled(x_BMD, visibility, None)
             (grad,) = torch.autograd.grad(out.square().sum(), weight)
-        out_eager = block(x_BMD, tiles)
+        out_eager = block(x_BMD, visibility)
         (grad_eager,) = torch.autograd.grad(out_eager.square().sum(), weight)
         equal += [torch.equal(out, out_eager), torch.equal(grad, grad_eager)]
     return equal
 
 
-def test_compiled_function_is_one_graph_for_all_layouts_of_a_length(interpret: Interpret) -> None:
+def test_a_compiled_block_is_one_graph_for_all_layouts_of_a_length(interpret: Interpret) -> None:
     assert interpret(compile_a_block) == [True] * 4
 
 

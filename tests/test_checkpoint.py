@@ -11,7 +11,9 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,9 +29,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cfpretrain import checkpoint, runtime
-from cfpretrain.checkpoint import CheckpointStore, TrainingState, read_state, read_tensors
+from cfpretrain import checkpoint, runtime, tensor_files
+from cfpretrain.checkpoint import (
+    CheckpointStore,
+    CheckpointWriter,
+    DamagedCheckpointError,
+    Outcome,
+    TrainingState,
+    read_state,
+    read_tensors,
+)
 from cfpretrain.console import UserError
+from cfpretrain.tensor_files import HashedRange
 from tests.processes import run_in_processes
 
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
@@ -111,12 +122,14 @@ def make_state(step: int, **changes: Any) -> TrainingState:
         "step": step,
         "optimizer_step": step,
         "num_skipped": 0,
+        "num_rewinds": 0,
         "epoch": 1,
         "samples_in_epoch": 24,
         "train_seconds": 1.5,
         "seed": 0,
         "model": MODEL,
         "data_fingerprint": "f00d",
+        "guard": {"losses": [0.1, 2.5e-17]},
         "wandb_run_id": None,
         "versions": {"torch": "2"},
     }
@@ -168,13 +181,16 @@ def draw_ranks(draw: Callable[..., Any], full: Full) -> list[Rank]:
 
 
 def write_as_ranks(store: CheckpointStore, ranks: Sequence[Rank], full: Full, step: int) -> Path:
-    """What `save` does on several ranks, one rank after another in this process."""
+    """What a writer does on several ranks, one rank after another in this process, the last one first."""
     final = store.folder / f"step_{step:08d}"
     partial = final.with_name(f"{final.name}.partial")
-    checkpoint._lay_out(partial, {name: tuple(t.shape) for name, t in full["weights"].items()}, step)
-    for index, rank in enumerate(ranks):
-        checkpoint._write_ranges(partial, *rank, index, len(ranks))
-    store._publish(partial, final, make_state(step))
+    store.folder.mkdir(parents=True, exist_ok=True)
+    shapes = {name: tuple(t.shape) for name, t in full["weights"].items()}
+    for index, rank in reversed(list(enumerate(ranks))):
+        snapshot = checkpoint._Snapshot(*rank, index, len(ranks))
+        snapshot.take()
+        checkpoint._write_share(partial, shapes, step, snapshot, index)
+    store._publish(partial, final, make_state(step).to_json(), len(ranks))
     return final
 
 
@@ -186,7 +202,7 @@ shape_lists = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_s
 def test_bits_survive_any_change_of_ranks(data: Any, shapes: list[tuple[int, ...]], seed: int, buffer_values: int):
     full = random_bits({f"p.{i}": shape for i, shape in enumerate(shapes)}, seed)
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "_BUFFER_VALUES", buffer_values)
+        patch.setattr(tensor_files, "CHUNK_VALUES", buffer_values)
         store = make_store(Path(folder) / "checkpoints")
         path = write_as_ranks(store, draw_ranks(data.draw, full), full, step=7)
         for rank in draw_ranks(data.draw, zero_like(full)):
@@ -205,7 +221,7 @@ def test_save_and_load_alone(tmp_path: Path):
     path = store.latest()
     assert path == tmp_path / "run" / "checkpoints" / "step_00000500"
     assert (store.folder / "latest").read_text() == "step_00000500\n"
-    assert names_in(path) == {"state.json", *(f"{content}.safetensors" for content in CONTENTS)}
+    assert names_in(path) == {"state.json", "ranges.json", *(f"{content}.safetensors" for content in CONTENTS)}
     state, rank = load(path)
     assert state == make_state(500) == read_state(path)
     assert holds(rank, full)
@@ -234,7 +250,7 @@ def test_a_rank_writes_only_its_share_of_what_all_hold(tmp_path: Path):
 
 
 def test_staging_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "_BUFFER_VALUES", 1024)
+    monkeypatch.setattr(tensor_files, "CHUNK_VALUES", 1024)
     store = make_store(tmp_path)
     sizes: list[int] = []
     pwrite, preadv = os.pwrite, os.preadv
@@ -298,6 +314,43 @@ def _failing(*_: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def _kind_and_message(action: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        action()
+    except UserError as error:
+        return type(error).__name__, str(error)
+    return "none", ""
+
+
+def _flip_byte(file: Path, at: int) -> None:
+    with open(file, "r+b") as opened:
+        opened.seek(at)
+        (byte,) = opened.read(1)
+        opened.seek(at)
+        opened.write(bytes([byte ^ 4]))
+
+
+def _two_ranks_beside_training(store: CheckpointStore, share: Rank, step: int, late_rank: int) -> dict[str, Any]:
+    """Steps of a run whose one rank is slow at writing; what is there before and after it is done."""
+    may_write, pwrite = threading.Event(), os.pwrite
+    if runtime.rank() == late_rank:
+        os.pwrite = lambda *args: may_write.wait() and pwrite(*args)
+    writer = CheckpointWriter(store, *share)
+    writer.begin(make_state(step))
+    outcomes, busy = [], []
+    for _ in range(5):
+        flags = runtime.sum_over_ranks(torch.tensor([writer.is_working, writer.has_failed]).long()).tolist()
+        outcomes.append(writer.advance(*(flag > 0 for flag in flags)))
+        busy.append(writer.is_busy)
+        time.sleep(0.02)
+    before = store.latest()
+    runtime.barrier()
+    may_write.set()
+    outcome = writer.wait()
+    os.pwrite = pwrite
+    return {"outcomes": outcomes, "busy": busy, "before": before, "outcome": outcome, "busy_after": writer.is_busy}
+
+
 def _two_ranks(folder: Path) -> dict[str, Any]:
     runtime.start(torch.device("cpu"))
     rank = runtime.rank()
@@ -321,10 +374,18 @@ def _two_ranks(folder: Path) -> dict[str, Any]:
     os.preadv = preadv
     fewer = [f for f in other[0] if f.name != "scale"]
     fewer_ema = [e for f, e in zip(*other, strict=True) if f.name != "scale"]
-    found["other_tensors"] = _message(lambda: store.load(path, fewer, fewer_ema, model=MODEL))
+    found["other_tensors"] = _kind_and_message(lambda: store.load(path, fewer, fewer_ema, model=MODEL))
+    runtime.barrier()
+    if rank == 0:
+        _flip_byte(path / "exp_avg_sq.safetensors", -5)  # in the share that rank 1 verifies
+    runtime.barrier()
+    untouched = _share(first, rank)
+    found["flipped"] = _kind_and_message(lambda: store.load(path, *untouched, model=MODEL))
+    found["untouched"] = holds(untouched, first)
     store.save(make_state(3), *_share(first, rank))
     runtime.barrier()  # rank 0 deletes the old ones while the others go on
     found["names"] = sorted(names_in(folder))
+    found["late"] = [_two_ranks_beside_training(store, _share(first, rank), 4 + late, late) for late in range(2)]
     return found
 
 
@@ -337,10 +398,164 @@ def test_two_ranks_write_read_and_fail_together(tmp_path: Path):
         assert str(tmp_path / "step_00000003") in found["full_disk"]
         assert found["after_full_disk"] == (True, ["latest", "step_00000002"])
         assert "cannot be read: No space left" in found["bad_read"]
-        assert "unknown: scale" in found["other_tensors"]
+        assert found["other_tensors"][0] == "UserError"
+        assert "unknown: scale" in found["other_tensors"][1]
+        assert found["flipped"][0] == "DamagedCheckpointError"
+        assert "exp_avg_sq.safetensors: values" in found["flipped"][1]
+        assert found["untouched"]
         assert found["names"] == ["latest", "step_00000003"]
+        for late, seen in enumerate(found["late"]):
+            assert seen["outcomes"] == [None] * 5, "nothing is published before the last rank has written"
+            assert seen["busy"] == [True] * 5
+            assert seen["before"] == tmp_path / f"step_0000000{3 + late}"
+            assert seen["outcome"] == Outcome(4 + late, tmp_path / f"step_0000000{4 + late}", None)
+            assert not seen["busy_after"]
     first = random_bits(SHAPES, 1)
-    assert holds(load(tmp_path / "step_00000003")[1], first)
+    assert holds(load(tmp_path / "step_00000005")[1], first)
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 1000), max_size=30), world_size=st.integers(1, 5))
+def test_the_ranks_verify_every_range_once_and_equal_shares(sizes: list[int], world_size: int):
+    ends = list(itertools.accumulate(sizes))
+    ranges = [HashedRange("p", end - size, end, "") for end, size in zip(ends, sizes, strict=True)]
+    contents: Any = {"weights": (None, ranges[::2]), "ema": (None, ranges[1::2])}
+    verified: list[list[tuple[str, HashedRange]]] = [[] for _ in range(world_size)]
+    with pytest.MonkeyPatch.context() as patch:
+        for rank, mine in enumerate(verified):
+            patch.setattr(checkpoint, "verify_ranges", lambda file, _, r, m=mine: m.extend((file.stem, p) for p in r))
+            checkpoint._verify_share(Path(), contents, rank, world_size)
+    assert [place for mine in verified for place in mine] == [
+        (content, place) for content, (_, places) in contents.items() for place in places
+    ]
+    shares = [sum(place.end - place.begin for _, place in mine) for mine in verified]
+    assert max(shares) <= sum(sizes) / world_size + max(sizes, default=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside training
+
+
+@contextmanager
+def held_back() -> Iterator[threading.Event]:
+    """Writes wait inside the block until the event is set; at its end they go on."""
+    may_write, pwrite = threading.Event(), os.pwrite
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda *args: may_write.wait() and pwrite(*args))
+        try:
+            yield may_write
+        finally:
+            may_write.set()
+
+
+def test_the_checkpoint_holds_the_values_of_its_beginning(tmp_path: Path):
+    store, full = make_store(tmp_path), random_bits(SHAPES, 1)
+    fragments, ema = whole(full)
+    writer = CheckpointWriter(store, fragments, ema)
+    assert (writer.is_busy, writer.is_working, writer.has_failed, writer.wait()) == (False, False, False, None)
+    guard = {"losses": [1.0]}
+    with held_back():
+        writer.begin(make_state(1, guard=guard))
+        assert (writer.is_busy, writer.is_working, writer.has_failed) == (True, True, False)
+        for fragment, average in zip(fragments, ema, strict=True):
+            for values in (fragment.values, fragment.exp_avg, fragment.exp_avg_sq, average):
+                values.zero_()
+        guard["losses"].append(2.0)
+        assert writer.advance(any_working=True, any_failed=False) is None
+        assert store.latest() is None
+    assert writer.wait() == Outcome(1, tmp_path / "step_00000001", None)
+    assert not writer.is_busy
+    state, rank = load(tmp_path / "step_00000001")
+    assert holds(rank, full)
+    assert state == make_state(1, guard={"losses": [1.0]})
+
+
+def test_one_in_flight_and_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rank = whole(random_bits(SHAPES, 1))
+    sizes: list[int] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **options: sizes.append(args[0]) or empty(*args, **options))
+    writer = CheckpointWriter(make_store(tmp_path), *rank)
+    assert sizes == [31] * 4  # the values of SHAPES
+    with held_back():
+        writer.begin(make_state(1))
+        with pytest.raises(AssertionError, match="one checkpoint at a time"):
+            writer.begin(make_state(2))
+    assert writer.wait() == Outcome(1, tmp_path / "step_00000001", None)
+    for step in (2, 3):
+        writer.begin(make_state(step))
+        assert writer.wait() == Outcome(step, tmp_path / f"step_0000000{step}", None)
+    assert len(sizes) == 4, "the buffers are allocated once"
+    assert names_in(tmp_path) == {"latest", "step_00000002", "step_00000003"}
+
+
+def test_a_failed_checkpoint_ends_with_its_reason_and_the_next_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    store, full = make_store(tmp_path), random_bits(SHAPES, 1)
+    writer = CheckpointWriter(store, *whole(full))
+    monkeypatch.setattr(os, "fsync", _failing)
+    writer.begin(make_state(1))
+    outcome = writer.wait()
+    assert outcome is not None
+    assert (outcome.step, outcome.path) == (1, None)
+    assert "step_00000001 cannot be written: No space left on device; earlier checkpoints are untouched" in (
+        outcome.error or ""
+    )
+    assert (names_in(tmp_path), writer.is_busy, writer.has_failed) == (set(), False, False)
+    monkeypatch.undo()
+    writer.begin(make_state(1))
+    assert writer.wait() == Outcome(1, tmp_path / "step_00000001", None)
+    assert holds(load(tmp_path / "step_00000001")[1], full)
+
+
+def test_our_own_mistakes_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    writer = CheckpointWriter(make_store(tmp_path), *whole(random_bits(SHAPES, 1)))
+    monkeypatch.setattr(checkpoint, "_write_share", lambda *_: 1 / 0)
+    writer.begin(make_state(1))
+    with pytest.raises(ZeroDivisionError):
+        writer.wait()
+
+
+def _written_by_two(folder: Path) -> Path:
+    """A partial folder that two ranks have written and nobody published."""
+    full = {c: {"p": torch.ones(10)} for c in CONTENTS}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointStore, "_publish", lambda *_: None)
+        path = write_as_ranks(make_store(folder), [whole(full, replicated=True)] * 2, full, step=1)
+    return path.with_name(f"{path.name}.partial")
+
+
+def test_the_hashes_of_another_node_are_waited_for(tmp_path: Path):
+    partial = _written_by_two(tmp_path)
+    expected = checkpoint._merge_hashes(partial, 2)
+    assert [row[:2] for row in json.loads(expected)["ema"]["p"]] == [[0, 5], [5, 10]]
+    part = partial / "ranges_00001.json"
+    text = part.read_text()
+    merged: list[bytes] = []
+    part.unlink()
+    thread = threading.Thread(target=lambda: merged.append(checkpoint._merge_hashes(partial, 2)))
+    thread.start()
+    for visible in ("", text[:20], text):
+        time.sleep(0.03)
+        part.write_text(visible)
+    thread.join()
+    assert merged == [expected]
+
+
+def test_hashes_that_never_come_fail_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(checkpoint, "_MAX_PART_WAIT_SECONDS", 0.05)
+    partial = _written_by_two(tmp_path)
+    (partial / "ranges_00001.json").unlink()
+    with pytest.raises(FileNotFoundError, match="ranges_00001"):
+        checkpoint._merge_hashes(partial, 2)
+
+
+def test_what_is_not_covered_is_not_published(tmp_path: Path):
+    partial = _written_by_two(tmp_path)
+    (partial / "ranges_00001.json").write_bytes((partial / "ranges_00000.json").read_bytes())
+    with pytest.raises(DamagedCheckpointError, match="each value of weights once"):
+        checkpoint._merge_hashes(partial, 2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,8 +659,8 @@ def test_a_real_kill_leaves_a_usable_checkpoint(tmp_path: Path):
     assert len(found) == 12
 
 
-# A save of SHAPES writes 4 headers, 4 x 3 tensors with values, the state, and last `latest`.
-@pytest.mark.parametrize("call", [1, 5, 16, 17, 18])
+# A save of SHAPES writes 4 headers, 4 x 3 tensors with values, the hashes as a part and whole, the state, and last `latest`.
+@pytest.mark.parametrize("call", [1, 5, 16, 17, 18, 19, 20])
 def test_a_full_disk_costs_only_the_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int):
     store = make_store(tmp_path)
     full = save(store, 1)
@@ -456,7 +671,7 @@ def test_a_full_disk_costs_only_the_new_checkpoint(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     complete = {"latest", "step_00000001"}
     # Where only moving `latest` failed, the new folder is complete and has its name.
-    assert names_in(tmp_path) == (complete | {"step_00000002", "latest.partial"} if call == 18 else complete)
+    assert names_in(tmp_path) == (complete | {"step_00000002", "latest.partial"} if call == 20 else complete)
     assert store.latest() == tmp_path / "step_00000001"
     assert holds(load(tmp_path / "step_00000001")[1], full)
     save(store, 3)
@@ -480,8 +695,104 @@ def test_the_systems_own_refusal_is_told(tmp_path: Path):
 
 def test_an_unwritable_folder_is_told(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="step_00000001 cannot be written: "):
+    with pytest.raises(UserError, match=r"checkpoint folder .*/file/checkpoints cannot be written: .*run\.folder"):
         save(make_store(tmp_path / "file" / "checkpoints"), 1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = _mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder))
+    if mounted.returncode != 0:
+        pytest.skip(f"mounting a small file system was refused: {mounted.stderr}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def _mount(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["mount", *arguments], capture_output=True, text=True)
+
+
+def test_a_disk_that_fills_half_way(small_disk: Path):
+    store, full = make_store(small_disk), random_bits({"p": (12_000,)}, 1)
+    rank = whole(full)
+    writer = CheckpointWriter(store, *rank)
+    writer.begin(make_state(1))
+    assert writer.wait() == Outcome(1, small_disk / "step_00000001", None)
+    (small_disk / "something_else").write_bytes(bytes(700_000))
+    writer.begin(make_state(2))
+    outcome = writer.wait()
+    assert outcome is not None
+    assert "step_00000002 cannot be written: No space left on device" in (outcome.error or "")
+    assert names_in(small_disk) == {"latest", "step_00000001", "something_else"}
+    assert holds(load(small_disk / "step_00000001", {"p": (12_000,)})[1], full)
+    (small_disk / "something_else").unlink()
+    writer.begin(make_state(3))
+    assert writer.wait() == Outcome(3, small_disk / "step_00000003", None)
+    assert store.candidates() == [small_disk / "step_00000003", small_disk / "step_00000001"]
+
+
+def test_a_folder_that_became_read_only(small_disk: Path, capsys: pytest.CaptureFixture[str]):
+    # A read-only mount, since permissions do not bind root.
+    store, full = make_store(small_disk), random_bits(SHAPES, 1)
+    writer = CheckpointWriter(store, *whole(full))
+    writer.begin(make_state(1))
+    assert writer.wait() == Outcome(1, small_disk / "step_00000001", None)
+    assert _mount("-o", "remount,ro", str(small_disk)).returncode == 0
+    writer.begin(make_state(2))
+    outcome = writer.wait()
+    assert outcome is not None
+    assert "step_00000002 cannot be written: Read-only file system" in (outcome.error or "")
+    assert store.latest() == small_disk / "step_00000001"
+    assert holds(load(small_disk / "step_00000001")[1], full)
+    assert _mount("-o", "remount,rw", str(small_disk)).returncode == 0
+    writer.begin(make_state(2))
+    assert writer.wait() == Outcome(2, small_disk / "step_00000002", None)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("what", ["partial", "all"])
+def test_a_folder_that_vanishes_during_a_write(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch):
+    # The part of this very rank is not waited for.
+    monkeypatch.setattr(checkpoint, "_MAX_PART_WAIT_SECONDS", 3600.0)
+    pwrite, calls = os.pwrite, itertools.count(1)
+    num_failed = 0
+    for vanish_at in range(1, 21):
+        folder, away = tmp_path / f"{vanish_at}", tmp_path / f"{vanish_at}_away"
+        store = make_store(folder)
+        full = save(store, 1)
+        after = random_bits(SHAPES, 2)
+        calls = itertools.count(1)
+
+        def write(*args: Any, folder: Path = folder, away: Path = away, calls: Any = calls, at: int = vanish_at) -> int:
+            if next(calls) == at:
+                gone = folder if what == "all" else folder / "step_00000002.partial"
+                if gone.exists():
+                    gone.rename(away)
+            return pwrite(*args)
+
+        writer = CheckpointWriter(store, *whole(after))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "pwrite", write)
+            writer.begin(make_state(2))
+            outcome = writer.wait()
+        assert outcome is not None
+        if what == "all":
+            away.rename(folder)
+        if outcome.error is None:
+            assert holds(load(folder / "step_00000002")[1], after)
+        else:
+            num_failed += 1
+            assert "step_00000002 cannot be written: No such file or directory" in outcome.error
+            assert store.latest() == folder / "step_00000001"
+        assert holds(load(folder / "step_00000001")[1], full)
+    assert num_failed >= 19
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -575,6 +886,81 @@ def test_latest_naming_an_older_one_is_obeyed(tmp_path: Path):
     assert store.latest() == tmp_path / "step_00000001"
 
 
+@pytest.mark.parametrize(
+    ("latest", "steps"),
+    [("step_00000003", [3, 2, 1]), ("step_00000002", [2, 1]), ("step_00000009", [4, 3, 2, 1]), (None, [4, 3, 2, 1])],
+)
+def test_candidates_begin_with_the_latest_and_go_back(tmp_path: Path, latest: str | None, steps: list[int]):
+    store = make_store(tmp_path, keep_last=9)
+    for step in (1, 2, 3, 4):
+        save(store, step)
+    if latest is None:
+        (tmp_path / "latest").unlink()
+    else:
+        (tmp_path / "latest").write_text(latest)
+    assert store.candidates() == [tmp_path / f"step_0000000{step}" for step in steps]
+    assert store.latest() == tmp_path / f"step_0000000{steps[0]}"
+
+
+def test_no_checkpoint_has_no_candidates(tmp_path: Path):
+    assert make_store(tmp_path / "absent").candidates() == []
+
+
+def test_one_that_was_moved_aside_is_still_the_latest(tmp_path: Path):
+    """A kill while the step was written again, on a line of training that went back."""
+    store = make_store(tmp_path, keep_last=9)
+    for step in (1, 2, 3):
+        save(store, step)
+    (tmp_path / "latest").write_text("step_00000002\n")
+    (tmp_path / "step_00000002").rename(tmp_path / "step_00000002.replaced")
+    assert store.candidates() == [tmp_path / "step_00000002.replaced", tmp_path / "step_00000001"]
+    full = random_bits(SHAPES, 2)
+    assert holds(load(tmp_path / "step_00000002.replaced")[1], full)
+    CheckpointWriter(store, *whole(full))
+    assert store.latest() == tmp_path / "step_00000002"
+
+
+def test_a_damaged_newest_one_leaves_the_one_before(tmp_path: Path):
+    store = make_store(tmp_path, keep_last=9)
+    fulls = {step: save(store, step) for step in (1, 2, 3)}
+    newest, middle, oldest = store.candidates()
+    file = newest / "weights.safetensors"
+    os.truncate(file, file.stat().st_size // 2)
+    _flip_byte(middle / "exp_avg.safetensors", -20)
+    for path in (newest, middle):
+        with pytest.raises(DamagedCheckpointError):
+            load(path)
+    state, rank = load(oldest)
+    assert (state.step, holds(rank, fulls[1])) == (1, True)
+
+
+def test_links_lead_nowhere(tmp_path: Path):
+    store = make_store(tmp_path / "checkpoints", keep_last=9)
+    save(store, 1)
+    (tmp_path / "checkpoints" / "step_00000001").rename(tmp_path / "elsewhere")
+    (store.folder / "step_00000001").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"latest: expected the name of a checkpoint in this folder .*, a link"):
+        store.candidates()
+    (store.folder / "latest").unlink()
+    assert store.candidates() == []
+    # A planted link is neither written through nor deleted through.
+    (store.folder / "step_00000002.partial").symlink_to(tmp_path / "elsewhere")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()}
+    save(store, 2)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()} == before
+    assert store.candidates() == [store.folder / "step_00000002"]
+
+
+@pytest.mark.parametrize("name", ["state.json", "ranges.json", "ema.safetensors"])
+def test_a_file_that_is_a_link_is_refused(tmp_path: Path, name: str):
+    save(make_store(tmp_path / "checkpoints"), 1)
+    file = tmp_path / "checkpoints" / "step_00000001" / name
+    file.rename(tmp_path / name)
+    file.symlink_to(tmp_path / name)
+    with pytest.raises(DamagedCheckpointError, match="symbolic links"):
+        load(file.parent)
+
+
 @pytest.mark.parametrize("name", ["../step_00000001", "/tmp/step_00000001", "step_00000001/..", "..", "a\nb", "step_x"])
 def test_latest_pointing_elsewhere_is_refused(tmp_path: Path, name: str):
     store = make_store(tmp_path / "checkpoints")
@@ -601,20 +987,84 @@ def saved(tmp_path: Path) -> Path:
         ("", "expected JSON"),
         ("{", "expected JSON"),
         ("[1]", "expected keys with values"),
-        ('{"schema_version": 1}', "step: missing"),
+        ('{"schema_version": 2}', "step: missing"),
     ],
 )
 def test_a_damaged_state_is_refused(saved: Path, text: str, what: str):
     (saved / "state.json").write_text(text)
-    with pytest.raises(UserError, match=what) as raised:
+    with pytest.raises(DamagedCheckpointError, match=what) as raised:
         load(saved)
     assert f"{saved / 'state.json'}: " in str(raised.value)
     assert f"delete {saved}" in str(raised.value)
 
 
+def test_any_flipped_bit_is_noticed_or_changes_nothing(saved: Path):
+    """One bit of each byte of each file, in turn."""
+    full = random_bits(SHAPES, 1)
+    for file in sorted(saved.iterdir()):
+        good = file.read_bytes()
+        for at in range(len(good)):
+            damaged = bytearray(good)
+            damaged[at] ^= 1 << at % 8
+            file.write_bytes(damaged)
+            rank = whole(zero_like(full))
+            try:
+                state = CheckpointStore.load(saved, *rank, model=MODEL)
+            except UserError as error:
+                newer = file.name == "state.json" and "newer cfpretrain" in str(error)
+                assert newer or isinstance(error, DamagedCheckpointError), f"{file.name}, byte {at}: {error}"
+                assert holds(rank, zero_like(full)), "nothing may be read before all is verified"
+            else:
+                assert (state, holds(rank, full)) == (make_state(1), True), f"{file.name}, byte {at}"
+        file.write_bytes(good)
+
+
+@pytest.mark.parametrize("which", ["ema", "weights"])
+def test_whole_tensors_are_verified(saved: Path, which: Any):
+    _flip_byte(saved / f"{which}.safetensors", -1)
+    with pytest.raises(DamagedCheckpointError, match=rf"{which}\.safetensors: values 0 to 1 of scale are not those"):
+        read_tensors(saved, which)
+    read_tensors(saved, "weights" if which == "ema" else "ema")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{}", '{"weights": 1, "ema": {}, "exp_avg": {}, "exp_avg_sq": {}}'])
+def test_damaged_hashes_are_refused(saved: Path, text: str):
+    (saved / "ranges.json").write_text(text)
+    with pytest.raises(DamagedCheckpointError, match=r"ranges\.json: expected"):
+        load(saved)
+    with pytest.raises(DamagedCheckpointError, match=r"ranges\.json: expected"):
+        read_tensors(saved, "weights")
+
+
+def test_a_number_that_was_changed_by_hand_is_noticed(saved: Path):
+    plain = json.loads((saved / "state.json").read_text())
+    for changed in (plain | {"samples_in_epoch": 25}, {k: v for k, v in plain.items() if k != "sha256"}):
+        (saved / "state.json").write_text(json.dumps(changed))
+        with pytest.raises(DamagedCheckpointError, match=r"state\.json: its contents are not those"):
+            load(saved)
+
+
+def test_an_older_schema_is_refused_by_that_name(saved: Path):
+    (saved / "state.json").write_text(json.dumps({"schema_version": 1, "versions": {"cfpretrain": "0.1"}}))
+    with pytest.raises(UserError, match=r"schema_version 1 was written by an older cfpretrain.*0\.1") as raised:
+        load(saved)
+    assert raised.type is UserError
+
+
+def test_a_file_without_permission_is_no_damage(saved: Path, monkeypatch: pytest.MonkeyPatch):
+    def refused(*_: Any) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "preadv", refused)
+    for action in (lambda: load(saved), lambda: read_tensors(saved, "ema")):
+        with pytest.raises(UserError, match="cannot be read: Permission denied") as raised:
+            action()
+        assert raised.type is UserError
+
+
 def test_a_state_that_is_no_text_is_refused(saved: Path):
     (saved / "state.json").write_bytes(b"\xff\x00")
-    with pytest.raises(UserError, match=r"state\.json cannot be read"):
+    with pytest.raises(DamagedCheckpointError, match=r"state\.json cannot be read"):
         read_state(saved)
 
 
@@ -638,8 +1088,8 @@ def test_a_state_that_is_no_text_is_refused(saved: Path):
 )
 def test_each_key_of_the_state_is_checked(key: str, value: Any):
     plain = json.loads(make_state(1).to_json()) | {key: value}
-    with pytest.raises(UserError, match=rf"here/state\.json: {key}: "):
-        TrainingState.from_json(json.dumps(plain), "here/state.json")
+    with pytest.raises(DamagedCheckpointError, match=rf"here/state\.json: {key}: "):
+        TrainingState.from_json(json.dumps(plain), Path("here/state.json"))
 
 
 @settings(max_examples=30, deadline=None)
@@ -651,14 +1101,15 @@ def test_each_key_of_the_state_is_checked(key: str, value: Any):
 )
 def test_the_state_survives_json(step: int, seconds: float, run: str | None, model: dict[str, Any]):
     state = make_state(step, train_seconds=seconds, wandb_run_id=run, model=model)
-    assert TrainingState.from_json(state.to_json(), "here") == state
+    assert TrainingState.from_json(state.to_json(), Path("here")) == state
 
 
 def test_a_newer_schema_is_refused_by_that_name(saved: Path):
-    plain = {"schema_version": 2, "versions": {"cfpretrain": "9.1"}, "new_key": 1}
+    plain = {"schema_version": 3, "versions": {"cfpretrain": "9.1"}, "new_key": 1}
     (saved / "state.json").write_text(json.dumps(plain))
-    with pytest.raises(UserError, match=r"schema_version 2 was written by a newer cfpretrain.*9\.1"):
+    with pytest.raises(UserError, match=r"schema_version 3 was written by a newer cfpretrain.*9\.1") as raised:
         load(saved)
+    assert raised.type is UserError
 
 
 def test_another_model_is_refused_with_its_keys(saved: Path):
@@ -696,28 +1147,28 @@ def test_many_other_tensors_make_a_short_message(saved: Path):
 def test_a_file_of_another_size_is_refused(saved: Path, content: str, num_bytes: int):
     file = saved / f"{content}.safetensors"
     os.truncate(file, num_bytes if num_bytes in (0, 5, 100) else file.stat().st_size + num_bytes)
-    with pytest.raises(UserError, match=rf"{content}\.safetensors: expected .* got .*delete {saved}"):
+    with pytest.raises(DamagedCheckpointError, match=rf"{content}\.safetensors: expected .* got .*delete {saved}"):
         load(saved)
     if content in ("ema", "weights"):
-        with pytest.raises(UserError, match=rf"{content}\.safetensors: expected"):
+        with pytest.raises(DamagedCheckpointError, match=rf"{content}\.safetensors: expected"):
             read_tensors(saved, content)
 
 
 def test_a_missing_file_is_refused(saved: Path):
     (saved / "exp_avg.safetensors").unlink()
-    with pytest.raises(UserError, match=r"cannot be read: No such file.*exp_avg\.safetensors"):
+    with pytest.raises(DamagedCheckpointError, match=r"cannot be read: No such file.*exp_avg\.safetensors"):
         load(saved)
 
 
 def test_a_file_of_another_content_or_step_is_refused(saved: Path):
     shutil.copy(saved / "weights.safetensors", saved / "ema.safetensors")
-    with pytest.raises(UserError, match="expected ema written by cfpretrain"):
+    with pytest.raises(DamagedCheckpointError, match="expected ema written by cfpretrain"):
         load(saved)
     save(make_store(saved.parent), 2)
     shutil.copy(saved.parent / "step_00000002" / "ema.safetensors", saved / "ema.safetensors")
-    with pytest.raises(UserError, match="expected step 1, got step 2"):
+    with pytest.raises(DamagedCheckpointError, match="expected step 1, got step 2"):
         load(saved)
-    with pytest.raises(UserError, match="expected step 1, got step 2"):
+    with pytest.raises(DamagedCheckpointError, match="expected step 1, got step 2"):
         read_tensors(saved, "ema")
 
 
@@ -736,7 +1187,7 @@ def test_a_file_of_another_content_or_step_is_refused(saved: Path):
 def test_a_strange_header_is_refused(saved: Path, entries: Any):
     text = json.dumps(entries).encode()
     (saved / "ema.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(UserError, match=r"ema\.safetensors: expected a safetensors header"):
+    with pytest.raises(DamagedCheckpointError, match=r"ema\.safetensors: expected a safetensors header"):
         read_tensors(saved, "ema")
 
 
@@ -755,16 +1206,18 @@ def test_a_planted_pickle_is_refused_and_not_run(saved: Path, tmp_path: Path, ar
         torch.save(_Bomb(trace), file)
     else:
         file.write_bytes(pickle.dumps(_Bomb(trace)))
-    with pytest.raises(UserError, match=r"weights\.safetensors: expected a safetensors file"):
+    with pytest.raises(DamagedCheckpointError, match=r"weights\.safetensors: expected a safetensors file"):
         read_tensors(saved, "weights")
-    with pytest.raises(UserError, match=r"weights\.safetensors: expected a safetensors file"):
+    with pytest.raises(DamagedCheckpointError, match=r"weights\.safetensors: expected a safetensors file"):
         load(saved)
     assert not trace.exists()
 
 
 def test_files_of_others_are_refused(saved: Path):
     safetensors.torch.save_file({"p": torch.ones(2)}, saved / "ema.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match="expected ema written by cfpretrain, got a safetensors file with metadata"):
+    with pytest.raises(
+        DamagedCheckpointError, match="expected ema written by cfpretrain, got a safetensors file with metadata"
+    ):
         read_tensors(saved, "ema")
 
 

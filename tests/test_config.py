@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfpretrain import config as configs
+from cfpretrain import order
 from cfpretrain.console import UserError
 from tests.processes import REPOSITORY
 
@@ -155,6 +156,9 @@ def test_impossible_values_are_refused_by_name(override, message) -> None:
     assert message in str(caught.value)
 
 
+TOKENS_256 = ("model.latent_size=16", "model.patch_size=1")
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -172,13 +176,23 @@ def test_impossible_values_are_refused_by_name(override, message) -> None:
         ),
         (
             ["engine.attention=flex", "model.num_heads=16"],
-            "engine.attention: flex needs heads of width 16 or more, got model.width / model.num_heads = 8",
+            "engine.attention: flex needs heads of width 16 or more, got model.width / model.num_heads = 8; change "
+            "model.num_heads, or set engine.attention=sdpa",
         ),
         (
             ["engine.activation_checkpointing=true", "engine.zero_stage=0", "engine.precision=bf16"],
             "engine.activation_checkpointing: expected false at engine.zero_stage = 0 in bf16",
         ),
         (["model.latent_size=4", "order.num_ar_steps=5"], "order.num_ar_steps: expected at most 4"),
+        (
+            [*TOKENS_256, "engine.compile_blocks=true", "engine.clean_token_multiple=1"],
+            "engine.clean_token_multiple: expected one that makes at most 16 lengths, since kernels are compiled for "
+            "each, got 1, which makes 256; set a larger one, or 0",
+        ),
+        (
+            [*TOKENS_256, "engine.attention=flex", "engine.clean_token_multiple=16"],
+            "got 16, which makes 17",
+        ),
     ],
 )
 def test_impossible_combinations_are_refused_by_name(overrides, message) -> None:
@@ -198,6 +212,17 @@ def test_impossible_combinations_are_refused_by_name(overrides, message) -> None
         ["engine.attention=flex", "model.num_heads=8"],
         ["engine.activation_checkpointing=true", "engine.zero_stage=0"],
         ["engine.clean_token_multiple=16"],
+        [*TOKENS_256, "engine.clean_token_multiple=1"],
+        [*TOKENS_256, "engine.compile_blocks=true", "engine.clean_token_multiple=17"],
+        [*TOKENS_256, "engine.compile_blocks=true", "engine.clean_token_multiple=1", "order.num_ar_steps=1"],
+        [*TOKENS_256, "engine.compile_blocks=true", "engine.clean_token_multiple=1", "order.num_ar_steps=241"],
+        [
+            *TOKENS_256,
+            "engine.compile_blocks=true",
+            "engine.clean_token_multiple=1",
+            "order.num_ar_steps=4",
+            "order.ar_step_sizes=equal",
+        ],
     ],
 )
 def test_what_is_possible_is_not_refused(overrides) -> None:
@@ -229,6 +254,25 @@ def test_clean_tokens_are_padded_where_kernels_are_compiled(engine, latent_size,
     config = configs.load(TINY, overrides)
     assert config.clean_token_multiple() == want
     assert want == 1 or math.ceil(config.model.num_tokens / want) + 1 <= 9
+
+
+@given(st.integers(0, 36), st.integers(1, 36))
+def test_lengths_are_counted_before_they_are_compiled(num_ar_steps, multiple) -> None:
+    """The check's arithmetic, against all lengths that can be drawn."""
+    base = configs.load(TINY, ["model.latent_size=6", "model.patch_size=1", "engine.compile_blocks=true"])
+    config = dataclasses.replace(
+        base,
+        order=dataclasses.replace(base.order, num_ar_steps=num_ar_steps),
+        engine=dataclasses.replace(base.engine, clean_token_multiple=multiple),
+    )
+    lengths = order.sequence_lengths(4, 36, 0.9, num_ar_steps, "random", multiple)
+    try:
+        configs.check(config, world_size=1)
+    except UserError as error:
+        assert f"which makes {len(lengths)};" in str(error)
+        assert len(lengths) > 16
+    else:
+        assert len(lengths) <= 16
 
 
 def test_all_problems_are_reported_at_once() -> None:

@@ -4,9 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from cfpretrain import config as configs
 from cfpretrain import noise, runtime
-from cfpretrain.evaluation.generation import GenerationSettings, generate_images
+from cfpretrain.console import UserError
+from cfpretrain.evaluation.generation import (
+    GenerationSettings,
+    decode_to_look_at,
+    generate_for,
+    generate_images,
+    grid_title,
+)
 from tests.processes import run_in_processes
+from tests.test_config import TINY
 from tests.test_transformer import small_model
 
 LABELS = [0, 1, 2, 3, 4, 0, 1]
@@ -63,3 +72,21 @@ def test_the_order_of_tokens_is_the_models() -> None:
     generate_images(model, lambda x: x, LABELS, settings, schedule, 9, 2, torch.device("cpu"), "raster")
     made = [positions[0].tolist() for positions in seen if positions.shape[1]]
     assert made == [row for row in ([0, 1, 2], [3, 4, 5], [6, 7, 8]) for _ in range(3)]
+
+
+@pytest.mark.parametrize(("num_channels", "note"), [(1, ""), (3, ""), (16, "false colours")])
+def test_a_picture_says_whether_its_colours_are_true(num_channels, note) -> None:
+    config = configs.load(TINY, [f"model.latent_channels={num_channels}"])
+    decode, said = decode_to_look_at(config)
+    assert said == note
+    assert decode(torch.zeros(2, num_channels, 8, 8)).shape == (2, 3 if num_channels > 1 else 1, 8, 8)
+    settings = GenerationSettings(4, 25, 2.0, 2, 5)
+    assert (f"denoising steps 25, {note}" if note else "denoising steps 25") in grid_title(3, settings, said)
+
+
+def test_images_for_scores_are_decoded_or_refused() -> None:
+    config = configs.load(TINY, ["model.latent_channels=4", "model.latent_size=3", "model.patch_size=1"])
+    settings, cpu = GenerationSettings(1, 2, 1.0, 2, 5), torch.device("cpu")
+    with pytest.raises(UserError, match=r"model\.latent_channels"):
+        generate_for(config, small_model(), [0], settings, cpu)
+    assert generate_for(config, small_model(), [0], settings, cpu, decode_to_look_at(config)[0]).shape == (1, 3, 3, 3)

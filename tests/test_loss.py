@@ -113,6 +113,35 @@ def test_ablations_reach_the_draws() -> None:
             assert torch.equal(fields(other)[name], fields(draw())[name]), name
 
 
+@pytest.mark.parametrize(
+    ("knobs", "num_rows"),
+    [
+        ({}, 4),
+        ({"num_ar_steps": 3}, 4),
+        ({"ar_split": "batch"}, 1),
+        ({"num_ar_steps": 4, "ar_step_sizes": "equal"}, 1),
+        ({"num_ar_steps": 1}, 1),
+    ],
+    ids=str,
+)
+def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
+    """And changes nothing: each sample alone has the same loss."""
+    loss, model = dataclasses.replace(LOSS, **knobs), small_model()
+    latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
+    rows = []
+
+    def watched(parts, intervals_BMI):
+        rows.append(len(intervals_BMI))
+        return model(parts, intervals_BMI)
+
+    whole = loss(watched, latents, draw(loss))
+    assert rows == [num_rows]
+    alone = [loss(model, latents[[i]], draw(loss, ids=IDS[[i]], labels=LABELS[[i]])) for i in range(4)]
+    torch.testing.assert_close(whole.squared_error_BL, torch.cat([one.squared_error_BL for one in alone]))
+    assert whole.num_tokens == sum(one.num_tokens for one in alone)
+    assert whole.num_visible == sum(one.num_visible for one in alone)
+
+
 @pytest.mark.parametrize("clean_multiple", [2, 4, 9])
 @pytest.mark.parametrize("split", ["sample", "batch"])
 def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:

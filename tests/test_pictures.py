@@ -8,7 +8,16 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from cfpretrain.console import UserError
-from cfpretrain.evaluation.pictures import _column, _skipped_steps, _smooth, curves, grid_layout, loss_map, sample_grid
+from cfpretrain.evaluation.pictures import (
+    _column,
+    _skipped_steps,
+    _smooth,
+    curves,
+    false_colours,
+    grid_layout,
+    loss_map,
+    sample_grid,
+)
 
 BLUE = (37, 99, 168)
 RED = (209, 73, 91)

@@ -15,9 +15,17 @@ import dataclasses
 import itertools
 import json
 import sys
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from cfpretrain.console import UserError, exit_with, say
+
+if TYPE_CHECKING:
+    import torch
+
+    from cfpretrain.config import Config
+    from cfpretrain.loss import Draws
+    from cfpretrain.memory import Network, Plan
 
 EXIT_DOES_NOT_FIT = 1
 GB = 1e9
@@ -84,34 +92,48 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         )
 
 
-def describe(config: Any, num_ranks: int, on_gpu: bool) -> tuple[Any, Any]:
-    """The network's sizes and the plan of a step (`memory.Network`, `memory.Plan`)."""
+def describe(config: "Config", num_ranks: int, on_gpu: bool) -> tuple["Network", "Plan"]:
+    """The network's sizes and the plan of a step."""
     import torch
 
     from cfpretrain import memory
-    from cfpretrain.build import make_model
+    from cfpretrain.build import choose_attention, make_model
     from cfpretrain.engine import ds_config
 
     with torch.device("meta"):
         numels = [parameter.numel() for parameter in make_model(config).parameters()]
     device = torch.device("cuda" if on_gpu else "cpu")
     settings = ds_config(config, num_ranks, device)["zero_optimization"]
-    return memory.network_of(config, numels), memory.plan_of(config, num_ranks, settings, on_gpu)
+    attention = choose_attention(config, device.type)
+    return memory.network_of(config, numels), memory.plan_of(config, num_ranks, settings, attention, on_gpu)
 
 
 # ---------------------------------------------------------------------------
 # Tables
 
 
-def _alternatives(plan: Any) -> list[Any]:
-    """The plan at every ZeRO stage, with and without checkpointing."""
-    return [
-        dataclasses.replace(plan, zero_stage=stage, checkpointing=checkpointing, overlap=plan.on_gpu and stage > 0)
+def _alternatives(plan: "Plan") -> list["Plan"]:
+    """The plan at every ZeRO stage, with and without checkpointing, where that is possible."""
+    plans = [
+        _change(plan, zero_stage=stage, checkpointing=checkpointing)
         for stage, checkpointing in itertools.product(range(4), (False, True))
     ]
+    return [plan for plan in plans if _is_possible(plan)]
 
 
-def _row(network: Any, plan: Any, written: Any, budget: int) -> dict[str, Any]:
+def _change(plan: "Plan", **changes: Any) -> "Plan":
+    changed = dataclasses.replace(plan, **changes)
+    return dataclasses.replace(changed, overlap=changed.on_gpu and changed.zero_stage > 0)
+
+
+def _is_possible(plan: "Plan") -> bool:
+    """Whether a config of this plan passes its check."""
+    from cfpretrain.config import can_checkpoint
+
+    return not plan.checkpointing or can_checkpoint(plan.zero_stage, plan.precision)
+
+
+def _row(network: "Network", plan: "Plan", written: "Plan", budget: int) -> dict[str, Any]:
     from cfpretrain import memory
 
     found = memory.estimate(network, plan)
@@ -133,7 +155,7 @@ def _row(network: Any, plan: Any, written: Any, budget: int) -> dict[str, Any]:
 _COLUMNS = ("weights", "gradients", "optimizer", "ema", "buffers", "activations", "temporary", "peak", "host")
 
 
-def _print_table(network: Any, plan: Any, rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def _print_table(network: "Network", plan: "Plan", rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     print(
         f"{network.num_parameters:,} parameters in {plan.precision}; GPUs: {plan.num_ranks} of "
         f"{arguments.gpu_memory_gb:g} GB, of which {arguments.reserve_gb:g} are reserved"
@@ -142,7 +164,7 @@ def _print_table(network: Any, plan: Any, rows: list[dict[str, Any]], arguments:
         f"micro-batches of {plan.micro_batch_size} x {network.max_sequence} tokens (the longest sequence), "
         f"{plan.accumulation_steps} a step"
     )
-    print("GB on a GPU; host: pinned host memory for each GPU")
+    print("GB on a GPU; host: host memory for each GPU")
     print()
     names = ("stage", "checkpointing", *_COLUMNS, "at", "fits", "largest micro-batch")
     print("  " + "  ".join(f"{name:>{_width(name)}}" for name in names))
@@ -164,7 +186,7 @@ def _width(name: str) -> int:
     return max(len(name), 9 if name == "at" else 5)
 
 
-def _verdict(row: dict[str, Any], plan: Any, budget: int) -> str:
+def _verdict(row: dict[str, Any], plan: "Plan", budget: int) -> str:
     peak = f"{row['peak'] / GB:.1f} GB at the peak ({row['worst_moment']}), {budget / GB:.1f} GB are there"
     if not row["fits"]:
         return f"* does not fit as written: {peak}"
@@ -173,12 +195,12 @@ def _verdict(row: dict[str, Any], plan: Any, budget: int) -> str:
     return f"* fits as written: {peak}{more}"
 
 
-def _advise(network: Any, plan: Any, budget: int) -> list[str]:
+def _advise(network: "Network", plan: "Plan", budget: int) -> list[str]:
     """The fewest changes that make a config fit, each with its largest micro-batch."""
     from cfpretrain import memory
 
     lines = []
-    choices: list[tuple[str, Any, list[Any]]] = [
+    choices: list[tuple[str, str, list[Any]]] = [
         ("engine.activation_checkpointing", "checkpointing", [True]),
         ("engine.ema_on_host", "ema_on_host", [True]),
         ("engine.zero_stage", "zero_stage", list(range(plan.zero_stage + 1, 4))),
@@ -189,9 +211,8 @@ def _advise(network: Any, plan: Any, budget: int) -> list[str]:
                 changes = {field: value for (_, field, _), value in zip(chosen, values, strict=True)}
                 if any(getattr(plan, field) == value for field, value in changes.items()):
                     continue
-                other = dataclasses.replace(plan, **changes)
-                other = dataclasses.replace(other, overlap=other.on_gpu and other.zero_stage > 0)
-                largest = memory.largest_micro_batch(network, other, budget)
+                other = _change(plan, **changes)
+                largest = memory.largest_micro_batch(network, other, budget) if _is_possible(other) else None
                 if largest is not None:
                     keys = [f"{key}={str(value).lower()}" for (key, _, _), value in zip(chosen, values, strict=True)]
                     micro = min(largest, plan.micro_batch_size)
@@ -205,7 +226,7 @@ def _advise(network: Any, plan: Any, budget: int) -> list[str]:
 # A real step
 
 
-def _measure(config: Any, arguments: argparse.Namespace) -> bool:
+def _measure(config: "Config", arguments: argparse.Namespace) -> bool:
     from cfpretrain import memory, runtime
 
     device = runtime.pick_device()
@@ -218,10 +239,9 @@ def _measure(config: Any, arguments: argparse.Namespace) -> bool:
         held, peak = measure_step(config, device)
     finally:
         runtime.stop()
-    kept = found.static - (0 if plan.zero_stage == 3 or plan.zero_stage == 1 else found.buffers)
     report = {
         "device": device.type,
-        "held_bytes": {"estimated": kept, "measured": held},
+        "held_bytes": {"estimated": found.between_micro_batches, "measured": held},
         "peak_bytes": {"estimated": found.peak, "measured": peak},
     }
     for name, title in (("held_bytes", "between micro-batches"), ("peak_bytes", "at the peak")):
@@ -235,7 +255,7 @@ def _measure(config: Any, arguments: argparse.Namespace) -> bool:
     return found.peak <= (arguments.gpu_memory_gb - arguments.reserve_gb) * GB
 
 
-def measure_step(config: Any, device: Any) -> tuple[int, int]:
+def measure_step(config: "Config", device: "torch.device") -> tuple[int, int]:
     """An optimizer step or two on synthetic latents, at the longest sequence.
 
     Returns:
@@ -263,7 +283,7 @@ def measure_step(config: Any, device: Any) -> tuple[int, int]:
     return held, peak
 
 
-def _prepare(config: Any, device: Any) -> Any:
+def _prepare(config: "Config", device: "torch.device") -> Callable[[], Iterator[None]]:
     """Builds engine and EMA; returns a generator function that yields after every micro-batch of a step or two."""
     import torch
     import torch._dynamo  # now: inside ZeRO's construction it would find a patched torch, and fail
@@ -289,7 +309,7 @@ def _prepare(config: Any, device: Any) -> Any:
         terms = loss(engine, latents_BCYX, draws)
         engine.backward(terms.total / terms.count)
 
-    def run_micro_batches() -> Any:
+    def run_micro_batches() -> Iterator[None]:
         # Stage 3 fetches ahead from the second micro-batch on.
         for _ in range(2 if engine.accumulation_steps == 1 else 1):
             for _ in range(engine.accumulation_steps):
@@ -301,15 +321,17 @@ def _prepare(config: Any, device: Any) -> Any:
     return run_micro_batches
 
 
-def longest(draws: Any, config: Any) -> Any:
-    """The draws with a last AR step of one token, where the config allows more than one AR step."""
+def longest(draws: "Draws", config: "Config") -> "Draws":
+    """The draws with the smallest last AR step that the config can draw, and all before it in one."""
     import torch
 
-    if config.order.num_ar_steps == 1:
-        return draws
-    steps_BL = torch.zeros_like(draws.steps_BL)
-    steps_BL[:, -1] = 1
-    return dataclasses.replace(draws, steps_BL=steps_BL)
+    from cfpretrain.order import last_size_probabilities
+
+    order, num_tokens = config.order, config.model.num_tokens
+    last_L = last_size_probabilities(num_tokens, order.ar_step_decay, order.num_ar_steps, order.ar_step_sizes)
+    smallest = int(last_L.nonzero()[0]) + 1
+    is_last_L = torch.arange(num_tokens) >= num_tokens - smallest
+    return dataclasses.replace(draws, steps_BL=is_last_L.long().expand_as(draws.steps_BL))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""What logging, EMA and checkpoints cost beside the training step itself, measured in alternation.
+"""What logging, EMA, guards and checkpoints cost beside the training step itself, measured in alternation.
 
     deepspeed --num_accelerators 2 tools/measure_overhead.py --config configs/tiny.yaml
 
-Blocks of bare steps (no EMA, no metrics) alternate with blocks of full ones in one process group, with a checkpoint
-after each pair. The cost of a checkpoint is spread over `checkpoint.every_steps`. wandb is off: it writes from a
-process of its own.
+Blocks of steps take turns in one process group: bare (no EMA, no metrics, no exchange between ranks, no guard),
+unguarded (EMA and metrics), full (guard and exchange too) and saving (as full, and a checkpoint begins with each block,
+which is as long as `--block-steps`). wandb is off: it writes from a process of its own.
 """
 
 import argparse
@@ -12,19 +12,24 @@ import json
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
 from cfpretrain.console import Progress, UserError, exit_with, phase, say
 
+_KINDS = ("bare", "unguarded", "full", "saving")
+
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Measure what logging, EMA and checkpoints add to a training step.")
+    parser = argparse.ArgumentParser(
+        description="Measure what logging, EMA, guards and checkpoints add to a training step."
+    )
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--pairs", type=int, default=6, help="pairs of blocks (default 6)")
-    parser.add_argument("--block-steps", type=int, default=20, help="steps of a block (default 20)")
+    parser.add_argument("--pairs", type=int, default=6, help="turns of the four kinds (default 6)")
+    parser.add_argument("--block-steps", type=int, default=50, help="steps of a block (default 50)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args()
     try:
@@ -53,52 +58,72 @@ def run(arguments: argparse.Namespace) -> None:
     finally:
         runtime.stop()
     if runtime.rank() == 0:
-        _print(measured, config.checkpoint.every_steps)
+        _print(measured)
 
 
 def _measure(trainer: Any, arguments: argparse.Namespace) -> dict[str, list[float]]:
     from cfpretrain import runtime
 
     progress = Progress(trainer.config.train.num_steps, 0)
-    seconds: dict[str, list[float]] = {"bare": [], "full": [], "checkpoint": []}
+    seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
 
-    def block(kind: str, steps: int) -> None:
-        runtime.barrier()
-        begin = time.perf_counter()
-        for _ in range(steps):
-            trainer.train_step()
-            if kind == "full" and trainer.window_ends():
-                trainer.close_window(progress)
-        runtime.barrier()
-        seconds[kind].append((time.perf_counter() - begin) / steps)
+    def block(kind: str) -> None:
+        with ExitStack() as stack:
+            for owner, name, double in _left_out(trainer)[kind]:
+                stack.enter_context(patch.object(owner, name, double))
+            runtime.barrier()
+            begin = time.perf_counter()
+            if kind == "saving":
+                trainer.save_checkpoint()
+            for _ in range(arguments.block_steps):
+                trainer.train_step()
+                if kind != "bare" and trainer.window_ends():
+                    trainer.close_window(progress)
+            runtime.barrier()
+            seconds[kind].append((time.perf_counter() - begin) / arguments.block_steps)
+        trainer.writer.wait()
 
     with phase("warming up"):
-        block("full", arguments.block_steps)
-        seconds["full"].clear()
-    for pair in range(arguments.pairs):
-        say(f"pair {pair + 1} of {arguments.pairs}")
-        with patch.object(trainer.ema, "update"), patch.object(trainer, "record_step"):
-            block("bare", arguments.block_steps)
-        block("full", arguments.block_steps)
-        begin = time.perf_counter()
-        trainer.save_checkpoint()
-        runtime.barrier()
-        seconds["checkpoint"].append(time.perf_counter() - begin)
+        block("saving")
+        seconds["saving"].clear()
+    for turn in range(arguments.pairs):
+        say(f"turn {turn + 1} of {arguments.pairs}")
+        for kind in _KINDS if turn % 2 == 0 else _KINDS[::-1]:
+            block(kind)
     trainer.loader.close()
     return seconds
 
 
-def _print(seconds: dict[str, list[float]], every_steps: int) -> None:
-    median = {kind: statistics.median(values) for kind, values in seconds.items()}
-    steps_share = statistics.median(f / b - 1 for b, f in zip(seconds["bare"], seconds["full"], strict=True))
-    checkpoint_share = median["checkpoint"] / (every_steps * median["bare"])
-    print(f"bare step        {1e3 * median['bare']:8.1f} ms (median)")
-    print(f"full step        {1e3 * median['full']:8.1f} ms: EMA and metrics add {100 * steps_share:.1f} %")
-    print(
-        f"a checkpoint     {1e3 * median['checkpoint']:8.1f} ms, every {every_steps} steps: "
-        f"{100 * checkpoint_share:.1f} %"
-    )
-    print(json.dumps({"overhead": steps_share + checkpoint_share, "seconds": seconds}))
+def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
+    """What a kind of block does without: (owner, name, what stands in for it)."""
+    from cfpretrain.trainer import Exchanged
+
+    nothing_to_say = Exchanged(loss=1.0, flops=1.0, must_stop=False, is_writing=False, has_failed=False)
+    unguarded = [
+        (trainer, "exchange", lambda terms: nothing_to_say),
+        (trainer, "is_healthy", lambda loss, grad_norm: True),
+    ]
+    bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer, "record_step", lambda *_: None)]
+    return {"bare": bare, "unguarded": unguarded, "full": [], "saving": []}
+
+
+def _print(seconds: dict[str, list[float]]) -> None:
+    median = {kind: 1e3 * statistics.median(values) for kind, values in seconds.items()}
+
+    def more(kind: str, than: str) -> float:
+        """By how much blocks of a kind take longer, median of the turns."""
+        return statistics.median(a / b - 1 for a, b in zip(seconds[kind], seconds[than], strict=True))
+
+    added = {
+        "ema_and_metrics": more("unguarded", "bare"),
+        "guards": more("full", "unguarded"),
+        "checkpoints": more("saving", "full"),
+    }
+    print(f"bare step     {median['bare']:8.1f} ms (median)")
+    print(f"unguarded     {median['unguarded']:8.1f} ms: EMA and metrics add {added['ema_and_metrics']:+.1%}")
+    print(f"full          {median['full']:8.1f} ms: guards and the ranks' exchange add {added['guards']:+.1%}")
+    print(f"saving        {median['saving']:8.1f} ms: a checkpoint a block adds {added['checkpoints']:+.1%}")
+    print(json.dumps({"added": added, "seconds": seconds}))
 
 
 if __name__ == "__main__":

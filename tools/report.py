@@ -49,6 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
     _check(arguments, config.model.num_tokens, len(build.make_loss(config).schedule))
+    _check_pixels(arguments.run, config)
     _check_held_out(arguments.held_out, config)
     settings = _settings(arguments, step)
     done = arguments.run / "report.json"
@@ -97,6 +98,17 @@ def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> N
             raise UserError(f"{name}: expected {low} to {high}, got {value}")
     if arguments.guidance == 1:
         raise UserError("--guidance: expected another scale than 1, which is measured anyway; e.g. 2")
+
+
+def _check_pixels(run: Path, config: Any) -> None:
+    from cfpretrain.model.autoencoder import are_pixels
+
+    num_channels = config.model.latent_channels
+    if not are_pixels(num_channels):
+        raise UserError(
+            f"run folder {run}: expected a run on pixels, model.latent_channels 1 or 3, got {num_channels}: latents of "
+            "an autoencoder that is not at hand cannot be scored; decode samples with it and score those"
+        )
 
 
 def _check_held_out(held_out: Path, config: Any) -> None:

@@ -10,7 +10,6 @@ restarts threads and barriers at every epoch, and keeps state in named shared me
 workers are handed the indices of a micro-batch and need no state; they read ahead across the border of an epoch.
 """
 
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ from cfpretrain import seeds
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.data.shards import Shards, check_info, fingerprint
+from cfpretrain.lifeline import leave_signals_to_the_rank
 
 _Request = tuple[int, NDArray[np.int64]]  # the epoch, and places in the shard folder: one micro-batch
 
@@ -206,7 +206,7 @@ def _start_reading(shards: Shards, config: Config, requests: Iterator[_Request])
         num_workers=config.data.num_workers,
         # A fork starts in milliseconds; any other way imports torch and streaming again in every worker (10 to 30 s).
         multiprocessing_context="fork" if config.data.num_workers else None,
-        worker_init_fn=_leave_interrupts_to_the_rank,
+        worker_init_fn=leave_signals_to_the_rank,
         generator=torch.Generator(),  # else torch would draw from the global one
     )
     return iter(data_loader)
@@ -220,8 +220,3 @@ class _Requests:
 
     def __iter__(self) -> Iterator[_Request]:
         return self._requests
-
-
-def _leave_interrupts_to_the_rank(_: int) -> None:
-    # Ctrl-C reaches the whole process group; the rank decides, and ends its workers by the signal torch gives them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

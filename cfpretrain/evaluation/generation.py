@@ -9,6 +9,8 @@ from torch import Tensor
 from cfpretrain import runtime
 from cfpretrain.build import make_autoencoder, make_loss
 from cfpretrain.config import Config
+from cfpretrain.evaluation.pictures import false_colours
+from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import unpatchify
 from cfpretrain.noise import Schedule, respace
 from cfpretrain.order import equal_sizes
@@ -34,13 +36,29 @@ class GenerationSettings:
     seed: int
 
 
+# Latents as the model sees them -> images [B, 1 or 3, Y, X], 0 black and 1 white.
+Decode = Callable[[Tensor], Tensor]
+
+
+def decode_to_look_at(config: Config) -> tuple[Decode, str]:
+    """How latents become a picture, whether or not an autoencoder is at hand, and what its title must say of it."""
+    if are_pixels(config.model.latent_channels):
+        return make_autoencoder(config).decode, ""
+    return false_colours, "false colours"
+
+
 def generate_for(
-    config: Config, model: Model, labels: Sequence[int], settings: GenerationSettings, device: torch.device
+    config: Config,
+    model: Model,
+    labels: Sequence[int],
+    settings: GenerationSettings,
+    device: torch.device,
+    decode: Decode | None = None,
 ) -> Tensor:
-    """`generate_images` with the autoencoder, the schedule and the sizes of a config."""
+    """`generate_images` with the schedule, the sizes and, but for another `decode`, the autoencoder of a config."""
     return generate_images(
         model,
-        make_autoencoder(config).decode,
+        decode or make_autoencoder(config).decode,
         labels,
         settings,
         make_loss(config).schedule,
@@ -52,17 +70,17 @@ def generate_for(
     )
 
 
-def grid_title(step: int, settings: GenerationSettings) -> str:
-    """What stands above a grid of samples."""
+def grid_title(step: int, settings: GenerationSettings, note: str = "") -> str:
+    """What stands above a grid of samples, with what `decode_to_look_at` says of it."""
     return (
         f"step {step}, EMA weights, guidance {settings.guidance:g}\n"
-        f"AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}"
+        f"AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}" + f", {note}" * bool(note)
     )
 
 
 def generate_images(
     model: Model,
-    decode: Callable[[Tensor], Tensor],
+    decode: Decode,
     labels: Sequence[int],
     settings: GenerationSettings,
     schedule: Schedule,
@@ -80,7 +98,7 @@ def generate_images(
 
     Args:
         model: predicts epsilon; called alike on all ranks.
-        decode: latents as the model sees them -> images, 0 black and 1 white.
+        decode: makes images of latents.
         labels: the class of each image.
         settings: how.
         schedule: the full noise schedule.
@@ -97,6 +115,7 @@ def generate_images(
     padded = torch.tensor([*labels, *[labels[-1]] * (num_rounds * world_size * size - len(labels))])
     made = []
     for round_index in range(num_rounds):
+        runtime.tick()
         begin = (round_index * world_size + rank) * size
         ids_B = torch.arange(begin, begin + size)
         tokens_BLP = generate(

@@ -120,6 +120,19 @@ def sample_grid(
     picture.save(path, format="PNG")
 
 
+def false_colours(latents_BCYX: Tensor) -> Tensor:
+    """The first channels of latents as colours, to look at where no autoencoder decodes them; never to be scored.
+
+    Args:
+        latents_BCYX: as the transformer sees them, of about unit variance: three deviations are black and white.
+
+    Returns:
+        float32 [B, 1 or 3, Y, X], 0 black and 1 white, not clamped.
+    """
+    num_shown = 3 if latents_BCYX.shape[1] >= 3 else 1
+    return 0.5 + latents_BCYX[:, :num_shown].float() / 6
+
+
 def _to_rgb(images_BCYX: Tensor, value_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
     """uint8 [B, Y, X, 3]."""
     if images_BCYX.ndim != 4 or images_BCYX.shape[1] not in (1, 3):

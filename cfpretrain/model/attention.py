@@ -5,7 +5,7 @@
 | sdpa | yes | yes | torch's scaled dot product attention, under a dense mask; the oracle, and what runs on a CPU |
 | flex | on a GPU | no | torch's FlexAttention; its tiles come from the intervals |
 | triton | on a GPU | no | our kernel, driven by the intervals themselves (`block_causal.py`) |
-| flash | no | on a GPU, in bf16 | FlashAttention 2, for sampling with a cache |
+| flash | no | on a GPU from Ampere on, in bf16 | FlashAttention 2, for sampling with a cache |
 """
 
 import functools
@@ -22,6 +22,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from cfpretrain.model import block_causal
 from cfpretrain.order import may_attend
 
+FLEX_MIN_HEAD_WIDTH = 16
+FLASH_MAX_HEAD_WIDTH = 256
+_FLASH_MIN_CAPABILITY = (8, 0)
 _FLEX_TILE = 128  # queries = keys of a tile of FlexAttention
 _MOST_GRAPHS = 64  # of one function: shapes, with and without gradients
 
@@ -30,13 +33,14 @@ _MOST_GRAPHS = 64  # of one function: shapes, with and without gradients
 # Choosing a backend
 
 
-def choose(name: str, device_type: str, compiled: bool) -> str:
+def choose(name: str, device_type: str, compiled: bool, head_width: int) -> str:
     """The backend for attention under the intervals.
 
     Args:
         name: "auto" or a backend.
         device_type: "cpu" or "cuda".
         compiled: blocks are compiled, and so sequences padded to few lengths.
+        head_width: E; a backend asked for by name is taken to have it.
 
     Raises:
         ValueError: it cannot train on this device; the message says what can.
@@ -45,21 +49,22 @@ def choose(name: str, device_type: str, compiled: bool) -> str:
     if name == "auto":
         # Not `triton`: until its speed is measured on a GPU, the kernel that others keep is the default. It is compiled
         # for each length, so not for the many lengths of an eager run.
-        return "flex" if on_gpu and compiled else "sdpa"
+        return "flex" if on_gpu and compiled and head_width >= FLEX_MIN_HEAD_WIDTH else "sdpa"
     if name in ("flex", "triton") and not on_gpu:
-        raise ValueError(f"{name} trains on a GPU only, and this run computes on the {device_type}; use sdpa or auto")
+        raise ValueError(f"{name} trains on a GPU only, and this run computes on the {device_type}; use sdpa")
     if name == "triton" and not block_causal.is_available():
-        raise ValueError("triton is not installed; pip install triton, or use flex or auto")
+        raise ValueError("triton is not installed; pip install triton, or use sdpa")
     return name
 
 
-def choose_cached(name: str, device_type: str, precision: str) -> str:
+def choose_cached(name: str, device_type: str, precision: str, head_width: int) -> str:
     """The backend for attention without intervals, as in sampling with a cache.
 
     Args:
         name: "auto" or a backend.
         device_type: "cpu" or "cuda".
         precision: of the sampling model, "bf16" or "fp32".
+        head_width: E.
 
     Raises:
         ValueError: it cannot run here; the message says what is missing and how to get it.
@@ -67,8 +72,9 @@ def choose_cached(name: str, device_type: str, precision: str) -> str:
     missing = [
         reason
         for reason, absent in (
-            ("a GPU", device_type != "cuda"),
+            ("a GPU from Ampere on (compute capability 8.0)", not _has_flash_gpu(device_type)),
             ("engine.precision=bf16", precision != "bf16"),
+            (f"heads of width {FLASH_MAX_HEAD_WIDTH} at most", head_width > FLASH_MAX_HEAD_WIDTH),
             ("the package (pip install 'flash-attn>=2.8', which builds with nvcc)", not _is_installed("flash_attn")),
         )
         if absent
@@ -76,8 +82,14 @@ def choose_cached(name: str, device_type: str, precision: str) -> str:
     if name == "auto":
         return "sdpa" if missing else "flash"
     if name == "flash" and missing:
-        raise ValueError(f"flash needs {' and '.join(missing)}; or use sdpa or auto")
+        raise ValueError(f"flash needs {' and '.join(missing)}; or use sdpa")
     return name
+
+
+def _has_flash_gpu(device_type: str) -> bool:
+    if device_type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability() >= _FLASH_MIN_CAPABILITY
 
 
 def _is_installed(package: str) -> bool:
@@ -182,7 +194,9 @@ def attend(q_BHME: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, visibility: Visibilit
     backend, mask = visibility
     if backend == "flex":
         assert isinstance(mask, BlockMask), "flex attends under intervals only"
-        return _compiled_flex()(q_BHME, k_BHKE, v_BHKE, block_mask=mask)
+        # In the graph of a compiled block it is compiled with the block.
+        flex: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        return flex(q_BHME, k_BHKE, v_BHKE, block_mask=mask)
     if backend == "triton":
         assert isinstance(mask, block_causal.Tiles), "triton attends under intervals only"
         return block_causal.block_causal_attention(q_BHME, k_BHKE, v_BHKE, mask)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cfpretrain.console import UserError
+
 
 class LatentScaling:
     """The shift and scale, per channel, between raw latents and those that the transformer sees.
@@ -32,19 +34,27 @@ class LatentScaling:
         return latents_BCYX.float() / self._scale_C11.to(device) + self._shift_C11.to(device)
 
 
-class IdentityAutoencoder:
-    """Pixels as latents: raw latents of 1 or 3 channels are pixel values in [0, 1].
+def are_pixels(num_channels: int) -> bool:
+    """Whether latents of so many channels are taken for pixels; others are those of an autoencoder."""
+    return num_channels in (1, 3)
 
-    Latents of other numbers of channels are another autoencoder's; their first channels are shown in false colours.
-    """
+
+class IdentityAutoencoder:
+    """Pixels as latents: raw latents are pixel values in [0, 1]."""
 
     def __init__(self, scaling: LatentScaling) -> None:
         self._scaling = scaling
 
     def decode(self, latents_BCYX: Tensor) -> Tensor:
-        """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, 1 or 3, Y, X]."""
+        """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, 1 or 3, Y, X].
+
+        Raises:
+            UserError: the latents are no pixels (`are_pixels`).
+        """
         num_channels = latents_BCYX.shape[1]
-        if num_channels in (1, 3):
-            return self._scaling.from_model(latents_BCYX)
-        # The transformer sees latents of about unit variance: three deviations are black and white.
-        return 0.5 + latents_BCYX[:, : 3 if num_channels > 3 else 1].float() / 6
+        if not are_pixels(num_channels):
+            raise UserError(
+                f"model.latent_channels: expected 1 or 3 where latents are pixels, got {num_channels}, the latents of "
+                "an autoencoder that is not at hand; decode them to images with that autoencoder"
+            )
+        return self._scaling.from_model(latents_BCYX)

@@ -522,9 +522,7 @@ def _forward(
 
 
 @_forward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, intervals: Tensor, row_ranges: Tensor, whole_ranges: Tensor, key_tile: int
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _allocate_heads(q), _allocate(q.shape[:3], q, torch.float32)
 
 
@@ -560,18 +558,7 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    intervals: Tensor,
-    row_ranges: Tensor,
-    whole_ranges: Tensor,
-    key_tile: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _allocate_heads(q), _allocate_heads(k), _allocate_heads(v)
 
 

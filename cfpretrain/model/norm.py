@@ -5,9 +5,9 @@ import importlib.util
 from torch import nn
 
 
-def has_apex() -> bool:
-    """Whether NVIDIA's apex is installed with its CUDA LayerNorm."""
-    if importlib.util.find_spec("apex") is None or importlib.util.find_spec("fused_layer_norm_cuda") is None:
+def has_apex(extension: str = "fused_layer_norm_cuda") -> bool:
+    """Whether NVIDIA's apex is installed with this CUDA extension of its own; left out, that of its LayerNorm."""
+    if importlib.util.find_spec("apex") is None or importlib.util.find_spec(extension) is None:
         return False
     return importlib.util.find_spec("apex.multi_tensor_apply") is not None
 

@@ -1,0 +1,262 @@
+"""How a run learns that it must stop: signals, a launcher that is gone, ranks that died or do not arrive.
+
+Threads of their own watch, since the main thread may be inside a collective that never returns.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch.distributed as dist
+
+from cfpretrain import runtime
+from cfpretrain.console import EXIT_REQUEUE
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+# A launcher turns one Ctrl-C into SIGINT and, milliseconds later, SIGTERM.
+_ONE_REQUEST_SECONDS = 2.0
+_POLL_SECONDS = 1.0
+# A rank that does not say that it lives for so long is dead: its process, its machine or the network between.
+_SILENCE_SECONDS = 30.0
+_STORE_TIMEOUT = timedelta(seconds=10)
+_WORKER_GRACE_SECONDS = 60
+
+
+# ---------------------------------------------------------------------------
+# Requests to stop
+
+
+class StopRequest:
+    """Whether this rank was asked to stop: by SIGTERM, SIGINT or SIGUSR1, or because its launcher is gone.
+
+    The run then finishes its step, saves and ends. Signals within 2 s of the first count as one; a later one ends the
+    process at once.
+    """
+
+    def __init__(self) -> None:
+        """Takes the signals over, for the life of the process; on the main thread."""
+        self.reason: str | None = None
+        self._asked_at = 0.0
+        self._launcher = _Launcher()
+        # Python runs handlers between its own instructions only; the pipe is written in the middle of a collective too.
+        self._read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, _do_nothing)
+        signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=_leave_signals_to_the_rank)
+        threading.Thread(target=self._read_signals, name="signals", daemon=True).start()
+        threading.Thread(target=self._watch_launcher, name="launcher", daemon=True).start()
+
+    def _read_signals(self) -> None:
+        while True:
+            for number in os.read(self._read_end, 64):
+                if number in STOP_SIGNALS:
+                    self._ask(signal.Signals(number).name, number)
+
+    def _ask(self, reason: str, number: int) -> None:
+        now = time.monotonic()
+        if self.reason is None:
+            self.reason, self._asked_at = reason, now
+            if runtime.rank() == 0:
+                _write_line(f"{reason}: stopping after this step, with a checkpoint; a further signal ends it at once")
+        elif now - self._asked_at > _ONE_REQUEST_SECONDS:
+            os._exit(128 + number)
+
+    def _watch_launcher(self) -> None:
+        while self._launcher.is_there():
+            time.sleep(_POLL_SECONDS)
+        self._ask("the launcher is gone", signal.SIGTERM)
+
+
+class _Launcher:
+    """The processes of the deepspeed launcher above this one; without them nobody would end the ranks."""
+
+    def __init__(self) -> None:
+        self._parent = os.getppid()
+        self._is_known = b"deepspeed" in _read_proc(self._parent, "cmdline")
+        self._grandparent = _parent_of(self._parent)
+
+    def is_there(self) -> bool:
+        if not self._is_known:
+            return True
+        return os.getppid() == self._parent and _parent_of(self._parent) == self._grandparent
+
+
+def _read_proc(process: int, name: str) -> bytes:
+    try:
+        return Path(f"/proc/{process}/{name}").read_bytes()
+    except OSError:
+        return b""
+
+
+def _parent_of(process: int) -> int:
+    # "pid (name) state ppid ...", and a name may hold anything.
+    fields = _read_proc(process, "stat").rpartition(b")")[2].split()
+    return int(fields[1]) if len(fields) > 1 else 0
+
+
+def _do_nothing(*_: object) -> None:
+    """A handler in python, without which the pipe is not written."""
+
+
+def _leave_signals_to_the_rank() -> None:
+    """In a forked child (a loader's worker): signals to a whole process group are the rank's to obey."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_later)
+
+
+def leave_signals_to_the_rank(_: int) -> None:
+    """The same for torch's workers, which set handlers of their own after the fork."""
+    _leave_signals_to_the_rank()
+
+
+def _end_later(*_: object) -> None:
+    # The rank still needs batches for its last step.
+    signal.alarm(_WORKER_GRACE_SECONDS)
+
+
+# ---------------------------------------------------------------------------
+# Ranks that are lost
+
+
+class Watch:
+    """Ends the run when a rank died, or keeps the others waiting for too long.
+
+    Every rank says each second that it lives, and how far it is (`runtime.tick`), in the store of the process group.
+    Rank 0 reads that of all; what it finds, or its own silence, ends every rank with `EXIT_REQUEUE`.
+
+    Args:
+        timeout_seconds: the longest that a rank may keep the others waiting.
+        on_lost: called with the reason before this rank ends.
+    """
+
+    def __init__(self, timeout_seconds: float, on_lost: Callable[[str], None]) -> None:
+        self._timeout, self._on_lost = timeout_seconds, on_lost
+        self._silence = min(_SILENCE_SECONDS, timeout_seconds)
+        self._rank, self._world_size = runtime.rank(), runtime.world_size()
+        self._ended = threading.Event()
+        self._beats = 0
+        self._ticks = (runtime.num_ticks(), time.monotonic())
+        self._heard: dict[int, tuple[int, float]] = {}
+        if self._world_size == 1:
+            return
+        # A connection of its own: the group's may be waiting inside a collective.
+        self._store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
+        )
+        self._beat()
+        runtime.barrier()
+        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stops watching; the ranks may leave one after another."""
+        self._ended.set()
+        if self._world_size > 1:
+            self._thread.join(5 * _POLL_SECONDS)
+
+    def leave_if_ranks_are_lost(self) -> None:
+        """After an exception: ends this process where its cause is that other ranks died; takes three seconds.
+
+        Otherwise the failure is this rank's own, and the others are told, so that they do not take it for a machine's.
+        """
+        if self._world_size == 1:
+            return
+        lost = self._find_lost()
+        if lost:
+            self._leave(f"{_name(lost)} died", speaker=min(set(range(self._world_size)) - set(lost)))
+
+    def _find_lost(self) -> list[int]:
+        others = [rank for rank in range(self._world_size) if rank != self._rank]
+        try:
+            before = self._read(others)
+            time.sleep(3 * _POLL_SECONDS)
+            after = self._read(others)
+            silent = [rank for rank in others if before[rank][0] == after[rank][0]]
+            if not silent:
+                self._store.set(_key("failed", self._rank), "1")
+            return [rank for rank in silent if not self._store.check([_key("failed", rank)])]
+        except RuntimeError:
+            return [0]  # who keeps the store
+
+    # ------------------------------------------------------------------
+
+    def _run(self) -> None:
+        answered_at = time.monotonic()
+        while not self._ended.wait(_POLL_SECONDS):
+            try:
+                self._beat()
+                reason = self._judge() if self._rank == 0 else self._verdict()
+                answered_at = time.monotonic()
+            except RuntimeError:
+                silence = time.monotonic() - answered_at
+                reason = f"rank 0 has been silent for {silence:.0f} s" if silence > self._silence else None
+            if reason is not None and not self._ended.is_set():
+                self._leave(reason)
+
+    def _beat(self) -> None:
+        self._beats += 1
+        self._store.set(_key("alive", self._rank), f"{self._beats} {runtime.num_ticks()}")
+
+    def _read(self, ranks: list[int]) -> dict[int, tuple[int, int]]:
+        """(beats, ticks) of each rank."""
+        answers = self._store.multi_get([_key("alive", rank) for rank in ranks])
+        return {rank: tuple(map(int, text.split())) for rank, text in zip(ranks, answers, strict=True)}  # type: ignore[misc]
+
+    def _judge(self) -> str | None:
+        """What rank 0 finds wrong, told to all."""
+        state, now = self._read(list(range(self._world_size))), time.monotonic()
+        for rank, (beats, _) in state.items():
+            if self._heard.get(rank, (-1, 0.0))[0] != beats:
+                self._heard[rank] = (beats, now)
+        silent = [rank for rank, (_, heard_at) in self._heard.items() if now - heard_at > self._silence]
+        reason = f"{_name(silent)} died or lost the network" if silent else self._find_late(state, now)
+        if reason is not None:
+            self._store.set(_key("verdict", 0), reason)
+        return reason
+
+    def _find_late(self, state: dict[int, tuple[int, int]], now: float) -> str | None:
+        ticks = {rank: ticks for rank, (_, ticks) in state.items()}
+        if sum(ticks.values()) != self._ticks[0]:
+            self._ticks = (sum(ticks.values()), now)
+        waited = now - self._ticks[1]
+        if waited <= self._timeout:
+            return None
+        late = [rank for rank in ticks if ticks[rank] == min(ticks.values())]
+        if len(late) == self._world_size:
+            return f"no rank has gone on for {waited:.0f} s (guard.rank_timeout_seconds)"
+        return f"{_name(late)} did not arrive for {waited:.0f} s (guard.rank_timeout_seconds)"
+
+    def _verdict(self) -> str | None:
+        key = _key("verdict", 0)
+        return self._store.get(key).decode() if self._store.check([key]) else None
+
+    def _leave(self, reason: str, speaker: int = 0) -> None:
+        self._on_lost(reason)
+        if self._rank == speaker:
+            _write_line(f"{reason}: the run ends; the same command goes on from the latest checkpoint")
+        if self._rank == 0:
+            time.sleep(2 * _POLL_SECONDS)  # the others read the verdict from this process's store
+        os._exit(EXIT_REQUEUE)
+
+
+def _key(kind: str, rank: int) -> str:
+    return f"cfpretrain/{kind}/{rank}"
+
+
+def _name(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+
+
+def _write_line(text: str) -> None:
+    """A line from any thread, also while the main thread is in the middle of one."""
+    os.write(sys.stdout.fileno(), f"[cfpretrain] {text}\n".encode())

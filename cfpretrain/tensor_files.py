@@ -1,0 +1,330 @@
+"""Safetensors files of fp32 tensors that many ranks write and read at once, each its own flat ranges.
+
+Every byte of a tensor leaves through `write_ranges`, which hashes it, and is held against its hash by `verify_ranges`
+or `read_whole`. A header is fully determined by the tensors' names and shapes and the metadata, so that ranks can write
+their ranges before the header is there, and a reader can say whether it is the one that was written.
+"""
+
+import errno
+import hashlib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfpretrain.console import UserError
+
+VALUE_BYTES = 4
+CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB
+
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_PRODUCER = "cfpretrain"
+
+assert sys.byteorder == "little", "safetensors files are little-endian"
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that is not what was written; an earlier one may still be whole."""
+
+
+def remedy(file: Path) -> str:
+    """What a person can do about a damaged file of a checkpoint."""
+    return f"restore it, or delete {file.parent} to resume from an earlier checkpoint"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Headers
+
+
+@dataclass(frozen=True)
+class Header:
+    """Where the tensors of one file lie."""
+
+    shapes: dict[str, tuple[int, ...]]
+    begins: dict[str, int]  # byte of the file at which each tensor's first value lies
+    metadata: dict[str, str]
+    num_bytes: int  # of the whole file
+
+    def position(self, name: str, value: int) -> int:
+        """The byte of the file at which a flat value of a tensor lies."""
+        return self.begins[name] + VALUE_BYTES * value
+
+
+def make_header(shapes: Mapping[str, tuple[int, ...]], content: str, step: int) -> tuple[bytes, Header]:
+    """The first bytes of a file of fp32 tensors, which follow sorted by name, and what they say.
+
+    Args:
+        shapes: by name.
+        content: what the tensors are; the stem of the file's name.
+        step: of the checkpoint.
+    """
+    metadata = {"format": "pt", "producer": _PRODUCER, "content": content, "step": str(step)}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    begins: dict[str, int] = {}
+    begin = 0
+    for name in sorted(shapes):
+        end = begin + VALUE_BYTES * math.prod(shapes[name])
+        entries[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [begin, end]}
+        begins[name], begin = begin, end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first_bytes = len(text).to_bytes(8, "little") + text
+    data_begin = len(first_bytes)
+    return first_bytes, Header(
+        {name: tuple(shapes[name]) for name in begins},
+        {name: data_begin + begin for name, begin in begins.items()},
+        metadata,
+        data_begin + begin,
+    )
+
+
+def read_header(file: Path) -> Header:
+    """Reads and checks the header of one of our files.
+
+    Raises:
+        DamagedCheckpointError: it is none, or its size is another, or a byte of the header is.
+        OSError: it cannot be read.
+    """
+    with opened(file, os.O_RDONLY) as descriptor:
+        num_bytes = os.fstat(descriptor).st_size
+        size = memoryview(bytearray(min(8, num_bytes)))
+        _read_fully(descriptor, size, 0)
+        num_header_bytes = int.from_bytes(size, "little")
+        if num_header_bytes > min(_MAX_HEADER_BYTES, num_bytes - 8):
+            raise DamagedCheckpointError(
+                f"{file}: expected a safetensors file, got something else or a part; {remedy(file)}"
+            )
+        text = memoryview(bytearray(num_header_bytes))
+        _read_fully(descriptor, text, 8)
+    return _checked_header(file, bytes(size) + bytes(text), num_bytes)
+
+
+def _checked_header(file: Path, first_bytes: bytes, num_bytes: int) -> Header:
+    try:
+        shapes, metadata = _parse(json.loads(first_bytes[8:]))
+        written, header = make_header(shapes, file.stem, int(metadata.get("step", 0)))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpointError(
+            f"{file}: expected a safetensors header, got {error!r:.120}; {remedy(file)}"
+        ) from error
+    if metadata != header.metadata:
+        raise DamagedCheckpointError(
+            f"{file}: expected {file.stem} written by {_PRODUCER}, "
+            f"got a safetensors file with metadata {metadata!r:.80}; {remedy(file)}"
+        )
+    if written != first_bytes:
+        raise DamagedCheckpointError(f"{file}: expected the header of its tensors, got another; {remedy(file)}")
+    if header.num_bytes != num_bytes:
+        raise DamagedCheckpointError(f"{file}: expected {header.num_bytes} bytes, got {num_bytes}; {remedy(file)}")
+    return header
+
+
+def _parse(entries: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    metadata = entries.pop("__metadata__", {})
+    shapes: dict[str, tuple[int, ...]] = {}
+    position = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        shape = tuple(int(size) for size in entry["shape"])
+        begin, end = entry["data_offsets"]
+        if entry["dtype"] != "F32":
+            raise ValueError(f"{name} of dtype {entry['dtype']} instead of F32")
+        if begin != position or end - begin != VALUE_BYTES * math.prod(shape):
+            raise ValueError(f"{name} at bytes {begin} to {end}")
+        shapes[name], position = shape, end
+    return shapes, dict(metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ranges and their hashes
+
+
+@dataclass(frozen=True)
+class HashedRange:
+    """Flat values `begin` to `end` of a tensor, and the sha256 of their bytes."""
+
+    name: str
+    begin: int
+    end: int
+    sha256: str
+
+
+def write_ranges(descriptor: int, header: Header, ranges: Iterable[tuple[str, int, memoryview]]) -> list[HashedRange]:
+    """Writes flat ranges of tensors to their place in a file.
+
+    Args:
+        descriptor: of the file, open for writing.
+        header: of the file; it need not be written yet.
+        ranges: name of the tensor, first flat value, and the bytes of the values.
+
+    Returns:
+        A hash for at most `CHUNK_VALUES` values each, in the order of writing.
+    """
+    written = []
+    for name, begin, data in ranges:
+        for at in range(0, len(data), VALUE_BYTES * CHUNK_VALUES):
+            chunk = data[at : at + VALUE_BYTES * CHUNK_VALUES]
+            first = begin + at // VALUE_BYTES
+            write_fully(descriptor, chunk, header.position(name, first))
+            written.append(HashedRange(name, first, first + len(chunk) // VALUE_BYTES, _sha256(chunk)))
+    return written
+
+
+def verify_ranges(file: Path, header: Header, ranges: Iterable[HashedRange]) -> None:
+    """Streams ranges of a file and holds each against its hash.
+
+    Raises:
+        DamagedCheckpointError: names the first range that is not what was written.
+        OSError: it cannot be read, or ends before its size.
+    """
+    buffer = memoryview(bytearray())
+    with opened(file, os.O_RDONLY) as descriptor:
+        for place in ranges:
+            left = VALUE_BYTES * (place.end - place.begin)
+            position = header.position(place.name, place.begin)
+            if len(buffer) < min(left, VALUE_BYTES * CHUNK_VALUES):
+                buffer = memoryview(bytearray(min(left, VALUE_BYTES * CHUNK_VALUES)))
+            found = hashlib.sha256(usedforsecurity=False)
+            while left:
+                chunk = buffer[: min(left, len(buffer))]
+                _read_fully(descriptor, chunk, position)
+                found.update(chunk)
+                left, position = left - len(chunk), position + len(chunk)
+            _compare(file, place, found.hexdigest())
+
+
+def read_values(descriptor: int, position: int, values: Tensor) -> None:
+    """Fills a 1-D fp32 tensor of any device from a byte of a file, through a bounded buffer."""
+    buffer = torch.empty(min(values.numel(), CHUNK_VALUES), dtype=torch.float32)
+    for chunk in torch.split(values.detach(), CHUNK_VALUES):
+        staged = buffer[: chunk.numel()]
+        _read_fully(descriptor, bytes_of(staged), position)
+        chunk.copy_(staged)
+        position += VALUE_BYTES * chunk.numel()
+
+
+def read_whole(file: Path, header: Header, ranges: Iterable[HashedRange]) -> dict[str, Tensor]:
+    """All tensors of a file on the CPU, each byte held against its hash.
+
+    Args:
+        file: one of ours.
+        header: of the file.
+        ranges: they cover every tensor once.
+
+    Raises:
+        DamagedCheckpointError: names the first range that is not what was written.
+        OSError: it cannot be read, or ends before its size.
+    """
+    tensors = {name: torch.empty(shape, dtype=torch.float32) for name, shape in header.shapes.items()}
+    with opened(file, os.O_RDONLY) as descriptor:
+        for place in ranges:
+            data = bytes_of(tensors[place.name].view(-1)[place.begin : place.end])
+            _read_fully(descriptor, data, header.position(place.name, place.begin))
+            _compare(file, place, _sha256(data))
+    return tensors
+
+
+def _compare(file: Path, place: HashedRange, found: str) -> None:
+    if found != place.sha256:
+        raise DamagedCheckpointError(
+            f"{file}: values {place.begin} to {place.end} of {place.name} are not those that were written "
+            f"(expected sha256 {place.sha256:.12}..., got {found:.12}...); {remedy(file)}"
+        )
+
+
+def _sha256(data: bytes | memoryview) -> str:
+    return hashlib.sha256(data, usedforsecurity=False).hexdigest()
+
+
+def hashes_to_plain(ranges: Iterable[HashedRange], names: Iterable[str]) -> dict[str, list[list[Any]]]:
+    """Ranges by tensor as lists of [begin, end, sha256], in the order of the values, for JSON."""
+    plain: dict[str, list[list[Any]]] = {name: [] for name in sorted(names)}
+    for place in sorted(ranges, key=lambda place: place.begin):
+        plain[place.name].append([place.begin, place.end, place.sha256])
+    return plain
+
+
+def hashes_from_plain(plain: Any, source: Path) -> list[HashedRange]:
+    """Reads what `hashes_to_plain` made.
+
+    Raises:
+        DamagedCheckpointError: it is something else.
+    """
+    try:
+        ranges = [HashedRange(name, *row) for name, rows in plain.items() for row in rows]
+        sound = all(
+            (type(place.begin), type(place.end), type(place.sha256)) == (int, int, str) and place.begin < place.end
+            for place in ranges
+        )
+    except (TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            f"{source}: expected lists of [begin, end, sha256] by tensor, got {error!r:.120}; {remedy(source)}"
+        ) from error
+    if not sound:
+        raise DamagedCheckpointError(f"{source}: expected ranges with begin < end and a sha256; {remedy(source)}")
+    return ranges
+
+
+def check_cover(ranges: Iterable[HashedRange], names: Iterable[str], header: Header, source: Path) -> None:
+    """Refuses ranges that do not cover every tensor of a file exactly once.
+
+    Raises:
+        DamagedCheckpointError: names the first tensor concerned.
+    """
+    covered = dict.fromkeys(header.shapes, 0)
+    strange = sorted(covered.keys() ^ set(names))
+    for place in sorted(ranges, key=lambda place: place.begin):
+        if covered.get(place.name) == place.begin:
+            covered[place.name] = place.end
+        else:
+            strange.append(place.name)
+    strange += [name for name, shape in header.shapes.items() if covered[name] != math.prod(shape)]
+    if strange:
+        raise DamagedCheckpointError(
+            f"{source}: expected hashes of each value of {header.metadata['content']} once, "
+            f"got others of {strange[0]}; {remedy(source)}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bytes
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    array: Any = values.numpy()
+    # An empty array cannot be cast.
+    return memoryview(array).cast("B") if array.size else memoryview(b"")
+
+
+@contextmanager
+def opened(file: Path, flags: int) -> Iterator[int]:
+    """A descriptor of a file, closed at the end. A link is refused, since it may lead out of the checkpoint."""
+    descriptor = os.open(file, flags | os.O_NOFOLLOW, 0o666)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write_fully(descriptor: int, data: bytes | memoryview, position: int) -> None:
+    """Writes all of `data` at a byte of a file."""
+    left = memoryview(data)
+    while left:
+        num_written = os.pwrite(descriptor, left, position)
+        left, position = left[num_written:], position + num_written
+
+
+def _read_fully(descriptor: int, left: memoryview, position: int) -> None:
+    while left:
+        num_read = os.preadv(descriptor, [left], position)
+        if num_read == 0:
+            raise OSError(errno.EIO, "a tensor file became shorter while it was read")
+        left, position = left[num_read:], position + num_read

@@ -1,0 +1,291 @@
+"""Runs that are asked to stop, and runs that lose a rank: on real ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cfpretrain import lifeline, runtime
+from cfpretrain.console import EXIT_REQUEUE, UserError
+from tests.digits import small_config, small_run, write_digits
+from tests.processes import REPOSITORY, run_in_processes, run_script, start_script
+
+TRAIN = "cfpretrain/train.py"
+# It would train on for long: what happens to it comes while it does.
+LONG = ("train.num_steps=5000", "checkpoint.every_steps=1000")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_steps(folder: Path, num_steps: int, ranks: list[subprocess.Popen[str]]) -> None:
+    metrics = folder / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_text().count("\n") >= num_steps):
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
+        time.sleep(0.01)
+
+
+def end(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+    try:
+        outs = [rank.communicate(timeout=120) for rank in ranks]
+        return [(rank.returncode, out + err) for rank, (out, err) in zip(ranks, outs, strict=True)]
+    finally:
+        for rank in ranks:
+            if rank.poll() is None:
+                rank.kill()
+                rank.communicate()
+
+
+# ---------------------------------------------------------------------------
+# Asked to stop
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_a_signal_to_any_rank_saves_and_stops_all(shards: Path, tmp_path: Path, number: signal.Signals) -> None:
+    folder = tmp_path / "run"
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG), 2)
+    wait_for_steps(folder, 6, ranks)
+    ranks[1].send_signal(number)
+    ended = end(ranks)
+    assert [code for code, _ in ended] == [EXIT_REQUEUE] * 2, ended
+    assert (folder / "requeue").read_text() == f"{number.name}\n"
+    step = int((folder / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+    assert step == rows(folder)[-1]["step"] >= 6
+    assert step < 5000
+    assert f"stopped at step {step} with a checkpoint ({number.name})" in ended[0][1]
+    assert "Traceback" not in ended[0][1] + ended[1][1]
+
+    [again] = run_script(TRAIN, small_run(shards, folder, f"train.num_steps={step + 2}"))
+    assert again.code == 0, again.err
+    assert f"training from step {step} to {step + 2}" in again.out
+    assert not (folder / "requeue").exists()
+
+
+def test_ctrl_c_counts_as_one_request(shards: Path, tmp_path: Path) -> None:
+    """The launcher makes SIGINT and, milliseconds later, SIGTERM of one Ctrl-C; loader workers get SIGINT too."""
+    folder = tmp_path / "run"
+    arguments = small_run(shards, folder, *LONG, "data.num_workers=1")
+    [rank] = ranks = start_script(TRAIN, arguments, 1)
+    wait_for_steps(folder, 4, ranks)
+    rank.send_signal(signal.SIGINT)
+    time.sleep(0.01)
+    rank.send_signal(signal.SIGTERM)
+    [(code, said)] = end(ranks)
+    assert code == EXIT_REQUEUE, said
+    assert "Traceback" not in said
+    assert (folder / "requeue").read_text() == "SIGINT\n"
+
+
+SLEEPER = """
+import sys, time
+from cfpretrain.lifeline import StopRequest
+stop = StopRequest()
+print("ready", flush=True)
+while stop.reason is None:
+    time.sleep(0.01)
+print(stop.reason, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_later_signal_ends_at_once() -> None:
+    process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)  # within 2 s: the same request
+    assert "SIGUSR1: stopping after this step" in process.stdout.readline()
+    assert process.stdout.readline() == "SIGUSR1\n"
+    assert process.poll() is None
+    time.sleep(lifeline._ONE_REQUEST_SECONDS + 0.5)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert out == ""
+
+
+FORKER = """
+import os, signal
+from cfpretrain.lifeline import StopRequest
+stop = StopRequest()
+if (child := os.fork()) == 0:
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stop.reason, flush=True)
+"""
+
+
+def test_a_worker_leaves_signals_to_the_rank() -> None:
+    ended = subprocess.run([sys.executable, "-c", FORKER], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    assert ended.stdout == "7 None\n", ended.stderr
+
+
+LAUNCHER = """
+import subprocess, sys  # deepspeed
+code = "from tests import test_lifeline; test_lifeline.launched()"
+middle = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])  # deepspeed"
+subprocess.run([sys.executable, "-c", middle, code])
+"""
+
+
+def launched() -> None:
+    """A rank whose launcher is two processes, as deepspeed's are."""
+    stop = lifeline.StopRequest()
+    print(os.getpid(), flush=True)
+    deadline = time.monotonic() + 60
+    while stop.reason is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    print(stop.reason, flush=True)
+
+
+def test_a_rank_notices_that_its_launcher_is_gone() -> None:
+    runner = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
+    assert runner.stdout is not None
+    rank = int(runner.stdout.readline())
+    try:
+        runner.kill()  # the runner alone: its child and the rank live on
+        assert "the launcher is gone: stopping" in runner.stdout.readline()
+        assert runner.stdout.readline() == "the launcher is gone\n"
+    finally:
+        runner.wait()
+        runner.stdout.close()
+        while Path(f"/proc/{rank}").exists() and b"Z" not in Path(f"/proc/{rank}/stat").read_bytes():
+            time.sleep(0.01)
+
+
+# ---------------------------------------------------------------------------
+# Lost ranks
+
+
+def test_a_killed_rank_ends_the_run_by_name(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG), 2)
+    wait_for_steps(folder, 4, ranks)
+    ranks[1].kill()
+    (code, said), _ = end(ranks)
+    assert code == EXIT_REQUEUE, said
+    assert (folder / "requeue").read_text() == "rank 1 died\n"
+    assert "rank 1 died: the run ends; the same command goes on" in said
+
+
+def test_a_killed_rank_zero_ends_the_run_too(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG), 2)
+    wait_for_steps(folder, 4, ranks)
+    ranks[0].kill()
+    _, (code, said) = end(ranks)
+    assert code == EXIT_REQUEUE, said
+    assert (folder / "requeue").read_text() == "rank 0 died\n"
+    assert "rank 0 died" in said
+
+
+def test_a_stopped_rank_ends_the_run(shards: Path, tmp_path: Path) -> None:
+    """SIGSTOP: the process is there and says nothing, as behind a broken network."""
+    folder = tmp_path / "run"
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "guard.rank_timeout_seconds=5"), 2)
+    wait_for_steps(folder, 4, ranks)
+    ranks[1].send_signal(signal.SIGSTOP)
+    out, err = ranks[0].communicate(timeout=120)
+    ranks[1].kill()
+    ranks[1].communicate()
+    assert ranks[0].returncode == EXIT_REQUEUE, out + err
+    assert (folder / "requeue").read_text() == "rank 1 died or lost the network\n"
+
+
+def train_with_a_sleeper(shards: Path, folder: Path) -> None:
+    from cfpretrain import trainer
+
+    config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=5")
+    device = torch.device("cpu")
+    stop = lifeline.StopRequest()
+    runtime.start(device)
+    real = trainer.Trainer.train_step
+
+    def train_step(self: trainer.Trainer) -> None:
+        if self.at.step == 3 and runtime.rank() == 1:
+            time.sleep(200)
+        real(self)
+
+    trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer.run(config, device, stop)
+
+
+def test_a_rank_that_sleeps_past_the_timeout_ends_the_run(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=f"died with exit code {EXIT_REQUEUE}"):
+        run_in_processes(train_with_a_sleeper, 2, shards, tmp_path / "run")
+    assert (tmp_path / "run" / "requeue").read_text().startswith("rank 1 did not arrive for ")
+
+
+def train_with_a_bug(shards: Path, folder: Path) -> None:
+    from cfpretrain import trainer
+
+    device = torch.device("cpu")
+    stop = lifeline.StopRequest()
+    runtime.start(device)
+    real = trainer.Trainer.train_step
+
+    def train_step(self: trainer.Trainer) -> None:
+        if self.at.step == 3:
+            raise ZeroDivisionError("a bug")
+        real(self)
+
+    trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer.run(small_config(shards, folder, *LONG), device, stop)
+
+
+def test_a_bug_is_no_reason_to_run_again(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="ZeroDivisionError: a bug"):
+        run_in_processes(train_with_a_bug, 2, shards, tmp_path / "run")
+    assert not (tmp_path / "run" / "requeue").exists()
+
+
+# ---------------------------------------------------------------------------
+# One run a folder
+
+
+def hold(folder: Path) -> int:
+    lock = runtime.FolderLock(folder / "lock", 0.0)
+    with pytest.raises(UserError, match=rf"{folder} is in use by another run \(process \d+ on "):
+        _in_another_process(folder)
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(600)
+        os._exit(0)
+    del lock
+    return worker
+
+
+def _in_another_process(folder: Path) -> None:
+    code = f"""
+from pathlib import Path
+from cfpretrain import runtime
+from cfpretrain.console import UserError
+try:
+    runtime.FolderLock(Path({str(folder)!r}) / "lock", 0.3)
+except UserError as error:
+    print(error)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    if ended.stdout:
+        raise UserError(ended.stdout)
+
+
+def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:
+    [worker] = run_in_processes(hold, 1, tmp_path)
+    try:
+        _in_another_process(tmp_path)  # a worker that outlives its rank does not hold the lock
+    finally:
+        os.kill(worker, signal.SIGKILL)

@@ -1,0 +1,202 @@
+"""Runs that turn bad: skipped steps, rewinds, and the end of a run that does not recover; on real ranks."""
+
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cfpretrain import runtime
+from cfpretrain.lifeline import StopRequest
+from tests.digits import small_config, write_digits
+from tests.processes import run_in_processes
+
+# A window that can judge after 8 steps.
+GUARD = ("guard.window_steps=8", "guard.max_skips_in_row=3", "metrics.log_sample_ids=true", "train.decay_steps=0")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+class FaultyLoss:
+    """The objective, with its total multiplied by what `factor(step, rank)` says; steps count from 1."""
+
+    def __init__(self, loss: Any, factors: dict[int, float], rank: int | None) -> None:
+        self._loss, self._factors, self._rank = loss, factors, rank
+        self._step = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loss, name)
+
+    def draw(self, step: int, *args: Any) -> Any:
+        self._step = step + 1
+        return self._loss.draw(step, *args)
+
+    def __call__(self, model: Any, latents: Tensor, draws: Any) -> Any:
+        terms = self._loss(model, latents, draws)
+        if self._rank in (None, runtime.rank()):
+            terms = dataclasses.replace(terms, total=terms.total * self._factors.get(self._step, 1.0))
+        return terms
+
+
+def train(
+    shards: Path,
+    folder: Path,
+    overrides: tuple[str, ...],
+    factors: dict[int, float],
+    rank: int | None = None,
+    spoil_gradients: bool = False,
+) -> str | None:
+    """A run whose loss, or whose gradients alone, are spoilt; the error's text where it ends with one."""
+    from cfpretrain import trainer
+    from cfpretrain.console import SickRunError
+
+    config = small_config(shards, folder, *GUARD, *overrides)
+    device, stop = torch.device("cpu"), StopRequest()
+    runtime.start(device)
+    make = trainer.make_loss
+
+    def make_faulty(config: Any) -> Any:
+        return FaultyLoss(make(config), factors, rank)
+
+    class Spoilt(trainer.Trainer):
+        """Gradients spoilt where they arise: the loss stays what it is."""
+
+        def train_step(self) -> None:
+            weight = self.engine.module.noise_head.linear.weight
+            factor = factors.get(self.at.step + 1, 1.0) if rank in (None, runtime.rank()) else 1.0
+            hook = weight.register_hook(lambda gradient: gradient * factor)
+            super().train_step()
+            hook.remove()
+
+    if spoil_gradients:
+        trainer.Trainer = Spoilt  # type: ignore[misc]
+    else:
+        trainer.make_loss = make_faulty
+    try:
+        assert trainer.run(config, device, stop)
+    except SickRunError as error:
+        return str(error)
+    return None
+
+
+def rows(folder: Path) -> dict[int, dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
+    return {row["step"]: row for row in found}
+
+
+def tensors(folder: Path, step: int, content: str) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "checkpoints" / f"step_{step:08d}" / f"{content}.safetensors")
+
+
+def assert_same_tensors(folder: Path, step: int, other: int, same: bool) -> None:
+    for content in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        ours, theirs = tensors(folder, step, content), tensors(folder, other, content)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours) == same, content
+
+
+EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=100")
+
+
+def test_a_nan_on_one_rank_skips_the_step_on_all(shards: Path, tmp_path: Path) -> None:
+    run_in_processes(train, 2, shards, tmp_path, EVERY_STEP, {3: math.nan}, 1)
+    found = rows(tmp_path)
+    assert found[3]["skipped"] == "the loss is nan"
+    assert found[3]["loss"] is None
+    assert [step for step in found if "skipped" in found[step]] == [3]
+    # Neither weights nor averages nor moments nor the learning rate have moved.
+    assert_same_tensors(tmp_path, 2, 3, True)
+    assert_same_tensors(tmp_path, 3, 4, False)
+    assert found[4]["learning_rate"] == found[3]["learning_rate"] > found[2]["learning_rate"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["num_skipped_steps"], summary["skipped_steps"], summary["num_rewinds"]) == (1, [3], 0)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_nan_gradients_under_a_good_loss_skip_the_step(shards: Path, tmp_path: Path, zero_stage: int) -> None:
+    overrides = (*EVERY_STEP, f"engine.zero_stage={zero_stage}", "train.num_steps=5")
+    run_in_processes(train, 2, shards, tmp_path, overrides, {3: math.nan}, 0, True)
+    found = rows(tmp_path)
+    assert found[3]["skipped"] == "the gradient norm is inf"
+    assert found[3]["loss"] is not None
+    assert_same_tensors(tmp_path, 2, 3, True)
+    assert "skipped" not in found[4]
+
+
+@pytest.mark.parametrize(("gradients", "what"), [(False, "loss"), (True, "gradient norm")])
+def test_a_spike_skips_the_step(shards: Path, tmp_path: Path, gradients: bool, what: str) -> None:
+    overrides = (*EVERY_STEP, "train.num_steps=14", "engine.zero_stage=1")
+    run_in_processes(train, 1, shards, tmp_path, overrides, {11: 1000.0 if gradients else 100.0}, None, gradients)
+    found = rows(tmp_path)
+    assert [step for step in found if "skipped" in found[step]] == [11]
+    assert found[11]["skipped"].startswith(f"the {what} ")
+    assert "deviations above" in found[11]["skipped"]
+    assert_same_tensors(tmp_path, 10, 11, True)
+
+
+def test_spikes_are_applied_where_the_guard_is_off(shards: Path, tmp_path: Path) -> None:
+    overrides = ("guard.spike_deviations=0", "train.num_steps=12", "engine.zero_stage=1")
+    run_in_processes(train, 1, shards, tmp_path, overrides, {11: 100.0})
+    assert not any("skipped" in row for row in rows(tmp_path).values())
+
+
+def test_skips_in_a_row_rewind_and_go_past_their_data(shards: Path, tmp_path: Path) -> None:
+    """Checkpoints at 4 and 8, bad steps 10 to 12: back to the weights of 8, on with the data of step 13."""
+    overrides = ("train.num_steps=16", "checkpoint.keep_last=100", "engine.zero_stage=1")
+    factors = dict.fromkeys((10, 11, 12), math.inf)
+    run_in_processes(train, 1, shards, tmp_path / "whole", overrides, factors)
+    found = rows(tmp_path / "whole")
+    assert found[12]["rewound_to_step"] == 8
+    # Step 9 was applied and is not any more: four steps of which the weights know nothing.
+    assert (found[11]["num_skipped_steps"], found[12]["num_skipped_steps"], found[12]["num_rewinds"]) == (2, 4, 1)
+    assert "skipped" not in found[13]
+    saved = json.loads((tmp_path / "whole" / "checkpoints" / "step_00000016" / "state.json").read_text())
+    assert (saved["step"], saved["optimizer_step"], saved["num_skipped"], saved["num_rewinds"]) == (16, 12, 4, 1)
+    # The data went on: as in a run to which nothing happened.
+    run_in_processes(train, 1, shards, tmp_path / "healthy", overrides, {})
+    healthy = rows(tmp_path / "healthy")
+    assert all(found[step]["sample_ids"] == healthy[step]["sample_ids"] for step in found)
+    assert all(found[step]["loss"] == healthy[step]["loss"] for step in range(1, 10))
+    assert found[13]["loss"] != healthy[13]["loss"]
+
+    # A kill after the rewind, before the next checkpoint: the same command comes to the same numbers.
+    again = tmp_path / "whole"
+    (again / "checkpoints" / "latest").write_text("step_00000008\n")
+    (again / "summary.json").unlink()
+    weights = tensors(again, 16, "weights")
+    run_in_processes(train, 1, shards, again, overrides, factors)
+    timeless = ("step", "loss", "grad_norm", "learning_rate", "sample_ids", "num_skipped_steps", "num_rewinds")
+    repeated = rows(again)
+    assert [[row[key] for key in timeless] for row in repeated.values()] == [
+        [row[key] for key in timeless] for row in found.values()
+    ]
+    assert all(torch.equal(value, tensors(again, 16, "weights")[name]) for name, value in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("first_bad", "message"),
+    [
+        (1, r"3 steps in a row were skipped, the last one 3: the loss is nan; and there is no checkpoint"),
+        (6, r"3 steps in a row were skipped, the last one 14: the loss is nan; after 2 rewinds \(guard.max_rewinds\)"),
+    ],
+)
+def test_a_run_that_skips_everything_stops(shards: Path, tmp_path: Path, first_bad: int, message: str) -> None:
+    factors = dict.fromkeys(range(first_bad, 100), math.nan)
+    overrides = ("train.num_steps=100", "guard.max_rewinds=2", "engine.zero_stage=1")
+    [error] = run_in_processes(train, 1, shards, tmp_path, overrides, factors)
+    assert error is not None
+    assert re.search(message, error), error
+    assert all("skipped" in row for step, row in rows(tmp_path).items() if step >= first_bad)
+    assert not (tmp_path / "requeue").exists()
+    assert not (tmp_path / "summary.json").exists()
