@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -26,6 +27,8 @@ _POLL_SECONDS = 1.0
 _SILENCE_SECONDS = 30.0
 _STORE_TIMEOUT = timedelta(seconds=10)
 _WORKER_GRACE_SECONDS = 60
+# Building the engine and reading a checkpoint: before the first step, ranks may wait at least as long.
+_START_SECONDS = 600.0
 
 
 # ---------------------------------------------------------------------------
@@ -80,7 +83,7 @@ class _Launcher:
 
     def __init__(self) -> None:
         self._parent = os.getppid()
-        self._is_known = b"deepspeed" in _read_proc(self._parent, "cmdline")
+        self._is_known = b"deepspeed.launcher" in _read_proc(self._parent, "cmdline")
         self._grandparent = _parent_of(self._parent)
 
     def is_there(self) -> bool:
@@ -150,7 +153,7 @@ class Watch:
         if self._world_size == 1:
             return
         # A connection of its own: the group's may be waiting inside a collective.
-        self._store = dist.TCPStore(
+        self._store: Any = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
         )
         self._beat()
@@ -229,7 +232,7 @@ class Watch:
         if sum(ticks.values()) != self._ticks[0]:
             self._ticks = (sum(ticks.values()), now)
         waited = now - self._ticks[1]
-        if waited <= self._timeout:
+        if waited <= (self._timeout if min(ticks.values()) else max(self._timeout, _START_SECONDS)):
             return None
         late = [rank for rank in ticks if ticks[rank] == min(ticks.values())]
         if len(late) == self._world_size:

@@ -31,7 +31,6 @@ from cfpretrain.build import (
 from cfpretrain.checkpoint import (
     CheckpointStore,
     CheckpointWriter,
-    DamagedCheckpointError,
     Outcome,
     TrainingState,
     read_state,
@@ -59,6 +58,7 @@ from cfpretrain.metrics import (
     training_flops,
 )
 from cfpretrain.model.transformer import BlockSettings, initial_values
+from cfpretrain.tensor_files import DamagedCheckpointError
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming")
 _LOCK_SECONDS = 60.0  # a run that was asked to stop ends within it

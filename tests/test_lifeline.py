@@ -14,7 +14,7 @@ import torch
 from cfpretrain import lifeline, runtime
 from cfpretrain.console import EXIT_REQUEUE, UserError
 from tests.digits import small_config, small_run, write_digits
-from tests.processes import REPOSITORY, run_in_processes, run_script, start_script
+from tests.processes import REPOSITORY, Rank, run_in_processes, run_script, start_script
 
 TRAIN = "cfpretrain/train.py"
 # It would train on for long: what happens to it comes while it does.
@@ -30,14 +30,14 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def wait_for_steps(folder: Path, num_steps: int, ranks: list[subprocess.Popen[str]]) -> None:
+def wait_for_steps(folder: Path, num_steps: int, ranks: list[Rank]) -> None:
     metrics = folder / "metrics.jsonl"
     while not (metrics.exists() and metrics.read_text().count("\n") >= num_steps):
         assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
         time.sleep(0.01)
 
 
-def end(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
+def end(ranks: list[Rank]) -> list[tuple[int, str]]:
     try:
         outs = [rank.communicate(timeout=120) for rank in ranks]
         return [(rank.returncode, out + err) for rank, (out, err) in zip(ranks, outs, strict=True)]
@@ -134,9 +134,9 @@ def test_a_worker_leaves_signals_to_the_rank() -> None:
 
 
 LAUNCHER = """
-import subprocess, sys  # deepspeed
+import subprocess, sys  # deepspeed.launcher
 code = "from tests import test_lifeline; test_lifeline.launched()"
-middle = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])  # deepspeed"
+middle = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])  # deepspeed.launcher"
 subprocess.run([sys.executable, "-c", middle, code])
 """
 
