@@ -396,7 +396,7 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "train.ema_decay": (0.0, 1.0),
         "engine.zero_stage": (0, 3),
         "guard.spike_deviations": (0.0, math.inf),
-        "guard.window_steps": (8, math.inf),
+        "guard.window_steps": (32, math.inf),
         "guard.max_skips_in_row": (1, math.inf),
         "guard.max_rewinds": (0, math.inf),
         "guard.rank_timeout_seconds": (5.0, math.inf),

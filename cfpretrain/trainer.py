@@ -122,10 +122,17 @@ class Trainer:
         config: checked for the number of ranks.
         device: this rank's.
         stop: what asks the run to stop before its end; None where nothing does.
+        resume_from: a checkpoint to begin with, wherever it lies; None takes the run folder's.
     """
 
-    def __init__(self, config: Config, device: torch.device, stop: StopRequest | None = None) -> None:
-        self.config, self.device, self.stop = config, device, stop
+    def __init__(
+        self,
+        config: Config,
+        device: torch.device,
+        stop: StopRequest | None = None,
+        resume_from: Path | None = None,
+    ) -> None:
+        self.config, self.device, self.stop, self.resume_from = config, device, stop, resume_from
         self.folder = Path(config.run.folder)
         self.store = make_store(config)
         self.class_names = read_info(config.data.shards).class_names
@@ -139,8 +146,7 @@ class Trainer:
         say(f"{_describe(blocks)}; {self.engine.optimizer_name}")
         self.at = Progression()
         self.must_stop = False
-        # One rank's view of the folder decides: file systems may show a new name late on other nodes.
-        candidates = runtime.gather(self.store.candidates())[0]
+        candidates = self._candidates()
         if not candidates:
             with phase("initialising the weights"):
                 self.engine.initialise(
@@ -168,6 +174,13 @@ class Trainer:
             )
         self.window = Window()
         self.clock = Clock()
+
+    def _candidates(self) -> list[Path]:
+        """The checkpoints to resume from, best first."""
+        if self.resume_from is not None:
+            return [self.resume_from]
+        # One rank's view of the folder decides: file systems may show a new name late on other nodes.
+        return runtime.gather(self.store.candidates())[0]
 
     def _restore(self, candidates: Sequence[Path]) -> TrainingState:
         """Weights, moments, EMA and the guard's window from the first of these checkpoints that is whole."""
@@ -318,8 +331,7 @@ class Trainer:
                 "train.learning_rate, or go on from an earlier checkpoint"
             )
         self._note_checkpoint(self.writer.wait())
-        good = [path for path in self.store.candidates() if read_state(path).guard.get("num_skips_in_row") == 0]
-        good = runtime.gather(good)[0]
+        good = [path for path in self._candidates() if read_state(path).guard.get("num_skips_in_row") == 0]
         if not good:
             raise SickRunError(
                 f"{skipped}: {self.window.records[-1].row['skipped']}; and there is no checkpoint from before them to "

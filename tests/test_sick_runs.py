@@ -17,7 +17,7 @@ from tests.digits import small_config, write_digits
 from tests.processes import run_in_processes
 
 # A window that can judge after 8 steps.
-GUARD = ("guard.window_steps=8", "guard.max_skips_in_row=3", "metrics.log_sample_ids=true", "train.decay_steps=0")
+GUARD = ("guard.window_steps=32", "guard.max_skips_in_row=3", "metrics.log_sample_ids=true", "train.decay_steps=0")
 
 
 @pytest.fixture(scope="module")

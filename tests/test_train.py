@@ -245,3 +245,63 @@ def test_under_the_deepspeed_launcher(shards: Path, tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert "done: step 12" in ended.stdout
     assert [row[0] for row in numbers(tmp_path / "run")] == list(range(1, 13))
+
+
+# ---------------------------------------------------------------------------
+# Damaged checkpoints, and what must not be in a run folder
+
+
+def test_a_damaged_newest_checkpoint_falls_back_loudly(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    """A byte flipped in an optimizer range of the newest: the one before it goes on to the uninterrupted numbers."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(whole_run, folder)
+    (folder / "summary.json").unlink()
+    with (folder / "checkpoints" / "step_00000012" / "exp_avg_sq.safetensors").open("r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        [byte] = file.read(1)
+        file.seek(-5, os.SEEK_END)
+        file.write(bytes([byte ^ 1]))
+    first, second = run_script(TRAIN, small_run(shards, folder), 2)
+    assert (first.code, second.code) == (0, 0), first.err
+    assert "WARNING: " in first.out
+    assert "step_00000012 is damaged and left out" in first.out
+    assert "exp_avg_sq.safetensors" in first.out
+    assert "training from step 8 to 12" in first.out
+    assert numbers(folder) == numbers(whole_run)
+    for content in ("weights", "ema", "exp_avg", "exp_avg_sq"):
+        ours, theirs = checkpoint(folder, content), checkpoint(whole_run, content)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours), content
+
+
+def test_no_whole_checkpoint_is_an_error(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(whole_run, folder)
+    (folder / "summary.json").unlink()
+    for path in (folder / "checkpoints").glob("step_*/weights.safetensors"):
+        os.truncate(path, path.stat().st_size - 1)
+    assert_refused(run_script(TRAIN, small_run(shards, folder), 2), "none of the 2 checkpoints", "is whole")
+
+
+def test_changed_knobs_are_named(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "changed"
+    shutil.copytree(whole_run, folder)
+    [ended] = run_script(TRAIN, small_run(shards, folder, "train.num_steps=13", "order.ar_step_decay=0.8"))
+    assert ended.code == 0, ended.err
+    assert "changed since the last start: order.ar_step_decay from 0.9 to 0.8" in ended.out
+    assert "changed since the last start: train.num_steps from 12 to 13" in ended.out
+
+
+def test_secrets_stay_out_of_the_run_folder(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "AWS_SECRET_ACCESS_KEY": "planted/secret+value"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    arguments = small_run(shards, tmp_path / "run", "metrics.wandb=offline", "train.num_steps=4")
+    ended = subprocess.run(
+        [sys.executable, TRAIN, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
+    )
+    files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for value in secrets.values():
+        assert value not in ended.stdout + ended.stderr
+        assert not [path for path in files if value.encode() in path.read_bytes()]

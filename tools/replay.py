@@ -66,12 +66,8 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
                 folder / build.CONFIG_FILE, [f"run.folder={scratch}", "metrics.wandb=disabled", *overrides]
             )
             configs.check(config, runtime.world_size())
-            if runtime.rank() == 0:
-                (scratch / build.CHECKPOINTS).mkdir()
-                (scratch / build.CHECKPOINTS / checkpoint.name).symlink_to(checkpoint.resolve())
-            runtime.barrier()
             trainer.prepare_folder(config, device)
-            found = _replay(trainer.Trainer(config, device), step)
+            found = _replay(trainer.Trainer(config, device, resume_from=checkpoint), step)
             runtime.barrier()
             result = _write(folder / "replay" / f"step_{step:08d}", found, logged, config)
             return bool(runtime.gather(result)[0])
