@@ -40,7 +40,6 @@ from cfpretrain import runtime
 from cfpretrain.console import UserError, say
 from cfpretrain.tensor_files import (
     VALUE_BYTES,
-    DamagedCheckpointError,
     HashedRange,
     Header,
     bytes_of,
@@ -57,6 +56,7 @@ from cfpretrain.tensor_files import (
     write_fully,
     write_ranges,
 )
+from cfpretrain.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
 
 if TYPE_CHECKING:
     from cfpretrain.engine import Fragment
@@ -273,7 +273,8 @@ class _Snapshot:
 
 def _host_buffer(num_values: int) -> Tensor:
     """Host memory of just this size, pinned where there is a GPU."""
-    buffer = torch.empty(num_values, dtype=torch.float32)
+    # Touched at once: where memory is short the run ends before it has trained, and the first copy is no slower.
+    buffer = torch.empty(num_values, dtype=torch.float32).zero_()
     if num_values and torch.cuda.is_available():
         # Memory that torch pins comes in powers of two: up to twice what is asked for.
         cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
@@ -323,10 +324,13 @@ def _read_part(file: Path, deadline: float) -> dict[str, Any]:
         try:
             plain: dict[str, Any] = json.loads(_read_text(file))
             return plain
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
             if time.monotonic() >= deadline:
                 raise
-            time.sleep(_POLL_SECONDS)
+        except ValueError as error:
+            if time.monotonic() >= deadline:
+                raise DamagedCheckpointError(f"{file}: expected JSON, got {error}") from error
+        time.sleep(_POLL_SECONDS)
 
 
 def _read_ranges(folder: Path, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor]) -> None:
@@ -381,10 +385,18 @@ def _remove(path: Path) -> None:
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        else:
+        elif os.path.lexists(path):  # a read-only folder refuses to delete even what is not there
             path.unlink(missing_ok=True)
     except OSError as error:
         say(f"{path} cannot be deleted now: {_reason(error)}")
+
+
+def _move(path: Path, target: Path) -> None:
+    """Renames a folder; what cannot be renamed is said."""
+    try:
+        os.rename(path, target)
+    except OSError as error:
+        say(f"{path} cannot be renamed to {target.name} now: {_reason(error)}")
 
 
 def _reason(error: BaseException) -> str:
@@ -518,14 +530,14 @@ class CheckpointStore:
         return state
 
     def _remove_leftovers(self) -> None:
-        """Deletes what a killed run left half-written or half-deleted."""
+        """Deletes what is half-written or half-deleted, while nothing is in flight."""
         for path in sorted(self.folder.iterdir()):
             match = _LEFTOVER_NAME.fullmatch(path.name)
             if match is None:
                 continue
             original = path.with_name(match[1])
             if match[2] == "replaced" and not original.exists():
-                os.rename(path, original)
+                _move(path, original)
             else:
                 _remove(path)
         _remove(self.folder / f"{_LATEST_FILE}.partial")
@@ -539,6 +551,7 @@ class CheckpointStore:
         _flush_folder(partial)
         replaced = final.with_name(f"{final.name}.replaced")
         if final.exists():
+            _remove(replaced)
             os.rename(final, replaced)
         os.rename(partial, final)
         _flush_folder(self.folder)
@@ -555,13 +568,8 @@ class CheckpointStore:
             if self.keep_every_steps and old % self.keep_every_steps == 0:
                 continue
             path = self.folder / f"step_{old:08d}"
-            leaving = path.with_name(f"{path.name}.deleted")
-            try:
-                os.rename(path, leaving)
-            except OSError as error:
-                say(f"{path} cannot be deleted now: {_reason(error)}")
-            else:
-                _remove(leaving)
+            _move(path, path.with_name(f"{path.name}.deleted"))
+        self._remove_leftovers()
 
     def _named_by_latest(self) -> int | None:
         file = self.folder / _LATEST_FILE

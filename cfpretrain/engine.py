@@ -4,7 +4,6 @@ Fragments reach into DeepSpeed's internals (read in 0.19.8). Nothing outside thi
 exports use `Engine.fragments`, `Engine.refresh` and `Engine.optimizer_step` alone.
 """
 
-import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cfpretrain.config import Config
+from cfpretrain.model.norm import has_apex
 from cfpretrain.model.transformer import Block
 
 # Elements of a communication bucket (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
@@ -263,7 +263,7 @@ def _make_optimizer(parameters: list[nn.Parameter], config: Config, device: torc
 def _apex_fused_adam() -> Any:
     """FusedAdam of NVIDIA's apex; None where apex is not installed with its CUDA code."""
     # The package `apex` on the registry is another: it has no optimizers.
-    if importlib.util.find_spec("amp_C") is None or importlib.util.find_spec("apex") is None:
+    if not has_apex("amp_C"):
         return None
     from apex.optimizers import FusedAdam
 

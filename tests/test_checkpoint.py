@@ -1,5 +1,6 @@
 """Checkpoints: bits survive any change of ranks, and no crash, full disk or damaged file costs the last good one."""
 
+import collections
 import dataclasses
 import errno
 import itertools
@@ -323,11 +324,9 @@ def _kind_and_message(action: Callable[[], Any]) -> tuple[str, str]:
 
 
 def _flip_byte(file: Path, at: int) -> None:
-    with open(file, "r+b") as opened:
-        opened.seek(at)
-        (byte,) = opened.read(1)
-        opened.seek(at)
-        opened.write(bytes([byte ^ 4]))
+    damaged = bytearray(file.read_bytes())
+    damaged[at] ^= 4
+    file.write_bytes(damaged)
 
 
 def _two_ranks_beside_training(store: CheckpointStore, share: Rank, step: int, late_rank: int) -> dict[str, Any]:
@@ -659,7 +658,7 @@ def test_a_real_kill_leaves_a_usable_checkpoint(tmp_path: Path):
     assert len(found) == 12
 
 
-# A save of SHAPES writes 4 headers, 4 x 3 tensors with values, the hashes as a part and whole, the state, and last `latest`.
+# A save of SHAPES writes 4 headers, 4 x 3 tensors with values, the hashes as a part and whole, the state, `latest`.
 @pytest.mark.parametrize("call", [1, 5, 16, 17, 18, 19, 20])
 def test_a_full_disk_costs_only_the_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int):
     store = make_store(tmp_path)
@@ -759,9 +758,12 @@ def test_a_folder_that_became_read_only(small_disk: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize("what", ["partial", "all"])
 def test_a_folder_that_vanishes_during_a_write(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch):
-    # The part of this very rank is not waited for.
-    monkeypatch.setattr(checkpoint, "_MAX_PART_WAIT_SECONDS", 3600.0)
-    pwrite, calls = os.pwrite, itertools.count(1)
+    deadlines: list[float] = []
+    read_part = checkpoint._read_part
+    monkeypatch.setattr(
+        checkpoint, "_read_part", lambda file, deadline: deadlines.append(deadline) or read_part(file, 0.0)
+    )
+    pwrite = os.pwrite
     num_failed = 0
     for vanish_at in range(1, 21):
         folder, away = tmp_path / f"{vanish_at}", tmp_path / f"{vanish_at}_away"
@@ -793,6 +795,7 @@ def test_a_folder_that_vanishes_during_a_write(tmp_path: Path, what: str, monkey
             assert store.latest() == folder / "step_00000001"
         assert holds(load(folder / "step_00000001")[1], full)
     assert num_failed >= 19
+    assert set(deadlines) == {0.0}, "what this very rank has written is not waited for"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -829,12 +832,15 @@ def test_what_cannot_be_deleted_does_not_stop_training(
     def busy(*_: Any, **__: Any) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(shutil, "rmtree", busy)
-    save(store, 2)
+    writer = CheckpointWriter(store, *whole(random_bits(SHAPES, 2)))
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", busy)
+        writer.begin(make_state(2))
+        assert writer.wait() == Outcome(2, tmp_path / "step_00000002", None)
     assert "step_00000001.deleted cannot be deleted now: Device or resource busy" in capsys.readouterr().out
-    monkeypatch.undo()
-    save(store, 3)
-    assert names_in(tmp_path) == {"latest", "step_00000003"}
+    writer.begin(make_state(2))
+    assert writer.wait() == Outcome(2, tmp_path / "step_00000002", None)
+    assert names_in(tmp_path) == {"latest", "step_00000002"}
 
 
 def test_leftovers_go_and_strangers_stay(tmp_path: Path):
@@ -998,25 +1004,37 @@ def test_a_damaged_state_is_refused(saved: Path, text: str, what: str):
     assert f"delete {saved}" in str(raised.value)
 
 
-def test_any_flipped_bit_is_noticed_or_changes_nothing(saved: Path):
-    """One bit of each byte of each file, in turn."""
-    full = random_bits(SHAPES, 1)
+def _damage(path: Path, full: Full, file: Path) -> str:
+    """How loading takes a checkpoint one of whose files was changed."""
+    rank = whole(zero_like(full))
+    try:
+        state = CheckpointStore.load(path, *rank, model=MODEL)
+    except UserError as error:
+        if not holds(rank, zero_like(full)):
+            return "read before all was verified"
+        if file.name == "state.json" and "newer cfpretrain" in str(error):
+            return "refused"
+        return "noticed" if isinstance(error, DamagedCheckpointError) else f"taken for a mistake: {error}"
+    return "harmless" if state == make_state(1) and holds(rank, full) else "not noticed"
+
+
+def test_any_flipped_bit_is_noticed_or_changes_nothing(tmp_path: Path):
+    """A bit of every fifth byte of each file, in turn."""
+    full = save(make_store(tmp_path), 1, {"w": (4, 6), "b": (6,), "scale": ()})
+    saved = tmp_path / "step_00000001"
+    found = collections.Counter()
     for file in sorted(saved.iterdir()):
         good = file.read_bytes()
-        for at in range(len(good)):
+        for at in range(len(file.name) % 5, len(good), 5):
             damaged = bytearray(good)
             damaged[at] ^= 1 << at % 8
             file.write_bytes(damaged)
-            rank = whole(zero_like(full))
-            try:
-                state = CheckpointStore.load(saved, *rank, model=MODEL)
-            except UserError as error:
-                newer = file.name == "state.json" and "newer cfpretrain" in str(error)
-                assert newer or isinstance(error, DamagedCheckpointError), f"{file.name}, byte {at}: {error}"
-                assert holds(rank, zero_like(full)), "nothing may be read before all is verified"
-            else:
-                assert (state, holds(rank, full)) == (make_state(1), True), f"{file.name}, byte {at}"
+            found[_damage(saved, full, file)] += 1
         file.write_bytes(good)
+    assert found.keys() <= {"noticed", "harmless", "refused"}, found
+    # `2.5E-17` is `2.5e-17`, and the schema may be another.
+    assert found["harmless"] + found["refused"] <= 2
+    assert found["noticed"] > 600
 
 
 @pytest.mark.parametrize("which", ["ema", "weights"])

@@ -179,9 +179,9 @@ import fcntl, json, os, subprocess, sys, time
 folder, bug, role = sys.argv[1:]
 os.makedirs(f"{folder}/checkpoints", exist_ok=True)
 if role == "launcher":
-    rank = subprocess.Popen([sys.executable, __file__, folder, bug, "rank"], env=os.environ | {"RANK": "0"})
+    command = [sys.executable, __file__, folder, bug, str(os.getpid())]
+    rank = subprocess.Popen(command, env=os.environ | {"RANK": "0"})
     sys.exit(abs(rank.wait()))
-launcher = os.getppid()
 lock = open(f"{folder}/lock", "w")
 fcntl.flock(lock, fcntl.LOCK_EX)
 import numpy as np
@@ -223,10 +223,10 @@ for step in range(begin + 1, 121):
                sample_ids=[2 * place, 2 * place + 1], images_per_second=400.0, train_seconds=step * 0.006)
     with open(f"{folder}/metrics.jsonl", "a") as file: file.write(json.dumps(row) + "\\n")
     if step % 10 == 0: save(step, weight)
-    if step % 25 == 0:
+    if step % 25 == 0 or step == 120:
         say("sampling 2 images")
         time.sleep(0.02)
-    if os.getppid() != launcher:
+    if os.getppid() != int(role):
         with open(f"{folder}/requeue", "w") as file: file.write("the launcher is gone")
         os._exit(75)
     if bug == "dies" and step == 50: sys.exit("bad luck")
@@ -297,7 +297,7 @@ def test_a_command_that_stands_still_ends_the_campaign(tmp_path: Path, monkeypat
     command = Command(["sleep", "60"], tmp_path, "still", 1, tmp_path / "log")
     try:
         with pytest.raises(CampaignError, match="no new step and no end"):
-            crash_test.reach(command, crash_test.Kill("step", "rank", 1, 0.0), Durations(1, 1, 1))
+            crash_test.reach(command, crash_test.Kill("step", "rank", 1, 9, 0.0), Durations(1, 1, 1, 1))
     finally:
         command._process.kill()
         command._process.wait()

@@ -1,6 +1,7 @@
 """The engine against plain torch, against itself at other ZeRO stages and numbers of ranks, and its refusals."""
 
 import contextlib
+import importlib.util
 import io
 import math
 import warnings
@@ -554,7 +555,7 @@ def test_steps_that_apex_counts_are_saved_and_restored() -> None:
 @pytest.mark.skipif(engine_module._apex_fused_adam() is not None, reason="the real apex is installed")
 def test_the_registry_package_apex_is_not_taken_for_nvidias(monkeypatch) -> None:
     found = {"apex"}
-    monkeypatch.setattr(engine_module.importlib.util, "find_spec", lambda name: object() if name in found else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in found else None)
     assert engine_module._apex_fused_adam() is None
     assert not has_apex()
 

@@ -303,6 +303,25 @@ def test_expected_work_is_the_mean_over_all_splits(num_tokens, decay, num_ar_ste
     assert order.expected_work(3, num_tokens, decay, num_ar_steps, "random") == pytest.approx((tokens, visible))
 
 
+@pytest.mark.parametrize("clean_multiple", [1, 3, 4, 20])
+@pytest.mark.parametrize(("num_tokens", "decay", "num_ar_steps"), [(8, 0.5, 0), (9, 0.9, 3), (9, 1.0, 9), (5, 0.9, 1)])
+def test_lengths_have_the_probabilities_of_their_splits(num_tokens, decay, num_ar_steps, clean_multiple) -> None:
+    expected: dict[int, float] = {}
+    for parts, p in split_probabilities(num_tokens, decay, num_ar_steps).items():
+        image = order.Image(order.steps_from_sizes(parts)[None])
+        length = order.build_layout([order.Condition(3), image], clean_multiple).step_BM.shape[1]
+        expected[length] = expected.get(length, 0.0) + p
+    got = order.sequence_lengths(3, num_tokens, decay, num_ar_steps, "random", clean_multiple)
+    assert got == pytest.approx(expected)
+    assert list(got) == sorted(expected)
+
+
+def test_equal_steps_have_one_length() -> None:
+    """The last of four steps of 64 tokens is never clean: 4 + 192 + 256."""
+    assert order.sequence_lengths(4, 256, 0.9, 4, "equal", 64) == {452: 1.0}
+    assert order.sequence_lengths(4, 256, 0.9, 4, "equal", 128) == {516: 1.0}
+
+
 @given(st.integers(1, 30), st.data())
 def test_work_of_equal_sizes(num_tokens, data) -> None:
     num_ar_steps = data.draw(st.integers(1, num_tokens))

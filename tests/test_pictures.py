@@ -85,6 +85,17 @@ def test_colours_range_and_broken_pixels(tmp_path: Path) -> None:
     assert (cell[12:, 12:] == [255, 0, 255]).all()
 
 
+def test_false_colours_are_the_first_channels() -> None:
+    latents = torch.zeros(2, 16, 4, 4)
+    latents[0, 1] = 3.0
+    latents[0, 5] = 99.0
+    images = false_colours(latents)
+    assert images.shape == (2, 3, 4, 4)
+    assert images[0, :, 0, 0].tolist() == [0.5, 1.0, 0.5]
+    assert (images[1] == 0.5).all()
+    assert false_colours(latents[:, :2]).shape == (2, 1, 4, 4)
+
+
 def test_large_images_are_not_shrunk() -> None:
     layout = grid_layout(2, 100, 60, ["x"], cell_size=56)
     assert (layout.zoom, layout.cell_height, layout.cell_width, layout.num_columns) == (1, 100, 60, 2)

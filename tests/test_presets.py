@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from cfpretrain import config as configs
-from cfpretrain import train
+from cfpretrain import memory, train
 from cfpretrain.build import make_loss
 from cfpretrain.console import UserError
 from tests.processes import REPOSITORY
+from tools import estimate_memory
 
 CONFIGS = REPOSITORY / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "512px")
@@ -128,6 +129,20 @@ def test_an_ablation_changes_the_order_alone(overlay) -> None:
     assert changed.run.folder == f"runs/{ABLATION}_{overlay}"
     if overlay != "ar_weight_linear":  # the preset's own
         assert changed.order != base.order
+
+
+@pytest.mark.parametrize("name", ["L", "XL", "H", "3B", "L2", "512px"])
+def test_a_header_says_the_memory_that_is_estimated(name) -> None:
+    comments = [line[1:].strip() for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if line[:1] == "#"]
+    found = re.search(
+        r"Memory per GPU, estimated: ([\d.]+) GB at the peak .*?"
+        r"\(tools/estimate_memory\.py ((?:--config \S+ )+)--num-gpus (\d+)\)",
+        " ".join(comments),
+    )
+    assert found, comments
+    config = configs.load([str(REPOSITORY / path) for path in found[2].replace("--config", "").split()])
+    peak = memory.estimate(*estimate_memory.describe(config, int(found[3]), on_gpu=True)).peak
+    assert float(found[1]) == pytest.approx(peak / 1e9, abs=0.1)
 
 
 def test_ablations_cut_and_order_as_their_names_say() -> None:

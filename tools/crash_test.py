@@ -37,9 +37,11 @@ TARGETS = ("rank", "ranks", "launcher", "node")
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 
 _MARKER = "CFPRETRAIN_CRASH_TEST"  # in the environment of everything we start, so that orphans are found as well
-_POLL_SECONDS = 0.003
+_POLL_SECONDS = 0.02
+_QUICK_POLL_SECONDS = 0.002  # for what is over in a moment: a checkpoint of a small model
 _PATIENCE_SECONDS = 900.0  # without a new step, or an end that is due
 _ORPHAN_SECONDS = 90.0  # as long a rank may outlive the run that it belonged to
+_WRITE_SECONDS = 0.1  # after the write of a checkpoint has begun, the kill comes within
 _MAX_UNPLANNED_IN_ROW = 3
 _READ_SECONDS = 2.0  # for the last lines of a command that has ended
 # Summation order alone changes losses by as much within the first steps, in fp32.
@@ -62,22 +64,24 @@ class Kill:
         moment: one of MOMENTS.
         target: one of TARGETS.
         step: not before this step is done; means nothing for "start" and "loader".
+        last_step: once it is done the kill comes at once: a run that is complete cannot be killed.
         share: a random number in [0, 1), for the place within the moment and the choice of the rank.
     """
 
     moment: str
     target: str
     step: int
+    last_step: int
     share: float
 
 
 def plan_kills(seed: int, num_kills: int, num_steps: int, targets: Sequence[str] = TARGETS) -> list[Kill]:
     """Kills spread over a run, each moment and target about as often as it stands in its list."""
     draw = random.Random(f"{seed} kills")
-    # The last steps are left out: a run that is complete cannot be killed.
-    steps = sorted(draw.randint(1, max(1, num_steps * 19 // 20)) for _ in range(num_kills))
+    latest = max(1, num_steps * 19 // 20)
+    steps = sorted(draw.randint(1, latest) for _ in range(num_kills))
     moments, sides = _deck(draw, MOMENTS, num_kills), _deck(draw, targets, num_kills)
-    return [Kill(m, t, s, draw.random()) for m, t, s in zip(moments, sides, steps, strict=True)]
+    return [Kill(m, t, s, latest, draw.random()) for m, t, s in zip(moments, sides, steps, strict=True)]
 
 
 def _deck(draw: random.Random, cards: Sequence[str], count: int) -> list[str]:
@@ -95,17 +99,15 @@ def our_processes(marker: str) -> tuple[list[int], list[int]]:
     """Process ids of ranks (in the order of ranks) and of launchers among everything started with a marker."""
     ranks: dict[int, tuple[int, int]] = {}
     launchers = []
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdecimal():
-            continue
-        found = _look_at(int(entry.name), f"{_MARKER}={marker}")
+    for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
+        found = _look_at(pid, f"{_MARKER}={marker}")
         if found is None:
             continue
         rank, parent = found
         if rank is None:
-            launchers.append(int(entry.name))
+            launchers.append(pid)
         else:
-            ranks[int(entry.name)] = rank, parent
+            ranks[pid] = rank, parent
     # A rank's own children (workers, wandb) carry its environment too.
     own = [(rank, pid) for pid, (rank, parent) in ranks.items() if parent not in ranks]
     return [pid for _, pid in sorted(own)], launchers
@@ -143,6 +145,7 @@ class Attempt:
     Attributes:
         num_ranks: it was started with.
         began, ended: the command's start and end.
+        built: when the model stood and its weights were to be filled; the loader comes next.
         trained: when it entered the loop, at step `from_step`.
         first_step: when the first new row of metrics was on disk.
         killed: when our kill struck.
@@ -152,6 +155,7 @@ class Attempt:
 
     num_ranks: int
     began: float
+    built: float | None = None
     trained: float | None = None
     from_step: int | None = None
     first_step: float | None = None
@@ -192,6 +196,7 @@ class Command:
             start_new_session=True,
         )
         self._sampling_since: float | None = None
+        self._metrics_size = -1
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -209,6 +214,8 @@ class Command:
         if entered:
             self.attempt.from_step = self.attempt.last_step = int(entered[1])
             self.attempt.trained = time.monotonic()
+        if "resuming from" in line or "initialising the weights" in line:
+            self.attempt.built = self.attempt.built or time.monotonic()
         if "[cfpretrain] sampling" in line:
             self._sampling_since = time.monotonic()
         self.lines.append(line)
@@ -225,7 +232,7 @@ class Command:
     def watch(self) -> bool:
         """Looks once: notes new steps; False when the command has ended."""
         attempt = self.attempt
-        step = last_step_on_disk(self.folder) if attempt.trained else 0
+        step = self._look_for_steps() if attempt.trained else 0
         if step > attempt.last_step:
             attempt.last_step, attempt.last_row = step, time.monotonic()
             attempt.first_step = attempt.first_step or attempt.last_row
@@ -241,15 +248,25 @@ class Command:
         attempt.ended = attempt.ended or time.monotonic()
         return False
 
-    def wait_until(self, condition: Callable[[], bool]) -> bool:
+    def _look_for_steps(self) -> int:
+        try:
+            size = (self.folder / "metrics.jsonl").stat().st_size
+        except FileNotFoundError:
+            return 0
+        if size == self._metrics_size:
+            return self.attempt.last_step
+        self._metrics_size = size
+        return last_step_on_disk(self.folder)
+
+    def wait_until(self, condition: Callable[[], bool], poll_seconds: float = _POLL_SECONDS) -> bool:
         """Watches until a condition holds; False where the command ended before."""
         while not condition():
             if not self.watch():
                 return False
-            time.sleep(_POLL_SECONDS)
+            time.sleep(poll_seconds)
         return True
 
-    def strike(self, kill: Kill) -> None:
+    def strike(self, kill: Kill, moment: str) -> None:
         """Kills what is to be killed, with what there is of it."""
         ranks, launchers = our_processes(self.marker)
         target = kill.target if ranks else "node"
@@ -262,7 +279,7 @@ class Command:
             _kill(launchers)
         else:
             _kill(launchers + ranks)
-        self.attempt.kill = (kill.moment, target)
+        self.attempt.kill = (moment, target)
 
     def tail(self) -> str:
         """The end of the output."""
@@ -284,7 +301,7 @@ def last_step_on_disk(folder: Path) -> int:
 
 def _writes_checkpoint(folder: Path) -> bool:
     try:
-        return any(entry.name.endswith(".partial") for entry in os.scandir(folder / "checkpoints"))
+        return any(name.endswith(".partial") for name in os.listdir(folder / "checkpoints"))
     except FileNotFoundError:
         return False
 
@@ -294,35 +311,39 @@ class Durations:
     """What the run left alone took, in seconds: random moments lie within."""
 
     start: float
+    loader: float
     step: float
     sampling: float
 
 
-def reach(command: Command, kill: Kill, usual: Durations) -> bool:
-    """Watches a command until the moment of a kill; False where it ended before."""
-    attempt = command.attempt
-    if kill.moment == "start":
+def reach(command: Command, kill: Kill, usual: Durations) -> str | None:
+    """Watches a command until the moment of a kill; returns that moment, None where the command ended before."""
+    attempt, moment = command.attempt, kill.moment
+
+    def is_late() -> bool:
+        return attempt.last_step >= kill.last_step
+
+    if moment == "start":
         due = attempt.began + kill.share * usual.start
-    elif kill.moment == "loader":
-        if not command.wait_until(lambda: command.has("resuming from", "initialising the weights")):
-            return False
-        due = time.monotonic() + kill.share
+    elif moment == "loader":
+        if not command.wait_until(lambda: attempt.built is not None):
+            return None
+        due = time.monotonic() + kill.share * usual.loader
     else:
         # At least one new step, so that steps are what is killed.
         if not command.wait_until(lambda: attempt.first_step is not None and attempt.last_step >= kill.step):
-            return False
-        if kill.moment == "step":
-            due = time.monotonic() + 2 * kill.share * usual.step
-        elif kill.moment == "checkpoint":
-            if not command.wait_until(lambda: _writes_checkpoint(command.folder)):
-                return False
-            due = time.monotonic() + 0.1 * kill.share
-        else:
-            seen = len(command.lines)
-            if not command.wait_until(lambda: any("] sampling" in line for line in command.lines[seen:])):
-                return False
-            due = time.monotonic() + kill.share * usual.sampling
-    return command.wait_until(lambda: time.monotonic() >= due)
+            return None
+        within = 2 * usual.step
+        if moment == "checkpoint":
+            within = _WRITE_SECONDS
+            command.wait_until(lambda: _writes_checkpoint(command.folder) or is_late(), _QUICK_POLL_SECONDS)
+        elif moment == "sampling":
+            within, seen = usual.sampling, len(command.lines)
+            command.wait_until(lambda: any("] sampling" in line for line in command.lines[seen:]) or is_late())
+        if is_late():
+            moment, within = "step", 0.0
+        due = time.monotonic() + kill.share * within
+    return moment if command.wait_until(lambda: time.monotonic() >= due, _QUICK_POLL_SECONDS) else None
 
 
 # ---------------------------------------------------------------------------
@@ -363,7 +384,8 @@ class Runner:
             time.sleep(_POLL_SECONDS)
         attempt = command.attempt
         if not command.is_complete() and attempt.code == 2:
-            raise UserError(next((line for line in command.lines if "error: " in line), command.tail()))
+            said = [line.partition("error: ")[2] for line in command.lines if "[cfpretrain] error: " in line]
+            raise UserError(said[0] if said else command.tail())
         if not command.is_complete():
             raise CampaignError(f"the run left alone ended with exit code {attempt.code}{command.tail()}")
         assert attempt.ended is not None
@@ -380,8 +402,9 @@ class Runner:
             ranks = num_ranks[0] if not attempts else draw.choice(num_ranks)
             command = self.start(name, ranks)
             attempts.append(command.attempt)
-            if planned and reach(command, planned[0], usual):
-                command.strike(planned.pop(0))
+            moment = reach(command, planned[0], usual) if planned else None
+            if moment is not None:
+                command.strike(planned.pop(0), moment)
                 unplanned_in_row = 0
             while command.watch():
                 time.sleep(_POLL_SECONDS)
@@ -651,11 +674,12 @@ def run(arguments: argparse.Namespace) -> bool:
 
 def _durations(alone: Attempt) -> Durations:
     assert alone.trained is not None
+    assert alone.built is not None
     assert alone.first_step is not None
     assert alone.last_row is not None
     steps = (alone.last_row - alone.trained) / max(1, alone.last_step)
     sampling = statistics.median(alone.sampling_seconds) if alone.sampling_seconds else 1.0
-    return Durations(alone.first_step - alone.began, steps, sampling)
+    return Durations(alone.first_step - alone.began, alone.first_step - alone.built, steps, sampling)
 
 
 def _count_orphans(marker: str) -> int:

@@ -33,15 +33,15 @@ from torch import Tensor, nn
 
 from cfpretrain import config as configs
 from cfpretrain import runtime, seeds
-from cfpretrain.build import choose_blocks, make_loss, make_model
+from cfpretrain.build import choose_attention, choose_blocks, make_loss, make_model
 from cfpretrain.config import Config, ModelConfig, OrderConfig
 from cfpretrain.console import UserError, exit_with, say
 from cfpretrain.export.official import to_official
 from cfpretrain.loss import Draws
 from cfpretrain.metrics import peak_flops, training_flops
 from cfpretrain.model import attention
-from cfpretrain.model.transformer import Block, initial_values, initialise
-from cfpretrain.order import Condition, Image, build_layout, count_visible, draw_steps
+from cfpretrain.model.transformer import Block, BlockSettings, initial_values, initialise
+from cfpretrain.order import Condition, Image, build_layout, count_visible, draw_steps, shares_split
 
 _NAIVE = ("naive", "naive-autocast")
 _PACKAGES = ("cfpretrain", "torch", "triton", "deepspeed")
@@ -107,12 +107,21 @@ class Naive:
         num_heads: heads.
         patch_size: latent rows = columns of a token.
         autocast: compute in bf16 where torch's autocast does.
+        shared_split: all samples are cut alike, and one mask serves them.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], num_heads: int, patch_size: int, autocast: bool = False) -> None:
+    def __init__(
+        self,
+        tensors: dict[str, Tensor],
+        num_heads: int,
+        patch_size: int,
+        autocast: bool = False,
+        shared_split: bool = False,
+    ) -> None:
         self.weights = {name: nn.Parameter(value.detach().clone()) for name, value in tensors.items()}
         self.depth = len([name for name in tensors if name.endswith("attn.qkv.weight")])
-        self._num_heads, self._patch_size, self._autocast = num_heads, patch_size, autocast
+        self._num_heads, self._patch_size = num_heads, patch_size
+        self._autocast, self._shared_split = autocast, shared_split
 
     def loss(self, latents_BCYX: Tensor, draws: Draws, schedule: Tensor, weights_BL: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss and the predictions [B, L, P].
@@ -144,7 +153,8 @@ class Naive:
         clean = self._linear(clean[:, :num_clean], "x_proj") + positions[:, :num_clean]
         noised = self._linear(noised, "x_proj") + positions + self._embed_timesteps(draws.timesteps_B)[:, None]
         x = torch.cat([condition, clean, noised], dim=1)
-        mask = _float_mask(condition.shape[1], num_clean, draws.steps_BL)
+        splits = draws.steps_BL[:1] if self._shared_split else draws.steps_BL
+        mask = _float_mask(condition.shape[1], num_clean, splits)
         for i in range(self.depth):
             x = x + self._attention(self._norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attn", mask)
             hidden = F.gelu(self._linear(self._norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.mlp.fc1"), approximate="tanh")
@@ -288,7 +298,9 @@ class NaiveSide:
         model = make_model(config)
         initialise(model, config.run.seed)
         tensors = {name: value.to(device) for name, value in to_official(model.state_dict(), model.grid).items()}
-        self._naive = Naive(tensors, config.model.num_heads, config.model.patch_size, autocast)
+        order = config.order
+        shared_split = shares_split(order.ar_split, order.num_ar_steps, order.ar_step_sizes)
+        self._naive = Naive(tensors, config.model.num_heads, config.model.patch_size, autocast, shared_split)
         if config.model.position_embedding == "sincos":
             self._naive.weights["pos_embed"].requires_grad_(False)
         self._trained = [weight for weight in self._naive.weights.values() if weight.requires_grad]
@@ -354,14 +366,14 @@ def serve(pipe: Any, name: str, config: Config) -> None:
         device = runtime.pick_device()
         runtime.start(device)
         if name == "ours":
-            from cfpretrain.engine import _load_deepspeed
-
-            _load_deepspeed(device)
+            # Its libraries are no memory of a step.
+            os.environ.setdefault("DS_ACCELERATOR", device.type)
+            import deepspeed  # noqa: F401
         bare = _resident_bytes("VmRSS")
         stepper = Stepper(make_side(name, config, device), config, device)
         pipe.send(None)
         while (step := pipe.recv()) is not None:
-            pipe.send(stepper(step))
+            pipe.send(vars(stepper(step)))
         pipe.send(_peak_bytes(device, bare))
     except BaseException:
         pipe.send(traceback.format_exc())
@@ -397,7 +409,7 @@ class Worker:
     def step(self, step: int) -> StepResult:
         """The listed step, made and timed there."""
         self._pipe.send(step)
-        return self._receive()
+        return StepResult(**self._receive())
 
     def stop(self) -> int:
         """Ends the process; returns its peak memory in bytes."""
@@ -538,7 +550,7 @@ class AttentionResult:
 def measure_attention(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Times attention for every backend that trains here, on layouts of the paper's AR steps (decay 0.9)."""
     on_gpu = device.type == "cuda"
-    backends, missing = _backends(device)
+    backends, missing = _backends(device, arguments.head_widths)
     for name, reason in missing.items():
         print(f"{name}: not measured: {reason}")
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -556,12 +568,12 @@ def measure_attention(arguments: argparse.Namespace, device: torch.device) -> di
     return {"attention": rows, "not_measured": missing, "threads": torch.get_num_threads()}
 
 
-def _backends(device: torch.device) -> tuple[list[str], dict[str, str]]:
+def _backends(device: torch.device, head_widths: Sequence[int]) -> tuple[list[str], dict[str, str]]:
     """The backends that train here, and of the others why not."""
     run, missing = ["naive"], {}
     for name in ("sdpa", "flex", "triton"):
         try:
-            run.append(attention.choose(name, device.type, compiled=True))
+            run.append(attention.choose(name, device.type, compiled=True, head_width=min(head_widths)))
         except ValueError as error:
             missing[name] = str(error)
     return run, missing
@@ -696,7 +708,7 @@ def profile(config: Config, arguments: argparse.Namespace, device: torch.device)
         print(recorded.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60))
     finally:
         runtime.stop()
-    kernels = count_kernels(config.model, choose_blocks(config, device.type).attention, device)
+    kernels = count_kernels(config.model, choose_attention(config, device.type), device)
     print(f"a compiled block, forward and backward: {kernels}")
     return {"kernels_of_compiled_block": kernels}
 
@@ -706,24 +718,26 @@ def count_kernels(model: ModelConfig, backend: str, device: torch.device) -> dic
 
     Returns:
         `launched`: on a GPU, all kernels of one call. `generated`: kernels that the compiler made, attention of a
-        library and matrix products not among them. `recompiles`: graphs that another AR split made; 0 where splits do
-        not matter.
+        library and matrix products not among them. `graphs`: those of two AR splits, 1 where splits do not matter.
+        `graph_breaks`: where the compiler gave up, and went on behind.
     """
-    import torch._dynamo
+    from torch._dynamo.utils import counters
     from torch._inductor import metrics
 
-    settings = choose_blocks(configs.Config(model=model), device.type)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    settings = type(settings)(attention=backend, compile=True)
     torch._dynamo.reset()
+    counters.clear()
     metrics.reset()
     with device:
-        block = Block(model.width, model.num_heads, settings).to(dtype)
+        block = Block(model.width, model.num_heads, BlockSettings(attention=backend, compile=True)).to(dtype)
     run = _block_run(block, model, backend, device, dtype)
     run(0)
-    generated = int(metrics.generated_kernel_count)
     run(1)
-    counted = {"generated": generated, "recompiles": int(metrics.generated_kernel_count) - generated}
+    counted = {
+        "generated": int(metrics.generated_kernel_count),
+        "graphs": int(counters["stats"]["unique_graphs"]),
+        "graph_breaks": sum(counters["graph_break"].values()),
+    }
     if device.type != "cuda":
         return counted
     with torch.profiler.profile() as recorded:

@@ -135,10 +135,10 @@ def _replay(trainer: "Trainer", step: int) -> dict[str, Any]:
 
 def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
     from cfpretrain import runtime
-    from cfpretrain.build import make_autoencoder
+    from cfpretrain.evaluation.generation import decode_to_look_at
     from cfpretrain.order import ar_weights
 
-    decode = make_autoencoder(trainer.config).decode
+    decode, _ = decode_to_look_at(trainer.config)
     samples, images = [], {}
     for ids_B, latents_BCYX, draws, terms in watched.seen:
         error_BL = terms.squared_error_BL.double().cpu()

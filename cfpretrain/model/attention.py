@@ -195,7 +195,7 @@ def attend(q_BHME: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, visibility: Visibilit
     if backend == "flex":
         assert isinstance(mask, BlockMask), "flex attends under intervals only"
         # In the graph of a compiled block it is compiled with the block.
-        flex: Callable[..., Any] = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+        flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
         return flex(q_BHME, k_BHKE, v_BHKE, block_mask=mask)
     if backend == "triton":
         assert isinstance(mask, block_causal.Tiles), "triton attends under intervals only"

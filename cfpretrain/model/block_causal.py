@@ -73,13 +73,13 @@ LAUNCHES: dict[tuple[str, int, int], Launch] = {
     ("backward_q", 128, 2): Launch(64, 64, 4, 2),
     ("backward_q", 32, 4): Launch(64, 32, 4, 2),
     ("backward_q", 64, 4): Launch(32, 32, 8, 2),
-    ("backward_q", 128, 4): Launch(32, 16, 8, 1),
+    ("backward_q", 128, 4): Launch(32, 32, 16, 1),
     ("backward_kv", 32, 2): Launch(64, 0, 4, 3),
     ("backward_kv", 64, 2): Launch(64, 0, 4, 3),
     ("backward_kv", 128, 2): Launch(32, 0, 4, 3),
     ("backward_kv", 32, 4): Launch(16, 0, 8, 2),
     ("backward_kv", 64, 4): Launch(16, 0, 8, 2),
-    ("backward_kv", 128, 4): Launch(16, 0, 8, 1),
+    ("backward_kv", 128, 4): Launch(16, 0, 16, 1),
 }
 
 
