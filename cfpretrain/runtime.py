@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from cfpretrain.console import UserError
 
-# Longer than `guard.rank_timeout_seconds` usually is, since that speaks more clearly.
-_TIMEOUT = timedelta(minutes=30)
+# Longer than `guard.rank_timeout_seconds` usually is, which says more when it ends.
+_TIMEOUT = timedelta(minutes=15)
 
 _num_ticks = 0
 

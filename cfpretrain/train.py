@@ -126,6 +126,9 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.lifeline import StopRequest
     stop = StopRequest()
     device = runtime.pick_device()
+    if Path(config.run.folder).is_dir():
+        # Ranks that a killed launcher has left behind still hold its port: they end before the new ones meet there.
+        trainer.take(Path(config.run.folder))
     with phase("waiting for all ranks", announce=False):
         runtime.start(device)
     try:

@@ -558,7 +558,7 @@ def prepare_folder(config: Config, device: torch.device) -> None:
         _check_inputs(config)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            _take(folder)
+            take(folder)
             if runtime.rank() == 0:
                 (folder / REQUEUE_FILE).unlink(missing_ok=True)
                 _say_changes(folder, config)
@@ -584,8 +584,12 @@ def _say_changes(folder: Path, config: Config) -> None:
 _locks: dict[Path, runtime.FolderLock] = {}
 
 
-def _take(folder: Path) -> None:
-    """Takes the folder for this process, for its life."""
+def take(folder: Path) -> None:
+    """Takes the run folder for this process, for its life; rank 0 does, and waits for another run's end.
+
+    Raises:
+        UserError: on rank 0: another run works in it.
+    """
     with phase(f"waiting for the run that uses {folder}", announce=False):
         if folder.resolve() not in _locks:
             _locks[folder.resolve()] = runtime.FolderLock(folder / LOCK_FILE, _LOCK_SECONDS)

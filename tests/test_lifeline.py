@@ -133,37 +133,53 @@ def test_a_worker_leaves_signals_to_the_rank() -> None:
     assert ended.stdout == "7 None\n", ended.stderr
 
 
+RANK = """
+import os, sys, time
+with open(sys.argv[1], "w") as file:
+    print(os.getppid(), file=file)
+time.sleep(0.5)
+from tests import test_lifeline
+test_lifeline.launched()
+"""
 LAUNCHER = """
-import subprocess, sys  # deepspeed.launcher
-code = "from tests import test_lifeline; test_lifeline.launched()"
-middle = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])  # deepspeed.launcher"
-subprocess.run([sys.executable, "-c", middle, code])
+import subprocess, sys  # deepspeed
+middle = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])  # deepspeed.launcher"
+subprocess.run([sys.executable, "-c", middle, *sys.argv[1:]])
 """
 
 
 def launched() -> None:
     """A rank whose launcher is two processes, as deepspeed's are."""
     stop = lifeline.StopRequest()
-    print(os.getpid(), flush=True)
+    print("watching", flush=True)
     deadline = time.monotonic() + 60
     while stop.reason is None and time.monotonic() < deadline:
         time.sleep(0.01)
     print(stop.reason, flush=True)
 
 
-def test_a_rank_notices_that_its_launcher_is_gone() -> None:
-    runner = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    assert runner.stdout is not None
-    rank = int(runner.stdout.readline())
-    try:
-        runner.kill()  # the runner alone: its child and the rank live on
-        assert "the launcher is gone: stopping" in runner.stdout.readline()
-        assert runner.stdout.readline() == "the launcher is gone\n"
-    finally:
-        runner.wait()
-        runner.stdout.close()
-        while Path(f"/proc/{rank}").exists() and b"Z" not in Path(f"/proc/{rank}/stat").read_bytes():
+@pytest.mark.parametrize("moment", ["while the rank starts", "later"])
+def test_a_rank_notices_that_its_launcher_is_gone(tmp_path: Path, moment: str) -> None:
+    pid_file = tmp_path / "pid"
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, RANK, str(pid_file)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"CROSS_RANK": "0"},
+    ) as runner:
+        assert runner.stdout is not None
+        while not (pid_file.exists() and pid_file.read_text().endswith("\n")):
+            assert runner.poll() is None
             time.sleep(0.01)
+        if moment == "later":
+            assert runner.stdout.readline() == "watching\n"
+            runner.kill()  # the runner alone: its child and the rank live on
+        else:
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
+        said = runner.stdout.read()
+    assert "the launcher is gone: stopping" in said
+    assert said.endswith("\nthe launcher is gone\n")
 
 
 # ---------------------------------------------------------------------------

@@ -36,17 +36,21 @@ def close_a_window() -> tuple[list[dict[str, object]], float, list[float]]:
     runtime.start(torch.device("cpu"))
     rank = runtime.rank()
     window = metrics.Window()
-    window.records.append(metrics.StepRecord({"step": 1, "grad_norm": 0.5}, 2.0 + rank, 4, 10.0))
-    window.records.append(metrics.StepRecord({"step": 2, "grad_norm": None}, math.inf if rank else 1.0, 4, 10.0))
+    window.records.append(metrics.StepRecord({"step": 1}, 10.0, [4 + rank, 1 + rank]))
+    window.records.append(metrics.StepRecord({"step": 2}, 30.0, [9, 8 - rank]))
     closed = window.close([1.5 + rank, 0.25])
     assert window.records == []
     runtime.stop()
     return closed
 
 
-def test_a_window_sums_over_ranks_and_takes_the_clock_of_rank_zero() -> None:
-    rows = [{"step": 1, "loss": 5.0 / 8, "grad_norm": 0.5}, {"step": 2, "loss": None, "grad_norm": None}]
+def test_a_window_gathers_sample_ids_and_takes_the_clock_of_rank_zero() -> None:
+    rows = [{"step": 1, "sample_ids": [1, 2, 4, 5]}, {"step": 2, "sample_ids": [7, 8, 9, 9]}]
     assert run_in_processes(close_a_window, 2) == [(rows, 40.0, [1.5, 0.25])] * 2
+
+
+def test_json_has_no_nan() -> None:
+    assert [metrics.finite_or_none(value) for value in (1.5, math.nan, math.inf)] == [1.5, None, None]
 
 
 def test_resume_drops_rows_of_lost_work(tmp_path: Path) -> None:
