@@ -10,25 +10,23 @@ A folder is complete before it has its name, and `latest`, a text file with the 
 
     step_X.partial   being written          step_X.replaced   the earlier folder of the step being written again
     step_X           complete               step_X.deleted    being deleted
+    step_X.damaged   not what was written   step_X.abandoned  of a line of training that the run has gone back behind
 
-In the partial folder each rank leaves the hashes of its ranges (`ranges_00003.json`), from which rank 0 makes
-`ranges.json` at the end. Each rank makes what is missing there, so none waits for another before it writes.
+The last two stay until a person deletes them; nothing resumes from them.
 """
 
 import dataclasses
 import errno
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import shutil
-import threading
-import time
 import typing
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -38,15 +36,12 @@ from torch import Tensor
 
 from cfpretrain import runtime
 from cfpretrain.console import UserError, say
+from cfpretrain.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
 from cfpretrain.tensor_files import (
-    VALUE_BYTES,
     HashedRange,
     Header,
-    bytes_of,
     check_cover,
     hashes_from_plain,
-    hashes_to_plain,
-    make_header,
     opened,
     read_header,
     read_values,
@@ -54,24 +49,20 @@ from cfpretrain.tensor_files import (
     remedy,
     verify_ranges,
     write_fully,
-    write_ranges,
 )
-from cfpretrain.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
 
 if TYPE_CHECKING:
     from cfpretrain.engine import Fragment
 
 SCHEMA_VERSION = 2  # 1 had no hashes, and neither `guard` nor `num_rewinds`
 
-_CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
+CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 _STATE_FILE = "state.json"
-_RANGES_FILE = "ranges.json"
+RANGES_FILE = "ranges.json"
 _LATEST_FILE = "latest"
 _COMPLETE_NAME = re.compile(r"step_(\d{8,})")
 _LEFTOVER_NAME = re.compile(r"(step_\d{8,})\.(partial|deleted|replaced)")
 _NUM_NAMES_SHOWN = 5
-_MAX_PART_WAIT_SECONDS = 60.0  # for a network file system to show what another node has written
-_POLL_SECONDS = 0.01
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,7 +208,8 @@ def _describe(hint: Any) -> str:
 # One rank's part of the tensors
 
 
-def _tensors_by_content(fragments: Sequence["Fragment"], ema_values: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+def tensors_by_content(fragments: Sequence["Fragment"], ema_values: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """One rank's 1-D fp32 tensors by content, in the order of the fragments."""
     tensors = {
         "weights": [fragment.values for fragment in fragments],
         "ema": list(ema_values),
@@ -231,7 +223,7 @@ def _tensors_by_content(fragments: Sequence["Fragment"], ema_values: Sequence[Te
     return tensors
 
 
-def _written_range(fragment: "Fragment", rank: int, world_size: int) -> tuple[int, int]:
+def written_range(fragment: "Fragment", rank: int, world_size: int) -> tuple[int, int]:
     """The part of its own values that a rank writes: an equal share of what every rank holds."""
     num_values = fragment.values.numel()
     if not fragment.replicated:
@@ -239,130 +231,34 @@ def _written_range(fragment: "Fragment", rank: int, world_size: int) -> tuple[in
     return num_values * rank // world_size, num_values * (rank + 1) // world_size
 
 
-class _Snapshot:
-    """What one rank writes, copied to host memory: the one extra copy of its shard."""
-
-    def __init__(
-        self, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor], rank: int, world_size: int
-    ) -> None:
-        bounds = [_written_range(fragment, rank, world_size) for fragment in fragments]
-        self._names = [fragment.name for fragment in fragments]
-        self._firsts = [f.offset + begin for f, (begin, _) in zip(fragments, bounds, strict=True)]
-        self._sources = {
-            content: [values.detach()[begin:end] for values, (begin, end) in zip(tensors, bounds, strict=True)]
-            for content, tensors in _tensors_by_content(fragments, ema_values).items()
-        }
-        sizes = [end - begin for begin, end in bounds]
-        self._buffers = {content: _host_buffer(sum(sizes)) for content in _CONTENTS}
-        self._copies = {content: list(torch.split(buffer, sizes)) for content, buffer in self._buffers.items()}
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Copies the present values; training may go on after."""
-        for content, sources in self._sources.items():
-            for copy, source in zip(self._copies[content], sources, strict=True):
-                copy.copy_(source, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-
-    def ranges(self, content: str) -> Iterator[tuple[str, int, memoryview]]:
-        """Name, first flat value and bytes of each range that was taken."""
-        for name, first, copy in zip(self._names, self._firsts, self._copies[content], strict=True):
-            yield name, first, bytes_of(copy)
-
-
-def _host_buffer(num_values: int) -> Tensor:
-    """Host memory of just this size, pinned where there is a GPU."""
-    # Touched at once: where memory is short the run ends before it has trained, and the first copy is no slower.
-    buffer = torch.empty(num_values, dtype=torch.float32).zero_()
-    if num_values and torch.cuda.is_available():
-        # Memory that torch pins comes in powers of two: up to twice what is asked for.
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        torch.cuda.check_error(cudart.cudaHostRegister(buffer.data_ptr(), VALUE_BYTES * num_values, 0))
-        weakref.finalize(buffer, cudart.cudaHostUnregister, buffer.data_ptr())
-    return buffer
-
-
-def _write_share(
-    partial: Path, shapes: Mapping[str, tuple[int, ...]], step: int, snapshot: _Snapshot, rank: int
-) -> None:
-    """Writes one rank's ranges and their hashes down to the disk; rank 0 writes headers and sizes too."""
-    with suppress(FileExistsError):
-        os.mkdir(partial)
-    hashes = {}
-    for content in _CONTENTS:
-        first_bytes, header = make_header(shapes, content, step)
-        with opened(_tensor_file(partial, content), os.O_WRONLY | os.O_CREAT) as descriptor:
-            if rank == 0:
-                os.ftruncate(descriptor, header.num_bytes)
-                write_fully(descriptor, first_bytes, 0)
-            hashes[content] = hashes_to_plain(write_ranges(descriptor, header, snapshot.ranges(content)), shapes)
-            os.fsync(descriptor)
-    _write_file(_part_file(partial, rank), json.dumps(hashes).encode())
-
-
-def _merge_hashes(partial: Path, world_size: int) -> bytes:
-    """The hashes of all ranks as the text of `ranges.json`, once every value of every file has one."""
-    deadline = time.monotonic() + _MAX_PART_WAIT_SECONDS
-    parts = []
-    for rank in range(world_size):
-        # Our own part is visible at once, or the folder has vanished.
-        parts.append(_read_part(_part_file(partial, rank), deadline if rank else 0.0))
-    merged = {}
-    for content in _CONTENTS:
-        file = _tensor_file(partial, content)
-        header = read_header(file)
-        ranges = [place for part in parts for place in hashes_from_plain(part.get(content), file)]
-        check_cover(ranges, header.shapes, header, file)
-        merged[content] = hashes_to_plain(ranges, header.shapes)
-    return json.dumps(merged, separators=(",", ":")).encode()
-
-
-def _read_part(file: Path, deadline: float) -> dict[str, Any]:
-    """What a rank left; network file systems may show it late, or half of it."""
-    while True:
-        try:
-            plain: dict[str, Any] = json.loads(_read_text(file))
-            return plain
-        except FileNotFoundError:
-            if time.monotonic() >= deadline:
-                raise
-        except ValueError as error:
-            if time.monotonic() >= deadline:
-                raise DamagedCheckpointError(f"{file}: expected JSON, got {error}") from error
-        time.sleep(_POLL_SECONDS)
-
-
 def _read_ranges(folder: Path, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor]) -> None:
     """Fills one rank's fragments and averages from the files."""
-    for content, tensors in _tensors_by_content(fragments, ema_values).items():
-        file = _tensor_file(folder, content)
+    for content, tensors in tensors_by_content(fragments, ema_values).items():
+        file = tensor_file(folder, content)
         header = read_header(file)
         with opened(file, os.O_RDONLY) as descriptor:
             for fragment, values in zip(fragments, tensors, strict=True):
                 read_values(descriptor, header.position(fragment.name, fragment.offset), values)
 
 
-def _tensor_file(folder: Path, content: str) -> Path:
+def tensor_file(folder: Path, content: str) -> Path:
+    """Where a checkpoint keeps the tensors of one content."""
     return folder / f"{content}.safetensors"
-
-
-def _part_file(partial: Path, rank: int) -> Path:
-    return partial / f"ranges_{rank:05d}.json"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files and folders that survive a crash
 
 
-def _write_file(file: Path, data: bytes) -> None:
+def write_file(file: Path, data: bytes) -> None:
     """Makes a small file, down to the disk."""
     with opened(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
         write_fully(descriptor, data, 0)
         os.fsync(descriptor)
 
 
-def _read_text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """A small file; a link is refused."""
     with open(file, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file_opened:
         return file_opened.read()
 
@@ -380,7 +276,7 @@ def _flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Deletes a folder or a file; what cannot be deleted is said, since training can go on and a later run retries."""
     try:
         if path.is_dir() and not path.is_symlink():
@@ -388,18 +284,21 @@ def _remove(path: Path) -> None:
         elif os.path.lexists(path):  # a read-only folder refuses to delete even what is not there
             path.unlink(missing_ok=True)
     except OSError as error:
-        say(f"{path} cannot be deleted now: {_reason(error)}")
+        say(f"{path} cannot be deleted now: {reason_of(error)}")
 
 
-def _move(path: Path, target: Path) -> None:
+def _move(path: Path, target: Path) -> bool:
     """Renames a folder; what cannot be renamed is said."""
     try:
         os.rename(path, target)
     except OSError as error:
-        say(f"{path} cannot be renamed to {target.name} now: {_reason(error)}")
+        say(f"{path} cannot be renamed to {target.name} now: {reason_of(error)}")
+        return False
+    return True
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in a few words, with the file."""
     if not isinstance(error, OSError):
         return str(error)
     where = f" ({error.filename})" if error.filename else ""
@@ -409,7 +308,7 @@ def _reason(error: BaseException) -> str:
 def _unreadable(task: str, error: Exception, fix: str) -> UserError:
     # Where a permission is missing, an earlier checkpoint is no answer.
     kind = UserError if isinstance(error, PermissionError) else DamagedCheckpointError
-    return kind(f"{task}: {_reason(error)}; {fix}")
+    return kind(f"{task}: {reason_of(error)}; {fix}")
 
 
 @contextmanager
@@ -436,7 +335,7 @@ def _reading_on_all_ranks(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class CheckpointStore:
-    """The checkpoints of one run. All ranks call `save` and `load` together."""
+    """The checkpoints of one run: which there are, which to resume from, which stay. All ranks call `load` together."""
 
     folder: Path
     keep_last: int  # newest checkpoints that stay; at least 1
@@ -445,28 +344,6 @@ class CheckpointStore:
     def __post_init__(self) -> None:
         assert self.keep_last >= 1
         assert self.keep_every_steps >= 0
-
-    def save(self, state: TrainingState, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor]) -> Path:
-        """Writes one checkpoint and waits for it; a run in training keeps a `CheckpointWriter` instead.
-
-        Args:
-            state: the counters; `state.step` names the folder. Rank 0's are written.
-            fragments: this rank's ranges of the parameters; over all ranks they cover each parameter once.
-            ema_values: the averages, 1-D fp32, aligned with the fragments.
-
-        Returns:
-            The folder of the complete checkpoint.
-
-        Raises:
-            UserError: on all ranks, when one of them cannot write; the earlier checkpoints stay as they were.
-        """
-        writer = CheckpointWriter(self, fragments, ema_values)
-        writer.begin(state)
-        outcome = writer.wait()
-        assert outcome is not None
-        if outcome.path is None:
-            raise UserError(outcome.error)
-        return outcome.path
 
     def latest(self) -> Path | None:
         """The first of `candidates`; None where there is none."""
@@ -515,21 +392,21 @@ class CheckpointStore:
             DamagedCheckpointError: on all ranks: it is not what was written; an earlier one may be whole.
             UserError: on all ranks: not a complete checkpoint, of another schema or of another model.
         """
-        shapes = _gather_shapes(fragments)
+        shapes = gather_shapes(fragments)
         with _reading_on_all_ranks(path):
             state = read_state(path)
             state.check_model(model, str(path))
             hashes = _read_hashes(path)
-            contents = {content: _check_file(path, content, state.step, hashes) for content in _CONTENTS}
+            contents = {content: _check_file(path, content, state.step, hashes) for content in CONTENTS}
             for content, (header, _) in contents.items():
-                _check_shapes(_tensor_file(path, content), header, shapes)
+                _check_shapes(tensor_file(path, content), header, shapes)
         with _reading_on_all_ranks(path):
             _verify_share(path, contents, runtime.rank(), runtime.world_size())
         with _reading_on_all_ranks(path):
             _read_ranges(path, fragments, ema_values)
         return state
 
-    def _remove_leftovers(self) -> None:
+    def remove_leftovers(self) -> None:
         """Deletes what is half-written or half-deleted, while nothing is in flight."""
         for path in sorted(self.folder.iterdir()):
             match = _LEFTOVER_NAME.fullmatch(path.name)
@@ -539,37 +416,86 @@ class CheckpointStore:
             if match[2] == "replaced" and not original.exists():
                 _move(path, original)
             else:
-                _remove(path)
-        _remove(self.folder / f"{_LATEST_FILE}.partial")
+                remove(path)
+        remove(self.folder / f"{_LATEST_FILE}.partial")
 
-    def _publish(self, partial: Path, final: Path, state_text: str, world_size: int) -> None:
-        """Turns a written folder into the checkpoint to resume from; each line leaves something usable."""
-        _write_file(partial / _RANGES_FILE, _merge_hashes(partial, world_size))
-        for rank in range(world_size):
-            os.unlink(_part_file(partial, rank))
-        _write_file(partial / _STATE_FILE, state_text.encode())
+    def publish(self, partial: Path, final: Path, state_text: str) -> None:
+        """Turns a written folder into the checkpoint to resume from; each line leaves something usable.
+
+        Args:
+            partial: all but the counters.
+            final: its name as a checkpoint.
+            state_text: the counters, as JSON.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        write_file(partial / _STATE_FILE, state_text.encode())
         _flush_folder(partial)
         replaced = final.with_name(f"{final.name}.replaced")
         if final.exists():
-            _remove(replaced)
+            remove(replaced)
             os.rename(final, replaced)
         os.rename(partial, final)
         _flush_folder(self.folder)
-        moving = self.folder / f"{_LATEST_FILE}.partial"
-        _write_file(moving, f"{final.name}\n".encode())
-        os.replace(moving, self.folder / _LATEST_FILE)
-        _flush_folder(self.folder)
-        _remove(replaced)
+        self._point_latest_at(final.name)
+        remove(replaced)
 
-    def _delete_old(self, step: int) -> None:
-        """Applies retention after a save at `step`; steps beyond it are of another line of training: left alone."""
+    def apply_retention(self, step: int) -> None:
+        """Deletes what need not stay after a save at `step`; steps beyond it are of another line: left alone."""
         earlier = sorted(s for s in self._complete() if s <= step)
+        healthy = self._newest_healthy(earlier)
         for old in earlier[: -self.keep_last]:
-            if self.keep_every_steps and old % self.keep_every_steps == 0:
+            if old == healthy or (self.keep_every_steps and old % self.keep_every_steps == 0):
                 continue
             path = self.folder / f"step_{old:08d}"
             _move(path, path.with_name(f"{path.name}.deleted"))
-        self._remove_leftovers()
+        self.remove_leftovers()
+
+    def _newest_healthy(self, steps: Sequence[int]) -> int | None:
+        """The one to go back to after sick steps: it stays, however many were written among them."""
+        return next((s for s in reversed(steps) if is_healthy(self.folder / f"step_{s:08d}")), None)
+
+    def set_aside(self, resumed_step: int, damaged: Sequence[Path]) -> None:
+        """Takes out of the line of checkpoints what the run does not go on from; rank 0 does, the others do nothing.
+
+        Damaged ones become `step_X.damaged`, complete ones above the step `step_X.abandoned`; they stay on disk, and
+        each is said. What cannot be renamed is said too. It is called before a `CheckpointWriter` is made.
+
+        Args:
+            resumed_step: of the checkpoint that the run goes on from.
+            damaged: checkpoints of this store that were refused.
+        """
+        if runtime.rank() != 0:
+            return
+        kinds = {path: "damaged" for path in damaged if path.exists()}
+        kinds = {path: "abandoned" for step, path in self._complete().items() if step > resumed_step} | kinds
+        if not kinds:
+            return
+        try:
+            # First: from here on a kill leaves none of them a candidate.
+            self._point_latest_at(f"step_{resumed_step:08d}")
+        except OSError as error:
+            say(f"{self.folder / _LATEST_FILE} cannot be written now: {reason_of(error)}")
+        for path, kind in kinds.items():
+            self._rename_aside(path, kind)
+        # One that was being replaced comes to light only when what replaced it is gone.
+        for step, path in self._complete().items():
+            if step > resumed_step and path not in kinds:
+                self._rename_aside(path, "abandoned")
+
+    def _rename_aside(self, path: Path, kind: str) -> None:
+        name = f"{path.name.removesuffix('.replaced')}.{kind}"
+        names = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        target = next(path.with_name(name) for name in names if not os.path.lexists(path.with_name(name)))
+        if _move(path, target):
+            say(f"{path} is {kind}: it is now {target.name}, and yours to delete")
+
+    def _point_latest_at(self, name: str) -> None:
+        moving = self.folder / f"{_LATEST_FILE}.partial"
+        write_file(moving, f"{name}\n".encode())
+        os.replace(moving, self.folder / _LATEST_FILE)
+        _flush_folder(self.folder)
 
     def _named_by_latest(self) -> int | None:
         file = self.folder / _LATEST_FILE
@@ -578,7 +504,7 @@ class CheckpointStore:
         except FileNotFoundError:
             return None
         except OSError as error:
-            raise UserError(f"{file} cannot be read: {_reason(error)}; mend or delete it") from error
+            raise UserError(f"{file} cannot be read: {reason_of(error)}; mend or delete it") from error
         if not name:
             return None
         match = _COMPLETE_NAME.fullmatch(name)
@@ -611,7 +537,7 @@ def read_state(path: Path) -> TrainingState:
     """
     file = path / _STATE_FILE
     try:
-        text = _read_text(file)
+        text = read_text(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{path} is not a complete checkpoint: expected a folder such as checkpoints/step_00000500 "
@@ -620,6 +546,14 @@ def read_state(path: Path) -> TrainingState:
     except (OSError, UnicodeDecodeError) as error:
         raise _unreadable(f"{file} cannot be read", error, remedy(file)) from error
     return TrainingState.from_json(text, file)
+
+
+def is_healthy(path: Path) -> bool:
+    """Whether a checkpoint can be read and was not written in a row of skipped steps."""
+    try:
+        return bool(read_state(path).guard.get("num_skips_in_row", 0) == 0)
+    except UserError:
+        return False
 
 
 def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tensor]:
@@ -637,7 +571,7 @@ def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tens
         UserError: not a complete checkpoint of ours.
     """
     state = read_state(path)
-    file = _tensor_file(path, which)
+    file = tensor_file(path, which)
     try:
         header, ranges = _check_file(path, which, state.step, _read_hashes(path))
         return read_whole(file, header, ranges)
@@ -646,28 +580,28 @@ def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tens
 
 
 def _read_hashes(path: Path) -> dict[str, Any]:
-    file = path / _RANGES_FILE
+    file = path / RANGES_FILE
     try:
-        plain = json.loads(_read_text(file))
+        plain = json.loads(read_text(file))
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpointError(f"{file}: expected JSON, got {error}; {remedy(file)}") from error
-    if not isinstance(plain, dict) or set(plain) != set(_CONTENTS):
+    if not isinstance(plain, dict) or set(plain) != set(CONTENTS):
         raise DamagedCheckpointError(
-            f"{file}: expected hashes of {', '.join(_CONTENTS)}, got {plain!r:.80}; {remedy(file)}"
+            f"{file}: expected hashes of {', '.join(CONTENTS)}, got {plain!r:.80}; {remedy(file)}"
         )
     return plain
 
 
 def _check_file(path: Path, content: str, step: int, hashes: Mapping[str, Any]) -> tuple[Header, list[HashedRange]]:
     """The header of a tensor file and the hashes of all its values; refuses a file of another step."""
-    file = _tensor_file(path, content)
+    file = tensor_file(path, content)
     header = read_header(file)
     if header.metadata.get("step") != str(step):
         raise DamagedCheckpointError(
             f"{file}: expected step {step}, got step {header.metadata.get('step')}; {remedy(file)}"
         )
-    ranges = hashes_from_plain(hashes[content], path / _RANGES_FILE)
-    check_cover(ranges, hashes[content], header, path / _RANGES_FILE)
+    ranges = hashes_from_plain(hashes[content], path / RANGES_FILE)
+    check_cover(ranges, hashes[content], header, path / RANGES_FILE)
     return header, ranges
 
 
@@ -685,7 +619,7 @@ def _verify_share(
             if (2 * num_before + size) * world_size // (2 * num_values) == rank:
                 mine.append(place)
             num_before += size
-        verify_ranges(_tensor_file(path, content), header, mine)
+        verify_ranges(tensor_file(path, content), header, mine)
 
 
 def _check_shapes(file: Path, header: Header, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -711,12 +645,12 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NUM_NAMES_SHOWN]) + more
 
 
-def _gather_shapes(fragments: Sequence["Fragment"]) -> dict[str, tuple[int, ...]]:
+def gather_shapes(fragments: Sequence["Fragment"]) -> dict[str, tuple[int, ...]]:
     """The full shape of every parameter of the run; a rank alone may hold nothing of some."""
     rank, world_size = runtime.rank(), runtime.world_size()
     rows = []
     for fragment in fragments:
-        begin, end = _written_range(fragment, rank, world_size)
+        begin, end = written_range(fragment, rank, world_size)
         rows.append((fragment.name, tuple(fragment.shape), fragment.offset + begin, fragment.offset + end))
     return _join_ranges([row for rows_of_rank in runtime.gather(rows) for row in rows_of_rank])
 
@@ -734,177 +668,3 @@ def _join_ranges(rows: Sequence[tuple[str, tuple[int, ...], int, int]]) -> dict[
     for name, shape in shapes.items():
         assert covered[name] == math.prod(shape), f"{name}: {covered[name]} of {math.prod(shape)} values are covered"
     return shapes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing beside training
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the writing of a checkpoint ended.
-
-    Attributes:
-        step: of the checkpoint.
-        path: of the complete checkpoint; None where it failed.
-        error: what kept it from being written, the same on all ranks; None where it is complete.
-    """
-
-    step: int
-    path: Path | None
-    error: str | None
-
-
-class _Task(threading.Thread):
-    """Work beside training; what stopped it is in `error`."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        # A process that ends does not wait: what is half-written, the next run removes.
-        super().__init__(name="checkpoint", daemon=True)
-        self._work = work
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:
-            self.error = error
-
-
-class CheckpointWriter:
-    """Writes checkpoints while training goes on: at most one in flight.
-
-    A checkpoint goes through phases in which all ranks stand together: every rank writes its ranges; rank 0 publishes
-    and applies retention; where a rank failed, rank 0 removes what was written. `advance` leads from one to the next.
-
-    All ranks construct it together, and after the run has loaded its checkpoint, since it moves and removes what a
-    killed run has left. The tensors are those of the fragments and averages at the time of `begin`.
-
-    Raises:
-        UserError: on all ranks: the folder of the checkpoints cannot be made.
-    """
-
-    def __init__(self, store: CheckpointStore, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor]) -> None:
-        self._store = store
-        self._shapes = _gather_shapes(fragments)
-        self._snapshot = _Snapshot(fragments, ema_values, runtime.rank(), runtime.world_size())
-        self._phase: Literal["idle", "writing", "publishing", "removing"] = "idle"
-        self._task: _Task | None = None
-        self._step, self._state_text = 0, ""
-        self._error: str | None = None
-        self._prepare_folder()
-
-    def _prepare_folder(self) -> None:
-        folder = self._store.folder
-        fix = "choose another run.folder or mend this"
-        # Each rank makes it: a node may show late what another has made.
-        with runtime.together():
-            try:
-                os.makedirs(folder, exist_ok=True)
-                if runtime.rank() == 0:
-                    self._store._remove_leftovers()
-            except OSError as error:
-                raise UserError(f"checkpoint folder {folder} cannot be written: {_reason(error)}; {fix}") from error
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether a checkpoint is in flight; equal on all ranks."""
-        return self._phase != "idle"
-
-    @property
-    def is_working(self) -> bool:
-        """Whether this rank's part of the present phase still runs. Ask it before `has_failed`."""
-        return self._task is not None and self._task.is_alive()
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether this rank's part of the present phase ended with an error."""
-        return self._task is not None and not self._task.is_alive() and self._task.error is not None
-
-    @property
-    def _final(self) -> Path:
-        return self._store.folder / f"step_{self._step:08d}"
-
-    @property
-    def _partial(self) -> Path:
-        return self._store.folder / f"{self._final.name}.partial"
-
-    def begin(self, state: TrainingState) -> None:
-        """Copies what this rank writes and begins to write it. All ranks call it at the same step; nobody waits.
-
-        Args:
-            state: the counters; `state.step` names the folder. Rank 0's are written.
-        """
-        assert not self.is_busy, "one checkpoint at a time: wait for the one in flight"
-        self._step, self._state_text, self._error = state.step, state.to_json(), None
-        self._snapshot.take()
-        self._enter("writing", self._write, all_ranks=True)
-
-    def advance(self, any_working: bool, any_failed: bool) -> Outcome | None:
-        """Leads to the next phase once no rank works on the present one. All ranks call it with the same arguments.
-
-        It does not wait for other ranks, but where one failed: then they tell each other why.
-
-        Args:
-            any_working: whether `is_working` was true on any rank.
-            any_failed: whether `has_failed` was true on any rank.
-
-        Returns:
-            What became of the checkpoint, once, when it is no longer in flight; else None.
-        """
-        if not self.is_busy or any_working:
-            return None
-        reason = self._gather_reason() if any_failed else None
-        if reason is not None and self._phase != "removing":
-            self._error = (
-                f"checkpoint {self._final} cannot be written: {reason}; earlier checkpoints are untouched; "
-                "free some space there or choose another run.folder that all nodes share"
-            )
-            self._enter("removing", lambda: _remove(self._partial))
-            return None
-        if self._phase == "writing":
-            self._enter("publishing", self._publish)
-            return None
-        self._phase, self._task = "idle", None
-        return Outcome(self._step, None if self._error else self._final, self._error)
-
-    def wait(self) -> Outcome | None:
-        """Waits until nothing is in flight. All ranks call it together.
-
-        Returns:
-            What became of the checkpoint in flight; None where there was none.
-        """
-        outcome = None
-        while self.is_busy and outcome is None:
-            if self._task is not None:
-                self._task.join(_POLL_SECONDS)
-            else:
-                time.sleep(_POLL_SECONDS)
-            runtime.tick()
-            flags = torch.tensor([self.is_working, self.has_failed], dtype=torch.int64)
-            num_working, num_failed = runtime.sum_over_ranks(flags).tolist()
-            outcome = self.advance(num_working > 0, num_failed > 0)
-        return outcome
-
-    def _enter(
-        self, phase: Literal["writing", "publishing", "removing"], work: Callable[[], None], all_ranks: bool = False
-    ) -> None:
-        self._phase = phase
-        self._task = _Task(work) if all_ranks or runtime.rank() == 0 else None
-
-    def _write(self) -> None:
-        _write_share(self._partial, self._shapes, self._step, self._snapshot, runtime.rank())
-
-    def _publish(self) -> None:
-        self._store._publish(self._partial, self._final, self._state_text, runtime.world_size())
-        self._store._delete_old(self._step)
-
-    def _gather_reason(self) -> str:
-        """Why the first rank that failed did so; an error that is no one's but ours is raised on its rank."""
-        error = self._task.error if self._task is not None else None
-        reasons = runtime.gather(None if error is None else _reason(error) or repr(error))
-        if error is not None and not isinstance(error, OSError | UserError):
-            raise error
-        first: str = next(reason for reason in reasons if reason is not None)
-        return first

@@ -35,9 +35,13 @@ def is_rank_zero() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints one line from rank 0, at once."""
+    """Prints one line from rank 0, at once; where nobody reads any more, it is silent from then on."""
     if is_rank_zero():
-        print(f"[cfpretrain] {text}", flush=True)
+        try:
+            print(f"[cfpretrain] {text}", flush=True)
+        except OSError:
+            # The rest of the line is flushed at the end of the process, and must not fail there.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def exit_with(error: UserError | SickRunError) -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ _POLL_SECONDS = 1.0
 # A rank that does not say that it lives for so long is dead: its process, its machine or the network between.
 _SILENCE_SECONDS = 30.0
 _STORE_TIMEOUT = timedelta(seconds=10)
-_WORKER_GRACE_SECONDS = 60
+_WORKER_POLL_SECONDS = 2
 # Building the engine and reading a checkpoint: before the first step, ranks may wait at least as long.
 _START_SECONDS = 600.0
+_EXIT_FAILED = 1  # as after a traceback
+
+_rank_of_worker = 0
 
 
 # ---------------------------------------------------------------------------
@@ -75,7 +79,8 @@ class StopRequest:
     def _watch_launcher(self) -> None:
         while self._launcher.is_there():
             time.sleep(_POLL_SECONDS)
-        self._ask("the launcher is gone", signal.SIGTERM)
+        if self.reason is None:  # a run that is stopping anyway goes on with that
+            self._ask("the launcher is gone", signal.SIGTERM)
 
 
 class _Launcher:
@@ -116,6 +121,8 @@ def _do_nothing(*_: object) -> None:
 
 def _leave_signals_to_the_rank() -> None:
     """In a forked child (a loader's worker): signals to a whole process group are the rank's to obey."""
+    global _rank_of_worker
+    _rank_of_worker = os.getppid()
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -128,8 +135,12 @@ def leave_signals_to_the_rank(_: int) -> None:
 
 
 def _end_later(*_: object) -> None:
-    # The rank still needs batches for its last step.
-    signal.alarm(_WORKER_GRACE_SECONDS)
+    """The rank still needs batches for its last step: a worker ends when its rank has."""
+    signal.signal(signal.SIGALRM, _end_later)
+    if os.getppid() == _rank_of_worker:
+        signal.alarm(_WORKER_POLL_SECONDS)
+    else:
+        os._exit(0)
 
 
 # ---------------------------------------------------------------------------
@@ -155,6 +166,7 @@ class Watch:
         self._beats = 0
         self._ticks = (runtime.num_ticks(), time.monotonic())
         self._heard: dict[int, tuple[int, float]] = {}
+        self._rank_zero_failed = False
         if self._world_size == 1:
             return
         # A connection of its own: the group's may be waiting inside a collective.
@@ -173,7 +185,7 @@ class Watch:
             self._thread.join(5 * _POLL_SECONDS)
 
     def leave_if_ranks_are_lost(self) -> None:
-        """After an exception: ends this process where its cause is that other ranks died; takes three seconds.
+        """After an exception: ends this process where its cause is that other ranks died; takes seconds.
 
         Otherwise the failure is this rank's own, and the others are told, so that they do not take it for a machine's.
         """
@@ -181,20 +193,21 @@ class Watch:
             return
         lost = self._find_lost()
         if lost:
-            self._leave(f"{_name(lost)} died", speaker=min(set(range(self._world_size)) - set(lost)))
+            self._leave(EXIT_REQUEUE, f"{_name(lost)} died", speaker=min(set(range(self._world_size)) - set(lost)))
+        if self._rank == 0:
+            time.sleep(3 * _POLL_SECONDS)  # the others read from this process's store who failed
 
     def _find_lost(self) -> list[int]:
+        """The other ranks that say no longer that they live, and have not said that they failed by themselves."""
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
+            self._store.set(_key("failed", self._rank), "1")
             before = self._read(others)
-            time.sleep(3 * _POLL_SECONDS)
+            time.sleep(2 * _POLL_SECONDS)
             after = self._read(others)
-            silent = [rank for rank in others if before[rank][0] == after[rank][0]]
-            if not silent:
-                self._store.set(_key("failed", self._rank), "1")
-            return [rank for rank in silent if not self._store.check([_key("failed", rank)])]
+            return [rank for rank in others if before[rank][0] == after[rank][0] and not self._has_failed(rank)]
         except RuntimeError:
-            return [0]  # who keeps the store
+            return [] if self._rank_zero_failed else [0]  # who keeps the store
 
     # ------------------------------------------------------------------
 
@@ -203,13 +216,17 @@ class Watch:
         while not self._ended.wait(_POLL_SECONDS):
             try:
                 self._beat()
-                reason = self._judge() if self._rank == 0 else self._verdict()
+                verdict = self._judge() if self._rank == 0 else self._verdict()
                 answered_at = time.monotonic()
             except RuntimeError:
-                silence = time.monotonic() - answered_at
-                reason = f"rank 0 has been silent for {silence:.0f} s" if silence > self._silence else None
-            if reason is not None and not self._ended.is_set():
-                self._leave(reason)
+                verdict = self._judge_rank_zero(time.monotonic() - answered_at)
+            if verdict is not None and not self._ended.is_set():
+                self._leave(*verdict)
+
+    def _judge_rank_zero(self, silence: float) -> tuple[int, str] | None:
+        if self._rank_zero_failed:
+            return _EXIT_FAILED, "rank 0 failed"
+        return (EXIT_REQUEUE, f"rank 0 has been silent for {silence:.0f} s") if silence > self._silence else None
 
     def _beat(self) -> None:
         self._beats += 1
@@ -220,17 +237,27 @@ class Watch:
         answers = self._store.multi_get([_key("alive", rank) for rank in ranks])
         return {rank: tuple(map(int, text.split())) for rank, text in zip(ranks, answers, strict=True)}  # type: ignore[misc]
 
-    def _judge(self) -> str | None:
-        """What rank 0 finds wrong, told to all."""
+    def _has_failed(self, rank: int) -> bool:
+        return bool(self._store.check([_key("failed", rank)]))
+
+    def _judge(self) -> tuple[int, str] | None:
+        """What rank 0 finds wrong, told to all: the exit code and the reason."""
         state, now = self._read(list(range(self._world_size))), time.monotonic()
         for rank, (beats, _) in state.items():
             if self._heard.get(rank, (-1, 0.0))[0] != beats:
                 self._heard[rank] = (beats, now)
         silent = [rank for rank, (_, heard_at) in self._heard.items() if now - heard_at > self._silence]
-        reason = f"{_name(silent)} died or lost the network" if silent else self._find_late(state, now)
-        if reason is not None:
-            self._store.set(_key("verdict", 0), reason)
-        return reason
+        failed = [rank for rank in silent if self._has_failed(rank)]
+        if failed:
+            verdict = _EXIT_FAILED, f"{_name(failed)} failed"
+        elif silent:
+            verdict = EXIT_REQUEUE, f"{_name(silent)} died or lost the network"
+        elif (late := self._find_late(state, now)) is not None:
+            verdict = EXIT_REQUEUE, late
+        else:
+            return None
+        self._store.set(_key("verdict", 0), f"{verdict[0]} {verdict[1]}")
+        return verdict
 
     def _find_late(self, state: dict[int, tuple[int, int]], now: float) -> str | None:
         ticks = {rank: ticks for rank, (_, ticks) in state.items()}
@@ -244,17 +271,27 @@ class Watch:
             return f"no rank has gone on for {waited:.0f} s (guard.rank_timeout_seconds)"
         return f"{_name(late)} did not arrive for {waited:.0f} s (guard.rank_timeout_seconds)"
 
-    def _verdict(self) -> str | None:
+    def _verdict(self) -> tuple[int, str] | None:
+        self._rank_zero_failed |= self._has_failed(0)
         key = _key("verdict", 0)
-        return self._store.get(key).decode() if self._store.check([key]) else None
+        if not self._store.check([key]):
+            return None
+        code, _, reason = self._store.get(key).decode().partition(" ")
+        return int(code), reason
 
-    def _leave(self, reason: str, speaker: int = 0) -> None:
-        self._on_lost(reason)
+    def _leave(self, code: int, reason: str, speaker: int = 0) -> None:
+        if code == EXIT_REQUEUE:
+            # Beside this thread: a file system that is gone may never answer.
+            threading.Thread(target=self._tell, args=(reason,), daemon=True).start()
         if self._rank == speaker:
-            _write_line(f"{reason}: the run ends; the same command goes on from the latest checkpoint")
-        if self._rank == 0:
-            time.sleep(2 * _POLL_SECONDS)  # the others read the verdict from this process's store
-        os._exit(EXIT_REQUEUE)
+            what_next = "; the same command goes on from the latest checkpoint" if code == EXIT_REQUEUE else ""
+            _write_line(f"{reason}: the run ends{what_next}")
+        time.sleep(2 * _POLL_SECONDS)  # for the file, and for the others to read rank 0's verdict
+        os._exit(code)
+
+    def _tell(self, reason: str) -> None:
+        with suppress(OSError):
+            self._on_lost(reason)
 
 
 def _key(kind: str, rank: int) -> str:
@@ -267,4 +304,5 @@ def _name(ranks: list[int]) -> str:
 
 def _write_line(text: str) -> None:
     """A line from any thread, also while the main thread is in the middle of one."""
-    os.write(sys.stdout.fileno(), f"[cfpretrain] {text}\n".encode())
+    with suppress(OSError):  # whoever read it may be gone
+        os.write(sys.stdout.fileno(), f"[cfpretrain] {text}\n".encode())

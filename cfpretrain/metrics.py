@@ -5,6 +5,7 @@ import math
 import netrc
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import torch
 
 from cfpretrain import runtime
 from cfpretrain.config import ModelConfig
+from cfpretrain.console import UserError, say
 
 # Dense bf16 rate of one GPU, in FLOP/s, by a part of its name (the makers' data sheets, without sparsity).
 _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
@@ -101,26 +103,86 @@ def finite_or_none(value: float) -> float | None:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a row for each step, written by rank 0.
+    """`metrics.jsonl`: a row for each step, written by rank 0. A disk that is full does not end the run.
+
+    All ranks construct it together.
 
     Args:
         path: the file.
         resume_step: rows after this step are of work that a kill lost; they are dropped.
+
+    Raises:
+        UserError: on all ranks: the file cannot be written at all.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
-        if runtime.rank() == 0:
-            kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
-            temporary = path.with_suffix(".partial")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-            os.replace(temporary, path)
+        self._num_bytes = 0  # of the rows on disk
+        self._pending: list[str] = []
+        with runtime.together():
+            if runtime.rank() == 0:
+                try:
+                    self._begin(resume_step)
+                except OSError as error:
+                    raise UserError(
+                        f"{path} cannot be written: {error.strerror or error}; free some space there or choose "
+                        "another run.folder"
+                    ) from error
 
-    def append(self, rows: list[dict[str, Any]]) -> None:
-        """Adds rows and hands them to the system."""
-        if runtime.rank() == 0:
-            with self._path.open("a") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
+    def _begin(self, resume_step: int) -> None:
+        path = self._path
+        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
+        data = "".join(map(_to_line, kept)).encode()
+        temporary = path.with_suffix(".partial")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        self._num_bytes = len(data)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Adds rows, on disk on return; where they cannot be written they wait in memory for the next call.
+
+        Args:
+            rows: none tries again to write those that wait.
+        """
+        if runtime.rank() != 0:
+            return
+        num_waiting = len(self._pending)
+        self._pending += map(_to_line, rows)
+        if not self._pending:
+            return
+        try:
+            self._write("".join(self._pending).encode())
+        except OSError as error:
+            if not num_waiting:
+                reason = error.strerror or error
+                say(f"WARNING: {self._path} cannot be written now: {reason}; its rows are kept in memory until it can")
+            return
+        if num_waiting:
+            say(f"{self._path} can be written again: {num_waiting} rows that waited are on disk")
+        self._pending = []
+
+    def _write(self, data: bytes) -> None:
+        with self._path.open("r+b", buffering=0) as file:
+            try:
+                # What an earlier attempt wrote in part goes first.
+                file.truncate(self._num_bytes)
+                file.seek(self._num_bytes)
+                rest = memoryview(data)
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                with suppress(OSError):
+                    file.truncate(self._num_bytes)
+                raise
+        self._num_bytes += len(data)
+
+
+def _to_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,13 +156,19 @@ class HashedRange:
     sha256: str
 
 
-def write_ranges(descriptor: int, header: Header, ranges: Iterable[tuple[str, int, memoryview]]) -> list[HashedRange]:
+def write_ranges(
+    descriptor: int,
+    header: Header,
+    ranges: Iterable[tuple[str, int, memoryview]],
+    on_progress: Callable[[], None] = lambda: None,
+) -> list[HashedRange]:
     """Writes flat ranges of tensors to their place in a file.
 
     Args:
         descriptor: of the file, open for writing.
         header: of the file; it need not be written yet.
         ranges: name of the tensor, first flat value, and the bytes of the values.
+        on_progress: called after each hash.
 
     Returns:
         A hash for at most `CHUNK_VALUES` values each, in the order of writing.
@@ -174,6 +180,7 @@ def write_ranges(descriptor: int, header: Header, ranges: Iterable[tuple[str, in
             first = begin + at // VALUE_BYTES
             write_fully(descriptor, chunk, header.position(name, first))
             written.append(HashedRange(name, first, first + len(chunk) // VALUE_BYTES, _sha256(chunk)))
+            on_progress()
     return written
 
 

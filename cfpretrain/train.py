@@ -16,7 +16,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # Started by its path, python puts this folder first: our modules would be importable under bare names as well.
     del sys.path[0]
 
-from cfpretrain.console import EXIT_REQUEUE, SickRunError, UserError, exit_with, linger, phase
+from cfpretrain.console import EXIT_REQUEUE, SickRunError, UserError, exit_with, phase
 
 if TYPE_CHECKING:
     from cfpretrain.config import Config
@@ -126,18 +126,31 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.lifeline import StopRequest
     stop = StopRequest()
     device = runtime.pick_device()
-    if Path(config.run.folder).is_dir():
-        # Ranks that a killed launcher has left behind still hold its port: they end before the new ones meet there.
-        trainer.take(Path(config.run.folder))
+    problem = _take_folder(Path(config.run.folder))
     with phase("waiting for all ranks", announce=False):
         runtime.start(device)
     try:
+        runtime.agree(problem)
         finished = trainer.run(config, device, stop)
     finally:
         runtime.stop()
     if not finished:
-        linger()
         sys.exit(EXIT_REQUEUE)
+
+
+def _take_folder(folder: Path) -> str | None:
+    """Waits for the end of another run in the folder, before ranks meet; what is wrong where it does not end."""
+    # Ranks that a killed launcher has left behind still hold the port where the new ones would meet.
+    from cfpretrain import run_folder
+
+    try:
+        if folder.is_dir():
+            run_folder.take(folder)
+    except UserError as error:
+        return str(error)
+    except OSError:
+        pass  # said with its reason where the folder is prepared
+    return None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The training loop: one step on one screen, and what happens every n steps."""
 
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +13,7 @@ import torch
 
 from cfpretrain import runtime
 from cfpretrain.build import (
-    CONFIG_FILE,
-    LOCK_FILE,
     METRICS_FILE,
-    REQUEUE_FILE,
     SAMPLES,
     SUMMARY_FILE,
     choose_blocks,
@@ -25,21 +21,14 @@ from cfpretrain.build import (
     make_model,
     make_scaling,
     make_store,
-    read_summary,
     write_text,
 )
-from cfpretrain.checkpoint import (
-    CheckpointStore,
-    CheckpointWriter,
-    Outcome,
-    TrainingState,
-    read_state,
-)
-from cfpretrain.config import Config, to_plain, to_yaml
-from cfpretrain.config import load as load_config
+from cfpretrain.checkpoint import TrainingState, read_state
+from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
+from cfpretrain.config import Config, to_plain
 from cfpretrain.console import Progress, SickRunError, UserError, phase, say
-from cfpretrain.data.loader import Batch, Loader, Position, order_fingerprint
-from cfpretrain.data.shards import Shards, check_info, read_info
+from cfpretrain.data.loader import Batch, Loader, Position
+from cfpretrain.data.shards import read_info
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
@@ -58,10 +47,10 @@ from cfpretrain.metrics import (
     training_flops,
 )
 from cfpretrain.model.transformer import BlockSettings, initial_values
+from cfpretrain.run_folder import finished_step, is_done, prepare_folder, remove_requeue, write_requeue
 from cfpretrain.tensor_files import DamagedCheckpointError
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming")
-_LOCK_SECONDS = 60.0  # a run that was asked to stop ends within it
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 _MOST_STEPS_LISTED = 1000
 
@@ -122,7 +111,7 @@ class Trainer:
         config: checked for the number of ranks.
         device: this rank's.
         stop: what asks the run to stop before its end; None where nothing does.
-        resume_from: a checkpoint to begin with, wherever it lies; None takes the run folder's.
+        resume_from: checkpoints to begin with, wherever they lie, best first; None takes the run folder's.
     """
 
     def __init__(
@@ -130,7 +119,7 @@ class Trainer:
         config: Config,
         device: torch.device,
         stop: StopRequest | None = None,
-        resume_from: Path | None = None,
+        resume_from: Sequence[Path] | None = None,
     ) -> None:
         self.config, self.device, self.stop, self.resume_from = config, device, stop, resume_from
         self.folder = Path(config.run.folder)
@@ -146,6 +135,7 @@ class Trainer:
         say(f"{_describe(blocks)}; {self.engine.optimizer_name}")
         self.at = Progression()
         self.must_stop = False
+        self.damaged: list[Path] = []
         candidates = self._candidates()
         if not candidates:
             with phase("initialising the weights"):
@@ -159,6 +149,8 @@ class Trainer:
         self.saved_step = None if saved is None else saved.step
         if saved is not None:
             self.at = Progression(saved.step, saved.num_skipped, saved.num_rewinds, saved.train_seconds)
+            if resume_from is None:
+                self.store.set_aside(saved.step, self.damaged)
         position = Position(saved.epoch, saved.samples_in_epoch) if saved else None
         self.loader = Loader(config, runtime.rank(), runtime.world_size(), position, runtime.ranks_per_node())
         self.writer = CheckpointWriter(self.store, self.engine.fragments(), self.ema.values)
@@ -178,7 +170,7 @@ class Trainer:
     def _candidates(self) -> list[Path]:
         """The checkpoints to resume from, best first."""
         if self.resume_from is not None:
-            return [self.resume_from]
+            return list(self.resume_from)
         # One rank's view of the folder decides: file systems may show a new name late on other nodes.
         found: list[Path] = runtime.gather(self.store.candidates())[0]
         return found
@@ -193,6 +185,7 @@ class Trainer:
                     )
             except DamagedCheckpointError as error:
                 say(f"WARNING: {checkpoint} is damaged and left out: {error}")
+                self.damaged.append(checkpoint)
                 continue
             self.engine.optimizer_step = saved.optimizer_step
             self.engine.refresh()
@@ -213,14 +206,15 @@ class Trainer:
         say(f"training from step {self.at.step} to {config.train.num_steps}")
         self.clock = Clock()
         try:
-            while not _is_done(config, self.at.step, self.at.train_seconds):
+            while not is_done(config, self.at.step, self.at.train_seconds):
                 self.train_step()
                 if self.window_ends() or self.must_stop:
                     self.close_window(progress)
                 with self.clock.aside():
                     if self.must_stop:
                         return self._pause()
-                    if self.at.step % config.checkpoint.every_steps == 0:
+                    # Within a row of skips nothing is new, and a rewind would not go there.
+                    if self.at.step % config.checkpoint.every_steps == 0 and not self.guard.num_skips_in_row:
                         self.save_checkpoint()
                     if config.sample.every_steps and self.at.step % config.sample.every_steps == 0:
                         self.draw_samples()
@@ -332,7 +326,7 @@ class Trainer:
                 "train.learning_rate, or go on from an earlier checkpoint"
             )
         self._note_checkpoint(self.writer.wait())
-        good = [path for path in self._candidates() if _is_from_health(path)]
+        good = runtime.gather([path for path in self._candidates() if _is_from_health(path)])[0]
         if not good:
             raise SickRunError(
                 f"{skipped}: {self.window.records[-1].row['skipped']}; and there is no checkpoint from before them to "
@@ -436,11 +430,13 @@ class Trainer:
 
     def _pause(self) -> bool:
         """Leaves what the same command goes on from; False: the run is not complete."""
+        self.loader.close()
         self._complete_checkpoint()
         # A rank that nobody asked has its reason from another.
         reason = next(found for found in runtime.gather(self.stop.reason if self.stop else None) if found is not None)
         write_requeue(self.folder, reason)
         self.tracker.close()
+        runtime.barrier()  # the launcher ends the others within a second of the first that ends
         say(f"stopped at step {self.at.step} with a checkpoint ({reason}); the same command goes on")
         return False
 
@@ -475,6 +471,7 @@ class Trainer:
 
     def _finish(self) -> None:
         """Keeps the last step, draws the last pictures, and writes the summary that says the run is done."""
+        self.loader.close()
         self._complete_checkpoint()
         self.draw_samples()
         peak_rss_mb = runtime.gather(runtime.peak_rss_mb())
@@ -484,6 +481,7 @@ class Trainer:
                 title = f"{self.config.run.folder}, step {self.at.step}"
                 pictures.curves(self.folder / "curves.png", rows, title=title)
                 write_text(self.folder / SUMMARY_FILE, json.dumps(self._summary(rows, peak_rss_mb), indent=2) + "\n")
+                remove_requeue(self.folder)
             self.tracker.close()
         say(f"done: step {self.at.step} after {self.at.train_seconds:.0f} s of training; see {self.folder}")
 
@@ -524,6 +522,7 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
     try:
         return Trainer(config, device, stop).train()
     except (UserError, SickRunError):
+        remove_requeue(folder)
         raise
     except Exception:
         watch.leave_if_ranks_are_lost()
@@ -532,75 +531,12 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
         watch.end()
 
 
-# ---------------------------------------------------------------------------
-# The run folder
-
-
-def write_requeue(folder: Path, reason: str) -> None:
-    """Leaves word for job scripts that the same command should be run again."""
-    # Not only rank 0: it may be the one that is lost. The content is the same from all.
-    (folder / REQUEUE_FILE).write_text(f"{reason}\n")
-
-
-def prepare_folder(config: Config, device: torch.device) -> None:
-    """Checks what a run reads and where it writes, then puts the resolved config into the run folder.
-
-    It takes no seconds of building an engine, and where it refuses, the run folder is as it was. All ranks call it.
-
-    Raises:
-        UserError: on all ranks: the shards do not fit the config, the latest checkpoint is of another run, the
-            folder cannot be written, or the device cannot do what the config asks for.
-    """
-    folder = Path(config.run.folder)
-    with runtime.together():
-        choose_blocks(config, device.type)
-        _check_writable(folder)
-        _check_inputs(config)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            take(folder)
-            if runtime.rank() == 0:
-                (folder / REQUEUE_FILE).unlink(missing_ok=True)
-                _say_changes(folder, config)
-                write_text(folder / CONFIG_FILE, to_yaml(config))
-        except OSError as error:
-            raise _unwritable(folder, error.strerror or str(error)) from error
-
-
-def _say_changes(folder: Path, config: Config) -> None:
-    """Names the knobs that are set otherwise than when the run was last started."""
-    if not (folder / CONFIG_FILE).is_file():
-        return
+def _is_from_health(checkpoint: Path) -> bool:
+    """Whether the step before it was applied: else its weights are those of the skipped steps."""
     try:
-        before = to_plain(load_config(folder / CONFIG_FILE))
-    except UserError:  # of an older version, or damaged: it is written anew
-        return
-    for section, knobs in to_plain(config).items():
-        for name, value in knobs.items():
-            if before[section][name] != value and (section, name) != ("run", "folder"):
-                say(f"changed since the last start: {section}.{name} from {before[section][name]} to {value}")
-
-
-_locks: dict[Path, runtime.FolderLock] = {}
-
-
-def take(folder: Path) -> None:
-    """Takes the run folder for this process, for its life; rank 0 does, and waits for another run's end.
-
-    Raises:
-        UserError: on rank 0: another run works in it.
-    """
-    with phase(f"waiting for the run that uses {folder}", announce=False):
-        if folder.resolve() not in _locks:
-            _locks[folder.resolve()] = runtime.FolderLock(folder / LOCK_FILE, _LOCK_SECONDS)
-
-
-def _check_writable(folder: Path) -> None:
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-    if not nearest.is_dir():
-        raise _unwritable(folder, f"{nearest} is no folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _unwritable(folder, f"no permission to write in {nearest}")
+        return read_state(checkpoint).guard.get("num_skips_in_row") == 0
+    except UserError:  # damaged, or not seen from this node yet
+        return False
 
 
 @contextmanager
@@ -611,62 +547,6 @@ def _writes_in(folder: Path) -> Iterator[None]:
             yield
         except OSError as error:
             raise UserError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
-
-
-def _unwritable(folder: Path, reason: str) -> UserError:
-    fix = "choose another with run.folder=PATH or change its permissions"
-    return UserError(f"run.folder: {folder} cannot be written ({reason}); {fix}")
-
-
-def _check_inputs(config: Config) -> None:
-    check_info(Shards(config.data.shards).info, config)
-    found = _newest_readable(make_store(config))
-    if found is None:
-        return
-    latest, saved = found
-    saved.check_model(to_plain(config)["model"], str(latest))
-    if saved.data_fingerprint != order_fingerprint(config):
-        raise UserError(
-            f"data.shards: checkpoint {latest} was trained on other shards than {config.data.shards}, or with other "
-            "data.num_canonical_nodes or data.shuffle_block_size, so its place in the data means nothing here; "
-            "set these as they were or choose another run.folder"
-        )
-    if saved.seed != config.run.seed:
-        raise UserError(
-            f"run.seed: expected {saved.seed}, the seed of checkpoint {latest}, got {config.run.seed}; "
-            "another seed is another order of the data: choose another run.folder"
-        )
-
-
-def _is_from_health(checkpoint: Path) -> bool:
-    """Whether the step before it was applied: else its weights are those of the skipped steps."""
-    try:
-        return read_state(checkpoint).guard.get("num_skips_in_row") == 0
-    except DamagedCheckpointError:
-        return False
-
-
-def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | None:
-    for path in store.candidates():
-        try:
-            return path, read_state(path)
-        except DamagedCheckpointError:
-            continue  # said where it is resumed from
-    return None
-
-
-def finished_step(config: Config) -> int | None:
-    """The step at which this run folder's run was completed under this config; None where there is work left."""
-    summary = runtime.gather(read_summary(Path(config.run.folder)))[0]
-    if summary is None:
-        return None
-    step = int(summary["num_steps"])
-    return step if _is_done(config, step, float(summary["train_seconds"])) else None
-
-
-def _is_done(config: Config, step: int, train_seconds: float) -> bool:
-    limit = config.train.max_train_seconds
-    return step >= config.train.num_steps or (limit > 0 and train_seconds >= limit)
 
 
 def _describe(blocks: BlockSettings) -> str:

@@ -135,6 +135,18 @@ class Ended:
     err: str
 
 
+_STARTED: list["Rank"] = []
+
+
+def end_ranks() -> None:
+    """Ends the scripts that a test has left running."""
+    while _STARTED:
+        rank = _STARTED.pop()
+        if rank.poll() is None:
+            rank.kill()
+        rank.communicate()
+
+
 class Rank:
     """A script that runs as a rank, with the methods of `subprocess.Popen` that tests need."""
 
@@ -145,6 +157,7 @@ class Rank:
         self._written = [Path(self._folder.name) / name for name in ("out", "err")]
         self._process = _server().Process(target=_run_script, args=(script, arguments, environment, self._written))
         self._process.start()
+        _STARTED.append(self)
 
     @property
     def pid(self) -> int:

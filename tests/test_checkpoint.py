@@ -1,4 +1,4 @@
-"""Checkpoints: bits survive any change of ranks, and no crash, full disk or damaged file costs the last good one."""
+"""Checkpoints: bits survive any change of ranks, and what is damaged or of another line is never taken for good."""
 
 import collections
 import dataclasses
@@ -8,17 +8,10 @@ import json
 import math
 import os
 import pickle
-import random
-import resource
 import shutil
-import signal
-import subprocess
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,136 +21,42 @@ import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from cfpretrain import checkpoint, runtime, tensor_files
+from cfpretrain import checkpoint, checkpoint_writer, tensor_files
 from cfpretrain.checkpoint import (
     CheckpointStore,
-    CheckpointWriter,
     DamagedCheckpointError,
-    Outcome,
     TrainingState,
+    is_healthy,
     read_state,
     read_tensors,
 )
+from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.console import UserError
 from cfpretrain.tensor_files import HashedRange
-from tests.processes import run_in_processes
-
-CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
-MODEL = {"width": 32, "depth": 2, "position_embedding": "sincos"}
-SHAPES = {"blocks.0.w": (4, 6), "blocks.0.b": (6,), "scale": (), "empty": (0, 3)}
-
-Full = dict[str, dict[str, Tensor]]  # content -> name -> full tensor
-Rank = tuple[list["Fragment"], list[Tensor]]
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Stands in for the engine's."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    values: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    replicated: bool
-
-
-def random_bits(shapes: dict[str, tuple[int, ...]], seed: int) -> Full:
-    """Any bits, not-a-numbers and denormals too."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        content: {
-            name: torch.randint(-(2**31), 2**31, shape, generator=generator).int().view(torch.float32)
-            for name, shape in shapes.items()
-        }
-        for content in CONTENTS
-    }
-
-
-def cut(full: Full, name: str, begin: int, end: int, replicated: bool) -> tuple[Fragment, Tensor]:
-    """One rank's copies of a flat range of a parameter."""
-    pieces = {content: full[content][name].reshape(-1)[begin:end].clone() for content in CONTENTS}
-    shape = tuple(full["weights"][name].shape)
-    fragment = Fragment(
-        name, shape, begin, pieces["weights"], pieces["exp_avg"], pieces["exp_avg_sq"], replicated=replicated
-    )
-    return fragment, pieces["ema"]
-
-
-def zero_like(full: Full) -> Full:
-    return {content: {name: torch.zeros_like(t) for name, t in full[content].items()} for content in CONTENTS}
-
-
-def whole(full: Full, replicated: bool = False) -> Rank:
-    """One rank that holds everything."""
-    pairs = [cut(full, name, 0, full["weights"][name].numel(), replicated) for name in full["weights"]]
-    return [fragment for fragment, _ in pairs], [ema for _, ema in pairs]
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.view(torch.int32), b.view(torch.int32))
-
-
-def holds(rank: Rank, full: Full) -> bool:
-    """Whether a rank's tensors are those ranges of `full`, bit by bit."""
-    for fragment, ema in zip(*rank, strict=True):
-        expected, expected_ema = cut(
-            full, fragment.name, fragment.offset, fragment.offset + len(fragment.values), fragment.replicated
-        )
-        pairs = [
-            (fragment.values, expected.values),
-            (ema, expected_ema),
-            (fragment.exp_avg, expected.exp_avg),
-            (fragment.exp_avg_sq, expected.exp_avg_sq),
-        ]
-        if not all(same_bits(a, b) for a, b in pairs):
-            return False
-    return True
-
-
-def make_state(step: int, **changes: Any) -> TrainingState:
-    values: dict[str, Any] = {
-        "step": step,
-        "optimizer_step": step,
-        "num_skipped": 0,
-        "num_rewinds": 0,
-        "epoch": 1,
-        "samples_in_epoch": 24,
-        "train_seconds": 1.5,
-        "seed": 0,
-        "model": MODEL,
-        "data_fingerprint": "f00d",
-        "guard": {"losses": [0.1, 2.5e-17]},
-        "wandb_run_id": None,
-        "versions": {"torch": "2"},
-    }
-    return TrainingState(**(values | changes))
-
-
-def make_store(folder: Path, keep_last: int = 2, keep_every_steps: int = 0) -> CheckpointStore:
-    return CheckpointStore(folder, keep_last, keep_every_steps)
-
-
-def save(
-    store: CheckpointStore, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES, seed: int | None = None
-) -> Full:
-    full = random_bits(shapes, step if seed is None else seed)
-    store.save(make_state(step), *whole(full))
-    return full
-
-
-def load(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> tuple[TrainingState, Rank]:
-    rank = whole(zero_like(random_bits(shapes, 0)))
-    state = CheckpointStore.load(path, *rank, model=MODEL)
-    return state, rank
-
-
-def names_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
+from tests.checkpoints import (
+    CONTENTS,
+    MODEL,
+    SHAPES,
+    Full,
+    KilledError,
+    Rank,
+    cut,
+    failing,
+    flip_byte,
+    holds,
+    killed_at,
+    load,
+    make_state,
+    make_store,
+    names_in,
+    random_bits,
+    same_bits,
+    save,
+    whole,
+    write_as_ranks,
+    zero_like,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Bits, whatever the ranks
@@ -179,20 +78,6 @@ def draw_ranks(draw: Callable[..., Any], full: Full) -> list[Rank]:
             ranks[rank][0].append(fragment)
             ranks[rank][1].append(ema)
     return ranks
-
-
-def write_as_ranks(store: CheckpointStore, ranks: Sequence[Rank], full: Full, step: int) -> Path:
-    """What a writer does on several ranks, one rank after another in this process, the last one first."""
-    final = store.folder / f"step_{step:08d}"
-    partial = final.with_name(f"{final.name}.partial")
-    store.folder.mkdir(parents=True, exist_ok=True)
-    shapes = {name: tuple(t.shape) for name, t in full["weights"].items()}
-    for index, rank in reversed(list(enumerate(ranks))):
-        snapshot = checkpoint._Snapshot(*rank, index, len(ranks))
-        snapshot.take()
-        checkpoint._write_share(partial, shapes, step, snapshot, index)
-    store._publish(partial, final, make_state(step).to_json(), len(ranks))
-    return final
 
 
 shape_lists = st.lists(st.lists(st.integers(0, 5), max_size=3).map(tuple), min_size=1, max_size=4)
@@ -238,7 +123,7 @@ def test_weights_that_require_gradients(tmp_path: Path):
     fragments, ema = whole(zero_like(full))
     fragments = [dataclasses.replace(f, values=f.values.requires_grad_()) for f in fragments]
     store.load(tmp_path / "step_00000001", fragments, ema, model=MODEL)
-    store.save(make_state(2), fragments, ema)
+    checkpoint_writer.save(store, make_state(2), fragments, ema)
     assert holds(load(tmp_path / "step_00000002")[1], full)
 
 
@@ -287,132 +172,6 @@ def test_ranges_must_cover_each_parameter_once(rows: list[Any], what: str):
         checkpoint._join_ranges(rows)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Two real ranks
-
-
-def _message(action: Callable[[], Any]) -> str:
-    try:
-        action()
-    except UserError as error:
-        return str(error)
-    return "no error"
-
-
-def _share(full: Full, rank: int) -> Rank:
-    """An uneven division over two ranks; rank 0 holds nothing of `blocks.0.b`."""
-    bounds = {"blocks.0.w": 7, "blocks.0.b": 0, "scale": 1, "empty": 0}
-    pairs = []
-    for name, middle in bounds.items():
-        numel = full["weights"][name].numel()
-        begin, end = ((0, middle), (middle, numel))[rank]
-        if begin < end or name == "empty":
-            pairs.append(cut(full, name, begin, end, replicated=False))
-    return [fragment for fragment, _ in pairs], [ema for _, ema in pairs]
-
-
-def _failing(*_: Any) -> Any:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def _kind_and_message(action: Callable[[], Any]) -> tuple[str, str]:
-    try:
-        action()
-    except UserError as error:
-        return type(error).__name__, str(error)
-    return "none", ""
-
-
-def _flip_byte(file: Path, at: int) -> None:
-    damaged = bytearray(file.read_bytes())
-    damaged[at] ^= 4
-    file.write_bytes(damaged)
-
-
-def _two_ranks_beside_training(store: CheckpointStore, share: Rank, step: int, late_rank: int) -> dict[str, Any]:
-    """Steps of a run whose one rank is slow at writing; what is there before and after it is done."""
-    may_write, pwrite = threading.Event(), os.pwrite
-    if runtime.rank() == late_rank:
-        os.pwrite = lambda *args: may_write.wait() and pwrite(*args)
-    writer = CheckpointWriter(store, *share)
-    writer.begin(make_state(step))
-    outcomes, busy = [], []
-    for _ in range(5):
-        flags = runtime.sum_over_ranks(torch.tensor([writer.is_working, writer.has_failed]).long()).tolist()
-        outcomes.append(writer.advance(*(flag > 0 for flag in flags)))
-        busy.append(writer.is_busy)
-        time.sleep(0.02)
-    before = store.latest()
-    runtime.barrier()
-    may_write.set()
-    outcome = writer.wait()
-    os.pwrite = pwrite
-    return {"outcomes": outcomes, "busy": busy, "before": before, "outcome": outcome, "busy_after": writer.is_busy}
-
-
-def _two_ranks(folder: Path) -> dict[str, Any]:
-    runtime.start(torch.device("cpu"))
-    rank = runtime.rank()
-    store = make_store(folder, keep_last=1)
-    first, second = random_bits(SHAPES, 1), random_bits(SHAPES, 2)
-    store.save(make_state(1), *_share(first, rank))
-    store.save(make_state(2), *whole(second, replicated=True))
-    path = folder / "step_00000002"
-    other = _share(zero_like(second), 1 - rank)
-    state = store.load(path, *other, model=MODEL)
-    found: dict[str, Any] = {"state": state.step, "bits": holds(other, second)}
-    pwrite, preadv = os.pwrite, os.preadv
-    if rank == 1:
-        os.pwrite = _failing
-    found["full_disk"] = _message(lambda: store.save(make_state(3), *_share(first, rank)))
-    os.pwrite = pwrite
-    found["after_full_disk"] = (store.latest() == path, sorted(names_in(folder)))
-    if rank == 1:
-        os.preadv = _failing
-    found["bad_read"] = _message(lambda: store.load(path, *other, model=MODEL))
-    os.preadv = preadv
-    fewer = [f for f in other[0] if f.name != "scale"]
-    fewer_ema = [e for f, e in zip(*other, strict=True) if f.name != "scale"]
-    found["other_tensors"] = _kind_and_message(lambda: store.load(path, fewer, fewer_ema, model=MODEL))
-    runtime.barrier()
-    if rank == 0:
-        _flip_byte(path / "exp_avg_sq.safetensors", -5)  # in the share that rank 1 verifies
-    runtime.barrier()
-    untouched = _share(first, rank)
-    found["flipped"] = _kind_and_message(lambda: store.load(path, *untouched, model=MODEL))
-    found["untouched"] = holds(untouched, first)
-    store.save(make_state(3), *_share(first, rank))
-    runtime.barrier()  # rank 0 deletes the old ones while the others go on
-    found["names"] = sorted(names_in(folder))
-    found["late"] = [_two_ranks_beside_training(store, _share(first, rank), 4 + late, late) for late in range(2)]
-    return found
-
-
-def test_two_ranks_write_read_and_fail_together(tmp_path: Path):
-    ranks = run_in_processes(_two_ranks, 2, tmp_path)
-    for found in ranks:
-        assert found["state"] == 2
-        assert found["bits"]
-        assert "No space left" in found["full_disk"]
-        assert str(tmp_path / "step_00000003") in found["full_disk"]
-        assert found["after_full_disk"] == (True, ["latest", "step_00000002"])
-        assert "cannot be read: No space left" in found["bad_read"]
-        assert found["other_tensors"][0] == "UserError"
-        assert "unknown: scale" in found["other_tensors"][1]
-        assert found["flipped"][0] == "DamagedCheckpointError"
-        assert "exp_avg_sq.safetensors: values" in found["flipped"][1]
-        assert found["untouched"]
-        assert found["names"] == ["latest", "step_00000003"]
-        for late, seen in enumerate(found["late"]):
-            assert seen["outcomes"] == [None] * 5, "nothing is published before the last rank has written"
-            assert seen["busy"] == [True] * 5
-            assert seen["before"] == tmp_path / f"step_0000000{3 + late}"
-            assert seen["outcome"] == Outcome(4 + late, tmp_path / f"step_0000000{4 + late}", None)
-            assert not seen["busy_after"]
-    first = random_bits(SHAPES, 1)
-    assert holds(load(tmp_path / "step_00000005")[1], first)
-
-
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.lists(st.integers(1, 1000), max_size=30), world_size=st.integers(1, 5))
 def test_the_ranks_verify_every_range_once_and_equal_shares(sizes: list[int], world_size: int):
@@ -432,373 +191,6 @@ def test_the_ranks_verify_every_range_once_and_equal_shares(sizes: list[int], wo
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Beside training
-
-
-@contextmanager
-def held_back() -> Iterator[threading.Event]:
-    """Writes wait inside the block until the event is set; at its end they go on."""
-    may_write, pwrite = threading.Event(), os.pwrite
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "pwrite", lambda *args: may_write.wait() and pwrite(*args))
-        try:
-            yield may_write
-        finally:
-            may_write.set()
-
-
-def test_the_checkpoint_holds_the_values_of_its_beginning(tmp_path: Path):
-    store, full = make_store(tmp_path), random_bits(SHAPES, 1)
-    fragments, ema = whole(full)
-    writer = CheckpointWriter(store, fragments, ema)
-    assert (writer.is_busy, writer.is_working, writer.has_failed, writer.wait()) == (False, False, False, None)
-    guard = {"losses": [1.0]}
-    with held_back():
-        writer.begin(make_state(1, guard=guard))
-        assert (writer.is_busy, writer.is_working, writer.has_failed) == (True, True, False)
-        for fragment, average in zip(fragments, ema, strict=True):
-            for values in (fragment.values, fragment.exp_avg, fragment.exp_avg_sq, average):
-                values.zero_()
-        guard["losses"].append(2.0)
-        assert writer.advance(any_working=True, any_failed=False) is None
-        assert store.latest() is None
-    assert writer.wait() == Outcome(1, tmp_path / "step_00000001", None)
-    assert not writer.is_busy
-    state, rank = load(tmp_path / "step_00000001")
-    assert holds(rank, full)
-    assert state == make_state(1, guard={"losses": [1.0]})
-
-
-def test_one_in_flight_and_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    rank = whole(random_bits(SHAPES, 1))
-    sizes: list[int] = []
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *args, **options: sizes.append(args[0]) or empty(*args, **options))
-    writer = CheckpointWriter(make_store(tmp_path), *rank)
-    assert sizes == [31] * 4  # the values of SHAPES
-    with held_back():
-        writer.begin(make_state(1))
-        with pytest.raises(AssertionError, match="one checkpoint at a time"):
-            writer.begin(make_state(2))
-    assert writer.wait() == Outcome(1, tmp_path / "step_00000001", None)
-    for step in (2, 3):
-        writer.begin(make_state(step))
-        assert writer.wait() == Outcome(step, tmp_path / f"step_0000000{step}", None)
-    assert len(sizes) == 4, "the buffers are allocated once"
-    assert names_in(tmp_path) == {"latest", "step_00000002", "step_00000003"}
-
-
-def test_a_failed_checkpoint_ends_with_its_reason_and_the_next_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    store, full = make_store(tmp_path), random_bits(SHAPES, 1)
-    writer = CheckpointWriter(store, *whole(full))
-    monkeypatch.setattr(os, "fsync", _failing)
-    writer.begin(make_state(1))
-    outcome = writer.wait()
-    assert outcome is not None
-    assert (outcome.step, outcome.path) == (1, None)
-    assert "step_00000001 cannot be written: No space left on device; earlier checkpoints are untouched" in (
-        outcome.error or ""
-    )
-    assert (names_in(tmp_path), writer.is_busy, writer.has_failed) == (set(), False, False)
-    monkeypatch.undo()
-    writer.begin(make_state(1))
-    assert writer.wait() == Outcome(1, tmp_path / "step_00000001", None)
-    assert holds(load(tmp_path / "step_00000001")[1], full)
-
-
-def test_our_own_mistakes_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    writer = CheckpointWriter(make_store(tmp_path), *whole(random_bits(SHAPES, 1)))
-    monkeypatch.setattr(checkpoint, "_write_share", lambda *_: 1 / 0)
-    writer.begin(make_state(1))
-    with pytest.raises(ZeroDivisionError):
-        writer.wait()
-
-
-def _written_by_two(folder: Path) -> Path:
-    """A partial folder that two ranks have written and nobody published."""
-    full = {c: {"p": torch.ones(10)} for c in CONTENTS}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CheckpointStore, "_publish", lambda *_: None)
-        path = write_as_ranks(make_store(folder), [whole(full, replicated=True)] * 2, full, step=1)
-    return path.with_name(f"{path.name}.partial")
-
-
-def test_the_hashes_of_another_node_are_waited_for(tmp_path: Path):
-    partial = _written_by_two(tmp_path)
-    expected = checkpoint._merge_hashes(partial, 2)
-    assert [row[:2] for row in json.loads(expected)["ema"]["p"]] == [[0, 5], [5, 10]]
-    part = partial / "ranges_00001.json"
-    text = part.read_text()
-    merged: list[bytes] = []
-    part.unlink()
-    thread = threading.Thread(target=lambda: merged.append(checkpoint._merge_hashes(partial, 2)))
-    thread.start()
-    for visible in ("", text[:20], text):
-        time.sleep(0.03)
-        part.write_text(visible)
-    thread.join()
-    assert merged == [expected]
-
-
-def test_hashes_that_never_come_fail_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(checkpoint, "_MAX_PART_WAIT_SECONDS", 0.05)
-    partial = _written_by_two(tmp_path)
-    (partial / "ranges_00001.json").unlink()
-    with pytest.raises(FileNotFoundError, match="ranges_00001"):
-        checkpoint._merge_hashes(partial, 2)
-
-
-def test_what_is_not_covered_is_not_published(tmp_path: Path):
-    partial = _written_by_two(tmp_path)
-    (partial / "ranges_00001.json").write_bytes((partial / "ranges_00000.json").read_bytes())
-    with pytest.raises(DamagedCheckpointError, match="each value of weights once"):
-        checkpoint._merge_hashes(partial, 2)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Crashes
-
-
-class KilledError(BaseException):
-    """Like a kill, it is no Exception: nothing handles it."""
-
-
-@contextmanager
-def killed_at(call: int, mutations: list[str]) -> Iterator[None]:
-    """Lets the process die at its `call`-th change of the file system (a write dies half-way)."""
-
-    def watch(name: str) -> Callable[..., Any]:
-        real = getattr(os, name)
-
-        def wrapper(*args: Any, **options: Any) -> Any:
-            mutations.append(name)
-            if len(mutations) == call:
-                if name == "pwrite":
-                    real(args[0], args[1][: len(args[1]) // 2], args[2])
-                raise KilledError(name)
-            return real(*args, **options)
-
-        return wrapper
-
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("open", "mkdir", "ftruncate", "pwrite", "fsync", "rename", "replace", "unlink", "rmdir"):
-            patch.setattr(os, name, watch(name))
-        yield
-
-
-@pytest.mark.parametrize("step", [3, 2], ids=["a_new_step", "the_latest_step_again"])
-def test_dying_at_any_change_of_the_file_system_leaves_a_usable_checkpoint(tmp_path: Path, step: int):
-    template = tmp_path / "template"
-    save(make_store(template), 1)
-    before = save(make_store(template), 2)
-    after = random_bits(SHAPES, 99)
-    outcomes = []
-    for call in itertools.count(1):
-        store = make_store(tmp_path / f"call_{call}")
-        shutil.copytree(template, store.folder)
-        mutations: list[str] = []
-        with killed_at(call, mutations):
-            try:
-                store.save(make_state(step, seed=99), *whole(after))
-                break
-            except KilledError:
-                pass
-        path = store.latest()
-        assert path is not None
-        state, rank = load(path)
-        expected = after if state.seed == 99 else before
-        assert holds(rank, expected), f"call {call}, {mutations[-1]}"
-        outcomes.append(state.seed == 99)
-        # A run that goes on cleans up, whatever it found.
-        again = save(store, 4)
-        assert names_in(store.folder) <= {"latest", "step_00000002", "step_00000003", "step_00000004"}
-        assert holds(load(store.folder / "step_00000004")[1], again)
-        shutil.rmtree(store.folder)
-    assert len(outcomes) > 40
-    assert outcomes == sorted(outcomes), "once the new checkpoint is the one to resume from, it stays so"
-    assert set(outcomes) == {False, True}
-
-
-def _save_until_killed(store: CheckpointStore, step: int) -> None:
-    while True:
-        step += 1
-        full = {c: {"p": torch.full((64, 1024), float(step + i))} for i, c in enumerate(CONTENTS)}
-        store.save(make_state(step), *whole(full))
-
-
-def _kill_rounds(folder: Path, num_rounds: int) -> list[int]:
-    """Kills a process that only saves, again and again; returns the step found complete after each kill."""
-    store = make_store(folder)
-    chance = random.Random(0)
-    found = []
-    for _ in range(num_rounds):
-        begin = found[-1] if found else 0
-        child = os.fork()
-        if child == 0:
-            _save_until_killed(store, begin)
-        while (path := store.latest()) is None or read_state(path).step <= begin:
-            time.sleep(0.005)
-        time.sleep(chance.uniform(0, 0.06))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        path = store.latest()
-        assert path is not None
-        rank = whole({c: {"p": torch.zeros(64, 1024)} for c in CONTENTS})
-        step = store.load(path, *rank, model=MODEL).step
-        assert holds(rank, {c: {"p": torch.full((64, 1024), float(step + i))} for i, c in enumerate(CONTENTS)})
-        found.append(step)
-    return found
-
-
-def test_a_real_kill_leaves_a_usable_checkpoint(tmp_path: Path):
-    (found,) = run_in_processes(_kill_rounds, 1, tmp_path, 12)
-    assert found == sorted(set(found))
-    assert len(found) == 12
-
-
-# A save of SHAPES writes 4 headers, 4 x 3 tensors with values, the hashes as a part and whole, the state, `latest`.
-@pytest.mark.parametrize("call", [1, 5, 16, 17, 18, 19, 20])
-def test_a_full_disk_costs_only_the_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int):
-    store = make_store(tmp_path)
-    full = save(store, 1)
-    pwrite, calls = os.pwrite, itertools.count(1)
-    monkeypatch.setattr(os, "pwrite", lambda *args: _failing() if next(calls) >= call else pwrite(*args))
-    with pytest.raises(UserError, match=r"step_00000002 cannot be written: No space left on device.*free some space"):
-        save(store, 2)
-    monkeypatch.undo()
-    complete = {"latest", "step_00000001"}
-    # Where only moving `latest` failed, the new folder is complete and has its name.
-    assert names_in(tmp_path) == (complete | {"step_00000002", "latest.partial"} if call == 20 else complete)
-    assert store.latest() == tmp_path / "step_00000001"
-    assert holds(load(tmp_path / "step_00000001")[1], full)
-    save(store, 3)
-    assert store.latest() == tmp_path / "step_00000003"
-
-
-def _save_under_a_file_size_limit(folder: Path) -> str:
-    store = make_store(folder)
-    save(store, 1)
-    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    return _message(lambda: save(store, 2, {"p": (100_000,)}))
-
-
-def test_the_systems_own_refusal_is_told(tmp_path: Path):
-    (message,) = run_in_processes(_save_under_a_file_size_limit, 1, tmp_path)
-    assert "step_00000002 cannot be written: File too large" in message
-    assert "\n" not in message
-    assert names_in(tmp_path) == {"latest", "step_00000001"}
-
-
-def test_an_unwritable_folder_is_told(tmp_path: Path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match=r"checkpoint folder .*/file/checkpoints cannot be written: .*run\.folder"):
-        save(make_store(tmp_path / "file" / "checkpoints"), 1)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = _mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder))
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting a small file system was refused: {mounted.stderr}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def _mount(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["mount", *arguments], capture_output=True, text=True)
-
-
-def test_a_disk_that_fills_half_way(small_disk: Path):
-    store, full = make_store(small_disk), random_bits({"p": (12_000,)}, 1)
-    rank = whole(full)
-    writer = CheckpointWriter(store, *rank)
-    writer.begin(make_state(1))
-    assert writer.wait() == Outcome(1, small_disk / "step_00000001", None)
-    (small_disk / "something_else").write_bytes(bytes(700_000))
-    writer.begin(make_state(2))
-    outcome = writer.wait()
-    assert outcome is not None
-    assert "step_00000002 cannot be written: No space left on device" in (outcome.error or "")
-    assert names_in(small_disk) == {"latest", "step_00000001", "something_else"}
-    assert holds(load(small_disk / "step_00000001", {"p": (12_000,)})[1], full)
-    (small_disk / "something_else").unlink()
-    writer.begin(make_state(3))
-    assert writer.wait() == Outcome(3, small_disk / "step_00000003", None)
-    assert store.candidates() == [small_disk / "step_00000003", small_disk / "step_00000001"]
-
-
-def test_a_folder_that_became_read_only(small_disk: Path, capsys: pytest.CaptureFixture[str]):
-    # A read-only mount, since permissions do not bind root.
-    store, full = make_store(small_disk), random_bits(SHAPES, 1)
-    writer = CheckpointWriter(store, *whole(full))
-    writer.begin(make_state(1))
-    assert writer.wait() == Outcome(1, small_disk / "step_00000001", None)
-    assert _mount("-o", "remount,ro", str(small_disk)).returncode == 0
-    writer.begin(make_state(2))
-    outcome = writer.wait()
-    assert outcome is not None
-    assert "step_00000002 cannot be written: Read-only file system" in (outcome.error or "")
-    assert store.latest() == small_disk / "step_00000001"
-    assert holds(load(small_disk / "step_00000001")[1], full)
-    assert _mount("-o", "remount,rw", str(small_disk)).returncode == 0
-    writer.begin(make_state(2))
-    assert writer.wait() == Outcome(2, small_disk / "step_00000002", None)
-    assert capsys.readouterr().out == ""
-
-
-@pytest.mark.parametrize("what", ["partial", "all"])
-def test_a_folder_that_vanishes_during_a_write(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch):
-    deadlines: list[float] = []
-    read_part = checkpoint._read_part
-    monkeypatch.setattr(
-        checkpoint, "_read_part", lambda file, deadline: deadlines.append(deadline) or read_part(file, 0.0)
-    )
-    pwrite = os.pwrite
-    num_failed = 0
-    for vanish_at in range(1, 21):
-        folder, away = tmp_path / f"{vanish_at}", tmp_path / f"{vanish_at}_away"
-        store = make_store(folder)
-        full = save(store, 1)
-        after = random_bits(SHAPES, 2)
-        calls = itertools.count(1)
-
-        def write(*args: Any, folder: Path = folder, away: Path = away, calls: Any = calls, at: int = vanish_at) -> int:
-            if next(calls) == at:
-                gone = folder if what == "all" else folder / "step_00000002.partial"
-                if gone.exists():
-                    gone.rename(away)
-            return pwrite(*args)
-
-        writer = CheckpointWriter(store, *whole(after))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "pwrite", write)
-            writer.begin(make_state(2))
-            outcome = writer.wait()
-        assert outcome is not None
-        if what == "all":
-            away.rename(folder)
-        if outcome.error is None:
-            assert holds(load(folder / "step_00000002")[1], after)
-        else:
-            num_failed += 1
-            assert "step_00000002 cannot be written: No such file or directory" in outcome.error
-            assert store.latest() == folder / "step_00000001"
-        assert holds(load(folder / "step_00000001")[1], full)
-    assert num_failed >= 19
-    assert set(deadlines) == {0.0}, "what this very rank has written is not waited for"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Which checkpoints there are
 
 
@@ -813,6 +205,29 @@ def test_retention(tmp_path: Path, keep_last: int, keep_every_steps: int, kept: 
     assert names_in(tmp_path) == {"latest", *(f"step_{step:08d}" for step in kept)}
 
 
+SICK = {"num_skips_in_row": 2}
+
+
+def test_retention_keeps_the_newest_one_that_can_be_gone_back_to(tmp_path: Path):
+    store = make_store(tmp_path, keep_last=2)
+    for step, guard in ((10, {}), (20, {"num_skips_in_row": 0}), (30, SICK), (40, SICK), (50, SICK)):
+        save(store, step, guard=guard)
+    assert names_in(tmp_path) == {"latest", "step_00000020", "step_00000040", "step_00000050"}
+    assert [is_healthy(path) for path in store.candidates()] == [False, False, True]
+    save(store, 60)
+    assert names_in(tmp_path) == {"latest", "step_00000050", "step_00000060"}
+
+
+def test_one_that_cannot_be_read_is_none_to_go_back_to(tmp_path: Path):
+    store = make_store(tmp_path, keep_last=1)
+    save(store, 10)
+    save(make_store(tmp_path, keep_last=2), 20)
+    (tmp_path / "step_00000020" / "state.json").write_text("{")
+    save(store, 30, guard=SICK)
+    assert names_in(tmp_path) == {"latest", "step_00000010", "step_00000030"}
+    assert not is_healthy(tmp_path / "step_00000020")
+
+
 def test_retention_leaves_later_steps_of_another_line_alone(tmp_path: Path):
     for step in (10, 20, 30):
         save(make_store(tmp_path, keep_last=3), step)
@@ -821,6 +236,126 @@ def test_retention_leaves_later_steps_of_another_line_alone(tmp_path: Path):
     save(store, 15)
     assert store.latest() == tmp_path / "step_00000015"
     assert names_in(tmp_path) == {"latest", "step_00000015", "step_00000020", "step_00000030"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Set aside
+
+
+def test_another_line_is_out_of_the_way_once_it_is_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    store = make_store(tmp_path, keep_last=2)
+    fulls = {step: save(make_store(tmp_path, keep_last=9), step) for step in (10, 20, 30)}
+    (tmp_path / "latest").write_text("step_00000010\n")
+    store.set_aside(10, [])
+    aside = {"step_00000020.abandoned", "step_00000030.abandoned"}
+    assert names_in(tmp_path) == {"latest", "step_00000010", *aside}
+    said = capsys.readouterr().out
+    assert said.count("\n") == 2
+    assert said.count(" is abandoned: it is now step_000000") == 2
+    for step in (15, 20, 25, 30, 35):
+        save(store, step)
+        assert store.latest() == tmp_path / f"step_{step:08d}"
+    assert names_in(tmp_path) == {"latest", "step_00000030", "step_00000035", *aside}
+    assert store.candidates() == [tmp_path / "step_00000035", tmp_path / "step_00000030"]
+    assert holds(load(tmp_path / "step_00000030.abandoned")[1], fulls[30])
+    store.set_aside(35, [])
+    assert capsys.readouterr().out == ""
+
+
+def test_damaged_ones_are_set_aside_and_numbered(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    store = make_store(tmp_path, keep_last=9)
+    save(store, 10)
+    for _ in range(3):
+        for step in (20, 30):
+            save(store, step)
+            flip_byte(tmp_path / f"step_{step:08d}" / "ema.safetensors", -1)
+        store.set_aside(10, store.candidates()[:2])
+        assert store.candidates() == [tmp_path / "step_00000010"]
+        said = capsys.readouterr().out
+        assert said.count(" is damaged: it is now step_000000") == 2, "and `latest` names one that is there"
+        assert said.count("\n") == 2
+    save(store, 20)
+    assert names_in(tmp_path) == {
+        "latest",
+        "step_00000010",
+        "step_00000020",
+        *(f"step_000000{step}.damaged{number}" for step in (20, 30) for number in ("", "_2", "_3")),
+    }
+
+
+def test_what_a_damaged_one_was_replacing_is_abandoned(tmp_path: Path):
+    store = make_store(tmp_path, keep_last=9)
+    for step in (10, 20):
+        save(store, step)
+    shutil.copytree(tmp_path / "step_00000020", tmp_path / "step_00000020.replaced")
+    flip_byte(tmp_path / "step_00000020" / "ema.safetensors", -1)
+    store.set_aside(10, [tmp_path / "step_00000020"])
+    assert names_in(tmp_path) == {"latest", "step_00000010", "step_00000020.damaged", "step_00000020.abandoned"}
+
+
+def test_nothing_is_written_where_there_is_nothing_to_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = make_store(tmp_path)
+    for step in (10, 20):
+        save(store, step)
+    changes: list[str] = []
+    with killed_at(1, changes):
+        store.set_aside(20, [])
+        monkeypatch.setenv("RANK", "1")
+        store.set_aside(10, [tmp_path / "step_00000010"])
+    assert changes == []
+
+
+def _usable(store: CheckpointStore) -> tuple[int, list[Path]]:
+    """What a run resumes from: its step, and the damaged ones before it in the line."""
+    damaged = []
+    for path in store.candidates():
+        try:
+            return load(path)[0].step, damaged
+        except DamagedCheckpointError:
+            damaged.append(path)
+    return 0, damaged
+
+
+def test_dying_while_others_are_set_aside_leaves_the_same_line(tmp_path: Path):
+    template = make_store(tmp_path / "template", keep_last=9)
+    for step in (10, 20, 30, 40):
+        save(template, step)
+    (template.folder / "latest").write_text("step_00000030\n")
+    flip_byte(template.folder / "step_00000030" / "ema.safetensors", -1)
+    for call in itertools.count(1):
+        store = make_store(tmp_path / f"call_{call}")
+        shutil.copytree(template.folder, store.folder)
+        changes: list[str] = []
+        with suppress(KilledError), killed_at(call, changes):
+            store.set_aside(20, [store.folder / "step_00000030"])
+        step, damaged = _usable(store)
+        assert step == 20, f"call {call}, {changes[-1]}"
+        store.set_aside(step, damaged)
+        store.remove_leftovers()
+        assert {"step_00000010", "step_00000020", "step_00000040.abandoned"} < names_in(store.folder)
+        assert len(names_in(store.folder)) == 5
+        if len(changes) < call:
+            break
+    assert call > 5
+
+
+def test_what_cannot_be_set_aside_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    store = make_store(tmp_path)
+    for step in (10, 20):
+        save(store, step)
+    monkeypatch.setattr(os, "rename", failing)
+    monkeypatch.setattr(os, "replace", failing)
+    store.set_aside(10, [])
+    said = capsys.readouterr().out
+    assert "latest cannot be written now: No space left on device" in said
+    assert "step_00000020 cannot be renamed to step_00000020.abandoned now: No space left on device" in said
+    assert said.count("\n") == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Leftovers, and which one is the latest
 
 
 def test_what_cannot_be_deleted_does_not_stop_training(
@@ -932,7 +467,7 @@ def test_a_damaged_newest_one_leaves_the_one_before(tmp_path: Path):
     newest, middle, oldest = store.candidates()
     file = newest / "weights.safetensors"
     os.truncate(file, file.stat().st_size // 2)
-    _flip_byte(middle / "exp_avg.safetensors", -20)
+    flip_byte(middle / "exp_avg.safetensors", -20)
     for path in (newest, middle):
         with pytest.raises(DamagedCheckpointError):
             load(path)
@@ -1039,7 +574,7 @@ def test_any_flipped_bit_is_noticed_or_changes_nothing(tmp_path: Path):
 
 @pytest.mark.parametrize("which", ["ema", "weights"])
 def test_whole_tensors_are_verified(saved: Path, which: Any):
-    _flip_byte(saved / f"{which}.safetensors", -1)
+    flip_byte(saved / f"{which}.safetensors", -1)
     with pytest.raises(DamagedCheckpointError, match=rf"{which}\.safetensors: values 0 to 1 of scale are not those"):
         read_tensors(saved, which)
     read_tensors(saved, "weights" if which == "ema" else "ema")

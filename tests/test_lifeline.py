@@ -32,20 +32,16 @@ def rows(folder: Path) -> list[dict]:
 
 def wait_for_steps(folder: Path, num_steps: int, ranks: list[Rank]) -> None:
     metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 200
     while not (metrics.exists() and metrics.read_text().count("\n") >= num_steps):
+        assert time.monotonic() < deadline
         assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
         time.sleep(0.01)
 
 
 def end(ranks: list[Rank]) -> list[tuple[int, str]]:
-    try:
-        outs = [rank.communicate(timeout=120) for rank in ranks]
-        return [(rank.returncode, out + err) for rank, (out, err) in zip(ranks, outs, strict=True)]
-    finally:
-        for rank in ranks:
-            if rank.poll() is None:
-                rank.kill()
-                rank.communicate()
+    outs = [rank.communicate(timeout=120) for rank in ranks]
+    return [(rank.returncode or 0, out + err) for rank, (out, err) in zip(ranks, outs, strict=True)]
 
 
 # ---------------------------------------------------------------------------
@@ -74,18 +70,46 @@ def test_a_signal_to_any_rank_saves_and_stops_all(shards: Path, tmp_path: Path, 
 
 
 def test_ctrl_c_counts_as_one_request(shards: Path, tmp_path: Path) -> None:
-    """The launcher makes SIGINT and, milliseconds later, SIGTERM of one Ctrl-C; loader workers get SIGINT too."""
+    """It reaches the whole process group; the launcher makes SIGINT and, milliseconds later, SIGTERM of it."""
     folder = tmp_path / "run"
-    arguments = small_run(shards, folder, *LONG, "data.num_workers=1")
-    [rank] = ranks = start_script(TRAIN, arguments, 1)
+    [rank] = ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "data.num_workers=1"), 1)
     wait_for_steps(folder, 4, ranks)
-    rank.send_signal(signal.SIGINT)
-    time.sleep(0.01)
-    rank.send_signal(signal.SIGTERM)
+    group = [rank.pid, *children(rank.pid)]
+    assert len(group) > 1
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for process in group:
+            os.kill(process, number)
+        time.sleep(0.01)
     [(code, said)] = end(ranks)
     assert code == EXIT_REQUEUE, said
     assert "Traceback" not in said
     assert (folder / "requeue").read_text() == "SIGINT\n"
+    assert not [process for process in group if Path(f"/proc/{process}").exists()]
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def test_a_closed_terminal_does_not_cost_the_checkpoint(shards: Path, tmp_path: Path) -> None:
+    """Nobody reads what the run says any more, as behind `| tee log` after Ctrl-C."""
+    folder = tmp_path / "run"
+    command = [sys.executable, TRAIN, *small_run(shards, folder, *LONG)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            while not (folder / "metrics.jsonl").exists():
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.stdout.close()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(120) == EXIT_REQUEUE
+        finally:
+            process.kill()
+    assert (folder / "requeue").read_text() == "SIGINT\n"
+    step = int((folder / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+    assert step == rows(folder)[-1]["step"]
 
 
 SLEEPER = """
@@ -179,7 +203,21 @@ def test_a_rank_notices_that_its_launcher_is_gone(tmp_path: Path, moment: str) -
             os.kill(int(pid_file.read_text()), signal.SIGKILL)
         said = runner.stdout.read()
     assert "the launcher is gone: stopping" in said
-    assert said.endswith("\nthe launcher is gone\n")
+    assert "\nthe launcher is gone\n" in f"\n{said}"
+
+
+def test_a_launcher_that_goes_is_no_second_signal(tmp_path: Path) -> None:
+    """It ends once its ranks were told to stop, while they still write their checkpoint."""
+    stop = object.__new__(lifeline.StopRequest)
+    stop.reason, stop._asked_at = "SIGUSR1", time.monotonic() - 10 * lifeline._ONE_REQUEST_SECONDS
+
+    class Gone:
+        def is_there(self) -> bool:
+            return False
+
+    stop._launcher = Gone()  # type: ignore[assignment]
+    stop._watch_launcher()  # were it a signal, this process would end
+    assert stop.reason == "SIGUSR1"
 
 
 # ---------------------------------------------------------------------------
@@ -215,8 +253,6 @@ def test_a_stopped_rank_ends_the_run(shards: Path, tmp_path: Path) -> None:
     wait_for_steps(folder, 4, ranks)
     ranks[1].send_signal(signal.SIGSTOP)
     out, err = ranks[0].communicate(timeout=120)
-    ranks[1].kill()
-    ranks[1].communicate()
     assert ranks[0].returncode == EXIT_REQUEUE, out + err
     assert (folder / "requeue").read_text() == "rank 1 died or lost the network\n"
 
@@ -245,7 +281,7 @@ def test_a_rank_that_sleeps_past_the_timeout_ends_the_run(shards: Path, tmp_path
     assert (tmp_path / "run" / "requeue").read_text().startswith("rank 1 did not arrive for ")
 
 
-def train_with_a_bug(shards: Path, folder: Path) -> None:
+def train_with_a_bug(shards: Path, folder: Path, ranks: tuple[int, ...]) -> None:
     from cfpretrain import trainer
 
     device = torch.device("cpu")
@@ -254,18 +290,49 @@ def train_with_a_bug(shards: Path, folder: Path) -> None:
     real = trainer.Trainer.train_step
 
     def train_step(self: trainer.Trainer) -> None:
-        if self.at.step == 3:
+        if self.at.step == 3 and runtime.rank() in ranks:
             raise ZeroDivisionError("a bug")
         real(self)
 
     trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
-    trainer.run(small_config(shards, folder, *LONG), device, stop)
+    try:
+        trainer.run(small_config(shards, folder, *LONG), device, stop)
+    finally:
+        (folder / f"ended_{runtime.rank()}").touch()
 
 
-def test_a_bug_is_no_reason_to_run_again(shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ZeroDivisionError: a bug"):
-        run_in_processes(train_with_a_bug, 2, shards, tmp_path / "run")
-    assert not (tmp_path / "run" / "requeue").exists()
+@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)], ids=str)
+def test_a_bug_is_no_reason_to_run_again(shards: Path, tmp_path: Path, ranks: tuple[int, ...]) -> None:
+    folder = tmp_path / "run"
+    # Of the ranks without the bug, each raises its broken collective or ends with code 1.
+    with pytest.raises(RuntimeError, match=r"ZeroDivisionError: a bug|died with exit code 1|closed"):
+        run_in_processes(train_with_a_bug, 2, shards, folder, ranks)
+    assert any((folder / f"ended_{rank}").exists() for rank in ranks)
+    assert not (folder / "requeue").exists()
+
+
+@pytest.mark.parametrize("disk", ["refuses", "hangs"])
+def test_a_lost_disk_does_not_keep_a_run_alive(disk: str) -> None:
+    """The reason cannot be written: the process ends all the same."""
+    ended = subprocess.run(
+        [sys.executable, "-c", f"from tests import test_lifeline; test_lifeline.leave({disk!r})"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == EXIT_REQUEUE, ended.stderr
+    assert "rank 1 died: the run ends" in ended.stdout
+
+
+def leave(disk: str) -> None:
+    def on_lost(reason: str) -> None:
+        if disk == "refuses":
+            raise OSError(30, "Read-only file system")
+        time.sleep(600)
+
+    lifeline.Watch(5.0, on_lost)._leave(EXIT_REQUEUE, "rank 1 died")
 
 
 # ---------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """Metrics: FLOPs against published figures, windows, the file across a resume, wandb offline."""
 
+import errno
 import json
 import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -9,6 +13,7 @@ import torch
 
 from cfpretrain import metrics, order
 from cfpretrain.config import ModelConfig
+from cfpretrain.console import UserError
 from tests.processes import run_in_processes
 
 
@@ -77,6 +82,74 @@ def test_damage_in_the_middle_is_not_passed_over(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ValueError, match="Unterminated"):
         metrics.read_metrics(path)
+
+
+def steps_on_disk(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+@contextmanager
+def at_most_bytes(num_bytes: int) -> Iterator[None]:
+    """No file of this process may become larger: a write goes as far as that and then fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_rows_that_cannot_be_written_wait_in_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = metrics.MetricsFile(path, resume_step=0)
+    file.append([{"step": 1}])
+    with at_most_bytes(40):
+        for step in (2, 3, 4, 5):
+            file.append([{"step": step, "loss": 0.5}])
+            # A whole file at every moment: nothing of the row that did not fit.
+            assert steps_on_disk(path) == [1, 2]
+    said = capsys.readouterr().out
+    assert said.count("WARNING: ") == 1
+    assert f"{path} cannot be written now: File too large; its rows are kept in memory" in said
+    file.append([{"step": 6}])
+    assert steps_on_disk(path) == [1, 2, 3, 4, 5, 6]
+    assert "can be written again: 3 rows that waited are on disk" in capsys.readouterr().out
+    file.append([])
+    assert steps_on_disk(path) == [1, 2, 3, 4, 5, 6]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_call_without_rows_tries_again(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = metrics.MetricsFile(path, resume_step=0)
+    with at_most_bytes(5):
+        file.append([{"step": 1}])
+    assert steps_on_disk(path) == []
+    file.append([])
+    assert steps_on_disk(path) == [1]
+
+
+def test_what_could_not_be_taken_back_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that fails under the write, and again where half a row should be cut off."""
+    path = tmp_path / "metrics.jsonl"
+    file = metrics.MetricsFile(path, resume_step=0)
+    file.append([{"step": 1}])
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(metrics.os, "fsync", fail)
+    file.append([{"step": 2}])
+    with path.open("ab") as half:
+        half.write(b'{"step": 2, "lo')
+    monkeypatch.undo()
+    file.append([{"step": 3}])
+    assert steps_on_disk(path) == [1, 2, 3]
+
+
+def test_a_file_that_cannot_be_begun_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No such file or directory; free some space"):
+        metrics.MetricsFile(tmp_path / "gone" / "metrics.jsonl", resume_step=0)
 
 
 def test_wandb_offline_keeps_numbers_and_goes_on_with_its_run(tmp_path: Path, monkeypatch) -> None:

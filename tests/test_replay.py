@@ -4,9 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
+from cfpretrain.data.shards import read_info, write_shards
 from tests.digits import small_run, write_digits
 from tests.processes import run_script
 
@@ -22,6 +25,59 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for ended in run_script("cfpretrain/train.py", arguments, 2):
         assert ended.code == 0, ended.err
     return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def sick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 40 steps on 1 rank that takes every upward movement for a spike, with checkpoints at 8, 16, 24, ...
+
+    Sample 40 is no number.
+    """
+    folder = tmp_path_factory.mktemp("sick")
+    shards = folder / "digits"
+    info = read_info(write_digits(folder / "whole"))
+    digits, labels = load_digits(return_X_y=True)
+    mark = np.full((1, 8, 8), 1234.0)
+    samples = (
+        (i, mark if i == 40 else digits[i].reshape(1, 8, 8) / 16, int(labels[i])) for i in range(info.num_samples)
+    )
+    assert write_shards(shards, info, samples)
+    # Written behind the back of the writer, which would refuse it.
+    [file] = shards.glob("*.mds")
+    found, lost = (values.astype(np.float16).tobytes() for values in (mark, mark * np.nan))
+    assert file.read_bytes().count(found) == 1
+    file.write_bytes(file.read_bytes().replace(found, lost))
+    overrides = [
+        "train.num_steps=40",
+        "train.decay_steps=0",
+        "engine.zero_stage=1",
+        "guard.window_steps=32",
+        "guard.spike_deviations=0.5",
+        "guard.max_skips_in_row=2",
+        "guard.max_rewinds=100",
+        "checkpoint.every_steps=8",
+        "checkpoint.keep_last=100",
+        "metrics.log_sample_ids=true",
+    ]
+    [ended] = run_script("cfpretrain/train.py", small_run(shards, folder / "run", *overrides))
+    assert ended.code == 0, ended.err
+    return folder / "run"
+
+
+def all_rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal(run: Path, step: int) -> dict:
+    """Replays a step and finds it to be the logged one."""
+    [ended] = run_script(TOOL, [str(run), "--step", str(step)])
+    assert ended.code == 0, ended.out + ended.err
+    result = json.loads((run / "replay" / f"step_{step:08d}" / "samples.json").read_text())
+    row = all_rows(run)[step - 1]
+    assert (result["loss"], result["grad_norm"]) == (row["loss"], row["grad_norm"])
+    assert result["skipped"] == row.get("skipped")
+    assert sorted(sample["id"] for sample in result["samples"]) == row["sample_ids"]
+    return result
 
 
 def logged_row(run: Path, step: int) -> dict:
@@ -50,6 +106,56 @@ def test_a_step_is_the_logged_one_bit_by_bit(run: Path) -> None:
     again, _ = run_script(TOOL, [str(run), "--step", "11"], 2)
     digests = [[line for line in out.splitlines() if "digest: " in line] for out in (first.out, again.out)]
     assert digests[0] == digests[1] != []
+
+
+def test_a_spike(sick_run: Path) -> None:
+    rows = [row for row in all_rows(sick_run) if "deviations above" in row.get("skipped", "")]
+    assert_equal(sick_run, next(row["step"] for row in rows if "rewound_to_step" not in row))
+
+
+def test_a_sample_that_is_no_number_is_named_first(sick_run: Path) -> None:
+    rows = [row for row in all_rows(sick_run) if row.get("skipped") == "the loss is nan"]
+    row = next(row for row in rows if row["step"] > 8)
+    assert row["loss"] is None
+    worst, second, *_ = assert_equal(sick_run, row["step"])["samples"]
+    assert (worst["id"], worst["loss"]) == (40, None)
+    assert second["loss"] > 0
+
+
+def test_a_step_that_rewinds_and_one_after_it(sick_run: Path) -> None:
+    rows = all_rows(sick_run)
+    # Not followed by a checkpoint at once: the replay goes back as the run did.
+    at = next(row["step"] for row in rows if "rewound_to_step" in row and row["step"] % 8 not in (0, 7))
+    assert_equal(sick_run, at)
+    assert_equal(sick_run, at + 1)
+
+
+def test_a_rewind_to_a_checkpoint_that_is_gone_is_said(sick_run: Path, tmp_path: Path) -> None:
+    rows = all_rows(sick_run)
+    row = next(row for row in rows if "rewound_to_step" in row and row["rewound_to_step"] > 8)
+    copy = tmp_path / "run"
+    shutil.copytree(sick_run, copy)
+    shutil.rmtree(copy / "checkpoints" / f"step_{row['rewound_to_step']:08d}")
+    last = row["step"] + 1
+    for name in (copy / "checkpoints").glob("step_*"):
+        if int(name.name.removeprefix("step_")) in range(row["rewound_to_step"], last):
+            shutil.rmtree(name)
+    [ended] = run_script(TOOL, [str(copy), "--step", str(last)])
+    assert ended.code == 2, ended.out
+    assert f"at step {row['step']} the run went back to step {row['rewound_to_step']}, and this replay" in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_a_damaged_checkpoint_leaves_the_one_before_it(sick_run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(sick_run, copy)
+    *_, second, newest = sorted((copy / "checkpoints").glob("step_*"))
+    (newest / "weights.safetensors").write_bytes((newest / "weights.safetensors").read_bytes()[:-1])
+    steps = [int(path.name.removeprefix("step_")) for path in (second, newest)]
+    [ended] = run_script(TOOL, [str(copy), "--step", "40"])
+    assert ended.code == 0, ended.err
+    assert f"{newest.name} is damaged" in ended.out
+    assert f"from step {steps[0]} to 40" in ended.out
 
 
 def test_another_number_of_ranks_is_said_to_differ(run: Path) -> None:

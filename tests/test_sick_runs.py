@@ -1,6 +1,7 @@
 """Runs that turn bad: skipped steps, rewinds, and the end of a run that does not recover; on real ranks."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -26,10 +27,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class FaultyLoss:
-    """The objective, with its total multiplied by what `factor(step, rank)` says; steps count from 1."""
+    """The objective, with its total multiplied by what `factors` says of the step; steps count from 1.
 
-    def __init__(self, loss: Any, factors: dict[int, float], rank: int | None) -> None:
-        self._loss, self._factors, self._rank = loss, factors, rank
+    Args:
+        loss: the objective.
+        factors: by step; 1 where it is missing.
+        rank: the one that is faulty; None: all.
+        gradients: multiplies the gradients where they arise instead: the loss stays what it is.
+    """
+
+    def __init__(self, loss: Any, factors: dict[int, float], rank: int | None, gradients: bool) -> None:
+        self._loss, self._factors, self._rank, self._gradients = loss, factors, rank, gradients
         self._step = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -41,9 +49,20 @@ class FaultyLoss:
 
     def __call__(self, model: Any, latents: Tensor, draws: Any) -> Any:
         terms = self._loss(model, latents, draws)
-        if self._rank in (None, runtime.rank()):
-            terms = dataclasses.replace(terms, total=terms.total * self._factors.get(self._step, 1.0))
-        return terms
+        factor = self._factors.get(self._step, 1.0) if self._rank in (None, runtime.rank()) else 1.0
+        if self._gradients:
+            terms.total.register_hook(lambda gradient: gradient * factor)
+            return terms
+        return dataclasses.replace(terms, total=terms.total * factor)
+
+
+def hash_of_state(trainer: Any) -> str:
+    """Of this rank's weights, moments and averages."""
+    digest = hashlib.sha256()
+    for fragment, average in zip(trainer.engine.fragments(), trainer.ema.values, strict=True):
+        for values in (fragment.values, fragment.exp_avg, fragment.exp_avg_sq, average):
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def train(
@@ -61,25 +80,18 @@ def train(
     config = small_config(shards, folder, *GUARD, *overrides)
     device, stop = torch.device("cpu"), StopRequest()
     runtime.start(device)
-    make = trainer.make_loss
 
-    def make_faulty(config: Any) -> Any:
-        return FaultyLoss(make(config), factors, rank)
-
-    class Spoilt(trainer.Trainer):
-        """Gradients spoilt where they arise: the loss stays what it is."""
+    class Noted(trainer.Trainer):
+        """Leaves a hash of the state after each step."""
 
         def train_step(self) -> None:
-            weight = self.engine.module.noise_head.linear.weight
-            factor = factors.get(self.at.step + 1, 1.0) if rank in (None, runtime.rank()) else 1.0
-            hook = weight.register_hook(lambda gradient: gradient * factor)
             super().train_step()
-            hook.remove()
+            with (folder / f"hashes_{runtime.rank()}").open("a") as file:
+                file.write(f"{hash_of_state(self)}\n")
 
-    if spoil_gradients:
-        trainer.Trainer = Spoilt  # type: ignore[misc]
-    else:
-        trainer.make_loss = make_faulty
+    trainer.Trainer = Noted  # type: ignore[misc]
+    make = trainer.make_loss
+    trainer.make_loss = lambda config: FaultyLoss(make(config), factors, rank, spoil_gradients)  # type: ignore[assignment]
     try:
         assert trainer.run(config, device, stop)
     except SickRunError as error:
@@ -100,49 +112,47 @@ def tensors(folder: Path, step: int, content: str) -> dict[str, Tensor]:
     return load_file(folder / "checkpoints" / f"step_{step:08d}" / f"{content}.safetensors")
 
 
-def assert_same_tensors(folder: Path, step: int, other: int, same: bool) -> None:
-    for content in ("weights", "ema", "exp_avg", "exp_avg_sq"):
-        ours, theirs = tensors(folder, step, content), tensors(folder, other, content)
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours) == same, content
-
-
-EVERY_STEP = ("checkpoint.every_steps=1", "checkpoint.keep_last=100")
+def assert_still(folder: Path, skipped: int) -> None:
+    """Neither weights nor averages nor moments moved in this step, on any rank, and in all others they did."""
+    for file in folder.glob("hashes_*"):
+        hashes = file.read_text().splitlines()
+        assert [i for i in range(2, len(hashes) + 1) if hashes[i - 1] == hashes[i - 2]] == [skipped]
 
 
 def test_a_nan_on_one_rank_skips_the_step_on_all(shards: Path, tmp_path: Path) -> None:
-    run_in_processes(train, 2, shards, tmp_path, EVERY_STEP, {3: math.nan}, 1)
+    run_in_processes(train, 2, shards, tmp_path, (), {3: math.nan}, 1)
     found = rows(tmp_path)
     assert found[3]["skipped"] == "the loss is nan"
     assert found[3]["loss"] is None
     assert [step for step in found if "skipped" in found[step]] == [3]
-    # Neither weights nor averages nor moments nor the learning rate have moved.
-    assert_same_tensors(tmp_path, 2, 3, True)
-    assert_same_tensors(tmp_path, 3, 4, False)
+    assert_still(tmp_path, 3)
     assert found[4]["learning_rate"] == found[3]["learning_rate"] > found[2]["learning_rate"]
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["num_skipped_steps"], summary["skipped_steps"], summary["num_rewinds"]) == (1, [3], 0)
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2])
+@pytest.mark.parametrize(
+    "zero_stage", [3, pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2]
+)
 def test_nan_gradients_under_a_good_loss_skip_the_step(shards: Path, tmp_path: Path, zero_stage: int) -> None:
-    overrides = (*EVERY_STEP, f"engine.zero_stage={zero_stage}", "train.num_steps=5")
+    overrides = (f"engine.zero_stage={zero_stage}", "train.num_steps=5")
     run_in_processes(train, 2, shards, tmp_path, overrides, {3: math.nan}, 0, True)
     found = rows(tmp_path)
     assert found[3]["skipped"] == "the gradient norm is inf"
     assert found[3]["loss"] is not None
-    assert_same_tensors(tmp_path, 2, 3, True)
+    assert_still(tmp_path, 3)
     assert "skipped" not in found[4]
 
 
 @pytest.mark.parametrize(("gradients", "what"), [(False, "loss"), (True, "gradient norm")])
 def test_a_spike_skips_the_step(shards: Path, tmp_path: Path, gradients: bool, what: str) -> None:
-    overrides = (*EVERY_STEP, "train.num_steps=14", "engine.zero_stage=1")
+    overrides = ("train.num_steps=14", "engine.zero_stage=1")
     run_in_processes(train, 1, shards, tmp_path, overrides, {11: 1000.0 if gradients else 100.0}, None, gradients)
     found = rows(tmp_path)
     assert [step for step in found if "skipped" in found[step]] == [11]
     assert found[11]["skipped"].startswith(f"the {what} ")
     assert "deviations above" in found[11]["skipped"]
-    assert_same_tensors(tmp_path, 10, 11, True)
+    assert_still(tmp_path, 11)
 
 
 def test_spikes_are_applied_where_the_guard_is_off(shards: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from cfpretrain import config as configs
 from cfpretrain.console import UserError
 from cfpretrain.data.loader import Loader
-from cfpretrain.trainer import prepare_folder
+from cfpretrain.run_folder import prepare_folder
 from tests.digits import small_config, small_run, write_digits
 from tests.processes import REPOSITORY, Ended, run_script, start_script
 

@@ -82,6 +82,8 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> dict[str, list[floa
             runtime.barrier()
             seconds[kind].append((time.perf_counter() - begin) / arguments.block_steps)
         trainer.writer.wait()
+        # A skipped step does less, and a rewind much more.
+        assert trainer.at.num_skipped == 0, f"a step of a {kind} block was skipped: its time says nothing"
 
     with phase("warming up"):
         block("saving")
@@ -102,6 +104,8 @@ def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     unguarded = [
         (trainer, "exchange", lambda terms: nothing_to_say),
         (trainer, "is_healthy", lambda loss, grad_norm: True),
+        # Losses that nobody computed do not tell the next block's guard what is usual.
+        (trainer.guard, "applied", lambda loss, grad_norm: None),
     ]
     bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer, "record_step", lambda *_: None)]
     return {"bare": bare, "unguarded": unguarded, "full": [], "saving": []}

@@ -4,20 +4,22 @@
 
 Every random number is a function of the seed and the step, so the nearest checkpoint before the step is all that is
 needed. On as many ranks, the same ZeRO stage and the same kind of machine the loss is the logged one bit for bit; run
-twice, another digest on the same machine means that it computes wrong. The run folder is only read, but for the results
-in RUN/replay/step_N/: samples.json and samples.png.
+twice, another digest on the same machine means that it computes wrong. A skipped step is replayed as any other, and so
+is one after a rewind, as long as the checkpoint that the run went back to is kept. The run folder is only read, but for
+the results in RUN/replay/step_N/: samples.json and samples.png.
 
-Exit code 0: the loss equals the logged one; 1: it does not; 2: a mistake.
+Exit code 0: the loss equals the logged one; 1: it does not; 2: a mistake; 3: the run turned out sick before the step.
 """
 
 import argparse
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, exit_with, linger, phase, say
+from cfpretrain.console import SickRunError, UserError, exit_with, linger, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     try:
         is_equal = run(arguments.run, arguments.step, arguments.overrides)
-    except UserError as error:
+    except (UserError, SickRunError) as error:
         exit_with(error)
     if not is_equal:
         linger()
@@ -54,11 +56,10 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
         from cfpretrain import config as configs
     if not (folder / build.CONFIG_FILE).is_file():
         raise UserError(f"run folder {folder} holds no {build.CONFIG_FILE}; give one that cfpretrain/train.py wrote")
-    logged = _find_row(folder / build.METRICS_FILE, step)
-    checkpoint = _find_checkpoint(folder / build.CHECKPOINTS, step)
     device = runtime.pick_device()
     runtime.start(device)
     try:
+        rows, checkpoints = _look(folder / build.METRICS_FILE, folder / build.CHECKPOINTS, step)
         # Rank 0's folder serves all ranks; the others' stay empty.
         with tempfile.TemporaryDirectory() as own:
             scratch = Path(runtime.gather(own)[0])
@@ -67,37 +68,54 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
             )
             configs.check(config, runtime.world_size())
             trainer.prepare_folder(config, device)
-            found = _replay(trainer.Trainer(config, device, resume_from=checkpoint), step)
+            found = _replay(trainer.Trainer(config, device, resume_from=checkpoints), checkpoints, step, rows)
             runtime.barrier()
-            result = _write(folder / "replay" / f"step_{step:08d}", found, logged, config)
+            result = _write(folder / "replay" / f"step_{step:08d}", found, rows[step], config)
             return bool(runtime.gather(result)[0])
     finally:
         runtime.stop()
 
 
-def _find_row(metrics: Path, step: int) -> dict[str, Any]:
+def _look(metrics: Path, folder: Path, step: int) -> tuple[dict[int, dict[str, Any]], list[Path]]:
+    """The run's rows up to the step, and the checkpoints of before it, newest first; rank 0 looks for all."""
+    from cfpretrain import runtime
+
+    found = None
+    with runtime.together():
+        if runtime.rank() == 0:
+            found = _read_rows(metrics, step), _find_checkpoints(folder, step)
+    agreed: tuple[dict[int, dict[str, Any]], list[Path]] = runtime.gather(found)[0]
+    return agreed
+
+
+def _read_rows(metrics: Path, step: int) -> dict[int, dict[str, Any]]:
+    """The step's row, and of those before it the ones that say a rewind."""
     from cfpretrain.metrics import read_metrics
 
     rows = {row["step"]: row for row in read_metrics(metrics)} if metrics.is_file() else {}
     if step not in rows:
         known = f"1 to {max(rows)}" if rows else "none"
         raise UserError(f"--step: expected a step that {metrics} has ({known}), got {step}")
-    return rows[step]
+    return {at: row for at, row in rows.items() if at == step or (at < step and "rewound_to_step" in row)}
 
 
-def _find_checkpoint(folder: Path, step: int) -> Path:
-    """The newest complete checkpoint of before the step."""
+def _find_checkpoints(folder: Path, step: int) -> list[Path]:
+    """The complete checkpoints of before the step, newest first."""
     from cfpretrain.checkpoint import CheckpointStore
 
-    complete = {int(path.name.removeprefix("step_")): path for path in CheckpointStore(folder, 1, 0).candidates()}
-    before = [at for at in complete if at < step]
+    complete = CheckpointStore(folder, 1, 0).candidates()
+    before = [path for path in complete if _step_of(path) < step]
     if not before:
-        kept = ", ".join(map(str, sorted(complete))) or "none"
+        kept = ", ".join(map(str, sorted(map(_step_of, complete)))) or "none"
         raise UserError(
             f"--step: expected a step after one of the checkpoints that are kept (of steps {kept}), got {step}; "
             "checkpoint.keep_every_steps keeps some for good"
         )
-    return complete[max(before)]
+    return sorted(before, key=_step_of, reverse=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 class _Watched:
@@ -121,21 +139,43 @@ class _Watched:
         return terms
 
 
-def _replay(trainer: "Trainer", step: int) -> dict[str, Any]:
+def _replay(
+    trainer: "Trainer", checkpoints: Sequence[Path], step: int, logged: Mapping[int, Mapping[str, Any]]
+) -> dict[str, Any]:
     """Steps to the one that is asked for, and what all ranks know of it."""
     say(f"from step {trainer.at.step} to {step}")
     with phase(f"making {step - trainer.at.step} steps again", announce=False):
         while trainer.at.step < step - 1:
-            trainer.train_step()
+            _make_step(trainer, checkpoints, logged)
         trainer.loss = watched = _Watched(trainer.loss)  # type: ignore[assignment]
-        trainer.train_step()
+        try:
+            _make_step(trainer, checkpoints, logged)
+        except SickRunError as error:
+            say(f"this step was the run's last: {error}")
     trainer.loader.close()
     return _gather(trainer, watched)
+
+
+def _make_step(trainer: "Trainer", checkpoints: Sequence[Path], logged: Mapping[int, Mapping[str, Any]]) -> None:
+    # A rewind goes to one of the checkpoints that the run had at that time.
+    trainer.resume_from = [path for path in checkpoints if _step_of(path) <= trainer.at.step]
+    trainer.train_step()
+    row = trainer.window.records[-1].row
+    there = logged.get(row["step"], {}).get("rewound_to_step")
+    here = row.get("rewound_to_step")
+    if there is not None and there != here:
+        raise UserError(
+            f"--step: at step {row['step']} the run went back to step {there}, and this replay "
+            f"{f'to step {here}' if here is not None else 'did not go back'}: the checkpoint of step {there} is no "
+            "longer kept, or the steps before came out otherwise; replay a step up to there, or one after the next "
+            "checkpoint"
+        )
 
 
 def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
     from cfpretrain import runtime
     from cfpretrain.evaluation.generation import decode_to_look_at
+    from cfpretrain.metrics import finite_or_none
     from cfpretrain.order import ar_weights
 
     decode, _ = decode_to_look_at(trainer.config)
@@ -154,7 +194,7 @@ def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
                     "label": int(draws.labels_B[i]),
                     "timestep": int(draws.timesteps_B[i]),
                     "ar_step_sizes": draws.steps_BL[i].unique(return_counts=True)[1].tolist(),
-                    "loss": float((weights_BL[i] * error_BL[i]).mean()),
+                    "loss": finite_or_none(float((weights_BL[i] * error_BL[i]).mean())),
                 }
             )
         images |= dict(zip(ids_B.tolist(), decode(latents_BCYX.cpu()), strict=True))
@@ -165,7 +205,7 @@ def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
     all_samples = [sample for of_rank, _, _ in of_ranks for sample in of_rank]
     row = trainer.window.records[-1].row
     return {
-        "samples": sorted(all_samples, key=lambda sample: (-sample["loss"], sample["id"])),
+        "samples": sorted(all_samples, key=_worst_first),
         "images": {i: image for _, of_rank, _ in of_ranks for i, image in of_rank.items()},
         "row": row,
         "digest": hashlib.sha256(
@@ -174,6 +214,15 @@ def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
             ).encode()
         ).hexdigest(),
     }
+
+
+def _worst_first(sample: Mapping[str, Any]) -> tuple[bool, float, int]:
+    loss = sample["loss"]
+    return loss is not None, -(loss or 0.0), sample["id"]
+
+
+def _show(loss: float | None, form: str) -> str:
+    return "not finite" if loss is None else format(loss, form)
 
 
 def _write(folder: Path, found: dict[str, Any], logged: dict[str, Any], config: "Config") -> bool | None:
@@ -213,7 +262,7 @@ def _draw(path: Path, found: dict[str, Any], row: dict[str, Any]) -> None:
     shown = found["samples"][:_MOST_IMAGES]
     shown = shown[: len(shown) // _COLUMNS * _COLUMNS] or shown[:1]
     columns = min(_COLUMNS, len(shown))
-    names = [f"loss {shown[i]['loss']:.3g}" for i in range(0, len(shown), columns)]
+    names = [f"loss {_show(shown[i]['loss'], '.3g')}" for i in range(0, len(shown), columns)]
     images = torch.stack([found["images"][sample["id"]] for sample in shown])
     title = f"step {row['step']}: samples by loss, highest first\neach row begins with the loss at its left"
     pictures.sample_grid(path, images, names, title=title, value_range=(0.0, 1.0))
@@ -224,7 +273,8 @@ def _print(result: dict[str, Any], null_class: int) -> None:
     for sample in result["samples"][:_NUM_SHOWN]:
         label = "none" if sample["label"] == null_class else sample["label"]
         print(
-            f"{sample['id']:10}{label:>7}{sample['timestep']:6}{len(sample['ar_step_sizes']):10}{sample['loss']:12.6f}"
+            f"{sample['id']:10}{label:>7}{sample['timestep']:6}{len(sample['ar_step_sizes']):10}"
+            f"{_show(sample['loss'], '.6f'):>12}"
         )
     if len(result["samples"]) > _NUM_SHOWN:
         print(f"{'...':>10}  and {len(result['samples']) - _NUM_SHOWN} more with lower losses")
@@ -232,6 +282,8 @@ def _print(result: dict[str, Any], null_class: int) -> None:
         found, logged = result[name], result[f"logged_{name}"]
         verdict = "equal" if found == logged else "NOT EQUAL"
         print(f"{name:>10}: {found!r} now, {logged!r} logged: {verdict}")
+    if result["skipped"]:
+        print(f"   skipped: {result['skipped']}")
     print(f"    digest: {result['digest'][:16]} (samples, losses, gradient norm, weights after the step)")
 
 

@@ -1,0 +1,151 @@
+"""The run folder around training: who may write in it, what in it fits the config, what it tells job scripts."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from cfpretrain import runtime
+from cfpretrain.build import (
+    CONFIG_FILE,
+    LOCK_FILE,
+    REQUEUE_FILE,
+    choose_blocks,
+    make_store,
+    read_summary,
+    write_text,
+)
+from cfpretrain.checkpoint import CheckpointStore, TrainingState, read_state
+from cfpretrain.config import Config, to_plain, to_yaml
+from cfpretrain.config import load as load_config
+from cfpretrain.console import UserError, phase, say
+from cfpretrain.data.loader import order_fingerprint
+from cfpretrain.data.shards import Shards, check_info
+from cfpretrain.tensor_files import DamagedCheckpointError
+
+_LOCK_SECONDS = 60.0  # a run that was asked to stop ends within it
+
+
+def write_requeue(folder: Path, reason: str) -> None:
+    """Leaves word for job scripts that the same command should be run again; any rank may, rank 0 may be lost."""
+    temporary = folder / f"{REQUEUE_FILE}.{runtime.rank()}"
+    temporary.write_text(f"{reason}\n")
+    os.replace(temporary, folder / REQUEUE_FILE)
+
+
+def remove_requeue(folder: Path) -> None:
+    """Takes that word back: the run is complete, or running it again would not help."""
+    if runtime.rank() == 0:
+        with suppress(OSError):  # a disk that became read-only has more to say elsewhere
+            (folder / REQUEUE_FILE).unlink(missing_ok=True)
+
+
+def prepare_folder(config: Config, device: torch.device) -> None:
+    """Checks what a run reads and where it writes, then puts the resolved config into the run folder.
+
+    It takes no seconds of building an engine, and where it refuses, the run folder is as it was. All ranks call it.
+
+    Raises:
+        UserError: on all ranks: the shards do not fit the config, the latest checkpoint is of another run, the
+            folder cannot be written, or the device cannot do what the config asks for.
+    """
+    folder = Path(config.run.folder)
+    with runtime.together():
+        choose_blocks(config, device.type)
+        _check_writable(folder)
+        _check_inputs(config)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            take(folder)
+            remove_requeue(folder)
+            if runtime.rank() == 0:
+                _say_changes(folder, config)
+                write_text(folder / CONFIG_FILE, to_yaml(config))
+        except OSError as error:
+            raise _unwritable(folder, error.strerror or str(error)) from error
+
+
+def _say_changes(folder: Path, config: Config) -> None:
+    """Names the knobs that are set otherwise than when the run was last started."""
+    if not (folder / CONFIG_FILE).is_file():
+        return
+    try:
+        before = to_plain(load_config(folder / CONFIG_FILE))
+    except UserError:  # of an older version, or damaged: it is written anew
+        return
+    for section, knobs in to_plain(config).items():
+        for name, value in knobs.items():
+            if before[section][name] != value and (section, name) != ("run", "folder"):
+                say(f"changed since the last start: {section}.{name} from {before[section][name]} to {value}")
+
+
+_locks: dict[Path, runtime.FolderLock] = {}
+
+
+def take(folder: Path) -> None:
+    """Takes the run folder for this process, for its life; rank 0 does, and waits for another run's end.
+
+    Raises:
+        UserError: on rank 0: another run works in it.
+    """
+    with phase(f"waiting for the run that uses {folder}", announce=False):
+        if folder.resolve() not in _locks:
+            _locks[folder.resolve()] = runtime.FolderLock(folder / LOCK_FILE, _LOCK_SECONDS)
+
+
+def _check_writable(folder: Path) -> None:
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+    if not nearest.is_dir():
+        raise _unwritable(folder, f"{nearest} is no folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise _unwritable(folder, f"no permission to write in {nearest}")
+
+
+def _unwritable(folder: Path, reason: str) -> UserError:
+    fix = "choose another with run.folder=PATH or change its permissions"
+    return UserError(f"run.folder: {folder} cannot be written ({reason}); {fix}")
+
+
+def _check_inputs(config: Config) -> None:
+    check_info(Shards(config.data.shards).info, config)
+    found = _newest_readable(make_store(config))
+    if found is None:
+        return
+    latest, saved = found
+    saved.check_model(to_plain(config)["model"], str(latest))
+    if saved.data_fingerprint != order_fingerprint(config):
+        raise UserError(
+            f"data.shards: checkpoint {latest} was trained on other shards than {config.data.shards}, or with other "
+            "data.num_canonical_nodes or data.shuffle_block_size, so its place in the data means nothing here; "
+            "set these as they were or choose another run.folder"
+        )
+    if saved.seed != config.run.seed:
+        raise UserError(
+            f"run.seed: expected {saved.seed}, the seed of checkpoint {latest}, got {config.run.seed}; "
+            "another seed is another order of the data: choose another run.folder"
+        )
+
+
+def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | None:
+    for path in store.candidates():
+        try:
+            return path, read_state(path)
+        except DamagedCheckpointError:
+            continue  # said where it is resumed from
+    return None
+
+
+def finished_step(config: Config) -> int | None:
+    """The step at which this run folder's run was completed under this config; None where there is work left."""
+    summary = runtime.gather(read_summary(Path(config.run.folder)))[0]
+    if summary is None:
+        return None
+    step = int(summary["num_steps"])
+    return step if is_done(config, step, float(summary["train_seconds"])) else None
+
+
+def is_done(config: Config, step: int, train_seconds: float) -> bool:
+    """Whether training has come to the end that the config sets."""
+    limit = config.train.max_train_seconds
+    return step >= config.train.num_steps or (limit > 0 and train_seconds >= limit)
