@@ -23,7 +23,7 @@ from cfpretrain.build import (
     make_store,
     write_text,
 )
-from cfpretrain.checkpoint import TrainingState, read_state
+from cfpretrain.checkpoint import TrainingState, is_healthy
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.config import Config, to_plain
 from cfpretrain.console import Progress, SickRunError, UserError, phase, say
@@ -326,7 +326,7 @@ class Trainer:
                 "train.learning_rate, or go on from an earlier checkpoint"
             )
         self._note_checkpoint(self.writer.wait())
-        good = runtime.gather([path for path in self._candidates() if _is_from_health(path)])[0]
+        good = runtime.gather([path for path in self._candidates() if is_healthy(path)])[0]
         if not good:
             raise SickRunError(
                 f"{skipped}: {self.window.records[-1].row['skipped']}; and there is no checkpoint from before them to "
@@ -529,14 +529,6 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
         raise
     finally:
         watch.end()
-
-
-def _is_from_health(checkpoint: Path) -> bool:
-    """Whether the step before it was applied: else its weights are those of the skipped steps."""
-    try:
-        return read_state(checkpoint).guard.get("num_skips_in_row") == 0
-    except UserError:  # damaged, or not seen from this node yet
-        return False
 
 
 @contextmanager

@@ -361,7 +361,7 @@ def _two_ranks_one_of_them_hangs(folder: Path) -> None:
 def test_a_write_that_hangs_ends_the_run(tmp_path: Path):
     folder = tmp_path / "checkpoints"
     with pytest.raises(RuntimeError, match=f"died with exit code {EXIT_REQUEUE}"):
-        run_in_processes(_two_ranks_one_of_them_hangs, 2, folder)
+        run_in_processes(_two_ranks_one_of_them_hangs, 2, folder, timeout_s=60)
     assert "guard.rank_timeout_seconds" in (tmp_path / "reason_0").read_text()
     assert make_store(folder).latest() == folder / "step_00000001"
 
