@@ -39,10 +39,10 @@ demo: $(READY)
 	$(LAUNCH) tools/report.py $(RUN) --held-out $(DIGITS)-held-out
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 check: $(READY)
 	$(BIN)/ruff format --check .

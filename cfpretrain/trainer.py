@@ -436,6 +436,7 @@ class Trainer:
         reason = next(found for found in runtime.gather(self.stop.reason if self.stop else None) if found is not None)
         write_requeue(self.folder, reason)
         self.tracker.close()
+        self.metrics.append([])  # what a full disk kept waiting
         runtime.barrier()  # the launcher ends the others within a second of the first that ends
         say(f"stopped at step {self.at.step} with a checkpoint ({reason}); the same command goes on")
         return False
@@ -477,6 +478,7 @@ class Trainer:
         peak_rss_mb = runtime.gather(runtime.peak_rss_mb())
         with phase("drawing curves and closing", announce=False), _writes_in(self.folder):
             if runtime.rank() == 0:
+                self.metrics.append([])  # what a full disk kept waiting
                 rows = read_metrics(self.folder / METRICS_FILE)
                 title = f"{self.config.run.folder}, step {self.at.step}"
                 pictures.curves(self.folder / "curves.png", rows, title=title)

@@ -177,6 +177,12 @@ class Rank:
     def kill(self) -> None:
         self._process.kill()
 
+    def said(self) -> str:
+        """What it has written to stdout so far."""
+        if self._folder is None:
+            return self._said[0]
+        return self._written[0].read_text() if self._written[0].exists() else ""
+
     def communicate(self, timeout: float | None = None) -> tuple[str, ...]:
         """Waits for its end and returns what it wrote: to stdout, and to stderr."""
         self._process.join(timeout)

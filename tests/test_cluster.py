@@ -429,6 +429,7 @@ def test_ranks_end_when_the_script_is_gone(tmp_path: Path) -> None:
 # Real training
 
 
+@pytest.mark.slow
 def test_a_preempted_job_is_requeued_and_completes(tmp_path: Path) -> None:
     """Two ranks, warned in the middle of training: each step once, and nothing left to requeue on."""
     machine = Machine(tmp_path, None)

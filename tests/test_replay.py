@@ -149,13 +149,13 @@ def test_a_rewind_to_a_checkpoint_that_is_gone_is_said(sick_run: Path, tmp_path:
 def test_a_damaged_checkpoint_leaves_the_one_before_it(sick_run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "run"
     shutil.copytree(sick_run, copy)
-    *_, second, newest = sorted((copy / "checkpoints").glob("step_*"))
-    (newest / "weights.safetensors").write_bytes((newest / "weights.safetensors").read_bytes()[:-1])
-    steps = [int(path.name.removeprefix("step_")) for path in (second, newest)]
-    [ended] = run_script(TOOL, [str(copy), "--step", "40"])
+    steps = sorted(int(path.name.removeprefix("step_")) for path in (copy / "checkpoints").glob("step_*"))
+    weights = copy / "checkpoints" / f"step_{steps[1]:08d}" / "weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    [ended] = run_script(TOOL, [str(copy), "--step", str(steps[1] + 1)])
     assert ended.code == 0, ended.err
-    assert f"{newest.name} is damaged" in ended.out
-    assert f"from step {steps[0]} to 40" in ended.out
+    assert f"step_{steps[1]:08d} is damaged" in ended.out
+    assert f"from step {steps[0]} to {steps[1] + 1}" in ended.out
 
 
 def test_another_number_of_ranks_is_said_to_differ(run: Path) -> None:
