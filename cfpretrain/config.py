@@ -387,7 +387,6 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "train.label_drop_prob": (0.0, 1.0),
         "train.learning_rate": (0.0, math.inf),
         "train.warmup_steps": (0, math.inf),
-        "train.decay_steps": (0, config.train.num_steps),
         "train.adam_beta1": (0.0, 1 - 1e-9),
         "train.adam_beta2": (0.0, 1 - 1e-9),
         "train.adam_eps": (0.0, math.inf),
@@ -412,6 +411,11 @@ def _check_ranges(config: Config) -> Iterable[str]:
     for path, (low, high) in bounds.items():
         section, name = path.split(".")
         yield from _in_range(path, getattr(getattr(config, section), name), low, high)
+    if not 0 <= config.train.decay_steps <= config.train.num_steps:
+        yield (
+            f"train.decay_steps: expected between 0 and train.num_steps = {config.train.num_steps}, "
+            f"got {config.train.decay_steps}; change it with train.num_steps, 0 for a constant learning rate"
+        )
     if config.order.ar_weight_first < config.order.ar_weight_last:
         yield (
             f"order.ar_weight_first: expected at least order.ar_weight_last = {config.order.ar_weight_last:g}, "

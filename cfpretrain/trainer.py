@@ -296,6 +296,8 @@ class Trainer:
             "grad_norm": finite_or_none(grad_norm),
             "learning_rate": learning_rate,
             "epoch": self.loader.position.epoch,
+            "num_ranks": runtime.world_size(),
+            "zero_stage": self.config.engine.zero_stage,
         }
         if applied:
             self.guard.applied(exchanged.loss, grad_norm)

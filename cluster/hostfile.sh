@@ -100,8 +100,12 @@ fi
 # The hosts
 
 slots='' list='' hostfile='' print=''
-while [[ ${1:-} == --* ]]; do
+while [[ ${1:-} == -* ]]; do
     case $1 in
+    -h | --help)
+        sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+        exit
+        ;;
     --hosts | --hostfile | --slots)
         (($# > 1)) || fail "$1: expected a value"
         if [[ $1 == --hosts ]]; then list=$2; elif [[ $1 == --hostfile ]]; then hostfile=$2; else slots=$2; fi
@@ -111,7 +115,7 @@ while [[ ${1:-} == --* ]]; do
         print=yes
         shift
         ;;
-    *) fail "$1: unknown option; the head of this file lists them, and RUN_FOLDER comes before --config" ;;
+    *) fail "$1: unknown option; --help lists them, and RUN_FOLDER comes before --config" ;;
     esac
 done
 

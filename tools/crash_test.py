@@ -627,13 +627,19 @@ def _free_port() -> int:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Kill a run, restart it, compare it with a run left alone.")
-    parser.add_argument("--config", required=True, action="append", metavar="FILE")
+    parser.add_argument(
+        "--config", required=True, action="append", metavar="FILE", help="a YAML file; of several, later ones win"
+    )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--out", required=True, type=Path, help="a new folder for the runs and their output")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and targets")
+    parser.add_argument("--kills", type=int, default=50, help="default 50, about 20 s each on two cores")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and targets (default 0)")
     parser.add_argument("--ranks", default="2", help="e.g. 2, or 2,1,4: one of them at each restart (default 2)")
-    parser.add_argument("--targets", default=",".join(TARGETS), help=f"of {','.join(TARGETS)} (default: all)")
+    parser.add_argument(
+        "--targets",
+        default=",".join(TARGETS),
+        help="what is killed: rank (one), ranks (all), launcher (alone), node (both); default all four kinds",
+    )
     found = parser.parse_intermixed_args(arguments)
     try:
         found.ranks = [int(number) for number in found.ranks.split(",")]

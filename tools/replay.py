@@ -242,6 +242,7 @@ def _write(folder: Path, found: dict[str, Any], logged: dict[str, Any], config: 
         "logged_grad_norm": logged["grad_norm"],
         "equal": is_equal,
         "digest": found["digest"],
+        "logged_on": {name: logged.get(name) for name in ("num_ranks", "zero_stage")},
         "num_ranks": runtime.world_size(),
         "zero_stage": config.engine.zero_stage,
         "skipped": row.get("skipped"),
@@ -282,6 +283,12 @@ def _print(result: dict[str, Any], null_class: int) -> None:
         found, logged = result[name], result[f"logged_{name}"]
         verdict = "equal" if found == logged else "NOT EQUAL"
         print(f"{name:>10}: {found!r} now, {logged!r} logged: {verdict}")
+    then, now = result["logged_on"], {"num_ranks": result["num_ranks"], "zero_stage": result["zero_stage"]}
+    if then != now:
+        print(
+            f"      note: logged on {then['num_ranks']} ranks at ZeRO stage {then['zero_stage']}, made again on "
+            f"{now['num_ranks']} at stage {now['zero_stage']}: the last digits may differ"
+        )
     if result["skipped"]:
         print(f"   skipped: {result['skipped']}")
     print(f"    digest: {result['digest'][:16]} (samples, losses, gradient norm, weights after the step)")
