@@ -40,7 +40,10 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         summary = json.loads((folder / SUMMARY_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return summary if isinstance(summary, dict) and {"num_steps", "train_seconds"} <= summary.keys() else None
+    if not isinstance(summary, dict):
+        return None
+    counts = (summary.get("num_steps"), summary.get("train_seconds"))
+    return summary if all(isinstance(count, int | float) for count in counts) else None
 
 
 def choose_blocks(config: Config, device_type: str) -> BlockSettings:

@@ -356,7 +356,8 @@ class CheckpointStore:
         reads, so every rank may call it, before the first save of a run.
 
         Raises:
-            UserError: `latest` holds something else than the name of a checkpoint in this folder.
+            UserError: `latest` holds something else than the name of a checkpoint in this folder, or one that is
+                gone where no other is left.
         """
         named = self._named_by_latest()
         complete = self._complete()
@@ -364,10 +365,14 @@ class CheckpointStore:
         if named is not None and named in complete:
             return [complete[step] for step in newest_first if step <= named]
         paths = [complete[step] for step in newest_first]
-        if paths or named is not None:
-            found = "is missing" if named is None else f"names step_{named:08d}, which is gone"
-            newest = paths[0] if paths else None
-            say(f"{self.folder / _LATEST_FILE} {found}; the newest complete checkpoint is {newest}")
+        found = "is missing" if named is None else f"names step_{named:08d}, which is gone"
+        if named is not None and not paths:
+            raise UserError(
+                f"{self.folder / _LATEST_FILE} {found}, and no complete checkpoint is left; "
+                "restore one, or choose another run.folder to begin again"
+            )
+        if paths:
+            say(f"{self.folder / _LATEST_FILE} {found}; the newest complete checkpoint is {paths[0]}")
         return paths
 
     @staticmethod

@@ -395,7 +395,7 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "train.ema_decay": (0.0, 1.0),
         "engine.zero_stage": (0, 3),
         "guard.spike_deviations": (0.0, math.inf),
-        "guard.window_steps": (32, math.inf),
+        "guard.window_steps": (32, 1_000_000),
         "guard.max_skips_in_row": (1, math.inf),
         "guard.max_rewinds": (0, math.inf),
         "guard.rank_timeout_seconds": (5.0, math.inf),
@@ -403,7 +403,7 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "checkpoint.keep_last": (1, math.inf),
         "checkpoint.keep_every_steps": (0, math.inf),
         "sample.every_steps": (0, math.inf),
-        "sample.num_per_class": (1, math.inf),
+        "sample.num_per_class": (1, 10_000),
         "sample.max_classes": (1, math.inf),
         "sample.guidance": (0.0, math.inf),
         "metrics.log_every_steps": (1, math.inf),
@@ -411,6 +411,8 @@ def _check_ranges(config: Config) -> Iterable[str]:
     for path, (low, high) in bounds.items():
         section, name = path.split(".")
         yield from _in_range(path, getattr(getattr(config, section), name), low, high)
+    if not config.run.folder:
+        yield "run.folder: expected the path of a folder, got an empty text; give one, e.g. run.folder=runs/mine"
     if not 0 <= config.train.decay_steps <= config.train.num_steps:
         yield (
             f"train.decay_steps: expected between 0 and train.num_steps = {config.train.num_steps}, "

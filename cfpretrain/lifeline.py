@@ -175,8 +175,11 @@ class Watch:
         )
         self._beat()
         runtime.barrier()
+        self._answered_at = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
+        if self._rank != 0:
+            threading.Thread(target=self._watch_rank_zero, name="watch of rank 0", daemon=True).start()
 
     def end(self) -> None:
         """Stops watching; the ranks may leave one after another."""
@@ -211,15 +214,21 @@ class Watch:
 
     # ------------------------------------------------------------------
 
+    def _watch_rank_zero(self) -> None:
+        # A question to a store that does not answer never returns, whatever its time limit: another thread must count.
+        while not self._ended.wait(_POLL_SECONDS):
+            verdict = self._judge_rank_zero(time.monotonic() - self._answered_at)
+            if verdict is not None and not self._ended.is_set():
+                self._leave(*verdict, speaker=1)
+
     def _run(self) -> None:
-        answered_at = time.monotonic()
         while not self._ended.wait(_POLL_SECONDS):
             try:
                 self._beat()
                 verdict = self._judge() if self._rank == 0 else self._verdict()
-                answered_at = time.monotonic()
+                self._answered_at = time.monotonic()
             except RuntimeError:
-                verdict = self._judge_rank_zero(time.monotonic() - answered_at)
+                continue  # `_watch_rank_zero` counts
             if verdict is not None and not self._ended.is_set():
                 self._leave(*verdict)
 

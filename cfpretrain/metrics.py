@@ -131,7 +131,11 @@ class MetricsFile:
 
     def _begin(self, resume_step: int) -> None:
         path = self._path
-        kept = [row for row in read_metrics(path) if row["step"] <= resume_step] if path.exists() else []
+        kept: list[dict[str, Any]] = []
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
+            if _read_rows(path)[1]:
+                os.replace(path, path.with_name(f"{path.name}.damaged"))
         data = "".join(map(_to_line, kept)).encode()
         temporary = path.with_suffix(".partial")
         with temporary.open("wb") as file:
@@ -186,16 +190,25 @@ def _to_line(row: Mapping[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line that a kill cut short is left out."""
-    rows = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise
+    """The rows of a metrics file. A last line that a kill cut short is left out; damaged ones are too, and are said."""
+    rows, num_damaged = _read_rows(path)
+    if num_damaged:
+        say(f"WARNING: {path}: {num_damaged} damaged lines are left out")
     return rows
+
+
+def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows, and how many lines before the last are none."""
+    found = [_to_row(line) for line in path.read_bytes().splitlines()]
+    return [row for row in found if row is not None], sum(row is None for row in found[:-1])
+
+
+def _to_row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # not UTF-8, or not JSON
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 # ---------------------------------------------------------------------------

@@ -7,6 +7,8 @@ after the first line is out, since that takes seconds.
 """
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +18,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # Started by its path, python puts this folder first: our modules would be importable under bare names as well.
     del sys.path[0]
 
-from cfpretrain.console import EXIT_REQUEUE, SickRunError, UserError, exit_with, phase
+from cfpretrain.console import EXIT_REQUEUE, SickRunError, UserError, exit_with, phase, say
 
 if TYPE_CHECKING:
     from cfpretrain.config import Config
@@ -116,13 +118,15 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks the config, then trains; ends the process with `EXIT_REQUEUE` where the same command should go on."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _leave_before_training)
     with phase("loading torch"):
         from cfpretrain import config as configs
         from cfpretrain import runtime
     config = configs.load(arguments.config, arguments.overrides)
     configs.check(config, runtime.world_size())
     with phase("loading deepspeed and streaming"):
-        from cfpretrain import trainer
+        from cfpretrain import run_folder, trainer
         from cfpretrain.lifeline import StopRequest
     stop = StopRequest()
     device = runtime.pick_device()
@@ -132,10 +136,20 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         runtime.agree(problem)
         finished = trainer.run(config, device, stop)
+    except (UserError, SickRunError):
+        if problem is None:  # the folder is this run's
+            run_folder.remove_requeue(Path(config.run.folder))
+        raise
     finally:
         runtime.stop()
     if not finished:
         sys.exit(EXIT_REQUEUE)
+
+
+def _leave_before_training(*_: object) -> None:
+    """A signal before `StopRequest` takes them over: there is nothing to finish and nothing to save."""
+    say("stopped before training began; the same command starts it")
+    os._exit(EXIT_REQUEUE)
 
 
 def _take_folder(folder: Path) -> str | None:

@@ -460,9 +460,11 @@ class Trainer:
                 )
                 grids.append((settings, generate_for(self.config, module, labels, settings, self.device, decode)))
             module.train()
-        with _writes_in(self.folder):
-            for settings, images in grids if runtime.rank() == 0 else []:
+        for settings, images in grids if runtime.rank() == 0 else []:
+            try:
                 self._draw_grid(images, names, settings, grid_title(self.at.step, settings, note))
+            except OSError as error:  # a picture is not worth a run
+                say(f"WARNING: {error.filename or self.folder} cannot be written: {error.strerror or error}")
 
     def _draw_grid(
         self, images: torch.Tensor, names: tuple[str, ...], settings: GenerationSettings, title: str
@@ -526,7 +528,6 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
     try:
         return Trainer(config, device, stop).train()
     except (UserError, SickRunError):
-        remove_requeue(folder)
         raise
     except Exception:
         watch.leave_if_ranks_are_lost()
@@ -542,7 +543,10 @@ def _writes_in(folder: Path) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(f"{error.filename or folder} cannot be written: {error.strerror or error}") from error
+            raise UserError(
+                f"{error.filename or folder} cannot be written: {error.strerror or error}; "
+                "free some space there, then give the same command again"
+            ) from error
 
 
 def _describe(blocks: BlockSettings) -> str:

@@ -419,6 +419,18 @@ def test_latest_falls_back_to_the_newest_complete_and_says_so(
     assert expected.name in said
 
 
+@pytest.mark.parametrize("lost", ["folders", "states"])
+def test_latest_with_nothing_left_is_no_new_beginning(tmp_path: Path, lost: str):
+    store = make_store(tmp_path)
+    save(store, 1)
+    if lost == "folders":
+        shutil.rmtree(tmp_path / "step_00000001")
+    else:
+        (tmp_path / "step_00000001" / "state.json").unlink()
+    with pytest.raises(UserError, match="names step_00000001, which is gone, and no complete checkpoint is left"):
+        store.candidates()
+
+
 def test_latest_naming_an_older_one_is_obeyed(tmp_path: Path):
     store = make_store(tmp_path)
     save(store, 1)

@@ -112,6 +112,25 @@ def test_a_closed_terminal_does_not_cost_the_checkpoint(shards: Path, tmp_path: 
     assert step == rows(folder)[-1]["step"]
 
 
+EARLY = """
+import os, runpy, signal, sys
+class Loading:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Loading())
+sys.argv = ["train.py", "--config", "configs/tiny.yaml"]
+runpy.run_path("cfpretrain/train.py", run_name="__main__")
+"""
+
+
+def test_a_signal_while_it_loads_is_one_line() -> None:
+    ended = subprocess.run([sys.executable, "-c", EARLY], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    assert ended.returncode == EXIT_REQUEUE, ended.stderr
+    assert ended.stdout.endswith("[cfpretrain] stopped before training began; the same command starts it\n")
+    assert ended.stderr == ""
+
+
 SLEEPER = """
 import sys, time
 from cfpretrain.lifeline import StopRequest
@@ -246,15 +265,17 @@ def test_a_killed_rank_zero_ends_the_run_too(shards: Path, tmp_path: Path) -> No
     assert "rank 0 died" in said
 
 
-def test_a_stopped_rank_ends_the_run(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_stopped_rank_ends_the_run(shards: Path, tmp_path: Path, stopped: int) -> None:
     """SIGSTOP: the process is there and says nothing, as behind a broken network."""
     folder = tmp_path / "run"
     ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "guard.rank_timeout_seconds=5"), 2)
     wait_for_steps(folder, 4, ranks)
-    ranks[1].send_signal(signal.SIGSTOP)
-    out, err = ranks[0].communicate(timeout=120)
-    assert ranks[0].returncode == EXIT_REQUEUE, out + err
-    assert (folder / "requeue").read_text() == "rank 1 died or lost the network\n"
+    ranks[stopped].send_signal(signal.SIGSTOP)
+    other = ranks[1 - stopped]
+    out, err = other.communicate(timeout=120)
+    assert other.returncode == EXIT_REQUEUE, out + err
+    assert (folder / "requeue").read_text().startswith(("rank 0 has been silent", "rank 1 died or lost")[stopped])
 
 
 def train_with_a_sleeper(shards: Path, folder: Path) -> None:

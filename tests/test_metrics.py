@@ -77,11 +77,18 @@ def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
     assert metrics.read_metrics(path) == []
 
 
-def test_damage_in_the_middle_is_not_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("line", [b'{"st', b"\xff\xfe", b"3", b'{"loss": 1}', b'{"step": null}'])
+def test_damage_in_the_middle_is_said_and_kept_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], line: bytes
+) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match="Unterminated"):
-        metrics.read_metrics(path)
+    damaged = b'{"step": 1}\n' + line + b'\n{"step": 3}\n'
+    path.write_bytes(damaged)
+    assert metrics.read_metrics(path) == [{"step": 1}, {"step": 3}]
+    assert "metrics.jsonl: 1 damaged lines are left out" in capsys.readouterr().out
+    metrics.MetricsFile(path, resume_step=3)
+    assert metrics.read_metrics(path) == [{"step": 1}, {"step": 3}]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damaged
 
 
 def steps_on_disk(path: Path) -> list[int]:

@@ -305,3 +305,26 @@ def test_secrets_stay_out_of_the_run_folder(shards: Path, tmp_path: Path, monkey
     for value in secrets.values():
         assert value not in ended.stdout + ended.stderr
         assert not [path for path in files if value.encode() in path.read_bytes()]
+
+
+def test_latest_set_back_by_hand_is_obeyed(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "back"
+    shutil.copytree(whole_run, folder)
+    (folder / "checkpoints" / "latest").write_text("step_00000008\n")
+    (folder / "metrics.jsonl").write_bytes(
+        (folder / "metrics.jsonl").read_bytes().replace(b'{"step": 3,', b"\xff\n", 1)
+    )
+    [ended] = run_script(TRAIN, small_run(shards, folder))
+    assert ended.code == 0, ended.err
+    assert "training from step 8 to 12" in ended.out
+    assert (folder / "checkpoints" / "step_00000012.abandoned").is_dir()
+    assert "damaged lines are left out" in ended.out
+    assert (folder / "metrics.jsonl.damaged").is_file()
+
+
+def test_a_mistake_takes_the_word_of_requeue_back(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "requeued"
+    shutil.copytree(whole_run, folder)
+    (folder / "requeue").write_text("SIGUSR1\n")
+    assert_refused(run_script(TRAIN, small_run(shards, folder, "run.seed=7")), "run.seed: expected 0")
+    assert not (folder / "requeue").exists()

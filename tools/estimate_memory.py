@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,8 @@ def run(arguments: argparse.Namespace) -> bool:
 def _check_arguments(arguments: argparse.Namespace) -> None:
     if arguments.num_gpus < 1:
         raise UserError(f"--num-gpus: expected at least 1, got {arguments.num_gpus}")
+    if not math.isfinite(arguments.gpu_memory_gb):
+        raise UserError(f"--gpu-memory-gb: expected a number, e.g. 80, got {arguments.gpu_memory_gb:g}")
     if not 0 <= arguments.reserve_gb < arguments.gpu_memory_gb:
         raise UserError(
             f"--reserve-gb: expected 0 to less than --gpu-memory-gb = {arguments.gpu_memory_gb:g}, "

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _EXIT_UNEQUAL = 1
 _NUM_SHOWN = 10
+_MAY_DIFFER = ("data.shards=", "data.num_workers=", "engine.", "train.micro_batch_size=")
 _COLUMNS, _MOST_IMAGES = 8, 64
 
 
@@ -51,6 +52,11 @@ def main() -> None:
 
 def run(folder: Path, step: int, overrides: list[str]) -> bool:
     """Replays on all ranks; whether the loss is the logged one bit for bit."""
+    for override in overrides:
+        if not override.startswith(_MAY_DIFFER):
+            raise UserError(
+                f"argument {override!r}: the step is made again as it was; only {', '.join(_MAY_DIFFER)} may differ"
+            )
     with phase("loading torch, deepspeed and streaming"):
         from cfpretrain import build, runtime, trainer
         from cfpretrain import config as configs
@@ -64,7 +70,7 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
         with tempfile.TemporaryDirectory() as own:
             scratch = Path(runtime.gather(own)[0])
             config = configs.load(
-                folder / build.CONFIG_FILE, [f"run.folder={scratch}", "metrics.wandb=disabled", *overrides]
+                folder / build.CONFIG_FILE, [*overrides, f"run.folder={scratch}", "metrics.wandb=disabled"]
             )
             configs.check(config, runtime.world_size())
             trainer.prepare_folder(config, device)

@@ -14,7 +14,7 @@ from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import unpatchify
 from cfpretrain.noise import Schedule, respace
 from cfpretrain.order import equal_sizes
-from cfpretrain.sampler import Model, generate, noise_by_image, sampling_orders
+from cfpretrain.sampler import Model, NoiseDraw, generate, noise_by_image, sampling_orders
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ def generate_images(
     padded = torch.tensor([*labels, *[labels[-1]] * (num_rounds * world_size * size - len(labels))])
     made = []
     for round_index in range(num_rounds):
-        runtime.tick()
         begin = (round_index * world_size + rank) * size
         ids_B = torch.arange(begin, begin + size)
         tokens_BLP = generate(
@@ -125,8 +124,18 @@ def generate_images(
             equal_sizes(num_tokens, settings.num_ar_steps),
             respace(schedule, settings.num_denoising_steps),
             settings.guidance,
-            noise_by_image(settings.seed, ids_B.to(device), model.patch_values),
+            _ticking(noise_by_image(settings.seed, ids_B.to(device), model.patch_values)),
         )
         made.append(decode(unpatchify(tokens_BLP, patch_size)).cpu())
     by_rank = torch.stack([torch.stack(images) for images in runtime.gather(made)], dim=1)
     return by_rank.flatten(0, 2)[: len(labels)]
+
+
+def _ticking(draw_noise: NoiseDraw) -> NoiseDraw:
+    """The same noise, each draw of which, one a denoising step, says that this rank goes on."""
+
+    def draw(denoising_step: int, positions_BN: Tensor) -> Tensor:
+        runtime.tick()
+        return draw_noise(denoising_step, positions_BN)
+
+    return draw
