@@ -91,7 +91,8 @@ class Machine:
         """Starts a job script; what it writes goes on in one file over all starts."""
         with (self.folder / "log").open("a") as log:
             return subprocess.Popen(
-                ["bash", str(script), *arguments],
+                # A shell cannot trap what was ignored when it started, as SIGINT is under a job of a shell's own.
+                ["env", "--default-signal=INT", "bash", str(script), *arguments],
                 cwd=self.folder,
                 env=self.environment | environment,
                 stdout=log,
