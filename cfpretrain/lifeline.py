@@ -31,6 +31,7 @@ _WORKER_POLL_SECONDS = 2
 # Building the engine and reading a checkpoint: before the first step, ranks may wait at least as long.
 _START_SECONDS = 600.0
 _EXIT_FAILED = 1  # as after a traceback
+_LAST_WORDS_SECONDS = 5.0
 
 _rank_of_worker = 0
 
@@ -234,7 +235,8 @@ class Watch:
 
     def _judge_rank_zero(self, silence: float) -> tuple[int, str] | None:
         if self._rank_zero_failed:
-            return _EXIT_FAILED, "rank 0 failed"
+            # It says why first: the launcher ends all ranks with the first that ends.
+            return (_EXIT_FAILED, "rank 0 failed") if silence > _LAST_WORDS_SECONDS else None
         return (EXIT_REQUEUE, f"rank 0 has been silent for {silence:.0f} s") if silence > self._silence else None
 
     def _beat(self) -> None:
