@@ -417,10 +417,6 @@ class Engine:
             self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
         return applied
 
-    def discard(self) -> None:
-        """Throws the gradients of this step away, after its last backward, in place of `step`."""
-        self.step(0.0, may_apply=lambda _: False)
-
     @property
     def grad_norm(self) -> float:
         """Norm of the whole gradient of the latest step, applied or not, before clipping; infinity if not finite."""

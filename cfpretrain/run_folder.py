@@ -138,10 +138,12 @@ def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | Non
 
 def finished_step(config: Config) -> int | None:
     """The step at which this run folder's run was completed under this config; None where there is work left."""
-    summary, latest = runtime.gather((read_summary(Path(config.run.folder)), _newest_readable(make_store(config))))[0]
+    # One rank's view of the folder decides.
+    summary = runtime.gather(read_summary(Path(config.run.folder)) if runtime.rank() == 0 else None)[0]
     if summary is None:
         return None
     step = int(summary["num_steps"])
+    latest = runtime.gather(_newest_readable(make_store(config)) if runtime.rank() == 0 else None)[0]
     if latest is not None and latest[1].step < step:
         return None  # set back by hand
     return step if is_done(config, step, float(summary["train_seconds"])) else None

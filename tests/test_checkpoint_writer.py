@@ -7,7 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +48,7 @@ from tests.checkpoints import (
     write_partial_as_ranks,
     zero_like,
 )
+from tests.disks import mount, mounted_disk
 from tests.processes import run_in_processes
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -483,21 +483,8 @@ def test_an_unwritable_folder_is_told(tmp_path: Path):
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB of its own."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = _mount("-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder))
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting a small file system was refused: {mounted.stderr}")
-    try:
+    with mounted_disk(tmp_path / "disk", "1m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
-def _mount(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["mount", *arguments], capture_output=True, text=True)
 
 
 def test_a_disk_that_fills_half_way(small_disk: Path):
@@ -525,14 +512,14 @@ def test_a_folder_that_became_read_only(small_disk: Path, capsys: pytest.Capture
     writer = CheckpointWriter(store, *whole(full))
     writer.begin(make_state(1))
     assert writer.wait() == Outcome(1, small_disk / "step_00000001", None)
-    assert _mount("-o", "remount,ro", str(small_disk)).returncode == 0
+    assert mount("-o", "remount,ro", str(small_disk)).returncode == 0
     writer.begin(make_state(2))
     outcome = writer.wait()
     assert outcome is not None
     assert "step_00000002 cannot be written: Read-only file system" in (outcome.error or "")
     assert store.latest() == small_disk / "step_00000001"
     assert holds(load(small_disk / "step_00000001")[1], full)
-    assert _mount("-o", "remount,rw", str(small_disk)).returncode == 0
+    assert mount("-o", "remount,rw", str(small_disk)).returncode == 0
     writer.begin(make_state(2))
     assert writer.wait() == Outcome(2, small_disk / "step_00000002", None)
     assert capsys.readouterr().out == ""

@@ -12,17 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from cfpretrain import runtime
-from tests.digits import small_config, write_digits
+from tests.digits import small_config
 from tests.processes import run_in_processes
 
 _AT, _NUM_STEPS = 12, 32  # the checkpoint, and the end of the run
 _NUM_LATE_STEPS = 100
 _STATE = ("weights", "ema", "exp_avg", "exp_avg_sq")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
 @pytest.fixture(scope="module")

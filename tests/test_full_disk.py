@@ -1,8 +1,6 @@
 """A disk that fills, or turns read-only, under a run: what was there stays, and the run goes on or ends with a line."""
 
 import json
-import os
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +9,7 @@ import pytest
 
 from cfpretrain import metrics
 from tests.digits import small_run, write_digits
+from tests.disks import mount, mounted_disk
 from tests.processes import Rank, run_script, start_script
 
 TRAIN = "cfpretrain/train.py"
@@ -20,22 +19,8 @@ _WAIT_SECONDS = 120
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 16 MiB of its own; a checkpoint here takes less than one."""
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small file system needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = mount("-t", "tmpfs", "-o", "size=16m", "tmpfs", str(folder))
-    if mounted.returncode != 0:
-        pytest.skip(f"mounting a small file system was refused: {mounted.stderr}")
-    try:
+    with mounted_disk(tmp_path / "disk", "16m") as folder:
         yield folder
-    finally:
-        # A rank that a failed test left behind may still have files open there.
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
-def mount(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(["mount", *arguments], capture_output=True, text=True)
 
 
 def fill(disk: Path) -> Path:

@@ -13,17 +13,12 @@ import torch
 
 from cfpretrain import lifeline, runtime
 from cfpretrain.console import EXIT_REQUEUE, UserError
-from tests.digits import small_config, small_run, write_digits
+from tests.digits import small_config, small_run
 from tests.processes import REPOSITORY, Rank, run_in_processes, run_script, start_script
 
 TRAIN = "cfpretrain/train.py"
 # It would train on for long: what happens to it comes while it does.
 LONG = ("train.num_steps=5000", "checkpoint.every_steps=1000")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
 def rows(folder: Path) -> list[dict]:

@@ -14,16 +14,11 @@ from torch import Tensor
 
 from cfpretrain import runtime
 from cfpretrain.lifeline import StopRequest
-from tests.digits import small_config, write_digits
+from tests.digits import small_config
 from tests.processes import run_in_processes
 
 # A window that can judge after 8 steps.
 GUARD = ("guard.window_steps=32", "guard.max_skips_in_row=3", "metrics.log_sample_ids=true", "train.decay_steps=0")
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("data") / "digits")
 
 
 class FaultyLoss:

@@ -24,11 +24,6 @@ TRAIN = "cfpretrain/train.py"
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_digits(tmp_path_factory.mktemp("data") / "digits")
-
-
-@pytest.fixture(scope="module")
 def whole_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run of 12 steps on 2 ranks, over two epochs of 6 steps and a tail."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
