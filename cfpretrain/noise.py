@@ -1,7 +1,8 @@
 """The noise axis: the DDPM schedule, the forward process, and the solvers that walk from noise to clean tokens.
 
 Ho, Jain, Abbeel 2020 (arXiv 2006.11239), with the respacing of Nichol, Dhariwal 2021 (arXiv 2102.09672); DDIM: Song,
-Meng, Ermon 2021 (arXiv 2010.02502); DPM-Solver++(2M): Lu et al. 2022 (arXiv 2211.01095). The model predicts epsilon.
+Meng, Ermon 2021 (arXiv 2010.02502); DPM-Solver++(2M) and its stochastic sister: Lu et al. 2022 (arXiv 2211.01095). The
+model predicts epsilon.
 Coefficients are computed in float64 and applied in the dtype of the tokens.
 """
 
@@ -129,13 +130,15 @@ def ddim_update(schedule: Schedule, level: int, noised: Tensor, epsilon: Tensor)
 def dpm_update(
     schedule: Schedule, level: int, noised: Tensor, clean: Tensor, clean_before: Tensor | None, noise: Tensor | None
 ) -> Tensor:
-    """One step of DPM-Solver++(2M), or of SDE-DPM-Solver++(2M), algorithm 2 and appendix of arXiv 2211.01095.
+    """One step of DPM-Solver++(2M), or with noise of SDE-DPM-Solver++(2M): arXiv 2211.01095, algorithm 2 and section 5.
+
+    At first order they are DDIM, and DDPM with the variance of its posterior.
 
     Args:
         schedule, level, noised: as for `ddpm_update`.
         clean: `predicted_clean` of this level.
         clean_before: that of the level above; None at the first step, which is of first order.
-        noise: of the stochastic solver; None: the deterministic one.
+        noise: standard normal, shaped like `noised`; None for the solver without.
     """
     if level == 0:
         return clean
@@ -156,7 +159,7 @@ def dpm_update(
     )
 
 
-SOLVERS = ("ddpm", "ddim", "dpm++", "dpm++sde")
+SOLVERS = ("ddpm", "ddim", "dpm++", "sde-dpm++")
 
 
 class Walk:
@@ -164,12 +167,13 @@ class Walk:
 
     Args:
         schedule: the (respaced) levels.
-        solver: one of `SOLVERS`: "ddpm" is random, the others are not; "dpm++" is of second order.
+        solver: one of `SOLVERS`. "ddpm" and "sde-dpm++" draw noise on the way, which heals errors made where noise was
+            high; "ddim" and "dpm++" keep them to the end. The two with "dpm++" are of second order, for few steps.
     """
 
     def __init__(self, schedule: Schedule, solver: str) -> None:
         assert solver in SOLVERS, solver
-        self.is_random = solver in ("ddpm", "dpm++sde")
+        self.is_random = solver in ("ddpm", "sde-dpm++")
         self._schedule, self._solver = schedule, solver
         self._clean_before: Tensor | None = None
 
@@ -180,7 +184,7 @@ class Walk:
         if self._solver == "ddim":
             return ddim_update(self._schedule, level, noised, epsilon)
         clean = predicted_clean(self._schedule, level, noised, epsilon)
-        noise_used = noise if self.is_random else None
-        below = dpm_update(self._schedule, level, noised, clean, self._clean_before, noise_used)
+        drawn = noise if self.is_random else None
+        below = dpm_update(self._schedule, level, noised, clean, self._clean_before, drawn)
         self._clean_before = clean
         return below

@@ -1,9 +1,10 @@
 """Run where cfpretrain is not: loads exports in one process, and leaves what they make and what they refuse.
 
-    python elsewhere.py DIGITS RAW VERSION LATENTS GIVEN MADE
+    python elsewhere.py DIGITS RAW VERSION LATENTS GIVEN MADE SOLVERS
 
 Four exported folders (DIGITS, the same code with other weights, with other code, one with an autoencoder), the tensors
-to work on, and where to leave those that are made. The last line it prints is what else there is to say, as JSON.
+to work on, where to leave those that are made, and the names of solvers, with commas. The last line it prints is what
+else there is to say, as JSON.
 """
 
 import contextlib
@@ -67,7 +68,7 @@ def refusal(call: Callable[[], Any]) -> str | None:
 
 
 def main() -> None:
-    digits, raw, version, latents, given_file, made_file = sys.argv[1:]
+    digits, raw, version, latents, given_file, made_file, solvers = sys.argv[1:]
     with contextlib.suppress(ImportError):
         importlib.import_module("cfpretrain")
         sys.exit("cfpretrain can be imported here")
@@ -89,7 +90,7 @@ def main() -> None:
 
     out = {
         f"{solver} {kind}": make(pipe, LABELS, solver=solver, output_type=kind)
-        for solver in ("ddpm", "ddim", "dpm++")
+        for solver in solvers.split(",")
         for kind in ("latent", "pt")
     }
     out["settings"] = make(

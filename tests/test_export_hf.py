@@ -32,6 +32,7 @@ from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import from_official
 from cfpretrain.model.autoencoder import make_network
 from cfpretrain.model.transformer import patchify, unpatchify
+from cfpretrain.noise import SOLVERS
 from cfpretrain.order import choose_sizes
 from cfpretrain.regions import parse_region
 from cfpretrain.sampler import Guidance
@@ -431,8 +432,9 @@ def results(
 
     save_file({"latents": given}, folder / "given.safetensors")
     exports = (exported, folder / "raw", folder / "version", folder / "latents")
-    out, err = run_elsewhere(elsewhere, folder, *exports, folder / "given.safetensors", folder / "made.safetensors")
-    made = load_file(folder / "made.safetensors")
+    tensors = [folder / "given.safetensors", folder / "made.safetensors"]
+    out, err = run_elsewhere(elsewhere, folder, *exports, *tensors, ",".join(SOLVERS))
+    made = load_file(tensors[1])
     return Results(run, latents_run, made, given, json.loads(out.splitlines()[-1]), err)
 
 
@@ -465,7 +467,7 @@ def settings_of(config: Config, batch_size: int, **changes: Any) -> GenerationSe
     return dataclasses.replace(settings, **changes)
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++"])
+@pytest.mark.parametrize("solver", SOLVERS)
 def test_the_same_pixels_elsewhere(results: Results, solver) -> None:
     _, spacing = _BY_SOLVER[solver]
     latents, images = ours(results.run, solver=solver, spacing=spacing)
@@ -555,7 +557,7 @@ def test_mistakes_elsewhere_are_named(results: Results) -> None:
         "class_labels: expected a name or a number, got 'owll'; did you mean 'owl'?",
         "class_labels: expected 0 to 9, got 10",
         "class_labels: expected at least one class, got none",
-        "solver: expected one of ddpm, ddim, dpm++, got 'euler'",
+        f"solver: expected one of {', '.join(SOLVERS)}, got 'euler'",
         "sizes of AR steps: expected 2 numbers of at least 1 that add up to 16",
         "num_ar_steps: expected 1 to 16 (the tokens of an image), got 17",
         "denoising steps: expected 2 to 1000, got 1",

@@ -379,7 +379,7 @@ def halve(content: Any) -> None:
         ("*rank_0_*optim_states.pt", halve, "a flat tensor of torch.float16"),
         ("*optim_states.pt", zero_state("partition_count", [4]), "files of 2 ranks, where 4 wrote it"),
         ("*optim_states.pt", zero_state("base_optimizer_state", 3), "'int' object is not subscriptable"),
-        ("*rank_0_*optim_states.pt", shorten, "outside what rank 1 wrote"),
+        ("*rank_0_*optim_states.pt", shorten, "values of noise_head.linear."),
         ("*optim_states.pt", lambda content: {"other": 1}, "no 'optimizer_state_dict'"),
         ("mp_rank_00_model_states.pt", lambda content: content.pop("param_shapes") and None, "no 'param_shapes'"),
         ("mp_rank_00_model_states.pt", lambda content: content.pop("global_steps") and None, "no 'global_steps'"),

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from cfpretrain.evaluation.generation import GenerationSettings
 
 # Denoising steps and the spacing of their levels, where none are asked for.
-_BY_SOLVER = {"ddpm": (250, "time"), "ddim": (50, "time"), "dpm++": (25, "log_snr")}
+_BY_SOLVER = {"ddpm": (250, "time"), "ddim": (50, "time"), "dpm++": (25, "log_snr"), "sde-dpm++": (25, "log_snr")}
 _SIZES = ("equal", "cosine")
 _MOST_IN_A_BATCH = 4096
 
@@ -27,11 +27,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> No
         "--solver",
         choices=_BY_SOLVER,
         default="ddpm",
-        help="ddpm: as trained; ddim; dpm++: of second order, for few steps (default ddpm)",
+        help="sde-dpm++ is the one for few steps; ddim and dpm++ draw no noise on the way (default ddpm)",
     )
-    group.add_argument("--num-denoising-steps", type=int, help="of each AR step (default 250; ddim 50; dpm++ 25)")
+    group.add_argument("--num-denoising-steps", type=int, help="of each AR step (default 250; ddim 50; others 25)")
     group.add_argument(
-        "--spacing", choices=("time", "log_snr"), help="what the noise levels are even in (default time; dpm++ log_snr)"
+        "--spacing", choices=("time", "log_snr"), help="what noise levels are even in (default time; dpm++ log_snr)"
     )
     group.add_argument("--guidance", type=float, default=2.0, help="towards the class; 1: none (default 2)")
     group.add_argument(

@@ -1,7 +1,7 @@
 """The pipeline of CausalFusion (arXiv 2412.12095): class-conditional images with any number of AR steps, and editing.
 
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    images = pipe([3, "seven"], num_ar_steps=4, num_inference_steps=25, guidance_scale=2.0, solver="dpm++").images
+    images = pipe([3, "seven"], num_ar_steps=4, num_inference_steps=25, guidance_scale=2.0, solver="sde-dpm++").images
     edited = pipe.edit([5], region="top", image=images[:1]).images
 
 It stands alone: torch and diffusers are all that it needs.
@@ -18,7 +18,12 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, Schedu
 from torch import Tensor
 
 # Noise levels and their spacing, where none are asked for.
-_BY_SOLVER = {"ddpm": (250, "time"), "ddim": (50, "time"), "dpm++": (25, "log_snr")}
+_BY_SOLVER = {
+    "ddpm": (250, "time"),
+    "ddim": (50, "time"),
+    "dpm++": (25, "log_snr"),
+    "sde-dpm++": (25, "log_snr"),
+}
 
 
 class CausalFusionPipeline(DiffusionPipeline):
@@ -74,15 +79,17 @@ class CausalFusionPipeline(DiffusionPipeline):
             class_labels: classes by number, or by name.
             num_ar_steps: from 1 (a diffusion transformer) to the number of tokens made (pure autoregression).
             num_inference_steps: noise levels that each AR step runs through; left out, 250 for "ddpm", 50 for "ddim",
-                25 for "dpm++".
+                25 for the others.
             guidance_scale: of classifier-free guidance; 1 = none.
-            solver: "ddpm" (random), "ddim", or "dpm++" (of second order, for few steps).
+            solver: "ddpm", "ddim", or of second order "dpm++" and "sde-dpm++", the one for few steps. "ddim" and
+                "dpm++" draw no noise on the way.
             seed: of noise and orders.
             ids: numbers of the images, from 0 on if left out: image i of a seed is always the same.
             ar_step_sizes: "equal", "cosine", or sizes that add up to the tokens made.
             guidance_schedule: "constant", or "linear": growing along the AR axis.
             guidance_interval: the first and last timestep (0 to 999) in which guidance acts.
-            level_spacing: noise levels evenly in "time" or in "log_snr"; left out, the latter for "dpm++".
+            level_spacing: noise levels evenly in "time" or in "log_snr"; left out, the latter for those
+                of second order.
             output_type: "pil", "np", "pt" (both in [0, 1]), or "latent" (in the network's scale).
             return_dict: whether to return an `ImagePipelineOutput`, else a tuple.
             region, image, latents: see `edit`.

@@ -92,7 +92,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
             seed: of noise and orders.
             betas_T: float64, of the noise schedule.
             num_inference_steps: noise levels that each AR step runs through.
-            solver: "ddpm", "ddim" or "dpm++".
+            solver: one of `SOLVERS`.
             level_spacing: "time" or "log_snr".
             num_ar_steps: AR steps in which the tokens are made.
             ar_step_sizes: "equal", "cosine", or as many sizes, adding up to the tokens that are made.
