@@ -40,10 +40,10 @@ class GenerationSettings:
 Decode = Callable[[Tensor], Tensor]
 
 
-def decode_to_look_at(config: Config) -> tuple[Decode, str]:
+def decode_to_look_at(config: Config, device: torch.device) -> tuple[Decode, str]:
     """How latents become a picture, whether or not an autoencoder is at hand, and what its title must say of it."""
-    if are_pixels(config.model.latent_channels):
-        return make_autoencoder(config).decode, ""
+    if config.data.autoencoder or are_pixels(config.model.latent_channels):
+        return make_autoencoder(config, device).decode, ""
     return false_colours, "false colours"
 
 
@@ -58,7 +58,7 @@ def generate_for(
     """`generate_images` with the schedule, the sizes and, but for another `decode`, the autoencoder of a config."""
     return generate_images(
         model,
-        decode or make_autoencoder(config).decode,
+        decode or make_autoencoder(config, device).decode,
         labels,
         settings,
         make_loss(config).schedule,
