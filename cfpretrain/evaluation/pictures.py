@@ -27,6 +27,7 @@ _BLUE, _RED = "#2563a8", "#d1495b"
 # No image has this colour by nature: it marks pixels that are not finite.
 _BROKEN_RGB = (255, 0, 255)
 _DOTS_PER_INCH = 130
+_CAPTION_SIZE = 11
 # So few values are drawn as dots: there is nothing to smooth.
 _FEW = 12
 
@@ -45,14 +46,22 @@ class GridLayout:
     left: int  # of the first column
     top: int  # of the first row
     num_columns: int
+    caption_height: int = 0  # below each image
 
     def corner(self, row: int, column: int) -> tuple[int, int]:
         """(y, x) of the upper left picture pixel of the image in this cell."""
-        return self.top + row * (self.cell_height + self.gap), self.left + column * (self.cell_width + self.gap)
+        row_height = self.cell_height + self.caption_height + self.gap
+        return self.top + row * row_height, self.left + column * (self.cell_width + self.gap)
 
 
 def grid_layout(
-    num_images: int, height: int, width: int, class_names: Sequence[str], cell_size: int = 56, title: str = ""
+    num_images: int,
+    height: int,
+    width: int,
+    class_names: Sequence[str],
+    cell_size: int = 56,
+    title: str = "",
+    has_captions: bool = False,
 ) -> GridLayout:
     """Lays out a sample grid; arguments as for `sample_grid`, height and width in image pixels."""
     num_rows = len(class_names)
@@ -72,6 +81,7 @@ def grid_layout(
         left=14 + name_width + 12,
         top=title_height + (6 if title else 0),
         num_columns=num_images // num_rows,
+        caption_height=17 * has_captions,
     )
 
 
@@ -82,6 +92,7 @@ def sample_grid(
     title: str = "",
     value_range: tuple[float, float] = (-1.0, 1.0),
     cell_size: int = 56,
+    captions: Sequence[str] = (),
 ) -> None:
     """Writes a labelled grid of images as PNG: a row for each class, its name on the left.
 
@@ -95,16 +106,21 @@ def sample_grid(
         title: lines above the grid, e.g. step, guidance, AR steps and denoising steps.
         value_range: what is black and what is white.
         cell_size: about how many picture pixels a side an image should have, at least its own.
+        captions: what stands below each image, cut to its width; none for no line at all.
 
     Raises:
         UserError: another number of channels, or images that do not fill the rows.
     """
     images_BYXC = _to_rgb(images_BCYX, value_range)
     num_images, height, width, _ = images_BYXC.shape
-    layout = grid_layout(num_images, height, width, class_names, cell_size, title)
+    assert len(captions) in (0, num_images), (len(captions), num_images)
+    layout = grid_layout(num_images, height, width, class_names, cell_size, title, bool(captions))
     bottom, right = layout.corner(len(class_names) - 1, layout.num_columns - 1)
     title_width = max((math.ceil(_font(15, "bold").getlength(line)) for line in title.splitlines()), default=0)
-    size = (max(right + layout.cell_width, 14 + title_width) + 14, bottom + layout.cell_height + 14)
+    size = (
+        max(right + layout.cell_width, 14 + title_width) + 14,
+        bottom + layout.cell_height + layout.caption_height + 14,
+    )
     picture = Image.new("RGB", size, _PAPER)
     draw = ImageDraw.Draw(picture)
     for number, line in enumerate(title.splitlines()):
@@ -117,7 +133,19 @@ def sample_grid(
         y, x = layout.corner(*divmod(index, layout.num_columns))
         crisp = image_YXC.repeat(layout.zoom, axis=0).repeat(layout.zoom, axis=1)
         picture.paste(Image.fromarray(crisp), (x, y))
+        if captions:
+            text = _cut_to(captions[index], layout.cell_width)
+            place = (x + layout.cell_width // 2, y + layout.cell_height + 2)
+            draw.text(place, text, fill=_QUIET, font=_font(_CAPTION_SIZE), anchor="ma")
     picture.save(path, format="PNG")
+
+
+def _cut_to(text: str, width: int) -> str:
+    font = _font(_CAPTION_SIZE)
+    if font.getlength(text) <= width:
+        return text
+    kept = next((n for n in range(len(text) - 1, 0, -1) if font.getlength(text[:n] + "…") <= width), 0)
+    return text[:kept] + "…"
 
 
 def false_colours(latents_BCYX: Tensor) -> Tensor:
