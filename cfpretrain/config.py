@@ -534,7 +534,7 @@ def _check_data(config: Config) -> Iterable[str]:
     if len(data.repeat) not in (1, len(data.shards)):
         yield f"data.repeat: expected 1 or {len(data.shards)} values (one a folder), got {len(data.repeat)}"
     for value in data.repeat:
-        yield from _in_range("data.repeat", value, 1e-9, 255)
+        yield from _in_range("data.repeat", value, 1e-9, 127)
     if not data.cache_folder:
         yield "data.cache_folder: expected the path of a folder, got an empty text"
     if not patience < config.guard.rank_timeout_seconds:

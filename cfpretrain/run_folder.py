@@ -21,8 +21,8 @@ from cfpretrain.checkpoint import CheckpointStore, TrainingState, read_state
 from cfpretrain.config import Config, to_plain, to_yaml
 from cfpretrain.config import load as load_config
 from cfpretrain.console import UserError, phase, say
-from cfpretrain.data.loader import order_fingerprint
-from cfpretrain.data.shards import LatentsInfo, Shards, check_infos
+from cfpretrain.data.loader import open_folders, order_fingerprint
+from cfpretrain.data.shards import LatentsInfo, check_autoencoder, check_infos
 from cfpretrain.tensor_files import DamagedCheckpointError
 
 _LOCK_SECONDS = 60.0  # a run that was asked to stop ends within it
@@ -109,7 +109,7 @@ def _unwritable(folder: Path, reason: str) -> UserError:
 
 
 def _check_inputs(config: Config) -> None:
-    infos = [Shards(address).latents_info for address in config.data.shards]
+    infos = [folder.latents_info for folder in open_folders(config)]
     check_infos(infos, config)
     if runtime.rank() == 0:
         _check_autoencoder(infos[0], config)
@@ -134,12 +134,8 @@ def _check_inputs(config: Config) -> None:
 def _check_autoencoder(info: LatentsInfo, config: Config) -> None:
     """Refuses an autoencoder that did not make the latents, and would decode them to something else."""
     if config.data.autoencoder:
-        found = make_autoencoder(config, torch.device("cpu")).fingerprint
-        if found != info.autoencoder:
-            raise UserError(
-                f"data.autoencoder: expected the one that made the latents in {config.data.shards[0]}, fingerprint "
-                f"{info.autoencoder}, got {found} in {config.data.autoencoder}; give that one, or encode with this one"
-            )
+        found = make_autoencoder(config, torch.device("cpu"))
+        check_autoencoder(info, found.fingerprint, found.shift, found.scale, "data.autoencoder")
 
 
 def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | None:

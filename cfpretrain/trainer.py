@@ -27,8 +27,7 @@ from cfpretrain.checkpoint import TrainingState, is_healthy
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.config import Config, to_plain
 from cfpretrain.console import Progress, SickRunError, UserError, phase, say
-from cfpretrain.data.loader import Batch, Loader, Position
-from cfpretrain.data.shards import read_latents_info
+from cfpretrain.data.loader import Batch, Loader, Position, open_folders
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
@@ -125,7 +124,9 @@ class Trainer:
         self.config, self.device, self.stop, self.resume_from = config, device, stop, resume_from
         self.folder = Path(config.run.folder)
         self.store = make_store(config)
-        self.class_names = read_latents_info(config.data.shards[0]).class_names
+        with runtime.together():
+            self.class_names = open_folders(config)[0].latents_info.class_names
+            self.decode, self.decode_note = decode_to_look_at(config, device)
         self.scaling = make_scaling(config)
         self.loss = make_loss(config)
         guard = config.guard
@@ -369,7 +370,8 @@ class Trainer:
         """Sums the window over ranks and writes, logs and shows it."""
         num_steps = len(self.window.records)
         waited, self.waited_before = self.loader.waited_seconds - self.waited_before, self.loader.waited_seconds
-        rows, flops, (seconds, seconds_aside, waited) = self.window.close([*self.clock.read(), waited])
+        waited = max(runtime.gather(waited))  # one slow rank keeps all waiting
+        rows, flops, (seconds, seconds_aside) = self.window.close(self.clock.read())
         self.at.train_seconds += seconds + seconds_aside
         images_per_second = num_steps * self.config.train.global_batch_size / seconds
         peak = peak_flops(self.device, self.config.engine.precision)
@@ -459,7 +461,6 @@ class Trainer:
         labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
         module: Any = self.engine.module
         batch_size = -(-len(labels) // runtime.world_size())
-        decode, note = decode_to_look_at(self.config, self.device)
         grids = []
         with phase(f"sampling {len(labels)} images at step {self.at.step}"), self.ema.applied(self.engine):
             module.eval()
@@ -467,11 +468,11 @@ class Trainer:
                 settings = GenerationSettings(
                     num_ar_steps, sample.num_denoising_steps, sample.guidance, batch_size, self.config.run.seed
                 )
-                grids.append((settings, generate_for(self.config, module, labels, settings, self.device, decode)))
+                grids.append((settings, generate_for(self.config, module, labels, settings, self.device, self.decode)))
             module.train()
         for settings, images in grids if runtime.rank() == 0 else []:
             try:
-                self._draw_grid(images, names, settings, grid_title(self.at.step, settings, note))
+                self._draw_grid(images, names, settings, grid_title(self.at.step, settings, self.decode_note))
             except OSError as error:  # a picture is not worth a run
                 say(f"WARNING: {error.filename or self.folder} cannot be written: {error.strerror or error}")
 

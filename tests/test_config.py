@@ -117,7 +117,7 @@ WRONG = [
     ("data.shards=[]", "data.shards: expected folders or addresses, got []"),
     ("data.shards=[a,b,a]", "data.shards: expected each folder once, got a twice; set data.repeat"),
     ("data.repeat=[1.0,2.0]", "data.repeat: expected 1 or 1 values (one a folder), got 2"),
-    ("data.repeat=0", "data.repeat: expected between 1e-09 and 255, got 0"),
+    ("data.repeat=0", "data.repeat: expected between 1e-09 and 127, got 0"),
     ("data.cache_limit_gb=-1", "data.cache_limit_gb: expected at least 0"),
     ("data.download_patience_seconds=600", "expected less than guard.rank_timeout_seconds = 600"),
     ("model.patch_size=3", "model.patch_size: expected a divisor of model.latent_size = 8"),

@@ -220,7 +220,7 @@ def test_a_node_keeps_to_its_own_samples(folders: Any) -> None:
 # The position
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_stop_any_ranks_any_workers(folders: Any, data: st.DataObject) -> None:
     """The witness is the list of ids: what each step of an uninterrupted run on one rank sees, every other run sees."""

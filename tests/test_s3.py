@@ -87,7 +87,7 @@ def test_shards_in_the_store_are_those_of_the_folder(
     config = s3_config(address, tmp_path / "cache", folder)
     assert order_fingerprint(config) == order_fingerprint(local_config(folder))
     with closing(Loader(config, 0, 1)) as loader:
-        assert_equal(take(loader, 10), local_batches(folder, 10))
+        assert_equal(take(loader, 6), local_batches(folder, 6))
         position = loader.position
     assert "WARNING: data.cache_limit_gb = " in capsys.readouterr().out
     kept = [path.stat().st_size for path in (tmp_path / "cache").iterdir() if path.is_file()]
@@ -106,9 +106,9 @@ def test_the_server_dies_in_mid_epoch_and_comes_back(
         found = take(loader, 2)
         store.kill()
         healer.start()
-        found += take(loader, 10)
+        found += take(loader, 5)
         healer.join()
-    assert_equal(found, local_batches(folder, 12))
+    assert_equal(found, local_batches(folder, 7))
     said = capfd.readouterr().out
     assert f"WARNING: {address}/shard.0" in said
     assert "asking again for up to 60 s" in said
@@ -116,15 +116,10 @@ def test_the_server_dies_in_mid_epoch_and_comes_back(
     assert "very-secret" not in said
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_server_stays_away(store: ObjectStore, folder: Path, tmp_path: Path, num_workers: int) -> None:
+def test_the_server_stays_away(store: ObjectStore, folder: Path, tmp_path: Path) -> None:
     address = store.upload(folder, "gone")
-    config = s3_config(address, tmp_path / "cache", folder, num_workers, download_patience_seconds=1.5)
-    store.kill()
+    config = s3_config(address, tmp_path / "cache", folder, download_patience_seconds=1.5)
     try:
-        message = error_of(lambda: Loader(config, 0, 1))
-        assert message.startswith(f"data.shards: {address}/cfpretrain.json could not be read for ")
-        store.start()
         with closing(Loader(config, 0, 1)) as loader:
             next(loader)
             store.kill()
@@ -133,8 +128,9 @@ def test_the_server_stays_away(store: ObjectStore, folder: Path, tmp_path: Path,
         assert "Could not connect to the endpoint" in message
         assert "give the same command again" in message
         assert not multiprocessing.active_children()
+        message = error_of(lambda: Loader(config, 0, 1))
+        assert message.startswith(f"data.shards: {address}/cfpretrain.json could not be read for ")
     finally:
-        store.kill()
         store.start()
 
 
@@ -169,7 +165,7 @@ def test_a_byte_flipped_in_the_cache_is_mended(store: ObjectStore, folder: Path,
     address, cache = store.upload(folder, "flipped"), tmp_path / "cache"
     config = s3_config(address, cache, folder, cache_limit_gb=0.0)
     with closing(Loader(config, 0, 1)) as loader:
-        take(loader, 5)
+        take(loader, 4)
     copies = [path for path in cache.iterdir() if path.is_file()]
     assert len(copies) == NUM_SHARDS
     for path in copies:
@@ -177,7 +173,7 @@ def test_a_byte_flipped_in_the_cache_is_mended(store: ObjectStore, folder: Path,
         content[-40] ^= 1
         path.write_bytes(content)
     with closing(Loader(config, 0, 1)) as loader:
-        assert_equal(take(loader, 10), local_batches(folder, 10))
+        assert_equal(take(loader, 8), local_batches(folder, 8))
     assert sorted(path.read_bytes() for path in copies) == sorted(path.read_bytes() for path in folder.glob("*.mds"))
 
 
@@ -188,14 +184,12 @@ def read_epochs(config: Config, started: str) -> None:
         take(loader, 100_000)
 
 
-def test_two_jobs_share_a_cache_and_one_is_killed_again_and_again(
-    store: ObjectStore, folder: Path, tmp_path: Path
-) -> None:
+def test_two_jobs_share_a_cache_and_one_is_killed(store: ObjectStore, folder: Path, tmp_path: Path) -> None:
     address = store.upload(folder, "shared")
     config = s3_config(address, tmp_path / "cache", folder)
     shared_before = set(os.listdir("/dev/shm"))
     wanted = local_batches(folder, 4)
-    for attempt in range(4):
+    for attempt in range(2):
         started = tmp_path / f"started{attempt}"
         other = FORK.Process(target=read_epochs, args=(config, str(started)))
         other.start()

@@ -16,6 +16,7 @@ from cfpretrain.data.shards import (
     ImagesInfo,
     LatentsInfo,
     Shards,
+    check_autoencoder,
     check_infos,
     checksum,
     columns_of,
@@ -177,6 +178,7 @@ def test_a_folder_that_is_not_there_or_not_ours(folder: Path, tmp_path: Path) ->
         ("index.json", '"version": 2, "zip_data"', '"version": 3, "zip_data"', "cannot be read"),
         ("index.json", '"hashes": {', '"mashes": {', "cannot be read"),
         ("index.json", "shard.00000.mds", "../shard.00000.mds", "plain name"),
+        ("index.json", '"blake2b": "', '"blake2b": "/etc/', "128 hexadecimal digits"),
         ("index.json", "ndarray:float16:2,4,4", "pkl", "expected columns"),
         ("index.json", "float16:2,4,4", "float16:2,4,5", "expected columns"),
     ],
@@ -279,6 +281,27 @@ def test_mirrors_and_autoencoders_must_be_those_of_the_shards() -> None:
     with_one = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, autoencoder="some/folder"))
     with pytest.raises(UserError, match=r"data.autoencoder: expected none.*got some/folder"):
         check_infos([pixels], with_one)
+
+
+def test_an_autoencoder_of_other_weights_or_another_scale_is_refused() -> None:
+    check_autoencoder(INFO, "0123456789abcdef", [0.5, 0.25], [2.0, 4.0], "--autoencoder")
+    for changed, word in (
+        (("fedcba", [0.5, 0.25], [2.0, 4.0]), "of fingerprint 0123456789abcdef, got fedcba"),
+        (("0123456789abcdef", [0.5, 0.0], [2.0, 4.0]), r"of shift \(0.5, 0.25\), got \(0.5, 0.0\)"),
+        (("0123456789abcdef", [0.5, 0.25], [2.0, 1.0]), r"of scale \(2.0, 4.0\), got \(2.0, 1.0\)"),
+    ):
+        with pytest.raises(UserError, match=f"--autoencoder: expected the autoencoder that made the latents, {word}"):
+            check_autoencoder(INFO, *changed, "--autoencoder")
+
+
+def test_latents_that_look_like_pixels_need_their_autoencoder() -> None:
+    info = dataclasses.replace(INFO, latent_shape=(3, 4, 4), latent_shift=(0.0,) * 3, latent_scale=(1.0,) * 3)
+    model = dataclasses.replace(CONFIG.model, latent_channels=3)
+    data = dataclasses.replace(CONFIG.data, latent_shift=(0.0,), latent_scale=(1.0,))
+    with pytest.raises(UserError, match=r"data.autoencoder: expected the folder of the one that made these latents"):
+        check_infos([info], dataclasses.replace(CONFIG, model=model, data=data))
+    named = dataclasses.replace(data, autoencoder="some/folder")
+    check_infos([info], dataclasses.replace(CONFIG, model=model, data=named))
 
 
 def test_all_misfits_come_at_once() -> None:

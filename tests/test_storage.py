@@ -302,7 +302,8 @@ def read_in_turn(source: RemoteFolder, numbers: list[int]) -> None:
                 continue
         assert content == content_of(number)
         limit, folder = source._cache.limit_bytes, source._cache.folder
-        sizes = [path.stat().st_size for path in folder.iterdir() if len(path.name) == 128 and path.exists()]
+        with storage._locked(folder / "lock", source._cache.patience):  # nothing is removed meanwhile
+            sizes = [path.stat().st_size for path in folder.iterdir() if len(path.name) == 128]
         assert not limit or sum(sizes) <= limit
 
 

@@ -118,7 +118,7 @@ def _look_at(shards: "Shards", samples: list[dict[str, Any]], autoencoder: str |
     import torch
 
     from cfpretrain.data.images import centre_crop, read_image
-    from cfpretrain.data.shards import ImagesInfo
+    from cfpretrain.data.shards import ImagesInfo, check_autoencoder
     from cfpretrain.evaluation.pictures import false_colours
     from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
 
@@ -134,12 +134,8 @@ def _look_at(shards: "Shards", samples: list[dict[str, Any]], autoencoder: str |
     if autoencoder is None:
         return false_colours(latents_BCYX), ", latents in false colours (give --autoencoder)"
     decoder = KLAutoencoder.load(autoencoder, "cpu", key="--autoencoder")
-    if decoder.fingerprint != info.autoencoder:
-        raise UserError(
-            f"--autoencoder: expected the one that made the latents, fingerprint {info.autoencoder}, got "
-            f"{decoder.fingerprint} in {autoencoder}; give that one"
-        )
-    return torch.cat([decoder.decode(one) for one in latents_BCYX.split(1)]), ", decoded"
+    check_autoencoder(info, decoder.fingerprint, decoder.shift, decoder.scale, "--autoencoder")
+    return decoder.decode(latents_BCYX), ", decoded"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

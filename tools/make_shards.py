@@ -140,6 +140,7 @@ def make_shards(
         "image_size": how.image_size,
         "channels": how.channels,
         "images_per_shard": images_per_shard,
+        "dealt": "by hash",
     }
     writer = ShardWriter(out, image_columns(), plan)
     if writer.is_complete():
@@ -158,10 +159,15 @@ def make_shards(
     say(f"{out}: {_describe(out)}, {rate:.0f} images/s")
 
 
-def _slices(num_images: int, images_per_shard: int) -> list[range]:
-    """The ids of each shard."""
-    begins = range(0, num_images, images_per_shard)
-    return [range(begin, min(begin + images_per_shard, num_images)) for begin in begins]
+def _slices(num_images: int, images_per_shard: int) -> list[list[int]]:
+    """The ids of each shard: dealt at random, the same for every listing of that length.
+
+    Cut as listed, a shard would hold one class, and training, which mixes near shards only, batches of few classes.
+    """
+    from cfpretrain import seeds
+
+    dealt = seeds.permutation(seeds.key(0, "shards of images"), num_images)
+    return [sorted(ids.tolist()) for ids in dealt.split(images_per_shard)]
 
 
 def _finish(writer: "ShardWriter", listing: "Listing", how: "Storing", source: str, num_shards: int) -> None:
@@ -170,7 +176,7 @@ def _finish(writer: "ShardWriter", listing: "Listing", how: "Storing", source: s
     from cfpretrain.data.shards import ImagesInfo
 
     records = writer.records(num_shards)
-    rejected = [one for record in records for one in record["rejected"]]
+    rejected = sorted((one for record in records for one in record["rejected"]), key=lambda one: one["id"])
     names = records[0]["versions"]
     info = ImagesInfo(
         class_names=listing.class_names,
@@ -221,7 +227,8 @@ class Rejected:
             more = "; ..." if len(self.images) > _NUM_SHOWN else ""
             raise UserError(
                 f"--max-rejected-share: expected at most {self._max_share:g} of {self._num_images} images to be "
-                f"rejected, got {len(self.images)} already: {shown}{more}. Mend or remove them, or raise the share"
+                f"rejected, got {len(self.images)} already: {shown}{more}. Raise the share, and it goes on; mend "
+                "or remove them, and it begins again"
             )
 
 
@@ -236,7 +243,7 @@ class Work:
     listing: "Listing"
     how: "Storing"
     writer: "ShardWriter"
-    slices: Sequence[range]  # of image ids, by shard
+    slices: Sequence[Sequence[int]]  # ids of images, by shard
 
     def make(self, number: int, state: "NDArray[np.int64]") -> list[dict[str, Any]]:
         """Writes a shard, and notes in `state` how many images were begun and which is being read; the rejected."""

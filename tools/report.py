@@ -117,9 +117,10 @@ def _check_decodes(run: Path, config: Any) -> None:
 
 
 def _check_images(arguments: argparse.Namespace, config: Any) -> None:
-    from cfpretrain.data.shards import read_images_info, read_latents_info
+    from cfpretrain.data.loader import open_folders
+    from cfpretrain.data.shards import read_images_info
 
-    latents = read_latents_info(config.data.shards[0])
+    latents = open_folders(config)[0].latents_info
     for key, folder in (("--images", arguments.images), ("--held-out", arguments.held_out)):
         images = read_images_info(folder, key)
         for name in ("image_size", "class_names"):
@@ -152,7 +153,7 @@ def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, g
 
     from cfpretrain import build
     from cfpretrain.data.images import read_all_images
-    from cfpretrain.data.shards import Shards
+    from cfpretrain.data.loader import open_folders
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
     from cfpretrain.evaluation.loss_map import measure_loss_map
@@ -161,9 +162,11 @@ def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, g
 
     folder: Path = arguments.run
     device = next(model.parameters()).device
-    shards = Shards(config.data.shards[0])
+    shards = open_folders(config)[0]
     with phase("drawing the loss map"):
-        trained = shards.read_latents(np.arange(min(len(shards), _MOST_MAPPED)))
+        trained = shards.read_latents(
+            np.linspace(0, len(shards) - 1, min(len(shards), _MOST_MAPPED)).round().astype(int)
+        )
         latents = build.make_scaling(config).to_model(trained.mean_BCYX).to(device)
         errors = measure_loss_map(model, build.make_loss(config), latents, trained.labels_B, num_bins=20, passes=8)
         pictures.loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")

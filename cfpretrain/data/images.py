@@ -5,13 +5,14 @@ the bicubic filter does the rest, and the middle is cut out. EXIF rotation and a
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,7 @@ Image.init()  # else PIL knows a kind by name only after it met a file of it
 _KINDS = [kind for kind in _SUFFIXES if kind in Image.OPEN]
 # What DALI decodes as PIL does, within 2 of 255, where that is not every mode of a kind.
 _DALI_MODES = {"GIF": (), "AVIF": (), "TIFF": ("L", "RGB", "RGBA"), "JPEG2000": ("L", "RGB", "RGBA")}
+_OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _TABLES = (".csv", ".jsonl")
 _COLUMNS = ("path", "label", "caption")
 # PIL converts others, 16-bit grey among them, by cutting off what exceeds 255: to white.
@@ -299,7 +301,7 @@ class Storing:
 
 
 def read_samples(
-    listing: Listing, ids: range, how: Storing, on_image: Callable[[int], None], rejected: list[dict[str, Any]]
+    listing: Listing, ids: Iterable[int], how: Storing, on_image: Callable[[int], None], rejected: list[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """The samples of image shards, without their checksums.
 
@@ -325,12 +327,19 @@ def read_file(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        RejectedImageError: it is not there or cannot be read.
+        RejectedImageError: it is not there or cannot be read, and that is the file's own fault.
+        UserError: the disk or the network fails.
     """
     try:
         return path.read_bytes()
     except OSError as error:
-        raise RejectedImageError(f"the file cannot be read: {error.strerror or error}") from error
+        reason = error.strerror or str(error)
+        # A disk that goes away for a moment must not cost images for good.
+        if error.errno not in _OF_THE_FILE or not path.parent.is_dir():
+            raise UserError(
+                f"images: {path} cannot be read ({reason}); mend that, and the same command goes on"
+            ) from error
+        raise RejectedImageError(f"the file cannot be read: {reason}") from error
 
 
 def stored_image(data: bytes, how: Storing) -> bytes:

@@ -94,7 +94,7 @@ class Loader:
     ) -> None:
         cache = CacheSettings.of(config.data)
         self._patience = cache.patience
-        folders = _open_folders(config, cache)
+        folders = open_folders(config, cache)
         check_infos([folder.latents_info for folder in folders], config)
         self.fingerprint = _fingerprint(config, folders)
         self._shard_sizes = [folder.shard_sizes for folder in folders]
@@ -126,10 +126,10 @@ class Loader:
 
     def __next__(self) -> list[Batch]:
         assert self._reader is not None, "the loader is closed"
-        begin = time.perf_counter()
         with phase("waiting for data", announce=False):
+            begin = time.perf_counter()
             batches = [self._reader.read() for _ in range(self._accumulation)]
-        self.waited_seconds += time.perf_counter() - begin
+            self.waited_seconds += time.perf_counter() - begin
         self._position = self._after(self._position)
         return batches
 
@@ -177,7 +177,7 @@ class Loader:
 
 def order_fingerprint(config: Config) -> str:
     """What a position means: the shards' fingerprints and the knobs that decide the order of an epoch."""
-    return _fingerprint(config, _open_folders(config, CacheSettings.of(config.data)))
+    return _fingerprint(config, open_folders(config))
 
 
 def _fingerprint(config: Config, folders: Sequence[Shards]) -> str:
@@ -187,8 +187,9 @@ def _fingerprint(config: Config, folders: Sequence[Shards]) -> str:
     return f"{shards}{repeat}-{data.num_canonical_nodes}-{data.shuffle_block_size}"
 
 
-def _open_folders(config: Config, cache: CacheSettings) -> list[Shards]:
-    key = "data.shards"
+def open_folders(config: Config, cache: CacheSettings | None = None) -> list[Shards]:
+    """The folders of `data.shards`; UserError where one cannot be read."""
+    key, cache = "data.shards", cache or CacheSettings.of(config.data)
     return [Shards(address, key, open_source(address, key, cache)) for address in config.data.shards]
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from torch import Tensor
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.data.storage import LocalFolder, ShardFile, Source, open_source
+from cfpretrain.model.autoencoder import are_pixels
 
 SCHEMA_VERSION = 2
 INFO_FILE, INDEX_FILE = "cfpretrain.json", "index.json"
@@ -201,8 +203,8 @@ def _required_text(source: Source, name: str, key: str) -> str:
             f"{key}: expected a folder of shards, but {source.address} {got}; make shards with tools/make_shards.py "
             "and tools/encode_latents.py"
         ) from error
-    except OSError as error:
-        raise UserError(f"{key}: {source.address}/{name} cannot be read ({error.strerror}); mend it") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {source.address}/{name} cannot be read ({error}); restore it") from error
 
 
 def fingerprint(source: Source, key: str = "data.shards") -> str:
@@ -250,6 +252,11 @@ def _check_latents(info: LatentsInfo, config: Config) -> Iterable[str]:
         )
     if config.data.autoencoder and info.autoencoder == "identity":
         yield f"data.autoencoder: expected none for shards of pixels, got {config.data.autoencoder}; leave it out"
+    if info.autoencoder != "identity" and are_pixels(channels) and not config.data.autoencoder:
+        yield (
+            f"data.autoencoder: expected the folder of the one that made these latents of {channels} channels, which "
+            "would be taken for pixels, got none; set it"
+        )
     if channels != model.latent_channels:
         yield f"model.latent_channels: expected {channels}, as in the shards, got {model.latent_channels}"
         return
@@ -277,11 +284,31 @@ def _check_counts(infos: Sequence[LatentsInfo], config: Config) -> Iterable[str]
 def _check_alike(first: LatentsInfo, info: LatentsInfo, address: str) -> Iterable[str]:
     for name in (
         *("autoencoder", "latent_shape", "latent_shift", "latent_scale", "class_names"),
-        *("image_size", "has_posterior", "has_mirror"),
+        *("image_size", "crop", "has_posterior", "has_mirror"),
     ):
         expected, got = getattr(first, name), getattr(info, name)
         if expected != got:
             yield f"data.shards: {address}: expected {name} as in the first folder, {expected!r:.80}, got {got!r:.80}"
+
+
+def check_autoencoder(
+    info: LatentsInfo, fingerprint: str, shift: Sequence[float], scale: Sequence[float], key: str
+) -> None:
+    """Refuses an autoencoder that did not make the latents, or scales them otherwise: it would decode them wrongly.
+
+    Raises:
+        UserError: names `key`, the config key or option that gave the autoencoder.
+    """
+    for name, expected, got in (
+        ("fingerprint", info.autoencoder, fingerprint),
+        ("shift", info.latent_shift, tuple(shift)),
+        ("scale", info.latent_scale, tuple(scale)),
+    ):
+        if expected != got:
+            raise UserError(
+                f"{key}: expected the autoencoder that made the latents, of {name} {expected}, got {got}; give that "
+                "one, or encode the images with this one"
+            )
 
 
 def samples_an_epoch(num_samples: Sequence[int], repeat: Sequence[float]) -> list[int]:
@@ -423,6 +450,8 @@ def _open_readers(source: Source, columns: Mapping[str, str], key: str) -> list[
 
 def _file_of(reader: MDSReader) -> ShardFile:
     name, digest = reader.raw_data.basename, reader.raw_data.hashes[HASH]
+    if not re.fullmatch("[0-9a-f]{128}", digest):  # it names a copy
+        raise ValueError(f"expected a {HASH} hash of 128 hexadecimal digits, got {digest!r:.40}")
     if Path(name).name != name or reader.zip_data is not None:
         raise ValueError(f"expected the plain name of a raw file in the folder, got {name!r}")
     return ShardFile(name, reader.raw_data.bytes, digest)

@@ -22,6 +22,7 @@ from cfpretrain.console import UserError
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
 _CLASS = "AutoencoderKL"
+_PIXELS_AT_ONCE = 1 << 19  # decoded together: 8 images of 256 px
 _NUM_NAMED = 3  # tensors that a message names before it says how many more there are
 # Folders that older diffusers wrote, as most of Stable Diffusion's are, name the attention's matrices otherwise.
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -170,7 +171,10 @@ class KLAutoencoder:
     def decode(self, latents_BCYX: Tensor) -> Tensor:
         """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, 1 or 3, Y, X]."""
         raw_BCYX = self._scaling.from_model(latents_BCYX).to(self._network.dtype)
-        images_BCYX: Tensor = self._network.decode(raw_BCYX).sample
+        # In slices: activations of the decoder take a hundred times the memory of its images, or more.
+        num_pixels = raw_BCYX.shape[-2] * raw_BCYX.shape[-1] * self.stride**2
+        slices = torch.split(raw_BCYX, max(1, _PIXELS_AT_ONCE // num_pixels))
+        images_BCYX = torch.cat([self._network.decode(part).sample for part in slices])
         return images_BCYX.float() / 2 + 0.5
 
 
