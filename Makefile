@@ -16,7 +16,7 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
 
 .PHONY: help demo test test-slow check fix clean
 help:
-	@echo "make demo       install, train on real digits on 2 CPU ranks, sample, score (about 12 minutes)"
+	@echo "make demo       install, train on real digits on 2 CPU ranks, sample, score (about 13 minutes)"
 	@echo "make test       install, run the CPU test suite (under 10 minutes)"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make check      format, lint, types, import contract"
@@ -24,7 +24,7 @@ help:
 	@echo "make clean      remove .venv and the demo's data and run"
 
 $(READY): setup.py constraints.txt
-	@echo "[make] creating $(VENV) and installing (3 to 4 minutes, 7 GB: torch comes with CUDA)"
+	@echo "[make] creating $(VENV) and installing (4 to 5 minutes, 8 GB: torch comes with CUDA)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
 	DS_BUILD_OPS=0 $(BIN)/pip install --progress-bar off --constraint constraints.txt --editable ".[dev,demo]"

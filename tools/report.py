@@ -182,7 +182,7 @@ def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, g
         guided, unguided = (
             {num: made for num, (made, _) in generated[guidance].items()} for guidance in (arguments.guidance, 1.0)
         )
-        scores = summarise(train, held_out, guided, unguided, config.run.seed)
+        scores = summarise(train, held_out, guided, unguided, config.run.seed, num_splits=2)
         autoencoder = build.make_autoencoder(config, device)
         scores["autoencoder_reconstruction_mse"] = reconstruction_error(autoencoder, held_out_pixels, device)
     names = shards.info.class_names[: config.sample.max_classes]
