@@ -537,7 +537,8 @@ def _check_data(config: Config) -> Iterable[str]:
         yield from _in_range("data.repeat", value, 1e-9, 127)
     if not data.cache_folder:
         yield "data.cache_folder: expected the path of a folder, got an empty text"
-    if not patience < config.guard.rank_timeout_seconds:
+    is_remote = any("://" in address for address in data.shards)
+    if is_remote and not patience < config.guard.rank_timeout_seconds:
         yield (
             f"data.download_patience_seconds: expected less than guard.rank_timeout_seconds = "
             f"{config.guard.rank_timeout_seconds:g}, after which a waiting rank is taken for lost, got {patience:g}"

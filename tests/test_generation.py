@@ -77,7 +77,7 @@ def test_the_order_of_tokens_is_the_models() -> None:
 @pytest.mark.parametrize(("num_channels", "note"), [(1, ""), (3, ""), (16, "false colours")])
 def test_a_picture_says_whether_its_colours_are_true(num_channels, note) -> None:
     config = configs.load(TINY, [f"model.latent_channels={num_channels}"])
-    decode, said = decode_to_look_at(config)
+    decode, said = decode_to_look_at(config, torch.device("cpu"))
     assert said == note
     assert decode(torch.zeros(2, num_channels, 8, 8)).shape == (2, 3 if num_channels > 1 else 1, 8, 8)
     settings = GenerationSettings(4, 25, 2.0, 2, 5)
@@ -89,4 +89,5 @@ def test_images_for_scores_are_decoded_or_refused() -> None:
     settings, cpu = GenerationSettings(1, 2, 1.0, 2, 5), torch.device("cpu")
     with pytest.raises(UserError, match=r"model\.latent_channels"):
         generate_for(config, small_model(), [0], settings, cpu)
-    assert generate_for(config, small_model(), [0], settings, cpu, decode_to_look_at(config)[0]).shape == (1, 3, 3, 3)
+    decode, _ = decode_to_look_at(config, cpu)
+    assert generate_for(config, small_model(), [0], settings, cpu, decode).shape == (1, 3, 3, 3)

@@ -368,7 +368,7 @@ def latents_by_visit(config: Config, world_size: int, num_steps: int) -> dict[tu
     return found
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 4), (3, 5, 5), (16, 16, 16)])
+@pytest.mark.parametrize("shape", [(2, 4, 4), (5, 3, 3), (16, 16, 16)])
 def test_latents_are_drawn_from_the_posterior_of_the_image_or_of_its_mirror(folders: Any, shape: Any) -> None:
     folder = folders(48, shape=shape, has_posterior=True, has_mirror=True)
     found = latents_by_visit(config_for(folder, 24, 24, shape=shape, mirror_prob=0.5), 1, 4)
@@ -390,7 +390,7 @@ def test_latents_are_drawn_from_the_posterior_of_the_image_or_of_its_mirror(fold
 
 def test_a_latent_does_not_depend_on_what_is_drawn_with_it(folders: Any) -> None:
     """Not on the micro-batch, the ranks, the workers, or threads; to the last bit, for shapes that fill no vector."""
-    for shape in ((3, 5, 5), (2, 4, 4)):
+    for shape in ((5, 3, 3), (2, 4, 4)):
         folder = folders(48, shape=shape, has_posterior=True, has_mirror=True)
         settings = {"shape": shape, "mirror_prob": 0.5}
         wanted = latents_by_visit(config_for(folder, 24, 24, **settings), 1, 4)
