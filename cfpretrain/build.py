@@ -14,7 +14,7 @@ from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.loss import NoisePredictionLoss
 from cfpretrain.model import attention
-from cfpretrain.model.autoencoder import IdentityAutoencoder, LatentScaling
+from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
 from cfpretrain.model.norm import has_apex
 from cfpretrain.model.transformer import BlockSettings, CausalFusion
 from cfpretrain.noise import linear_schedule
@@ -25,6 +25,9 @@ CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 # Its one line says why the same command should be run again; without it, it should not.
 REQUEUE_FILE = "requeue"
 LOCK_FILE = "lock"
+
+
+Autoencoder = IdentityAutoencoder | KLAutoencoder
 
 
 def write_text(path: Path, text: str) -> None:
@@ -131,8 +134,10 @@ def make_scaling(config: Config) -> LatentScaling:
     return LatentScaling(config.data.latent_shift, config.data.latent_scale)
 
 
-def make_autoencoder(config: Config) -> IdentityAutoencoder:
-    """What turns the network's latents into images."""
+def make_autoencoder(config: Config, device: torch.device) -> Autoencoder:
+    """What turns the network's latents into images; UserError where `data.autoencoder` cannot be loaded."""
+    if config.data.autoencoder:
+        return KLAutoencoder.load(config.data.autoencoder, device)
     return IdentityAutoencoder(make_scaling(config))
 
 

@@ -78,13 +78,18 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: str = "data/latents"  # folder of MDS shards
+    shards: tuple[str, ...] = ("data/latents",)  # folders of latent shards, or addresses: s3://bucket/folder
+    repeat: tuple[float, ...] = (1.0,)  # how often an epoch goes through each; one value, or one a folder
+    autoencoder: str = ""  # folder of the autoencoder behind the latents, to decode samples; none: pixels
     latent_shift: tuple[float, ...] = (0.0,)  # model sees (raw - shift) * scale; one value, or C
     latent_scale: tuple[float, ...] = (0.2325,)
     mirror_prob: float = 0.5  # 0 for digits and text
     num_workers: int = 4  # loader processes a rank; 0 loads in the training process
     num_canonical_nodes: int = 1  # fixes the shuffle whatever the number of nodes
     shuffle_block_size: int = 262144  # samples shuffled together
+    cache_folder: str = "data/cache"  # copies of shards from addresses; may be shared by runs
+    cache_limit_gb: float = 0.0  # 0 = none; the least recently used make place
+    download_patience_seconds: float = 300.0  # a storage that is away is asked again for so long
 
 
 @dataclass(frozen=True)
@@ -355,7 +360,12 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         UserError: each problem names its key, what was expected, what came and the fix.
     """
-    problems = [*_check_model(config.model), *_check_ranges(config), *_check_batch(config, world_size)]
+    problems = [
+        *_check_model(config.model),
+        *_check_ranges(config),
+        *_check_data(config),
+        *_check_batch(config, world_size),
+    ]
     if not _wrong_sizes(config.model):
         problems += [*_check_order(config), *_check_engine(config), *_check_sampling(config)]
     _raise_all(problems, "config")
@@ -382,6 +392,8 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "data.num_workers": (0, 1024),
         "data.num_canonical_nodes": (1, math.inf),
         "data.shuffle_block_size": (1, math.inf),
+        "data.cache_limit_gb": (0.0, math.inf),
+        "data.download_patience_seconds": (0.0, math.inf),
         "train.num_steps": (1, math.inf),
         "train.max_train_seconds": (0.0, math.inf),
         "train.label_drop_prob": (0.0, 1.0),
@@ -510,6 +522,27 @@ def _check_head_width(attention: str, head_width: int) -> Iterable[str]:
         yield f"engine.attention: triton needs heads of width {', '.join(map(str, _TRITON_HEAD_WIDTHS))}, {got}"
     if attention == "flex" and head_width < _FLEX_MIN_HEAD_WIDTH:
         yield f"engine.attention: flex needs heads of width {_FLEX_MIN_HEAD_WIDTH} or more, {got}"
+
+
+def _check_data(config: Config) -> Iterable[str]:
+    data, patience = config.data, config.data.download_patience_seconds
+    if not data.shards or "" in data.shards:
+        yield f"data.shards: expected folders or addresses, got {list(data.shards)}"
+    twice = sorted({address for address in data.shards if data.shards.count(address) > 1})
+    if twice:
+        yield f"data.shards: expected each folder once, got {twice[0]} twice; set data.repeat to see it more often"
+    if len(data.repeat) not in (1, len(data.shards)):
+        yield f"data.repeat: expected 1 or {len(data.shards)} values (one a folder), got {len(data.repeat)}"
+    for value in data.repeat:
+        yield from _in_range("data.repeat", value, 1e-9, 127)
+    if not data.cache_folder:
+        yield "data.cache_folder: expected the path of a folder, got an empty text"
+    is_remote = any("://" in address for address in data.shards)
+    if is_remote and not patience < config.guard.rank_timeout_seconds:
+        yield (
+            f"data.download_patience_seconds: expected less than guard.rank_timeout_seconds = "
+            f"{config.guard.rank_timeout_seconds:g}, after which a waiting rank is taken for lost, got {patience:g}"
+        )
 
 
 def _check_sampling(config: Config) -> Iterable[str]:

@@ -92,16 +92,19 @@ class Progress:
     Args:
         num_steps: the step at which training ends.
         step: where it begins.
+        unit: what is counted.
     """
 
-    def __init__(self, num_steps: int, step: int) -> None:
-        self._num_steps = num_steps
+    def __init__(self, num_steps: int, step: int, unit: str = "step") -> None:
+        self._num_steps, self._unit = num_steps, unit
         self._said_at = 0.0
         self._bar: Any = None
         if is_rank_zero() and sys.stderr.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True)
+            # The text has a rate and the time left already.
+            shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+            self._bar = tqdm(total=num_steps, initial=step, unit=unit, dynamic_ncols=True, bar_format=shape)
 
     def show(self, step: int, text: str, seconds_left: float) -> None:
         """Shows the step reached, with `text` (loss, speed) and the time left."""
@@ -111,9 +114,35 @@ class Progress:
             self._bar.update(step - self._bar.n)
         elif time.monotonic() - self._said_at >= _HEARTBEAT_SECONDS:
             self._said_at = time.monotonic()
-            say(f"step {step}/{self._num_steps}  {text}  {left}")
+            say(f"{self._unit} {step}/{self._num_steps}  {text}  {left}")
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
         if self._bar is not None:
             self._bar.close()
+
+
+class ItemProgress:
+    """How far a pass over many items is, with their rate and the time left; rank 0 only.
+
+    Args:
+        num_items: all of them.
+        done: how many earlier runs have done.
+        unit: what they are, e.g. "image".
+    """
+
+    def __init__(self, num_items: int, done: int, unit: str) -> None:
+        self._progress = Progress(num_items, done, unit)
+        self._num_items, self._first, self._unit = num_items, done, unit
+        self._begin = time.monotonic()
+
+    def show(self, done: int, text: str = "") -> None:
+        """Shows that `done` items are done, those of earlier runs among them; silent until there is a rate."""
+        rate = (done - self._first) / max(time.monotonic() - self._begin, 1e-3)
+        if rate > 0:
+            shown = f"{rate:.0f} {self._unit}s/s{text and f', {text}'}"
+            self._progress.show(done, shown, (self._num_items - done) / rate)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._progress.close()

@@ -51,7 +51,7 @@ class StopRequest:
         """Takes the signals over, for the life of the process; on the main thread."""
         self.reason: str | None = None
         self._asked_at = 0.0
-        self._launcher = _Launcher()
+        self._launcher = Launcher()
         # Python runs handlers between its own instructions only; the pipe is written in the middle of a collective too.
         self._read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
@@ -84,7 +84,7 @@ class StopRequest:
             self._ask("the launcher is gone", signal.SIGTERM)
 
 
-class _Launcher:
+class Launcher:
     """The two processes of the deepspeed launcher above this one; without them nobody would end the ranks."""
 
     def __init__(self) -> None:

@@ -12,6 +12,7 @@ from cfpretrain.build import (
     LOCK_FILE,
     REQUEUE_FILE,
     choose_blocks,
+    make_autoencoder,
     make_store,
     read_summary,
     write_text,
@@ -20,8 +21,8 @@ from cfpretrain.checkpoint import CheckpointStore, TrainingState, read_state
 from cfpretrain.config import Config, to_plain, to_yaml
 from cfpretrain.config import load as load_config
 from cfpretrain.console import UserError, phase, say
-from cfpretrain.data.loader import order_fingerprint
-from cfpretrain.data.shards import Shards, check_info
+from cfpretrain.data.loader import open_folders, order_fingerprint
+from cfpretrain.data.shards import LatentsInfo, check_autoencoder, check_infos
 from cfpretrain.tensor_files import DamagedCheckpointError
 
 _LOCK_SECONDS = 60.0  # a run that was asked to stop ends within it
@@ -108,7 +109,10 @@ def _unwritable(folder: Path, reason: str) -> UserError:
 
 
 def _check_inputs(config: Config) -> None:
-    check_info(Shards(config.data.shards).info, config)
+    infos = [folder.latents_info for folder in open_folders(config)]
+    check_infos(infos, config)
+    if runtime.rank() == 0:
+        _check_autoencoder(infos[0], config)
     found = _newest_readable(make_store(config))
     if found is None:
         return
@@ -116,15 +120,22 @@ def _check_inputs(config: Config) -> None:
     saved.check_model(to_plain(config)["model"], str(latest))
     if saved.data_fingerprint != order_fingerprint(config):
         raise UserError(
-            f"data.shards: checkpoint {latest} was trained on other shards than {config.data.shards}, or with other "
-            "data.num_canonical_nodes or data.shuffle_block_size, so its place in the data means nothing here; "
-            "set these as they were or choose another run.folder"
+            f"data.shards: checkpoint {latest} was trained on other shards than {', '.join(config.data.shards)}, or "
+            "with other data.repeat, data.num_canonical_nodes or data.shuffle_block_size, so its place in the data "
+            "means nothing here; set these as they were or choose another run.folder"
         )
     if saved.seed != config.run.seed:
         raise UserError(
             f"run.seed: expected {saved.seed}, the seed of checkpoint {latest}, got {config.run.seed}; "
             "another seed is another order of the data: choose another run.folder"
         )
+
+
+def _check_autoencoder(info: LatentsInfo, config: Config) -> None:
+    """Refuses an autoencoder that did not make the latents, and would decode them to something else."""
+    if config.data.autoencoder:
+        found = make_autoencoder(config, torch.device("cpu"))
+        check_autoencoder(info, found.fingerprint, found.shift, found.scale, "data.autoencoder")
 
 
 def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | None:

@@ -27,12 +27,11 @@ from cfpretrain.checkpoint import TrainingState, is_healthy
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.config import Config, to_plain
 from cfpretrain.console import Progress, SickRunError, UserError, phase, say
-from cfpretrain.data.loader import Batch, Loader, Position
-from cfpretrain.data.shards import read_info
+from cfpretrain.data.loader import Batch, Loader, Position, open_folders
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
-from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_for, grid_title
+from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_images, grid_title
 from cfpretrain.health import Guard
 from cfpretrain.lifeline import StopRequest, Watch
 from cfpretrain.loss import LossTerms
@@ -47,12 +46,15 @@ from cfpretrain.metrics import (
     training_flops,
 )
 from cfpretrain.model.transformer import BlockSettings, initial_values
+from cfpretrain.order import equal_sizes
 from cfpretrain.run_folder import finished_step, is_done, prepare_folder, remove_requeue, write_requeue
+from cfpretrain.sampler import Guidance
 from cfpretrain.tensor_files import DamagedCheckpointError
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming")
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 _MOST_STEPS_LISTED = 1000
+_LONG_WAIT_SHARE = 0.05  # of a step's time: the loader is worth a look
 
 
 @dataclass
@@ -124,7 +126,9 @@ class Trainer:
         self.config, self.device, self.stop, self.resume_from = config, device, stop, resume_from
         self.folder = Path(config.run.folder)
         self.store = make_store(config)
-        self.class_names = read_info(config.data.shards).class_names
+        with runtime.together():
+            self.class_names = open_folders(config)[0].latents_info.class_names
+            self.decode, self.decode_note = decode_to_look_at(config, device)
         self.scaling = make_scaling(config)
         self.loss = make_loss(config)
         guard = config.guard
@@ -152,7 +156,9 @@ class Trainer:
             if resume_from is None:
                 self.store.set_aside(saved.step, self.damaged)
         position = Position(saved.epoch, saved.samples_in_epoch) if saved else None
-        self.loader = Loader(config, runtime.rank(), runtime.world_size(), position, runtime.ranks_per_node())
+        ranks_per_node = runtime.ranks_per_node()
+        with runtime.together():
+            self.loader = Loader(config, runtime.rank(), runtime.world_size(), position, ranks_per_node)
         self.writer = CheckpointWriter(self.store, self.engine.fragments(), self.ema.values)
         self.num_failed_checkpoints = 0
         self.metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
@@ -166,6 +172,7 @@ class Trainer:
             )
         self.window = Window()
         self.clock = Clock()
+        self.waited_before = 0.0  # seconds that the loader had kept training waiting when the last window closed
 
     def _candidates(self) -> list[Path]:
         """The checkpoints to resume from, best first."""
@@ -230,7 +237,9 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step: a global batch is ordered and noised, becomes a loss, and moves the engine."""
         runtime.tick()
-        batches, terms = next(self.loader), []
+        with runtime.together():  # a damaged sample is read by one rank only
+            batches = next(self.loader)
+        terms = []
         for batch in batches:
             latents_BCYX = self.scaling.to_model(batch.latents_BCYX.to(self.device))
             draws = self.loss.draw(
@@ -362,6 +371,8 @@ class Trainer:
     def close_window(self, progress: Progress) -> None:
         """Sums the window over ranks and writes, logs and shows it."""
         num_steps = len(self.window.records)
+        waited, self.waited_before = self.loader.waited_seconds - self.waited_before, self.loader.waited_seconds
+        waited = max(runtime.gather(waited))  # one slow rank keeps all waiting
         rows, flops, (seconds, seconds_aside) = self.window.close(self.clock.read())
         self.at.train_seconds += seconds + seconds_aside
         images_per_second = num_steps * self.config.train.global_batch_size / seconds
@@ -370,6 +381,7 @@ class Trainer:
             "images_per_second": images_per_second,
             "tflops_per_second": flops / seconds / 1e12,
             "mfu": flops / seconds / (peak * runtime.world_size()) if peak else None,
+            "data_wait_share": waited / seconds,
             "train_seconds": self.at.train_seconds,
         }
         self.metrics.append(rows)
@@ -382,7 +394,8 @@ class Trainer:
         loss = rows[-1]["loss"]
         skipped = f"  skipped {self.at.num_skipped}" if self.at.num_skipped else ""
         shown = "not finite" if loss is None else f"{loss:.4f}"
-        progress.show(self.at.step, f"loss {shown}  {images_per_second:.0f} images/s{skipped}", seconds_left)
+        slow = f"  {waited / seconds:.0%} waiting for data" if waited > _LONG_WAIT_SHARE * seconds else ""
+        progress.show(self.at.step, f"loss {shown}  {images_per_second:.0f} images/s{skipped}{slow}", seconds_left)
 
     def save_checkpoint(self) -> None:
         """Begins to write a checkpoint of the present step, once the one in flight is complete."""
@@ -450,19 +463,24 @@ class Trainer:
         labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
         module: Any = self.engine.module
         batch_size = -(-len(labels) // runtime.world_size())
-        decode, note = decode_to_look_at(self.config)
         grids = []
         with phase(f"sampling {len(labels)} images at step {self.at.step}"), self.ema.applied(self.engine):
             module.eval()
             for num_ar_steps in sample.num_ar_steps:
                 settings = GenerationSettings(
-                    num_ar_steps, sample.num_denoising_steps, sample.guidance, batch_size, self.config.run.seed
+                    equal_sizes(self.config.model.num_tokens, num_ar_steps),
+                    sample.num_denoising_steps,
+                    Guidance(sample.guidance),
+                    batch_size,
+                    self.config.run.seed,
                 )
-                grids.append((settings, generate_for(self.config, module, labels, settings, self.device, decode)))
+                images = generate_images(self.config, module, labels, settings, self.device, self.decode)
+                grids.append((settings, images))
             module.train()
         for settings, images in grids if runtime.rank() == 0 else []:
             try:
-                self._draw_grid(images, names, settings, grid_title(self.at.step, settings, note))
+                title = grid_title(f"step {self.at.step}, EMA weights", settings, self.decode_note)
+                self._draw_grid(images, names, settings, title)
             except OSError as error:  # a picture is not worth a run
                 say(f"WARNING: {error.filename or self.folder} cannot be written: {error.strerror or error}")
 

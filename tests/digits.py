@@ -1,19 +1,43 @@
 """Small shards of real digits and small configs for tests of whole runs."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 from cfpretrain import config as configs
 from cfpretrain.config import Config
-from cfpretrain.data.shards import ShardInfo, write_shards
+from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.data.shards import LatentsInfo, columns_of
 from tests.processes import REPOSITORY
 
 
-def write_digits(folder: Path, num_samples: int = 100) -> Path:
-    """The first real digits as shards, as the demo writes them."""
-    pixels, labels = load_digits(return_X_y=True)
-    info = ShardInfo(
+def write_latents(
+    folder: Path, info: LatentsInfo, samples: Iterable[tuple[Any, ...]], samples_per_shard: int = 1000
+) -> Path:
+    """Latent shards of (id, label, mean, the other arrays of `columns_of(info)` in the order of their names)."""
+    columns = columns_of(info)
+    arrays = ["mean", *sorted(columns.keys() - {"id", "label", "caption", "checksum", "mean"})]
+    all_samples = [
+        {"id": sample[0], "label": sample[1], "caption": ""}
+        | {name: np.asarray(array, np.float16) for name, array in zip(arrays, sample[2:], strict=True)}
+        for sample in samples
+    ]
+    writer = ShardWriter(folder, columns, {"made": "by a test"})
+    writer.begin()
+    num_shards = -(-len(all_samples) // samples_per_shard)
+    for number in range(num_shards):
+        writer.write(number, all_samples[number * samples_per_shard : (number + 1) * samples_per_shard])
+    writer.finish(info, num_shards)
+    return folder
+
+
+def digits_info(num_samples: int) -> LatentsInfo:
+    """The description of scikit-learn's 8x8 digits as latents."""
+    return LatentsInfo(
         autoencoder="identity",
         latent_shape=(1, 8, 8),
         latent_shift=(0.5,),
@@ -21,10 +45,20 @@ def write_digits(folder: Path, num_samples: int = 100) -> Path:
         class_names=tuple(map(str, range(10))),
         num_samples=num_samples,
         source="scikit-learn load_digits",
+        image_size=8,
+        crop="adm",
     )
-    samples = ((i, pixels[i].reshape(1, 8, 8) / 16, int(labels[i])) for i in range(num_samples))
-    assert write_shards(folder, info, samples)
-    return folder
+
+
+def digits(num_samples: int) -> list[tuple[int, int, NDArray[np.float64]]]:
+    """The first of scikit-learn's 8x8 digits: id, label, pixels [1, 8, 8] in [0, 1]."""
+    pixels, labels = load_digits(return_X_y=True)
+    return [(i, int(labels[i]), pixels[i].reshape(1, 8, 8) / 16) for i in range(num_samples)]
+
+
+def write_digits(folder: Path, num_samples: int = 100) -> Path:
+    """The first real digits as latent shards."""
+    return write_latents(folder, digits_info(num_samples), digits(num_samples))
 
 
 def small_run(shards: Path, folder: Path, *overrides: str) -> list[str]:

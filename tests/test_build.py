@@ -15,7 +15,7 @@ def test_sampling_decodes_what_training_normalised() -> None:
     """One shift and one scale: what goes into training comes out of sampling, whatever the config says."""
     config = configs.load(TINY, ["data.latent_shift=[0.1]", "data.latent_scale=[3.7]"])
     raw = torch.rand(2, 1, 8, 8)
-    decoded = build.make_autoencoder(config).decode(build.make_scaling(config).to_model(raw))
+    decoded = build.make_autoencoder(config, torch.device("cpu")).decode(build.make_scaling(config).to_model(raw))
     torch.testing.assert_close(decoded, raw)
 
 

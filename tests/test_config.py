@@ -18,7 +18,7 @@ TINY = REPOSITORY / "configs" / "tiny.yaml"
 
 def test_yaml_then_overrides() -> None:
     config = configs.load(TINY, ["train.num_steps=7", "data.latent_scale=[3.0]", "train.learning_rate=1e-4"])
-    assert config.run.folder == "runs/demo"
+    assert config.run.folder == "runs/tiny"
     assert config.train.num_steps == 7
     assert config.data.latent_scale == (3.0,)
     assert config.train.learning_rate == 1e-4
@@ -114,6 +114,11 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 
 
 WRONG = [
+    ("data.shards=[]", "data.shards: expected folders or addresses, got []"),
+    ("data.shards=[a,b,a]", "data.shards: expected each folder once, got a twice; set data.repeat"),
+    ("data.repeat=[1.0,2.0]", "data.repeat: expected 1 or 1 values (one a folder), got 2"),
+    ("data.repeat=0", "data.repeat: expected between 1e-09 and 127, got 0"),
+    ("data.cache_limit_gb=-1", "data.cache_limit_gb: expected at least 0"),
     ("model.patch_size=3", "model.patch_size: expected a divisor of model.latent_size = 8"),
     ("model.num_heads=3", "model.num_heads: expected a divisor of model.width = 128"),
     ("model.depth=0", "model.depth: expected at least 1"),
@@ -154,6 +159,14 @@ def test_impossible_values_are_refused_by_name(override, message) -> None:
     with pytest.raises(UserError) as caught:
         configs.check(config, world_size=2)
     assert message in str(caught.value)
+
+
+def test_a_rank_that_waits_for_a_storage_is_not_taken_for_lost() -> None:
+    local = configs.load(TINY, ["data.download_patience_seconds=600"])
+    configs.check(local, world_size=1)
+    remote = configs.load(TINY, ["data.download_patience_seconds=600", "data.shards=s3://bucket/digits"])
+    with pytest.raises(UserError, match=r"expected less than guard\.rank_timeout_seconds = 600"):
+        configs.check(remote, world_size=1)
 
 
 TOKENS_256 = ("model.latent_size=16", "model.patch_size=1")

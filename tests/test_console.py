@@ -62,6 +62,18 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys) -> None:
     assert "loss 0.5, 0:05 left" in shown
 
 
+def test_progress_of_many_items_has_their_rate_and_the_time_left(monkeypatch, capsys) -> None:
+    now = 100.0
+    monkeypatch.setattr(console, "_HEARTBEAT_SECONDS", 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    progress = console.ItemProgress(num_items=500, done=200, unit="image")
+    progress.show(200)
+    now += 10
+    progress.show(220, "3 rejected")
+    progress.close()
+    assert capsys.readouterr().out == "[cfpretrain] image 220/500  2 images/s, 3 rejected  2:20 left\n"
+
+
 def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
     """Importing torch takes seconds on a busy machine: by then something has been said."""
     (tmp_path / "torch.py").write_text("print('torch begins', flush=True)\nraise SystemExit(7)\n")

@@ -174,6 +174,22 @@ def test_processes_are_found_by_their_marker_orphans_too(tmp_path: Path) -> None
     assert crash_test.our_processes("mine") == ([], [])
 
 
+def test_a_kill_spares_the_orphans_of_the_start_before(tmp_path: Path) -> None:
+    """They may still be ending when the command begins again, and are not what is to be killed."""
+    orphan = subprocess.Popen(["sleep", "60"], env=os.environ | {crash_test._MARKER: "campaign", "RANK": "0"})
+    command = Command(["sleep", "60"], tmp_path, "campaign", 1, tmp_path / "log")
+    try:
+        while not crash_test.our_processes(command._start, crash_test._START)[1]:
+            time.sleep(0.01)
+        command.strike(crash_test.Kill("start", "ranks", 0, 10, 0.5), "start")
+        assert not command.wait_until(lambda: False)
+        assert command.attempt.kill == ("start", "node")
+        assert orphan.poll() is None
+    finally:
+        orphan.kill()
+        orphan.wait()
+
+
 # ---------------------------------------------------------------------------
 # A campaign on a small program that stands for training
 

@@ -1,9 +1,15 @@
 """The loader: one order for any number of ranks, no sample twice in an epoch, exact resume."""
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
 from contextlib import closing
 from itertools import chain
 from pathlib import Path
@@ -13,64 +19,32 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cfpretrain.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from cfpretrain import seeds
+from cfpretrain.config import Config
 from cfpretrain.console import UserError
-from cfpretrain.data import shards
-from cfpretrain.data.loader import Batch, Loader, Position, epoch_order
-from cfpretrain.data.shards import ShardInfo, fingerprint, write_shards
+from cfpretrain.data.loader import Batch, Loader, Position, epoch_order, epoch_visits
+from cfpretrain.data.shards import fingerprint
+from cfpretrain.data.storage import LocalFolder
+from tests.latent_shards import config_for, id_of, moment_of, write_samples
 from tests.processes import run_in_processes
 
-
-def latent_of(sample_id: int) -> np.ndarray:
-    return np.random.default_rng(sample_id).standard_normal((2, 4, 4)).astype(np.float16)
-
-
-def id_of(place: int) -> int:
-    return 1000 + 3 * place
+PINNED_FIRST = [71, 37, 14, 65, 93, 13, 73, 82, 18, 66, 40, 54]
+PINNED_HASH = "b3f8d50e88a4f4f5253aadf6079e8777a7969ab1f07e302502a05571062abd6b"
 
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Gives a folder of so many samples, in shards of about twenty."""
+    """Gives a folder of so many samples, in shards of twenty; tests read it only."""
     root = tmp_path_factory.mktemp("loader")
 
-    def make(num_samples: int) -> Path:
-        folder = root / str(num_samples)
-        if not folder.exists():
-            info = ShardInfo("identity", (2, 4, 4), (0.0, 0.0), (1.0, 1.0), ("a", "b", "c"), num_samples, "test")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(shards, "_SHARD_BYTES", 1800)
-                write_shards(folder, info, ((id_of(i), latent_of(id_of(i)), i % 3) for i in range(num_samples)))
-        return folder
+    def make(num_samples: int, **settings: Any) -> Path:
+        folder = root / "-".join([str(num_samples), *(f"{name}={value}" for name, value in settings.items())])
+        return folder if folder.exists() else write_samples(folder, num_samples, **settings)
 
     return make
-
-
-def config_for(
-    folder: Path,
-    global_batch_size: int = 24,
-    micro_batch_size: int = 6,
-    num_canonical_nodes: int = 1,
-    num_workers: int = 0,
-    mirror_prob: float = 0.0,
-    seed: int = 5,
-) -> Config:
-    return Config(
-        run=RunConfig(seed=seed),
-        model=ModelConfig(latent_size=4, latent_channels=2, num_classes=3),
-        data=DataConfig(
-            shards=str(folder),
-            latent_scale=(1.0,),
-            mirror_prob=mirror_prob,
-            num_workers=num_workers,
-            num_canonical_nodes=num_canonical_nodes,
-            shuffle_block_size=64,
-        ),
-        train=TrainConfig(global_batch_size=global_batch_size, micro_batch_size=micro_batch_size),
-    )
 
 
 def run_rank(
@@ -115,6 +89,55 @@ def test_an_epoch_visits_every_sample_once(sizes: list[int], num_canonical_nodes
     order = epoch_order(config, np.array(sizes), epoch)
     assert sorted(order.tolist()) == list(range(sum(sizes)))
     np.testing.assert_array_equal(order, epoch_order(config, np.array(sizes), epoch))
+
+
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 30), min_size=1, max_size=5), min_size=1, max_size=4),
+    repeats=st.lists(st.sampled_from([0.3, 0.5, 1.0, 1.0, 1.7, 2.0, 3.25]), min_size=4, max_size=4),
+    num_canonical_nodes=st.integers(1, 4),
+    seed=st.integers(0, 5),
+    epoch=st.integers(0, 20),
+)
+def test_an_epoch_visits_each_folder_as_often_as_it_says(
+    sizes: list[list[int]], repeats: list[float], num_canonical_nodes: int, seed: int, epoch: int
+) -> None:
+    counts = [sum(folder) for folder in sizes]
+    wanted = [round(count * repeat) for count, repeat in zip(counts, repeats, strict=False)]
+    assume(sum(wanted) >= num_canonical_nodes)
+    config = config_for(
+        ["unused"] * len(sizes), 1, 1, num_canonical_nodes, seed=seed, repeat=tuple(repeats[: len(sizes)])
+    )
+    arrays = [np.array(folder) for folder in sizes]
+    visits = epoch_visits(config, arrays, epoch)
+    np.testing.assert_array_equal(visits, epoch_visits(config, arrays, epoch))
+    assert len(set(visits.tolist())) == len(visits) == sum(wanted)
+    places, repetitions = visits & ((1 << 56) - 1), visits >> 56
+    ends = np.cumsum(counts)
+    for folder, (end, count) in enumerate(zip(ends, counts, strict=True)):
+        mine = (places >= end - count) & (places < end)
+        assert mine.sum() == wanted[folder]
+        # Whole repetitions first: no sample comes a second time before all have come once.
+        times = np.bincount(places[mine] - (end - count), minlength=count)
+        assert times.max() - times.min() <= 1
+        assert all(set(repetitions[places == place].tolist()) == set(range(n)) for place, n in _counted(places[mine]))
+
+
+def _counted(places: np.ndarray) -> list[tuple[int, int]]:
+    return list(zip(*(column.tolist() for column in np.unique(places, return_counts=True)), strict=True))
+
+
+def test_the_random_part_of_a_folder_is_another_in_each_epoch() -> None:
+    config = config_for("unused", repeat=(0.5,))
+    chosen = [frozenset(epoch_visits(config, [np.full(5, 20)], epoch).tolist()) for epoch in range(4)]
+    assert len(set(chosen)) == 4
+    assert len(frozenset.union(*chosen)) > 80
+
+
+def test_the_order_of_one_folder_is_that_of_earlier_versions() -> None:
+    """Runs go on under a new version: their place in the data means what it meant."""
+    visits = epoch_visits(config_for("unused", num_canonical_nodes=3, seed=7), [np.array([20, 20, 20, 20, 20, 1])], 4)
+    assert visits[:12].tolist() == PINNED_FIRST
+    assert hashlib.sha256(visits.astype("<i8").tobytes()).hexdigest() == PINNED_HASH
 
 
 def test_orders_differ_between_epochs_and_seeds() -> None:
@@ -197,6 +220,47 @@ def test_a_node_keeps_to_its_own_samples(folders: Any) -> None:
 # The position
 
 
+@settings(max_examples=12)
+@given(data=st.data())
+def test_any_stop_any_ranks_any_workers(folders: Any, data: st.DataObject) -> None:
+    """The witness is the list of ids: what each step of an uninterrupted run on one rank sees, every other run sees."""
+    sizes = data.draw(st.lists(st.sampled_from([24, 47, 101]), min_size=1, max_size=3, unique=True))
+    repeat = tuple(data.draw(st.sampled_from([1.0, 1.0, 0.5, 1.5, 2.0])) for _ in sizes)
+    common = {
+        "global_batch_size": data.draw(st.sampled_from([4, 8, 12])),
+        "num_canonical_nodes": data.draw(st.integers(1, 4)),
+        "seed": data.draw(st.integers(0, 1 << 30)),
+        "repeat": repeat,
+        "mirror_prob": 0.5,
+    }
+    paths = [folders(size) for size in sizes]
+    num_steps = data.draw(st.integers(1, 12))
+    stops = sorted(data.draw(st.lists(st.integers(0, num_steps), max_size=2)))
+    wanted, end = ids_of_steps(config_for(paths, micro_batch_size=4, **common), 1, num_steps)
+    found: list[list[int]] = []
+    position = Position()
+    for begin, stop in itertools.pairwise([0, *stops, num_steps]):
+        world_size, micro = data.draw(st.sampled_from([(1, 4), (1, 2), (2, 2), (2, 1), (4, 1)]))
+        # Workers read two to four micro-batches ahead of the stop.
+        config = config_for(
+            paths, micro_batch_size=micro, num_workers=data.draw(st.sampled_from([0, 0, 1, 2])), **common
+        )
+        steps, position = ids_of_steps(config, world_size, stop - begin, position)
+        found += steps
+    assert found == wanted
+    assert position == end
+
+
+def test_over_an_epoch_each_id_comes_exactly_once(folders: Any) -> None:
+    paths = [folders(24), folders(48)]
+    for world_size, micro, num_workers in ((1, 4, 0), (2, 2, 2), (4, 1, 1)):
+        config = config_for(paths, 8, micro, num_canonical_nodes=3, num_workers=num_workers)
+        steps, after = ids_of_steps(config, world_size, 2 * 9)
+        assert after == Position(2, 0)
+        everything = sorted([id_of(i) for i in range(24)] + [id_of(i) + (1 << 40) for i in range(48)])
+        assert sorted(chain(*steps[:9])) == sorted(chain(*steps[9:])) == everything
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resume_gives_exactly_the_remaining_batches(folders: Any, num_workers: int) -> None:
     config = config_for(folders(101), 24, 3, 3, num_workers)
@@ -258,7 +322,7 @@ def test_batches_hold_the_raw_samples(folders: Any) -> None:
             assert (batch.ids_B.dtype, batch.latents_BCYX.dtype) == (torch.int64, torch.float32)
             assert batch.labels_B.dtype == torch.int64
             ids = batch.ids_B.tolist()
-            np.testing.assert_array_equal(batch.latents_BCYX.numpy(), np.stack([latent_of(i) for i in ids]))
+            np.testing.assert_array_equal(batch.latents_BCYX.numpy(), np.stack([moment_of(i) for i in ids]))
             assert batch.labels_B.tolist() == [(i - 1000) // 3 % 3 for i in ids]
 
 
@@ -270,7 +334,7 @@ def test_mirroring_is_a_function_of_seed_epoch_and_id(folders: Any) -> None:
             steps, _ = run_rank(config, rank, world_size, 16)
             for batch in (batch for batches in steps for batch in batches):
                 for i, latent_CYX in zip(batch.ids_B.tolist(), batch.latents_BCYX.numpy(), strict=True):
-                    plain = latent_of(i).astype(np.float32)
+                    plain = moment_of(i).astype(np.float32)
                     is_plain = np.array_equal(latent_CYX, plain)
                     assert is_plain or np.array_equal(latent_CYX, plain[:, :, ::-1])
                     found[batch.epoch, i] = not is_plain
@@ -292,6 +356,74 @@ def test_mirroring_is_a_function_of_seed_epoch_and_id(folders: Any) -> None:
     assert any(one[key] != value for key, value in reseeded.items() if key in one)
     assert not any(mirrored(config_for(folder, mirror_prob=0.0), 1).values())
     assert all(mirrored(config_for(folder, mirror_prob=1.0), 1).values())
+
+
+def latents_by_visit(config: Config, world_size: int, num_steps: int) -> dict[tuple[int, int], np.ndarray]:
+    """(epoch, id) -> the latent that training sees."""
+    found: dict[tuple[int, int], np.ndarray] = {}
+    for rank in range(world_size):
+        steps, _ = run_rank(config, rank, world_size, num_steps)
+        for batch in chain(*steps):
+            found |= zip(((batch.epoch, i) for i in batch.ids_B.tolist()), batch.latents_BCYX.numpy(), strict=True)
+    return found
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (5, 3, 3), (16, 16, 16)])
+def test_latents_are_drawn_from_the_posterior_of_the_image_or_of_its_mirror(folders: Any, shape: Any) -> None:
+    folder = folders(48, shape=shape, has_posterior=True, has_mirror=True)
+    found = latents_by_visit(config_for(folder, 24, 24, shape=shape, mirror_prob=0.5), 1, 4)
+    num_mirrored, noises = 0, []
+    for (epoch, i), latent_CYX in found.items():
+        keys = seeds.fold(seeds.fold(torch.stack([seeds.key(5, "mirror"), seeds.key(5, "posterior")]), epoch), i)
+        mirrored = bool(seeds.uniform(keys[0]) < 0.5)
+        prefix = "mirror_" * mirrored
+        mean, log_variance = (
+            moment_of(i, prefix + name, shape).astype(np.float64) for name in ("mean", "log_variance")
+        )
+        noise = seeds.normal(keys[1], shape).numpy()
+        np.testing.assert_allclose(latent_CYX, mean + np.exp(log_variance / 2) * noise, rtol=1e-5, atol=1e-6)
+        num_mirrored += mirrored
+        noises.append(noise)
+    assert 24 < num_mirrored < 72  # of 96 fair coins: five standard deviations
+    assert len({noise.tobytes() for noise in noises}) == 96
+
+
+def test_a_latent_does_not_depend_on_what_is_drawn_with_it(folders: Any) -> None:
+    """Not on the micro-batch, the ranks, the workers, or threads; to the last bit, for shapes that fill no vector."""
+    for shape in ((5, 3, 3), (2, 4, 4)):
+        folder = folders(48, shape=shape, has_posterior=True, has_mirror=True)
+        settings = {"shape": shape, "mirror_prob": 0.5}
+        wanted = latents_by_visit(config_for(folder, 24, 24, **settings), 1, 4)
+        assert len(wanted) == 96
+        for world_size, micro, num_workers in ((1, 1, 0), (1, 3, 1), (2, 12, 0), (2, 4, 2), (4, 2, 0), (8, 3, 0)):
+            config = config_for(folder, 24, micro, num_workers=num_workers, **settings)
+            found = latents_by_visit(config, world_size, 4)
+            assert found.keys() == wanted.keys()
+            assert all(np.array_equal(found[visit], wanted[visit]) for visit in wanted)
+
+
+def test_repetitions_of_a_sample_are_other_draws_under_other_ids(folders: Any) -> None:
+    paths = [folders(n, has_posterior=True, has_mirror=True) for n in (24, 48)]
+    found = latents_by_visit(config_for(paths, 24, 24, repeat=(2.0, 1.0)), 1, 4)
+    assert len(found) == 96
+    for place in range(24):
+        in_first, in_second = (found[0, id_of(place) + (folder << 40)] for folder in (0, 1))
+        again = found[0, id_of(place) + (1 << 56)]
+        assert not np.array_equal(in_first, again)
+        assert not np.array_equal(in_first, in_second)
+
+
+def test_folders_that_differ_are_refused(folders: Any) -> None:
+    paths = [folders(47), folders(48, has_posterior=True, has_mirror=True)]
+    with pytest.raises(UserError, match=r"data\.shards: .*: expected autoencoder as in the first folder"):
+        Loader(config_for(paths), 0, 1)
+
+
+def test_mirrors_that_were_not_encoded_are_refused(folders: Any) -> None:
+    folder = folders(47, has_posterior=True)
+    with pytest.raises(UserError, match=r"data\.mirror_prob: expected 0"):
+        Loader(config_for(folder, mirror_prob=0.5), 0, 1)
+    assert len(latents_by_visit(config_for(folder, num_workers=2), 1, 1)) == 24
 
 
 def test_the_global_generators_are_left_alone(folders: Any) -> None:
@@ -330,6 +462,111 @@ def test_closing_ends_the_workers(folders: Any) -> None:
         next(loader)
 
 
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+def assert_reads(loader: Loader, wanted: list[list[Batch]]) -> None:
+    for step in wanted:
+        for batch, expected in zip(next(loader), step, strict=True):
+            assert torch.equal(batch.latents_BCYX, expected.latents_BCYX)
+
+
+def error_while_reading(folder: Path, num_workers: int, damage: Callable[[], object]) -> str:
+    """What the loader says where `damage` happens after its start; the samples before are those of a whole folder."""
+    wanted, _ = run_rank(config_for(folder, 24, 3), 0, 1, 8)
+    with closing(Loader(config_for(folder, 24, 3, num_workers=num_workers), 0, 1)) as loader:
+        damage()
+        with pytest.raises(UserError) as raised:
+            assert_reads(loader, wanted)
+    assert "\n" not in str(raised.value)
+    assert not multiprocessing.active_children()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_shards_damaged_under_a_run(folders: Any, tmp_path: Path, num_workers: int) -> None:
+    folder = copy_of(folders(101), tmp_path)
+    path = folder / "shard.00002.mds"
+    whole = path.read_bytes()
+    flipped = bytearray(whole)
+    flipped[whole.index(moment_of(id_of(45)).tobytes()) + 7] ^= 1
+    message = error_while_reading(folder, num_workers, lambda: path.write_bytes(flipped))
+    assert message.startswith(f"data.shards: {path}: sample ")
+    assert "is damaged (its checksum differs); copy the file from where it is whole" in message
+    path.write_bytes(whole)
+    message = error_while_reading(folder, num_workers, lambda: path.write_bytes(whole[:-9]))
+    assert message.startswith(f"data.shards: {path}: expected a file of {len(whole)} bytes, got {len(whole) - 9}; copy")
+    path.write_bytes(whole)
+    message = error_while_reading(folder, num_workers, path.unlink)
+    assert message.startswith(f"data.shards: {path}: expected a file of {len(whole)} bytes, it is missing; copy")
+
+
+def test_an_index_that_names_a_missing_file_is_seen_before_the_first_step(folders: Any, tmp_path: Path) -> None:
+    folder = copy_of(folders(101), tmp_path)
+    index = folder / "index.json"
+    index.write_text(index.read_text().replace("shard.00002.mds", "shard.00009.mds"))
+    with pytest.raises(UserError, match=r"data\.shards: .*/shard\.00009\.mds: .*it is missing; copy it from where"):
+        Loader(config_for(folder, num_workers=2), 0, 1)
+
+
+def read_steps(loader: Loader, num_steps: int) -> None:
+    for _ in range(num_steps):
+        next(loader)
+
+
+def test_a_worker_that_is_killed(folders: Any) -> None:
+    with closing(Loader(config_for(folders(101), num_workers=2), 0, 1)) as loader:
+        next(loader)
+        victim = multiprocessing.active_children()[0]
+        os.kill(victim.pid or 0, signal.SIGKILL)
+        victim.join()  # where torch would raise, in whatever the main thread does
+        with pytest.raises(UserError, match=r"data\.num_workers: a process that reads data ended by SIGKILL") as raised:
+            read_steps(loader, 20)
+        assert "\n" not in str(raised.value)
+    assert not multiprocessing.active_children()
+
+
+def read_on(folder: Path, started: str) -> None:
+    """A rank that has read some steps, and would go on."""
+    with closing(Loader(config_for(folder, num_workers=2), 0, 1)) as loader:
+        read_steps(loader, 3)
+        Path(started).write_text(" ".join(str(worker.pid) for worker in multiprocessing.active_children()))
+        time.sleep(60)
+
+
+def test_a_killed_run_leaves_nothing_that_stops_the_next(folders: Any, tmp_path: Path) -> None:
+    before = set(os.listdir("/dev/shm"))
+    started = tmp_path / "started"
+    rank = multiprocessing.get_context("fork").Process(target=read_on, args=(folders(101), str(started)))
+    rank.start()
+    while not started.exists() or not started.read_text():
+        assert rank.is_alive()
+        time.sleep(0.01)
+    workers = [int(pid) for pid in started.read_text().split()]
+    os.kill(rank.pid or 0, signal.SIGKILL)
+    rank.join()
+    # At once, while the workers of the dead rank are still there.
+    ids_of_steps(config_for(folders(101), num_workers=2), 1, 5)
+    while any(_is_running(worker) for worker in workers):
+        time.sleep(0.1)
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_waiting_is_counted(folders: Any) -> None:
+    with closing(Loader(config_for(folders(101)), 0, 1)) as loader:
+        assert loader.waited_seconds == 0
+        next(loader)
+        assert loader.waited_seconds > 0
+
+
 def test_shards_that_do_not_fit_are_refused(folders: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.global_batch_size: expected at most 47"):
         Loader(config_for(folders(47), 48), 0, 1)
@@ -339,7 +576,7 @@ def test_shards_that_do_not_fit_are_refused(folders: Any, tmp_path: Path) -> Non
 
 def test_the_fingerprint_is_the_folders(folders: Any) -> None:
     with closing(Loader(config_for(folders(101)), 0, 1)) as loader:
-        assert loader.fingerprint.startswith(fingerprint(folders(101)))
+        assert loader.fingerprint.startswith(fingerprint(LocalFolder(folders(101), "key")))
 
 
 def gather_ids(config: Config, num_steps: int) -> tuple[list[list[int]], set[str]]:

@@ -47,7 +47,7 @@ def number(text: str, line: str) -> str:
 
 
 def test_the_presets_that_we_promise_are_there() -> None:
-    assert {"tiny", "L", "XL", "H", "3B", "L2"} <= {*PRESETS}
+    assert {"tiny", "demo", "L", "XL", "H", "3B", "L2"} <= {*PRESETS}
     assert {"dit", "fixed_steps", "acdit", "pure_ar", "order_raster", "order_dilated"} < {*OVERLAYS}
 
 

@@ -7,10 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_digits
 
-from cfpretrain.data.shards import read_info, write_shards
-from tests.digits import small_run, write_digits
+from tests.digits import digits, digits_info, small_run, write_digits, write_latents
 from tests.processes import run_script
 
 TOOL = "tools/replay.py"
@@ -35,18 +33,9 @@ def sick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """
     folder = tmp_path_factory.mktemp("sick")
     shards = folder / "digits"
-    info = read_info(write_digits(folder / "whole"))
-    digits, labels = load_digits(return_X_y=True)
-    mark = np.full((1, 8, 8), 1234.0)
-    samples = (
-        (i, mark if i == 40 else digits[i].reshape(1, 8, 8) / 16, int(labels[i])) for i in range(info.num_samples)
-    )
-    assert write_shards(shards, info, samples)
-    # Written behind the back of the writer, which would refuse it.
-    [file] = shards.glob("*.mds")
-    found, lost = (values.astype(np.float16).tobytes() for values in (mark, mark * np.nan))
-    assert file.read_bytes().count(found) == 1
-    file.write_bytes(file.read_bytes().replace(found, lost))
+    lost = np.full((1, 8, 8), np.nan)
+    samples = [(i, label, lost if i == 40 else pixels) for i, label, pixels in digits(100)]
+    write_latents(shards, digits_info(100), samples)
     overrides = [
         "train.num_steps=40",
         "train.decay_steps=0",

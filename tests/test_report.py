@@ -17,6 +17,7 @@ def test_latents_are_not_scored_in_false_colours(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(build, "load_run", lambda folder, device: (config, None, 100))
     arguments = argparse.Namespace(
         run=tmp_path,
+        images=tmp_path,
         held_out=tmp_path,
         num_images=100,
         num_ar_steps=[1],
@@ -25,5 +26,5 @@ def test_latents_are_not_scored_in_false_colours(monkeypatch: pytest.MonkeyPatch
         batch_size=10,
         guidance=2.0,
     )
-    with pytest.raises(UserError, match=r"expected a run on pixels, model\.latent_channels 1 or 3, got 16"):
+    with pytest.raises(UserError, match=r"expected a run that names its autoencoder \(data\.autoencoder\)"):
         report.run(arguments)

@@ -1,66 +1,101 @@
-"""Shard folders: what is written is read, nothing unfinished looks finished, and every mistake has its message."""
+"""Shard folders: what is written is read, every flipped byte is found, and every mistake has its message."""
 
 import dataclasses
-import importlib.util
 import json
-import os
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from cfpretrain.config import Config, DataConfig, ModelConfig, TrainConfig
 from cfpretrain.console import UserError
-from cfpretrain.data import shards
-from cfpretrain.data.shards import ShardInfo, Shards, check_info, fingerprint, read_all, read_info, write_shards
+from cfpretrain.data.shards import (
+    DamagedShardError,
+    ImagesInfo,
+    LatentsInfo,
+    Shards,
+    check_autoencoder,
+    check_infos,
+    checksum,
+    columns_of,
+    fingerprint,
+    read_images_info,
+    read_info,
+    read_latents_info,
+    samples_an_epoch,
+)
+from cfpretrain.data.storage import open_source
+from tests.digits import write_latents
 
-INFO = ShardInfo(
-    autoencoder="identity",
+INFO = LatentsInfo(
+    autoencoder="0123456789abcdef",
     latent_shape=(2, 4, 4),
     latent_shift=(0.5, 0.25),
     latent_scale=(2.0, 4.0),
     class_names=("cat", "dog", "owl"),
     num_samples=50,
     source="test",
+    image_size=32,
+    crop="adm",
+    has_posterior=True,
+    has_mirror=True,
+    statistics={"mean": [0.0, 0.1], "std": [1.0, 1.1]},
+    versions={"cfpretrain": "0"},
 )
 CONFIG = Config(
     model=ModelConfig(latent_size=4, latent_channels=2, num_classes=3),
-    data=DataConfig(latent_shift=INFO.latent_shift, latent_scale=INFO.latent_scale),
+    data=DataConfig(shards=("data/one",), latent_shift=INFO.latent_shift, latent_scale=INFO.latent_scale),
     train=TrainConfig(global_batch_size=16, micro_batch_size=8),
 )
+ARRAYS = ("mean", "log_variance", "mirror_log_variance", "mirror_mean")
 
 
-def latent_of(sample_id: int) -> np.ndarray:
-    return np.random.default_rng(sample_id).standard_normal((2, 4, 4)).astype(np.float16)
+def array_of(sample_id: int, name: str) -> np.ndarray:
+    numbers = np.random.default_rng([sample_id, ARRAYS.index(name)])
+    return numbers.standard_normal((2, 4, 4)).astype(np.float16)
 
 
-def samples(count: int = 50) -> Iterator[tuple[int, np.ndarray, int]]:
+def samples(count: int = 50) -> Iterator[tuple]:
     # Ids with gaps, in no order: they are names, not places.
-    return ((7 * ((i * 13) % count) + 3, latent_of(i), i % 3) for i in range(count))
+    ids = [7 * ((i * 13) % count) + 3 for i in range(count)]
+    for i, sample_id in enumerate(ids):
+        named = {name: array_of(sample_id, name) for name in ARRAYS}
+        yield sample_id, i % 3, named["mean"], *(named[name] for name in sorted(named.keys() - {"mean"}))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    assert write_shards(tmp_path / "shards", INFO, samples())
-    return tmp_path / "shards"
+    return write_latents(tmp_path / "shards", INFO, samples(), samples_per_shard=8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing and reading
+# Reading
 
 
-def test_what_is_written_is_read(folder: Path) -> None:
-    assert read_info(folder) == INFO
-    ids_B, latents_BCYX, labels_B = read_all(folder)
-    wanted_ids, wanted_latents, wanted_labels = zip(*samples(), strict=True)
-    assert ids_B.tolist() == list(wanted_ids)
-    assert labels_B.tolist() == list(wanted_labels)
-    assert latents_BCYX.numpy().dtype == np.float32
-    np.testing.assert_array_equal(latents_BCYX.numpy(), np.stack(wanted_latents))
+def test_what_is_written_is_read_in_any_order(folder: Path) -> None:
+    assert read_info(folder) == read_latents_info(folder) == INFO
+    shards = Shards(folder)
+    assert shards.shard_sizes.tolist() == [8] * 6 + [2]
+    assert len(shards) == 50
+    places = np.random.default_rng(0).permutation(50)
+    batch = shards.read_latents(places)
+    wanted = list(samples())
+    assert batch.ids_B.tolist() == [wanted[place][0] for place in places]
+    assert batch.labels_B.tolist() == [wanted[place][1] for place in places]
+    for name in ARRAYS:
+        read = getattr(batch, f"{name}_BCYX").numpy()
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read, np.stack([array_of(i, name) for i in batch.ids_B.tolist()]))
+    assert [sample["id"] for sample in shards.shard(6)] == [wanted[48][0], wanted[49][0]]
+
+
+def test_pixels_have_a_mean_alone(tmp_path: Path) -> None:
+    info = dataclasses.replace(INFO, autoencoder="identity", has_posterior=False, has_mirror=False, num_samples=3)
+    folder = write_latents(tmp_path / "pixels", info, [(i, 0, array_of(i, "mean")) for i in range(3)])
+    batch = Shards(folder).read_latents(np.arange(3))
+    assert batch.log_variance_BCYX is batch.mirror_mean_BCYX is batch.mirror_log_variance_BCYX is None
 
 
 def test_the_schema_on_disk_is_the_documented_one(folder: Path) -> None:
@@ -68,137 +103,43 @@ def test_the_schema_on_disk_is_the_documented_one(folder: Path) -> None:
     assert dict(zip(entry["column_names"], entry["column_encodings"], strict=True)) == {
         "id": "int64",
         "label": "int32",
-        "latent": "ndarray:float16:2,4,4",
+        "caption": "str",
+        "checksum": "uint32",
+        **dict.fromkeys(ARRAYS, "ndarray:float16:2,4,4"),
     }
     assert entry["hashes"] == ["blake2b"]
     described = json.loads((folder / "cfpretrain.json").read_text())
-    assert described == {
-        "schema_version": 1,
-        "autoencoder": "identity",
-        "latent_shape": [2, 4, 4],
-        "latent_shift": [0.5, 0.25],
-        "latent_scale": [2.0, 4.0],
-        "class_names": ["cat", "dog", "owl"],
-        "num_samples": 50,
-        "source": "test",
-    }
-
-
-def test_samples_are_found_in_any_shard_and_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_SHARD_BYTES", 1000)
-    write_shards(tmp_path / "many", INFO, samples())
-    opened = Shards(tmp_path / "many")
-    assert len(opened.shard_sizes) > 5
-    assert len(opened) == opened.shard_sizes.sum() == 50
-    places = np.random.default_rng(0).permutation(50)
-    ids_B, latents_BCYX, _ = opened.read(places)
-    wanted = list(samples())
-    assert ids_B.tolist() == [wanted[p][0] for p in places]
-    np.testing.assert_array_equal(latents_BCYX.numpy(), np.stack([wanted[p][1] for p in places]))
+    assert described["schema_version"] == 2
+    assert described["kind"] == "latents"
+    assert described["latent_shift"] == [0.5, 0.25]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "cfpretrain.json",
+        "index.json",
+        *(f"shard.{number:05d}.mds" for number in range(7)),
+    ]
 
 
 def test_fingerprint_is_of_the_content(folder: Path, tmp_path: Path) -> None:
+    def of(path: Path) -> str:
+        return fingerprint(open_source(path, "key"))
+
     shutil.copytree(folder, tmp_path / "copy")
-    assert fingerprint(tmp_path / "copy") == fingerprint(folder)
-    changed = ((i, latent + np.float16(1) if i == 3 else latent, label) for i, latent, label in samples())
-    write_shards(tmp_path / "other", INFO, changed)
-    assert fingerprint(tmp_path / "other") != fingerprint(folder)
-    write_shards(tmp_path / "renamed", dataclasses.replace(INFO, class_names=("a", "b", "c")), samples())
-    assert fingerprint(tmp_path / "renamed") != fingerprint(folder)
+    assert of(tmp_path / "copy") == of(folder)
+    changed = ((i, label, mean + np.float16(i == 3), *rest) for i, label, mean, *rest in samples())
+    assert of(write_latents(tmp_path / "other", INFO, changed, 8)) != of(folder)
+    renamed = dataclasses.replace(INFO, class_names=("a", "b", "c"))
+    assert of(write_latents(tmp_path / "renamed", renamed, samples(), 8)) != of(folder)
 
 
-def test_a_complete_folder_of_the_same_info_is_kept(folder: Path) -> None:
-    before = fingerprint(folder)
-
-    def unread() -> Iterator[tuple[int, np.ndarray, int]]:
-        pytest.fail("samples were read")
-        yield
-
-    assert write_shards(folder, INFO, unread()) is False
-    assert fingerprint(folder) == before
-
-
-def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
-    (tmp_path / "empty").mkdir()
-    assert write_shards(tmp_path / "empty", INFO, samples())
-    assert len(Shards(tmp_path / "empty")) == 50
-    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing that goes wrong
-
-
-@pytest.mark.parametrize(
-    ("bad", "words"),
-    [
-        ((1, np.zeros((2, 4, 5)), 0), ["sample 1", "(2, 4, 4)", "(2, 4, 5)"]),
-        ((1, np.zeros((2, 4, 4)), 3), ["sample 1", "0 to 2", "got 3"]),
-        ((1, np.zeros((2, 4, 4)), -1), ["sample 1", "0 to 2", "got -1"]),
-        ((1, np.full((2, 4, 4), 1e5), 0), ["sample 1", "float16", "100000"]),
-        ((1, np.full((2, 4, 4), np.nan), 0), ["sample 1", "float16", "nan"]),
-        ((3, np.zeros((2, 4, 4)), 0), ["unique", "3 twice"]),
-        (None, ["expected 50 samples", "got 49"]),
-    ],
-)
-def test_bad_samples_are_refused_and_leave_nothing(tmp_path: Path, bad: tuple | None, words: list[str]) -> None:
-    given = list(samples())[:49] + ([bad] if bad else [])
-    with pytest.raises(UserError) as raised:
-        write_shards(tmp_path / "out", INFO, given)
-    assert all(word in str(raised.value) for word in words), raised.value
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_no_samples_at_all_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected some samples, got 0"):
-        write_shards(tmp_path / "out", dataclasses.replace(INFO, num_samples=0), [])
-
-
-def test_a_killed_write_leaves_nothing_that_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Small shards, so that files were written before the end; and a killed process cleans nothing up.
-    monkeypatch.setattr(shards, "_SHARD_BYTES", 1000)
-    monkeypatch.setattr(shards.shutil, "rmtree", lambda path: None)
-
-    def interrupted() -> Iterator[tuple[int, np.ndarray, int]]:
-        yield from list(samples())[:40]
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_shards(tmp_path / "out", INFO, interrupted())
-    (left,) = tmp_path.iterdir()
-    assert left.name.startswith(".out.writing-")
-    assert any(left.glob("*.mds"))
-    with pytest.raises(UserError, match="has no"):
-        read_info(left)
-    assert write_shards(tmp_path / "out", INFO, samples())
-
-
-def test_a_write_that_fails_at_its_last_act_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(source: Path, target: Path) -> None:
-        assert read_info(source) == INFO
-        raise OSError("no")
-
-    monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(OSError, match="no"):
-        write_shards(tmp_path / "out", INFO, samples())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_other_content_is_never_overwritten(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"other shards already \(different: class_names, source\)"):
-        write_shards(folder, dataclasses.replace(INFO, class_names=("a", "b", "c"), source="else"), samples())
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "todo.txt").write_text("milk")
-    with pytest.raises(UserError, match=r"notes.*holds no complete shards.*another folder"):
-        write_shards(tmp_path / "notes", INFO, samples())
-    with pytest.raises(UserError, match="is a file"):
-        write_shards(tmp_path / "notes" / "todo.txt", INFO, samples())
-    with pytest.raises(UserError, match="cannot be written"):
-        write_shards(tmp_path / "notes" / "todo.txt" / "out", INFO, samples())
-    (folder / "shard.00000.mds").write_bytes(b"")
-    with pytest.raises(UserError, match="holds no complete shards"):
-        write_shards(folder, INFO, samples())
-    assert (tmp_path / "notes" / "todo.txt").read_text() == "milk"
+def test_the_checksum_covers_every_column() -> None:
+    sample = {"id": 1, "label": 2, "caption": "a cat", "mean": np.zeros((2, 2), np.float16), "image": b"bytes"}
+    before = checksum(sample)
+    assert checksum({**sample, "checksum": 7}) == before
+    assert checksum({**sample, "id": np.int64(1), "label": np.int32(2)}) == before
+    one_bit = np.zeros((2, 2), np.float16)
+    one_bit[1, 1] = 6e-8
+    for name, value in (("id", 2), ("label", 3), ("caption", "a cats"), ("mean", one_bit), ("image", b"bytez")):
+        assert checksum({**sample, name: value}) != before
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,7 +148,7 @@ def test_other_content_is_never_overwritten(folder: Path, tmp_path: Path) -> Non
 
 def read_error(folder: Path | str, key: str = "data.shards") -> str:
     with pytest.raises(UserError) as raised:
-        read_all(folder, key)
+        Shards(folder, key).read_latents(np.arange(50))
     message = str(raised.value)
     assert message.startswith(f"{key}: ")
     assert "\n" not in message
@@ -215,37 +156,31 @@ def read_error(folder: Path | str, key: str = "data.shards") -> str:
     return message
 
 
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    message = read_error(tmp_path / "nowhere")
+def test_a_folder_that_is_not_there_or_not_ours(folder: Path, tmp_path: Path) -> None:
+    message = read_error(tmp_path / "nowhere", "--held-out")
     assert "does not exist" in message
     assert "tools/make_shards.py" in message
-    read_error(tmp_path / "nowhere", key="held-out")
-    assert "address" in read_error("s3://bucket/shards")
-
-
-def test_an_empty_folder(tmp_path: Path) -> None:
-    message = read_error(tmp_path)
-    assert "is empty" in message
-    assert "tools/make_shards.py" in message
-
-
-@pytest.mark.parametrize("name", ["cfpretrain.json", "index.json"])
-def test_a_folder_that_is_not_ours(folder: Path, name: str) -> None:
-    (folder / name).unlink()
-    message = read_error(folder)
-    assert f"has no {name}" in message
-    assert "tools/make_shards.py" in message
+    (tmp_path / "empty").mkdir()
+    assert "has no cfpretrain.json" in read_error(tmp_path / "empty")
+    (folder / "index.json").unlink()
+    assert "has no index.json" in read_error(folder)
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new", "word"),
     [
         ("cfpretrain.json", "{", "", "cannot be read"),
-        ("cfpretrain.json", '"schema_version": 1', '"schema_version": 2', "expected schema_version 1, got 2"),
+        ("cfpretrain.json", '"schema_version": 2', '"schema_version": 3', "expected schema_version 2, got 3"),
+        ("cfpretrain.json", '"kind": "latents"', '"kind": "sounds"', "sounds"),
         ("cfpretrain.json", "latent_shift", "latent_offset", "latent_offset"),
         ("cfpretrain.json", '"num_samples": 50', '"num_samples": 51', "expected 51 samples"),
         ("index.json", "{", "", "cannot be read"),
-        ("index.json", '"version": 2', '"version": 3', "cannot be read"),
+        ("index.json", '"version": 2, "zip_data"', '"version": 3, "zip_data"', "cannot be read"),
+        ("index.json", '"hashes": {', '"mashes": {', "cannot be read"),
+        ("index.json", "shard.00000.mds", "../shard.00000.mds", "plain name"),
+        ("index.json", '"blake2b": "', '"blake2b": "/etc/', "128 hexadecimal digits"),
+        ("index.json", "ndarray:float16:2,4,4", "pkl", "expected columns"),
+        ("index.json", "float16:2,4,4", "float16:2,4,5", "expected columns"),
     ],
 )
 def test_a_damaged_description(folder: Path, name: str, old: str, new: str, word: str) -> None:
@@ -257,19 +192,61 @@ def test_a_damaged_description(folder: Path, name: str, old: str, new: str, word
     assert "write the folder again" in message
 
 
-def test_a_damaged_shard(folder: Path) -> None:
-    path = folder / "shard.00000.mds"
+def test_a_file_that_is_missing_or_cut_short_is_seen_at_once(folder: Path) -> None:
+    path = folder / "shard.00003.mds"
     size = path.stat().st_size
     path.write_bytes(path.read_bytes()[:-1])
-    assert f"{path}: expected {size} bytes, got {size - 1}" in read_error(folder)
+    with pytest.raises(UserError, match=f"{path}: expected a file of {size} bytes, got {size - 1}"):
+        Shards(folder)
     path.unlink()
-    assert f"{path}: expected {size} bytes, got 0" in read_error(folder)
+    with pytest.raises(UserError, match=f"{path}: expected a file of {size} bytes, it is missing"):
+        Shards(folder)
+
+
+def test_no_flipped_bit_goes_unseen(folder: Path) -> None:
+    """Whatever byte of a shard file flips, offsets and head included: the samples are right, or the read fails."""
+    path = folder / "shard.00000.mds"
+    whole = path.read_bytes()
+    shards = Shards(folder)
+    wanted = [checksum(sample) for sample in shards.shard(0)]
+    draw = np.random.default_rng(0)
+    found = []
+    for place in {*range(40), *draw.integers(0, len(whole), 160).tolist()}:
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << int(draw.integers(8))
+        path.write_bytes(flipped)
+        try:
+            assert [checksum(sample) for sample in shards.shard(0)] == wanted
+        except DamagedShardError as error:
+            found.append(str(error))
+    assert len(found) > 100
+    assert all(f"{path}: sample" in message and "copy the file from" in message for message in found)
+
+
+def test_images_and_latents_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--images: expected shards of images, got latents"):
+        read_images_info(folder, "--images")
+    info = ImagesInfo(("cat",), 1, 0, "lossless", 8, 1, "test")
+    from cfpretrain.data.shard_writer import ShardWriter
+
+    writer = ShardWriter(tmp_path / "images", columns_of(info), {})
+    writer.begin()
+    writer.write(0, [{"id": 5, "label": 0, "caption": "", "image": b"png"}])
+    writer.finish(info, 1)
+    assert read_images_info(tmp_path / "images", "--images") == info
+    assert Shards(tmp_path / "images").sample(0)["image"] == b"png"
+    with pytest.raises(UserError, match=r"data.shards: expected shards of latents.*tools/encode_latents.py"):
+        _ = Shards(tmp_path / "images").latents_info
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Do they fit the config?
 
 
 def test_shards_that_fit_the_config_pass() -> None:
-    check_info(INFO, CONFIG)
+    check_infos([INFO], CONFIG)
     one_value = dataclasses.replace(INFO, latent_shift=(0.5, 0.5))
-    check_info(one_value, dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, latent_shift=(0.5,))))
+    check_infos([one_value], dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, latent_shift=(0.5,))))
 
 
 MISFITS = [
@@ -280,6 +257,7 @@ MISFITS = [
     ("data", {"latent_scale": (2.0, 0.2325)}, "data.latent_scale: expected [2.0, 4.0]", "got [2.0, 0.2325]"),
     ("data", {"num_canonical_nodes": 64}, "data.num_canonical_nodes: expected at most 50", "got 64"),
     ("train", {"global_batch_size": 64}, "train.global_batch_size: expected at most 50", "got 64"),
+    ("data", {"repeat": (0.3,)}, "train.global_batch_size: expected at most 15", "got 16"),
 ]
 
 
@@ -287,12 +265,43 @@ MISFITS = [
 def test_shards_that_do_not_fit_are_named_by_their_key(section: str, values: dict, expected: str, got: str) -> None:
     changed = dataclasses.replace(getattr(CONFIG, section), **values)
     with pytest.raises(UserError) as raised:
-        check_info(INFO, dataclasses.replace(CONFIG, **{section: changed}))
+        check_infos([INFO], dataclasses.replace(CONFIG, **{section: changed}))
     message = str(raised.value)
     assert expected in message
     assert got in message
-    assert CONFIG.data.shards in message
+    assert "data/one" in message
     assert "|" not in message
+
+
+def test_mirrors_and_autoencoders_must_be_those_of_the_shards() -> None:
+    with pytest.raises(UserError, match=r"data.mirror_prob: expected 0.*got 0.5"):
+        check_infos([dataclasses.replace(INFO, has_mirror=False)], CONFIG)
+    pixels = dataclasses.replace(INFO, autoencoder="identity", has_posterior=False, has_mirror=False)
+    check_infos([pixels], CONFIG)
+    with_one = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, autoencoder="some/folder"))
+    with pytest.raises(UserError, match=r"data.autoencoder: expected none.*got some/folder"):
+        check_infos([pixels], with_one)
+
+
+def test_an_autoencoder_of_other_weights_or_another_scale_is_refused() -> None:
+    check_autoencoder(INFO, "0123456789abcdef", [0.5, 0.25], [2.0, 4.0], "--autoencoder")
+    for changed, word in (
+        (("fedcba", [0.5, 0.25], [2.0, 4.0]), "of fingerprint 0123456789abcdef, got fedcba"),
+        (("0123456789abcdef", [0.5, 0.0], [2.0, 4.0]), r"of shift \(0.5, 0.25\), got \(0.5, 0.0\)"),
+        (("0123456789abcdef", [0.5, 0.25], [2.0, 1.0]), r"of scale \(2.0, 4.0\), got \(2.0, 1.0\)"),
+    ):
+        with pytest.raises(UserError, match=f"--autoencoder: expected the autoencoder that made the latents, {word}"):
+            check_autoencoder(INFO, *changed, "--autoencoder")
+
+
+def test_latents_that_look_like_pixels_need_their_autoencoder() -> None:
+    info = dataclasses.replace(INFO, latent_shape=(3, 4, 4), latent_shift=(0.0,) * 3, latent_scale=(1.0,) * 3)
+    model = dataclasses.replace(CONFIG.model, latent_channels=3)
+    data = dataclasses.replace(CONFIG.data, latent_shift=(0.0,), latent_scale=(1.0,))
+    with pytest.raises(UserError, match=r"data.autoencoder: expected the folder of the one that made these latents"):
+        check_infos([info], dataclasses.replace(CONFIG, model=model, data=data))
+    named = dataclasses.replace(data, autoencoder="some/folder")
+    check_infos([info], dataclasses.replace(CONFIG, model=model, data=named))
 
 
 def test_all_misfits_come_at_once() -> None:
@@ -302,58 +311,19 @@ def test_all_misfits_come_at_once() -> None:
         data=dataclasses.replace(CONFIG.data, latent_scale=(1.0,)),
     )
     with pytest.raises(UserError, match=r"model\.latent_size.*\| data\.latent_scale.*\| model\.num_classes"):
-        check_info(INFO, config)
+        check_infos([INFO], config)
     with pytest.raises(UserError, match="rows as columns"):
-        check_info(dataclasses.replace(INFO, latent_shape=(2, 4, 8)), CONFIG)
+        check_infos([dataclasses.replace(INFO, latent_shape=(2, 4, 8))], CONFIG)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tools/make_shards.py
+def test_several_folders_must_be_alike() -> None:
+    two = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, shards=("data/one", "data/two")))
+    check_infos([INFO, dataclasses.replace(INFO, num_samples=7, source="else")], two)
+    other = dataclasses.replace(INFO, class_names=("cat", "owl", "dog"), autoencoder="fedcba9876543210")
+    with pytest.raises(UserError, match=r"data/two: expected autoencoder as in the first.*data/two: .*class_names"):
+        check_infos([INFO, other], two)
 
 
-def load_tool() -> ModuleType:
-    path = Path(__file__).parents[1] / "tools" / "make_shards.py"
-    spec = importlib.util.spec_from_file_location("make_shards", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    monkeypatch.setattr("sys.argv", ["make_shards.py", "--source", "digits", *map(str, arguments)])
-    load_tool().main()
-
-
-def test_digits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from sklearn.datasets import load_digits
-
-    out, held_out = tmp_path / "digits", tmp_path / "held-out"
-    run_tool(monkeypatch, "--out", out, "--held-out", held_out)
-    printed = capsys.readouterr().out
-    assert "1500 samples of 10 classes, 1 x 8 x 8" in printed
-    assert "297 samples of 10 classes" in printed
-    pixels, labels = load_digits(return_X_y=True)
-    seen = []
-    for folder in (out, held_out):
-        ids_B, latents_BCYX, labels_B = read_all(folder)
-        seen += ids_B.tolist()
-        np.testing.assert_array_equal(labels_B, labels[ids_B])
-        np.testing.assert_array_equal(latents_BCYX.reshape(-1, 64) * 16, pixels[ids_B])
-        share = np.array([count for _, count in sorted(Counter(labels_B.tolist()).items())]) / np.bincount(labels)
-        assert np.ptp(share) < 0.01
-    assert sorted(seen) == list(range(1797))
-    info = read_info(out)
-    assert (info.latent_shift, info.latent_scale) == ((0.5,), (2.0,))
-
-    before = fingerprint(out), fingerprint(held_out)
-    run_tool(monkeypatch, "--out", out, "--held-out", held_out)
-    assert capsys.readouterr().out.count("already there") == 2
-    assert (fingerprint(out), fingerprint(held_out)) == before
-
-    for arguments in (("--out", out, "--held-out", out), ("--out", held_out)):
-        with pytest.raises(SystemExit) as ended:
-            run_tool(monkeypatch, *arguments)
-        assert ended.value.code == 2
-        assert capsys.readouterr().err.count("\n") == 1
+def test_samples_of_an_epoch() -> None:
+    assert samples_an_epoch([50, 10], (1.0,)) == [50, 10]
+    assert samples_an_epoch([50, 10], (0.5, 2.25)) == [25, 22]

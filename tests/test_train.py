@@ -191,7 +191,7 @@ def refuse(config: configs.Config, message: str) -> None:
 def test_shard_mistakes(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     run = tmp_path / "run"
-    refuse(small_config(tmp_path / "empty", run), "data.shards: .*empty is empty; make shards with")
+    refuse(small_config(tmp_path / "empty", run), "data.shards: .*empty has no cfpretrain.json; make shards with")
     other = small_config(shards, run, "model.latent_size=16", "data.latent_scale=1.0")
     refuse(other, r"model.latent_size: expected 8.*data.latent_scale: expected \[2.0\]")
     refuse(small_config(shards, run, "train.global_batch_size=128"), "train.global_batch_size: expected at most 100")
@@ -206,7 +206,7 @@ def test_run_folder_mistakes(shards: Path, whole_run: Path, tmp_path: Path) -> N
         small_config(shards, whole_run, "model.depth=3"), "another model: model.depth is 2 there and 3 in the config"
     )
     refuse(small_config(shards, whole_run, "run.seed=1"), "run.seed: expected 0, the seed of checkpoint .*, got 1")
-    refuse(small_config(shards, whole_run, "data.num_canonical_nodes=2"), "other data.num_canonical_nodes")
+    refuse(small_config(shards, whole_run, "data.num_canonical_nodes=2"), "with other .*data.num_canonical_nodes")
     fewer = write_digits(tmp_path / "fewer", 90)
     refuse(small_config(fewer, whole_run), "data.shards: checkpoint .* was trained on other shards")
     assert (whole_run / "config.yaml").read_bytes() == before

@@ -37,6 +37,7 @@ TARGETS = ("rank", "ranks", "launcher", "node")
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 
 _MARKER = "CFPRETRAIN_CRASH_TEST"  # in the environment of everything we start, so that orphans are found as well
+_START = "CFPRETRAIN_CRASH_TEST_START"  # of one start of the command, which orphans of the one before do not carry
 _POLL_SECONDS = 0.02
 _QUICK_POLL_SECONDS = 0.002  # for what is over in a moment: a checkpoint of a small model
 _PATIENCE_SECONDS = 900.0  # without a new step, or an end that is due
@@ -95,12 +96,12 @@ def _deck(draw: random.Random, cards: Sequence[str], count: int) -> list[str]:
 # Processes
 
 
-def our_processes(marker: str) -> tuple[list[int], list[int]]:
+def our_processes(marker: str, variable: str = _MARKER) -> tuple[list[int], list[int]]:
     """Process ids of ranks (in the order of ranks) and of launchers among everything started with a marker."""
     ranks: dict[int, tuple[int, int]] = {}
     launchers = []
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
-        found = _look_at(pid, f"{_MARKER}={marker}")
+        found = _look_at(pid, f"{variable}={marker}")
         if found is None:
             continue
         rank, parent = found
@@ -183,11 +184,12 @@ class Command:
         self.folder, self.marker = folder, marker
         self.attempt = Attempt(num_ranks, time.monotonic())
         self.lines: list[str] = []
+        self._start = uuid.uuid4().hex
         self._log = log.open("a")
         self._log.write(f"--- {' '.join(arguments)}\n")
         self._process = subprocess.Popen(
             arguments,
-            env=os.environ | {_MARKER: marker},
+            env=os.environ | {_MARKER: marker, _START: self._start},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -268,7 +270,7 @@ class Command:
 
     def strike(self, kill: Kill, moment: str) -> None:
         """Kills what is to be killed, with what there is of it."""
-        ranks, launchers = our_processes(self.marker)
+        ranks, launchers = our_processes(self._start, _START)
         target = kill.target if ranks else "node"
         self.attempt.killed = time.monotonic()
         if target == "rank":
@@ -706,6 +708,9 @@ def main() -> None:
     except CampaignError as error:
         _say(f"NOT WELL: {error}")
         good = False
+    except KeyboardInterrupt:
+        _say("stopped")
+        sys.exit(128 + signal.SIGINT)
     sys.exit(0 if good else 1)
 
 

@@ -23,8 +23,8 @@ from cfpretrain.evaluation.sampling_options import add_sampling_options, read_se
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfpretrain.source import Source
     from cfpretrain.evaluation.generation import GenerationSettings
+    from cfpretrain.source import Source
 
 _REGION_COLOUR, _REGION_SHARE = "#2563a8", 0.65
 _CELL_SIZE = 96  # picture pixels a side of an image
@@ -59,10 +59,10 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     with phase("loading torch"):
         from cfpretrain import runtime
-        from cfpretrain.source import load_source
         from cfpretrain.evaluation.editing import read_region
         from cfpretrain.evaluation.generation import edit_tokens
         from cfpretrain.model.transformer import unpatchify
+        from cfpretrain.source import load_source
     if runtime.world_size() != 1:
         raise UserError(f"edit.py edits on one rank, got {runtime.world_size()}; start it with python alone")
     device = runtime.pick_device()

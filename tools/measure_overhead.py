@@ -5,6 +5,9 @@
 Blocks of steps take turns in one process group: bare (no EMA, no metrics, no exchange between ranks, no guard),
 unguarded (EMA and metrics), full (guard and exchange too) and saving (as full, and a checkpoint begins with each block,
 which is as long as `--block-steps`). wandb is off: it writes from a process of its own.
+
+A small difference wants short blocks in many turns, since a machine's speed wanders: what guards cost is seen best with
+`--kinds unguarded full --block-steps 2 --pairs 150`.
 """
 
 import argparse
@@ -19,6 +22,12 @@ from unittest.mock import patch
 from cfpretrain.console import Progress, UserError, exit_with, phase, say
 
 _KINDS = ("bare", "unguarded", "full", "saving")
+_ADDS = {
+    "unguarded": "EMA and metrics add",
+    "full": "guards and the ranks' exchange add",
+    "saving": "a checkpoint a block adds",
+}
+_WARM_UP_STEPS = 50
 
 
 def main() -> None:
@@ -28,7 +37,8 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/tiny.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--pairs", type=int, default=6, help="turns of the four kinds (default 6)")
+    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS, help="of blocks (default: all four)")
+    parser.add_argument("--pairs", type=int, default=6, help="turns of the kinds (default 6)")
     parser.add_argument("--block-steps", type=int, default=50, help="steps of a block (default 50)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args()
@@ -65,7 +75,8 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> dict[str, list[floa
     from cfpretrain import runtime
 
     progress = Progress(trainer.config.train.num_steps, 0)
-    seconds: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+    kinds = [kind for kind in _KINDS if kind in arguments.kinds]
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
 
     def block(kind: str) -> None:
         with ExitStack() as stack:
@@ -86,11 +97,13 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> dict[str, list[floa
         assert trainer.at.num_skipped == 0, f"a step of a {kind} block was skipped: its time says nothing"
 
     with phase("warming up"):
-        block("saving")
-        seconds["saving"].clear()
+        for _ in range(-(-_WARM_UP_STEPS // arguments.block_steps)):
+            block(kinds[-1])
+        seconds[kinds[-1]].clear()
     for turn in range(arguments.pairs):
-        say(f"turn {turn + 1} of {arguments.pairs}")
-        for kind in _KINDS if turn % 2 == 0 else _KINDS[::-1]:
+        if turn % max(1, arguments.pairs // 10) == 0:
+            say(f"turn {turn + 1} of {arguments.pairs}")
+        for kind in kinds if turn % 2 == 0 else kinds[::-1]:
             block(kind)
     trainer.loader.close()
     return seconds
@@ -112,21 +125,16 @@ def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
 
 
 def _print(seconds: dict[str, list[float]]) -> None:
-    median = {kind: 1e3 * statistics.median(values) for kind, values in seconds.items()}
-
-    def more(kind: str, than: str) -> float:
-        """By how much blocks of a kind take longer, median of the turns."""
-        return statistics.median(a / b - 1 for a, b in zip(seconds[kind], seconds[than], strict=True))
-
-    added = {
-        "ema_and_metrics": more("unguarded", "bare"),
-        "guards": more("full", "unguarded"),
-        "checkpoints": more("saving", "full"),
-    }
-    print(f"bare step     {median['bare']:8.1f} ms (median)")
-    print(f"unguarded     {median['unguarded']:8.1f} ms: EMA and metrics add {added['ema_and_metrics']:+.1%}")
-    print(f"full          {median['full']:8.1f} ms: guards and the ranks' exchange add {added['guards']:+.1%}")
-    print(f"saving        {median['saving']:8.1f} ms: a checkpoint a block adds {added['checkpoints']:+.1%}")
+    added = {}
+    for kind, values in seconds.items():
+        text = f"{kind:<10}{1e3 * statistics.median(values):8.1f} ms a step (median)"
+        before = _KINDS[max(0, _KINDS.index(kind) - 1)]
+        if kind in _ADDS and before in seconds:
+            ratios = [a / b - 1 for a, b in zip(values, seconds[before], strict=True)]
+            added[kind] = statistics.median(ratios)
+            error = 1.25 * statistics.pstdev(ratios) / len(ratios) ** 0.5  # of a median, for a normal distribution
+            text += f": {_ADDS[kind]} {added[kind]:+.1%} (standard error {error:.1%})"
+        print(text)
     print(json.dumps({"added": added, "seconds": seconds}))
 
 

@@ -184,7 +184,7 @@ def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
     from cfpretrain.metrics import finite_or_none
     from cfpretrain.order import ar_weights
 
-    decode, _ = decode_to_look_at(trainer.config)
+    decode, _ = decode_to_look_at(trainer.config, trainer.device)
     samples, images = [], {}
     for ids_B, latents_BCYX, draws, terms in watched.seen:
         error_BL = terms.squared_error_BL.double().cpu()
@@ -203,7 +203,7 @@ def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
                     "loss": finite_or_none(float((weights_BL[i] * error_BL[i]).mean())),
                 }
             )
-        images |= dict(zip(ids_B.tolist(), decode(latents_BCYX.cpu()), strict=True))
+        images |= dict(zip(ids_B.tolist(), decode(latents_BCYX).cpu(), strict=True))
     digest = hashlib.sha256()
     for fragment in trainer.engine.fragments():
         digest.update(fragment.values.cpu().numpy().tobytes())
@@ -269,10 +269,11 @@ def _draw(path: Path, found: dict[str, Any], row: dict[str, Any]) -> None:
     shown = found["samples"][:_MOST_IMAGES]
     shown = shown[: len(shown) // _COLUMNS * _COLUMNS] or shown[:1]
     columns = min(_COLUMNS, len(shown))
-    names = [f"loss {_show(shown[i]['loss'], '.3g')}" for i in range(0, len(shown), columns)]
+    captions = [_show(sample["loss"], ".3g") for sample in shown]
     images = torch.stack([found["images"][sample["id"]] for sample in shown])
-    title = f"step {row['step']}: samples by loss, highest first\neach row begins with the loss at its left"
-    pictures.sample_grid(path, images, names, title=title, value_range=(0.0, 1.0))
+    title = f"step {row['step']}: samples by loss, highest first\nbelow each its loss"
+    rows = [""] * (len(shown) // columns)
+    pictures.sample_grid(path, images, rows, title=title, value_range=(0.0, 1.0), captions=captions)
 
 
 def _print(result: dict[str, Any], null_class: int) -> None:

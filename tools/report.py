@@ -1,8 +1,10 @@
 """Samples and scores a run: report.json, a loss map and sample grids in the run folder, and a table on the screen.
 
-    deepspeed --num_accelerators 2 tools/report.py runs/demo --held-out data/digits-held-out
+    deepspeed --num_accelerators 2 tools/report.py runs/demo \
+        --images data/mnist-images --held-out data/mnist-held-out
 
-The scores are those of small images judged in pixel space, as the demo's digits are.
+Samples are decoded and held against real images, not against what the autoencoder makes of those. The scores are those
+of small images judged in pixel space, as the demo's digits are.
 """
 
 import argparse
@@ -12,12 +14,15 @@ from typing import Any
 
 from cfpretrain.console import UserError, exit_with, phase, say
 
+_MOST_MAPPED = 1500  # latents behind the loss map
+
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Sample and score a run; writes report.json into its folder.")
     parser.add_argument("run", type=Path, help="a run folder, e.g. runs/demo")
-    parser.add_argument("--held-out", type=Path, required=True, help="shards of real images kept from training")
+    parser.add_argument("--images", type=Path, required=True, help="image shards that the latents were made of")
+    parser.add_argument("--held-out", type=Path, required=True, help="image shards kept from training")
     parser.add_argument("--num-images", type=int, default=1000, help="images for each setting (default 1000)")
     parser.add_argument("--num-ar-steps", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
     parser.add_argument(
@@ -49,8 +54,8 @@ def run(arguments: argparse.Namespace) -> None:
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
     _check(arguments, config.model.num_tokens, len(build.make_loss(config).schedule))
-    _check_pixels(arguments.run, config)
-    _check_held_out(arguments.held_out, config)
+    _check_decodes(arguments.run, config)
+    _check_images(arguments, config)
     settings = _settings(arguments, step)
     done = arguments.run / "report.json"
     if done.is_file() and settings.items() <= (report := json.loads(done.read_text())).items():
@@ -82,6 +87,7 @@ def _settings(arguments: argparse.Namespace, step: int) -> dict[str, Any]:
         "num_denoising_steps": arguments.num_denoising_steps,
         "num_accuracy_steps": arguments.num_accuracy_steps,
         "guidance": arguments.guidance,
+        "images": str(arguments.images),
         "held_out": str(arguments.held_out),
     }
 
@@ -100,25 +106,27 @@ def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> N
         raise UserError("--guidance: expected another scale than 1, which is measured anyway; e.g. 2")
 
 
-def _check_pixels(run: Path, config: Any) -> None:
+def _check_decodes(run: Path, config: Any) -> None:
     from cfpretrain.model.autoencoder import are_pixels
 
-    num_channels = config.model.latent_channels
-    if not are_pixels(num_channels):
+    if not config.data.autoencoder and not are_pixels(config.model.latent_channels):
         raise UserError(
-            f"run folder {run}: expected a run on pixels, model.latent_channels 1 or 3, got {num_channels}: latents of "
-            "an autoencoder that is not at hand cannot be scored; decode samples with it and score those"
+            f"run folder {run}: expected a run that names its autoencoder (data.autoencoder), so that its samples can "
+            "be decoded and scored, got none; train with it, or write it into the run's config.yaml"
         )
 
 
-def _check_held_out(held_out: Path, config: Any) -> None:
-    from cfpretrain.data.shards import read_info
+def _check_images(arguments: argparse.Namespace, config: Any) -> None:
+    from cfpretrain.data.loader import open_folders
+    from cfpretrain.data.shards import read_images_info
 
-    there, trained = read_info(held_out, "--held-out"), read_info(config.data.shards)
-    for name in ("latent_shape", "latent_shift", "latent_scale", "class_names"):
-        expected, got = getattr(trained, name), getattr(there, name)
-        if expected != got:
-            raise UserError(f"--held-out: expected {name} {expected} as in {config.data.shards}, got {got}")
+    latents = open_folders(config)[0].latents_info
+    for key, folder in (("--images", arguments.images), ("--held-out", arguments.held_out)):
+        images = read_images_info(folder, key)
+        for name in ("image_size", "class_names"):
+            expected, got = getattr(latents, name), getattr(images, name)
+            if expected != got:
+                raise UserError(f"{key}: expected {name} {expected} as of {config.data.shards[0]}, got {got}")
 
 
 def _generate(
@@ -127,59 +135,82 @@ def _generate(
     """Images [N, C, Y, X] with pixels in [-1, 1] and the classes asked for, and how they were made."""
     import torch
 
-    from cfpretrain.evaluation.generation import GenerationSettings, generate_for
+    from cfpretrain.evaluation.generation import GenerationSettings, generate_images
     from cfpretrain.evaluation.summary import LabelledImages
+    from cfpretrain.order import equal_sizes
+    from cfpretrain.sampler import Guidance
 
     labels = [i % config.model.num_classes for i in range(arguments.num_images)]
     compared = guidance == 1 and num_ar_steps == min(arguments.num_ar_steps)
     num_denoising_steps = arguments.num_denoising_steps if compared else arguments.num_accuracy_steps
-    settings = GenerationSettings(num_ar_steps, num_denoising_steps, guidance, arguments.batch_size, config.run.seed)
+    settings = GenerationSettings(
+        equal_sizes(config.model.num_tokens, num_ar_steps),
+        num_denoising_steps,
+        Guidance(guidance),
+        arguments.batch_size,
+        config.run.seed,
+    )
     with phase(f"sampling {len(labels)} images, AR steps {num_ar_steps}, guidance {guidance:g}"):
-        images = generate_for(config, model, labels, settings, device)
+        images = generate_images(config, model, labels, settings, device)
     return LabelledImages(images * 2 - 1, torch.tensor(labels)), settings
 
 
 def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, generated: dict[float, Any]) -> None:
+    import numpy as np
     import torch
 
     from cfpretrain import build
-    from cfpretrain.data.shards import read_all, read_info
+    from cfpretrain.data.images import read_all_images
+    from cfpretrain.data.loader import open_folders
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
     from cfpretrain.evaluation.loss_map import measure_loss_map
+    from cfpretrain.evaluation.reconstruction import reconstruction_error
     from cfpretrain.evaluation.summary import LabelledImages, summarise
 
     folder: Path = arguments.run
-    decode = build.make_autoencoder(config).decode
-    scaling = build.make_scaling(config)
-    _, train_raw, train_labels = read_all(config.data.shards)
-    _, held_out_raw, held_out_labels = read_all(arguments.held_out, key="--held-out")
     device = next(model.parameters()).device
+    shards = open_folders(config)[0]
     with phase("drawing the loss map"):
-        latents = scaling.to_model(train_raw).to(device)
-        errors = measure_loss_map(model, build.make_loss(config), latents, train_labels, num_bins=20, passes=8)
+        trained = shards.read_latents(
+            np.linspace(0, len(shards) - 1, min(len(shards), _MOST_MAPPED)).round().astype(int)
+        )
+        latents = build.make_scaling(config).to_model(trained.mean_BCYX).to(device)
+        errors = measure_loss_map(model, build.make_loss(config), latents, trained.labels_B, num_bins=20, passes=8)
         pictures.loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
     with phase("scoring"):
+        held_out_pixels, held_out_labels = read_all_images(arguments.held_out, "--held-out")
         train, held_out = (
-            LabelledImages(decode(scaling.to_model(raw)) * 2 - 1, labels)
-            for raw, labels in ((train_raw, train_labels), (held_out_raw, held_out_labels))
+            LabelledImages(images.float() / 127.5 - 1, labels)
+            for images, labels in (
+                read_all_images(arguments.images, "--images"),
+                (held_out_pixels, held_out_labels),
+            )
         )
         guided, unguided = (
             {num: made for num, (made, _) in generated[guidance].items()} for guidance in (arguments.guidance, 1.0)
         )
-        scores = summarise(train, held_out, guided, unguided, config.run.seed)
-    names = read_info(config.data.shards).class_names[: config.sample.max_classes]
+        scores = summarise(train, held_out, guided, unguided, config.run.seed, num_splits=2)
+        autoencoder = build.make_autoencoder(config, device)
+        scores["autoencoder_reconstruction_mse"] = reconstruction_error(autoencoder, held_out_pixels, device)
+    names = shards.info.class_names[: config.sample.max_classes]
     samples = folder / build.SAMPLES
     samples.mkdir(exist_ok=True)
     for guidance, by_ar_steps in generated.items():
         for num_ar_steps, (made, how) in by_ar_steps.items():
             rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
             path = samples / f"report_ar_steps_{num_ar_steps:04d}_guidance_{guidance:g}.png"
-            pictures.sample_grid(path, torch.cat(rows), names, title=grid_title(step, how), value_range=(-1.0, 1.0))
-    trained = build.read_summary(folder)
-    if trained is None or trained["num_steps"] != step:
-        trained = {}  # a run that has not ended, or goes on
-    report = {**trained, **scores, **_settings(arguments, step)}
+            pictures.sample_grid(
+                path,
+                torch.cat(rows),
+                names,
+                title=grid_title(f"step {step}, EMA weights", how),
+                value_range=(-1.0, 1.0),
+            )
+    summary = build.read_summary(folder)
+    if summary is None or summary["num_steps"] != step:
+        summary = {}  # a run that has not ended, or goes on
+    report = {**summary, **scores, **_settings(arguments, step)}
     build.write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
     _print_table(report, folder)
 
@@ -187,21 +218,23 @@ def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, g
 def _print_table(report: dict[str, Any], folder: Path) -> None:
     def line(name: str, *values: object) -> str:
         cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)
-        return f"  {name:<34}" + "".join(f"{cell:>12}" for cell in cells)
+        return f"  {name:<38}" + "".join(f"{cell:>12}" for cell in cells)
 
     ar_steps = list(report["class_accuracy"])
     lines = [
         "",
-        line("share of digits that are the class", *(f"{n} AR step{'s' if n != '1' else ''}" for n in ar_steps)),
+        line("share of images that are the class", *(f"{n} AR step{'s' if n != '1' else ''}" for n in ar_steps)),
         line(f"  guidance {report['guidance']:g}", *report["class_accuracy"].values()),
         line("  unguided", *report["class_accuracy_unguided"].values()),
-        line("  real digits, held out", report["classifier_accuracy_on_real"]),
+        line("  real images, held out", report["classifier_accuracy_on_real"]),
         "",
         line("unguided, 1 AR step", "model", "real", "cheat"),
         *(
             line(f"  {name}", *(report[name][who] for who in ("value", "real_against_real", "cheat")))
             for name in ("precision", "recall", "frechet_pixel")
         ),
+        "",
+        line("reconstruction by the autoencoder, MSE", report["autoencoder_reconstruction_mse"]),
         "",
     ]
     if "train_seconds" in report:

@@ -24,9 +24,9 @@ from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with,
 from cfpretrain.evaluation.sampling_options import add_sampling_options, read_settings
 
 if TYPE_CHECKING:
-    from cfpretrain.source import Source
     from cfpretrain.evaluation.generation import GenerationSettings
     from cfpretrain.evaluation.image_set import ImageSet
+    from cfpretrain.source import Source
 
 _MOST_ROWS = 10  # of a grid where no classes are asked for
 _PER_CLASS = 8

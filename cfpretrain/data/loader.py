@@ -1,17 +1,23 @@
 """Which samples a rank trains on at each step, and the position from which a run goes on.
 
 An epoch's order is MosaicML's elastically deterministic one (py1e shuffle, interleaved over canonical nodes): a
-function of the seed, the epoch, the shards, `num_canonical_nodes` and `shuffle_block_size`. It is cut into global
-batches, and a global batch into the ranks' shares, so neither ranks nor accumulation nor workers change what a step
-sees.
+function of the seed, the epoch, the shards, `repeat`, `num_canonical_nodes` and `shuffle_block_size`. It is cut into
+global batches, and a global batch into the ranks' shares, so neither ranks nor accumulation nor workers change what a
+step sees. Nor do they change a sample: mirror and posterior noise are drawn from the seed, the epoch and its id.
 
 `StreamingDataset` itself is not used: it repeats samples at the end of an epoch to even out ranks and canonical nodes,
 restarts threads and barriers at every epoch, and keeps state in named shared memory that outlives a killed run. Here
 workers are handed the indices of a micro-batch and need no state; they read ahead across the border of an epoch.
 """
 
-from collections.abc import Iterator
+import multiprocessing
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +29,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from cfpretrain import seeds
 from cfpretrain.config import Config
-from cfpretrain.console import UserError
-from cfpretrain.data.shards import Shards, check_info, fingerprint
+from cfpretrain.console import UserError, phase, say
+from cfpretrain.data.shards import Shards, check_infos, fingerprint, samples_an_epoch
+from cfpretrain.data.storage import CacheSettings, RemoteFolder, open_source
 from cfpretrain.lifeline import leave_signals_to_the_rank
 
-_Request = tuple[int, NDArray[np.int64]]  # the epoch, and places in the shard folder: one micro-batch
+_Request = tuple[int, NDArray[np.int64]]  # the epoch, and visits (see `epoch_visits`): one micro-batch
+
+# What an id says besides the sample's own, which is smaller: noise differs between the visits of an epoch.
+_FOLDER_BIT, _REPETITION_BIT = 40, 56
 
 
 @dataclass(frozen=True)
@@ -42,9 +52,9 @@ class Position:
 class Batch:
     """A micro-batch of one rank."""
 
-    ids_B: Tensor  # int64, stable ids of the samples
+    ids_B: Tensor  # int64: a sample's id in its folder, + folder << 40, + repetition in the epoch << 56
     epoch: int
-    latents_BCYX: Tensor  # float32, raw: shift and scale are the model's
+    latents_BCYX: Tensor  # float32, drawn from the posterior, raw: shift and scale are the model's
     labels_B: Tensor  # int64
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -55,8 +65,12 @@ class Batch:
 class Loader:
     """Yields, forever, this rank's micro-batches of each global batch: one list for one optimizer step.
 
-    In an epoch every sample comes at most once. The tail that does not fill a global batch, fewer than
+    In an epoch every sample comes once, or as often as `data.repeat` says: 2.5 means twice, and once more for a random
+    half of the folder that is another in each epoch. The tail that does not fill a global batch, fewer than
     `train.global_batch_size` samples and others in each epoch, is dropped.
+
+    Attributes:
+        waited_seconds: spent waiting for batches so far.
 
     Args:
         config: its `data`, `train`, `model` and `run.seed`; checked by `config.check`.
@@ -78,18 +92,24 @@ class Loader:
         position: Position | None = None,
         ranks_per_node: int | None = None,
     ) -> None:
-        self._shards = Shards(config.data.shards)
-        check_info(self._shards.info, config)
-        self.fingerprint = order_fingerprint(config)
+        cache = CacheSettings.of(config.data)
+        self._patience = cache.patience
+        folders = open_folders(config, cache)
+        check_infos([folder.latents_info for folder in folders], config)
+        self.fingerprint = _fingerprint(config, folders)
+        self._shard_sizes = [folder.shard_sizes for folder in folders]
+        self._num_samples = sum(samples_an_epoch([len(folder) for folder in folders], config.data.repeat))
         self._config = config
         self._rank = rank
         self._ranks_per_node = ranks_per_node or world_size
         self._num_nodes = world_size // self._ranks_per_node
         assert self._num_nodes * self._ranks_per_node == world_size
         assert 0 <= rank < world_size
+        _warn_of_a_small_cache(config, folders, self._num_nodes)
         self._accumulation = config.accumulation_steps(world_size)
         self._position = self._turn_epoch(self._checked(position or Position()))
-        self._workers: Iterator[Batch] | None = _start_reading(self._shards, config, self._requests())
+        self.waited_seconds = 0.0
+        self._reader: _Reader | None = _Reader(_MicroBatches(folders, config), self._requests(), config)
 
     @property
     def position(self) -> Position:
@@ -99,35 +119,41 @@ class Loader:
     @property
     def steps_per_epoch(self) -> int:
         """Global batches in an epoch."""
-        return len(self._shards) // self._config.train.global_batch_size
+        return self._num_samples // self._config.train.global_batch_size
 
     def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
     def __next__(self) -> list[Batch]:
-        assert self._workers is not None, "the loader is closed"
-        batches = [next(self._workers) for _ in range(self._accumulation)]
+        assert self._reader is not None, "the loader is closed"
+        with phase("waiting for data", announce=False):
+            begin = time.perf_counter()
+            batches = [self._reader.read() for _ in range(self._accumulation)]
+            self.waited_seconds += time.perf_counter() - begin
         self._position = self._after(self._position)
         return batches
 
     def close(self) -> None:
         """Ends the worker processes; the position stays readable."""
-        self._workers = None  # torch ends them when its iterator is dropped
+        self._patience.end()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def _after(self, position: Position) -> Position:
         samples = position.samples_in_epoch + self._config.train.global_batch_size
         return self._turn_epoch(Position(position.epoch, samples))
 
     def _checked(self, position: Position) -> Position:
-        if position.samples_in_epoch > len(self._shards):
+        if position.samples_in_epoch > self._num_samples:
             raise UserError(
                 f"data.shards: expected more than {position.samples_in_epoch} samples, the place in the epoch where "
-                f"the run goes on, got {len(self._shards)}; give the shards that the run began with"
+                f"the run goes on, got {self._num_samples}; give the shards that the run began with"
             )
         return position
 
     def _turn_epoch(self, position: Position) -> Position:
-        left = len(self._shards) - position.samples_in_epoch
+        left = self._num_samples - position.samples_in_epoch
         return Position(position.epoch + 1, 0) if left < self._config.train.global_batch_size else position
 
     def _requests(self) -> Iterator[_Request]:
@@ -135,10 +161,10 @@ class Loader:
         position, batch_size = self._position, self._config.train.global_batch_size
         while True:
             epoch = position.epoch
-            order = epoch_order(self._config, self._shards.shard_sizes, epoch)
+            visits = epoch_visits(self._config, self._shard_sizes, epoch)
             while position.epoch == epoch:
                 begin = position.samples_in_epoch
-                share = self._share(order[begin : begin + batch_size])
+                share = self._share(visits[begin : begin + batch_size])
                 for micro_batch in np.split(share, self._accumulation):
                     yield epoch, micro_batch
                 position = self._after(position)
@@ -150,13 +176,79 @@ class Loader:
 
 
 def order_fingerprint(config: Config) -> str:
-    """What a position means: the shards' fingerprint and the knobs that decide the order of an epoch."""
+    """What a position means: the shards' fingerprints and the knobs that decide the order of an epoch."""
+    return _fingerprint(config, open_folders(config))
+
+
+def _fingerprint(config: Config, folders: Sequence[Shards]) -> str:
     data = config.data
-    return f"{fingerprint(data.shards)}-{data.num_canonical_nodes}-{data.shuffle_block_size}"
+    shards = "+".join(fingerprint(folder.source) for folder in folders)
+    repeat = "" if set(data.repeat) == {1.0} else "x" + ",".join(map(repr, data.repeat))
+    return f"{shards}{repeat}-{data.num_canonical_nodes}-{data.shuffle_block_size}"
+
+
+def open_folders(config: Config, cache: CacheSettings | None = None) -> list[Shards]:
+    """The folders of `data.shards`; UserError where one cannot be read."""
+    key, cache = "data.shards", cache or CacheSettings.of(config.data)
+    return [Shards(address, key, open_source(address, key, cache)) for address in config.data.shards]
+
+
+def _warn_of_a_small_cache(config: Config, folders: Sequence[Shards], num_nodes: int) -> None:
+    """Says where shards will be fetched again and again, since an epoch goes through more of them at a time."""
+    data = config.data
+    remote = [folder for folder in folders if isinstance(folder.source, RemoteFolder)]
+    if not remote or not data.cache_limit_gb:
+        return
+    num_bytes, num_samples = sum(file.num_bytes for folder in remote for file in folder.files), sum(map(len, remote))
+    # A shard's samples are spread over up to 1.25 blocks, in each canonical node.
+    at_a_time = 1.25 * data.shuffle_block_size + 2 * max(int(folder.shard_sizes.max()) for folder in remote)
+    share = min(1.0, at_a_time * max(1, data.num_canonical_nodes // num_nodes) / num_samples)
+    if data.cache_limit_gb * 1e9 < share * num_bytes:
+        say(
+            f"WARNING: data.cache_limit_gb = {data.cache_limit_gb:g} is less than the shards that a machine reads by "
+            f"turns, about {share * num_bytes / 1e9:.2g} GB: they are fetched again and again; raise it, or lower "
+            f"data.shuffle_block_size = {data.shuffle_block_size}"
+        )
+
+
+def epoch_visits(config: Config, shard_sizes: Sequence[NDArray[np.int64]], epoch: int) -> NDArray[np.int64]:
+    """The samples that an epoch visits, in order.
+
+    Args:
+        config: `data.repeat`, `run.seed` and what `epoch_order` uses.
+        shard_sizes: samples of each shard, for each folder.
+        epoch: from 0.
+
+    Returns:
+        The place of each in all folders, one after another; how often it came before is added from bit 56 on.
+    """
+    counts = [int(sizes.sum()) for sizes in shard_sizes]
+    first, visits, parts = 0, [], []
+    for folder, num_visits in enumerate(samples_an_epoch(counts, config.data.repeat)):
+        sizes, count = shard_sizes[folder], counts[folder]
+        repetitions, rest = divmod(num_visits, count)
+        for repetition in range(repetitions):
+            visits.append(np.arange(first, first + count) + (repetition << _REPETITION_BIT))
+            parts.append(sizes)
+        if rest:
+            chosen = _choose(config.run.seed, epoch, folder, count, rest)
+            visits.append(first + chosen + (repetitions << _REPETITION_BIT))
+            chosen_sizes = np.bincount(np.searchsorted(sizes.cumsum(), chosen, side="right"))
+            parts.append(chosen_sizes[chosen_sizes > 0])
+        first += count
+    # The shuffle sees each repetition of a shard as a shard, and keeps its samples near each other.
+    ordered: NDArray[np.int64] = np.concatenate(visits)[epoch_order(config, np.concatenate(parts), epoch)]
+    return ordered
+
+
+def _choose(seed: int, epoch: int, folder: int, count: int, num_chosen: int) -> NDArray[np.int64]:
+    """Random places in a folder, ascending."""
+    key = seeds.fold(seeds.fold(seeds.key(seed, "repeat"), epoch), folder)
+    return np.sort(seeds.permutation(key, count)[:num_chosen].numpy())
 
 
 def epoch_order(config: Config, shard_sizes: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch visits the samples of a shard folder.
+    """The order in which an epoch goes through the samples of a list of shards.
 
     Args:
         config: `run.seed`, `data.num_canonical_nodes` and `data.shuffle_block_size` are used.
@@ -180,36 +272,113 @@ def epoch_order(config: Config, shard_sizes: NDArray[np.int64], epoch: int) -> N
     return order
 
 
-class _MicroBatches(Dataset[Batch]):
+class _Failure(str):
+    """Why a micro-batch could not be read: an exception would leave the worker as a traceback."""
+
+
+class _MicroBatches(Dataset[Batch | _Failure]):
     """Reads a requested micro-batch; runs in the worker processes."""
 
-    def __init__(self, shards: Shards, seed: int, mirror_prob: float) -> None:
-        self._shards = shards
-        self._mirror_key = seeds.key(seed, "mirror")
-        self._mirror_prob = mirror_prob
+    def __init__(self, folders: Sequence[Shards], config: Config) -> None:
+        self._folders = folders
+        self._ends = np.cumsum([len(folder) for folder in folders])
+        info = folders[0].latents_info
+        self._has_posterior, self._has_mirror = info.has_posterior, info.has_mirror
+        self._mirror_key = seeds.key(config.run.seed, "mirror")
+        self._posterior_key = seeds.key(config.run.seed, "posterior")
+        self._mirror_prob = config.data.mirror_prob
 
-    def __getitem__(self, request: _Request) -> Batch:
-        epoch, indices = request
-        ids_B, latents_BCYX, labels_B = self._shards.read(indices)
-        if self._mirror_prob > 0:
-            keys_B = seeds.fold(seeds.fold(self._mirror_key, epoch), ids_B)
-            mirrored_B = seeds.uniform(keys_B) < self._mirror_prob
+    def __getitem__(self, request: _Request) -> Batch | _Failure:
+        epoch, visits = request
+        try:
+            samples, ids_B = self._read(visits)
+        except UserError as error:
+            return _Failure(error)
+        mirrored_B = self._draw_mirrored(epoch, ids_B)
+        latents_BCYX = self._stack(samples, "mean", mirrored_B)
+        if not self._has_mirror:
             latents_BCYX = torch.where(mirrored_B[:, None, None, None], latents_BCYX.flip(-1), latents_BCYX)
-        return Batch(ids_B, epoch, latents_BCYX, labels_B)
+        if self._has_posterior:
+            keys_B = seeds.fold(seeds.fold(self._posterior_key, epoch), ids_B)
+            deviation_BCYX = (0.5 * self._stack(samples, "log_variance", mirrored_B)).exp_()
+            latents_BCYX += deviation_BCYX * seeds.normal(keys_B, latents_BCYX.shape[1:])
+        return Batch(ids_B, epoch, latents_BCYX, torch.tensor([int(sample["label"]) for sample in samples]))
+
+    def _read(self, visits: NDArray[np.int64]) -> tuple[list[dict[str, Any]], Tensor]:
+        places, repetitions = visits & ((1 << _REPETITION_BIT) - 1), visits >> _REPETITION_BIT
+        folders = np.searchsorted(self._ends, places, side="right")
+        samples = [
+            self._folders[folder].sample(place - int(self._ends[folder]) + len(self._folders[folder]))
+            for folder, place in zip(folders.tolist(), places.tolist(), strict=True)
+        ]
+        ids = np.array([sample["id"] for sample in samples], np.int64)
+        return samples, torch.from_numpy(ids + (folders << _FOLDER_BIT) + (repetitions << _REPETITION_BIT))
+
+    def _draw_mirrored(self, epoch: int, ids_B: Tensor) -> Tensor:
+        keys_B = seeds.fold(seeds.fold(self._mirror_key, epoch), ids_B)
+        return seeds.uniform(keys_B) < self._mirror_prob
+
+    def _stack(self, samples: Sequence[dict[str, Any]], name: str, mirrored_B: Tensor) -> Tensor:
+        names = [f"mirror_{name}" if mirrored and self._has_mirror else name for mirrored in mirrored_B.tolist()]
+        stacked = np.stack([sample[name] for sample, name in zip(samples, names, strict=True)])
+        return torch.from_numpy(stacked.astype(np.float32))
 
 
-def _start_reading(shards: Shards, config: Config, requests: Iterator[_Request]) -> Iterator[Batch]:
-    data_loader = DataLoader(
-        _MicroBatches(shards, config.run.seed, config.data.mirror_prob),
-        sampler=_Requests(requests),
-        batch_size=None,  # a request is a whole micro-batch
-        num_workers=config.data.num_workers,
-        # A fork starts in milliseconds; any other way imports torch and streaming again in every worker (10 to 30 s).
-        multiprocessing_context="fork" if config.data.num_workers else None,
-        worker_init_fn=leave_signals_to_the_rank,
-        generator=torch.Generator(),  # else torch would draw from the global one
+class _Reader:
+    """Reads requests in order, in worker processes that read ahead, or in this process where there are none."""
+
+    def __init__(self, dataset: _MicroBatches, requests: Iterator[_Request], config: Config) -> None:
+        num_workers = config.data.num_workers
+        data_loader = DataLoader(
+            dataset,
+            sampler=_Requests(requests),
+            batch_size=None,  # a request is a whole micro-batch
+            num_workers=num_workers,
+            # A fork starts in milliseconds; any other way imports torch and streaming again in every worker.
+            multiprocessing_context="fork" if num_workers else None,
+            worker_init_fn=leave_signals_to_the_rank,
+            generator=torch.Generator(),  # else torch would draw from the global one
+        )
+        on_child_death, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+        self._batches: Iterator[Batch | _Failure] = iter(data_loader)
+        self._workers: set[BaseProcess] = set(multiprocessing.active_children()) - others
+        if threading.current_thread() is threading.main_thread():
+            # Torch would raise in whatever the main thread does when a worker dies; `read` finds it as well.
+            signal.signal(signal.SIGCHLD, on_child_death)
+
+    def read(self) -> Batch:
+        """The next micro-batch.
+
+        Raises:
+            UserError: it cannot be read, or a worker is dead.
+        """
+        try:
+            batch = next(self._batches)
+        except RuntimeError:
+            dead = [worker for worker in self._workers if not worker.is_alive()]
+            if not dead:
+                raise
+            batch = _Failure(_describe_death(dead[0].exitcode))
+        if isinstance(batch, _Failure):
+            raise UserError(str(batch))
+        return batch
+
+    def close(self) -> None:
+        """Ends the workers."""
+        del self._batches  # torch ends them with its iterator, which an error's traceback must not keep
+
+
+def _describe_death(exit_code: int | None) -> str:
+    killer = signal.Signals(-exit_code) if exit_code is not None and exit_code < 0 else None
+    how = f"with exit code {exit_code}" if killer is None else f"by {killer.name}"
+    if killer is signal.SIGKILL:
+        how += ", as the system does where memory is short"
+    if killer is signal.SIGBUS:
+        how += ", as where /dev/shm is full"
+    return (
+        f"data.num_workers: a process that reads data ended {how}; set fewer, or give the machine more memory, then "
+        "give the same command again"
     )
-    return iter(data_loader)
 
 
 class _Requests:

@@ -1,231 +1,262 @@
-"""Shard folders: MosaicML's MDS files plus `cfpretrain.json`, which says what the numbers in them mean.
+"""Shard folders: MosaicML's MDS files plus `cfpretrain.json`, which says what is in them.
 
-Columns of a sample: `id` (int64, unique in its source and stable), `label` (int32, index into the class names) and
-`latent` (float16 [C, Y, X], raw: neither shifted nor scaled). The folder records the shift and the scale under which
-the model sees its latents, (raw - shift) * scale; they are applied in model/autoencoder.py and nowhere else.
+There are two kinds, made one after the other: images (tools/make_shards.py), and latents (tools/encode_latents.py),
+which training reads. Columns of both: `id` (unique in the folder, stable), `label` (index into the class names),
+`caption` and `checksum` (of the other columns, held against them at every read). Images have `image`, the bytes of a
+file. Latents have `mean` and, as the description says, `log_variance` of the autoencoder's posterior, and both of the
+mirrored image. Latents are raw: shift and scale are recorded beside them and applied in model/autoencoder.py alone.
 """
 
 import dataclasses
 import hashlib
 import json
 import math
-import os
-import shutil
-import uuid
-from array import array
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
-from streaming import MDSWriter
+from numpy.typing import NDArray
 from streaming.base.format.mds import MDSReader
 from torch import Tensor
 
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
+from cfpretrain.data.storage import LocalFolder, ShardFile, Source, open_source
+from cfpretrain.model.autoencoder import are_pixels
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+INFO_FILE, INDEX_FILE = "cfpretrain.json", "index.json"
+HASH = "blake2b"  # of every shard file, kept in the index
+MAX_ID = 1 << 40  # above it, the loader notes folder and repetition
 
-_INFO_FILE = "cfpretrain.json"
-_INDEX_FILE = "index.json"
-_SHARD_BYTES = 1 << 26
-_HASH = "blake2b"  # of every shard file, kept in the index
+_COMMON_COLUMNS = {"id": "int64", "label": "int32", "caption": "str", "checksum": "uint32"}
+
+
+class DamagedShardError(UserError):
+    """A sample that is not what was written."""
 
 
 @dataclass(frozen=True)
-class ShardInfo:
-    """What a shard folder holds."""
+class ImagesInfo:
+    """What a folder of image shards holds."""
+
+    class_names: tuple[str, ...]
+    num_samples: int
+    num_rejected: int  # images that could not be read; rejected.jsonl names them
+    store: str  # "lossless": PNG of the crop; "original": the bytes of the file
+    image_size: int  # pixels a side of the crop, also where decoding is yet to make it
+    channels: int  # 1 grey, 3 RGB
+    source: str  # where the images came from, for people
+    versions: dict[str, str] = field(default_factory=dict)  # of what wrote them
+
+
+@dataclass(frozen=True)
+class LatentsInfo:
+    """What a folder of latent shards holds."""
 
     autoencoder: str  # "identity": latents are pixels; else the fingerprint of the autoencoder's weights
     latent_shape: tuple[int, int, int]  # channels, rows, columns
-    latent_shift: tuple[float, ...]  # one a channel
+    latent_shift: tuple[float, ...]  # one a channel; the model sees (raw - shift) * scale
     latent_scale: tuple[float, ...]  # one a channel
     class_names: tuple[str, ...]
     num_samples: int
-    source: str  # where the samples came from, for people
-    schema_version: int = SCHEMA_VERSION
+    source: str  # where the images came from, for people
+    image_size: int = 0  # pixels a side of what was encoded
+    crop: str = ""  # "adm": PIL's, exact; "dali": near it
+    has_posterior: bool = False  # log-variances are there
+    has_mirror: bool = False  # the mirrored images' moments are there; pixels need none, they are flipped
+    statistics: dict[str, list[float]] = field(default_factory=dict)  # mean and std of raw latents, one a channel
+    versions: dict[str, str] = field(default_factory=dict)  # of what wrote them
+
+
+Info = ImagesInfo | LatentsInfo
+_KINDS: dict[str, type[ImagesInfo] | type[LatentsInfo]] = {"images": ImagesInfo, "latents": LatentsInfo}
+
+
+def kind_of(info: Info) -> str:
+    """ "images" or "latents"."""
+    return next(kind for kind, cls in _KINDS.items() if type(info) is cls)
+
+
+def image_columns() -> dict[str, str]:
+    """The columns of image shards, with their MDS encodings."""
+    return {**_COMMON_COLUMNS, "image": "bytes"}
+
+
+def latent_columns(latent_shape: Sequence[int], has_posterior: bool, has_mirror: bool) -> dict[str, str]:
+    """The columns of latent shards, with their MDS encodings."""
+    array = "ndarray:float16:" + ",".join(map(str, latent_shape))
+    names = ["mean"]
+    if has_posterior:
+        names.append("log_variance")
+    if has_mirror:
+        names += [f"mirror_{name}" for name in names]
+    return {**_COMMON_COLUMNS, **dict.fromkeys(names, array)}
+
+
+def columns_of(info: Info) -> dict[str, str]:
+    """The columns that a folder of this description has."""
+    if isinstance(info, ImagesInfo):
+        return image_columns()
+    return latent_columns(info.latent_shape, info.has_posterior, info.has_mirror)
+
+
+def checksum(sample: Mapping[str, Any]) -> int:
+    """CRC-32 over the names and values of a sample, its `checksum` apart."""
+    value = 0
+    for name in sorted(sample.keys() - {"checksum"}):
+        value = zlib.crc32(_as_bytes(sample[name]), zlib.crc32(name.encode(), value))
+    return value
+
+
+def _as_bytes(value: Any) -> bytes:
+    if isinstance(value, str):
+        return value.encode()
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    return value if isinstance(value, bytes) else int(value).to_bytes(8, "little", signed=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# What a folder says of itself
 
 
-def write_shards(folder: str | Path, info: ShardInfo, samples: Iterable[tuple[int, ArrayLike, int]]) -> bool:
-    """Writes a shard folder, all of it or nothing.
-
-    Files are written to a hidden folder beside `folder`, which takes the final name once everything is on disk. A
-    killed write leaves at most that hidden folder, `.NAME.writing-*`, which may be deleted.
-
-    Args:
-        folder: must be empty or not exist, unless it is complete and of the same `info`.
-        info: what is written.
-        samples: (id, latent [C, Y, X] of finite numbers, label) of each sample.
-
-    Returns:
-        True if it was written, False if it was already there; `samples` is then not read.
-
-    Raises:
-        UserError: the folder holds something else, or a sample does not fit `info`.
-    """
-    final = Path(folder)
-    if _holds_something(final):
-        _refuse_other_content(final, info)
-        return False
-    unfinished = final.parent / f".{final.name}.writing-{uuid.uuid4().hex[:8]}"
-    try:
-        unfinished.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"folder {final} cannot be written ({error.strerror}); choose another place") from error
-    try:
-        _write_samples(unfinished, info, samples)
-        (unfinished / _INFO_FILE).write_text(json.dumps(dataclasses.asdict(info), indent=2) + "\n")
-        _sync(unfinished)
-        os.rename(unfinished, final)
-    except BaseException:
-        shutil.rmtree(unfinished)
-        raise
-    _sync_file(final.parent)
-    return True
+def info_text(info: Info, plan: Mapping[str, Any]) -> str:
+    """The content of `cfpretrain.json`: the description, and the plan by which the folder was made."""
+    plain = {"schema_version": SCHEMA_VERSION, "kind": kind_of(info), **dataclasses.asdict(info), "plan": dict(plan)}
+    return json.dumps(plain, indent=2) + "\n"
 
 
-def _write_samples(folder: Path, info: ShardInfo, samples: Iterable[tuple[int, ArrayLike, int]]) -> None:
-    shape = ",".join(map(str, info.latent_shape))
-    writer = MDSWriter(
-        columns={"id": "int64", "label": "int32", "latent": f"ndarray:float16:{shape}"},
-        out=str(folder),
-        hashes=[_HASH],
-        size_limit=_SHARD_BYTES,
-    )
-    ids = array("q")
-    try:
-        for sample_id, latent, label in samples:
-            writer.write({"id": sample_id, "label": label, "latent": _checked_latent(info, sample_id, latent, label)})
-            ids.append(sample_id)
-        _check_ids(np.frombuffer(ids, np.int64), info)
-    except BaseException:
-        # Leaving through the writer's own context manager would finish the index of half a data set.
-        writer.cancel_future_jobs()
-        raise
-    writer.finish()
-
-
-def _checked_latent(info: ShardInfo, sample_id: int, latent: ArrayLike, label: int) -> NDArray[np.float16]:
-    raw = np.asarray(latent, np.float32)
-    if raw.shape != info.latent_shape:
-        raise UserError(f"sample {sample_id}: expected a latent of shape {info.latent_shape}, got {raw.shape}")
-    if not 0 <= label < len(info.class_names):
-        raise UserError(f"sample {sample_id}: expected a label from 0 to {len(info.class_names) - 1}, got {label}")
-    with np.errstate(over="ignore"):
-        stored = raw.astype(np.float16)
-    if not np.isfinite(stored).all():
-        raise UserError(f"sample {sample_id}: expected numbers that float16 can hold, got {raw.min():g}..{raw.max():g}")
-    return stored
-
-
-def _check_ids(ids: NDArray[np.int64], info: ShardInfo) -> None:
-    if len(ids) != info.num_samples or not len(ids):
-        raise UserError(f"source {info.source!r}: expected {info.num_samples or 'some'} samples, got {len(ids)}")
-    unique, counts = np.unique(ids, return_counts=True)
-    if len(unique) != len(ids):
-        raise UserError(f"source {info.source!r}: expected unique sample ids, got {unique[counts > 1][0]} twice")
-
-
-def _holds_something(folder: Path) -> bool:
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; give the name of a folder to write shards to")
-    return folder.is_dir() and any(folder.iterdir())
-
-
-def _refuse_other_content(folder: Path, info: ShardInfo) -> None:
-    """Raises UserError unless `folder` is a complete shard folder of the same info."""
-    advice = "delete it or choose another folder"
-    try:
-        there = Shards(folder, key=str(folder)).info
-    except UserError as error:
-        raise UserError(f"folder {folder} is not empty and holds no complete shards ({error}); {advice}") from error
-    different = [f.name for f in dataclasses.fields(info) if getattr(there, f.name) != getattr(info, f.name)]
-    if different:
-        raise UserError(f"folder {folder} holds other shards already (different: {', '.join(different)}); {advice}")
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        _sync_file(path)
-    _sync_file(folder)
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading
-
-
-def read_info(folder: str | Path, key: str = "data.shards") -> ShardInfo:
+def read_info(folder: str | Path, key: str = "data.shards") -> Info:
     """Reads what a shard folder says of itself.
 
     Args:
-        folder: a folder written by `write_shards`.
-        key: config key that gave it, for the message.
+        folder: a shard folder, or the address of one.
+        key: config key or option that gave it, for the message.
 
     Raises:
         UserError: the folder is missing, empty or not one of ours, or its description cannot be read.
     """
-    path = Path(folder)
-    make = f"make shards with: python tools/make_shards.py --source digits --out {folder}"
-    expected = f"{key}: expected a folder of shards"
-    if "://" in str(folder):
-        raise UserError(f"{expected} on this machine, got the address {folder}; copy the shards here first")
-    if not path.is_dir():
-        raise UserError(f"{expected}, but {folder} does not exist; {make}")
-    if not any(path.iterdir()):
-        raise UserError(f"{expected}, but {folder} is empty; {make}")
-    for name in (_INFO_FILE, _INDEX_FILE):
-        if not (path / name).is_file():
-            raise UserError(f"{expected}, but {folder} has no {name}; {make}")
-    return _parse_info(path / _INFO_FILE, key)
+    return _read_info(open_source(folder, key), key)
 
 
-def _parse_info(path: Path, key: str) -> ShardInfo:
-    again = "write the folder again with tools/make_shards.py"
+def read_images_info(folder: str | Path, key: str) -> ImagesInfo:
+    """`read_info` of a folder that must hold images; UserError where it holds others."""
+    info = read_info(folder, key)
+    if not isinstance(info, ImagesInfo):
+        raise UserError(f"{key}: expected shards of images, got latents in {folder}; give what make_shards.py wrote")
+    return info
+
+
+def read_latents_info(folder: str | Path, key: str = "data.shards") -> LatentsInfo:
+    """`read_info` of a folder that must hold latents; UserError where it holds others."""
+    return _of_latents(read_info(folder, key), str(folder), key)
+
+
+def _of_latents(info: Info, address: str, key: str) -> LatentsInfo:
+    if not isinstance(info, LatentsInfo):
+        raise UserError(
+            f"{key}: expected shards of latents, got images in {address}; encode them with: "
+            f"python tools/encode_latents.py {address} --autoencoder FOLDER --out OTHER_FOLDER"
+        )
+    return info
+
+
+def _read_info(source: Source, key: str) -> Info:
+    again = "write the folder again"
+    name = f"{source.address}/{INFO_FILE}"
+    text = _required_text(source, INFO_FILE, key)
     try:
-        plain: dict[str, Any] = json.loads(path.read_text())
+        plain: dict[str, Any] = json.loads(text)
         version = plain.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(f"expected schema_version {SCHEMA_VERSION}, got {version!r}")
+        cls = _KINDS[plain.pop("kind")]
+        del plain["plan"]
         fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
-        return ShardInfo(**fields)  # a field that is missing or not ours fails here
+        return cls(**fields)  # a field that is missing or not ours fails here
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{key}: {path} cannot be read ({error}); {again}") from error
+        raise UserError(f"{key}: {name} cannot be read ({error}); {again}") from error
 
 
-def check_info(info: ShardInfo, config: Config) -> None:
-    """Refuses shards that the config does not describe, naming every problem at once.
+def read_plan(folder: Path) -> dict[str, Any]:
+    """By which plan a folder of this machine was made; empty where it does not say."""
+    try:
+        plan = json.loads((folder / INFO_FILE).read_text())["plan"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return plan if isinstance(plan, dict) else {}
+
+
+def _required_text(source: Source, name: str, key: str) -> str:
+    try:
+        return source.text(name)
+    except FileNotFoundError as error:
+        is_there = "://" in source.address or Path(source.address).exists()
+        got = f"has no {name}" if is_there else "does not exist"
+        raise UserError(
+            f"{key}: expected a folder of shards, but {source.address} {got}; make shards with tools/make_shards.py "
+            "and tools/encode_latents.py"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {source.address}/{name} cannot be read ({error}); restore it") from error
+
+
+def fingerprint(source: Source, key: str = "data.shards") -> str:
+    """A hash of what the folder holds: its description and its index, in which every shard file has a hash."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name in (INFO_FILE, INDEX_FILE):
+        content = _required_text(source, name, key).encode()
+        digest.update(len(content).to_bytes(8, "little") + content)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Do they fit the config?
+
+
+def check_infos(infos: Sequence[LatentsInfo], config: Config) -> None:
+    """Refuses latent shards that the config does not describe, naming every problem at once.
+
+    Args:
+        infos: of the folders `config.data.shards`, in that order.
+        config: its sections model, data and train count.
 
     Raises:
         UserError: each problem names its config key, what was expected, what came and the fix.
     """
-    problems = [*_check_latents(info, config), *_check_counts(info, config)]
+    first = infos[0]
+    problems = [*_check_latents(first, config), *_check_counts(infos, config)]
+    for address, info in zip(config.data.shards[1:], infos[1:], strict=True):
+        problems += _check_alike(first, info, address)
     if problems:
-        raise UserError(f"shards {config.data.shards} do not fit the config: {' | '.join(problems)}")
+        raise UserError(f"shards {', '.join(config.data.shards)} do not fit the config: {' | '.join(problems)}")
 
 
-def _check_latents(info: ShardInfo, config: Config) -> Iterable[str]:
+def _check_latents(info: LatentsInfo, config: Config) -> Iterable[str]:
     model = config.model
     channels, rows, columns = info.latent_shape
     if rows != columns:
         yield f"data.shards: expected latents of as many rows as columns, got {rows} x {columns}; crop the images"
     elif rows != model.latent_size:
         yield f"model.latent_size: expected {rows}, the rows of the shards' latents, got {model.latent_size}"
+    if config.data.mirror_prob > 0 and info.has_posterior and not info.has_mirror:
+        yield (
+            f"data.mirror_prob: expected 0, since the shards hold no mirrored images, got {config.data.mirror_prob:g}; "
+            "encode them again without --no-mirror, or set it to 0"
+        )
+    if config.data.autoencoder and info.autoencoder == "identity":
+        yield f"data.autoencoder: expected none for shards of pixels, got {config.data.autoencoder}; leave it out"
+    if info.autoencoder != "identity" and are_pixels(channels) and not config.data.autoencoder:
+        yield (
+            f"data.autoencoder: expected the folder of the one that made these latents of {channels} channels, which "
+            "would be taken for pixels, got none; set it"
+        )
     if channels != model.latent_channels:
         yield f"model.latent_channels: expected {channels}, as in the shards, got {model.latent_channels}"
         return
@@ -236,96 +267,191 @@ def _check_latents(info: ShardInfo, config: Config) -> Iterable[str]:
             yield f"data.{name}: expected {list(recorded)}, which the shards record, got {list(given)}; set it so"
 
 
-def _check_counts(info: ShardInfo, config: Config) -> Iterable[str]:
-    num_classes, batch = len(info.class_names), config.train.global_batch_size
+def _check_counts(infos: Sequence[LatentsInfo], config: Config) -> Iterable[str]:
+    num_classes, batch = len(infos[0].class_names), config.train.global_batch_size
+    num_samples = sum(samples_an_epoch([info.num_samples for info in infos], config.data.repeat))
     if num_classes != config.model.num_classes:
         yield f"model.num_classes: expected {num_classes}, the classes in the shards, got {config.model.num_classes}"
-    if info.num_samples < batch:
-        yield f"train.global_batch_size: expected at most {info.num_samples}, the samples in the shards, got {batch}"
-    if info.num_samples < config.data.num_canonical_nodes:
+    if num_samples < batch:
+        yield f"train.global_batch_size: expected at most {num_samples}, the samples of an epoch, got {batch}"
+    if num_samples < config.data.num_canonical_nodes:
         yield (
-            f"data.num_canonical_nodes: expected at most {info.num_samples}, the samples in the shards, "
+            f"data.num_canonical_nodes: expected at most {num_samples}, the samples of an epoch, "
             f"got {config.data.num_canonical_nodes}"
         )
 
 
-def fingerprint(folder: str | Path) -> str:
-    """A hash of what the folder holds: its description and its index, in which every shard file has a hash."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in (_INFO_FILE, _INDEX_FILE):
-        content = (Path(folder) / name).read_bytes()
-        digest.update(len(content).to_bytes(8, "little") + content)
-    return digest.hexdigest()
+def _check_alike(first: LatentsInfo, info: LatentsInfo, address: str) -> Iterable[str]:
+    for name in (
+        *("autoencoder", "latent_shape", "latent_shift", "latent_scale", "class_names"),
+        *("image_size", "crop", "has_posterior", "has_mirror"),
+    ):
+        expected, got = getattr(first, name), getattr(info, name)
+        if expected != got:
+            yield f"data.shards: {address}: expected {name} as in the first folder, {expected!r:.80}, got {got!r:.80}"
+
+
+def check_autoencoder(
+    info: LatentsInfo, fingerprint: str, shift: Sequence[float], scale: Sequence[float], key: str
+) -> None:
+    """Refuses an autoencoder that did not make the latents, or scales them otherwise: it would decode them wrongly.
+
+    Raises:
+        UserError: names `key`, the config key or option that gave the autoencoder.
+    """
+    for name, expected, got in (
+        ("fingerprint", info.autoencoder, fingerprint),
+        ("shift", info.latent_shift, tuple(shift)),
+        ("scale", info.latent_scale, tuple(scale)),
+    ):
+        if expected != got:
+            raise UserError(
+                f"{key}: expected the autoencoder that made the latents, of {name} {expected}, got {got}; give that "
+                "one, or encode the images with this one"
+            )
+
+
+def samples_an_epoch(num_samples: Sequence[int], repeat: Sequence[float]) -> list[int]:
+    """How many samples of each folder an epoch has: `repeat` times those it holds (one value, or one a folder)."""
+    full = tuple(repeat) * len(num_samples) if len(repeat) == 1 else repeat
+    return [round(count * times) for count, times in zip(num_samples, full, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """Samples of latent shards; raw moments as float32, those of the mirrored images under `mirror_`."""
+
+    ids_B: Tensor  # int64
+    labels_B: Tensor  # int64
+    mean_BCYX: Tensor
+    log_variance_BCYX: Tensor | None = None
+    mirror_mean_BCYX: Tensor | None = None
+    mirror_log_variance_BCYX: Tensor | None = None
 
 
 class Shards:
-    """The samples of a shard folder, read by index.
+    """The samples of a shard folder, read by index and held against their checksums.
 
     MosaicML's shard readers are used without its `StreamingDataset`, so nothing lies in shared memory and no process
     group is needed: any process may read any sample at any time.
 
     Args:
-        folder: a folder written by `write_shards`.
-        key: config key that gave it, for messages.
+        folder: a shard folder, or the address of one.
+        key: config key or option that gave it, for messages.
+        source: where its files lie, where that is known already.
 
     Raises:
-        UserError: as `read_info`; or a shard file is missing or damaged.
+        UserError: as `read_info`; or a shard file is missing or cut short.
     """
 
-    def __init__(self, folder: str | Path, key: str = "data.shards") -> None:
-        self.info = read_info(folder, key)
-        self._readers = _open_readers(Path(folder), key)
+    def __init__(self, folder: str | Path, key: str = "data.shards", source: Source | None = None) -> None:
+        self.source = source or open_source(folder, key)
+        self._key = key
+        self.info = _read_info(self.source, key)
+        self._readers = _open_readers(self.source, columns_of(self.info), key)
+        self.files = [_file_of(reader) for reader in self._readers]
         self.shard_sizes: NDArray[np.int64] = np.array([len(reader) for reader in self._readers], np.int64)
         self._ends = self.shard_sizes.cumsum()
         if self.shard_sizes.sum() != self.info.num_samples:
             raise UserError(
-                f"{key}: {folder}: expected {self.info.num_samples} samples, as {_INFO_FILE} says, "
-                f"got {self.shard_sizes.sum()} in {_INDEX_FILE}; write the folder again"
+                f"{key}: {self.source.address}: expected {self.info.num_samples} samples, as {INFO_FILE} says, "
+                f"got {self.shard_sizes.sum()} in {INDEX_FILE}; write the folder again"
             )
+        if isinstance(self.source, LocalFolder):
+            for file in self.files:
+                self.source.path(file)
 
     def __len__(self) -> int:
         return self.info.num_samples
 
-    def read(self, indices: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Reads samples by their place in the folder, 0 to len - 1.
+    @property
+    def latents_info(self) -> LatentsInfo:
+        """The description of a folder that must hold latents; UserError where it holds images."""
+        return _of_latents(self.info, self.source.address, self._key)
 
-        Returns:
-            ids_B int64, latents_BCYX raw float32, labels_B int64.
+    def shard(self, number: int) -> Iterator[dict[str, Any]]:
+        """The samples of one shard, in order; arguments and errors as for `sample`."""
+        first = int(self._ends[number] - self.shard_sizes[number])
+        return map(self.sample, range(first, first + int(self.shard_sizes[number])))
+
+    def sample(self, index: int) -> dict[str, Any]:
+        """A sample by its place in the folder, 0 to len - 1: its columns.
+
+        Raises:
+            DamagedShardError: it is not what was written.
+            UserError: its file is missing or cannot be fetched.
         """
-        shard_of = np.searchsorted(self._ends, indices, side="right")
-        places = indices - (self._ends - self.shard_sizes)[shard_of]
-        samples = [self._readers[s][p] for s, p in zip(shard_of.tolist(), places.tolist(), strict=True)]
-        ids_B = np.array([sample["id"] for sample in samples], np.int64)
-        labels_B = np.array([sample["label"] for sample in samples], np.int64)
-        latents_BCYX = np.stack([sample["latent"] for sample in samples]).astype(np.float32)
-        return torch.from_numpy(ids_B), torch.from_numpy(latents_BCYX), torch.from_numpy(labels_B)
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        place = int(index - (self._ends[shard] - self.shard_sizes[shard]))
+        problem = ""
+        for _ in range(3):  # a cached copy may be removed under us, or prove damaged
+            reader, path = self._readers[shard], self.source.path(self.files[shard])
+            reader.dirname, reader.raw_data.basename = str(path.parent), path.name
+            try:
+                with np.errstate(over="ignore"):  # of damaged offsets
+                    sample: dict[str, Any] = reader[place]
+                if checksum(sample) == sample["checksum"]:
+                    return sample
+                problem = "its checksum differs"
+            except FileNotFoundError:
+                continue
+            except (ValueError, IndexError, TypeError, OSError, MemoryError) as error:
+                problem = str(error)
+            if not self.source.drop(self.files[shard]):
+                break
+        raise DamagedShardError(
+            f"{self._key}: {self.source.address}/{self.files[shard].name}: sample {place} is damaged "
+            f"({problem or 'its file vanishes'}); copy the file from where it is whole, or write the folder again"
+        )
+
+    def read_latents(self, indices: NDArray[np.int64]) -> LatentBatch:
+        """Reads samples of latent shards by their places in the folder; errors as for `sample`."""
+        samples = [self.sample(index) for index in indices.tolist()]
+
+        def stacked(name: str) -> Tensor | None:
+            if name not in samples[0]:
+                return None
+            return torch.from_numpy(np.stack([sample[name] for sample in samples]).astype(np.float32))
+
+        mean_BCYX = stacked("mean")
+        assert mean_BCYX is not None, "not latents"
+        return LatentBatch(
+            torch.tensor([int(sample["id"]) for sample in samples]),
+            torch.tensor([int(sample["label"]) for sample in samples]),
+            mean_BCYX,
+            stacked("log_variance"),
+            stacked("mirror_mean"),
+            stacked("mirror_log_variance"),
+        )
 
 
-def _open_readers(folder: Path, key: str) -> list[MDSReader]:
+def _open_readers(source: Source, columns: Mapping[str, str], key: str) -> list[MDSReader]:
     again = "write the folder again"
+    name = f"{source.address}/{INDEX_FILE}"
     try:
-        entries = json.loads((folder / _INDEX_FILE).read_text())["shards"]
-        readers = [MDSReader.from_json(str(folder), "", entry) for entry in entries]
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{key}: {folder / _INDEX_FILE} cannot be read ({error}); {again}") from error
-    for reader in readers:
-        reader.validate(allow_unsafe_types=False)
-        for file, _ in reader.file_pairs:
-            path = folder / file.basename
-            size = path.stat().st_size if path.is_file() else 0
-            if size != file.bytes:
-                raise UserError(f"{key}: {path}: expected {file.bytes} bytes, got {size}; {again}")
+        entries = json.loads(_required_text(source, INDEX_FILE, key))["shards"]
+        readers = [MDSReader.from_json("", "", entry) for entry in entries]
+        for reader in readers:
+            # Nothing else is decoded: one of MDS's encodings is a pickle.
+            found = dict(zip(reader.column_names, reader.column_encodings, strict=True))
+            if found != columns:
+                raise ValueError(f"expected columns {dict(columns)}, got {found}")
+            _file_of(reader)
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{key}: {name} cannot be read ({error}); {again}") from error
     return readers
 
 
-def read_all(folder: str | Path, key: str = "data.shards") -> tuple[Tensor, Tensor, Tensor]:
-    """Reads a whole folder into memory: for small sets, as evaluation wants them.
-
-    Returns:
-        ids_B int64, latents_BCYX raw float32, labels_B int64, in the order of writing.
-
-    Raises:
-        UserError: as `Shards`.
-    """
-    shards = Shards(folder, key)
-    return shards.read(np.arange(len(shards)))
+def _file_of(reader: MDSReader) -> ShardFile:
+    name, digest = reader.raw_data.basename, reader.raw_data.hashes[HASH]
+    if not re.fullmatch("[0-9a-f]{128}", digest):  # it names a copy
+        raise ValueError(f"expected a {HASH} hash of 128 hexadecimal digits, got {digest!r:.40}")
+    if Path(name).name != name or reader.zip_data is not None:
+        raise ValueError(f"expected the plain name of a raw file in the folder, got {name!r}")
+    return ShardFile(name, reader.raw_data.bytes, digest)

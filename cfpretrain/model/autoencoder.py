@@ -1,14 +1,31 @@
-"""Pixels <-> latents. The shift and scale of latents are applied here and nowhere else.
+"""Pixels <-> latents, and the door to diffusers. The shift and scale of latents are applied here and nowhere else.
 
 Raw latents are what an autoencoder makes and what shards hold; the transformer sees (raw - shift) * scale.
 """
 
-from collections.abc import Sequence
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from cfpretrain.console import UserError
+
+# What an autoencoder's folder holds, as diffusers writes it.
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
+
+_CLASS = "AutoencoderKL"
+_PIXELS_AT_ONCE = 1 << 19  # decoded together: 8 images of 256 px
+_NUM_NAMED = 3  # tensors that a message names before it says how many more there are
+# Folders that older diffusers wrote, as most of Stable Diffusion's are, name the attention's matrices otherwise.
+_OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
 
 class LatentScaling:
@@ -20,6 +37,7 @@ class LatentScaling:
     """
 
     def __init__(self, shift: Sequence[float], scale: Sequence[float]) -> None:
+        self.shift, self.scale = tuple(shift), tuple(scale)
         self._shift_C11 = torch.tensor(shift, dtype=torch.float32).reshape(-1, 1, 1)
         self._scale_C11 = torch.tensor(scale, dtype=torch.float32).reshape(-1, 1, 1)
 
@@ -42,8 +60,20 @@ def are_pixels(num_channels: int) -> bool:
 class IdentityAutoencoder:
     """Pixels as latents: raw latents are pixel values in [0, 1]."""
 
+    fingerprint = "identity"
+    stride = 1  # pixels a side of what becomes one latent
+
     def __init__(self, scaling: LatentScaling) -> None:
+        self.shift, self.scale = scaling.shift, scaling.scale
         self._scaling = scaling
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The shape [C, Y, X] of the latents of such images: the same."""
+        return image_shape
+
+    def encode(self, images_BCYX: Tensor) -> tuple[Tensor, None]:
+        """Images in [0, 1] -> raw latents, float32; there is no posterior."""
+        return images_BCYX.float(), None
 
     def decode(self, latents_BCYX: Tensor) -> Tensor:
         """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, 1 or 3, Y, X].
@@ -58,3 +88,248 @@ class IdentityAutoencoder:
                 "an autoencoder that is not at hand; decode them to images with that autoencoder"
             )
         return self._scaling.from_model(latents_BCYX)
+
+
+class KLAutoencoder:
+    """A convolutional autoencoder with a Gaussian posterior: diffusers' AutoencoderKL, frozen.
+
+    On one machine the same images in a batch of the same size give the same bits; in a batch of another size they may
+    not, since convolutions add up in another order.
+
+    Args:
+        network: an AutoencoderKL with its weights.
+        fingerprint: of the weights (`fingerprint`).
+        name: what messages call it: the config key or option that gave it.
+    """
+
+    def __init__(self, network: nn.Module, fingerprint: str, name: str) -> None:
+        config: Any = network.config
+        self.fingerprint = fingerprint
+        self.image_channels: int = config.in_channels
+        self.latent_channels: int = config.latent_channels
+        self.stride: int = 2 ** (len(config.block_out_channels) - 1)  # pixels a side of what becomes one latent
+        self.shift, self.scale = shift_and_scale(config)
+        self._scaling = LatentScaling(self.shift, self.scale)
+        self._network: Any = network.eval().requires_grad_(False)
+        self._name = name
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        key: str = "data.autoencoder",
+    ) -> "KLAutoencoder":
+        """Reads an autoencoder's folder in diffusers' layout: `config.json` and one file of safetensors.
+
+        Args:
+            folder: of this machine; nothing is looked up elsewhere.
+            device: where it will compute.
+            dtype: in which it will compute, whatever its weights are stored in.
+            key: config key or option that gave the folder, for messages.
+
+        Raises:
+            UserError: the folder is none, or not of an AutoencoderKL, or its weights are not those of its config.
+        """
+        folder = Path(folder)
+        config = read_config(folder, key)
+        tensors = _read_tensors(folder, key)
+        network = fill_network(config, tensors, f"{key}: {folder}")
+        # diffusers' own `to` warns of layers to be kept in float32 even where there are none.
+        return cls(nn.Module.to(network, device=device, dtype=dtype), fingerprint(tensors), key)
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """The shape [C, Y, X] of the latents of such images; UserError where it does not take them."""
+        channels, height, width = image_shape
+        if channels != self.image_channels or height % self.stride or width % self.stride:
+            raise UserError(
+                f"{self._name}: expected images of {self.image_channels} channels with sides that are multiples of "
+                f"{self.stride}, got {channels} x {height} x {width}; make such images or take another autoencoder"
+            )
+        return self.latent_channels, height // self.stride, width // self.stride
+
+    @torch.no_grad()
+    def encode(self, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
+        """Images -> the posterior of their raw latents.
+
+        Args:
+            images_BCYX: in [0, 1], 0 black and 1 white, on the autoencoder's device.
+
+        Returns:
+            Mean and log-variance, float32; the log-variance within [-30, 20], as the autoencoder was trained.
+
+        Raises:
+            UserError: images of another number of channels, or sides that the stride does not divide.
+        """
+        _, channels, height, width = images_BCYX.shape
+        self.latent_shape((channels, height, width))
+        posterior = self._network.encode(images_BCYX.to(self._network.dtype) * 2 - 1).latent_dist
+        return posterior.mean.float(), posterior.logvar.float()
+
+    @torch.no_grad()
+    def decode(self, latents_BCYX: Tensor) -> Tensor:
+        """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, 1 or 3, Y, X]."""
+        raw_BCYX = self._scaling.from_model(latents_BCYX).to(self._network.dtype)
+        # In slices: activations of the decoder take a hundred times the memory of its images, or more.
+        num_pixels = raw_BCYX.shape[-2] * raw_BCYX.shape[-1] * self.stride**2
+        slices = torch.split(raw_BCYX, max(1, _PIXELS_AT_ONCE // num_pixels))
+        images_BCYX = torch.cat([self._network.decode(part).sample for part in slices])
+        return images_BCYX.float() / 2 + 0.5
+
+
+def shift_and_scale(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The shift and scale of an AutoencoderKL's config, one value for each latent channel."""
+    num_channels = config.latent_channels
+    shift = config.latents_mean or [config.shift_factor or 0.0] * num_channels
+    std = config.latents_std or [1.0] * num_channels
+    return tuple(map(float, shift)), tuple(config.scaling_factor / value for value in std)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks of diffusers
+
+
+def make_network(config: Mapping[str, Any], name: str) -> nn.Module:
+    """An AutoencoderKL with random weights.
+
+    Args:
+        config: arguments of AutoencoderKL; names that begin with an underscore are for people.
+        name: where the config comes from, for the message.
+
+    Raises:
+        UserError: no AutoencoderKL is made of it.
+    """
+    from diffusers import AutoencoderKL  # here: it takes seconds, and brings transformers along
+
+    try:
+        network: Any = AutoencoderKL(**{key: value for key, value in config.items() if not key.startswith("_")})
+        shift, scale = shift_and_scale(network.config)
+        if not len(shift) == len(scale) == network.config.latent_channels:
+            raise ValueError(f"latents_mean and latents_std need {network.config.latent_channels} values each")
+    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+        raise UserError(f"{name}: expected the config of an {_CLASS}, but it makes none ({_line(error)})") from error
+    made: nn.Module = network
+    return made
+
+
+def fill_network(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> nn.Module:
+    """An AutoencoderKL with these weights, which are exactly those that it has; arguments and errors as `make_network`.
+
+    Raises:
+        UserError: a tensor is missing, or there is one too many, or one of another shape or kind.
+    """
+    with torch.device("meta"):
+        network = make_network(config, f"{name}: {CONFIG_FILE}")
+    expected = network.state_dict()
+    problems = []
+    for what, names in (
+        ("missing", expected.keys() - tensors.keys()),
+        ("not part of it", tensors.keys() - expected.keys()),
+        ("of another shape", {n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape}),
+        ("not of floating point", {n for n, value in tensors.items() if not value.is_floating_point()}),
+    ):
+        if names:
+            more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
+            problems.append(f"{what}: {', '.join(sorted(names)[:_NUM_NAMED])}{more}")
+    if problems:
+        raise UserError(
+            f"{name}: expected the {len(expected)} tensors of the {_CLASS} that {CONFIG_FILE} describes, got others "
+            f"({'; '.join(problems)}); give config and weights that belong together"
+        )
+    network.load_state_dict(dict(tensors), assign=True)
+    return network
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of weights: names, dtypes, shapes and values; their order and the file they came from do not matter."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        head = json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode()
+        values: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        digest.update(len(head).to_bytes(8, "little") + head)
+        digest.update(values)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Folders in diffusers' layout
+
+
+def read_config(folder: Path, key: str) -> dict[str, Any]:
+    """The config of an autoencoder's folder; UserError where it is missing, damaged or of another class."""
+    path = folder / CONFIG_FILE
+    try:
+        config: Any = json.loads(path.read_text())
+        found = config["_class_name"]
+    except OSError as error:
+        raise UserError(
+            f"{key}: expected an autoencoder's folder with {CONFIG_FILE} and {WEIGHTS_FILE}, but {path} cannot be read "
+            f"({error.strerror}); of a whole diffusers pipeline give the subfolder vae"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{key}: {path} is no config of diffusers ({error!r:.120}); restore it") from error
+    if found != _CLASS:
+        raise UserError(f"{key}: expected an {_CLASS}, got {found!r:.80} in {path}; give another autoencoder's folder")
+    return config
+
+
+def _read_tensors(folder: Path, key: str) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    if not path.is_file():
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth"))
+        raise UserError(
+            f"{key}: expected {path}, which is not there"
+            + (
+                f", only {pickles[0]}, a pickle, and such files can run code when they are read; convert it with: "
+                f"python tools/import_autoencoder.py {folder / pickles[0]} OTHER_FOLDER"
+                if pickles
+                else "; give the folder that diffusers or tools/import_autoencoder.py wrote"
+            )
+        )
+    try:
+        return current_names(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{key}: {path} cannot be read ({_line(error)}); restore it") from error
+
+
+def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of an AutoencoderKL of any version of diffusers, by the names that they have today."""
+    renamed = {}
+    for name, value in tensors.items():
+        for old, new in _OLD_NAMES.items():
+            name = name.replace(old, new)
+        renamed[name] = value
+    return renamed
+
+
+def write_folder(folder: Path, network: nn.Module) -> None:
+    """Writes an AutoencoderKL as diffusers does: the folder is there whole or not at all.
+
+    Raises:
+        UserError: something is there already, or it cannot be written.
+    """
+    refuse_existing(folder)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        saved: Any = network
+        saved.save_pretrained(unfinished, safe_serialization=True)
+        # safetensors lets nobody else read what it writes.
+        (unfinished / WEIGHTS_FILE).chmod((unfinished / CONFIG_FILE).stat().st_mode)
+        os.rename(unfinished, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); mend it or give another") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def refuse_existing(folder: Path) -> None:
+    """Raises UserError where something is at this path."""
+    if folder.exists() or folder.is_symlink():
+        raise UserError(f"{folder}: expected a folder that is not there yet; remove it or give another")
+
+
+def _line(error: Exception) -> str:
+    return f"{' '.join(str(error).split()):.200}"

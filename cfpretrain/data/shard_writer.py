@@ -1,0 +1,249 @@
+"""Writing a shard folder, shard by shard: by any number of processes, over any number of kills, all of it or nothing.
+
+Every shard is made of a fixed slice of the input, so its bytes depend neither on who writes it nor on when. Until all
+are there they lie in a hidden folder beside the final one, `.NAME.unfinished`, with a record of each; the folder gets
+its name once everything is on disk.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from streaming import MDSWriter
+
+from cfpretrain.console import UserError
+from cfpretrain.data.shards import (
+    HASH,
+    INDEX_FILE,
+    INFO_FILE,
+    MAX_ID,
+    Info,
+    Shards,
+    checksum,
+    info_text,
+    read_plan,
+)
+
+_PLAN_FILE, _LOCK_FILE, _RECORDS = "plan.json", "lock", "records"
+_MAX_SHARD_BYTES = (1 << 32) - (1 << 24)  # MDS counts in 32 bits; the rest is left for its head
+
+Record = Mapping[str, Any]
+
+
+class ShardWriter:
+    """A shard folder in the making.
+
+    Args:
+        folder: the final folder.
+        columns: name -> MDS encoding, e.g. `shards.image_columns()`.
+        plan: JSON-able; says what is made of what, and how. Work done under another plan is refused.
+    """
+
+    def __init__(self, folder: str | Path, columns: Mapping[str, str], plan: Mapping[str, Any]) -> None:
+        self.folder, self.columns = Path(folder), dict(columns)
+        self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as it will be read
+        self.unfinished = self.folder.parent / f".{self.folder.name}.unfinished"
+        self._lock: int | None = None
+
+    def is_complete(self) -> bool:
+        """Whether the final folder is there already, made by the same plan.
+
+        Raises:
+            UserError: something else lies there.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"{self.folder} is a file; give the name of a folder to write shards to")
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return False
+        advice = "delete it or choose another folder"
+        try:
+            Shards(self.folder, key=str(self.folder))
+        except UserError as error:
+            raise UserError(
+                f"folder {self.folder} is not empty and holds no complete shards ({error}); {advice}"
+            ) from error
+        different = _differences(read_plan(self.folder), self.plan)
+        if different:
+            raise UserError(f"folder {self.folder} holds other shards already ({different}); {advice}")
+        self._clean_up()
+        return True
+
+    def begin(self) -> None:
+        """Makes the unfinished folder, or goes on with it; one process calls it, before any `write`, and holds it.
+
+        Raises:
+            UserError: another process holds it, it belongs to another plan, or it cannot be written.
+        """
+        with self._writing():
+            self.unfinished.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.unfinished / _LOCK_FILE, self.folder)
+            plan_file = self.unfinished / _PLAN_FILE
+            if plan_file.exists():
+                different = _differences(json.loads(plan_file.read_text()), self.plan)
+                if different:
+                    raise UserError(
+                        f"{self.unfinished} is the unfinished work of other settings ({different}); give those, or "
+                        "delete it to begin again"
+                    )
+            for leftover in self.unfinished.glob("writing.*"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            (self.unfinished / _RECORDS).mkdir(exist_ok=True)
+            _write_durably(plan_file, json.dumps(self.plan))
+
+    def missing(self, num_shards: int) -> list[int]:
+        """The shards that are yet to be written, of `num_shards`."""
+        return [number for number in range(num_shards) if not self._record_file(number).exists()]
+
+    def write(
+        self, number: int, samples: Iterable[Mapping[str, Any]], record: Callable[[], Record] | None = None
+    ) -> None:
+        """Writes one shard, whole or not at all; any process may, once `begin` was called.
+
+        Args:
+            number: of the shard.
+            samples: in order; all columns but the checksum. None at all makes a shard without a file.
+            record: called after the last sample; what it returns is kept for `records`.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
+        with self._writing():
+            temporary = self.unfinished / f"writing.{number:05d}.{uuid.uuid4().hex[:8]}"
+            try:
+                entry, num_samples, max_label = self._write_file(temporary, number, samples)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            kept = {"entry": entry, "num_samples": num_samples, "max_label": max_label}
+            _write_durably(self._record_file(number), json.dumps({**kept, "record": dict(record()) if record else {}}))
+
+    def _write_file(
+        self, temporary: Path, number: int, samples: Iterable[Mapping[str, Any]]
+    ) -> tuple[dict[str, Any] | None, int, int]:
+        writer = MDSWriter(columns=self.columns, out=str(temporary), hashes=[HASH], size_limit=None, max_workers=1)
+        num_samples, num_bytes, max_label = 0, 0, -1
+        try:
+            for sample in samples:
+                assert sample.keys() == self.columns.keys() - {"checksum"}, sample.keys()
+                assert 0 <= sample["id"] < MAX_ID, sample["id"]
+                writer.write({**sample, "checksum": np.uint32(checksum(sample))})
+                num_samples, max_label = num_samples + 1, max(max_label, int(sample["label"]))
+                num_bytes += len(writer.new_samples[-1])
+                if num_bytes > _MAX_SHARD_BYTES:
+                    raise UserError(
+                        f"shard {number}: expected less than 4 GiB of samples in a shard; put fewer into one "
+                        "(--images-per-shard)"
+                    )
+        except BaseException:
+            # Leaving through the writer's own context manager would finish half a shard.
+            writer.cancel_future_jobs()
+            raise
+        writer.finish()
+        if not num_samples:
+            return None, 0, -1
+        (entry,) = json.loads((temporary / INDEX_FILE).read_text())["shards"]
+        written, entry["raw_data"]["basename"] = entry["raw_data"]["basename"], f"shard.{number:05d}.mds"
+        _sync(temporary / written)
+        os.replace(temporary / written, self.unfinished / f"shard.{number:05d}.mds")
+        return entry, num_samples, max_label
+
+    def record(self, number: int) -> dict[str, Any]:
+        """What `write` was given to keep with a shard that is written."""
+        kept: dict[str, Any] = self._kept(number)["record"]
+        return kept
+
+    def records(self, num_shards: int) -> list[dict[str, Any]]:
+        """What `write` was given to keep, in the order of the shards."""
+        return [self.record(number) for number in range(num_shards)]
+
+    def num_samples(self, num_shards: int) -> int:
+        """Samples in the shards written."""
+        return sum(self._kept(number)["num_samples"] for number in range(num_shards))
+
+    def finish(self, info: Info, num_shards: int, extra_files: Mapping[str, str] | None = None) -> None:
+        """Gives the folder its name; a kill in the middle leaves something that `finish` ends.
+
+        Args:
+            info: description of all of it.
+            num_shards: all of which were written.
+            extra_files: further text files of the folder, name -> content.
+
+        Raises:
+            UserError: there are no samples, or not those that `info` says; the disk cannot be written.
+        """
+        kept = [self._kept(number) for number in range(num_shards)]
+        num_samples = sum(one["num_samples"] for one in kept)
+        assert num_samples == info.num_samples, (num_samples, info.num_samples)
+        if not num_samples:
+            raise UserError(f"{self.folder}: expected some samples, got none")
+        assert max(one["max_label"] for one in kept) < len(info.class_names)
+        index = {"version": 2, "shards": [one["entry"] for one in kept if one["entry"] is not None]}
+        texts = {**(extra_files or {}), INDEX_FILE: json.dumps(index), INFO_FILE: info_text(info, self.plan)}
+        with self._writing():
+            for name, text in texts.items():
+                _write_durably(self.unfinished / name, text)
+            _sync(self.unfinished)
+            os.rename(self.unfinished, self.folder)
+            _sync(self.folder.parent)
+            self._clean_up()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _clean_up(self) -> None:
+        """Removes what a finished folder does not need; a kill may have come between."""
+        shutil.rmtree(self.folder / _RECORDS, ignore_errors=True)
+        for name in (_PLAN_FILE, _LOCK_FILE):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _record_file(self, number: int) -> Path:
+        return self.unfinished / _RECORDS / f"{number:05d}.json"
+
+    def _kept(self, number: int) -> dict[str, Any]:
+        kept: dict[str, Any] = json.loads(self._record_file(number).read_text())
+        return kept
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error.strerror or error}); mend that, and the same command goes on"
+            ) from error
+
+
+def _locked(path: Path, folder: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(f"{folder} is being written by another process; wait for its end, or stop it") from error
+    return descriptor
+
+
+def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
+    return ", ".join(f"{name}: {there.get(name)!r:.60} there, {wanted.get(name)!r:.60} now" for name in names)
+
+
+def _write_durably(path: Path, text: str) -> None:
+    temporary = path.with_name(f"writing.{path.name}.{uuid.uuid4().hex[:8]}")
+    temporary.write_text(text)
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,469 @@
+"""Where shard files lie: a folder of this machine, or an address from which copies are made.
+
+Copies lie in a cache folder under the hash of their content: any number of runs, ranks and workers may share it, and
+nothing stale is taken for something else. A file that is being fetched lies in a folder of its own, HASH.BYTES.part,
+with a lock: it is fetched once, and what a killed process leaves there is removed by the next.
+"""
+
+import errno
+import fcntl
+import hashlib
+import mmap
+import os
+import random
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from streaming.base.storage import CloudDownloader
+
+from cfpretrain.config import DataConfig
+from cfpretrain.console import UserError, say
+
+_READ_SECONDS = 60.0  # a storage that sends nothing for so long is away
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two questions to a storage that is away
+_POLL_SECONDS = 0.05
+_MOST_WRONG_COPIES = 3
+_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EMFILE}
+_COPY = re.compile(r"[0-9a-f]{128}")
+_PART = re.compile(r"[0-9a-f]{128}\.([0-9]+)\.part")
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One file of a shard folder, as its index describes it.
+
+    Attributes:
+        name: within the folder.
+        num_bytes: of the whole file.
+        digest: its blake2b hash, hexadecimal.
+    """
+
+    name: str
+    num_bytes: int
+    digest: str
+
+
+class Source(Protocol):
+    """Gives the files of one shard folder, wherever it lies."""
+
+    address: str  # as the user gave it
+
+    def text(self, name: str) -> str:
+        """The content of a small file; FileNotFoundError where there is none."""
+        ...
+
+    def path(self, file: ShardFile) -> Path:
+        """A local file with the bytes of `file`; cheap where it is at hand.
+
+        Raises:
+            UserError: it is missing, cut short, or cannot be fetched.
+        """
+        ...
+
+    def drop(self, file: ShardFile) -> bool:
+        """Forgets a copy that proved damaged; whether `path` can give another."""
+        ...
+
+
+class LocalFolder:
+    """A shard folder on this machine."""
+
+    def __init__(self, folder: str | Path, key: str) -> None:
+        self.address, self._folder, self._key = str(folder), Path(folder), key
+
+    def text(self, name: str) -> str:
+        """See `Source`."""
+        return (self._folder / name).read_text()
+
+    def path(self, file: ShardFile) -> Path:
+        """See `Source`."""
+        path = self._folder / file.name
+        try:
+            size = path.stat().st_size
+            problem = None if size == file.num_bytes else f"got {size}"
+        except FileNotFoundError:
+            problem = "it is missing"
+        except OSError as error:
+            problem = f"it cannot be read ({error.strerror})"
+        if problem:
+            raise UserError(
+                f"{self._key}: {path}: expected a file of {file.num_bytes} bytes, {problem}; copy it from where it is "
+                "whole, or write the folder again"
+            )
+        return path
+
+    def drop(self, file: ShardFile) -> bool:
+        """See `Source`."""
+        return False
+
+
+class Patience:
+    """How long a storage that is away is asked again.
+
+    Processes forked from the one that made it share it: one of them speaks for all, and `end` ends all their waiting.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._owner = os.getpid()
+        self._shared = mmap.mmap(-1, 2)  # is someone waiting; is it over
+
+    def end(self) -> None:
+        """Nobody needs what is being waited for."""
+        self._shared[1] = 1
+
+    def check(self) -> None:
+        """UserError where waiting is in vain."""
+        if self._shared[1] or self._owner not in (os.getpid(), os.getppid()):
+            raise UserError("data: the training process needs no more data")
+
+    def note_trouble(self, what: str, reason: str) -> None:
+        """Says, once, that the storage is away."""
+        if not self._shared[0]:
+            self._shared[0] = 1
+            say(f"WARNING: {what} cannot be read ({reason}); asking again for up to {self.seconds:g} s")
+
+    def note_answer(self, what: str) -> None:
+        """Says that the storage is back, where it was away."""
+        if self._shared[0]:
+            self._shared[0] = 0
+            say(f"{what} was read: the storage is back")
+
+
+@dataclass(frozen=True)
+class CacheSettings:
+    """How copies of remote shards are made and kept.
+
+    Attributes:
+        folder: for the copies; holds nothing else.
+        limit_bytes: the most that they fill, the least recently used make place; 0 = no limit.
+        patience: with a storage that is away.
+    """
+
+    folder: Path
+    limit_bytes: int
+    patience: Patience
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "CacheSettings":
+        """As a config says."""
+        return cls(Path(data.cache_folder), int(data.cache_limit_gb * 1e9), Patience(data.download_patience_seconds))
+
+
+class RemoteFolder:
+    """A shard folder in an object store or on another machine, and the copies made of it.
+
+    The transfer is MosaicML streaming's: s3:// with boto3, its credentials from the environment or ~/.aws and another
+    server from S3_ENDPOINT_URL; gs://, oci://, azure://, sftp:// and others with their own clients.
+    """
+
+    def __init__(self, address: str, key: str, cache: CacheSettings) -> None:
+        self.address, self._key, self._cache = address.rstrip("/"), key, cache
+        self._client: tuple[int, CloudDownloader] | None = None  # and the process that may use it
+
+    def text(self, name: str) -> str:
+        """See `Source`."""
+        with tempfile.TemporaryDirectory() as folder:
+            local = Path(folder) / name
+            self._fetch(name, local, time.monotonic() + self._cache.patience.seconds)
+            return local.read_text()
+
+    def path(self, file: ShardFile) -> Path:
+        """See `Source`."""
+        copy = self._copy(file)
+        if _is_whole(copy, file):
+            with suppress(OSError):
+                os.utime(copy)  # used just now
+            return copy
+        limit = self._cache.limit_bytes
+        if limit and file.num_bytes > limit:
+            raise UserError(
+                f"data.cache_limit_gb: expected at least {file.num_bytes / 1e9:g}, the size of {file.name} in "
+                f"{self.address}, got {limit / 1e9:g}; raise it, or set 0 for no limit"
+            )
+        deadline = time.monotonic() + self._cache.patience.seconds
+        with self._writing():
+            part = copy.with_name(f"{file.digest}.{file.num_bytes}.part")
+            with _held(part, self._cache.patience):
+                if not _is_whole(copy, file):  # else another process has fetched it meanwhile
+                    self._reserve(part, file, deadline)
+                    self._fetch_whole(file, part / "copy", deadline)
+                    os.replace(part / "copy", copy)
+        return copy
+
+    def drop(self, file: ShardFile) -> bool:
+        """See `Source`."""
+        with self._writing():
+            self._copy(file).unlink(missing_ok=True)
+        return True
+
+    def _copy(self, file: ShardFile) -> Path:
+        return self._cache.folder / file.digest
+
+    # ------------------------------------------------------------------
+    # Fetching
+
+    def _fetch_whole(self, file: ShardFile, local: Path, deadline: float) -> None:
+        for _ in range(_MOST_WRONG_COPIES):
+            self._fetch(file.name, local, deadline)
+            with local.open("rb") as opened:
+                digest = hashlib.file_digest(opened, hashlib.blake2b).hexdigest()
+            if digest == file.digest:
+                return
+            got = f"{local.stat().st_size} bytes of hash {digest:.16}..."
+            local.unlink()
+        raise UserError(
+            f"{self._key}: {self.address}/{file.name}: expected {file.num_bytes} bytes of hash {file.digest:.16}..., "
+            f"as the index says, got {got}, {_MOST_WRONG_COPIES} times; upload the folder again"
+        )
+
+    def _fetch(self, name: str, local: Path, deadline: float) -> None:
+        """Copies a file; asks again until the deadline where the storage is away."""
+        what, patience = f"{self.address}/{name}", self._cache.patience
+        begin, pause = time.monotonic(), _FIRST_PAUSE
+        while True:
+            try:
+                local.unlink(missing_ok=True)  # the client would take it for whole
+                self._download(what, local)
+                break
+            except Exception as error:  # whatever the clients of the storages raise
+                self._client = None
+                reason = _reason(error)
+                self._raise_if_final(what, error, reason)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise UserError(
+                        f"{self._key}: {what} could not be read for {time.monotonic() - begin:.0f} s ({reason}); mend "
+                        "the storage, the network or the address (for s3 also S3_ENDPOINT_URL), then give the same "
+                        "command again; data.download_patience_seconds says how long to wait"
+                    ) from error
+            patience.note_trouble(what, reason)
+            # Spread, so that the workers of many ranks do not all come back in the same moment.
+            _sleep(min(left, pause * random.SystemRandom().uniform(0.5, 1.0)), patience)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+        patience.note_answer(what)
+
+    def _download(self, what: str, local: Path) -> None:
+        # boto3's own retries are silent and know no deadline; `_fetch` asks again instead.
+        os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")
+        if self._client is None or self._client[0] != os.getpid():  # a fork must not share connections
+            self._client = os.getpid(), CloudDownloader.get(what)
+        self._client[1].download(what, str(local), max(1.0, min(_READ_SECONDS, self._cache.patience.seconds)))
+
+    def _raise_if_final(self, what: str, error: Exception, reason: str) -> None:
+        """Raises where asking again would not help."""
+        status, kind = _http_status(error), type(error).__name__
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            raise error  # of the cache
+        if status == 404 or (isinstance(error, FileNotFoundError) and error.filename is None):
+            raise _MissingError(
+                f"{self._key}: {what}: expected a file, but it does not exist; give the address of a whole shard folder"
+            ) from error
+        if status in (401, 403) or "Credential" in kind or "Profile" in kind:
+            refused = f"HTTP status {status}" if status else reason
+            raise UserError(
+                f"{self._key}: {what}: access is refused ({refused}); check the name and that the credentials in the "
+                "environment (for s3 AWS_ACCESS_KEY_ID, AWS_PROFILE) may read there"
+            ) from error
+        is_final = status is not None and 400 <= status < 500 and status not in (408, 425, 429)
+        if is_final or isinstance(error, ValueError | ImportError) or kind == "ParamValidationError":
+            raise UserError(f"{self._key}: {what} cannot be read ({reason}); check the address") from error
+
+    # ------------------------------------------------------------------
+    # The cache
+
+    def _reserve(self, part: Path, file: ShardFile, deadline: float) -> None:
+        """Makes room for a file within the limit, and keeps it in the name of `part`."""
+        limit, patience = self._cache.limit_bytes, self._cache.patience
+        if not limit:
+            return
+        while True:
+            with _locked(self._cache.folder / "lock", patience):
+                if self._make_room(limit - file.num_bytes):
+                    (part / "reserved").touch()
+                    return
+            # The rest is reserved by copies in the making: those will be copies that can go.
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"data.cache_limit_gb: {self._cache.folder} has no room for {file.name}: all of it is taken by "
+                    "files that other processes are fetching; raise the limit, or lower data.num_workers"
+                )
+            _sleep(_POLL_SECONDS, patience)
+
+    def _make_room(self, limit: int) -> bool:
+        """Removes the least recently used copies until no more than `limit` bytes are left; whether that succeeded."""
+        copies, total = [], 0
+        for entry in os.scandir(self._cache.folder):
+            if _COPY.fullmatch(entry.name):
+                with suppress(FileNotFoundError):
+                    stat = entry.stat()
+                    copies.append((stat.st_mtime_ns, stat.st_size, entry.path))
+                    total += stat.st_size
+            elif (found := _PART.fullmatch(entry.name)) and not _removed_if_abandoned(Path(entry.path)):
+                total += int(found[1]) * (Path(entry.path) / "reserved").exists()
+        for _, size, path in sorted(copies):
+            if total <= limit:
+                break
+            Path(path).unlink(missing_ok=True)  # who is reading it keeps what it has opened
+            total -= size
+        return total <= limit
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"data.cache_folder: {self._cache.folder} cannot be written ({error.strerror or error}); free space "
+                "there, choose another folder, or set data.cache_limit_gb to what it may hold"
+            ) from error
+
+
+class _MissingError(UserError, FileNotFoundError):
+    """A file that the storage does not have."""
+
+
+def open_source(address: str | Path, key: str, cache: CacheSettings | None = None) -> Source:
+    """The source behind a folder's path or address.
+
+    Args:
+        address: a folder of this machine, or an address such as s3://bucket/folder.
+        key: config key or option that gave it, for messages.
+        cache: of copies, for an address; None as the config has it by default.
+
+    Raises:
+        UserError: there is no such folder, or no way to read such an address.
+    """
+    if "://" not in str(address):
+        if not Path(address).is_dir():
+            raise UserError(
+                f"{key}: expected a folder of shards, but {address} does not exist; make shards with "
+                "tools/make_shards.py and tools/encode_latents.py"
+            )
+        return LocalFolder(address, key)
+    address = str(address)
+    parts = urlsplit(address)
+    if parts.password or parts.query:
+        raise UserError(f"{key}: expected an address without a password, since it is recorded; use the environment")
+    try:
+        CloudDownloader.get(address)
+    except ValueError as error:
+        raise UserError(f"{key}: expected a folder or an address like s3://bucket/folder, got {address}") from error
+    except ImportError as error:
+        raise UserError(f"{key}: {address} needs a package that is missing ({error}); install it") from error
+    return RemoteFolder(address, key, cache or CacheSettings.of(DataConfig()))
+
+
+def _http_status(error: Exception) -> int | None:
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # boto3's
+        response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        response = getattr(error, "status_code", getattr(error, "code", None))
+    return response if isinstance(response, int) else None
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line and without what may be secret."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", text))[:200]
+
+
+def _is_whole(copy: Path, file: ShardFile) -> bool:
+    # The bytes are held against the hash when they come; later damage is found by the samples' checksums.
+    try:
+        return copy.stat().st_size == file.num_bytes
+    except FileNotFoundError:
+        return False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Locks
+
+
+def _sleep(seconds: float, patience: Patience) -> None:
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        patience.check()
+        time.sleep(min(left, 0.5))
+
+
+@contextmanager
+def _held(part: Path, patience: Patience) -> Iterator[None]:
+    """Holds the folder of a file in the making, emptied of what a killed process left; it is gone afterwards."""
+    lock = part / "lock"
+    with _locked(lock, patience):
+        for leftover in part.iterdir():
+            if leftover != lock:
+                leftover.unlink()
+        try:
+            yield
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def _removed_if_abandoned(part: Path) -> bool:
+    """Removes the folder of a file in the making where nobody makes it any more; whether it is gone."""
+    lock = part / "lock"
+    try:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_at(descriptor, lock):
+            return False  # begun anew by another process
+        shutil.rmtree(part, ignore_errors=True)
+        return True
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _locked(file: Path, patience: Patience) -> Iterator[None]:
+    """Holds a lock; it is free once its holder lets go or dies."""
+    while (descriptor := _try_lock(file)) is None:
+        _sleep(_POLL_SECONDS, patience)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(file: Path) -> int | None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+    except FileNotFoundError:
+        return None  # its last holder has just removed the folder
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if _is_at(descriptor, file):
+            return descriptor
+    except BlockingIOError:
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return None
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether an open file still has its name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,86 @@
+"""tools/inspect_shards.py: what it shows, and what its --verify finds."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.data.shards import ImagesInfo, image_columns
+from tests.digits import digits_info, write_digits, write_latents
+from tools import inspect_shards
+
+
+def png(size: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(256, size=(size, size, 3), dtype=np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_images(folder: Path, images: list[bytes], ids: list[int] | None = None) -> Path:
+    writer = ShardWriter(folder, image_columns(), {})
+    writer.begin()
+    rows = zip(ids or range(len(images)), images, strict=True)
+    writer.write(0, [{"id": i, "label": n % 2, "caption": "", "image": image} for n, (i, image) in enumerate(rows)])
+    writer.finish(ImagesInfo(("cat", "dog"), len(images), 0, "lossless", 16, 3, "a test"), 1)
+    return folder
+
+
+def inspect(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["inspect_shards.py", *map(str, arguments)])
+    inspect_shards.main()
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit) as ended:
+        inspect(monkeypatch, *arguments)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_latents_are_described_drawn_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_digits(tmp_path / "digits", 100)
+    inspect(monkeypatch, folder, "--grid", tmp_path / "pictures" / "grid.png", "--verify")
+    shown = capsys.readouterr().out
+    assert "samples: 100 in 1 shards" in shown
+    assert "latents: 1 x 8 x 8 of 8 px, crop adm" in shown
+    assert "scaling: (raw - 0.5) * 2" in shown
+    assert "verified: 1 files, 100 samples" in shown
+    picture = Image.open(tmp_path / "pictures" / "grid.png")
+    assert picture.width > 8 * 64
+    assert len(np.unique(np.asarray(picture))) > 10
+
+
+def test_images_are_described_and_verified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect(monkeypatch, write_images(tmp_path / "images", [png(16)] * 4), "--verify", "--grid", tmp_path / "grid.png")
+    shown = capsys.readouterr().out
+    assert "images: lossless, 16 x 16 x 3" in shown
+    assert "2 to 2 samples a class" in shown
+
+
+def test_what_is_wrong_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cut = write_images(tmp_path / "cut", [png(16), png(16)[:-300]])
+    assert "sample 1 does not decode" in refused(monkeypatch, capsys, cut, "--verify")
+    small = write_images(tmp_path / "small", [png(16), png(15)])
+    assert "sample 1 is 15 x 15, not 16" in refused(monkeypatch, capsys, small, "--verify")
+    twice = write_images(tmp_path / "twice", [png(16)] * 3, [4, 5, 4])
+    assert "id 4 comes twice" in refused(monkeypatch, capsys, twice, "--verify")
+    wrong = write_latents(tmp_path / "nan", digits_info(1), [(0, 0, np.full((1, 8, 8), np.nan))])
+    assert "sample 0 is not finite" in refused(monkeypatch, capsys, wrong, "--verify")
+    flipped = write_digits(tmp_path / "flipped", 20)
+    file = flipped / "shard.00000.mds"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "shard.00000.mds: expected the blake2b hash" in refused(monkeypatch, capsys, flipped, "--verify")
+    assert "does not exist" in refused(monkeypatch, capsys, tmp_path / "nowhere")

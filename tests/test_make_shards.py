@@ -1,0 +1,389 @@
+"""tools/make_shards.py as a command: same images, same shards, whatever happens on the way."""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfpretrain.console import EXIT_REQUEUE
+from cfpretrain.data.images import list_images, read_all_images, read_file, read_image
+from cfpretrain.data.shards import ImagesInfo, Shards, read_info
+from tests.disks import mounted_disk
+from tests.processes import REPOSITORY, Ended, Rank
+from tests.test_images import encoded, oracle, picture, table, write_tree
+from tools import make_shards
+
+_WAIT_SECONDS = 120
+
+
+def start(*arguments: object) -> Rank:
+    return Rank("tools/make_shards.py", [str(argument) for argument in arguments], {})
+
+
+def end(process: Rank) -> Ended:
+    out, err = process.communicate(timeout=_WAIT_SECONDS)
+    assert process.returncode is not None
+    return Ended(process.returncode, out, err)
+
+
+def make(*arguments: object) -> Ended:
+    return end(start(*arguments))
+
+
+def made(*arguments: object) -> str:
+    """What a run that succeeds says."""
+    ended = make(*arguments)
+    assert (ended.code, ended.err) == (0, ""), ended
+    return ended.out
+
+
+def refused(*arguments: object) -> str:
+    """The one line of a run that refuses."""
+    ended = make(*arguments)
+    assert ended.code == 2, ended
+    assert ended.err.count("\n") == 1, ended.err
+    assert ended.err.startswith("[cfpretrain] error: ")
+    return ended.err
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def wait_for(condition: Callable[[], bool], process: Rank) -> None:
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, process.said()
+        time.sleep(0.002)
+
+
+def children(process: Rank) -> list[int]:
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def is_gone(pid: int) -> bool:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    return True
+
+
+def num_written(out: Path) -> int:
+    return len(list((out.parent / f".{out.name}.unfinished" / "records").glob("[0-9]*.json")))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """60 images, of which two are damaged."""
+    root = write_tree(tmp_path_factory.mktemp("images") / "tree", ant=20, bee=25, cat=15)
+    (root / "ant" / "007.png").write_bytes(b"")
+    (root / "cat" / "004.png").write_bytes(b"not an image")
+    return root
+
+
+@pytest.fixture(scope="module")
+def big_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 photos' worth of work, one of them damaged: about a second for one process."""
+    root = tmp_path_factory.mktemp("images") / "big"
+    photos = [encoded(picture("RGB", (300 + i, 400 - i), i), "JPEG") for i in range(7)]
+    for i in range(100):
+        path = root / f"class{i % 3}" / f"{i:03d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(photos[i % 7])
+    (root / "class2" / "050.jpg").write_bytes(b"damaged")
+    return root
+
+
+@pytest.fixture(scope="module")
+def big_content(big_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The shards of `big_tree`, made without disturbance."""
+    out = tmp_path_factory.mktemp("shards") / "out"
+    said = made(big_tree, "--out", out, *_BIG)
+    assert any("/100  " in line and "images/s" in line and " left" in line for line in said.splitlines()), said
+    return content(out)
+
+
+_BIG = ("--size", 128, "--images-per-shard", 4)
+_TREE = ("--size", 8, "--images-per-shard", 7, "--max-rejected-share", 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is made
+
+
+def test_a_tree_becomes_shards(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "shards"
+    said = made(tree, "--out", out, *_TREE)
+    assert f"60 images of 3 classes in {tree}" in said
+    assert "58 images of 3 classes, 3 x 8 x 8, lossless; 2 rejected" in said
+    assert "images/s" in said.splitlines()[-1]
+    info = read_info(out, "--out")
+    assert isinstance(info, ImagesInfo)
+    assert (info.class_names, info.num_samples, info.num_rejected) == (("ant", "bee", "cat"), 58, 2)
+    assert (info.store, info.image_size, info.channels, info.source) == ("lossless", 8, 3, str(tree))
+    assert info.versions.keys() == {"cfpretrain", "pillow"}
+    shards, listing = Shards(out, "--out"), list_images(tree)
+    assert len(shards.shard_sizes) == 9
+    assert set(shards.shard_sizes[:-1]) <= {5, 6, 7}
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["cfpretrain.json", "index.json", "rejected.jsonl", *(f"shard.{i:05d}.mds" for i in range(9))]
+    )
+    ids = []
+    for sample in map(shards.sample, range(len(shards))):
+        row = listing.rows[sample["id"]]
+        assert (sample["label"], sample["caption"]) == (row.label, "")
+        pixels = np.array(read_image(sample["image"]))
+        np.testing.assert_array_equal(pixels, oracle((tree / row.path).read_bytes(), 8, False))
+        ids.append(sample["id"])
+    assert sorted(ids) == [i for i in range(60) if i not in (7, 49)]
+    # Cut as listed, most shards would hold one class.
+    assert all(len({sample["label"] for sample in shards.shard(i)}) > 1 for i in range(8))
+    rejected = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert [(one["id"], one["path"]) for one in rejected] == [(7, "ant/007.png"), (49, "cat/004.png")]
+    assert rejected[0]["reason"] == "the file is empty"
+    assert rejected[1]["reason"].startswith("no image of a known kind")
+
+    before = content(out)
+    said = made(tree, "--out", out, *_TREE)
+    assert "already there: 58 images" in said
+    assert content(out) == before
+    assert "image_size: 8 there, 9 now" in refused(tree, "--out", out, *_TREE, "--size", 9)
+    assert content(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+
+
+def test_any_number_of_workers_makes_the_same_bytes(tree: Path, tmp_path: Path) -> None:
+    for workers in (1, 2, 3):
+        made(tree, "--out", tmp_path / str(workers), *_TREE, "--workers", workers)
+    assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")
+
+
+def test_the_files_themselves(tree: Path, tmp_path: Path) -> None:
+    said = made(tree, "--out", tmp_path / "out", *_TREE, "--store", "original", "--grey")
+    assert "58 images of 3 classes, 1 x 8 x 8, original" in said
+    shards, listing = Shards(tmp_path / "out", "--out"), list_images(tree)
+    for sample in map(shards.sample, range(len(shards))):
+        assert sample["image"] == read_file(tree / listing.rows[sample["id"]].path)
+
+
+def test_a_table_becomes_shards(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "pictures", x=3)
+    lines = [{"path": f"x/00{i}.png", "label": 10 - i, "caption": f"picture, {i}\n"} for i in (2, 0, 1)]
+    (tmp_path / "lists").mkdir()
+    file = table(tmp_path / "lists", "".join(json.dumps(line) + "\n" for line in lines), "t.jsonl")
+    made(file, "--root", root, "--out", tmp_path / "out", "--size", 6, "--grey")
+    shards = Shards(tmp_path / "out", "--out")
+    samples = list(map(shards.sample, range(3)))
+    assert [(s["id"], s["label"], s["caption"]) for s in samples] == [
+        (0, 0, "picture, 2\n"),
+        (1, 2, "picture, 0\n"),
+        (2, 1, "picture, 1\n"),
+    ]
+    assert shards.info.class_names == ("8", "9", "10")
+    images_BCYX, labels_B = read_all_images(tmp_path / "out", "--out")
+    assert labels_B.tolist() == [0, 2, 1]
+    assert images_BCYX.shape == (3, 1, 6, 6)
+    np.testing.assert_array_equal(images_BCYX[1, 0].numpy(), oracle((root / "x" / "000.png").read_bytes(), 6, True))
+    assert not (tmp_path / "out" / "rejected.jsonl").exists()
+
+
+def test_columns_that_nobody_reads_are_said(tmp_path: Path) -> None:
+    write_tree(tmp_path, x=1)
+    said = made(table(tmp_path, "path,width\nx/000.png,3\n"), "--out", tmp_path / "out", "--size", 6)
+    assert "ignored: columns width" in said
+
+
+def test_a_shard_of_rejected_images_alone(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", x=6)
+    slices = make_shards._slices(6, 2)
+    for i in slices[1]:
+        (root / "x" / f"00{i}.png").write_bytes(b"")
+    made(root, "--out", tmp_path / "out", "--size", 6, "--images-per-shard", 2, "--max-rejected-share", 0.5)
+    shards = Shards(tmp_path / "out", "--out")
+    assert shards.shard_sizes.tolist() == [2, 2]
+    assert [shards.sample(i)["id"] for i in range(4)] == [*slices[0], *slices[2]]
+
+
+@given(num_images=st.integers(1, 300), each=st.integers(1, 50))
+def test_every_image_is_dealt_once(num_images: int, each: int) -> None:
+    slices = make_shards._slices(num_images, each)
+    assert sorted(i for ids in slices for i in ids) == list(range(num_images))
+    assert all(len(ids) == each for ids in slices[:-1])
+
+
+def test_the_plain_loop_that_it_is_measured_against_makes_the_same(tmp_path: Path) -> None:
+    from streaming.base.format.mds import MDSReader
+
+    spec = importlib.util.spec_from_file_location("measure_data", REPOSITORY / "tools" / "measure_data.py")
+    assert spec is not None
+    assert spec.loader is not None
+    measure_data = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(measure_data)
+    photos = measure_data.write_photos(tmp_path / "photos", 6)
+    made(photos, "--out", tmp_path / "ours", "--size", 100)
+    ours = Shards(tmp_path / "ours", "--out")
+    measure_data.plain_shards(photos, tmp_path / "plain", 100, "lossless")
+    (entry,) = json.loads((tmp_path / "plain" / "index.json").read_text())["shards"]
+    plain = MDSReader.from_json(str(tmp_path / "plain"), "", entry)
+    for i in range(6):
+        sample = ours.sample(i)
+        del sample["checksum"]
+        assert plain[i] == sample
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Too many rejected, and other mistakes
+
+
+def test_too_many_rejected_images_stop_it(tree: Path, tmp_path: Path) -> None:
+    out, arguments = tmp_path / "out", (tree, "--out", tmp_path / "out", "--size", 8, "--images-per-shard", 7)
+    message = refused(*arguments, "--max-rejected-share", 0.02)
+    assert "--max-rejected-share: expected at most 0.02 of 60 images to be rejected, got 2 already: " in message
+    assert "ant/007.png: the file is empty; cat/004.png: no image" in message
+    # What earlier runs rejected counts.
+    before = num_written(out)
+    assert "got 2 already" in refused(*arguments, "--max-rejected-share", 0.02)
+    assert num_written(out) == before
+    assert not out.exists()
+    made(*arguments, "--max-rejected-share", 0.04)
+    made(tree, "--out", tmp_path / "at once", *_TREE)
+    assert content(out) == content(tmp_path / "at once")
+
+
+def test_no_image_at_all_is_left(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", x=2)
+    for path in root.glob("*/*"):
+        path.write_bytes(b"")
+    message = refused(root, "--out", tmp_path / "out", "--size", 8, "--max-rejected-share", 1)
+    assert "expected some samples, got none" in message
+
+
+def test_mistakes(tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "does not exist; give a folder" in refused(tmp_path / "nowhere", "--out", out, "--size", 8)
+    assert "outside of the images" in refused(tree, "--out", tree / "shards", "--size", 8)
+    for option, value, word in (
+        ("--size", "0", "whole number from 1"),
+        ("--workers", "x", "whole number from 1"),
+        ("--max-rejected-share", "2", "share from 0 to 1"),
+    ):
+        ended = make(tree, "--out", out, "--size", 8, option, value)
+        assert ended.code == 2
+        assert f"argument {option}: expected a {word}" in ended.err
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("milk")
+    assert "holds no complete shards" in refused(tree, "--out", tmp_path / "notes", "--size", 8)
+    assert content(tmp_path / "notes") == {"todo.txt": b"milk"}
+
+
+def test_changed_images_do_not_go_on_with_old_shards(tmp_path: Path) -> None:
+    root = write_tree(tmp_path / "tree", x=6)
+    (root / "x" / "005.png").write_bytes(b"")
+    arguments = (root, "--out", tmp_path / "out", "--size", 8, "--images-per-shard", 2)
+    refused(*arguments)
+    (root / "x" / "005.png").unlink()
+    message = refused(*arguments)
+    assert "is the unfinished work of other settings (images: " in message
+    shutil.rmtree(tmp_path / ".out.unfinished")
+    made(*arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed, stopped, out of space
+
+
+def kill_at_a_random_moment(process: Rank, out: Path, rng: random.Random) -> bool:
+    """Kills a command while or after it writes `out`; whether it was in time. Its workers end with it."""
+    wait_for(lambda: num_written(out) > 0 or "listing" in process.said(), process)
+    time.sleep(rng.uniform(0, 0.6))
+    workers = children(process) if process.poll() is None else []
+    process.kill()
+    process.communicate(timeout=_WAIT_SECONDS)
+    deadline = time.monotonic() + _WAIT_SECONDS
+    while not all(map(is_gone, workers)):
+        assert time.monotonic() < deadline, "a worker outlives the command"
+        time.sleep(0.01)
+    return process.returncode == -signal.SIGKILL
+
+
+def make_under_kills(tree: Path, wanted: dict[str, bytes], tmp_path: Path, num_kills: int, seed: int) -> None:
+    """Kills the command until it was killed so often, and compares every folder that it finished meanwhile."""
+    out, rng, kills = tmp_path / "out", random.Random(seed), 0
+    while kills < num_kills:
+        kills += kill_at_a_random_moment(start(tree, "--out", out, *_BIG), out, rng)
+        if out.exists():
+            # Killed between its last two acts, it leaves the second to the next run.
+            made(tree, "--out", out, *_BIG)
+            assert content(out) == wanted
+            shutil.rmtree(out)
+    made(tree, "--out", out, *_BIG)
+    assert content(out) == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_kills_at_random_moments_change_nothing(big_tree: Path, big_content: dict[str, bytes], tmp_path: Path) -> None:
+    make_under_kills(big_tree, big_content, tmp_path, num_kills=3, seed=1)
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(
+    big_tree: Path, big_content: dict[str, bytes], tmp_path: Path
+) -> None:
+    make_under_kills(big_tree, big_content, tmp_path, num_kills=20, seed=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_stop(number: signal.Signals, big_tree: Path, big_content: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(big_tree, "--out", out, *_BIG)
+    wait_for(lambda: num_written(out) > 2, process)
+    workers = children(process)
+    assert workers
+    process.send_signal(number)
+    ended = end(process)
+    assert (ended.code, ended.err) == (EXIT_REQUEUE, "")
+    assert ended.out.splitlines()[-1] == "[cfpretrain] stopped; the same command goes on"
+    assert all(map(is_gone, workers))
+    kept = num_written(out)
+    assert kept > 2
+    made(big_tree, "--out", out, *_BIG)
+    assert content(out) == big_content
+
+
+def test_a_worker_that_is_killed_is_an_error(big_tree: Path, big_content: dict[str, bytes], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start(big_tree, "--out", out, *_BIG, "--workers", 2)
+    wait_for(lambda: num_written(out) > 2, process)
+    os.kill(children(process)[1], signal.SIGKILL)
+    ended = end(process)
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1
+    assert "error: a worker that was reading class" in ended.err
+    assert "was killed, perhaps for want of memory: give fewer --workers; the same command goes on" in ended.err
+    made(big_tree, "--out", out, *_BIG)
+    assert content(out) == big_content
+
+
+def test_a_full_disk_is_one_line(big_tree: Path, big_content: dict[str, bytes], tmp_path: Path) -> None:
+    num_bytes = sum(map(len, big_content.values()))
+    with mounted_disk(tmp_path / "disk", f"{2 * num_bytes}") as disk:
+        (disk / "ballast").write_bytes(bytes(int(1.4 * num_bytes)))
+        arguments = (big_tree, "--out", disk / "out", *_BIG)
+        message = refused(*arguments)
+        assert f"{disk / 'out'} cannot be written (No space left on device)" in message
+        assert "the same command goes on" in message
+        assert num_written(disk / "out") > 2
+        (disk / "ballast").unlink()
+        made(*arguments)
+        assert content(disk / "out") == big_content

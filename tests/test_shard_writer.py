@@ -1,0 +1,200 @@
+"""Shard folders in the making: any writers, any order, any kills, the same bytes; all of it or nothing."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cfpretrain.console import UserError
+from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.data.shards import ImagesInfo, Shards, image_columns, read_info
+from tests.disks import mount, mounted_disk
+
+NUM_SHARDS, EACH = 6, 5
+PLAN = {"made": "by a test", "sizes": [1, 2]}
+
+
+def info(num_samples: int = NUM_SHARDS * EACH) -> ImagesInfo:
+    return ImagesInfo(("one", "two"), num_samples, 0, "lossless", 8, 1, "test")
+
+
+def samples(number: int) -> Iterator[dict[str, Any]]:
+    for i in range(number * EACH, (number + 1) * EACH):
+        yield {"id": i, "label": i % 2, "caption": f"number {i}", "image": bytes([i]) * 3000}
+
+
+def make(folder: Path) -> ShardWriter:
+    return ShardWriter(folder, image_columns(), PLAN)
+
+
+def write_all(folder: Path, order: list[int]) -> ShardWriter:
+    writer = make(folder)
+    writer.begin()
+    for number in order:
+        writer.write(number, samples(number), lambda number=number: {"number": number})
+    writer.finish(info(), NUM_SHARDS, {"notes.txt": "hello"})
+    return writer
+
+
+def write_missing(writer: ShardWriter) -> None:
+    for number in writer.missing(NUM_SHARDS):
+        writer.write(number, samples(number), lambda number=number: {"number": number})
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    folder = tmp_path_factory.mktemp("whole") / "shards"
+    write_all(folder, list(range(NUM_SHARDS)))
+    return content(folder)
+
+
+def test_the_order_of_writing_leaves_no_trace(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    folder = tmp_path / "shards"
+    write_all(folder, [3, 0, 5, 1, 4, 2])
+    assert content(folder) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["shards"]
+    assert whole["notes.txt"] == b"hello"
+    shards = Shards(folder)
+    assert [shards.sample(i)["id"] for i in range(len(shards))] == list(range(NUM_SHARDS * EACH))
+    assert shards.sample(7)["caption"] == "number 7"
+
+
+def test_it_goes_on_where_it_was(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    folder = tmp_path / "shards"
+    first = make(folder)
+    assert not first.is_complete()
+    first.begin()
+    first.write(2, samples(2), lambda: {"number": 2})
+    with pytest.raises(UserError, match="is being written by another process"):
+        make(folder).begin()
+    os.close(first._lock)  # as the end of its process does
+    second = make(folder)
+    second.begin()
+    assert second.missing(NUM_SHARDS) == [0, 1, 3, 4, 5]
+    write_missing(second)
+    assert second.records(NUM_SHARDS) == [{"number": number} for number in range(NUM_SHARDS)]
+    assert second.num_samples(NUM_SHARDS) == NUM_SHARDS * EACH
+    assert not folder.exists()
+    second.finish(info(), NUM_SHARDS, {"notes.txt": "hello"})
+    assert content(folder) == whole
+    assert make(folder).is_complete()
+
+
+def test_a_shard_may_stay_empty(tmp_path: Path) -> None:
+    writer = make(tmp_path / "shards")
+    writer.begin()
+    writer.write(0, samples(0))
+    writer.write(1, [])
+    writer.write(2, samples(2))
+    writer.finish(info(2 * EACH), 3)
+    assert Shards(tmp_path / "shards").shard_sizes.tolist() == [EACH, EACH]
+
+
+def test_nothing_at_all_is_refused(tmp_path: Path) -> None:
+    writer = make(tmp_path / "shards")
+    writer.begin()
+    writer.write(0, [])
+    with pytest.raises(UserError, match="expected some samples, got none"):
+        writer.finish(info(0), 1)
+
+
+def test_a_writer_that_fails_leaves_the_shard_unwritten(tmp_path: Path) -> None:
+    def failing() -> Iterator[dict[str, Any]]:
+        yield from list(samples(0))[:3]
+        raise KeyboardInterrupt
+
+    writer = make(tmp_path / "shards")
+    writer.begin()
+    with pytest.raises(KeyboardInterrupt):
+        writer.write(0, failing())
+    assert writer.missing(1) == [0]
+    assert not list(writer.unfinished.glob("*.mds"))
+    assert not list(writer.unfinished.glob("writing.*"))
+
+
+def write_missing_and_finish(folder: Path) -> None:
+    """In a process of its own, to be killed."""
+    writer = make(folder)
+    if not writer.is_complete():
+        writer.begin()
+        write_missing(writer)
+        writer.finish(info(), NUM_SHARDS, {"notes.txt": "hello"})
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # python 3.12; the children import nothing
+def test_kills_leave_no_trace(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    """Killed at many moments, also between the last acts of finishing, it ends in the same bytes."""
+    num_killed = 0
+    for trial in range(8):
+        folder = tmp_path / str(trial) / "shards"
+        for kill in range(50):
+            child = os.fork()
+            if child == 0:
+                write_missing_and_finish(folder)
+                os._exit(0)
+            time.sleep(0.001 * (trial + 1) + 0.003 * kill)
+            os.kill(child, signal.SIGKILL)
+            _, status = os.waitpid(child, 0)
+            num_killed += os.WIFSIGNALED(status)
+            if not os.WIFSIGNALED(status):
+                break
+            if folder.exists():  # the name comes last
+                assert read_info(folder) == info()
+        write_missing_and_finish(folder)
+        assert content(folder) == whole
+        assert [path.name for path in folder.parent.iterdir()] == ["shards"]
+    assert num_killed > 8
+
+
+def test_other_work_is_never_overwritten(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    write_all(folder, list(range(NUM_SHARDS)))
+    before = content(folder)
+    other = ShardWriter(folder, image_columns(), {**PLAN, "sizes": [3]})
+    with pytest.raises(UserError, match=r"holds other shards already \(sizes: \[1, 2\] there, \[3\] now\)"):
+        other.is_complete()
+    assert content(folder) == before
+    (folder / "shard.00000.mds").write_bytes(b"")
+    with pytest.raises(UserError, match="holds no complete shards"):
+        make(folder).is_complete()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "todo.txt").write_text("milk")
+    with pytest.raises(UserError, match=r"notes is not empty and holds no complete shards.*another folder"):
+        make(tmp_path / "notes").is_complete()
+    with pytest.raises(UserError, match="is a file"):
+        make(tmp_path / "notes" / "todo.txt").is_complete()
+    with pytest.raises(UserError, match="cannot be written"):
+        make(tmp_path / "notes" / "todo.txt" / "out").begin()
+    assert (tmp_path / "notes" / "todo.txt").read_text() == "milk"
+
+
+def test_unfinished_work_of_other_settings_is_refused(tmp_path: Path) -> None:
+    first = make(tmp_path / "shards")
+    first.begin()
+    os.close(first._lock)
+    with pytest.raises(UserError, match=r"unfinished work of other settings \(sizes"):
+        ShardWriter(tmp_path / "shards", image_columns(), {**PLAN, "sizes": [3]}).begin()
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    with mounted_disk(tmp_path / "disk", "64k") as disk:
+        writer = make(disk / "shards")
+        writer.begin()
+        with pytest.raises(UserError, match=r"No space left on device.*the same command goes on"):
+            write_missing(writer)
+        os.close(writer._lock)
+        assert mount("-o", "remount,size=4m", str(disk)).returncode == 0
+        writer = make(disk / "shards")
+        writer.begin()
+        assert 0 < len(writer.missing(NUM_SHARDS)) < NUM_SHARDS
+        write_missing(writer)
+        writer.finish(info(), NUM_SHARDS, {"notes.txt": "hello"})
+        assert content(disk / "shards") == whole

@@ -1,0 +1,183 @@
+"""Encodes image shards with an autoencoder: writes the latent shards that training reads.
+
+    python tools/encode_latents.py data/images --autoencoder autoencoders/kl16 --out data/latents
+    deepspeed tools/encode_latents.py data/images --autoencoder autoencoders/kl16 --out data/latents
+
+The second command takes every GPU. Killed at any moment, the same command goes on, with any number of ranks; the bytes
+that it writes depend on neither. Exit code 2: a mistake; 75: it was asked to stop, or lost a rank.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, phase, say
+
+if TYPE_CHECKING:
+    from cfpretrain.data.encoding import Encoding
+    from cfpretrain.data.shard_writer import ShardWriter
+    from cfpretrain.data.shards import LatentsInfo
+
+_PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+_MOST_IN_A_BATCH = 4096
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Encode image shards into latent shards; the same command resumes.")
+    parser.add_argument("images", help="a folder of image shards, as make_shards.py writes them")
+    parser.add_argument(
+        "--autoencoder", required=True, help="a folder in diffusers' layout; or identity: latents are pixels"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for the latent shards")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="images encoded at once, by a GPU or a core (default 32)"
+    )
+    parser.add_argument("--no-mirror", action="store_true", help="leave mirrored images out, as digits and text need")
+    parser.add_argument(
+        "--precision", choices=_PRECISIONS, default="fp32", help="of the autoencoder on a GPU (default fp32)"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    arguments = parser.parse_args()
+    _watch_signals()
+    try:
+        run(arguments)
+    except UserError as error:
+        exit_with(error)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Encodes on all ranks; rank 0 begins and finishes the folder."""
+    if not 1 <= arguments.batch_size <= _MOST_IN_A_BATCH:
+        raise UserError(f"--batch-size: expected 1 to {_MOST_IN_A_BATCH}, got {arguments.batch_size}")
+    with phase("loading torch and streaming"):
+        from cfpretrain import runtime
+        from cfpretrain.data.encoding import LostRankError
+    device = runtime.pick_device()
+    with phase("waiting for all ranks", announce=False):
+        runtime.start(device)
+    try:
+        with runtime.together():
+            encoding, writer = _prepare(arguments, device)
+        _work(encoding, writer)
+    except LostRankError as error:
+        _leave_with(f"another rank is gone ({error})")
+    finally:
+        runtime.stop()
+
+
+def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, ShardWriter]":
+    import torch
+
+    from cfpretrain.data.encoding import Encoding
+    from cfpretrain.data.shard_writer import ShardWriter
+    from cfpretrain.data.shards import Shards, read_images_info
+    from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
+
+    info = read_images_info(arguments.images, "IMAGES")
+    if device.type == "cpu" and arguments.precision != "fp32":
+        raise UserError(f"--precision: expected fp32 without a GPU, got {arguments.precision}; leave the option out")
+    autoencoder: IdentityAutoencoder | KLAutoencoder
+    if arguments.autoencoder == "identity":
+        autoencoder = IdentityAutoencoder(LatentScaling([0.5] * info.channels, [2.0] * info.channels))
+    else:
+        with phase("loading the autoencoder"):
+            dtype = getattr(torch, _PRECISIONS[arguments.precision])
+            autoencoder = KLAutoencoder.load(arguments.autoencoder, device, dtype, key="--autoencoder")
+    encoding = Encoding(
+        images=Shards(arguments.images, "IMAGES"),
+        autoencoder=autoencoder,
+        device=device,
+        precision=arguments.precision,
+        batch_size=arguments.batch_size,
+        with_mirror=not arguments.no_mirror,
+    )
+    return encoding, ShardWriter(arguments.out, encoding.columns, encoding.plan())
+
+
+def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
+    from cfpretrain import runtime
+    from cfpretrain.data.encoding import Exchange, encode
+    from cfpretrain.lifeline import Launcher
+
+    with runtime.together():
+        missing = _begin(encoding, writer) if runtime.rank() == 0 else None
+    missing = runtime.gather(missing)[0]
+    if missing is None:
+        return
+    sizes = encoding.images.shard_sizes
+    done_before = int(sizes.sum() - sizes[missing].sum())
+    launcher = Launcher()
+    progress = ItemProgress(int(sizes.sum()), done_before, "image")
+
+    def show(num_done: int) -> None:
+        if not launcher.is_there():
+            _leave_with("the launcher is gone")
+        progress.show(done_before + num_done)
+
+    try:
+        with Exchange(show) as exchange:
+            mine = missing[runtime.rank() :: runtime.world_size()]
+            encode(encoding, writer, mine, _num_threads(), exchange.add)
+    finally:
+        progress.close()
+    with runtime.together():
+        if runtime.rank() == 0:
+            num_shards = len(sizes)
+            info = encoding.describe(writer.records(num_shards))
+            writer.finish(info, num_shards)
+            say(f"{writer.folder}: {_summary(info)}")
+
+
+def _begin(encoding: "Encoding", writer: "ShardWriter") -> list[int] | None:
+    """The shards that are missing; None where the folder is there already."""
+    info = encoding.images_info
+    if writer.is_complete():
+        say(f"{writer.folder}: already there: latents of {info.num_samples} images")
+        return None
+    writer.begin()
+    num_shards = len(encoding.images.shard_sizes)
+    missing = writer.missing(num_shards)
+    size, there = info.image_size, num_shards - len(missing)
+    begun = f"; {there} of {num_shards} shards are there already" if there else ""
+    say(f"encoding {info.num_samples} images of {size} x {size} pixels ({info.source}){begun}")
+    return missing
+
+
+def _summary(info: "LatentsInfo") -> str:
+    shape = " x ".join(map(str, info.latent_shape))
+    return f"{info.num_samples} latents of {len(info.class_names)} classes, {shape} ({info.source})"
+
+
+def _num_threads() -> int:
+    """This rank's share of the cores."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1")))
+
+
+def _watch_signals() -> None:
+    """Ends this process when it is asked to stop: what is written stays, and the rest is cheap to do again."""
+
+    def wait() -> None:
+        signal.sigwait(_STOP_SIGNALS)
+        say("stopped; the same command goes on")
+        os._exit(EXIT_REQUEUE)
+
+    # A thread of its own, since no handler is called while the main thread waits for other ranks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _leave_with(reason: str) -> None:
+    """Without a farewell to the other ranks, which may not answer."""
+    rank = os.environ.get("RANK", "0")
+    print(f"[cfpretrain] rank {rank}: {reason}; the same command goes on", file=sys.stderr, flush=True)
+    os._exit(EXIT_REQUEUE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Shows what a shard folder holds; with --verify, reads all of it.
+
+    python tools/inspect_shards.py data/mnist-latents --grid grid.png --autoencoder configs/autoencoders/digits
+    python tools/inspect_shards.py data/mnist-images --verify
+
+--verify holds every file against its hash and every sample against its checksum, decodes every image, counts the
+classes and looks for ids that come twice. Exit code 0: all is well; 2: it is not, and a line says what and where.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfpretrain.console import ItemProgress, UserError, exit_with, phase, say
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfpretrain.data.shards import Shards
+
+_COLUMNS, _MOST_ROWS = 8, 6
+_MOST_NAMES = 10
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Show what a shard folder holds; with --verify, read all of it.")
+    parser.add_argument("shards", help="a folder of image or latent shards, or its address (s3://bucket/folder)")
+    parser.add_argument("--verify", action="store_true", help="read everything: hashes, checksums, images, ids")
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="draw samples from all over the folder")
+    parser.add_argument("--autoencoder", help="folder of the autoencoder that decodes latents for --grid")
+    arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except UserError as error:
+        exit_with(error)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints, draws and verifies, in this order."""
+    with phase("loading torch and streaming"):
+        from cfpretrain.data.shards import Shards
+    shards = Shards(arguments.shards, "shards")
+    _print_description(shards)
+    if arguments.grid is not None:
+        _draw(shards, arguments.grid, arguments.autoencoder)
+    if arguments.verify:
+        _verify(shards)
+
+
+def _print_description(shards: "Shards") -> None:
+    from cfpretrain.data.shards import ImagesInfo, columns_of, fingerprint, kind_of
+
+    info = shards.info
+    sizes = shards.shard_sizes
+    megabytes = sum(file.num_bytes for file in shards.files) / 1e6
+    names = ", ".join(info.class_names[:_MOST_NAMES]) + ", ..." * (len(info.class_names) > _MOST_NAMES)
+    lines = {
+        "holds": f"{kind_of(info)}, from {info.source}",
+        "samples": f"{len(shards):,} in {len(sizes)} shards of {sizes.min()} to {sizes.max()}, {megabytes:,.1f} MB",
+        "classes": f"{len(info.class_names)}: {names}",
+        "columns": ", ".join(f"{name} {kind}" for name, kind in sorted(columns_of(info).items())),
+    }
+    if isinstance(info, ImagesInfo):
+        lines["images"] = f"{info.store}, {info.image_size} x {info.image_size} x {info.channels}"
+        lines["rejected"] = f"{info.num_rejected}" + ", see rejected.jsonl" * bool(info.num_rejected)
+    else:
+        lines["latents"] = " x ".join(map(str, info.latent_shape)) + f" of {info.image_size} px, crop {info.crop}"
+        lines["autoencoder"] = info.autoencoder
+        lines["scaling"] = f"(raw - {_short(info.latent_shift)}) * {_short(info.latent_scale)}"
+        for name, values in info.statistics.items():
+            lines[f"raw {name}"] = _short(values)
+    lines["made with"] = ", ".join(f"{name} {version}" for name, version in info.versions.items())
+    lines["fingerprint"] = fingerprint(shards.source, "shards")
+    for name, text in lines.items():
+        print(f"{name:>12}: {text}", flush=True)
+
+
+def _short(values: Any) -> str:
+    numbers = [f"{value:.4g}" for value in values]
+    return numbers[0] if len(set(numbers)) == 1 else "[" + ", ".join(numbers) + "]"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A look at some
+
+
+def _draw(shards: "Shards", path: Path, autoencoder: str | None) -> None:
+    import numpy as np
+    import torch
+
+    from cfpretrain.evaluation import pictures
+
+    columns = min(_COLUMNS, len(shards))
+    num_rows = min(_MOST_ROWS, len(shards) // columns)
+    places = np.linspace(0, len(shards) - 1, num_rows * columns).round().astype(int).tolist()
+    with phase(f"drawing {path}", announce=False):
+        samples = [shards.sample(place) for place in places]
+        images, note = _look_at(shards, samples, autoencoder)
+        names = shards.info.class_names
+        captions = [sample["caption"] or names[sample["label"]] for sample in samples]
+        title = f"{shards.source.address}: {len(shards):,} samples\n{len(places)} from all over it{note}"
+        cell = max(64, images.shape[-1] if images.shape[-1] <= 128 else 128)
+        if images.shape[-1] > cell:
+            images = torch.nn.functional.interpolate(images, (cell, cell), mode="area")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pictures.sample_grid(path, images, [""] * num_rows, title, (0.0, 1.0), cell, captions)
+        except OSError as error:
+            raise UserError(f"--grid: {path} cannot be written ({error.strerror or error}); give another") from error
+    say(f"see {path}")
+
+
+def _look_at(shards: "Shards", samples: list[dict[str, Any]], autoencoder: str | None) -> "tuple[Tensor, str]":
+    """Images of samples, 0 black and 1 white, and what the title must say of them."""
+    import numpy as np
+    import torch
+
+    from cfpretrain.data.images import centre_crop, read_image
+    from cfpretrain.data.shards import ImagesInfo, check_autoencoder
+    from cfpretrain.evaluation.pictures import false_colours
+    from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
+
+    info = shards.info
+    if isinstance(info, ImagesInfo):
+        crops = [centre_crop(read_image(sample["image"], info.channels == 1), info.image_size) for sample in samples]
+        pixels_BYXC = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops]))
+        return pixels_BYXC.reshape(*pixels_BYXC.shape[:3], -1).permute(0, 3, 1, 2).float() / 255, ""
+    scaling = LatentScaling(info.latent_shift, info.latent_scale)
+    latents_BCYX = scaling.to_model(torch.from_numpy(np.stack([sample["mean"] for sample in samples])))
+    if info.autoencoder == "identity":
+        return IdentityAutoencoder(scaling).decode(latents_BCYX), ""
+    if autoencoder is None:
+        return false_colours(latents_BCYX), ", latents in false colours (give --autoencoder)"
+    decoder = KLAutoencoder.load(autoencoder, "cpu", key="--autoencoder")
+    check_autoencoder(info, decoder.fingerprint, decoder.shift, decoder.scale, "--autoencoder")
+    return decoder.decode(latents_BCYX), ", decoded"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# All of it
+
+
+def _verify(shards: "Shards") -> None:
+    import numpy as np
+
+    ids = np.empty(len(shards), np.int64)
+    labels: Counter[int] = Counter()
+    done = 0
+    progress = ItemProgress(len(shards), 0, "sample")
+    for number, file in enumerate(shards.files):
+        path = shards.source.path(file)
+        _verify_file(path, file.digest)
+        for sample in shards.shard(number):
+            problem = _problem(sample, shards)
+            if problem is not None:
+                raise UserError(f"shards: {path}: sample {sample['id']} {problem}; write the folder again")
+            ids[done] = sample["id"]
+            labels[int(sample["label"])] += 1
+            done += 1
+            progress.show(done)
+    progress.close()
+    unique, counts = np.unique(ids, return_counts=True)
+    if len(unique) != len(ids):
+        twice = unique[counts > 1][0]
+        raise UserError(f"shards: {shards.source.address}: id {twice} comes twice; write the folder again")
+    of_classes = [labels[i] for i in range(len(shards.info.class_names))]
+    say(
+        f"verified: {len(shards.files)} files, {done:,} samples, every hash and checksum right, ids unique, "
+        f"{min(of_classes)} to {max(of_classes)} samples a class"
+    )
+
+
+def _verify_file(path: Path, digest: str) -> None:
+    import hashlib
+
+    from cfpretrain.data.shards import HASH
+
+    with path.open("rb") as opened:
+        found = hashlib.file_digest(opened, HASH).hexdigest()
+    if found != digest:
+        raise UserError(
+            f"shards: {path}: expected the {HASH} hash {digest[:16]}... of the index, got {found[:16]}...; copy the "
+            "file from where it is whole, or write the folder again"
+        )
+
+
+def _problem(sample: dict[str, Any], shards: "Shards") -> str | None:
+    """What is wrong with a sample that is as it was written."""
+    import numpy as np
+
+    from cfpretrain.data.images import RejectedImageError, read_image
+    from cfpretrain.data.shards import ImagesInfo
+
+    info = shards.info
+    if not 0 <= sample["label"] < len(info.class_names):
+        return f"has label {sample['label']}, which no class has"
+    if not isinstance(info, ImagesInfo):
+        arrays = [value for value in sample.values() if isinstance(value, np.ndarray)]
+        return None if all(np.isfinite(array).all() for array in arrays) else "is not finite"
+    try:
+        size = read_image(sample["image"], info.channels == 1).size
+    except RejectedImageError as error:
+        return f"does not decode ({error})"
+    expected = (info.image_size, info.image_size)
+    return None if info.store != "lossless" or size == expected else f"is {size[0]} x {size[1]}, not {expected[0]}"
+
+
+if __name__ == "__main__":
+    main()

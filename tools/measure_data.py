@@ -1,0 +1,418 @@
+"""Times the steps of the data plane beside the plain way; prints a table and, last, one JSON line.
+
+    python tools/measure_data.py make_shards
+    python tools/measure_data.py encode
+    python tools/measure_data.py loader --latents kl16
+
+Each measurement runs both sides in one process in the order a b, b a, a b, ... and compares their medians. The images
+are made at the start out of the photos that scikit-learn and scikit-image ship.
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cfpretrain.console import UserError, exit_with, phase, say
+
+_PHOTO_SIDES = (300, 640)  # pixels, as those of ImageNet mostly are
+_PHOTO_QUALITY = 90
+_NUM_CLASSES = 4
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Time the steps of the data plane beside the plain way.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    make = commands.add_parser("make_shards", help="tools/make_shards.py against a loop in one process")
+    make.add_argument("--images", type=int, default=800, help="photos (default 800)")
+    make.add_argument("--size", type=int, default=256, help="pixels a side of the crop (default 256)")
+    make.add_argument("--store", choices=("lossless", "original"), default="lossless")
+    make.set_defaults(measure=measure_make_shards)
+
+    encode = commands.add_parser("encode", help="tools/encode_latents.py against PIL in a DataLoader")
+    encode.add_argument("--images", type=int, default=96, help="photos (default 96)")
+    encode.add_argument("--size", type=int, default=256, help="pixels a side of the crop (default 256)")
+    encode.add_argument("--autoencoder", help="its folder (default: a small one with random weights)")
+    encode.add_argument("--batch-size", type=int, default=16, help="images at once (default 16)")
+    encode.set_defaults(measure=measure_encode)
+
+    loader = commands.add_parser("loader", help="the training loader against a shuffling DataLoader over the shards")
+    loader.add_argument("--latents", choices=sorted(_LATENTS), default="kl16", help="their shape (default kl16)")
+    loader.add_argument("--samples", type=int, default=4096, help="latents in the shards (default 4096)")
+    loader.add_argument("--batch-size", type=int, default=32, help="latents of a micro-batch (default 32)")
+    loader.add_argument("--workers", type=int, help="processes that read (default: one a core)")
+    loader.set_defaults(measure=measure_loader)
+
+    for command in commands.choices.values():
+        command.add_argument("--pairs", type=int, default=5, help="runs of each side (default 5)")
+    arguments = parser.parse_args()
+    try:
+        measured = arguments.measure(arguments)
+    except UserError as error:
+        exit_with(error)
+    machine = {"cpu_cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
+    print(json.dumps({"measured": arguments.command, **measured, **machine}))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What measurements share
+
+
+def alternate(sides: dict[str, Callable[[], float]], num_pairs: int, unit: str) -> dict[str, Any]:
+    """Runs two sides by turns and prints what they did.
+
+    Args:
+        sides: ours first; each returns its rate, in `unit` per second.
+        num_pairs: runs of each side, after one that does not count.
+        unit: of the rates.
+
+    Returns:
+        The rates of each side, and `ratio`: the median of ours over the other's.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(num_pairs + 1):
+        for name in list(sides) if turn % 2 else list(sides)[::-1]:
+            rate = sides[name]()
+            say(f"turn {turn}: {name} {rate:.1f} {unit}/s{'' if turn else ' (warming up)'}")
+            if turn:
+                rates[name].append(rate)
+    ours, other = (statistics.median(values) for values in rates.values())
+    for name, values in rates.items():
+        print(f"{name:12} {statistics.median(values):10.1f} {unit}/s  ({min(values):.1f} to {max(values):.1f})")
+    print(f"{'ratio':12} {ours / other:10.2f}")
+    return {"unit": f"{unit}/s", "rates": rates, "ratio": ours / other}
+
+
+def write_photos(folder: Path, num_photos: int, seed: int = 0) -> Path:
+    """JPEG files of varied size, cut out of real photos and scaled, in class folders."""
+    from PIL import Image
+
+    rng = random.Random(seed)
+    sources = [Image.open(path).convert("RGB") for path in _photos()]
+    for i in range(num_photos):
+        photo = sources[i % len(sources)]
+        share = rng.uniform(0.6, 1.0)
+        width, height = int(photo.width * share), int(photo.height * share)
+        left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
+        sides = (rng.randint(*_PHOTO_SIDES), rng.randint(*_PHOTO_SIDES))
+        path = folder / f"class{i % _NUM_CLASSES}" / f"{i:05d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        cut = photo.crop((left, top, left + width, top + height)).resize(sides, Image.Resampling.BICUBIC)
+        cut.save(path, quality=_PHOTO_QUALITY)
+    return folder
+
+
+def _photos() -> list[Path]:
+    """Real photos in installed packages."""
+    import sklearn.datasets
+
+    folders = [Path(sklearn.datasets.__file__).parent / "images"]
+    try:
+        import skimage
+
+        folders.append(Path(skimage.__file__).parent / "data")
+    except ImportError:
+        pass  # two photos are enough
+    return [path for folder in folders for path in sorted(folder.glob("*.jp*g"))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# make_shards
+
+
+def measure_make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Images per second of tools/make_shards.py, without its start, against `plain_shards`."""
+    with phase("loading torch and streaming"):
+        import make_shards
+
+        from cfpretrain.data.images import Storing, list_images
+    num_workers = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as temporary:
+        with phase(f"writing {arguments.images} photos"):
+            photos = write_photos(Path(temporary) / "photos", arguments.images)
+        listing = list_images(photos)
+        outs = (Path(temporary) / f"shards{i}" for i in range(10**6))
+
+        def timed(write: Callable[[Path], None]) -> float:
+            out = next(outs)
+            begin = time.perf_counter()
+            write(out)
+            return arguments.images / (time.perf_counter() - begin)
+
+        def ours(out: Path) -> None:
+            # So small that all workers have something to do to the end, as they have with a large set.
+            per_shard = max(1, arguments.images // (8 * num_workers))
+            how = Storing(arguments.store, arguments.size)
+            make_shards.make_shards(listing, how, out, "photos", per_shard, num_workers)
+
+        def plain(out: Path) -> None:
+            plain_shards(photos, out, arguments.size, arguments.store)
+
+        sides = {"make_shards": lambda: timed(ours), "plain loop": lambda: timed(plain)}
+        return alternate(sides, arguments.pairs, "images")
+
+
+def plain_shards(photos: Path, out: Path, size: int, store: str) -> None:
+    """Shards of a folder of class folders as one would first write them: one loop, nothing noted on the way."""
+    import io
+
+    from PIL import Image
+    from streaming import MDSWriter
+
+    from cfpretrain.data.images import PNG_LEVEL  # so that both sides compress alike
+
+    columns = {"id": "int64", "label": "int32", "caption": "str", "image": "bytes"}
+    with MDSWriter(columns=columns, out=str(out), hashes=["blake2b"]) as writer:
+        paths = sorted(photos.glob("*/*.jpg"))
+        names = sorted({path.parent.name for path in paths})
+        for id, path in enumerate(paths):
+            data = path.read_bytes()
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            if store == "lossless":
+                while min(image.size) >= 2 * size:
+                    image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+                scale = size / min(image.size)
+                sides = round(image.width * scale), round(image.height * scale)
+                image = image.resize(sides, Image.Resampling.BICUBIC)
+                left, top = (image.width - size) // 2, (image.height - size) // 2
+                file = io.BytesIO()
+                image.crop((left, top, left + size, top + size)).save(file, "PNG", compress_level=PNG_LEVEL)
+                data = file.getvalue()
+            writer.write({"id": id, "label": names.index(path.parent.name), "caption": "", "image": data})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encode
+
+# Small, so that decoding counts beside it.
+_SMALL_AUTOENCODER = {
+    "block_out_channels": [8, 16, 32, 32],
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+}
+
+
+def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Images per second of what tools/encode_latents.py does, without its start, against `plain_latents`."""
+    with phase("loading torch, streaming and DALI"):
+        import make_shards
+        import torch
+
+        from cfpretrain.data.encoding import Encoding, encode
+        from cfpretrain.data.images import Storing, list_images
+        from cfpretrain.data.shard_writer import ShardWriter
+        from cfpretrain.data.shards import Shards
+        from cfpretrain.model.autoencoder import KLAutoencoder, make_network, write_folder
+    num_threads = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with phase(f"making shards of {arguments.images} photos"):
+            listing = list_images(write_photos(folder / "photos", arguments.images))
+            per_shard = max(1, arguments.images // 4)
+            how = Storing("lossless", arguments.size)
+            make_shards.make_shards(listing, how, folder / "images", "photos", per_shard, num_threads)
+        if arguments.autoencoder is None:
+            write_folder(folder / "autoencoder", make_network(_SMALL_AUTOENCODER, "small"))
+        autoencoder = KLAutoencoder.load(arguments.autoencoder or folder / "autoencoder", "cpu", key="--autoencoder")
+        images = Shards(folder / "images", "images")
+        encoding = Encoding(images, autoencoder, torch.device("cpu"), "fp32", arguments.batch_size, with_mirror=True)
+        outs = (folder / f"latents{i}" for i in range(10**6))
+
+        def timed(write: Callable[[Path], None]) -> float:
+            out = next(outs)
+            begin = time.perf_counter()
+            write(out)
+            return arguments.images / (time.perf_counter() - begin)
+
+        def ours(out: Path) -> None:
+            writer = ShardWriter(out, encoding.columns, encoding.plan())
+            writer.begin()
+            num_shards = len(images.shard_sizes)
+            encode(encoding, writer, range(num_shards), num_threads, lambda num_images: None)
+            writer.finish(encoding.describe(writer.records(num_shards)), num_shards)
+
+        def plain(out: Path) -> None:
+            plain_latents(images, autoencoder, out, arguments.batch_size, num_threads)
+
+        sides = {"encode_latents": lambda: timed(ours), "plain loop": lambda: timed(plain)}
+        return alternate(sides, arguments.pairs, "images")
+
+
+class _PilImages:
+    """A data set for torch: image shards decoded by PIL, with what else is kept of a sample."""
+
+    def __init__(self, images: Any) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[int, int, str, Any]:
+        import io
+
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        sample = self._images.sample(index)
+        pixels_YXC = np.array(Image.open(io.BytesIO(sample["image"])))
+        pixels_CYX = torch.from_numpy(pixels_YXC).permute(2, 0, 1).float() / 255
+        return int(sample["id"]), int(sample["label"]), sample["caption"], pixels_CYX
+
+
+def plain_latents(images: Any, autoencoder: Any, out: Path, batch_size: int, num_threads: int) -> None:
+    """Latent shards as one would first write them: PIL in the workers of a DataLoader, one encoding loop."""
+    import torch
+    from streaming import MDSWriter
+    from torch.utils.data import DataLoader
+
+    torch.set_num_threads(num_threads)
+    size = images.info.image_size
+    array = "ndarray:float16:" + ",".join(map(str, autoencoder.latent_shape((3, size, size))))
+    names = ("mean", "log_variance", "mirror_mean", "mirror_log_variance")
+    columns = {"id": "int64", "label": "int32", "caption": "str", **dict.fromkeys(names, array)}
+    with MDSWriter(columns=columns, out=str(out), hashes=["blake2b"]) as writer:
+        for ids, labels, captions, images_BCYX in DataLoader(_PilImages(images), batch_size, num_workers=num_threads):
+            moments = [*autoencoder.encode(images_BCYX), *autoencoder.encode(images_BCYX.flip(-1))]
+            arrays = [values.to(torch.float16).numpy() for values in moments]
+            for i in range(len(ids)):
+                sample = {"id": int(ids[i]), "label": int(labels[i]), "caption": captions[i]}
+                writer.write(sample | {name: values[i] for name, values in zip(names, arrays, strict=True)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loader
+
+# Shape; whether there are mirrored moments; latents a second that training takes from one machine.
+_LATENTS = {
+    "kl16": ((16, 16, 16), True, 8 * 250),  # 8 GPUs that train XL
+    "demo": ((4, 4, 4), False, 700),  # 2 CPU cores
+}
+_SHARD_BYTES = 1 << 26
+
+
+def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Latents per second of the training loader, drawn from their posteriors, against `plain_loader`."""
+    with phase("loading torch and streaming"):
+        from contextlib import closing
+
+        from cfpretrain.config import Config, DataConfig, ModelConfig, TrainConfig
+        from cfpretrain.data.loader import Loader
+    shape, has_mirror, needed = _LATENTS[arguments.latents]
+    batch_size = arguments.batch_size
+    num_workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+    num_batches = 2 * arguments.samples // batch_size  # two epochs: the turn counts
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "latents"
+        with phase(f"writing {arguments.samples} latents"):
+            write_random_latents(folder, shape, has_mirror, arguments.samples)
+        config = Config(
+            model=ModelConfig(latent_size=shape[1], latent_channels=shape[0], num_classes=2),
+            data=DataConfig((str(folder),), latent_scale=(1.0,), mirror_prob=has_mirror / 2, num_workers=num_workers),
+            train=TrainConfig(global_batch_size=batch_size, micro_batch_size=batch_size),
+        )
+
+        def timed(batches: Any) -> float:
+            for _ in range(num_workers + 1):  # the processes are up
+                next(batches)
+            begin = time.perf_counter()
+            for _ in range(num_batches):
+                next(batches)
+            return num_batches * batch_size / (time.perf_counter() - begin)
+
+        cpu_seconds: list[float] = []  # for one latent
+
+        def ours() -> float:
+            begin = _cpu_seconds()
+            with closing(Loader(config, 0, 1)) as loader:
+                rate = timed(loader)
+            cpu_seconds.append((_cpu_seconds() - begin) / (num_batches * batch_size))
+            return rate
+
+        sides = {"loader": ours, "DataLoader": lambda: timed(plain_loader(folder, batch_size, num_workers))}
+        measured = alternate(sides, arguments.pairs, "latents")
+    num_busy = needed * statistics.median(cpu_seconds)
+    print(f"{'needed':12} {needed:10.1f} latents/s, which keep {num_busy:.2f} cores busy")
+    settings = {"latents": arguments.latents, "num_workers": num_workers}
+    return {**measured, **settings, "needed": needed, "cores_busy": num_busy}
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has ended."""
+    return sum(os.times()[:4])
+
+
+def write_random_latents(folder: Path, shape: tuple[int, int, int], has_mirror: bool, num_samples: int) -> None:
+    """Latent shards of random moments, of the size that tools/encode_latents.py gives them."""
+    import numpy as np
+
+    from cfpretrain.data.shard_writer import ShardWriter
+    from cfpretrain.data.shards import LatentsInfo, columns_of
+
+    ones = (1.0,) * shape[0]
+    info = LatentsInfo(
+        "random", shape, (0.0,) * shape[0], ones, ("a", "b"), num_samples, "", has_posterior=True, has_mirror=has_mirror
+    )
+    columns = columns_of(info)
+    arrays = [name for name, encoding in columns.items() if encoding.startswith("ndarray")]
+    rng = np.random.default_rng(0)
+    writer = ShardWriter(folder, columns, {})
+    writer.begin()
+    per_shard = max(1, min(_SHARD_BYTES // (2 * len(arrays) * int(np.prod(shape))), num_samples // 8))
+    begins = range(0, num_samples, per_shard)
+    for number, begin in enumerate(begins):
+        ids = range(begin, min(begin + per_shard, num_samples))
+        moments = rng.standard_normal((len(ids), len(arrays), *shape), np.float32).astype(np.float16)
+        common = [{"id": id, "label": id % 2, "caption": ""} for id in ids]
+        writer.write(
+            number,
+            (sample | dict(zip(arrays, values, strict=True)) for sample, values in zip(common, moments, strict=True)),
+        )
+    writer.finish(info, len(begins))
+
+
+class _PlainLatents:
+    """A data set for torch: posterior samples of the latents of a folder, or of their mirror."""
+
+    def __init__(self, folder: Path) -> None:
+        from streaming import LocalDataset
+
+        self._samples = LocalDataset(str(folder))
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[int, Any, int]:
+        import torch
+
+        sample = self._samples[index]
+        prefix = "mirror_" if "mirror_mean" in sample and torch.rand(()) < 0.5 else ""
+        mean_CYX, log_variance_CYX = (
+            torch.from_numpy(sample[prefix + name].astype("float32")) for name in ("mean", "log_variance")
+        )
+        latent_CYX = mean_CYX + (0.5 * log_variance_CYX).exp() * torch.randn_like(mean_CYX)
+        return int(sample["id"]), latent_CYX, int(sample["label"])
+
+
+def plain_loader(folder: Path, batch_size: int, num_workers: int) -> Any:
+    """Batches as one would first make them: torch's shuffle and torch's noise; neither goes on after a stop."""
+    from torch.utils.data import DataLoader
+
+    batches = DataLoader(_PlainLatents(folder), batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
+    while True:
+        yield from batches
+
+
+if __name__ == "__main__":
+    main()
