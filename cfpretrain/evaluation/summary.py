@@ -111,12 +111,12 @@ def _compare(
         reference_R, other_R = _halves(real.labels_N, seeds.fold(seeds.key(seed, "real halves"), split))
         drawn_G, _ = _balanced_order(generated.labels_N, seeds.fold(seeds.key(seed, "generated drawn"), split))
         reference_RF, other_RF = real_NF[reference_R], real_NF[other_R[:num_compared]]
-        reference = Moments.of(reference_RF)
+        reference = Moments.of(reference_RF).gaussian
         cheat = best_cheat(real_train.images, real_train.labels_N, reference, num_compared, seed + split)
         strength += cheat.strength / num_splits
         candidates = (generated_NF[drawn_G[:num_compared]], other_RF, pixel_features(cheat.images, "cheat"))
         for who, candidate_GF in zip(_WHO, candidates, strict=True):
-            distance = frechet_distance(reference, Moments.of(candidate_GF))
+            distance = frechet_distance(reference, Moments.of(candidate_GF).gaussian)
             scores = (*precision_recall(reference_RF, candidate_GF), distance)
             for metric, score in zip(_METRICS, scores, strict=True):
                 totals[metric][who] += score / num_splits

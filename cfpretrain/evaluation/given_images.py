@@ -1,0 +1,216 @@
+"""Images that are there already, for scoring: a folder of files, image shards, or an `.npz` as ADM's evaluation reads.
+
+All of a set have one size; they are read in a fixed order, as they are, in RGB: nothing is cropped or resized.
+"""
+
+import hashlib
+import io
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from cfpretrain.console import UserError
+from cfpretrain.data.images import RejectedImageError, centre_crop, read_file, read_image
+from cfpretrain.data.shards import INFO_FILE, ImagesInfo, Shards, fingerprint
+
+IMAGES, MEAN = "arr_0", "mu"  # keys of archives
+_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError)
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+
+
+class GivenImages(Protocol):
+    """A set of images.
+
+    Attributes:
+        name: where they come from, for people.
+        fingerprint: changes when they do.
+    """
+
+    name: str
+    fingerprint: str
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def read(self, places: Sequence[int]) -> Tensor:
+        """Some of them, uint8 [B, 3, Y, X]; UserError where one cannot be read or has another size."""
+
+
+def open_images(path: Path, key: str) -> GivenImages:
+    """Opens a set of images.
+
+    Args:
+        path: a folder of image files, one of image shards, or an archive with `arr_0`, uint8 [N, Y, X, 3].
+        key: option that gave it, for messages.
+
+    Raises:
+        UserError: it is none of these, or holds fewer than two images.
+    """
+    images: GivenImages
+    if path.is_file() and path.suffix == ".npz":
+        images = _Archive(path, key)
+    elif (path / INFO_FILE).is_file():
+        images = _FromShards(path, key)
+    elif path.is_dir():
+        images = _Folder(path, key)
+    else:
+        got = "another file" if path.is_file() else "nothing: it does not exist"
+        raise UserError(f"{key}: expected a folder of images, image shards or an .npz, got {path}, which is {got}")
+    if len(images) < 2:
+        raise UserError(f"{key}: expected at least 2 images in {path}, got {len(images)}; give more")
+    return images
+
+
+def _as_tensor(images_BYXC: npt.NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images_BYXC.transpose(0, 3, 1, 2)))
+
+
+class _Files:
+    """What folders and shards share: images that are decoded one by one."""
+
+    def __init__(self, name: str, key: str) -> None:
+        self.name, self._key = name, key
+        self._size: tuple[int, int] | None = None
+
+    def _decode(self, data: bytes, image_name: str, crop: int | None = None) -> npt.NDArray[np.uint8]:
+        try:
+            image = read_image(data)
+            if crop is not None:
+                image = centre_crop(image, crop)
+        except RejectedImageError as error:
+            raise UserError(f"{self._key}: {image_name}: {error}; remove it or get it again") from error
+        self._size = self._size or image.size
+        if image.size != self._size:
+            raise UserError(
+                f"{self._key}: expected images of one size, got {image.width} x {image.height} in {image_name} and "
+                f"{self._size[0]} x {self._size[1]} in others; tools/make_shards.py crops them to one"
+            )
+        return np.asarray(image, np.uint8)
+
+
+class _Folder(_Files):
+    def __init__(self, folder: Path, key: str) -> None:
+        super().__init__(str(folder), key)
+        self._paths = sorted(
+            path
+            for path in folder.rglob("*")
+            if path.suffix.lower() in _SUFFIXES and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        )
+        digest = hashlib.blake2b(digest_size=16)
+        for path in self._paths:
+            status = path.stat()
+            digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        self.fingerprint = digest.hexdigest()
+        if self._paths:  # whichever rank reads an image holds it against the same size
+            self.read([0])
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, places: Sequence[int]) -> Tensor:
+        images = []
+        for path in (self._paths[place] for place in places):
+            try:
+                images.append(self._decode(read_file(path), str(path)))
+            except RejectedImageError as error:
+                raise UserError(f"{self._key}: {path}: {error}; remove it or get it again") from error
+        return _as_tensor(np.stack(images))
+
+
+class _FromShards(_Files):
+    def __init__(self, folder: Path, key: str) -> None:
+        super().__init__(str(folder), key)
+        self._shards = Shards(folder, key)
+        info = self._shards.info
+        if not isinstance(info, ImagesInfo):
+            raise UserError(f"{key}: expected shards of images, got latents in {folder}; give those they were made of")
+        self._crop = info.image_size
+        self.fingerprint = fingerprint(self._shards.source, key)
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def read(self, places: Sequence[int]) -> Tensor:
+        samples = [self._shards.sample(place) for place in places]
+        names = [f"{self.name}, image of id {sample['id']}" for sample in samples]
+        pairs = zip(samples, names, strict=True)
+        return _as_tensor(np.stack([self._decode(sample["image"], name, self._crop) for sample, name in pairs]))
+
+
+class _Archive:
+    """Reads the images it is asked for, never the whole array: 50,000 of 256 pixels would be 10 GB in memory."""
+
+    def __init__(self, file: Path, key: str) -> None:
+        self.name, self._key = str(file), key
+        archive = _opened(file, key)
+        keys = [name.removesuffix(".npy") for name in archive.namelist()]
+        if IMAGES not in keys:
+            raise UserError(
+                f"{key}: expected an .npz with {IMAGES} (images) or {MEAN} and sigma (statistics), got {file} with "
+                f"{', '.join(keys) or 'nothing'}; write the images as {IMAGES}"
+            )
+        member = archive.getinfo(f"{IMAGES}.npy")
+        self._member: IO[bytes] = archive.open(member)
+        try:
+            np.lib.format.read_magic(self._member)
+            self._shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(self._member)
+        except ValueError as error:
+            raise UserError(f"{key}: {file}: {IMAGES} cannot be read ({error}); write it again") from error
+        if dtype != np.uint8 or is_fortran or len(self._shape) != 4 or self._shape[3] not in (1, 3):
+            raise UserError(
+                f"{key}: expected uint8 images [N, Y, X, 3] as {IMAGES} of {file}, got {dtype} {list(self._shape)}; "
+                "write them so"
+            )
+        self._begin = self._member.tell()
+        self.fingerprint = hashlib.blake2b(f"{member.CRC} {member.file_size}".encode(), digest_size=16).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._shape[0])
+
+    def read(self, places: Sequence[int]) -> Tensor:
+        shape = self._shape[1:]
+        num_bytes = int(np.prod(shape))
+        images = []
+        try:
+            for place in places:
+                self._member.seek(self._begin + place * num_bytes)
+                images.append(np.frombuffer(self._member.read(num_bytes), np.uint8).reshape(shape))
+        except _DAMAGE as error:
+            raise UserError(f"{self._key}: {self.name} is damaged ({error}); get it again") from error
+        return _as_tensor(np.broadcast_to(np.stack(images), (len(images), *shape[:2], 3)))
+
+
+def read_arrays(file: Path, key: str, names: Sequence[str]) -> Mapping[str, npt.NDArray[Any]]:
+    """Those of the arrays that an archive holds; no pickles.
+
+    Raises:
+        UserError: the file is no archive, is damaged, or an array holds objects.
+    """
+    archive = _opened(file, key)
+    try:
+        return {
+            name: np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+            for name in names
+            if f"{name}.npy" in archive.namelist()
+        }
+    except _DAMAGE as error:
+        raise UserError(f"{key}: {file} cannot be read ({' '.join(str(error).split()):.120}); get it again") from error
+
+
+def has_array(file: Path, key: str, name: str) -> bool:
+    """Whether an archive holds this array; errors as for `read_arrays`."""
+    return f"{name}.npy" in _opened(file, key).namelist()
+
+
+def _opened(file: Path, key: str) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(file)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{key}: expected an .npz archive, got {file} ({error}); get it again") from error

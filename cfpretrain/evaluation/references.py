@@ -1,0 +1,260 @@
+"""The real images that generated ones are compared with, reduced to statistics once and kept.
+
+A reference is a set of images (see `given_images`), an archive of statistics (`mu`, `sigma`, and for sFID `mu_s`,
+`sigma_s`), or ADM's, which holds both: there the Frechet distances take the statistics, made of all training images,
+and precision and recall the images, as ADM's evaluator does.
+
+Statistics that we made say of which features they are, and are refused with others. Those of others say nothing; they
+are taken for what all of them are, the FID Inception's.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfpretrain import runtime, seeds
+from cfpretrain.console import UserError
+from cfpretrain.evaluation.feature_sums import Work
+from cfpretrain.evaluation.features import FeatureExtractor
+from cfpretrain.evaluation.frechet import Gaussian
+from cfpretrain.evaluation.given_images import IMAGES, GivenImages, has_array, open_images, read_arrays
+from cfpretrain.evaluation.inception_score import NUM_SPLITS, splits_of
+from cfpretrain.evaluation.scores import BATCH_SIZE, MOST_KEPT, ImageStatistics, compare, given_batches, sum_up
+
+STATISTICS_FILE, NEIGHBOURS_FILE, RECORD_FILE = "statistics.npz", "neighbours.npy", "record.json"
+_OWN_KEY = "cfpretrain"  # of the note by which our archives say of which features they are
+_FEWEST_FOR_FLOOR = 2 * NUM_SPLITS
+_KEY = "--reference"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference.
+
+    Attributes:
+        statistics: of all of it.
+        floor: scores of one random half against the other, what a perfect model of as many images would get; its
+            Inception Score is that of both. None where there are statistics alone, or too few images.
+        record: where the statistics come from, JSON-able.
+    """
+
+    statistics: ImageStatistics
+    floor: dict[str, float] | None
+    record: dict[str, Any]
+
+
+def load_reference(
+    path: Path,
+    extractor: FeatureExtractor,
+    cache: Path,
+    on_begin: Callable[[int, int], None] = lambda *_: None,
+    on_done: Callable[[int], None] = lambda _: None,
+) -> Reference:
+    """The statistics of a reference: from the cache where they are there; all ranks call it.
+
+    Args:
+        path: a folder of images, image shards or an .npz.
+        extractor: whose features they are to be of.
+        cache: folder in which statistics of images are kept, by data, features and code; all ranks see it.
+        on_begin: called on every rank with how many images are done, of how many, where there is work to do.
+        on_done: called every few seconds with how many images are done.
+
+    Raises:
+        UserError: there is no such thing, it is of other features, or the cache cannot be written.
+    """
+    with runtime.together():
+        given = _given_statistics(path, extractor) if path.is_file() and path.suffix == ".npz" else None
+        images = open_images(path, _KEY) if given is None or given.has_images else None
+    if images is None:
+        assert given is not None
+        assert given.statistics is not None
+        return Reference(given.statistics, None, {"reference": str(path), "statistics": "given"})
+    reference = _of_images(images, extractor, cache, on_begin, on_done)
+    if given is None or given.statistics is None:
+        return reference
+    # Whose images they are of is not said; ADM's are of many more than the archive holds.
+    both = replace(given.statistics, neighbours_KF=reference.statistics.neighbours_KF)
+    return Reference(both, reference.floor, {**reference.record, "statistics": "given"})
+
+
+@dataclass(frozen=True)
+class _Given:
+    statistics: ImageStatistics | None
+    has_images: bool
+
+
+def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
+    arrays = read_arrays(file, _KEY, ["mu", "sigma", "mu_s", "sigma_s", _OWN_KEY])
+    has_images = has_array(file, _KEY, IMAGES)
+    if "mu" not in arrays or "sigma" not in arrays:
+        return _Given(None, True)  # `open_images` says what is missing
+    num_images = None
+    if _OWN_KEY in arrays:
+        note = _note(file, str(arrays[_OWN_KEY]))
+        if note["features"] != extractor.fingerprint:
+            raise UserError(
+                f"{_KEY}: expected statistics of {extractor.name} by this version, got {file}, of {note['name']} by "
+                f"{note['made_by']} (features {note['features'][:8]}, wanted {extractor.fingerprint[:8]}); "
+                "give the images"
+            )
+        num_images = int(note["num_images"])
+    elif not extractor.is_fid:
+        if has_images:
+            return _Given(None, True)
+        raise UserError(
+            f"{_KEY}: expected images, or statistics of {extractor.name}, got {file}, whose statistics are those of "
+            "the FID Inception or of unknown features; give the images, or --features inception and its weights"
+        )
+    pooled = _gaussian(file, arrays, "mu", "sigma")
+    spatial = _gaussian(file, arrays, "mu_s", "sigma_s") if "mu_s" in arrays and "sigma_s" in arrays else None
+    return _Given(ImageStatistics(num_images, pooled, spatial), has_images)
+
+
+def _note(file: Path, text: str) -> dict[str, Any]:
+    try:
+        note: dict[str, Any] = json.loads(text)
+        return {"features": note["features"], "name": note["name"], "made_by": note["made_by"], **note}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{_KEY}: {file} does not say of which features it is; give the images") from error
+
+
+def _gaussian(file: Path, arrays: Mapping[str, Any], mean: str, covariance: str) -> Gaussian:
+    mean_F, covariance_FF = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in (mean, covariance))
+    F = len(mean_F) if mean_F.ndim == 1 else 0
+    if F == 0 or covariance_FF.shape != (F, F) or not (mean_F.isfinite().all() and covariance_FF.isfinite().all()):
+        raise UserError(
+            f"{_KEY}: expected a finite vector {mean} and its square {covariance} in {file}, got shapes "
+            f"{list(mean_F.shape)} and {list(covariance_FF.shape)}, or values that are not finite; get it again"
+        )
+    return Gaussian(mean_F, (covariance_FF + covariance_FF.T) / 2)
+
+
+# ---------------------------------------------------------------------------
+# Of images, through the cache
+
+
+def _of_images(
+    images: GivenImages,
+    extractor: FeatureExtractor,
+    cache: Path,
+    on_begin: Callable[[int, int], None],
+    on_done: Callable[[int], None],
+) -> Reference:
+    plan = {
+        "images": images.fingerprint,
+        "num_images": len(images),
+        "features": extractor.fingerprint,
+        "batch_size": BATCH_SIZE,
+    }
+    entry = cache / hashlib.blake2b(json.dumps(plan).encode(), digest_size=12).hexdigest()
+    is_there = runtime.gather((entry / RECORD_FILE).is_file())[0]
+    if not is_there:
+        _make_entry(entry, plan, images, extractor, on_begin, on_done)
+    with runtime.together():
+        return _read_entry(entry, plan, images, extractor)
+
+
+def _make_entry(
+    entry: Path,
+    plan: dict[str, Any],
+    images: GivenImages,
+    extractor: FeatureExtractor,
+    on_begin: Callable[[int, int], None],
+    on_done: Callable[[int], None],
+) -> None:
+    num_images = len(images)
+    order_N = seeds.permutation(seeds.key(0, "reference halves"), num_images)
+    groups_N, is_kept_N = torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool)
+    groups_N[order_N[num_images // 2 :]] = 1
+    # Of both halves alike, where there are more than are kept.
+    kept = min(MOST_KEPT, num_images) // 2
+    is_kept_N[order_N[num_images // 2 - kept : num_images // 2]] = True
+    is_kept_N[order_N[num_images // 2 : num_images // 2 + (kept if num_images > MOST_KEPT else num_images)]] = True
+    unfinished = entry.with_name(f".{entry.name}.unfinished")
+    work = Work(unfinished, plan, BATCH_SIZE, groups_N, splits_of(num_images), is_kept_N)
+    sum_up(work, given_batches(images), extractor, lambda done: on_begin(done, num_images), on_done)
+    halves, kept_KF = work.total(), work.kept()
+    group_K = groups_N[is_kept_N]
+    whole = ImageStatistics.of(halves[0] + halves[1], kept_KF)
+    floor = None
+    if num_images >= _FEWEST_FOR_FLOOR:
+        # A half may have no image in a split of the Inception Score.
+        first, second = (
+            ImageStatistics.of(replace(half, classes=None), kept_KF[group_K == group])
+            for group, half in enumerate(halves)
+        )
+        second = replace(second, inception_score=whole.inception_score)
+        floor = compare(second, first, extractor.name, together=True)
+    with runtime.together():
+        if runtime.rank() == 0:
+            record = {
+                "reference": images.name,
+                "statistics": "of the images",
+                "num_images": num_images,
+                "inception_score": whole.inception_score,
+                "floor": floor,
+                "plan": plan,
+            }
+            _write_entry(entry, record, whole, extractor, kept_KF)
+            shutil.rmtree(unfinished)
+
+
+def _write_entry(
+    entry: Path, record: dict[str, Any], whole: ImageStatistics, extractor: FeatureExtractor, kept_KF: Tensor
+) -> None:
+    import cfpretrain
+
+    note = {
+        "features": extractor.fingerprint,
+        "name": extractor.name,
+        "num_images": whole.num_images,
+        "made_by": f"cfpretrain {cfpretrain.__version__}",
+    }
+    arrays = {"mu": whole.pooled.mean_F, "sigma": whole.pooled.covariance_FF}
+    if whole.spatial is not None:
+        arrays |= {"mu_s": whole.spatial.mean_F, "sigma_s": whole.spatial.covariance_FF}
+    writing = entry.with_name(f".{entry.name}.writing")
+    try:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir()
+        np.savez(
+            writing / STATISTICS_FILE,
+            **{_OWN_KEY: np.array(json.dumps(note))},
+            **{name: value.numpy() for name, value in arrays.items()},
+        )
+        np.save(writing / NEIGHBOURS_FILE, kept_KF.numpy())
+        (writing / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(entry, ignore_errors=True)
+        os.rename(writing, entry)
+    except OSError as error:
+        raise UserError(
+            f"--cache: {entry.parent} cannot be written ({error.strerror or error}); mend that or give another"
+        ) from error
+
+
+def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extractor: FeatureExtractor) -> Reference:
+    advice = f"delete {entry}, and it is made again"
+    try:
+        record = json.loads((entry / RECORD_FILE).read_text())
+        neighbours_KF = torch.from_numpy(np.load(entry / NEIGHBOURS_FILE, allow_pickle=False))
+        if record["plan"] != plan:
+            raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")
+        given = _given_statistics(entry / STATISTICS_FILE, extractor).statistics
+        floor, score = record["floor"], record["inception_score"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"--cache: {entry} is damaged ({' '.join(str(error).split()):.100}); {advice}") from error
+    assert given is not None
+    statistics = replace(given, neighbours_KF=neighbours_KF, inception_score=None if score is None else tuple(score))
+    record = {**record, "reference": images.name, "cache": str(entry)}
+    return Reference(statistics, floor, record)

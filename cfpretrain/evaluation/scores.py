@@ -1,0 +1,135 @@
+"""The scores of a set of images beside a reference: what `tools/evaluate_fid.py` reports."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cfpretrain import runtime
+from cfpretrain.data.encoding import Exchange
+from cfpretrain.evaluation.feature_sums import FeatureSums, Summing, Work
+from cfpretrain.evaluation.features import FeatureExtractor
+from cfpretrain.evaluation.frechet import Gaussian, frechet_distance
+from cfpretrain.evaluation.given_images import GivenImages
+from cfpretrain.evaluation.inception_score import inception_score, splits_of
+from cfpretrain.evaluation.neighbours import precision_recall
+
+NUM_NEIGHBOURS = 3  # k of precision and recall
+MOST_KEPT = 50_000  # images behind precision and recall
+BATCH_SIZE = 32  # of given images; generated ones are seen in the batches they are made in
+
+# Batches of images with their numbers, this rank's share of those asked for.
+Batches = Callable[[list[int]], Iterator[tuple[int, Tensor]]]
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """What a set of images is compared by; what is not known of it is None.
+
+    Attributes:
+        num_images: behind all but the neighbours.
+        pooled: for the Frechet distance.
+        spatial: for sFID.
+        inception_score: mean and standard deviation over the splits.
+        neighbours_KF: features for precision and recall.
+    """
+
+    num_images: int | None
+    pooled: Gaussian
+    spatial: Gaussian | None = None
+    inception_score: tuple[float, float] | None = None
+    neighbours_KF: Tensor | None = None
+
+    @classmethod
+    def of(cls, sums: FeatureSums, neighbours_KF: Tensor | None) -> "ImageStatistics":
+        """Of the sums over all images; UserError for fewer than two, or too few for the Inception Score."""
+        return cls(
+            sums.pooled.count,
+            sums.pooled.gaussian,
+            None if sums.spatial is None else sums.spatial.gaussian,
+            None if sums.classes is None else inception_score(sums.classes),
+            neighbours_KF,
+        )
+
+
+def compare(scored: ImageStatistics, reference: ImageStatistics, name: str, together: bool = False) -> dict[str, float]:
+    """The scores that both sets' statistics allow.
+
+    Args:
+        scored: generated images.
+        reference: real ones, of the same features.
+        name: of the Frechet distance; see `FeatureExtractor`.
+        together: whether all ranks call this, to share the work.
+
+    Returns:
+        By name: the Frechet distance; "sfid" or NAME_spatial; "inception_score" and its "_std", with "_LABEL" at the
+        end where the weights are not the published ones; "precision" and "recall".
+    """
+    is_fid = name == "fid"
+    scores = {name: frechet_distance(reference.pooled, scored.pooled)}
+    if scored.spatial is not None and reference.spatial is not None:
+        scores["sfid" if is_fid else f"{name}_spatial"] = frechet_distance(reference.spatial, scored.spatial)
+    if scored.inception_score is not None:
+        label = "" if is_fid else f"_of_{name}"
+        scores |= dict(
+            zip((f"inception_score{label}", f"inception_score_std{label}"), scored.inception_score, strict=True)
+        )
+    if scored.neighbours_KF is not None and reference.neighbours_KF is not None:
+        sets = (reference.neighbours_KF, scored.neighbours_KF)
+        scores |= dict(
+            zip(("precision", "recall"), precision_recall(*sets, NUM_NEIGHBOURS, together=together), strict=True)
+        )
+    return scores
+
+
+def given_batches(images: GivenImages, batch_size: int = BATCH_SIZE) -> Batches:
+    """How images that are there already are read."""
+
+    def read(numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
+        for number in numbers[runtime.rank() :: runtime.world_size()]:
+            yield number, images.read(range(len(images))[number * batch_size : (number + 1) * batch_size])
+
+    return read
+
+
+def sum_up(
+    work: Work,
+    batches: Batches,
+    extractor: FeatureExtractor,
+    on_begin: Callable[[int], None] = lambda _: None,
+    on_done: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Sees to it that all batches of some work are done; all ranks call it.
+
+    Args:
+        work: which images, and where their sums lie.
+        batches: gives them.
+        extractor: of their features.
+        on_begin: called on every rank with how many images are done already.
+        on_done: called every few seconds with how many are done.
+
+    Raises:
+        UserError: on every rank, where one cannot read an image or write its sums.
+        LostRankError: another rank is gone.
+    """
+    with runtime.together():
+        begun = work.begin() if runtime.rank() == 0 else None
+    start, missing = runtime.gather(begun)[0]
+    num_done = work.num_images - sum(len(work.ids(number)) for number in missing)
+    on_begin(num_done)
+    with Exchange(lambda num_now: on_done(num_done + num_now)) as exchange, Summing(work, start) as summing:
+        for number, images in batches(missing):
+            summing.add(number, extractor(images))
+            exchange.add(len(images))
+
+
+def work_of_one_group(work: Work) -> ImageStatistics:
+    """The statistics of work that is done; all ranks call it."""
+    (sums,) = work.total()
+    return ImageStatistics.of(sums, work.kept())
+
+
+def splits_and_kept(num_images: int) -> tuple[Tensor, Tensor]:
+    """`Work`'s splits_N and is_kept_N: all images are kept, or the first `MOST_KEPT`."""
+    return splits_of(num_images), torch.arange(num_images) < MOST_KEPT

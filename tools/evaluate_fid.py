@@ -1,0 +1,280 @@
+"""Scores images: Frechet distances, Inception Score, precision and recall, beside the floor of the reference.
+
+    python tools/evaluate_fid.py runs/demo --reference data/mnist-images --num-images 1000
+    python tools/evaluate_fid.py samples.npz --reference data/images --out scores.json
+    deepspeed tools/evaluate_fid.py runs/XL --reference VIRTUAL_imagenet256_labeled.npz --features inception \\
+        --feature-weights pt_inception-2015-12-05-6726825d.pth --num-images 50000 --guidance 1 --precision bf16
+
+GENERATED is a run folder or an exported folder, whose images are made on the way and never stored, or images that are
+there: a folder, image shards, or an .npz with `arr_0`. The scores are the same on any number of ranks. A command that
+was interrupted goes on; docs/evaluation.md says which command gives a paper's numbers.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, phase, say
+from cfpretrain.evaluation.sampling_options import add_sampling_options, read_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfpretrain.evaluation.features import FeatureExtractor
+    from cfpretrain.evaluation.references import Reference
+    from cfpretrain.evaluation.scores import Batches
+
+_DEFAULT_IMAGES = 50_000
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description="Score a model's images, or images that are there, against a reference.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(__doc__.splitlines()[1:]),
+    )
+    parser.add_argument("generated", type=Path, help="a run or exported folder; or images: folder, shards, .npz")
+    parser.add_argument("--reference", type=Path, required=True, help="real images, or an .npz of statistics or both")
+    parser.add_argument(
+        "--features", default="effnet_lite0", help="inception, effnet_lite0 or module:function (default effnet_lite0)"
+    )
+    parser.add_argument(
+        "--feature-weights", type=Path, help="of the FID Inception: pt_inception-2015-12-05-6726825d.pth"
+    )
+    parser.add_argument("--feature-label", metavar="NAME", help="take other weights, and call the result by this name")
+    parser.add_argument("--num-images", type=int, help=f"that a model makes (default {_DEFAULT_IMAGES})")
+    parser.add_argument(
+        "--labels", choices=("balanced", "random"), default="balanced", help="of a model's images (default balanced)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("scores.json"), help="where scores go (default scores.json)")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("evaluation_cache"), help="of references (default evaluation_cache)"
+    )
+    parser.add_argument("--wandb", metavar="PROJECT", help="log the scores there, too")
+    add_sampling_options(parser, batch_size=64)
+    arguments = parser.parse_args()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, _leave)
+    try:
+        run(arguments)
+    except UserError as error:
+        exit_with(error)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """All ranks see images; rank 0 writes."""
+    if not arguments.out.absolute().parent.is_dir():
+        raise UserError(f"--out: expected a file in a folder that is there, got {arguments.out}; make the folder first")
+    with phase("loading torch"):
+        from cfpretrain import runtime
+        from cfpretrain.data.encoding import LostRankError
+        from cfpretrain.evaluation.features import make_extractor
+        from cfpretrain.evaluation.references import load_reference
+    device = runtime.pick_device()
+    with phase("waiting for all ranks", announce=False):
+        runtime.start(device)
+    try:
+        with runtime.together(), phase(f"loading {arguments.features}", announce=False):
+            extractor = make_extractor(arguments.features, device, arguments.feature_weights, arguments.feature_label)
+        batches, plan, labels = _generated(arguments, device)
+        with _Progress("reading the reference") as progress:
+            reference = load_reference(arguments.reference, extractor, arguments.cache, progress.begin, progress.show)
+        _score(arguments, extractor, reference, batches, plan, labels)
+    except LostRankError as error:
+        _leave_with(f"another rank is gone ({error})")
+    finally:
+        runtime.stop()
+
+
+def _generated(arguments: argparse.Namespace, device: Any) -> tuple["Batches", dict[str, Any], int]:
+    """What gives the images, all that they depend on, and how many they are."""
+    from cfpretrain import runtime
+    from cfpretrain.build import CONFIG_FILE
+    from cfpretrain.source import INDEX_FILE
+
+    path: Path = arguments.generated
+    if (path / INDEX_FILE).is_file() or (path / CONFIG_FILE).is_file():
+        return _from_model(arguments, device)
+    from cfpretrain.evaluation.given_images import open_images
+    from cfpretrain.evaluation.scores import BATCH_SIZE, given_batches
+
+    with runtime.together():
+        images = open_images(path, "GENERATED")
+        if arguments.num_images not in (None, len(images)):
+            raise UserError(
+                f"--num-images: expected {len(images)}, the images of {path}, got {arguments.num_images}; leave it out"
+            )
+    plan = {"images": images.fingerprint, "num_images": len(images), "batch_size": BATCH_SIZE}
+    return given_batches(images), plan, len(images)
+
+
+def _from_model(arguments: argparse.Namespace, device: Any) -> tuple["Batches", dict[str, Any], int]:
+    import dataclasses
+
+    import torch
+
+    from cfpretrain import runtime, seeds
+    from cfpretrain.evaluation.generation import generate_batches
+    from cfpretrain.evaluation.pictures import to_rgb
+    from cfpretrain.model.autoencoder import fingerprint
+    from cfpretrain.source import load_source
+
+    num_images = arguments.num_images or _DEFAULT_IMAGES
+    with runtime.together(), phase(f"loading {arguments.generated}"):
+        if num_images < 2:
+            raise UserError(f"--num-images: expected at least 2, got {num_images}")
+        source = load_source(arguments.generated, device, arguments.precision, arguments.weights)
+        settings = read_settings(arguments, source.config, source.config.model.num_tokens)
+        autoencoder = source.make_autoencoder()
+    num_classes = len(source.class_names)
+    ids_N = torch.arange(num_images)
+    if arguments.labels == "random":
+        labels_N = seeds.integers(seeds.fold(seeds.key(settings.seed, "labels"), ids_N), num_classes)
+    else:
+        labels_N = ids_N % num_classes
+    labels = labels_N.tolist()
+    say(f"{source.title}: AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}")
+
+    def batches(numbers: list[int]) -> Iterator[tuple[int, "Tensor"]]:
+        made = generate_batches(source.config, source.model, labels, settings, device, autoencoder.decode, numbers)
+        for ids, images in made:
+            # As they would be written to a file and read again.
+            images_BYXC = torch.from_numpy(to_rgb(images, (0.0, 1.0)))
+            yield int(ids[0]) // settings.batch_size, images_BYXC.permute(0, 3, 1, 2).contiguous()
+
+    plan = {
+        "weights": fingerprint(source.model.state_dict()) if runtime.rank() == 0 else "",
+        "autoencoder": autoencoder.fingerprint,
+        "num_images": num_images,
+        "labels": arguments.labels,
+        "precision": arguments.precision,
+        **dataclasses.asdict(settings),
+    }
+    return batches, plan, num_images
+
+
+def _score(
+    arguments: argparse.Namespace,
+    extractor: "FeatureExtractor",
+    reference: "Reference",
+    batches: "Batches",
+    plan: dict[str, Any],
+    num_images: int,
+) -> None:
+    import torch
+
+    import cfpretrain
+    from cfpretrain import runtime
+    from cfpretrain.evaluation.feature_sums import Work
+    from cfpretrain.evaluation.scores import NUM_NEIGHBOURS, compare, splits_and_kept, sum_up, work_of_one_group
+
+    out: Path = arguments.out
+    groups_N = torch.zeros(num_images, dtype=torch.int64)
+    plan = {**plan, "features": extractor.fingerprint}
+    work = Work(
+        out.absolute().parent / f".{out.name}.unfinished",
+        plan,
+        plan["batch_size"],
+        groups_N,
+        *splits_and_kept(num_images),
+    )
+    with _Progress("scoring") as progress:
+        sum_up(work, batches, extractor, lambda done: progress.begin(done, num_images), progress.show)
+    with phase("comparing"):
+        scored = work_of_one_group(work)
+        scores = compare(scored, reference.statistics, extractor.name, together=True)
+    result = {
+        **scores,
+        "num_images": num_images,
+        "generated": str(arguments.generated),
+        "reference": reference.record,
+        "floor": reference.floor,
+        "features": extractor.name,
+        "feature_weights": extractor.weights,
+        "k": NUM_NEIGHBOURS,
+        "settings": plan,
+        "cfpretrain": cfpretrain.__version__,
+        "torch": torch.__version__,
+    }
+    with runtime.together():
+        if runtime.rank() == 0:
+            _write(out, result)
+            work.remove()
+    if arguments.wandb:
+        _log(arguments, scores, result)
+    say(_line(scores, reference.floor))
+    say(f"scores of {num_images} images: {out}")
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    writing = out.with_name(f".{out.name}.writing")
+    try:
+        writing.write_text(json.dumps(result, indent=2) + "\n")
+        os.replace(writing, out)
+    except OSError as error:
+        raise UserError(
+            f"--out: {out} cannot be written ({error.strerror or error}); mend that, and the same command goes on"
+        ) from error
+
+
+def _log(arguments: argparse.Namespace, scores: dict[str, float], result: dict[str, Any]) -> None:
+    from cfpretrain.metrics import Tracker
+
+    tracker = Tracker("auto", arguments.wandb, arguments.out.absolute().parent, None, result)
+    tracker.log({"step": 0, **scores})
+    tracker.close()
+
+
+def _line(scores: dict[str, float], floor: dict[str, float] | None) -> str:
+    """All scores on one line, each with the floor behind it where there is one."""
+    shown = (
+        f"{name} {value:.4g}" + f" (floor {floor[name]:.4g})" * bool(floor and name in floor)
+        for name, value in scores.items()
+    )
+    return ", ".join(shown)
+
+
+class _Progress:
+    """A bar of images, once there is something to do."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._bar = what, None
+
+    def begin(self, num_done: int, num_images: int) -> None:
+        there = f"; {num_done} of {num_images} are done already" if num_done else ""
+        say(f"{self._what}: {num_images - num_done} images{there}")
+        self._bar = ItemProgress(num_images, num_done, "image")
+
+    def show(self, num_done: int) -> None:
+        if self._bar is not None:
+            self._bar.show(num_done)
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def _leave(*_: object) -> None:
+    """After a signal: what is saved stays, and the rest is cheap to do again."""
+    say("stopped; the same command goes on")
+    os._exit(EXIT_REQUEUE)
+
+
+def _leave_with(reason: str) -> None:
+    """Without a farewell to the other ranks, which may not answer."""
+    rank = os.environ.get("RANK", "0")
+    print(f"[cfpretrain] rank {rank}: {reason}; the same command goes on", file=sys.stderr, flush=True)
+    os._exit(EXIT_REQUEUE)
+
+
+if __name__ == "__main__":
+    main()
