@@ -171,23 +171,15 @@ def _score(
 
     import cfpretrain
     from cfpretrain import runtime
-    from cfpretrain.evaluation.feature_sums import Work
-    from cfpretrain.evaluation.scores import NUM_NEIGHBOURS, compare, splits_and_kept, sum_up, work_of_one_group
+    from cfpretrain.evaluation.scores import NUM_NEIGHBOURS, compare, make_work, statistics_of, sum_up
 
     out: Path = arguments.out
-    groups_N = torch.zeros(num_images, dtype=torch.int64)
     plan = {**plan, "features": extractor.fingerprint}
-    work = Work(
-        out.absolute().parent / f".{out.name}.unfinished",
-        plan,
-        plan["batch_size"],
-        groups_N,
-        *splits_and_kept(num_images),
-    )
+    work = make_work(out.absolute().parent / f".{out.name}.unfinished", plan, num_images, plan["batch_size"])
     with _Progress("scoring") as progress:
         sum_up(work, batches, extractor, lambda done: progress.begin(done, num_images), progress.show)
     with phase("comparing"):
-        scored = work_of_one_group(work)
+        scored = statistics_of(work)
         scores = compare(scored, reference.statistics, extractor.name, together=True)
     result = {
         **scores,

@@ -24,7 +24,7 @@ from cfpretrain.evaluation.frechet import Moments
 from cfpretrain.evaluation.inception_score import ClassSums
 
 _PLAN_FILE = "settings.json"
-_SAVE_SECONDS = 30.0
+SAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Work:
     groups_N: Tensor
     splits_N: Tensor
     is_kept_N: Tensor
-    save_seconds: float = _SAVE_SECONDS
+    save_seconds: float = SAVE_SECONDS
 
     @property
     def num_images(self) -> int:

@@ -131,7 +131,7 @@ class _FromShards(_Files):
         info = self._shards.info
         if not isinstance(info, ImagesInfo):
             raise UserError(f"{key}: expected shards of images, got latents in {folder}; give those they were made of")
-        self._crop = info.image_size
+        self._crop = info.image_size if info.store == "original" else None
         self.fingerprint = fingerprint(self._shards.source, key)
 
     def __len__(self) -> int:

@@ -1,14 +1,16 @@
 """The scores of a set of images beside a reference: what `tools/evaluate_fid.py` reports."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from cfpretrain import runtime
 from cfpretrain.data.encoding import Exchange
-from cfpretrain.evaluation.feature_sums import FeatureSums, Summing, Work
+from cfpretrain.evaluation.feature_sums import SAVE_SECONDS, FeatureSums, Summing, Work
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian, frechet_distance
 from cfpretrain.evaluation.given_images import GivenImages
@@ -124,12 +126,16 @@ def sum_up(
             exchange.add(len(images))
 
 
-def work_of_one_group(work: Work) -> ImageStatistics:
-    """The statistics of work that is done; all ranks call it."""
+def make_work(
+    folder: Path, plan: Mapping[str, Any], num_images: int, batch_size: int, save_seconds: float = SAVE_SECONDS
+) -> Work:
+    """The work of one set: all of its images together, the first `MOST_KEPT` for precision and recall; see `Work`."""
+    groups_N = torch.zeros(num_images, dtype=torch.int64)
+    is_kept_N = torch.arange(num_images) < MOST_KEPT
+    return Work(folder, plan, batch_size, groups_N, splits_of(num_images), is_kept_N, save_seconds)
+
+
+def statistics_of(work: Work) -> ImageStatistics:
+    """The statistics of one set, once its work is done; all ranks call it."""
     (sums,) = work.total()
     return ImageStatistics.of(sums, work.kept())
-
-
-def splits_and_kept(num_images: int) -> tuple[Tensor, Tensor]:
-    """`Work`'s splits_N and is_kept_N: all images are kept, or the first `MOST_KEPT`."""
-    return splits_of(num_images), torch.arange(num_images) < MOST_KEPT

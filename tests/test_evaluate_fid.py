@@ -1,0 +1,312 @@
+"""tools/evaluate_fid.py: the same scores on any ranks, from any kind of set, over kills; mistakes are one line."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cfpretrain import runtime
+from cfpretrain.console import EXIT_USER_ERROR, UserError
+from cfpretrain.evaluation import scores
+from cfpretrain.evaluation.features import FeatureExtractor
+from cfpretrain.evaluation.frechet import frechet_between
+from cfpretrain.evaluation.given_images import open_images
+from cfpretrain.evaluation.inception_score import ClassSums, inception_score, splits_of
+from cfpretrain.evaluation.neighbours import precision_recall
+from cfpretrain.evaluation.references import STATISTICS_FILE, load_reference
+from tests import small_features
+from tests.image_files import digits, write_folder
+from tests.processes import Ended, run_in_processes, run_script
+from tests.runs import write_run
+from tests.test_inspect_shards import write_images
+
+SCRIPT = "tools/evaluate_fid.py"
+CPU = torch.device("cpu")
+SMALL = ["--features", "tests.small_features:make"]
+GENERATED, REAL = slice(0, 333), slice(700, 1101)
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """generated.npz, generated/ and real/; tests read them only."""
+    folder = tmp_path_factory.mktemp("sets")
+    images = digits(0, 1797)
+    np.savez(folder / "generated.npz", arr_0=images[GENERATED], arr_1=np.zeros(333, np.int64))
+    np.savez_compressed(folder / "packed.npz", images[GENERATED])
+    write_folder(folder / "generated", images[GENERATED])
+    write_folder(folder / "real", images[REAL])
+    return folder
+
+
+def run(arguments: Sequence[object], world_size: int = 1) -> Ended:
+    """Rank 0, after all ended as it did."""
+    ended = run_script(SCRIPT, list(map(str, arguments)), world_size)
+    assert len({rank.code for rank in ended}) == 1, ended
+    return ended[0]
+
+
+def scored(folder: Path, arguments: Sequence[object], world_size: int = 1) -> dict[str, Any]:
+    out = folder / "scores.json"
+    ended = run([*arguments, "--out", out, "--cache", folder / "cache"], world_size)
+    assert (ended.code, ended.err) == (0, "")
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
+
+
+def features(images: np.ndarray) -> tuple[torch.Tensor, ...]:
+    return small_features.project(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+NAMES = ["fd_small", "fd_small_spatial", "inception_score_of_fd_small", "precision", "recall"]
+
+
+@pytest.mark.parametrize(("world_size", "kind"), [(1, "generated.npz"), (2, "generated"), (4, "packed.npz")])
+def test_scores_are_those_of_the_metrics_on_any_ranks_and_from_any_set(
+    tmp_path: Path, sets: Path, world_size: int, kind: str
+) -> None:
+    result = scored(tmp_path, [sets / kind, "--reference", sets / "real", *SMALL], world_size)
+    images = digits(0, 1797)
+    generated, real = features(images[GENERATED]), features(images[REAL])
+    expected = [
+        frechet_between(real[0], generated[0]),
+        frechet_between(real[1], generated[1]),
+        inception_score(ClassSums.of(generated[2], splits_of(333)))[0],
+    ]
+    # float32 features depend on the batch in their last bits; on ranks they must not.
+    assert [result[name] for name in NAMES[:3]] == pytest.approx(expected, rel=1e-5)
+    assert [result[name] for name in NAMES[3:]] == list(precision_recall(real[0], generated[0]))
+    one_rank = scored(tmp_path, [sets / kind, "--reference", sets / "real", *SMALL])
+    assert [result[name] for name in NAMES] == pytest.approx([one_rank[name] for name in NAMES], rel=1e-9)
+    assert result["floor"]["fd_small"] < result["fd_small"]
+    assert result["num_images"] == 333
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "scores.json"]
+
+
+class KilledError(RuntimeError):
+    """Stands for a kill."""
+
+
+def sum_until(folder: Path, generated: Path, num_batches: int | None) -> list[float] | None:
+    """Sums up on this rank's share; after so many batches the process is killed."""
+    runtime.start(CPU)
+    images, extractor = open_images(generated, "GENERATED"), small_features.make(CPU, None)
+    work = scores.make_work(folder, {"images": images.fingerprint}, len(images), 32, save_seconds=0.0)
+    num_left = num_batches
+
+    def batches(numbers: list[int]) -> Any:
+        nonlocal num_left
+        for batch in scores.given_batches(images)(numbers):
+            if num_left is not None:
+                num_left -= 1
+                if num_left < 0:
+                    raise KilledError
+            yield batch
+
+    try:
+        scores.sum_up(work, batches, extractor)
+    except KilledError:
+        return None
+    statistics = scores.statistics_of(work)
+    assert statistics.neighbours_KF is not None
+    assert statistics.inception_score is not None
+    mean = statistics.pooled.mean_F.sum() + statistics.pooled.covariance_FF.sum()
+    return [float(mean), float(statistics.neighbours_KF.sum()), *statistics.inception_score]
+
+
+def test_kills_and_other_numbers_of_ranks_leave_no_trace(tmp_path: Path, sets: Path) -> None:
+    (whole,) = run_in_processes(sum_until, 1, tmp_path / "whole", sets / "generated.npz", None)
+    assert run_in_processes(sum_until, 1, tmp_path / "killed", sets / "generated.npz", 3) == [None]
+    assert run_in_processes(sum_until, 2, tmp_path / "killed", sets / "generated.npz", 2) == [None, None]
+    files = sorted(file.name for file in (tmp_path / "killed").glob("sums_*"))
+    assert files == ["sums_000001_00000.npz", "sums_000002_00000.npz", "sums_000002_00001.npz"]
+    for made in run_in_processes(sum_until, 4, tmp_path / "killed", sets / "generated.npz", None):
+        assert made == pytest.approx(whole, rel=1e-12)
+
+
+def test_work_of_other_settings_is_refused(tmp_path: Path) -> None:
+    scores.make_work(tmp_path / "work", {"seed": 1}, 10, 2).begin()
+    with pytest.raises(UserError, match=r"unfinished work of others \(seed: 1 there, 2 now\)"):
+        scores.make_work(tmp_path / "work", {"seed": 2}, 10, 2).begin()
+
+
+# ---------------------------------------------------------------------------
+# References
+
+
+def load(path: Path, cache: Path, extractor: FeatureExtractor | None = None, counts: list[int] | None = None) -> Any:
+    begun = [] if counts is None else counts
+    return load_reference(path, extractor or small_features.make(CPU, None), cache, lambda *now: begun.append(now[1]))
+
+
+def test_a_reference_is_read_once(tmp_path: Path, sets: Path) -> None:
+    counts: list[int] = []
+    first, second = (load(sets / "real", tmp_path, counts=counts) for _ in range(2))
+    assert counts == [401]
+    assert first.floor == second.floor
+    assert torch.equal(first.statistics.pooled.covariance_FF, second.statistics.pooled.covariance_FF)
+    load(sets / "real", tmp_path, small_features.make(CPU, Path("others")), counts)
+    assert counts == [401, 401], "other features are other statistics"
+
+
+def test_an_image_that_changes_is_read_again(tmp_path: Path, sets: Path) -> None:
+    folder, counts = write_folder(tmp_path / "images", digits(0, 30)), list[int]()
+    load(folder, tmp_path / "cache", counts=counts)
+    Image.fromarray(digits(40, 1)[0]).save(folder / "all" / "00003.png")
+    load(folder, tmp_path / "cache", counts=counts)
+    assert counts == [30, 30]
+
+
+def test_a_cache_that_does_not_match_is_refused(tmp_path: Path, sets: Path) -> None:
+    load(sets / "real", tmp_path)
+    (entry,) = tmp_path.iterdir()
+    record = json.loads((entry / "record.json").read_text())
+    record["plan"]["images"] = "others"
+    (entry / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="holds statistics of other images or features; delete"):
+        load(sets / "real", tmp_path)
+    (entry / "record.json").write_text("{}")
+    with pytest.raises(UserError, match="is damaged"):
+        load(sets / "real", tmp_path)
+
+
+def test_our_statistics_are_a_reference_for_the_same_features_alone(tmp_path: Path, sets: Path) -> None:
+    reference = load(sets / "real", tmp_path)
+    (entry,) = tmp_path.iterdir()
+    given = load(entry / STATISTICS_FILE, tmp_path)
+    assert torch.equal(given.statistics.pooled.mean_F, reference.statistics.pooled.mean_F)
+    assert given.floor is None
+    with pytest.raises(UserError, match=r"expected statistics of fd_small by this version, got .*give the images"):
+        load(entry / STATISTICS_FILE, tmp_path, small_features.make(CPU, Path("others")))
+
+
+def test_statistics_without_a_name_are_the_fid_inceptions(tmp_path: Path) -> None:
+    """ADM's archives: distances by their statistics, neighbours by their images."""
+    mean, covariance = np.arange(24.0), np.diag(np.arange(1.0, 25.0))
+    np.savez(
+        tmp_path / "adm.npz",
+        arr_0=digits(0, 30),
+        mu=mean,
+        sigma=covariance,
+        mu_s=mean[:12],
+        sigma_s=covariance[:12, :12],
+    )
+    np.savez(tmp_path / "statistics.npz", mu=mean, sigma=covariance)
+    fid = small_features.make_fid(CPU, None)
+    both = load(tmp_path / "adm.npz", tmp_path / "cache", fid).statistics
+    assert both.pooled.mean_F.tolist() == mean.tolist()
+    assert both.spatial.covariance_FF.tolist() == covariance[:12, :12].tolist()
+    assert both.neighbours_KF.shape == (30, 24)
+    assert load(tmp_path / "statistics.npz", tmp_path / "cache", fid).statistics.neighbours_KF is None
+    images_only = load(tmp_path / "adm.npz", tmp_path / "cache").statistics
+    assert images_only.pooled.mean_F.tolist() != mean.tolist()
+    with pytest.raises(UserError, match="whose statistics are those of the FID Inception or of unknown features"):
+        load(tmp_path / "statistics.npz", tmp_path / "cache")
+
+
+def test_shards_are_the_images_they_hold(tmp_path: Path, sets: Path) -> None:
+    files = sorted((sets / "generated" / "all").iterdir())
+    shards = open_images(write_images(tmp_path / "shards", [file.read_bytes() for file in files]), "KEY")
+    folder = open_images(sets / "generated", "KEY")
+    places = [0, 5, 332]
+    assert torch.equal(shards.read(places), folder.read(places))
+    assert len(shards) == 333
+
+
+# ---------------------------------------------------------------------------
+# Mistakes
+
+
+def bad_sets(folder: Path) -> dict[str, Path]:
+    mixed = write_folder(folder / "mixed", digits(0, 3))
+    Image.fromarray(digits(9, 1, size=16)[0]).save(mixed / "all" / "00001.png")
+    damaged = write_folder(folder / "damaged", digits(0, 3))
+    (damaged / "all" / "00002.png").write_bytes(b"no image")
+    one = write_folder(folder / "one", digits(0, 1))
+    (folder / "empty").mkdir()
+    np.savez(folder / "keys.npz", images=digits(0, 3))
+    np.savez(folder / "floats.npz", digits(0, 3).astype(np.float32))
+    np.savez(folder / "objects.npz", mu=np.array([{}], object), sigma=np.zeros((1, 1)))
+    np.savez(
+        folder / "shapes.npz",
+        cfpretrain=np.array('{"features": "small None", "name": "", "made_by": "", "num_images": 9}'),
+        mu=np.zeros(3),
+        sigma=np.zeros((2, 2)),
+    )
+    (folder / "text.npz").write_text("no archive")
+    names = ("keys.npz", "floats.npz", "objects.npz", "shapes.npz", "text.npz", "empty", "absent")
+    return {"mixed": mixed, "damaged": damaged, "one": one, **{name: folder / name for name in names}}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mixed", "--reference: expected images of one size, got 16 x 16 in "),
+        ("damaged", "00002.png: no image of a known kind"),
+        ("one", "--reference: expected at least 2 images in "),
+        ("empty", "got 0; give more"),
+        ("absent", "which is nothing: it does not exist"),
+        ("keys.npz", "or mu and sigma (statistics), got "),
+        ("floats.npz", "got float32 [3, 8, 8, 3]; write them so"),
+        ("objects.npz", "Object arrays cannot be loaded when allow_pickle=False"),
+        ("shapes.npz", "expected a finite vector mu and its square sigma in "),
+        ("text.npz", "expected an .npz archive, got "),
+    ],
+)
+def test_sets_that_are_none(tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load(bad_sets(tmp_path)[name], tmp_path / "cache")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_mistakes_end_all_ranks_with_one_line(tmp_path: Path, sets: Path) -> None:
+    bad = bad_sets(tmp_path)
+    (tmp_path / "weights.pth").write_bytes(b"")
+    good = [sets / "generated.npz", "--reference", sets / "real"]
+    for arguments, message in (
+        ([bad["absent"], "--reference", sets / "real", *SMALL], "GENERATED: expected a folder of images, image shards"),
+        ([bad["mixed"], "--reference", sets / "real", *SMALL], "GENERATED: expected images of one size"),
+        ([*good, *SMALL, "--num-images", 7], "--num-images: expected 333, the images of "),
+        ([*good, "--features", "inception"], "--feature-weights: expected the file of the FID Inception's weights"),
+        ([*good, "--features", "dino"], "--features: expected inception, effnet_lite0 or module:function, got 'dino'"),
+        ([*good, "--features", "tests.small_features:make_fid"], "--features: expected a FeatureExtractor with a name"),
+        ([*good, "--features", "tests.small_features:make_nan"], "fd_nan: expected finite features, got NaN"),
+        ([*good, "--out", tmp_path / "no" / "out.json"], "--out: expected a file in a folder that is there"),
+    ):
+        ended = run(
+            [
+                *arguments,
+                *([] if "--out" in arguments else ["--out", tmp_path / "out.json"]),
+                "--cache",
+                tmp_path / "c",
+            ],
+            2,
+        )
+        assert ended.code == EXIT_USER_ERROR, arguments
+        assert f"[cfpretrain] error: {message}" in ended.err
+        assert ended.err.count("\n") == 1
+
+
+# ---------------------------------------------------------------------------
+# Of a model
+
+
+def test_a_models_images_are_scored_as_if_they_had_been_written(tmp_path: Path, shards: Path, sets: Path) -> None:
+    source = write_run(tmp_path / "run", shards)
+    how = ["--solver", "ddim", "--num-denoising-steps", "2", "--batch-size", "8", "--num-images", 30]
+    (ended,) = run_script("tools/sample.py", list(map(str, [source, "--out", tmp_path / "made.npz", *how])))
+    assert (ended.code, ended.err) == (0, "")
+    stored = scored(tmp_path, [tmp_path / "made.npz", "--reference", sets / "real", *SMALL])
+    for world_size in (1, 2):
+        direct = scored(tmp_path, [source, "--reference", sets / "real", *SMALL, *how], world_size)
+        assert [direct[name] for name in NAMES] == pytest.approx([stored[name] for name in NAMES], rel=1e-5)
+    other = scored(tmp_path, [source, "--reference", sets / "real", *SMALL, *how, "--labels", "random"])
+    assert other["settings"]["labels"] == "random"
+    assert other["fd_small"] != direct["fd_small"]
+    assert not os.path.lexists(tmp_path / ".scores.json.unfinished")

@@ -1,0 +1,162 @@
+"""What evaluation costs: sums, FID, precision and recall at scale, and two ranks against one; prints one JSON line.
+
+    OMP_NUM_THREADS=2 python tools/measure_evaluation.py scale
+    python tools/measure_evaluation.py ranks
+
+scale: random features of the Inception's size. Their sums, the Frechet distance and precision and recall, each with its
+seconds, the seconds a thousand images at several numbers of images, and the most memory the process has held.
+ranks: images a second that one process of one thread, and two such processes, reduce to sums; the two take turns.
+"""
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfpretrain import runtime
+from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.evaluation.feature_sums import FeatureSums
+from cfpretrain.evaluation.features import Features, make_extractor
+from cfpretrain.evaluation.frechet import frechet_distance
+from cfpretrain.evaluation.inception_score import splits_of
+from cfpretrain.evaluation.neighbours import precision_recall
+
+_BATCH = 250
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Measure evaluation.")
+    parser.add_argument("what", choices=("scale", "ranks", "one-rank"), help="one-rank: a process of ranks")
+    parser.add_argument("--num-images", type=int, default=50_000, help="of scale, in each set (default 50000)")
+    parser.add_argument("--num-features", type=int, default=2048, help="of scale (default 2048)")
+    parser.add_argument("--batches", type=int, default=20, help="of ranks, over all processes (default 20)")
+    parser.add_argument("--batch-size", type=int, default=32, help="of ranks (default 32)")
+    parser.add_argument("--features", default="effnet_lite0", help="of ranks (default effnet_lite0)")
+    parser.add_argument("--pairs", type=int, default=3, help="of ranks: turns of each (default 3)")
+    arguments = parser.parse_args()
+    try:
+        measured = {"scale": scale, "ranks": ranks, "one-rank": one_rank}[arguments.what](arguments)
+    except UserError as error:
+        exit_with(error)
+    print(json.dumps(measured), flush=True)
+
+
+def scale(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of random features, as large as they would be."""
+    num_images, num_features = arguments.num_images, arguments.num_features
+    if num_images < 2 * _BATCH:
+        raise UserError(f"--num-images: expected at least {2 * _BATCH}, got {num_images}")
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randn(num_images, num_features, generator=generator).relu_() for _ in range(2)]
+    sums, sum_seconds, per_thousand = [], 0.0, {}
+    for features_NF in sets:
+        total, begin = None, time.perf_counter()
+        with phase(f"sums of {num_images} images"):
+            for first in range(0, num_images, _BATCH):
+                rows_BF = features_NF[first : first + _BATCH]
+                batch = FeatureSums.of(Features(rows_BF), splits_of(len(rows_BF)))
+                total = batch if total is None else total + batch
+                if first + _BATCH in (num_images // 10, num_images // 2, num_images):
+                    per_thousand[first + _BATCH] = 1000 * (time.perf_counter() - begin) / (first + _BATCH)
+        sum_seconds = time.perf_counter() - begin
+        assert total is not None
+        sums.append(total.pooled.gaussian)
+    begin = time.perf_counter()
+    with phase("Frechet distance"):
+        distance = frechet_distance(*sums)
+    frechet_seconds, begin = time.perf_counter() - begin, time.perf_counter()
+    with phase("precision and recall"):
+        precision, recall = precision_recall(*sets)
+    return {
+        "num_images": num_images,
+        "num_features": num_features,
+        "sum_seconds_a_set": sum_seconds,
+        "sum_seconds_a_thousand_images": per_thousand,
+        "frechet_seconds": frechet_seconds,
+        "precision_recall_seconds": time.perf_counter() - begin,
+        "peak_rss_mb": runtime.peak_rss_mb(),
+        "frechet": distance,
+        "precision": precision,
+        "recall": recall,
+        **_where(),
+    }
+
+
+def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two processes against one."""
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(arguments.pairs):
+        for world_size in (1, 2) if turn % 2 else (2, 1):
+            rates[world_size].append(_rate(arguments, world_size))
+            say(f"turn {turn + 1}: {world_size} processes, {rates[world_size][-1]:.1f} images/s")
+    one, two = (statistics.median(rates[world_size]) for world_size in (1, 2))
+    return {"features": arguments.features, "images_per_second": rates, "efficiency": two / one / 2, **_where()}
+
+
+def _rate(arguments: argparse.Namespace, world_size: int) -> float:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--batches", arguments.batches, "--batch-size", arguments.batch_size, "--features", arguments.features]
+    command = [sys.executable, __file__, "one-rank", *map(str, options)]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    said = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise UserError("a process failed; what it wrote stands above")
+    return float(json.loads(said[0].splitlines()[-1])["images_per_second"])
+
+
+def one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Reduces its share of random images, and all shares together, after a batch to warm up."""
+    from cfpretrain.evaluation.scores import make_work, statistics_of, sum_up
+
+    device = runtime.pick_device()
+    runtime.start(device)
+    try:
+        extractor = make_extractor(arguments.features, device)
+        num_images = arguments.batches * arguments.batch_size
+        shape = (arguments.batch_size, 3, 256, 256)
+        images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        extractor(images)
+        folder = runtime.gather(tempfile.mkdtemp() if runtime.rank() == 0 else None)[0]
+        work = make_work(Path(folder), {}, num_images, arguments.batch_size)
+        runtime.barrier()
+        begin = time.perf_counter()
+        share = slice(runtime.rank(), None, runtime.world_size())
+        sum_up(work, lambda numbers: ((number, images) for number in numbers[share]), extractor)
+        statistics_of(work)
+        seconds = time.perf_counter() - begin
+        runtime.barrier()
+        if runtime.rank() == 0:
+            work.remove()
+        return {"images_per_second": num_images / seconds}
+    finally:
+        runtime.stop()
+
+
+def _where() -> dict[str, str]:
+    return {"torch": torch.__version__, "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+
+
+if __name__ == "__main__":
+    main()
