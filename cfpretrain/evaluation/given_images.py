@@ -150,26 +150,34 @@ class _Archive:
     def __init__(self, file: Path, key: str) -> None:
         self.name, self._key = str(file), key
         archive = _opened(file, key)
+        try:
+            self._open(archive, file)
+        except BaseException:
+            archive.close()
+            raise
+
+    def _open(self, archive: zipfile.ZipFile, file: Path) -> None:
         keys = [name.removesuffix(".npy") for name in archive.namelist()]
         if IMAGES not in keys:
             raise UserError(
-                f"{key}: expected an .npz with {IMAGES} (images) or {MEAN} and sigma (statistics), got {file} with "
-                f"{', '.join(keys) or 'nothing'}; write the images as {IMAGES}"
+                f"{self._key}: expected an .npz with {IMAGES} (images) or {MEAN} and sigma (statistics), got {file} "
+                f"with {', '.join(keys) or 'nothing'}; write the images as {IMAGES}"
             )
-        member = archive.getinfo(f"{IMAGES}.npy")
-        self._member: IO[bytes] = archive.open(member)
+        info = archive.getinfo(f"{IMAGES}.npy")
+        self._member: IO[bytes] = archive.open(info)
         try:
             np.lib.format.read_magic(self._member)
             self._shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(self._member)
-        except ValueError as error:
-            raise UserError(f"{key}: {file}: {IMAGES} cannot be read ({error}); write it again") from error
-        if dtype != np.uint8 or is_fortran or len(self._shape) != 4 or self._shape[3] not in (1, 3):
+            if dtype != np.uint8 or is_fortran or len(self._shape) != 4 or self._shape[3] not in (1, 3):
+                raise ValueError(f"it is {dtype} {list(self._shape)}")
+        except _DAMAGE as error:
+            self._member.close()
             raise UserError(
-                f"{key}: expected uint8 images [N, Y, X, 3] as {IMAGES} of {file}, got {dtype} {list(self._shape)}; "
-                "write them so"
-            )
+                f"{self._key}: expected uint8 images [N, Y, X, 3] as {IMAGES} of {file}, got none ({error}); write "
+                "them so"
+            ) from error
         self._begin = self._member.tell()
-        self.fingerprint = hashlib.blake2b(f"{member.CRC} {member.file_size}".encode(), digest_size=16).hexdigest()
+        self.fingerprint = hashlib.blake2b(f"{info.CRC} {info.file_size}".encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return int(self._shape[0])
@@ -193,20 +201,23 @@ def read_arrays(file: Path, key: str, names: Sequence[str]) -> Mapping[str, npt.
     Raises:
         UserError: the file is no archive, is damaged, or an array holds objects.
     """
-    archive = _opened(file, key)
     try:
-        return {
-            name: np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
-            for name in names
-            if f"{name}.npy" in archive.namelist()
-        }
+        with _opened(file, key) as archive:
+            return {
+                name: np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
+                for name in names
+                if f"{name}.npy" in archive.namelist()
+            }
+    except UserError:
+        raise
     except _DAMAGE as error:
         raise UserError(f"{key}: {file} cannot be read ({' '.join(str(error).split()):.120}); get it again") from error
 
 
 def has_array(file: Path, key: str, name: str) -> bool:
     """Whether an archive holds this array; errors as for `read_arrays`."""
-    return f"{name}.npy" in _opened(file, key).namelist()
+    with _opened(file, key) as archive:
+        return f"{name}.npy" in archive.namelist()
 
 
 def _opened(file: Path, key: str) -> zipfile.ZipFile:
