@@ -34,6 +34,7 @@ from cfpretrain.model.autoencoder import are_pixels
 SCHEMA_VERSION = 2
 INFO_FILE, INDEX_FILE = "cfpretrain.json", "index.json"
 HASH = "blake2b"  # of every shard file, kept in the index
+INFO_HASH = f"{INFO_FILE}.{HASH}"  # of the description; a key of the index, which MosaicML's readers pass over
 MAX_ID = 1 << 40  # above it, the loader notes folder and repetition
 
 _COMMON_COLUMNS = {"id": "int64", "label": "int32", "caption": "str", "checksum": "uint32"}
@@ -461,12 +462,23 @@ def _coder(encoding: str) -> encodings.Encoding:
     return encodings.NDArray.from_str(details) if name == "ndarray" else _CODERS[name]()
 
 
+def _check_description(source: Source, index: Mapping[str, Any], key: str) -> None:
+    """Refuses a description that is not what was written: a wrong scale would be believed."""
+    text = _required_text(source, INFO_FILE, key)
+    if hashlib.new(HASH, text.encode()).hexdigest() != index.get(INFO_HASH):
+        raise UserError(
+            f"{key}: {source.address}/{INFO_FILE}: expected the hash that {INDEX_FILE} records, got another: one of "
+            "the two was changed; restore both, or write the folder again"
+        )
+
+
 def _open_readers(source: Source, columns: Mapping[str, str], key: str) -> list[MDSReader]:
     again = "write the folder again"
     name = f"{source.address}/{INDEX_FILE}"
     try:
-        entries = json.loads(_required_text(source, INDEX_FILE, key))["shards"]
-        readers: list[MDSReader] = [_Reader.from_json("", "", entry) for entry in entries]
+        index = json.loads(_required_text(source, INDEX_FILE, key))
+        _check_description(source, index, key)
+        readers: list[MDSReader] = [_Reader.from_json("", "", entry) for entry in index["shards"]]
         for reader in readers:
             # Nothing else is decoded: one of MDS's encodings is a pickle.
             found = dict(zip(reader.column_names, reader.column_encodings, strict=True))
