@@ -464,11 +464,12 @@ def _coder(encoding: str) -> encodings.Encoding:
 
 def _check_description(source: Source, index: Mapping[str, Any], key: str) -> None:
     """Refuses a description that is not what was written: a wrong scale would be believed."""
-    text = _required_text(source, INFO_FILE, key)
-    if hashlib.new(HASH, text.encode()).hexdigest() != index.get(INFO_HASH):
+    text, expected = _required_text(source, INFO_FILE, key), index.get(INFO_HASH, "none")
+    got = hashlib.new(HASH, text.encode()).hexdigest()
+    if got != expected:
         raise UserError(
-            f"{key}: {source.address}/{INFO_FILE}: expected the hash that {INDEX_FILE} records, got another: one of "
-            "the two was changed; restore both, or write the folder again"
+            f"{key}: {source.address}/{INFO_FILE}: expected the hash that {INDEX_FILE} records, {expected:.16}, got "
+            f"{got:.16}; restore both files, or write the folder again"
         )
 
 

@@ -110,7 +110,7 @@ class KLAutoencoder:
         self.stride: int = 2 ** (len(config.block_out_channels) - 1)  # pixels a side of what becomes one latent
         self.shift, self.scale = shift_and_scale(config)
         self._scaling = LatentScaling(self.shift, self.scale)
-        self._network: Any = network.eval().requires_grad_(False)
+        self.network: Any = network.eval().requires_grad_(False)
         self._name = name
 
     @classmethod
@@ -172,17 +172,17 @@ class KLAutoencoder:
         """
         _, channels, height, width = images_BCYX.shape
         self.latent_shape((channels, height, width))
-        posterior = self._network.encode(images_BCYX.to(self._network.dtype) * 2 - 1).latent_dist
+        posterior = self.network.encode(images_BCYX.to(self.network.dtype) * 2 - 1).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
     @torch.no_grad()
     def decode(self, latents_BCYX: Tensor) -> Tensor:
         """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, 1 or 3, Y, X]."""
-        raw_BCYX = self._scaling.from_model(latents_BCYX).to(self._network.dtype)
+        raw_BCYX = self._scaling.from_model(latents_BCYX).to(self.network.dtype)
         # In slices: activations of the decoder take a hundred times the memory of its images, or more.
         num_pixels = raw_BCYX.shape[-2] * raw_BCYX.shape[-1] * self.stride**2
         slices = torch.split(raw_BCYX, max(1, _PIXELS_AT_ONCE // num_pixels))
-        images_BCYX = torch.cat([self._network.decode(part).sample for part in slices])
+        images_BCYX = torch.cat([self.network.decode(part).sample for part in slices])
         return images_BCYX.float() / 2 + 0.5
 
 
