@@ -9,8 +9,6 @@ the tensors are kept bit for bit. Nothing in a file is run: pickles of anything 
 """
 
 import argparse
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +17,6 @@ from cfpretrain.console import UserError, exit_with, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def main() -> None:
@@ -45,16 +41,14 @@ def run(file: Path, out: Path, scaling_factor: float | None) -> None:
     """Converts, writes, and reads back what was written."""
     if scaling_factor is not None and not 0 < scaling_factor < float("inf"):
         raise UserError(f"--scaling-factor: expected a number above 0, got {scaling_factor}")
-    if file.suffix not in (".safetensors", *_PICKLES) or not file.is_file():
-        raise UserError(f"FILE: expected a file .safetensors, {', '.join(_PICKLES)}, got {file}; give a checkpoint")
     with phase("loading torch and diffusers"):
+        from cfpretrain.export import foreign_files
         from cfpretrain.export.autoencoder import pick_tensors
         from cfpretrain.model import autoencoder
 
         autoencoder.refuse_existing(out)
     with phase(f"reading {file}"):
-        content = _read(file)
-    tensors = pick_tensors(content)
+        tensors = pick_tensors(foreign_files.read(file, "FILE"))
     config, state = _convert(file, tensors, scaling_factor)
     network = autoencoder.fill_network(config, state, str(file))
     autoencoder.write_folder(out, network)
@@ -65,32 +59,6 @@ def run(file: Path, out: Path, scaling_factor: float | None) -> None:
     )
     say(f"fingerprint {made.fingerprint}")
     say(f"in a config: data.latent_shift={_short(made.shift)} data.latent_scale={_short(made.scale)}")
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that are refused anyway
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"FILE: {file} cannot be read ({_line(error)}); download it again") from error
-    except Exception as error:  # a foreign file can break the reader in any way
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise UserError(f"FILE: {file} is no checkpoint of torch ({_line(error)}); download it again") from error
-        raise UserError(
-            f"FILE: expected a pickle of nothing but tensors, got {found[1]} in {file}, and what is not data can run "
-            "code when it is read; take the same weights as .safetensors"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"FILE: expected a dict of tensors in {file}, got {type(content).__name__}; give a checkpoint")
-    return content
 
 
 def _convert(
@@ -115,10 +83,6 @@ def _convert(
                 "is no published one; give it, or 1"
             )
     return config | ({} if scaling_factor is None else {"scaling_factor": scaling_factor}), state
-
-
-def _line(error: Exception) -> str:
-    return f"{' '.join(str(error).split()):.200}"
 
 
 def _short(values: tuple[float, ...]) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, phase, say
-from cfpretrain.evaluation.sampling_options import add_sampling_options, read_settings
+from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
     from cfpretrain.evaluation.generation import GenerationSettings
@@ -92,9 +92,11 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"{name}: expected at least 1, got {value}")
     arguments.out = arguments.out or Path("samples.png")
-    for name, path in (("--out", arguments.out), ("--trajectory", arguments.trajectory)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{name}: expected a place in a folder that is there, got {path}; make {path.parent} first")
+    if arguments.trajectory is not None:
+        check_place("--trajectory", arguments.trajectory)
+    else:
+        # An archive or a folder may be there and hold these images.
+        check_place("--out", arguments.out, must_be_new=arguments.out.suffix == ".png")
 
 
 def _labels(arguments: argparse.Namespace, source: "Source") -> list[int]:
@@ -143,7 +145,7 @@ def _draw_trajectory(path: Path, source: "Source", label: int, settings: "Genera
 
     config, device = source.config, source.device
     decode, colours = decode_to_look_at(config, device)
-    note = ", ".join(filter(None, ("flat: not made yet", colours)))
+    note = ", ".join(filter(None, ("grey: not made yet", colours)))
     with phase("following one image on its way"):
         way = follow(config, source.model, label, settings, device)
     latents = unpatchify(way.states.flatten(0, 1), config.model.patch_size)
@@ -216,6 +218,8 @@ def _plan(source: "Source", autoencoder: Any, labels: list[int], settings: "Gene
         "autoencoder": autoencoder.fingerprint,
         "num_images": len(labels),
         "classes": list(dict.fromkeys(labels)),
+        "trained_order": [source.config.order.token_order, source.config.order.block_size],
+        "noise_schedule": dataclasses.asdict(source.config.noise),
         **dataclasses.asdict(settings),
     }
 

@@ -138,6 +138,9 @@ def _infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "down_block_types": kinds("encoder.down", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         # Latent Diffusion counts the decoder's levels from the pixels up, diffusers as they are gone through.
         "up_block_types": kinds("decoder.up", "UpDecoderBlock2D", "AttnUpDecoderBlock2D")[::-1],
+        # Stable Diffusion 3 and FLUX have neither.
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
         # No tensor says these two: Latent Diffusion has one number of groups, and trained on images of this size.
         "norm_num_groups": 32,
         "sample_size": 256,
