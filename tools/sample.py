@@ -169,7 +169,6 @@ def _write_set(
     arguments: argparse.Namespace, source: "Source", labels: list[int], settings: "GenerationSettings"
 ) -> None:
     from cfpretrain import runtime
-    from cfpretrain.data.encoding import Exchange, LostRankError
     from cfpretrain.evaluation.generation import generate_batches
     from cfpretrain.evaluation.image_set import ImageSet
     from cfpretrain.lifeline import Launcher
@@ -192,14 +191,14 @@ def _write_set(
     try:
         with (
             _Progress(len(labels), num_done, len(missing), settings) as progress,
-            Exchange(check_launcher) as exchange,
+            runtime.Exchange(check_launcher) as exchange,
         ):
             for ids, made in generate_batches(
                 config, source.model, labels, settings, device, autoencoder.decode, missing, progress.step
             ):
                 images.write(ids, made)
                 exchange.add(len(ids))
-    except LostRankError as error:
+    except runtime.LostRankError as error:
         _leave_with(f"another rank is gone ({error})")
     with runtime.together():
         if runtime.rank() == 0:

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, images in (("training", train), ("held-out", held_out)):
         error = reconstruction_error(made, images, cpu)
         say(f"mean squared error of reconstructed {name} images on [-1, 1]: {error:.5f}")
-    say(f"in a config: data.latent_shift={_show(made.shift)} data.latent_scale={_show(made.scale)}")
+    say(f"in a config: {made.scaling_overrides()}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -196,10 +196,6 @@ def measure_latents(network: Any, images_BCYX: "Tensor", seed: int) -> tuple[lis
     std_C, mean_C = torch.std_mean(samples_BCYX.double(), dim=(0, 2, 3))
     mean, std = ([float(f"{value:.4g}") for value in values_C.tolist()] for values_C in (mean_C, std_C))
     return mean, std
-
-
-def _show(values: tuple[float, ...]) -> str:
-    return "[" + ",".join(f"{value:.9g}" for value in values) + "]"
 
 
 if __name__ == "__main__":
