@@ -174,7 +174,7 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
         assert asked, f"{optimizers.__name__} of DeepSpeed {deepspeed.__version__} does not ask is_invalid_grad_norm"
         optimizers.is_invalid_grad_norm = _gate.refuses
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
-    return deepspeed  # type: ignore[no-any-return]
+    return deepspeed
 
 
 def _say_nothing(*_: Any, **__: Any) -> None:

@@ -154,6 +154,40 @@ def equal_sizes(num_tokens: int, num_ar_steps: int) -> list[int]:
     return [(i + 1) * num_tokens // num_ar_steps - i * num_tokens // num_ar_steps for i in range(num_ar_steps)]
 
 
+def cosine_sizes(num_tokens: int, num_ar_steps: int) -> list[int]:
+    """Sizes of AR steps that grow as the cosine falls: few tokens while little is known (MaskGIT, arXiv 2202.04200)."""
+    _check_num_ar_steps(num_tokens, num_ar_steps)
+    left = [math.cos(math.pi / 2 * (i + 1) / num_ar_steps) * num_tokens for i in range(num_ar_steps)]
+    ends = [round(num_tokens - tokens) for tokens in left]
+    # At least one token a step, and enough left for the steps to come.
+    for i in range(num_ar_steps):
+        ends[i] = max(ends[i], (ends[i - 1] if i else 0) + 1)
+    for i in range(num_ar_steps - 1, -1, -1):
+        ends[i] = min(ends[i], num_tokens - (num_ar_steps - 1 - i))
+    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def choose_sizes(num_tokens: int, num_ar_steps: int, sizes: str | Sequence[int]) -> list[int]:
+    """Sizes of AR steps as a person asks for them.
+
+    Args:
+        num_tokens: that are to be made.
+        num_ar_steps: how many steps; where sizes are given, their number.
+        sizes: "equal", "cosine", or the sizes themselves.
+
+    Raises:
+        ValueError: no such number of steps; sizes below 1, or that add up to something else.
+    """
+    if isinstance(sizes, str):
+        return {"equal": equal_sizes, "cosine": cosine_sizes}[sizes](num_tokens, num_ar_steps)
+    if min(sizes, default=0) < 1 or sum(sizes) != num_tokens or len(sizes) != num_ar_steps:
+        raise ValueError(
+            f"sizes of AR steps: expected {num_ar_steps} numbers of at least 1 that add up to {num_tokens}, the tokens "
+            f"to make, got {len(sizes)} that add up to {sum(sizes)}"
+        )
+    return list(sizes)
+
+
 def steps_from_sizes(sizes: Sequence[int] | Tensor) -> Tensor:
     """The AR step of each position for steps of the given sizes: int64 [L]."""
     sizes = torch.as_tensor(sizes)

@@ -1,9 +1,13 @@
 """Generation: AR steps outside, diffusion inside, with a cache of the clean context and classifier-free guidance.
 
-One AR step is a plain diffusion transformer; as many AR steps as tokens is pure autoregression.
+One AR step is a plain diffusion transformer; as many AR steps as tokens is pure autoregression. Tokens that are given
+beforehand are clean context like those of earlier AR steps, at any places: that is in-context editing, and needs no
+training of its own (section 6 of arXiv 2412.12095).
 """
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,7 +15,7 @@ from torch import Tensor
 
 from cfpretrain import seeds
 from cfpretrain.model.transformer import ClassPart, ImagePart, KeyValueCache, Part
-from cfpretrain.noise import Schedule, ddpm_update
+from cfpretrain.noise import Schedule, Walk
 from cfpretrain.order import draw_orders
 
 
@@ -32,6 +36,9 @@ class Model(Protocol):
 # draw(k, positions_BN) -> float32 [B, N, P]: k = 0 is where denoising starts, k = 1, 2, ... the noise after the k-th
 # denoising step.
 NoiseDraw = Callable[[int, Tensor], Tensor]
+# watch(s, n, positions_BN, tokens_BNP): in AR step s, counted from 0, n denoising steps are left; at n = 0 tokens are
+# clean. Called on every rank alike, before each denoising step and after the last.
+Watch = Callable[[int, int, Tensor, Tensor], None]
 
 
 def noise_by_image(seed: int, image_ids_B: Tensor, patch_values: int) -> NoiseDraw:
@@ -59,6 +66,30 @@ def sampling_orders(
     return draw_orders(seeds.fold(seeds.key(seed, "sampling order"), image_ids_B), num_tokens, token_order, block_size)
 
 
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: uncond + scale * (cond - uncond) on all channels.
+
+    Attributes:
+        scale: 1 leaves the branch without a class out.
+        along_ar: "constant", or "linear": from 1 to `scale` with the share of the tokens that are made once an AR step
+            is, as MAR does (arXiv 2406.11838).
+        first_timestep, last_timestep: the original timesteps in which it acts, both included; outside, the scale is 1
+            (guidance interval, arXiv 2404.07724). None for the last: to the end.
+    """
+
+    scale: float = 1.0
+    along_ar: str = "constant"
+    first_timestep: int = 0
+    last_timestep: int | None = None
+
+    def at(self, share_made: float, timestep: int) -> float:
+        """The scale at a timestep of the AR step after which this share of the tokens is made."""
+        if timestep < self.first_timestep or (self.last_timestep is not None and timestep > self.last_timestep):
+            return 1.0
+        return self.scale if self.along_ar == "constant" else 1 + (self.scale - 1) * share_made
+
+
 @torch.no_grad()
 def generate(
     model: Model,
@@ -66,8 +97,11 @@ def generate(
     order_BL: Tensor,
     ar_step_sizes: Sequence[int],
     schedule: Schedule,
-    guidance: float,
+    guidance: Guidance,
     draw_noise: NoiseDraw,
+    solver: str = "ddpm",
+    given_BKP: Tensor | None = None,
+    watch: Watch = lambda *_: None,
 ) -> Tensor:
     """Generates images, AR step by AR step.
 
@@ -75,61 +109,80 @@ def generate(
         model: predicts epsilon.
         labels_B: int64 [B], the classes asked for.
         order_BL: int64 [B, L], which token of the grid is made at each position.
-        ar_step_sizes: sizes of the AR steps, adding up to L.
+        ar_step_sizes: sizes of the AR steps, adding up to the tokens that are not given.
         schedule: the (respaced) noise levels; each AR step runs through all of them.
-        guidance: scale of classifier-free guidance, uncond + guidance * (cond - uncond); 1 leaves the branch out.
+        guidance: towards the class.
         draw_noise: the randomness, e.g. `noise_by_image`.
+        solver: see `noise.Walk`.
+        given_BKP: float32, the tokens of the first K positions of the order, which come back as they are.
+        watch: sees the tokens on their way.
 
     Returns:
         Tokens in raster order: float32 [B, L, P], in the model's scale.
     """
     B, L = order_BL.shape
-    assert sum(ar_step_sizes) == L, (ar_step_sizes, L)
-    guided = guidance != 1.0
+    num_given = 0 if given_BKP is None else given_BKP.shape[1]
+    assert num_given + sum(ar_step_sizes) == L, (num_given, ar_step_sizes, L)
     # The branch without a class keeps its own cache: the same clean context under the null class.
-    branches = [labels_B, torch.full_like(labels_B, model.null_class)] if guided else [labels_B]
+    branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
     cache = KeyValueCache(model.depth, model.num_cond_tokens + L)
     model([ClassPart(torch.cat(branches))], cache=cache)
 
     tokens_BLP = torch.zeros(B, L, model.patch_values, device=labels_B.device)
+    sizes = [num_given, *ar_step_sizes] if num_given else list(ar_step_sizes)
     begin = 0
-    for size in ar_step_sizes:
+    for ar_step, size in enumerate(sizes, start=-1 if num_given else 0):
         positions_BN = order_BL[:, begin : begin + size]
-        step_BNP = _denoise(model, cache, positions_BN, schedule, guidance, draw_noise, len(branches))
-        tokens_BLP.scatter_(1, positions_BN.unsqueeze(-1).expand_as(step_BNP), step_BNP)
         begin += size
+        if ar_step < 0:
+            assert given_BKP is not None
+            step_BNP = given_BKP
+        else:
+            denoised = _Denoised(model, cache, positions_BN, schedule, guidance, begin / L, len(branches))
+            step_BNP = denoised.run(Walk(schedule, solver), draw_noise, functools.partial(watch, ar_step))
+        tokens_BLP.scatter_(1, positions_BN.unsqueeze(-1).expand_as(step_BNP), step_BNP)
         if begin < L:
             part = _clean_part(step_BNP.repeat(len(branches), 1, 1), positions_BN.repeat(len(branches), 1))
             model([part], cache=cache)
     return tokens_BLP
 
 
-def _denoise(
-    model: Model,
-    cache: KeyValueCache,
-    positions_BN: Tensor,
-    schedule: Schedule,
-    guidance: float,
-    draw_noise: NoiseDraw,
-    num_branches: int,
-) -> Tensor:
-    """One AR step's tokens from noise to clean, given the context in the cache: [B, N, P]."""
-    noised_BNP = draw_noise(0, positions_BN)
-    branch_positions_BN = positions_BN.repeat(num_branches, 1)
-    for denoising_step, level in enumerate(reversed(range(len(schedule))), start=1):
-        timesteps_B = schedule.timesteps_T[level].to(positions_BN.device).expand(len(branch_positions_BN))
-        part = _noised_part(noised_BNP.repeat(num_branches, 1, 1), branch_positions_BN, timesteps_B)
-        epsilon_BNP = _guide(model([part], cache=cache).float(), guidance, num_branches)
-        noise_BNP = draw_noise(denoising_step, positions_BN) if level > 0 else torch.zeros_like(noised_BNP)
-        noised_BNP = ddpm_update(schedule, level, noised_BNP, epsilon_BNP, noise_BNP)
-    return noised_BNP
+@dataclass(frozen=True)
+class _Denoised:
+    """One AR step's tokens, given the context in the cache."""
 
+    model: Model
+    cache: KeyValueCache
+    positions_BN: Tensor
+    schedule: Schedule
+    guidance: Guidance
+    share_made: float
+    num_branches: int
 
-def _guide(epsilon_BNP: Tensor, guidance: float, num_branches: int) -> Tensor:
-    if num_branches == 1:
-        return epsilon_BNP
-    with_class, without_class = epsilon_BNP.chunk(2)
-    return without_class + guidance * (with_class - without_class)
+    def run(self, walk: Walk, draw_noise: NoiseDraw, watch: Callable[[int, Tensor, Tensor], None]) -> Tensor:
+        """From noise to clean: [B, N, P]."""
+        noised_BNP = draw_noise(0, self.positions_BN)
+        for denoising_step, level in enumerate(reversed(range(len(self.schedule))), start=1):
+            watch(level + 1, self.positions_BN, noised_BNP)
+            epsilon_BNP = self._epsilon(noised_BNP, int(self.schedule.timesteps_T[level]))
+            wants_noise = walk.is_random and level > 0
+            noise_BNP = draw_noise(denoising_step, self.positions_BN) if wants_noise else torch.zeros_like(noised_BNP)
+            noised_BNP = walk.step(level, noised_BNP, epsilon_BNP, noise_BNP)
+        watch(0, self.positions_BN, noised_BNP)
+        return noised_BNP
+
+    def _epsilon(self, noised_BNP: Tensor, timestep: int) -> Tensor:
+        scale = self.guidance.at(self.share_made, timestep)
+        num_branches = 1 if scale == 1 else self.num_branches
+        positions_BN = self.positions_BN.repeat(num_branches, 1)
+        timesteps_B = torch.full((len(positions_BN),), timestep, device=positions_BN.device)
+        part = _noised_part(noised_BNP.repeat(num_branches, 1, 1), positions_BN, timesteps_B)
+        cache = self.cache if num_branches == self.num_branches else self.cache.of_first(len(positions_BN))
+        epsilon_BNP = self.model([part], cache=cache).float()
+        if num_branches == 1:
+            return epsilon_BNP
+        with_class, without_class = epsilon_BNP.chunk(2)
+        return without_class + scale * (with_class - without_class)
 
 
 def _clean_part(clean_BNP: Tensor, positions_BN: Tensor) -> ImagePart:

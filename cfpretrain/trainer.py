@@ -31,7 +31,7 @@ from cfpretrain.data.loader import Batch, Loader, Position, open_folders
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
-from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_for, grid_title
+from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_images, grid_title
 from cfpretrain.health import Guard
 from cfpretrain.lifeline import StopRequest, Watch
 from cfpretrain.loss import LossTerms
@@ -46,7 +46,9 @@ from cfpretrain.metrics import (
     training_flops,
 )
 from cfpretrain.model.transformer import BlockSettings, initial_values
+from cfpretrain.order import equal_sizes
 from cfpretrain.run_folder import finished_step, is_done, prepare_folder, remove_requeue, write_requeue
+from cfpretrain.sampler import Guidance
 from cfpretrain.tensor_files import DamagedCheckpointError
 
 _PACKAGES = ("torch", "deepspeed", "mosaicml-streaming")
@@ -466,13 +468,19 @@ class Trainer:
             module.eval()
             for num_ar_steps in sample.num_ar_steps:
                 settings = GenerationSettings(
-                    num_ar_steps, sample.num_denoising_steps, sample.guidance, batch_size, self.config.run.seed
+                    equal_sizes(self.config.model.num_tokens, num_ar_steps),
+                    sample.num_denoising_steps,
+                    Guidance(sample.guidance),
+                    batch_size,
+                    self.config.run.seed,
                 )
-                grids.append((settings, generate_for(self.config, module, labels, settings, self.device, self.decode)))
+                images = generate_images(self.config, module, labels, settings, self.device, self.decode)
+                grids.append((settings, images))
             module.train()
         for settings, images in grids if runtime.rank() == 0 else []:
             try:
-                self._draw_grid(images, names, settings, grid_title(self.at.step, settings, self.decode_note))
+                title = grid_title(f"step {self.at.step}, EMA weights", settings, self.decode_note)
+                self._draw_grid(images, names, settings, title)
             except OSError as error:  # a picture is not worth a run
                 say(f"WARNING: {error.filename or self.folder} cannot be written: {error.strerror or error}")
 

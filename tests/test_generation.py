@@ -1,66 +1,104 @@
-"""Images made by all ranks together: the same on any number of ranks, surplus images masked."""
+"""Images made by all ranks together: the same on any number of ranks, surplus images masked; edits; trajectories."""
+
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
 from cfpretrain import config as configs
-from cfpretrain import noise, runtime
+from cfpretrain import runtime
+from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.evaluation.generation import (
     GenerationSettings,
     decode_to_look_at,
-    generate_for,
+    edit_tokens,
+    follow,
+    generate_batches,
     generate_images,
     grid_title,
 )
+from cfpretrain.order import equal_sizes
+from cfpretrain.regions import parse_region
+from cfpretrain.sampler import Guidance
 from tests.processes import run_in_processes
 from tests.test_config import TINY
 from tests.test_transformer import small_model
 
 LABELS = [0, 1, 2, 3, 4, 0, 1]
+CPU = torch.device("cpu")
+
+
+def small_config(*overrides: str) -> Config:
+    """Of `small_model`: 9 tokens of 2 x 2 pixels."""
+    return configs.load(TINY, ["model.latent_size=6", "model.num_classes=5", *overrides])
+
+
+def settings_of(num_ar_steps: int = 2, batch_size: int = 2, guidance: float = 1.0, **others) -> GenerationSettings:
+    return GenerationSettings(equal_sizes(9, num_ar_steps), 3, Guidance(guidance), batch_size, seed=5, **others)
 
 
 def make(settings: GenerationSettings) -> Tensor:
-    schedule = noise.linear_schedule()
-    return generate_images(small_model(), lambda x: x / 2 + 0.5, LABELS, settings, schedule, 9, 2, torch.device("cpu"))
+    return generate_images(small_config(), small_model(), LABELS, settings, CPU)
 
 
-def make_on_ranks(settings: GenerationSettings) -> tuple[list[list[float]], int]:
+def make_on_ranks(settings: GenerationSettings) -> tuple[list[list[float]], int, list[list[int]]]:
+    """The images, the forwards of this rank, and the ids that it gives out."""
     torch.set_num_threads(1)
-    runtime.start(torch.device("cpu"))
+    runtime.start(CPU)
     calls: list[int] = []
     handle = torch.nn.modules.module.register_module_forward_hook(
         lambda module, *_: calls.append(1) if type(module).__name__ == "CausalFusion" else None
     )
     images = make(settings)
     handle.remove()
+    ids = [ids.tolist() for ids, _ in generate_batches(small_config(), small_model(), LABELS, settings, CPU)]
     runtime.stop()
-    return images.flatten(1).tolist(), len(calls)
+    return images.flatten(1).tolist(), len(calls), ids
 
 
 @pytest.mark.parametrize("num_ar_steps", [3])
 def test_images_are_equal_on_any_number_of_ranks(num_ar_steps) -> None:
-    settings = GenerationSettings(num_ar_steps, num_denoising_steps=3, guidance=2.0, batch_size=2, seed=5)
+    settings = settings_of(num_ar_steps, guidance=2.0)
     by_world = [run_in_processes(make_on_ranks, world_size, settings) for world_size in (1, 2, 3)]
     one = by_world[0][0][0]
     assert len(one) == len(LABELS)
     for ranks in by_world:
-        images, calls = zip(*ranks, strict=True)
+        images, calls, ids = zip(*ranks, strict=True)
         assert all(made == one for made in images)
         # Under ZeRO-3 every rank must run as many forwards as any other.
         assert len(set(calls)) == 1
+        # Each image is given out once, and no surplus.
+        assert sorted(i for of_rank in ids for batch in of_rank for i in batch) == list(range(len(LABELS)))
 
 
 def test_batch_size_changes_rounding_only() -> None:
-    one, other = (make(GenerationSettings(2, 3, 1.0, batch_size, 5)) for batch_size in (1, 7))
+    one, other = (make(settings_of(batch_size=batch_size)) for batch_size in (1, 7))
     assert one.shape == (7, 1, 6, 6)
     torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_batches_can_be_made_alone() -> None:
+    """What is made again after a kill is bit by bit what would have been."""
+    settings, config, model = settings_of(batch_size=3), small_config(), small_model()
+    whole = make(settings)
+    again = list(generate_batches(config, model, LABELS, settings, CPU, numbers=[2, 0]))
+    assert [ids.tolist() for ids, _ in again] == [[6], [0, 1, 2]]
+    for ids, images in again:
+        assert torch.equal(images, whole[ids])
+    assert list(generate_batches(config, model, LABELS, settings, CPU, numbers=[])) == []
+
+
+def test_every_denoising_step_is_said() -> None:
+    settings, before, steps = settings_of(3, batch_size=4), runtime.num_ticks(), []
+    generate_images(small_config(), small_model(), LABELS, settings, CPU, on_step=lambda: steps.append(1))
+    assert len(steps) == runtime.num_ticks() - before == 2 * 3 * 3  # batches, AR steps, denoising steps
+
+
 def test_the_order_of_tokens_is_the_models() -> None:
     """Of three AR steps in raster order, the first makes the first row of tokens, from the noise of the same tokens."""
-    settings = GenerationSettings(3, num_denoising_steps=3, guidance=1.0, batch_size=7, seed=5)
+    settings = settings_of(3, batch_size=7)
     seen: list[Tensor] = []
 
     def spy(model, parts, intervals=None, cache=None):
@@ -68,26 +106,112 @@ def test_the_order_of_tokens_is_the_models() -> None:
 
     model = small_model()
     model.register_forward_pre_hook(lambda module, args, kwargs: spy(module, *args, **kwargs), with_kwargs=True)
-    schedule = noise.linear_schedule()
-    generate_images(model, lambda x: x, LABELS, settings, schedule, 9, 2, torch.device("cpu"), "raster")
+    generate_images(small_config("order.token_order=raster"), model, LABELS, settings, CPU)
     made = [positions[0].tolist() for positions in seen if positions.shape[1]]
     assert made == [row for row in ([0, 1, 2], [3, 4, 5], [6, 7, 8]) for _ in range(3)]
+
+
+def test_sizes_solver_and_spacing_reach_the_sampler() -> None:
+    plain = make(settings_of(2, 7))
+    for change in (
+        {"ar_step_sizes": [1, 8]},
+        {"solver": "ddim"},
+        {"solver": "dpm++"},
+        {"spacing": "log_snr"},
+        {"seed": 6},
+        {"token_order": "raster"},
+        {"token_order": "dilated", "block_size": 3},
+        {"guidance": Guidance(3.0)},
+        {"guidance": Guidance(3.0, "linear")},
+        {"guidance": Guidance(3.0, last_timestep=500)},
+    ):
+        other = make(dataclasses.replace(settings_of(2, 7), **change))
+        assert not torch.allclose(plain, other, atol=1e-3), change
 
 
 @pytest.mark.parametrize(("num_channels", "note"), [(1, ""), (3, ""), (16, "false colours")])
 def test_a_picture_says_whether_its_colours_are_true(num_channels, note) -> None:
     config = configs.load(TINY, [f"model.latent_channels={num_channels}"])
-    decode, said = decode_to_look_at(config, torch.device("cpu"))
+    decode, said = decode_to_look_at(config, CPU)
     assert said == note
     assert decode(torch.zeros(2, num_channels, 8, 8)).shape == (2, 3 if num_channels > 1 else 1, 8, 8)
-    settings = GenerationSettings(4, 25, 2.0, 2, 5)
-    assert (f"denoising steps 25, {note}" if note else "denoising steps 25") in grid_title(3, settings, said)
+    title = grid_title("step 3", settings_of(4), said)
+    assert title == f"step 3, guidance 1\nAR steps 4, denoising steps 3{', ' + note if note else ''}"
+    title = grid_title("step 3", settings_of(4, solver="dpm++", token_order="raster"), said)
+    assert title.splitlines()[1].startswith("AR steps 4, denoising steps 3 (dpm++), order raster")
 
 
 def test_images_for_scores_are_decoded_or_refused() -> None:
     config = configs.load(TINY, ["model.latent_channels=4", "model.latent_size=3", "model.patch_size=1"])
-    settings, cpu = GenerationSettings(1, 2, 1.0, 2, 5), torch.device("cpu")
+    settings = settings_of(1)
     with pytest.raises(UserError, match=r"model\.latent_channels"):
-        generate_for(config, small_model(), [0], settings, cpu)
-    decode, _ = decode_to_look_at(config, cpu)
-    assert generate_for(config, small_model(), [0], settings, cpu, decode).shape == (1, 3, 3, 3)
+        generate_images(config, small_model(), [0], settings, CPU)
+    assert generate_images(config, small_model(), [0], settings, CPU, decode_to_look_at(config, CPU)[0]).shape == (
+        *(1, 3, 3, 3),
+    )
+
+
+# ---------------------------------------------------------------------------
+# Edits
+
+
+def test_edits_keep_what_is_outside_of_the_region_bit_for_bit() -> None:
+    model, config = small_model(), small_config()
+    region = parse_region("tokens:0,2,5", 3)
+    tokens = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
+    settings = GenerationSettings([1, 2], 3, Guidance(2.0), batch_size=2, seed=5)
+    edited = edit_tokens(config, model, tokens, region, [1, 4, 4], settings, CPU)
+    assert torch.equal(edited[:, ~region], tokens[:, ~region])
+    assert (edited[:, region] != tokens[:, region]).all()
+    # What was kept is seen, and so is the class.
+    other = edit_tokens(config, model, tokens + 1, region, [1, 4, 4], settings, CPU)
+    assert not torch.allclose(other[:, region], edited[:, region], atol=1e-2)
+    other = edit_tokens(config, model, tokens, region, [0, 0, 0], settings, CPU)
+    assert not torch.allclose(other[:, region], edited[:, region], atol=1e-2)
+    # An edit depends on its id, not on its place in the batch.
+    alone = edit_tokens(config, model, tokens[2:], region, [4], settings, CPU, first_id=2)
+    torch.testing.assert_close(alone, edited[2:], rtol=1e-4, atol=1e-5)
+
+
+def test_editing_everything_is_generating() -> None:
+    config, model, settings = small_config(), small_model(), settings_of(3, batch_size=7, guidance=2.0)
+    region, tokens = torch.ones(9, dtype=torch.bool), torch.zeros(7, 9, 4)
+    edited = edit_tokens(config, model, tokens, region, LABELS, settings, CPU)
+    images = generate_images(config, model, LABELS, settings, CPU)
+    decode, _ = decode_to_look_at(config, CPU)
+    from cfpretrain.model.transformer import unpatchify
+
+    assert torch.equal(decode(unpatchify(edited, 2)), images)
+
+
+# ---------------------------------------------------------------------------
+# Trajectories
+
+
+def test_a_trajectory_ends_at_the_image_and_shows_what_is_made() -> None:
+    config, model, settings = small_config(), small_model(), settings_of(3, batch_size=1)
+    way = follow(config, model, 3, settings, CPU)
+    assert (way.ar_steps, way.timesteps) == ([1, 2, 3], [999, 500, 0, None])
+    assert way.states.shape == (3, 4, 9, 4)
+    assert way.is_made.sum(1).tolist() == [3, 6, 9]
+    (image,) = generate_images(config, model, [3], settings, CPU)
+    from cfpretrain.model.transformer import unpatchify
+
+    decode, _ = decode_to_look_at(config, CPU)
+    assert torch.equal(decode(unpatchify(way.states[-1, -1][None], 2))[0], image)
+    # Tokens of earlier AR steps stay as they are, those of later ones are not there yet.
+    for row in range(3):
+        made = way.is_made[row]
+        assert (way.states[row][:, ~made] == 0).all()
+        if row:
+            before = way.is_made[row - 1]
+            assert (way.states[row][:, before] == way.states[row - 1, -1][before]).all()
+            assert not torch.equal(way.states[row, 0][made & ~before], way.states[row, -1][made & ~before])
+
+
+def test_a_long_trajectory_is_thinned() -> None:
+    settings = GenerationSettings([1] * 9, 30, Guidance(), 1, 0)
+    way = follow(small_config(), small_model(), 3, settings, CPU, num_rows=4, num_columns=5)
+    assert (way.ar_steps[0], way.ar_steps[-1], len(way.ar_steps)) == (1, 9, 4)
+    assert (way.timesteps[0], way.timesteps[-1], len(way.timesteps)) == (999, None, 5)
+    assert way.states.shape[:2] == (4, 5)

@@ -185,6 +185,27 @@ def test_equal_sizes(num_tokens, num_steps) -> None:
     assert max(parts) - min(parts) <= 1
 
 
+@given(st.integers(1, 300), st.integers(1, 300))
+def test_cosine_sizes(num_tokens, num_steps) -> None:
+    if num_steps > num_tokens:
+        with pytest.raises(ValueError, match="num_ar_steps"):
+            order.cosine_sizes(num_tokens, num_steps)
+        return
+    parts = order.cosine_sizes(num_tokens, num_steps)
+    assert (len(parts), sum(parts), min(parts) >= 1) == (num_steps, num_tokens, True)
+    if num_tokens >= num_steps**2:  # where the rule of at least one token does not bend the curve
+        assert all(a <= b + 1 for a, b in itertools.pairwise(parts)), parts
+
+
+def test_chosen_sizes() -> None:
+    assert order.choose_sizes(16, 4, "equal") == [4, 4, 4, 4]
+    assert order.choose_sizes(16, 4, "cosine") == [1, 4, 5, 6]
+    assert order.choose_sizes(16, 3, [1, 10, 5]) == [1, 10, 5]
+    for num_steps, given_sizes in ((2, [16]), (2, [8, 9]), (2, [0, 16]), (0, [])):
+        with pytest.raises(ValueError, match=f"expected {num_steps} numbers of at least 1 that add up to 16"):
+            order.choose_sizes(16, num_steps, given_sizes)
+
+
 def test_ar_weights_fall_from_first_to_last() -> None:
     steps = order.steps_from_sizes([2, 1, 1])[None]
     assert order.ar_weights(steps, 2.0, 1.0, "linear")[0].tolist() == [2.0, 2.0, 1.5, 1.25]

@@ -100,7 +100,7 @@ def test_samples(name: str, guidance: int) -> None:
         raster,
         [raster.shape[1]],
         noise.respace(noise.linear_schedule(), case.config["sample_steps"]),
-        float(guidance),
+        sampler.Guidance(float(guidance)),
         draw,
     )
     assert disagreement(tokens, given["result"]) < TOLERANCE

@@ -11,23 +11,24 @@ from cfpretrain.model.transformer import CausalFusion, ClassPart, ImagePart, tak
 from tests.test_transformer import small_model
 
 SCHEDULE = noise.respace(noise.linear_schedule(), 4)
+PLAIN = sampler.Guidance()
 LABELS, IDS = torch.tensor([0, 3, 4]), torch.tensor([10, 11, 12])
 
 
 def generate(model: CausalFusion, sizes: Sequence[int], guidance: float, ids: Tensor = IDS, labels: Tensor = LABELS):
-    orders = sampler.sampling_orders(0, ids, 9)
+    orders = sampler.sampling_orders(0, ids, model.grid**2)
     draw = sampler.noise_by_image(0, ids, model.patch_values)
-    return sampler.generate(model, labels, orders, sizes, SCHEDULE, guidance, draw)
+    return sampler.generate(model, labels, orders, sizes, SCHEDULE, sampler.Guidance(guidance), draw)
 
 
 @torch.no_grad()
 def generate_without_cache(model: CausalFusion, sizes: Sequence[int], guidance: float) -> Tensor:
     """Every denoising step recomputes the whole training sequence, of which only the current AR step is read."""
-    orders = sampler.sampling_orders(0, IDS, 9)
+    orders = sampler.sampling_orders(0, IDS, model.grid**2)
     draw = sampler.noise_by_image(0, IDS, model.patch_values)
     layout = order.build_layout([order.Condition(2), order.Image(order.steps_from_sizes(sizes)[None])])
     num_clean = layout.num_clean_image_tokens[0]
-    clean = torch.zeros(3, 9, model.patch_values)
+    clean = torch.zeros(3, model.grid**2, model.patch_values)
     begin = 0
     for size in sizes:
         now = slice(begin, begin + size)
@@ -56,6 +57,35 @@ def test_cache_equals_full_recomputation(sizes, guidance) -> None:
     assert float((cached - plain).abs().max() / plain.abs().max()) < 1e-5
 
 
+@pytest.mark.parametrize("sizes", ["equal", "cosine"])
+@pytest.mark.parametrize("num_ar_steps", [1, 2, 4, 16, 25])
+def test_cache_equals_full_recomputation_over_the_whole_range(num_ar_steps, sizes) -> None:
+    """From diffusion to pure autoregression, each image in a random order of its own."""
+    model = small_model(grid=5)
+    chosen = order.choose_sizes(25, num_ar_steps, sizes)
+    cached, plain = generate(model, chosen, 2.5), generate_without_cache(model, chosen, 2.5)
+    assert float((cached - plain).abs().max() / plain.abs().max()) < 1e-5
+
+
+def test_what_is_watched_is_the_way_of_the_tokens() -> None:
+    model = small_model()
+    orders, draw = sampler.sampling_orders(0, IDS, 9), sampler.noise_by_image(0, IDS, model.patch_values)
+    seen: list[tuple[int, int]] = []
+    made = torch.zeros(3, 9, model.patch_values)
+
+    def watch(ar_step: int, num_left: int, positions: Tensor, tokens: Tensor) -> None:
+        seen.append((ar_step, num_left))
+        if num_left == len(SCHEDULE):
+            assert torch.equal(tokens, draw(0, positions))
+        if num_left == 0:
+            made.scatter_(1, positions[..., None].expand_as(tokens), tokens)
+
+    given = torch.ones(3, 2, model.patch_values)
+    images = sampler.generate(model, LABELS, orders, [4, 3], SCHEDULE, PLAIN, draw, given_BKP=given, watch=watch)
+    assert seen == [(ar_step, left) for ar_step in (0, 1) for left in range(len(SCHEDULE), -1, -1)]
+    assert torch.equal(take_tokens(made, orders[:, 2:]), take_tokens(images, orders[:, 2:]))
+
+
 def test_an_image_is_the_same_in_any_batch() -> None:
     model = small_model()
     together = generate(model, [4, 5], 2.0)
@@ -69,7 +99,7 @@ def test_image_ids_and_seed_make_different_images() -> None:
     images = generate(model, [9], 1.0, labels=same_label)
     assert not torch.allclose(images[0], images[1])
     draw = sampler.noise_by_image(1, IDS, model.patch_values)
-    other = sampler.generate(model, same_label, sampler.sampling_orders(0, IDS, 9), [9], SCHEDULE, 1.0, draw)
+    other = sampler.generate(model, same_label, sampler.sampling_orders(0, IDS, 9), [9], SCHEDULE, PLAIN, draw)
     assert not torch.allclose(images, other)
 
 
@@ -100,3 +130,61 @@ def test_every_call_has_the_same_number_of_forwards() -> None:
     calls.clear()
     generate(model, [4, 5], 2.0, IDS[:1], LABELS[:1])
     assert len(calls) == want == 1 + 2 * len(SCHEDULE) + 1
+
+
+# ---------------------------------------------------------------------------
+# Guidance along the two axes
+
+
+def test_guidance_acts_within_its_interval_and_along_the_ar_axis() -> None:
+    guidance = sampler.Guidance(3.0, "linear", first_timestep=100, last_timestep=500)
+    assert guidance.at(0.5, 99) == guidance.at(1.0, 501) == 1.0
+    assert guidance.at(0.5, 100) == guidance.at(0.5, 500) == 2.0
+    assert guidance.at(1.0, 300) == 3.0
+    assert sampler.Guidance(3.0).at(0.1, 999) == 3.0
+
+
+def test_the_branch_without_a_class_is_computed_only_where_it_counts() -> None:
+    """Outside of the interval the numbers are those without guidance, and half of the batch is not computed."""
+    model = small_model()
+    batches: list[int] = []
+    model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0][0].noised_positions_BN))
+                                    if isinstance(inputs[0][0], ImagePart) else None)  # fmt: skip
+    never = sampler.Guidance(4.0, first_timestep=2000)
+    orders, draw = sampler.sampling_orders(0, IDS, 9), sampler.noise_by_image(0, IDS, model.patch_values)
+    images = sampler.generate(model, LABELS, orders, [4, 5], SCHEDULE, never, draw)
+    torch.testing.assert_close(images, generate(model, [4, 5], 1.0), rtol=1e-4, atol=1e-5)
+    batches.clear()
+    middle = sampler.Guidance(4.0, first_timestep=300, last_timestep=700)
+    halfway = sampler.generate(model, LABELS, orders, [9], SCHEDULE, middle, draw)
+    assert batches == [3, 6, 6, 3]  # timesteps 999, 666, 333, 0
+    assert not torch.allclose(halfway, generate(model, [9], 4.0))
+    assert not torch.allclose(halfway, generate(model, [9], 1.0))
+
+
+# ---------------------------------------------------------------------------
+# Given tokens
+
+
+@pytest.mark.parametrize("sizes", [[5], [2, 3], [1] * 5])
+def test_given_tokens_come_back_and_are_seen(sizes) -> None:
+    """What is generated behind given tokens is what would have been, had they been made in a first AR step."""
+    model = small_model()
+    orders, draw = sampler.sampling_orders(0, IDS, 9), sampler.noise_by_image(0, IDS, model.patch_values)
+    guidance = sampler.Guidance(2.0)
+    whole = sampler.generate(model, LABELS, orders, [4, *sizes], SCHEDULE, guidance, draw)
+    given = take_tokens(whole, orders[:, :4])
+    again = sampler.generate(model, LABELS, orders, sizes, SCHEDULE, guidance, draw, given_BKP=given)
+    torch.testing.assert_close(again, whole, rtol=1e-4, atol=1e-5)
+    assert torch.equal(take_tokens(again, orders[:, :4]), given)
+    other = sampler.generate(model, LABELS, orders, sizes, SCHEDULE, guidance, draw, given_BKP=given + 1)
+    assert torch.equal(take_tokens(other, orders[:, :4]), given + 1)
+    assert not torch.allclose(take_tokens(other, orders[:, 4:]), take_tokens(whole, orders[:, 4:]), atol=1e-2)
+
+
+def test_all_tokens_may_be_given() -> None:
+    model = small_model()
+    orders, draw = sampler.sampling_orders(0, IDS, 9), sampler.noise_by_image(0, IDS, model.patch_values)
+    given = torch.randn(3, 9, model.patch_values)
+    made = sampler.generate(model, LABELS, orders, [], SCHEDULE, PLAIN, draw, given_BKP=given)
+    assert torch.equal(take_tokens(made, orders), given)

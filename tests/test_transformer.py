@@ -24,10 +24,10 @@ from cfpretrain.model.transformer import (
 
 
 def small_model(
-    learnable_positions: bool = True, random_head: bool = True, blocks: BlockSettings | None = None
+    learnable_positions: bool = True, random_head: bool = True, blocks: BlockSettings | None = None, grid: int = 3
 ) -> CausalFusion:
     model = CausalFusion(
-        grid=3,
+        grid=grid,
         patch_values=4,
         width=16,
         depth=2,

@@ -11,18 +11,14 @@ Where OUT holds that autoencoder already, it is left as it is.
 
 import argparse
 import math
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, exit_with, one_line, phase, say
+from cfpretrain.console import UserError, exit_with, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 
 
 def main() -> None:
@@ -54,14 +50,12 @@ def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float
         raise UserError(f"--scaling-factor: expected a number above 0, got {scaling_factor}")
     if shift_factor is not None and not math.isfinite(shift_factor):
         raise UserError(f"--shift-factor: expected a number, got {shift_factor}")
-    if file.suffix not in (".safetensors", *_PICKLES) or not file.is_file():
-        raise UserError(f"FILE: expected a file .safetensors, {', '.join(_PICKLES)}, got {file}; give a checkpoint")
     with phase("loading torch and diffusers"):
+        from cfpretrain.export import foreign_files
         from cfpretrain.export.autoencoder import pick_tensors
         from cfpretrain.model import autoencoder
     with phase(f"reading {file}"):
-        content = _read(file)
-    tensors = pick_tensors(content)
+        tensors = pick_tensors(foreign_files.read(file, "FILE"))
     config, state = _convert(file, tensors, scaling_factor)
     config |= {} if shift_factor is None else {"shift_factor": shift_factor}
     network = autoencoder.fill_network(config, state, str(file))
@@ -76,34 +70,6 @@ def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float
     )
     say(f"fingerprint {made.fingerprint}")
     say(f"in a config: {made.scaling_overrides()}")
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that are refused anyway
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"FILE: {file} cannot be read ({one_line(error):.200}); download it again") from error
-    except Exception as error:  # a foreign file can break the reader in any way
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise UserError(
-                f"FILE: {file} is no checkpoint of torch ({one_line(error):.200}); download it again"
-            ) from error
-        raise UserError(
-            f"FILE: expected a pickle of nothing but tensors, got {found[1]} in {file}, and what is not data can run "
-            "code when it is read; take the same weights as .safetensors"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"FILE: expected a dict of tensors in {file}, got {type(content).__name__}; give a checkpoint")
-    return content
 
 
 def _convert(

@@ -135,15 +135,23 @@ def _generate(
     """Images [N, C, Y, X] with pixels in [-1, 1] and the classes asked for, and how they were made."""
     import torch
 
-    from cfpretrain.evaluation.generation import GenerationSettings, generate_for
+    from cfpretrain.evaluation.generation import GenerationSettings, generate_images
     from cfpretrain.evaluation.summary import LabelledImages
+    from cfpretrain.order import equal_sizes
+    from cfpretrain.sampler import Guidance
 
     labels = [i % config.model.num_classes for i in range(arguments.num_images)]
     compared = guidance == 1 and num_ar_steps == min(arguments.num_ar_steps)
     num_denoising_steps = arguments.num_denoising_steps if compared else arguments.num_accuracy_steps
-    settings = GenerationSettings(num_ar_steps, num_denoising_steps, guidance, arguments.batch_size, config.run.seed)
+    settings = GenerationSettings(
+        equal_sizes(config.model.num_tokens, num_ar_steps),
+        num_denoising_steps,
+        Guidance(guidance),
+        arguments.batch_size,
+        config.run.seed,
+    )
     with phase(f"sampling {len(labels)} images, AR steps {num_ar_steps}, guidance {guidance:g}"):
-        images = generate_for(config, model, labels, settings, device)
+        images = generate_images(config, model, labels, settings, device)
     return LabelledImages(images * 2 - 1, torch.tensor(labels)), settings
 
 
@@ -192,7 +200,13 @@ def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, g
         for num_ar_steps, (made, how) in by_ar_steps.items():
             rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
             path = samples / f"report_ar_steps_{num_ar_steps:04d}_guidance_{guidance:g}.png"
-            pictures.sample_grid(path, torch.cat(rows), names, title=grid_title(step, how), value_range=(-1.0, 1.0))
+            pictures.sample_grid(
+                path,
+                torch.cat(rows),
+                names,
+                title=grid_title(f"step {step}, EMA weights", how),
+                value_range=(-1.0, 1.0),
+            )
     summary = build.read_summary(folder)
     if summary is None or summary["num_steps"] != step:
         summary = {}  # a run that has not ended, or goes on

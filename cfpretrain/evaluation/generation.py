@@ -1,6 +1,6 @@
 """Images from a model, made by all ranks together: the same images on any number of ranks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,10 +11,10 @@ from cfpretrain.build import make_autoencoder, make_loss
 from cfpretrain.config import Config
 from cfpretrain.evaluation.pictures import false_colours
 from cfpretrain.model.autoencoder import are_pixels
-from cfpretrain.model.transformer import unpatchify
+from cfpretrain.model.transformer import take_tokens, unpatchify
 from cfpretrain.noise import Schedule, respace
-from cfpretrain.order import equal_sizes
-from cfpretrain.sampler import Model, NoiseDraw, generate, noise_by_image, sampling_orders
+from cfpretrain.regions import kept_first
+from cfpretrain.sampler import Guidance, Model, Watch, generate, noise_by_image, sampling_orders
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,34 @@ class GenerationSettings:
     """How images are made.
 
     Attributes:
-        num_ar_steps: AR steps, of equal size.
+        ar_step_sizes: tokens of each AR step.
         num_denoising_steps: levels that each AR step runs through.
-        guidance: scale of classifier-free guidance; 1 = none.
+        guidance: towards the class.
         batch_size: images a forward on one rank.
         seed: of noise and orders.
+        solver: see `noise.Walk`.
+        spacing: see `noise.respace`.
+        token_order, block_size: see `order.draw_orders`; None: as the model was trained.
     """
 
-    num_ar_steps: int
+    ar_step_sizes: Sequence[int]
     num_denoising_steps: int
-    guidance: float
+    guidance: Guidance
     batch_size: int
     seed: int
+    solver: str = "ddpm"
+    spacing: str = "time"
+    token_order: str | None = None
+    block_size: int | None = None
+
+    @property
+    def num_ar_steps(self) -> int:
+        """S."""
+        return len(self.ar_step_sizes)
+
+    def num_batches(self, num_images: int) -> int:
+        """Batches that so many images fill."""
+        return -(-num_images // self.batch_size)
 
 
 # Latents as the model sees them -> images [B, 1 or 3, Y, X], 0 black and 1 white.
@@ -47,95 +63,218 @@ def decode_to_look_at(config: Config, device: torch.device) -> tuple[Decode, str
     return false_colours, "false colours"
 
 
-def generate_for(
+def grid_title(what: str, settings: GenerationSettings, note: str = "") -> str:
+    """What stands above a grid of samples: whose they are, how they were made, and a note on their colours."""
+    solver = "" if settings.solver == "ddpm" else f" ({settings.solver})"
+    made = f"AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}{solver}"
+    order = f"order {settings.token_order}" if settings.token_order else ""
+    return f"{what}, guidance {settings.guidance.scale:g}\n" + ", ".join(filter(None, (made, order, note)))
+
+
+# ---------------------------------------------------------------------------
+# New images
+
+
+def generate_images(
     config: Config,
     model: Model,
     labels: Sequence[int],
     settings: GenerationSettings,
     device: torch.device,
     decode: Decode | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """`generate_images` with the schedule, the sizes and, but for another `decode`, the autoencoder of a config."""
-    return generate_images(
-        model,
-        decode or make_autoencoder(config, device).decode,
-        labels,
-        settings,
-        make_loss(config).schedule,
-        config.model.num_tokens,
-        config.model.patch_size,
-        device,
-        config.order.token_order,
-        config.order.block_size,
-    )
-
-
-def grid_title(step: int, settings: GenerationSettings, note: str = "") -> str:
-    """What stands above a grid of samples, with what `decode_to_look_at` says of it."""
-    return (
-        f"step {step}, EMA weights, guidance {settings.guidance:g}\n"
-        f"AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}" + f", {note}" * bool(note)
-    )
-
-
-def generate_images(
-    model: Model,
-    decode: Decode,
-    labels: Sequence[int],
-    settings: GenerationSettings,
-    schedule: Schedule,
-    num_tokens: int,
-    patch_size: int,
-    device: torch.device,
-    token_order: str = "random",
-    block_size: int = 1,
-) -> Tensor:
-    """One image for each label; image i has id i, which fixes its noise and order.
-
-    The images are cut into batches of equal size, dealt to the ranks in turn. The last batches are filled up with
-    surplus images, so that every rank runs the same number of forwards (ZeRO-3 would hang otherwise) and no image
-    depends on the number of ranks.
-
-    Args:
-        model: predicts epsilon; called alike on all ranks.
-        decode: makes images of latents.
-        labels: the class of each image.
-        settings: how.
-        schedule: the full noise schedule.
-        num_tokens: L.
-        patch_size: latent rows = columns of a token.
-        device: where the model computes.
-        token_order, block_size: see `order.draw_orders`.
+    """One image for each label, gathered on every rank: for sets that are small. Arguments as `generate_batches`.
 
     Returns:
-        float32 [len(labels), C, Y, X] on the CPU, on every rank.
+        float32 [len(labels), C, Y, X] on the CPU.
     """
-    rank, world_size, size = runtime.rank(), runtime.world_size(), settings.batch_size
-    num_rounds = -(-len(labels) // (size * world_size))
-    padded = torch.tensor([*labels, *[labels[-1]] * (num_rounds * world_size * size - len(labels))])
-    made = []
-    for round_index in range(num_rounds):
-        begin = (round_index * world_size + rank) * size
-        ids_B = torch.arange(begin, begin + size)
-        tokens_BLP = generate(
-            model,
-            padded[ids_B].to(device),
-            sampling_orders(settings.seed, ids_B, num_tokens, token_order, block_size).to(device),
-            equal_sizes(num_tokens, settings.num_ar_steps),
-            respace(schedule, settings.num_denoising_steps),
-            settings.guidance,
-            _ticking(noise_by_image(settings.seed, ids_B.to(device), model.patch_values)),
-        )
-        made.append(decode(unpatchify(tokens_BLP, patch_size)).cpu())
-    by_rank = torch.stack([torch.stack(images) for images in runtime.gather(made)], dim=1)
-    return by_rank.flatten(0, 2)[: len(labels)]
+    mine = list(generate_batches(config, model, labels, settings, device, decode, on_step=on_step))
+    batches = [batch for made in runtime.gather(mine) for batch in made]
+    ids, images = (torch.cat(part) for part in zip(*batches, strict=True))
+    return images[ids.argsort()]
 
 
-def _ticking(draw_noise: NoiseDraw) -> NoiseDraw:
-    """The same noise, each draw of which, one a denoising step, says that this rank goes on."""
+def generate_batches(
+    config: Config,
+    model: Model,
+    labels: Sequence[int],
+    settings: GenerationSettings,
+    device: torch.device,
+    decode: Decode | None = None,
+    numbers: Sequence[int] | None = None,
+    on_step: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One image for each label; image i has id i, which fixes its noise and order.
 
-    def draw(denoising_step: int, positions_BN: Tensor) -> Tensor:
+    The images are cut into batches of equal size, dealt to the ranks in turn. The last one is filled up, and where
+    batches run out some are made twice, so that every rank runs the same number of forwards (ZeRO-3 would hang
+    otherwise) and no image depends on the number of ranks; the surplus is not given out.
+
+    Args:
+        config: says which schedule and order the model was trained with.
+        model: predicts epsilon; called alike on all ranks.
+        labels: the class of each image.
+        settings: how.
+        device: where the model computes.
+        decode: makes images of latents; None: the config's autoencoder.
+        numbers: of the batches to make; None: all.
+        on_step: called after every denoising step.
+
+    Yields:
+        This rank's share, batch by batch: ids int64 [B] and images float32 [B, C, Y, X], both on the CPU.
+    """
+    decode = decode or make_autoencoder(config, device).decode
+    numbers = range(settings.num_batches(len(labels))) if numbers is None else numbers
+
+    def watch(_: int, num_steps_left: int, *__: Tensor) -> None:
+        if num_steps_left < settings.num_denoising_steps:
+            runtime.tick()
+            on_step()
+
+    for first in range(0, len(numbers), runtime.world_size()):
+        place = first + runtime.rank()
+        number = numbers[min(place, len(numbers) - 1)]
+        ids_B = torch.arange(number * settings.batch_size, (number + 1) * settings.batch_size)
+        labels_B = torch.tensor([labels[min(i, len(labels) - 1)] for i in ids_B.tolist()])
+        order_BL = _orders(config, settings, ids_B, device)
+        tokens_BLP = _make_tokens(config, model, labels_B, ids_B, order_BL, settings, watch)
+        images_BCYX = decode(unpatchify(tokens_BLP, config.model.patch_size)).cpu()
+        if place < len(numbers):
+            is_wanted_B = ids_B < len(labels)
+            yield ids_B[is_wanted_B], images_BCYX[is_wanted_B]
+
+
+def _make_tokens(
+    config: Config,
+    model: Model,
+    labels_B: Tensor,
+    ids_B: Tensor,
+    order_BL: Tensor,
+    settings: GenerationSettings,
+    watch: Watch = lambda *_: None,
+    given_BKP: Tensor | None = None,
+) -> Tensor:
+    device = order_BL.device
+    return generate(
+        model,
+        labels_B.to(device),
+        order_BL,
+        settings.ar_step_sizes,
+        _schedule(config, settings),
+        settings.guidance,
+        noise_by_image(settings.seed, ids_B.to(device), config.model.patch_values),
+        settings.solver,
+        given_BKP,
+        watch,
+    )
+
+
+def _orders(config: Config, settings: GenerationSettings, ids_B: Tensor, device: torch.device) -> Tensor:
+    token_order = settings.token_order or config.order.token_order
+    block_size = settings.block_size or config.order.block_size
+    return sampling_orders(settings.seed, ids_B, config.model.num_tokens, token_order, block_size).to(device)
+
+
+def _schedule(config: Config, settings: GenerationSettings) -> Schedule:
+    return respace(make_loss(config).schedule, settings.num_denoising_steps, settings.spacing)
+
+
+# ---------------------------------------------------------------------------
+# Given images, in part
+
+
+def edit_tokens(
+    config: Config,
+    model: Model,
+    tokens_BLP: Tensor,
+    region_L: Tensor,
+    labels: Sequence[int],
+    settings: GenerationSettings,
+    device: torch.device,
+    first_id: int = 0,
+) -> Tensor:
+    """Makes a region of images anew, under a class of each one's own; on one rank.
+
+    Args:
+        config, model, device: as for `generate_batches`.
+        tokens_BLP: the images, in the model's scale.
+        region_L: bool, the tokens made anew; see `regions`.
+        labels: the new class of each image.
+        settings: how; the AR steps add up to the tokens of the region.
+        first_id: ids, which fix noise and orders, begin here.
+
+    Returns:
+        float32 [B, L, P]: outside of the region the tokens that were given, bit by bit.
+    """
+    edited = []
+    for places_B in torch.arange(len(labels)).split(settings.batch_size):
+        ids_B, labels_B = first_id + places_B, torch.tensor(labels)[places_B]
+        order_BL, num_kept = kept_first(_orders(config, settings, ids_B, device), region_L.to(device))
+        given_BKP = take_tokens(tokens_BLP[places_B].to(device), order_BL[:, :num_kept])
+        edited.append(_make_tokens(config, model, labels_B, ids_B, order_BL, settings, given_BKP=given_BKP))
+    return torch.cat(edited)
+
+
+# ---------------------------------------------------------------------------
+# The way of one image
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One image on its way: AR steps by noise levels.
+
+    Attributes:
+        states: float32 [rows, columns, L, P], the clean tokens of earlier AR steps and the noised ones of this.
+        is_made: bool [rows, L], the tokens that are there, be they noised.
+        ar_steps: of the rows, counted from 1.
+        timesteps: of the columns; None: clean.
+    """
+
+    states: Tensor
+    is_made: Tensor
+    ar_steps: Sequence[int]
+    timesteps: Sequence[int | None]
+
+
+def follow(
+    config: Config,
+    model: Model,
+    label: int,
+    settings: GenerationSettings,
+    device: torch.device,
+    num_rows: int = 8,
+    num_columns: int = 9,
+) -> Trajectory:
+    """Makes the image of id 0 and keeps at most so many states of its way, evenly spread along both axes."""
+    ar_steps = _evenly(settings.num_ar_steps - 1, num_rows)
+    levels_left = _evenly(settings.num_denoising_steps, num_columns)[::-1]
+    tokens_LP = torch.zeros(config.model.num_tokens, config.model.patch_values)
+    is_made_L = torch.zeros(config.model.num_tokens, dtype=torch.bool)
+    states, is_made = [], []
+
+    def watch(ar_step: int, num_left: int, positions_BN: Tensor, tokens_BNP: Tensor) -> None:
         runtime.tick()
-        return draw_noise(denoising_step, positions_BN)
+        is_made_L[positions_BN[0].cpu()] = True
+        tokens_LP[positions_BN[0].cpu()] = tokens_BNP[0].cpu()
+        if ar_step in ar_steps and num_left in levels_left:
+            states.append(tokens_LP.clone())
+            if num_left == 0:
+                is_made.append(is_made_L.clone())
 
-    return draw
+    ids_B = torch.tensor([0])
+    order_BL = _orders(config, settings, ids_B, device)
+    _make_tokens(config, model, torch.tensor([label]), ids_B, order_BL, settings, watch)
+    timesteps = _schedule(config, settings).timesteps_T
+    return Trajectory(
+        torch.stack(states).unflatten(0, (len(ar_steps), len(levels_left))),
+        torch.stack(is_made),
+        [ar_step + 1 for ar_step in ar_steps],
+        [int(timesteps[left - 1]) if left else None for left in levels_left],
+    )
+
+
+def _evenly(last: int, most: int) -> list[int]:
+    """At most so many of 0..last, both ends among them."""
+    num = min(last + 1, most)
+    return [round(i * last / max(num - 1, 1)) for i in range(num)]

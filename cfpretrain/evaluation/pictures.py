@@ -62,6 +62,7 @@ def grid_layout(
     cell_size: int = 56,
     title: str = "",
     has_captions: bool = False,
+    has_column_names: bool = False,
 ) -> GridLayout:
     """Lays out a sample grid; arguments as for `sample_grid`, height and width in image pixels."""
     num_rows = len(class_names)
@@ -79,7 +80,7 @@ def grid_layout(
         cell_width=width * zoom,
         gap=4,
         left=14 + name_width + 12,
-        top=title_height + (6 if title else 0),
+        top=title_height + (6 if title else 0) + 20 * has_column_names,
         num_columns=num_images // num_rows,
         caption_height=17 * has_captions,
     )
@@ -93,6 +94,7 @@ def sample_grid(
     value_range: tuple[float, float] = (-1.0, 1.0),
     cell_size: int = 56,
     captions: Sequence[str] = (),
+    column_names: Sequence[str] = (),
 ) -> None:
     """Writes a labelled grid of images as PNG: a row for each class, its name on the left.
 
@@ -107,14 +109,18 @@ def sample_grid(
         value_range: what is black and what is white.
         cell_size: about how many picture pixels a side an image should have, at least its own.
         captions: what stands below each image, cut to its width; none for no line at all.
+        column_names: what stands above each column, likewise.
 
     Raises:
         UserError: another number of channels, or images that do not fill the rows.
     """
-    images_BYXC = _to_rgb(images_BCYX, value_range)
+    images_BYXC = to_rgb(images_BCYX, value_range)
     num_images, height, width, _ = images_BYXC.shape
     assert len(captions) in (0, num_images), (len(captions), num_images)
-    layout = grid_layout(num_images, height, width, class_names, cell_size, title, bool(captions))
+    layout = grid_layout(
+        num_images, height, width, class_names, cell_size, title, bool(captions), has_column_names=bool(column_names)
+    )
+    assert len(column_names) in (0, layout.num_columns), (len(column_names), layout.num_columns)
     bottom, right = layout.corner(len(class_names) - 1, layout.num_columns - 1)
     title_width = max((math.ceil(_font(15, "bold").getlength(line)) for line in title.splitlines()), default=0)
     size = (
@@ -129,6 +135,9 @@ def sample_grid(
     for row, name in enumerate(class_names):
         middle = layout.corner(row, 0)[0] + layout.cell_height // 2
         draw.text((layout.left - 12, middle), name, fill=_INK, font=_font(13), anchor="rm")
+    for column, name in enumerate(column_names):
+        place = (layout.corner(0, column)[1] + layout.cell_width // 2, layout.top - 5)
+        draw.text(place, _cut_to(name, layout.cell_width), fill=_QUIET, font=_font(_CAPTION_SIZE), anchor="ms")
     for index, image_YXC in enumerate(images_BYXC):
         y, x = layout.corner(*divmod(index, layout.num_columns))
         crisp = image_YXC.repeat(layout.zoom, axis=0).repeat(layout.zoom, axis=1)
@@ -148,6 +157,31 @@ def _cut_to(text: str, width: int) -> str:
     return text[:kept] + "…"
 
 
+def tinted(images_BCYX: Tensor, tokens_BL: Tensor, colour: str, share: float) -> Tensor:
+    """Images with some of their tokens covered by a colour.
+
+    Args:
+        images_BCYX: float [B, 1 or 3, Y, X], 0 black and 1 white.
+        tokens_BL: bool [B or 1, L], those covered, of a square grid.
+        colour: as "#rrggbb".
+        share: of the colour in what is seen there; 1 hides the image.
+
+    Returns:
+        float32 [B, 3, Y, X].
+    """
+    grid, (Y, X) = math.isqrt(tokens_BL.shape[1]), images_BCYX.shape[2:]
+    covered_BCYX = tokens_BL.unflatten(1, (1, grid, grid))
+    covered_BCYX = covered_BCYX.repeat_interleave(Y // grid, 2).repeat_interleave(X // grid, 3)
+    paint_C11 = images_BCYX.new_tensor([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])[:, None, None]
+    images_BCYX = images_BCYX.expand(-1, 3, -1, -1)
+    return images_BCYX.where(~covered_BCYX, images_BCYX.clamp(0, 1).lerp(paint_C11, share))
+
+
+def write_png(path: Path, image_YXC: npt.NDArray[np.uint8]) -> None:
+    """Writes one image, of `to_rgb`, as it is."""
+    Image.fromarray(image_YXC).save(path, format="PNG")
+
+
 def false_colours(latents_BCYX: Tensor) -> Tensor:
     """The first channels of latents as colours, to look at where no autoencoder decodes them; never to be scored.
 
@@ -161,8 +195,8 @@ def false_colours(latents_BCYX: Tensor) -> Tensor:
     return 0.5 + latents_BCYX[:, :num_shown].float() / 6
 
 
-def _to_rgb(images_BCYX: Tensor, value_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
-    """uint8 [B, Y, X, 3]."""
+def to_rgb(images_BCYX: Tensor, value_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
+    """Grey or RGB images -> uint8 [B, Y, X, 3]; arguments, clamping and marks as for `sample_grid`."""
     if images_BCYX.ndim != 4 or images_BCYX.shape[1] not in (1, 3):
         raise UserError(
             f"sample grid: expected images [B, 1 or 3, Y, X], got {list(images_BCYX.shape)}; decode latents to pixels"

@@ -1,9 +1,19 @@
-"""The state dict layout of the official CausalFusion code, both ways: an exact renaming."""
+"""The official CausalFusion code's checkpoints and ours, both ways: an exact renaming, every tensor bit for bit."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
+from cfpretrain.checkpoint import read_tensors
+from cfpretrain.config import Config
+from cfpretrain.console import UserError, say
+from cfpretrain.export import foreign_files
+from cfpretrain.export.imported_run import POSITIONS, check_shapes
+from cfpretrain.export.run_checkpoint import find_checkpoint
 from cfpretrain.model.transformer import sincos_positions
 
 _OURS_BY_OFFICIAL = {
@@ -16,6 +26,18 @@ _OURS_BY_OFFICIAL = {
     "final_layer.0.": "noise_head.norm.",
     "final_layer.1.": "noise_head.linear.",
 }
+# What torch's data parallelism and compiler put before every name.
+_WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
+# The official files' keys for what we call weights and EMA.
+_KEYS = {"weights": "model", "ema": "ema"}
+# An exact widening to fp32 exists from these.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# An average of a table that never moves drifts by rounding: up to half a last bit a step, over some 1 / (1 - decay).
+_POSITION_DRIFT = 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names
 
 
 def _rename(name: str, prefixes: Mapping[str, str]) -> str:
@@ -25,15 +47,40 @@ def _rename(name: str, prefixes: Mapping[str, str]) -> str:
     raise ValueError(f"tensor {name!r} is not part of a CausalFusion model; known: {', '.join(prefixes)}")
 
 
+def our_name(name: str) -> str:
+    """The official name of a parameter, or ours, with or without what wrappers put before it -> ours.
+
+    Raises:
+        ValueError: the model has no such parameter.
+    """
+    name = name[match.end() :] if (match := _WRAPPERS.match(name)) else name
+    return name if name.startswith(tuple(_OURS_BY_OFFICIAL.values())) else _rename(name, _OURS_BY_OFFICIAL)
+
+
+def our_names(names: Iterable[str], source: str) -> dict[str, str]:
+    """`our_name` of each parameter of a checkpoint, by the name that it has there.
+
+    Raises:
+        UserError: one is no parameter of the model, or is there twice; `source` is where they are from.
+    """
+    try:
+        renamed = {name: our_name(name) for name in names}
+    except ValueError as error:
+        raise UserError(f"{source}: {error}; give a checkpoint of CausalFusion") from error
+    if len(set(renamed.values())) < len(renamed):
+        raise UserError(f"{source}: expected each tensor once, got some under two names; mend it")
+    return renamed
+
+
 def from_official(tensors: Mapping[str, Tensor], learnable_positions: bool = True) -> dict[str, Tensor]:
     """Official names -> ours; fixed sin-cos positions are no parameter of ours and are left out.
 
     Raises:
         ValueError: a tensor that the official model does not have.
     """
-    renamed = {_rename(name, _OURS_BY_OFFICIAL): value for name, value in tensors.items()}
+    renamed = {our_name(name): value for name, value in tensors.items()}
     if not learnable_positions:
-        del renamed["image_embedder.pos_embed"]
+        del renamed[POSITIONS]
     return renamed
 
 
@@ -48,3 +95,101 @@ def to_official(tensors: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
     if "pos_embed" not in renamed:
         renamed["pos_embed"] = sincos_positions(grid, renamed["x_proj.bias"].shape[0])[None]
     return renamed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def read_official(file: Path, config: Config, name: str = "FILE") -> dict[str, dict[str, Tensor]]:
+    """The weights and averages of an official checkpoint, or of a bare state dict; nothing in the file is run.
+
+    What is left out of it, or stands for something else, is said.
+
+    Args:
+        file: .pt or .safetensors.
+        config: its section `model` says what the tensors should be.
+        name: argument that gave the file, for messages.
+
+    Returns:
+        {"weights": ..., "ema": ...}, tensors under our names; both are the same where the file has one of them.
+
+    Raises:
+        UserError: the file cannot be read, or is not of the config's model.
+    """
+    content = foreign_files.read(file, name, placeholders=["argparse.Namespace"])
+    found = {ours: content[key] for ours, key in _KEYS.items() if isinstance(content.get(key), Mapping)}
+    left_out = sorted(str(key) for key in content if key not in _KEYS.values()) if found else []
+    if left_out:
+        say(f"left out of {file}: {', '.join(left_out)}")
+    taken = {
+        ours: _take(tensors, config, f"{name}: {file}") for ours, tensors in (found or {"weights": content}).items()
+    }
+    if len(taken) == 2:
+        return taken
+    missing = next((key for ours, key in _KEYS.items() if ours not in taken), None)
+    what = f"has no key {missing!r}" if found else "is a bare state dict"
+    say(f"WARNING: {file} {what}: its one set of tensors becomes both the weights and their averages (EMA)")
+    [only] = taken.values()
+    return dict.fromkeys(_KEYS, only)
+
+
+def _take(tensors: Mapping[Any, Any], config: Config, source: str) -> dict[str, Tensor]:
+    """A state dict under our names, as the parameters of the config's model."""
+    model = config.model
+    fixed = {} if model.position_embedding == "learnable" else {POSITIONS: (1, model.num_tokens, model.width)}
+    renamed = _under_our_names(tensors, source)
+    check_shapes({name: tuple(value.shape) for name, value in renamed.items()}, config, source, beside=fixed)
+    if fixed and POSITIONS in renamed:
+        _check_positions(renamed.pop(POSITIONS), model.grid, source)
+    return renamed
+
+
+def _under_our_names(tensors: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
+    for name, value in tensors.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise UserError(f"{source}: expected tensors by name, got {type(value).__name__} under {name!r:.40}")
+        if value.dtype not in _DTYPES or value.layout != torch.strided or value.device.type != "cpu":
+            raise UserError(
+                f"{source}: expected plain tensors of float32, bfloat16 or float16, got {value.dtype} of layout "
+                f"{value.layout} on {value.device} under {name}; save it as float32"
+            )
+    return {ours: tensors[name] for name, ours in our_names(tensors, source).items()}
+
+
+def _check_positions(table: Tensor, grid: int, source: str) -> None:
+    """Refuses positions that were learned, where the config says fixed ones."""
+    difference = float((table.float() - sincos_positions(grid, table.shape[-1])).abs().max())
+    if not difference <= _POSITION_DRIFT:
+        raise UserError(
+            f"{source}: model.position_embedding: expected the fixed sin-cos positions, got others by up to "
+            f"{difference:.3g}; set model.position_embedding=learnable"
+        )
+    if difference:
+        say(f"{source}: pos_embed is off the sin-cos table by up to {difference:.1g} (rounding): ours is exact")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Ours -> official
+
+
+def write_official(run: Path, out: Path) -> None:
+    """Writes the latest checkpoint of a run as the official code's: weights under `model`, averages under `ema`.
+
+    Args:
+        run: a run folder.
+        out: the .pt to write.
+
+    Raises:
+        UserError: the folder is no run's, or holds no whole checkpoint, or `out` is there already.
+    """
+    foreign_files.refuse_existing(out, "OUT")
+    config, checkpoint = find_checkpoint(run)
+    grid = config.model.grid
+    foreign_files.write(
+        out,
+        {
+            "model": to_official(read_tensors(checkpoint, "weights"), grid),
+            "ema": to_official(read_tensors(checkpoint, "ema"), grid),
+        },
+    )

@@ -129,6 +129,16 @@ class KeyValueCache:
         values[:, :, self.length : end] = v_BHME
         return keys[:, :, :end], values[:, :, :end]
 
+    def of_first(self, num_sequences: int) -> "KeyValueCache":
+        """The cache of the first sequences of the batch, in the same memory; for calls that keep nothing."""
+        view = KeyValueCache(len(self._keys), self._capacity)
+        view.length = self.length
+        view._keys, view._values = (
+            [None if tensor is None else tensor[:num_sequences] for tensor in tensors]
+            for tensors in (self._keys, self._values)
+        )
+        return view
+
     def keep(self, num_tokens: int) -> None:
         """Keeps the first `num_tokens` of the last call as context for the next ones."""
         self.length += num_tokens

@@ -1,0 +1,96 @@
+"""What is edited, and where: image and mask files -> tokens and regions; and whether an edit shows a seam."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfpretrain.build import Autoencoder, make_scaling
+from cfpretrain.config import Config
+from cfpretrain.console import UserError
+from cfpretrain.data.images import RejectedImageError, centre_crop, read_file, read_image
+from cfpretrain.model.transformer import patchify
+from cfpretrain.regions import mask_region, parse_region
+
+_WHITE = 128  # of 255; from here on a mask's pixel is taken for white
+
+
+def read_crop(path: Path, image_size: int, is_grey: bool) -> tuple[Tensor, tuple[int, int]]:
+    """ADM's centre crop of an image file, and the size of the file's image.
+
+    Args:
+        path: of any kind and size that shards are made of.
+        image_size: pixels a side of the crop.
+        is_grey: of one channel instead of RGB.
+
+    Returns:
+        float32 [1, C, Y, X] in [0, 1], and (width, height).
+
+    Raises:
+        UserError: it cannot be read, decoded or cropped.
+    """
+    try:
+        image = read_image(read_file(path), is_grey)
+        pixels = np.asarray(centre_crop(image, image_size), np.float32) / 255
+    except RejectedImageError as error:
+        raise UserError(f"--image: {path}: {error}; give an image file such as PNG or JPEG") from error
+    return torch.from_numpy(pixels.reshape(1, image_size, image_size, -1)).permute(0, 3, 1, 2), image.size
+
+
+def encode_tokens(config: Config, autoencoder: Autoencoder, images_BCYX: Tensor) -> Tensor:
+    """Images in [0, 1] -> tokens as the model sees them, of the posterior's mean: float32 [B, L, P]."""
+    mean_BCYX, _ = autoencoder.encode(images_BCYX)
+    return patchify(make_scaling(config).to_model(mean_BCYX), config.model.patch_size)
+
+
+def read_region(text: str, grid: int, image_size: int, file_size: tuple[int, int] | None) -> Tensor:
+    """A region as the command line says it: bool [L].
+
+    Args:
+        text: as for `regions.parse_region`, or "mask:FILE", a picture that is white where the image is made anew.
+        grid: rows = columns of the token grid.
+        image_size: pixels a side of the image that is edited.
+        file_size: (width, height) of the file it was cropped from, whose masks are cropped alike; None without one.
+
+    Raises:
+        UserError: there is no such region, or the mask is of another size.
+    """
+    try:
+        if not text.startswith("mask:"):
+            return parse_region(text, grid)
+        return mask_region(_read_mask(Path(text.removeprefix("mask:")), image_size, file_size), grid, image_size)
+    except ValueError as error:
+        raise UserError(f"--region: {error}") from error
+
+
+def _read_mask(path: Path, image_size: int, file_size: tuple[int, int] | None) -> Tensor:
+    """bool [Y, X]."""
+    try:
+        mask = read_image(read_file(path), is_grey=True)
+        if mask.size == file_size:
+            mask = centre_crop(mask, image_size)
+    except RejectedImageError as error:
+        raise ValueError(f"{path}: {error}; give a mask as a PNG, white where the image is made anew") from error
+    return torch.from_numpy(np.asarray(mask) >= _WHITE)
+
+
+def pixels_of(region_L: Tensor, images_BCYX: Tensor) -> Tensor:
+    """The pixels of such images that a region's tokens stand for: bool [Y, X]."""
+    grid, (Y, X) = math.isqrt(len(region_L)), images_BCYX.shape[2:]
+    return region_L.unflatten(0, (grid, grid)).repeat_interleave(Y // grid, 0).repeat_interleave(X // grid, 1)
+
+
+def seam_steps(images_BCYX: Tensor, region_L: Tensor) -> Tensor:
+    """The mean absolute step between two pixels that touch across the border of a region: float32 [B].
+
+    Where it is as large as in images that nobody edited, at the same places, there is no seam to see.
+
+    Args:
+        images_BCYX: float.
+        region_L: bool, some tokens but not all.
+    """
+    mask_1YX = pixels_of(region_L, images_BCYX)[None].int()
+    down, right = (images_BCYX.diff(dim=dim).abs().mean(1)[:, mask_1YX.diff(dim=dim - 1)[0] != 0] for dim in (2, 3))
+    return torch.cat([down, right], 1).float().mean(1)

@@ -1,0 +1,215 @@
+"""Generated images as files, made by any number of ranks and over any number of kills, all of them or nothing.
+
+Either a folder of PNG, or one `.npz` as ADM's evaluation reads it: `arr_0`, uint8 [N, Y, X, 3], and `arr_1`, the
+classes, int64 [N]. Until all images are there they lie in a hidden folder beside, `.NAME.unfinished`, in files that are
+whole; the bytes of the result depend neither on ranks nor on kills.
+"""
+
+import csv
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from cfpretrain.console import UserError
+from cfpretrain.evaluation.pictures import to_rgb, write_png
+
+_PLAN_FILE, _TABLE_FILE = "settings.json", "labels.csv"
+_COPY_BYTES = 1 << 24
+
+
+class ImageSet:
+    """Images in the making.
+
+    Args:
+        out: the result; a name that ends in .npz is one file, others are folders of PNG.
+        labels: the class of each image; image i has id i.
+        class_names: one for each class.
+        batch_size: images that are made together: ids n * batch_size to (n + 1) * batch_size - 1 are batch n.
+        plan: JSON-able; whose images these are and how they are made. Work done under another plan is refused.
+    """
+
+    def __init__(
+        self, out: Path, labels: Sequence[int], class_names: Sequence[str], batch_size: int, plan: Mapping[str, Any]
+    ) -> None:
+        self.out, self.labels, self.class_names, self.batch_size = out, labels, class_names, batch_size
+        self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as it will be read
+        self.unfinished = out.parent / f".{out.name}.unfinished"
+        self._is_archive = out.suffix == ".npz"
+
+    def is_complete(self) -> bool:
+        """Whether the result is there, made by the same plan.
+
+        Raises:
+            UserError: something else lies there.
+        """
+        if not os.path.lexists(self.out):
+            return False
+        advice = "delete it, or choose another --out"
+        try:
+            found = json.loads(self._plan_text())
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"--out: {self.out} is there already and is none of these images; {advice}") from error
+        different = _differences(found, self.plan)
+        if different:
+            raise UserError(f"--out: {self.out} holds images of other settings already ({different}); {advice}")
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        return True
+
+    def _plan_text(self) -> str:
+        if self._is_archive:
+            with zipfile.ZipFile(self.out) as archive:
+                return archive.comment.decode()
+        return (self.out / _PLAN_FILE).read_text()
+
+    def begin(self) -> None:
+        """Makes the unfinished folder, or goes on with it; one process calls it, before any `write`.
+
+        Raises:
+            UserError: it is of another plan, or cannot be written.
+        """
+        with self._writing():
+            self.unfinished.mkdir(parents=True, exist_ok=True)
+            for leftover in self.unfinished.glob("writing.*"):
+                leftover.unlink()
+            plan_file = self.unfinished / _PLAN_FILE
+            if plan_file.exists():
+                different = _differences(json.loads(plan_file.read_text()), self.plan)
+                if different:
+                    raise UserError(
+                        f"--out: {self.unfinished} is the unfinished work of other settings ({different}); give those, "
+                        "or delete it to begin again"
+                    )
+            else:
+                self._put(plan_file, (json.dumps(self.plan, indent=2) + "\n").encode())
+
+    def missing(self) -> list[int]:
+        """The batches that are yet to be written."""
+        there = set(os.listdir(self.unfinished))
+        num_batches = -(-len(self.labels) // self.batch_size)
+        return [number for number in range(num_batches) if not there.issuperset(self._files(number))]
+
+    def count(self, numbers: Iterable[int]) -> int:
+        """Images of these batches."""
+        return sum(len(self._ids(number)) for number in numbers)
+
+    def _ids(self, number: int) -> range:
+        return range(len(self.labels))[number * self.batch_size : (number + 1) * self.batch_size]
+
+    def _files(self, number: int) -> list[str]:
+        if self._is_archive:
+            return [f"batch_{number:06d}.npy"]
+        return [_png_name(i) for i in self._ids(number)]
+
+    def write(self, ids: Tensor, images_BCYX: Tensor) -> None:
+        """Writes one batch; any process may.
+
+        Args:
+            ids: int64 [B], those of the batch that are wanted.
+            images_BCYX: float [B, 1 or 3, Y, X], 0 black and 1 white; grey ones become RGB.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
+        images_BYXC = to_rgb(images_BCYX, (0.0, 1.0))
+        with self._writing():
+            if self._is_archive:
+                (name,) = self._files(int(ids[0]) // self.batch_size)
+                self._put(self.unfinished / name, _npy(images_BYXC))
+                return
+            for i, image_YXC in zip(ids.tolist(), images_BYXC, strict=True):
+                writing = self.unfinished / f"writing.{i}"
+                write_png(writing, image_YXC)
+                _sync(writing)
+                os.replace(writing, self.unfinished / _png_name(i))
+
+    def finish(self) -> None:
+        """Gives the result its name; one process calls it, once nothing is missing.
+
+        Raises:
+            UserError: the disk is full or cannot be written.
+        """
+        assert not self.missing()
+        with self._writing():
+            if self._is_archive:
+                writing = self.unfinished / "writing.npz"
+                self._join(writing)
+                os.replace(writing, self.out)
+                shutil.rmtree(self.unfinished)
+            else:
+                self._put(self.unfinished / _TABLE_FILE, self._table())
+                os.rename(self.unfinished, self.out)
+            _sync(self.out.parent)
+
+    def _table(self) -> bytes:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["path", "label"])
+        writer.writerows((_png_name(i), self.class_names[label]) for i, label in enumerate(self.labels))
+        return text.getvalue().encode()
+
+    def _join(self, file: Path) -> None:
+        """All batches as one array, through a bounded buffer."""
+        parts = [self.unfinished / self._files(number)[0] for number in range(-(-len(self.labels) // self.batch_size))]
+        shape = (len(self.labels), *np.load(parts[0], mmap_mode="r").shape[1:])
+        # Members without a time of their own: the bytes depend on the images alone.
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                for part in parts:
+                    with part.open("rb") as source:
+                        np.lib.format.read_magic(source)
+                        np.lib.format.read_array_header_1_0(source)
+                        shutil.copyfileobj(source, member, _COPY_BYTES)
+            archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(np.asarray(self.labels, np.int64)))
+            archive.comment = json.dumps(self.plan).encode()
+        _sync(file)
+
+    def _put(self, path: Path, data: bytes) -> None:
+        writing = self.unfinished / f"writing.{path.name}"
+        writing.write_bytes(data)
+        _sync(writing)
+        os.replace(writing, path)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"--out: {self.out} cannot be written ({error.strerror or error}); mend that, and the same command "
+                "goes on"
+            ) from error
+
+
+def _png_name(i: int) -> str:
+    return f"{i:06d}.png"
+
+
+def _npy(array: npt.NDArray[Any]) -> bytes:
+    data = io.BytesIO()
+    np.lib.format.write_array(data, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+    return data.getvalue()
+
+
+def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
+    return ", ".join(f"{name}: {there.get(name)!r:.60} there, {wanted.get(name)!r:.60} now" for name in names)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,142 @@
+"""The options that tools which sample share; torch is imported only once they are read."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfpretrain.console import UserError
+
+if TYPE_CHECKING:
+    from cfpretrain.config import Config
+    from cfpretrain.evaluation.generation import GenerationSettings
+
+# Denoising steps and the spacing of their levels, where none are asked for.
+_BY_SOLVER = {"ddpm": (250, "time"), "ddim": (50, "time"), "dpm++": (25, "log_snr"), "sde-dpm++": (25, "log_snr")}
+_SIZES = ("equal", "cosine")
+_MOST_IN_A_BATCH = 4096
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
+    """Adds them to a command."""
+    group = parser.add_argument_group("how images are made")
+    group.add_argument("--num-ar-steps", type=int, help="1: diffusion ... one a token: pure AR (default 1)")
+    group.add_argument(
+        "--ar-sizes", default="equal", help="tokens of the AR steps: equal, cosine (few first), or given: 1,3,12"
+    )
+    group.add_argument(
+        "--order",
+        choices=("random", "raster", "block_raster", "dilated"),
+        help="in which tokens are made (default: as the model was trained)",
+    )
+    group.add_argument("--block-size", type=int, help="of block_raster and dilated (default: the model's)")
+    group.add_argument(
+        "--solver",
+        choices=_BY_SOLVER,
+        default="ddpm",
+        help="sde-dpm++ is the one for few steps; ddim and dpm++ draw no noise on the way (default ddpm)",
+    )
+    group.add_argument("--num-denoising-steps", type=int, help="of each AR step (default 250; ddim 50; others 25)")
+    group.add_argument(
+        "--spacing", choices=("time", "log_snr"), help="what noise levels are even in (default time; dpm++ log_snr)"
+    )
+    group.add_argument("--guidance", type=float, default=2.0, help="towards the class; 1: none (default 2)")
+    group.add_argument(
+        "--guidance-schedule",
+        choices=("constant", "linear"),
+        default="constant",
+        help="along the AR steps: the same for all, or from 1 up (default constant)",
+    )
+    group.add_argument(
+        "--guidance-interval",
+        type=int,
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="timesteps between which guidance acts, e.g. 100 700 (default: all)",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of noise and orders (default 0)")
+    group.add_argument(
+        "--batch-size", type=int, default=batch_size, help=f"images a forward on one rank (default {batch_size})"
+    )
+    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default fp32)")
+    group.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged, or as trained (default ema)"
+    )
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+
+
+def check_place(option: str, path: Path, must_be_new: bool = True) -> None:
+    """UserError where an option's path lies in no folder, or something is there already."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option}: expected a place in a folder that is there, got {path}; make {path.parent} first")
+    if must_be_new and os.path.lexists(path):
+        raise UserError(f"{option}: expected a place where nothing is yet, got {path}; delete it or give another")
+
+
+def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: int) -> "GenerationSettings":
+    """How the options say that images are made.
+
+    Args:
+        arguments: of `add_sampling_options`.
+        config: of the model.
+        num_tokens: that are to be made of an image.
+
+    Raises:
+        UserError: a value that the model or the sampler does not take.
+    """
+    from cfpretrain.evaluation.generation import GenerationSettings
+    from cfpretrain.order import choose_sizes, fixed_order
+    from cfpretrain.sampler import Guidance
+
+    num_timesteps = config.noise.num_timesteps
+    usual_steps, usual_spacing = _BY_SOLVER[arguments.solver]
+    num_denoising_steps = _or(arguments.num_denoising_steps, min(usual_steps, num_timesteps))
+    given_sizes = _given_sizes(arguments.ar_sizes)
+    num_ar_steps = _or(arguments.num_ar_steps, len(given_sizes) if given_sizes else 1)
+    first, last = _or(arguments.guidance_interval, (0, num_timesteps - 1))
+    for name, value, low, high in (
+        ("--num-ar-steps", num_ar_steps, 1, num_tokens),
+        ("--num-denoising-steps", num_denoising_steps, 2, num_timesteps),
+        ("--batch-size", arguments.batch_size, 1, _MOST_IN_A_BATCH),
+        ("--guidance-interval", first, 0, num_timesteps - 1),
+        ("--guidance-interval", last, first, num_timesteps - 1),
+    ):
+        if not low <= value <= high:
+            raise UserError(f"{name}: expected {low} to {high}, got {value}")
+    if not (math.isfinite(arguments.guidance) and arguments.guidance >= 0):
+        raise UserError(f"--guidance: expected a number of at least 0 (1: none), got {arguments.guidance}")
+    try:
+        ar_step_sizes = choose_sizes(num_tokens, num_ar_steps, given_sizes or arguments.ar_sizes)
+    except ValueError as error:
+        raise UserError(f"--ar-sizes: {error}") from error
+    token_order = arguments.order or config.order.token_order
+    if token_order != "random":
+        try:
+            fixed_order(config.model.grid, token_order, _or(arguments.block_size, config.order.block_size))
+        except ValueError as error:
+            raise UserError(f"--block-size: {error}") from error
+    return GenerationSettings(
+        ar_step_sizes=tuple(ar_step_sizes),
+        num_denoising_steps=num_denoising_steps,
+        guidance=Guidance(arguments.guidance, arguments.guidance_schedule, first, last),
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        solver=arguments.solver,
+        spacing=_or(arguments.spacing, usual_spacing),
+        token_order=arguments.order,
+        block_size=arguments.block_size,
+    )
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _given_sizes(text: str) -> list[int] | None:
+    if text in _SIZES:
+        return None
+    try:
+        return [int(size) for size in text.split(",")]
+    except ValueError as error:
+        raise UserError(f"--ar-sizes: expected {' or '.join(_SIZES)}, or sizes such as 1,3,12, got {text!r}") from error

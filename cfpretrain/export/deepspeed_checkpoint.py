@@ -1,0 +1,248 @@
+"""Reads checkpoints in DeepSpeed's own format (ZeRO stages 1, 2 and 3, any number of ranks), and runs nothing in them.
+
+The layout, read in DeepSpeed 0.19.8: in a folder such as `global_step1000/`, which `latest` beside it names,
+
+    mp_rank_00_model_states.pt                         order and shapes of the parameters, counters; stage 3: one a rank
+    [bf16_]zero_pp_rank_R_mp_rank_00_optim_states.pt   rank R's part of the fp32 weights and of Adam's moments
+
+A rank's part is one flat tensor a group of parameters. At stages 1 and 2 the ranks' parts of a group follow one
+another, and together hold its parameters one after another, each with some padding. (`param_slice_mappings`, which
+seems to say the same, is wrong where `round_robin_gradients` is on.) At stage 3 each parameter is cut into equal parts,
+one a rank, and the last ones are padded.
+
+DeepSpeed's own reader (`zero_to_fp32`) is not used: it runs what is in the files, leaves out the moments, and refuses
+what bf16 at stage 1 writes.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfpretrain.console import UserError
+from cfpretrain.export import foreign_files
+from cfpretrain.export.imported_run import Counters
+
+# What the files hold besides data; they are read without DeepSpeed's code.
+_PLACEHOLDERS = (
+    "argparse.Namespace",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+_OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Some values of a parameter: `numel` from `begin` on in a rank's flat tensor of a group."""
+
+    rank: int
+    group: int
+    begin: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class ZeroCheckpoint:
+    """What a checkpoint of DeepSpeed's holds.
+
+    Attributes:
+        shapes: of the parameters, under the names they have there.
+        counters: steps.
+        num_ranks: that wrote it.
+        pieces: of each parameter, in the order of its values.
+        flats: tensors by content ("weights", "exp_avg", "exp_avg_sq"), rank and group.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    counters: Counters
+    num_ranks: int
+    pieces: dict[str, list[_Piece]]
+    flats: dict[str, list[list[Tensor]]]
+
+    def tensor(self, content: str, name: str) -> Tensor:
+        """A whole parameter's values, fp32: "weights", "exp_avg" or "exp_avg_sq"."""
+        flats = self.flats[content]
+        parts = [flats[at.rank][at.group].narrow(0, at.begin, at.numel) for at in self.pieces[name]]
+        return torch.cat(parts).view(self.shapes[name])
+
+
+def read_zero_checkpoint(folder: Path, name: str = "FOLDER") -> ZeroCheckpoint:
+    """Opens a checkpoint; its tensors come into memory one at a time, when they are asked for.
+
+    Args:
+        folder: of one checkpoint, or the one above it with `latest`.
+        name: argument that gave the folder, for messages.
+
+    Raises:
+        UserError: the folder holds no such checkpoint, or not all of it, or more than data.
+    """
+    folder = _find_folder(folder, name)
+    model_file = next((folder / file for file in _MODEL_FILES if (folder / file).is_file()), None)
+    files = _find_optimizer_files(folder, name)
+    if model_file is None:
+        raise UserError(f"{name}: expected {' or '.join(_MODEL_FILES)} in {folder}, got neither; restore it")
+    model = foreign_files.read(model_file, name, _PLACEHOLDERS)
+    ranks = [foreign_files.read(file, name, _PLACEHOLDERS) for file in files]
+    try:
+        return _open(model, [rank["optimizer_state_dict"] for rank in ranks])
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else f"{error}"
+        raise UserError(
+            f"{name}: {folder} is not what DeepSpeed 0.19 writes of AdamW at ZeRO stage 1, 2 or 3: {reason:.200}"
+        ) from error
+
+
+def _find_folder(folder: Path, name: str) -> Path:
+    if not folder.is_dir():
+        raise UserError(f"{name}: expected a folder that DeepSpeed's save_checkpoint wrote, got {folder}; give one")
+    latest = folder / "latest"
+    if not latest.is_file():
+        return folder
+    tag = latest.read_text(errors="replace").strip()
+    if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
+        raise UserError(f"{name}: {latest}: expected the name of a folder beside it, got {tag!r:.80}; give that folder")
+    return folder / tag
+
+
+def _find_optimizer_files(folder: Path, name: str) -> list[Path]:
+    """One file a rank, in the order of the ranks."""
+    found: dict[int, Path] = {}
+    for path in folder.iterdir():
+        match = _OPTIMIZER_FILE.fullmatch(path.name)
+        if match is None:
+            continue
+        if int(match[2]) != 0 or int(match[1]) in found:
+            raise UserError(
+                f"{name}: expected one *_optim_states.pt a rank, without tensor parallelism, got {path.name} in "
+                f"{folder} too; give a checkpoint of ZeRO alone"
+            )
+        found[int(match[1])] = path
+    if not found:
+        raise UserError(
+            f"{name}: expected files *_optim_states.pt of ZeRO stage 1, 2 or 3 in {folder}, got none; give the folder "
+            "of a checkpoint, or the one with `latest` in it"
+        )
+    return [found[rank] for rank in _checked_ranks(found, len(found), folder, name)]
+
+
+def _checked_ranks(found: Mapping[int, Path], num_ranks: int, folder: Path, name: str) -> range:
+    missing = [rank for rank in range(num_ranks) if rank not in found]
+    if missing:
+        raise UserError(
+            f"{name}: expected the files of all ranks in {folder}, got none of rank {missing[0]}; restore it"
+        )
+    return range(num_ranks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layout
+
+
+def _open(model: Mapping[str, Any], ranks: Sequence[Mapping[str, Any]]) -> ZeroCheckpoint:
+    count = ranks[0]["partition_count"]
+    num_ranks = max(count) if isinstance(count, list) else count
+    if num_ranks != len(ranks):
+        raise ValueError(f"files of {len(ranks)} ranks, where {num_ranks} wrote it")
+    is_stage_3 = "fp32_flat_groups" in ranks[0]
+    weights, inner = (
+        ("fp32_flat_groups", "optimizer_state_dict")
+        if is_stage_3
+        else (
+            "single_partition_of_fp32_groups",
+            "base_optimizer_state",
+        )
+    )
+    flats = {"weights": [[_checked(flat) for flat in rank[weights]] for rank in ranks]}
+    for moment in _MOMENTS:
+        flats[moment] = [[_checked(state[moment]) for state in _states(rank[inner])] for rank in ranks]
+    groups = [{name: tuple(map(int, shape)) for name, shape in group.items()} for group in model["param_shapes"]]
+    pieces = (
+        _pieces_of_stage_3(groups, len(ranks))
+        if is_stage_3
+        else _pieces_of_stages_1_and_2(groups, ranks[0].get("param_alignment_paddings"), flats["weights"])
+    )
+    shapes = {name: shape for group in groups for name, shape in group.items()}
+    _check_pieces(shapes, pieces, flats)
+    counters = Counters(int(model["global_steps"]), _optimizer_step(ranks[0][inner]), int(model["skipped_steps"]))
+    return ZeroCheckpoint(shapes, counters, len(ranks), pieces, flats)
+
+
+def _states(optimizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Adam's state of each flat tensor, in the order of the groups."""
+    states = optimizer["state"]
+    if not states:
+        raise ValueError("no moments: it was saved before the first step, or without the optimizer's state")
+    return [states[group] for group in sorted(states)]
+
+
+def _optimizer_step(optimizer: Mapping[str, Any]) -> int:
+    # Apex and DeepSpeed's own optimizers count in the group.
+    step = _states(optimizer)[0].get("step")
+    return int(optimizer["param_groups"][0]["step"] if step is None else step)
+
+
+def _checked(flat: Tensor) -> Tensor:
+    if flat.dtype != torch.float32 or flat.dim() != 1:
+        raise ValueError(f"a flat tensor of {flat.dtype} and {flat.dim()} axes, where float32 and one are expected")
+    return flat
+
+
+def _pieces_of_stages_1_and_2(
+    groups: Sequence[Mapping[str, tuple[int, ...]]],
+    paddings: Sequence[Sequence[int]] | None,
+    flats: Sequence[Sequence[Tensor]],
+) -> dict[str, list[_Piece]]:
+    pieces: dict[str, list[_Piece]] = {}
+    for number, group in enumerate(groups):
+        size = flats[0][number].numel()  # of each rank's part, but that the last one may be without its padding
+        begin = 0
+        for (name, shape), padding in zip(group.items(), paddings[number] if paddings else repeat(0), strict=False):
+            end = begin + math.prod(shape)
+            bounds = [(max(begin, rank * size), min(end, (rank + 1) * size)) for rank in range(len(flats))]
+            pieces[name] = [
+                _Piece(rank, number, first - rank * size, last - first)
+                for rank, (first, last) in enumerate(bounds)
+                if first < last
+            ]
+            begin = end + padding
+    return pieces
+
+
+def _pieces_of_stage_3(groups: Sequence[Mapping[str, tuple[int, ...]]], num_ranks: int) -> dict[str, list[_Piece]]:
+    pieces: dict[str, list[_Piece]] = {}
+    for number, group in enumerate(groups):
+        begin = 0
+        for name, shape in group.items():
+            size = -(-math.prod(shape) // num_ranks)
+            parts = [min(size, math.prod(shape) - rank * size) for rank in range(num_ranks)]
+            pieces[name] = [_Piece(rank, number, begin, numel) for rank, numel in enumerate(parts) if numel > 0]
+            begin += size
+    return pieces
+
+
+def _check_pieces(
+    shapes: Mapping[str, tuple[int, ...]],
+    pieces: Mapping[str, Sequence[_Piece]],
+    flats: Mapping[str, Sequence[Sequence[Tensor]]],
+) -> None:
+    """Refuses a checkpoint that does not hold each value of each parameter."""
+    for name, shape in shapes.items():
+        num_values = sum(at.numel for at in pieces.get(name, ()))
+        if num_values != math.prod(shape):
+            raise ValueError(f"{num_values} values of {name}, where its shape is {shape}")
+        for content, of_ranks in flats.items():
+            for at in pieces[name]:
+                flat = of_ranks[at.rank][at.group]
+                if not 0 <= at.begin <= at.begin + at.numel <= flat.numel():
+                    raise ValueError(f"{content} of {name} outside what rank {at.rank} wrote")

@@ -1,0 +1,348 @@
+"""A run leaves as a folder in diffusers' layout, with code of its own that needs no cfpretrain.
+
+    model_index.json                       names the parts and the code
+    pipeline_<hash>.py                     `pipeline_template.py`
+    transformer/transformer_<hash>.py      `transformer_template.py` with the modules that it uses, joined by `bundle`
+    transformer/config.json, *.safetensors
+    scheduler/scheduler_config.json        the betas
+    vae/                                   the run's autoencoder; pixels have none
+    config.yaml, README.md, samples.png    the run's config, the model card, a grid of samples where the run has one
+
+diffusers copies code into one folder of modules that all models share, so each file stands alone and has a name that no
+other content has. Weights are copied tensor by tensor, each held against its hash: the memory that this takes does not
+grow with the model. The same weights make the same files, whatever ranks and ZeRO stage wrote them.
+"""
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from cfpretrain import build, tensor_files
+from cfpretrain import config as configs
+from cfpretrain.checkpoint import TrainingState, read_state, reason_of
+from cfpretrain.config import Config
+from cfpretrain.console import UserError, say
+from cfpretrain.data.shards import read_latents_info
+from cfpretrain.export import model_card
+from cfpretrain.export.bundle import bundle, content_name
+from cfpretrain.export.foreign_files import refuse_existing
+from cfpretrain.export.imported_run import check_shapes
+from cfpretrain.export.plain import STAND_INS
+from cfpretrain.export.run_checkpoint import CheckpointTensors, find_checkpoint
+from cfpretrain.model import autoencoder
+
+WEIGHTS_STEM = "diffusion_pytorch_model"
+TRANSFORMER, VAE, SCHEDULER = "transformer", "vae", "scheduler"
+SAMPLES_FILE = "samples.png"
+
+_DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What leaves of a run, and how.
+
+    Attributes:
+        weights: "ema", or "raw" for the trained weights themselves.
+        step: of the checkpoint; None: the latest.
+        dtype: of the weights' files.
+        max_shard_bytes: a file of weights is no larger, unless one tensor is.
+        licence: for the model card.
+    """
+
+    weights: Literal["ema", "raw"] = "ema"
+    step: int | None = None
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    max_shard_bytes: int = 5 * 10**9
+    licence: str = "unknown"
+
+
+def export(run: Path, out: Path, settings: ExportSettings) -> None:
+    """Writes a run's model as a folder in diffusers' layout.
+
+    The folder has its name once it is complete; before, it is hidden.
+
+    Args:
+        run: a run folder, of any ranks and ZeRO stage.
+        out: the folder to make.
+        settings: what and how.
+
+    Raises:
+        UserError: it is no run's folder, a file of it is missing or damaged, `out` exists, or it cannot be written.
+    """
+    refuse_existing(out, "OUT")
+    source = _Source.open(run, settings)
+    with _hidden_until_complete(out) as folder:
+        source.write(folder, out.name)
+
+
+@contextmanager
+def _hidden_until_complete(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its name at the end of the block, or is removed where the block fails."""
+    hidden = out.with_name(f".{out.name}.partial")
+    try:
+        if hidden.exists():
+            shutil.rmtree(hidden)  # of an export that was killed
+        hidden.mkdir(parents=True)
+        yield hidden
+        for path in sorted(hidden.rglob("*")):
+            _flush(path)
+        hidden.rename(out)
+        _flush(out.parent)
+    except OSError as error:
+        fix = "free some space or choose another folder" if error.errno == errno.ENOSPC else "choose another folder"
+        raise UserError(f"{out}: cannot be written: {reason_of(error)}; {fix}") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Brings a file, or the names in a folder, down to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems refuse it for folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What leaves
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is exported, found and checked before anything is written."""
+
+    run: Path
+    settings: ExportSettings
+    config: Config
+    state: TrainingState
+    tensors: CheckpointTensors
+    vae: Path | None
+    shift: Sequence[float]
+    scale: Sequence[float]
+    class_names: Sequence[str]
+
+    @classmethod
+    def open(cls, run: Path, settings: ExportSettings) -> "_Source":
+        config, checkpoint = find_checkpoint(run, settings.step)
+        state = read_state(checkpoint)
+        state.check_model(configs.to_plain(config)["model"], str(checkpoint))
+        tensors = CheckpointTensors.open(checkpoint, "ema" if settings.weights == "ema" else "weights", state.step)
+        check_shapes(tensors.shapes, config, str(tensors.file))
+        vae, shift, scale = _read_autoencoder(config)
+        return cls(run, settings, config, state, tensors, vae, shift, scale, _class_names(config))
+
+    def write(self, folder: Path, name: str) -> None:
+        """All files; `name` is what the model card calls the model."""
+        pipeline = bundle("cfpretrain.export.pipeline_template")
+        transformer = bundle("cfpretrain.export.transformer_template", STAND_INS)
+        pipeline_name, transformer_name = content_name("pipeline", pipeline), content_name(TRANSFORMER, transformer)
+        for part in (TRANSFORMER, SCHEDULER):
+            (folder / part).mkdir()
+        _write_text(folder / f"{pipeline_name}.py", pipeline)
+        _write_text(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
+        _write_json(folder / TRANSFORMER / "config.json", self._transformer_config())
+        _write_json(folder / SCHEDULER / "scheduler_config.json", _scheduler_config(self.config))
+        index = {
+            "_class_name": [pipeline_name, "CausalFusionPipeline"],
+            TRANSFORMER: [transformer_name, "CausalFusionTransformer"],
+            SCHEDULER: ["diffusers", "DDPMScheduler"],
+            VAE: ["diffusers", "AutoencoderKL"] if self.vae else [None, None],
+            # A list would be taken for one more part.
+            "id2label": {str(number): label for number, label in enumerate(self.class_names)},
+        }
+        _write_json(folder / "model_index.json", index)
+        if self.vae:
+            (folder / VAE).mkdir()
+            for file in (autoencoder.CONFIG_FILE, autoencoder.WEIGHTS_FILE):
+                shutil.copyfile(self.vae / file, folder / VAE / file)
+        self._write_weights(folder / TRANSFORMER)
+        _write_text(folder / build.CONFIG_FILE, configs.to_yaml(self.config))
+        samples = _newest_samples(self.run, self.state.step)
+        if samples:
+            shutil.copyfile(samples, folder / SAMPLES_FILE)
+        _write_text(folder / "README.md", self._card(name, samples is not None))
+
+    def _transformer_config(self) -> dict[str, Any]:
+        model, order = self.config.model, self.config.order
+        return {
+            "_class_name": "CausalFusionTransformer",
+            "grid": model.grid,
+            "patch_size": model.patch_size,
+            "latent_channels": model.latent_channels,
+            "width": model.width,
+            "depth": model.depth,
+            "num_heads": model.num_heads,
+            "num_cond_tokens": model.num_cond_tokens,
+            "num_classes": model.num_classes,
+            "learnable_positions": model.position_embedding == "learnable",
+            "token_order": order.token_order,
+            "block_size": order.block_size,
+            "latent_shift": list(self.shift),
+            "latent_scale": list(self.scale),
+        }
+
+    def _write_weights(self, folder: Path) -> None:
+        dtype_name, dtype = _DTYPES[self.settings.dtype]
+        shapes = self.tensors.shapes
+        shards = _plan_shards(shapes, dtype.itemsize, self.settings.max_shard_bytes)
+        for number, (file_name, names) in enumerate(shards.items(), start=1):
+            say(f"writing weights, file {number} of {len(shards)}")
+            with open(folder / file_name, "wb") as file:
+                file.write(_shard_header({name: shapes[name] for name in names}, dtype_name, dtype))
+                for name in names:
+                    values = self.tensors.read(name)
+                    for chunk in values.flatten().split(tensor_files.CHUNK_VALUES):
+                        file.write(_bytes(chunk.to(dtype)))
+                    del values  # before the next one is read
+        if len(shards) > 1:
+            weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+            index = {"metadata": {"total_size": dtype.itemsize * self._num_values()}, "weight_map": weight_map}
+            _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)
+
+    def _num_values(self) -> int:
+        return sum(math.prod(shape) for shape in self.tensors.shapes.values())
+
+    def _card(self, name: str, has_samples: bool) -> str:
+        return model_card.text(
+            name=name,
+            config=self.config,
+            state=self.state,
+            summary=build.read_summary(self.run),
+            weights=self.settings.weights,
+            dtype=self.settings.dtype,
+            licence=self.settings.licence,
+            class_names=self.class_names,
+            num_parameters=self._num_values(),
+            samples=SAMPLES_FILE if has_samples else None,
+        )
+
+
+def _read_autoencoder(config: Config) -> tuple[Path | None, Sequence[float], Sequence[float]]:
+    """Its folder, and the shift and scale of latents."""
+    folder = config.data.autoencoder
+    if not folder:
+        return None, config.data.latent_shift, config.data.latent_scale
+    # Loaded for its checks; it is small beside a model of any size.
+    loaded = autoencoder.KLAutoencoder.load(folder, "cpu")
+    return Path(folder), loaded.shift, loaded.scale
+
+
+def _class_names(config: Config) -> Sequence[str]:
+    numbers = [str(number) for number in range(config.model.num_classes)]
+    try:
+        names = read_latents_info(config.data.shards[0]).class_names
+    except UserError as error:
+        say(f"WARNING: classes have their numbers for names: {error}")
+        return numbers
+    return names if len(names) == len(numbers) else numbers
+
+
+def _newest_samples(run: Path, step: int) -> Path | None:
+    """The grid of samples nearest to a step, not beyond it; of several, the one of the fewest AR steps."""
+    by_step: dict[str, list[Path]] = {}
+    for grid in sorted((run / build.SAMPLES).glob("step_*_ar_steps_*.png")):
+        by_step.setdefault(grid.name.split("_")[1], []).append(grid)
+    newest = max((number for number in by_step if number <= f"{step:08d}"), default=None)
+    return by_step[newest][0] if newest else None
+
+
+def _scheduler_config(config: Config) -> dict[str, Any]:
+    noise = config.noise
+    scale = 1000 / noise.num_timesteps  # as in `noise.linear_schedule`
+    return {
+        "_class_name": "DDPMScheduler",
+        "num_train_timesteps": noise.num_timesteps,
+        "beta_start": scale * noise.beta_first,
+        "beta_end": scale * noise.beta_last,
+        "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+        "variance_type": "fixed_large",
+        "clip_sample": False,
+        "timestep_spacing": "linspace",
+    }
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    _write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def _plan_shards(shapes: Mapping[str, tuple[int, ...]], value_bytes: int, max_shard_bytes: int) -> dict[str, list[str]]:
+    """Which tensors lie in which file, in the order of their names; as diffusers names files."""
+    shards: list[list[str]] = [[]]
+    num_bytes = 0
+    for name in sorted(shapes):
+        size = value_bytes * math.prod(shapes[name])
+        if shards[-1] and num_bytes + size > max_shard_bytes:
+            shards.append([])
+            num_bytes = 0
+        shards[-1].append(name)
+        num_bytes += size
+    if len(shards) == 1:
+        return {f"{WEIGHTS_STEM}.safetensors": shards[0]}
+    return {
+        f"{WEIGHTS_STEM}-{number:05d}-of-{len(shards):05d}.safetensors": names
+        for number, names in enumerate(shards, start=1)
+    }
+
+
+def _shard_header(shapes: Mapping[str, tuple[int, ...]], dtype_name: str, dtype: torch.dtype) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, shape in shapes.items():
+        end = begin + dtype.itemsize * math.prod(shape)
+        entries[name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(values: Tensor) -> memoryview:
+    return tensor_files.bytes_of(values.view(torch.uint8))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hub
+
+
+def push(folder: Path, repository: str) -> None:
+    """Uploads an exported folder to a repository of the hub, which is made (private) where it is not there.
+
+    Raises:
+        UserError: the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=str(folder))
+    except Exception as error:  # what the hub's client raises depends on its version
+        raise UserError(
+            f"--push: {repository}: {' '.join(str(error).split()):.200}; {folder} is complete, upload it later with: "
+            f"hf upload {repository} {folder}"
+        ) from error

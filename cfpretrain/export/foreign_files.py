@@ -1,0 +1,103 @@
+"""The door to files of tensors that others write: pickles (.pt, .pth, .bin, .ckpt) and safetensors, read as data.
+
+A pickle is a program. Torch's restricted reader follows it as far as it makes tensors, numbers, texts and containers;
+the classes that a caller names come as `Placeholder`s, and their own code is neither looked up nor run. Whatever else a
+file asks for, it is refused.
+"""
+
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cfpretrain.console import UserError
+
+
+class Placeholder:
+    """An object of a class that was not looked up: what it was made of, and its attributes as the file says them."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+
+def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any, Any]:
+    """What a file holds. Its tensors are on the CPU, and come into memory when they are used.
+
+    Args:
+        file: .safetensors, or whatever `torch.save` wrote.
+        name: argument or option that gave the file, for messages.
+        placeholders: full names of the classes that a file may have objects of.
+
+    Raises:
+        UserError: the file is not there, is something else, or holds more than data.
+    """
+    if not file.is_file():
+        found = "is a folder" if file.is_dir() else "is not there"
+        raise UserError(f"{name}: expected a file of tensors (.pt or .safetensors), got {file}, which {found}")
+    try:
+        content = _read(file, placeholders)
+    except OSError as error:
+        raise UserError(f"{name}: {file} cannot be read ({error.strerror or error}); mend it") from error
+    except Exception as error:  # a foreign file can break the reader in any way
+        raise UserError(f"{name}: {_reason(file, error)}") from error
+    if not isinstance(content, Mapping):
+        raise UserError(f"{name}: expected tensors by name in {file}, got {type(content).__name__}; give a checkpoint")
+    return content
+
+
+def _read(file: Path, placeholders: Sequence[str]) -> Any:
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    allowed: Any = [(Placeholder, name) for name in placeholders]
+    with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
+        warnings.simplefilter("ignore")  # what the reader warns of it then refuses
+        # Only archives can be mapped; before torch 1.6 files were none.
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def _reason(file: Path, error: Exception) -> str:
+    asked_for = re.search(r"GLOBAL (\S+)", str(error))
+    if asked_for is None:
+        # Torch wraps what is wrong in the advice to read the file without care.
+        reason = str(error).rpartition("WeightsUnpickler error:")[2].partition("\n\nCheck the documentation")[0]
+        reason = " ".join(reason.split()) or repr(error)
+        return f"{file} is no file of tensors, or a damaged one ({reason:.120}); get it again"
+    return (
+        f"expected nothing but tensors, numbers and texts in {file}, got {asked_for[1]}, which could run code, and is "
+        "refused; take the same weights as .safetensors"
+    )
+
+
+def write(file: Path, content: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Writes tensors by name, under some keys, as `torch.save` does: the file is there whole or not at all.
+
+    Raises:
+        UserError: something is there already, or it cannot be written.
+    """
+    refuse_existing(file, "OUT")
+    unfinished = file.with_name(f".{file.name}.unfinished")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as opened:
+            torch.save({key: dict(tensors) for key, tensors in content.items()}, opened)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.rename(unfinished, file)
+    except (OSError, RuntimeError) as error:  # torch's writer of archives raises both
+        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
+        raise UserError(f"OUT: {file} cannot be written ({reason:.120}); mend it or give another") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def refuse_existing(path: Path, name: str) -> None:
+    """Raises UserError where something is at this path; `name` is the argument that gave it."""
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{name}: expected a path where nothing is yet, got {path}; remove it or give another")

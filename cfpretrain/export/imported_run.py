@@ -1,0 +1,197 @@
+"""A run folder made of a checkpoint that others wrote: it trains on and is sampled from as one of our own."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cfpretrain import config as configs
+from cfpretrain.build import CHECKPOINTS, CONFIG_FILE, make_model
+from cfpretrain.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, TrainingState, tensor_file, write_file
+from cfpretrain.config import Config, to_plain, to_yaml
+from cfpretrain.console import UserError
+from cfpretrain.export.foreign_files import refuse_existing
+from cfpretrain.health import Guard
+from cfpretrain.tensor_files import bytes_of, hashes_to_plain, make_header, opened, write_fully, write_ranges
+
+Shapes = Mapping[str, tuple[int, ...]]
+# (one of checkpoint.CONTENTS, name of a parameter) -> its values, in full shape, of at most 32 bits
+ReadTensor = Callable[[str, str], Tensor]
+
+POSITIONS = "image_embedder.pos_embed"
+_X_PROJ = "image_embedder.x_proj.weight"
+_CLASS_TABLE = "class_embedder.embedding_table.weight"
+_COND_POSITIONS = "class_embedder.cond_pos_embed"
+_Q_NORM = "trunk.blocks.0.attn.q_norm.weight"
+_NUM_NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Where the imported training stands; its place in the data is not known, so an epoch begins."""
+
+    step: int  # optimizer steps taken or skipped
+    optimizer_step: int  # updates that the moments are of; 0 where they begin at 0
+    num_skipped: int = 0
+
+
+def load_config(paths: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The config of an import, checked; on how many ranks it will train is not known yet."""
+    config = configs.load(paths, overrides)
+    # So many ranks divide whatever there is to divide.
+    configs.check(config, max(1, config.train.global_batch_size))
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes
+
+
+def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The parameters of the config's model."""
+    with torch.device("meta"):
+        model = make_model(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_shapes(found: Shapes, config: Config, source: str, beside: Shapes | None = None) -> None:
+    """Refuses tensors that are not those of the config's model.
+
+    Args:
+        found: under our names.
+        config: says what they should be.
+        source: where they are from, for the message.
+        beside: tensors that may be there too.
+
+    Raises:
+        UserError: names each key of the config with what it says and what was found; where all keys fit, each tensor.
+    """
+    expected = expected_shapes(config)
+    expected |= {name: shape for name, shape in (beside or {}).items() if name in found}
+    there, here = _sizes(found), _sizes(expected)
+    problems = [
+        f"{key}: expected {here[key]}, got {there[key]}" for key in here if there.get(key, here[key]) != here[key]
+    ]
+    problems = problems or _differences(found, expected)
+    if problems:
+        raise UserError(
+            f"{source} does not fit the config: {' | '.join(problems)}; give the config of its model, or set these "
+            "keys on the command line"
+        )
+
+
+def _sizes(shapes: Shapes) -> dict[str, int]:
+    """What the shapes say of a model, by the keys of the config; nothing where they are those of no model."""
+    try:
+        (width, patch_values), (head_width,) = shapes[_X_PROJ], shapes[_Q_NORM]
+        sizes = {
+            "model.width": width,
+            "model.depth": len({name.split(".")[2] for name in shapes if name.startswith("trunk.blocks.")}),
+            "model.num_heads": width // head_width,
+            "model.num_cond_tokens": shapes[_COND_POSITIONS][1],
+            "model.num_classes": shapes[_CLASS_TABLE][0] - 1,
+            "model.patch_size ** 2 * model.latent_channels": patch_values,
+        }
+        if POSITIONS in shapes:
+            sizes["(model.latent_size / model.patch_size) ** 2"] = shapes[POSITIONS][1]
+    except (KeyError, ValueError, IndexError, ZeroDivisionError):
+        return {}
+    return sizes
+
+
+def _differences(found: Shapes, expected: Shapes) -> list[str]:
+    def some(names: list[str]) -> str:
+        more = f" and {len(names) - _NUM_NAMES_SHOWN} more" if len(names) > _NUM_NAMES_SHOWN else ""
+        return ", ".join(names[:_NUM_NAMES_SHOWN]) + more
+
+    missing = [name for name in expected if name not in found]
+    unknown = [name for name in found if name not in expected]
+    others = [
+        f"{name} of {found[name]} instead of {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    kinds = {"missing": missing, "not in the config's model": unknown, "of another shape": others}
+    return [f"tensors {kind}: {some(names)}" for kind, names in kinds.items() if names]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def write_run(folder: Path, config: Config, counters: Counters, read_tensor: ReadTensor) -> None:
+    """Writes a run folder with one complete checkpoint: it is there whole or not at all.
+
+    Host memory is bounded by the largest tensor.
+
+    Args:
+        folder: nothing may be there.
+        config: of the run; `run.folder` becomes `folder`.
+        counters: where training goes on.
+        read_tensor: asked for each parameter of the config's model and each content, one at a time.
+
+    Raises:
+        UserError: something is there already, or it cannot be written.
+    """
+    refuse_existing(folder, "RUN")
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    try:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        write_file(unfinished / CONFIG_FILE, to_yaml(config).encode())
+        _write_checkpoint(unfinished / CHECKPOINTS, _make_state(config, counters), expected_shapes(config), read_tensor)
+        os.rename(unfinished, folder)
+    except OSError as error:
+        raise UserError(
+            f"RUN: {folder} cannot be written ({error.strerror or error}); mend it or give another"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _make_state(config: Config, counters: Counters) -> TrainingState:
+    guard = config.guard
+    return TrainingState(
+        step=counters.step,
+        optimizer_step=counters.optimizer_step,
+        num_skipped=counters.num_skipped,
+        num_rewinds=0,
+        epoch=0,
+        samples_in_epoch=0,
+        train_seconds=0.0,
+        seed=config.run.seed,
+        model=to_plain(config)["model"],
+        data_fingerprint="",  # any data will do
+        guard=Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row).to_plain(),
+        wandb_run_id=None,
+        versions={name: version(name) for name in ("cfpretrain", "torch")},
+    )
+
+
+def _write_checkpoint(folder: Path, state: TrainingState, shapes: Shapes, read_tensor: ReadTensor) -> None:
+    final = folder / f"step_{state.step:08d}"
+    partial = folder / f"{final.name}.partial"
+    partial.mkdir(parents=True)
+    hashes = {}
+    for content in CONTENTS:
+        first_bytes, header = make_header(shapes, content, state.step)
+        with opened(tensor_file(partial, content), os.O_WRONLY | os.O_CREAT) as descriptor:
+            os.ftruncate(descriptor, header.num_bytes)
+            write_fully(descriptor, first_bytes, 0)
+            whole = ((name, 0, bytes_of(_as_stored(read_tensor(content, name)))) for name in header.shapes)
+            hashes[content] = hashes_to_plain(write_ranges(descriptor, header, whole), shapes)
+            os.fsync(descriptor)
+    write_file(partial / RANGES_FILE, json.dumps(hashes, separators=(",", ":")).encode())
+    CheckpointStore(folder, keep_last=1, keep_every_steps=0).publish(partial, final, state.to_json())
+
+
+def _as_stored(values: Tensor) -> Tensor:
+    return values.detach().float().contiguous()

@@ -1,0 +1,131 @@
+"""The model card of an export: README.md, as people and the hub read it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cfpretrain.build import CONFIG_FILE
+from cfpretrain.checkpoint import TrainingState
+from cfpretrain.config import Config
+
+_MOST_NAMES = 20  # of classes that are listed
+
+
+def text(
+    *,
+    name: str,
+    config: Config,
+    state: TrainingState,
+    summary: Mapping[str, Any] | None,
+    weights: str,
+    dtype: str,
+    licence: str,
+    class_names: Sequence[str],
+    num_parameters: int,
+    samples: str | None,
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        name: of the model.
+        config: of the run.
+        state: of the checkpoint.
+        summary: what the run says of its end (`build.read_summary`); None where it has not ended.
+        weights: "ema" or "raw".
+        dtype: of the weights' files.
+        licence: the hub's name of a licence.
+        class_names: by number.
+        num_parameters: of the transformer.
+        samples: the picture with samples; None without one.
+    """
+    picture = [f"![samples]({samples})", ""] if samples else []
+    return "\n".join(
+        [
+            *_front_matter(licence),
+            f"# {name}",
+            "",
+            "Class-conditional images from a CausalFusion transformer: diffusion inside autoregressive steps, any",
+            'number of them, in any order ("Causal Diffusion Transformers for Generative Modeling", arXiv 2412.12095).',
+            "",
+            *picture,
+            *_usage(class_names, config),
+            *_table("Model", _model_rows(config, weights, dtype, class_names, num_parameters)),
+            *_table("Training", _training_rows(config, state, summary)),
+            f"The whole config of the run is in [{CONFIG_FILE}]({CONFIG_FILE}).",
+            "",
+            *_licence_words(licence),
+        ]
+    )
+
+
+def _front_matter(licence: str) -> list[str]:
+    return [
+        "---",
+        "library_name: diffusers",
+        f"license: {licence}",
+        "tags:",
+        "- causalfusion",
+        "- class-conditional-image-generation",
+        "---",
+        "",
+    ]
+
+
+def _usage(class_names: Sequence[str], config: Config) -> list[str]:
+    last = len(class_names) - 1
+    ar_steps = min(4, config.model.num_tokens)
+    return [
+        "## Use",
+        "",
+        "```python",
+        "from diffusers import DiffusionPipeline",
+        "",
+        'pipe = DiffusionPipeline.from_pretrained("FOLDER_OR_REPOSITORY", trust_remote_code=True)',
+        f"images = pipe([0, {class_names[last]!r}], num_ar_steps={ar_steps}, solver='sde-dpm++').images",
+        f"edited = pipe.edit([{last}], region='top', image=images[:1], solver='sde-dpm++').images",
+        "```",
+        "",
+        "`trust_remote_code` lets diffusers run the two Python files of this folder; read them first. They need torch",
+        "and diffusers only. Image i of a seed is always the same (`seed=`, `ids=`).",
+        "",
+    ]
+
+
+def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
+    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+
+
+def _model_rows(
+    config: Config, weights: str, dtype: str, class_names: Sequence[str], num_parameters: int
+) -> dict[str, Any]:
+    model, noise = config.model, config.noise
+    names = ", ".join(class_names[:_MOST_NAMES]) + " ..." * (len(class_names) > _MOST_NAMES)
+    return {
+        "Parameters": f"{num_parameters:,}, {'averaged (EMA)' if weights == 'ema' else 'as trained'}, {dtype}",
+        "Depth, width, heads": f"{model.depth}, {model.width}, {model.num_heads}",
+        "Latents": f"{model.latent_channels} x {model.latent_size} x {model.latent_size}",
+        "Tokens": f"{model.num_tokens}, patches of {model.patch_size} x {model.patch_size}",
+        "Condition": f"{model.num_cond_tokens} tokens a class",
+        "Noise": f"{noise.num_timesteps} levels, linear betas {noise.beta_first:g} to {noise.beta_last:g}",
+        "Classes": f"{len(class_names)}: {names.replace('|', ' ')}",
+    }
+
+
+def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, Any] | None) -> dict[str, Any]:
+    train, order = config.train, config.order
+    rows = {
+        "Steps": f"{state.step:,} of {train.global_batch_size} images",
+        "AR steps": f"{order.num_ar_steps or f'drawn, decay {order.ar_step_decay:g}'}, order {order.token_order}",
+        "Optimizer": f"AdamW, learning rate {train.learning_rate:g}, EMA {train.ema_decay:g}",
+        "Seconds": f"{state.train_seconds:,.0f}",
+        "Data fingerprint": f"`{state.data_fingerprint}`" if state.data_fingerprint else "not known",
+        "Written by": ", ".join(f"{package} {version}" for package, version in sorted(state.versions.items())),
+    }
+    if summary is not None and summary["num_steps"] == state.step:
+        rows["Loss"] = f"{summary['loss_first']:.4f} at first, {summary['loss_last']:.4f} at last"
+        rows["Speed"] = f"{summary['images_per_second']:,.1f} images/s, ranks: {summary['world_size']}"
+    return rows
+
+
+def _licence_words(licence: str) -> list[str]:
+    stated = f"Licence: {licence}." if licence != "unknown" else "The licence of these weights is not stated."
+    return [f"{stated} An autoencoder (`vae/`) may have one of its own.", ""]

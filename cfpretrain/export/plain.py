@@ -1,0 +1,47 @@
+"""What takes the place of `model.attention` and `model.norm` in an export: torch alone, on any device.
+
+The package's own modules choose among kernels that an export's users need not have.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfpretrain.order import may_attend
+
+STAND_INS = dict.fromkeys(("cfpretrain.model.attention", "cfpretrain.model.norm"), __name__)
+
+
+class Visibility(NamedTuple):
+    """Who sees whom, made once for a forward and shared by its blocks.
+
+    Attributes:
+        mask: bool [B or 1, 1, M, K]; None: every query sees every key.
+    """
+
+    mask: Tensor | None
+
+
+def make_visibility(intervals_BMI: Tensor | None, num_keys: int, backend: str) -> Visibility:
+    """The row intervals, int32 [B or 1, M, 4], as a mask; without them every query sees every key."""
+    assert backend == "sdpa", backend
+    return Visibility(None if intervals_BMI is None else may_attend(intervals_BMI, num_keys).unsqueeze(1))
+
+
+def attend(q_BHME: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, visibility: Visibility) -> Tensor:
+    """softmax(q k^T / sqrt(E)) v over the visible keys: [B, H, M, E]."""
+    return F.scaled_dot_product_attention(q_BHME, k_BHKE, v_BHKE, attn_mask=visibility.mask)
+
+
+def compile_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile with a graph for each shape of the arguments."""
+    return torch.compile(function, dynamic=False)
+
+
+def layer_norm(width: int, eps: float, fused: bool = False) -> nn.Module:
+    """A LayerNorm over the last dimension, with weight and bias."""
+    assert not fused
+    return nn.LayerNorm(width, eps=eps)

@@ -1,0 +1,172 @@
+"""CausalFusion, a causal diffusion transformer (arXiv 2412.12095), as a diffusers model: network and sampler.
+
+The letters at the end of a tensor's name are its axes: B samples, L tokens of an image, N noised tokens, M tokens of a
+sequence, K keys, D width, H heads, E head width, P values of a token, Q condition tokens, T timesteps, C channels,
+Y rows, X columns.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from cfpretrain.model.autoencoder import LatentScaling
+from cfpretrain.model.transformer import CausalFusion, patchify, take_tokens, unpatchify
+from cfpretrain.noise import SOLVERS, Schedule, respace
+from cfpretrain.order import choose_sizes
+from cfpretrain.regions import kept_first, parse_region
+from cfpretrain.sampler import Guidance, generate, noise_by_image, sampling_orders
+
+
+class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
+    """The network with its own sampler.
+
+    Args:
+        grid: rows = columns of the token grid.
+        patch_size: latent rows = columns of a token.
+        latent_channels: channels of a latent.
+        width, depth, num_heads: of the transformer.
+        num_cond_tokens: condition tokens a class.
+        num_classes: classes without the null class.
+        learnable_positions: learned position embeddings, else fixed 2-d sin-cos.
+        token_order, block_size: the order in which tokens are made, as in training.
+        latent_shift, latent_scale: one value, or one a channel; the network sees (raw - shift) * scale.
+    """
+
+    config: Any
+
+    @register_to_config  # type: ignore[untyped-decorator]
+    def __init__(
+        self,
+        grid: int,
+        patch_size: int,
+        latent_channels: int,
+        width: int,
+        depth: int,
+        num_heads: int,
+        num_cond_tokens: int,
+        num_classes: int,
+        learnable_positions: bool,
+        token_order: str,
+        block_size: int,
+        latent_shift: Sequence[float],
+        latent_scale: Sequence[float],
+    ) -> None:
+        super().__init__(
+            grid=grid,
+            patch_values=patch_size**2 * latent_channels,
+            width=width,
+            depth=depth,
+            num_heads=num_heads,
+            num_cond_tokens=num_cond_tokens,
+            num_classes=num_classes,
+            learnable_positions=learnable_positions,
+        )
+
+    @property
+    def scaling(self) -> LatentScaling:
+        """Between raw latents and those that the network sees."""
+        # Made when it is asked for: diffusers may make modules without memory for tensors.
+        return LatentScaling(self.config.latent_shift, self.config.latent_scale)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        labels_B: Tensor,
+        image_ids_B: Tensor,
+        *,
+        seed: int,
+        betas_T: Tensor,
+        num_inference_steps: int,
+        solver: str,
+        level_spacing: str,
+        num_ar_steps: int,
+        ar_step_sizes: str | Sequence[int],
+        guidance_scale: float,
+        guidance_schedule: str,
+        guidance_interval: tuple[int, int | None],
+        latents_BCYX: Tensor | None = None,
+        region_L: Tensor | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Tensor:
+        """Generates latents; an image is a function of seed and id, whatever else is in the batch.
+
+        Args:
+            labels_B: int64, classes.
+            image_ids_B: int64, on the CPU.
+            seed: of noise and orders.
+            betas_T: float64, of the noise schedule.
+            num_inference_steps: noise levels that each AR step runs through.
+            solver: one of `SOLVERS`.
+            level_spacing: "time" or "log_snr".
+            num_ar_steps: AR steps in which the tokens are made.
+            ar_step_sizes: "equal", "cosine", or as many sizes, adding up to the tokens that are made.
+            guidance_scale: of classifier-free guidance; 1 = none.
+            guidance_schedule: "constant", or "linear" along the AR axis.
+            guidance_interval: the first and last timestep in which guidance acts; None for the last: to the end.
+            latents_BCYX: float32, in the network's scale: images to edit.
+            region_L: bool, the tokens of these that are made anew; the others come back as they are.
+            on_step: called after every denoising step.
+
+        Returns:
+            float32 [B, C, Y, X] in the network's scale.
+        """
+        _check_choice("solver", solver, SOLVERS)
+        _check_choice("level_spacing", level_spacing, ("time", "log_snr"))
+        if isinstance(ar_step_sizes, str):
+            _check_choice("ar_step_sizes", ar_step_sizes, ("equal", "cosine"))
+        _check_choice("guidance_schedule", guidance_schedule, ("constant", "linear"))
+        config, device = self.config, labels_B.device
+        orders_BL = sampling_orders(seed, image_ids_B, self.grid**2, config.token_order, config.block_size)
+        order_BL, given_BKP = orders_BL.to(device), None
+        if latents_BCYX is not None and region_L is not None:
+            order_BL, num_kept = kept_first(order_BL, region_L.to(device))
+            given_BKP = take_tokens(patchify(latents_BCYX, config.patch_size), order_BL[:, :num_kept])
+        num_made = self.grid**2 if given_BKP is None else self.grid**2 - given_BKP.shape[1]
+        sizes = choose_sizes(num_made, num_ar_steps, ar_step_sizes)
+        full = Schedule(torch.arange(len(betas_T)), (1 - betas_T).cumprod(0))
+        schedule = respace(full, num_inference_steps, level_spacing)
+
+        def watch(_: int, num_steps_left: int, *__: Tensor) -> None:
+            if num_steps_left < len(schedule):
+                on_step()
+
+        tokens_BLP = generate(
+            self,
+            labels_B,
+            order_BL,
+            sizes,
+            schedule,
+            Guidance(guidance_scale, guidance_schedule, *guidance_interval),
+            noise_by_image(seed, image_ids_B.to(device), self.patch_values),
+            solver=solver,
+            given_BKP=given_BKP,
+            watch=watch,
+        )
+        return unpatchify(tokens_BLP, config.patch_size)
+
+    def region(self, region: str | Tensor) -> Tensor:
+        """Tokens to make anew: bool [L].
+
+        Args:
+            region: "centre", "top", "bottom", "outside", "box:Y0,X0,Y1,X1" or "tokens:0,1,17"; or a mask of the
+                tokens, bool [rows, columns] or [L].
+        """
+        if isinstance(region, str):
+            return parse_region(region, self.grid)
+        if tuple(region.shape) not in ((self.grid, self.grid), (self.grid**2,)) or region.dtype != torch.bool:
+            raise ValueError(
+                f"expected a mask of {self.grid} x {self.grid} tokens, true or false, got {list(region.shape)} of "
+                f"{region.dtype}"
+            )
+        if not region.any():
+            raise ValueError("expected a mask that is true where the image is made anew, got false everywhere")
+        return region.flatten()
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")

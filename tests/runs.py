@@ -1,0 +1,28 @@
+"""Run folders with random weights, for tools that read one."""
+
+from pathlib import Path
+
+from cfpretrain import build, checkpoint_writer, seeds
+from cfpretrain.config import to_plain, to_yaml
+from tests import checkpoints
+from tests.digits import small_config
+
+STEP = 7
+
+
+def write_run(folder: Path, shards: Path, *overrides: str) -> Path:
+    """A run of the tiny preset made tinier at step 7; its average and its weights are different random values."""
+    config = small_config(shards, folder, *overrides)
+    folder.mkdir(parents=True)
+    (folder / build.CONFIG_FILE).write_text(to_yaml(config))
+    shapes = {name: tuple(value.shape) for name, value in build.make_model(config).named_parameters()}
+    full = {
+        content: {
+            name: seeds.normal(seeds.key(0, f"{content} {name}"), shape) * (0.02 if len(shape) > 1 else 1)
+            for name, shape in shapes.items()
+        }
+        for content in checkpoints.CONTENTS
+    }
+    state = checkpoints.make_state(STEP, model=to_plain(config)["model"])
+    checkpoint_writer.save(build.make_store(config), state, *checkpoints.whole(full))
+    return folder

@@ -1,0 +1,209 @@
+"""One file of many modules: it means what they mean, imports nothing that its users may lack, or is refused."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cfpretrain.evaluation import sampling_options
+from cfpretrain.export import bundle as bundles
+from cfpretrain.export import plain
+from cfpretrain.export.bundle import BundleError, bundle, content_name
+from cfpretrain.export.plain import STAND_INS
+from cfpretrain.model import attention, norm, transformer
+from cfpretrain.order import Condition, Image, build_layout
+from tests.test_transformer import small_model
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small packages
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder that stands for the package; modules are written into it."""
+    monkeypatch.setattr(bundles, "_ROOT", tmp_path)
+    return tmp_path
+
+
+def write(package: Path, **modules: str) -> None:
+    for name, text in modules.items():
+        (package / f"{name}.py").write_text(text)
+
+
+def run(text: str) -> dict[str, Any]:
+    scope: dict[str, Any] = {"__name__": "joined"}
+    exec(compile(text, "joined", "exec"), scope)
+    return scope
+
+
+LOW = '''"""Counts."""
+
+import math
+from collections import OrderedDict
+
+# How many.
+SIZE = 3
+_BASE = 10
+
+
+def twice(number: int) -> int:
+    return 2 * number + _BASE
+
+
+def unused() -> float:
+    return math.pi + len(OrderedDict())
+'''
+
+
+def test_only_what_is_reached_is_taken_with_its_comments(package: Path) -> None:
+    high = '"""Asks."""\nfrom cfpretrain.low import SIZE, twice\n\n\ndef ask() -> int:\n    return twice(SIZE)\n'
+    write(package, low=LOW, high=high)
+    text = bundle("cfpretrain.high")
+    assert run(text)["ask"]() == 16
+    assert "# How many.\nSIZE = 3" in text
+    assert "# Counts." in text
+    assert "unused" not in text
+    assert "import math" not in text
+    assert "OrderedDict" not in text
+
+
+def test_a_module_used_as_a_module_keeps_its_name(package: Path) -> None:
+    """`key` is a variable of the one that calls `low.key`."""
+    low = '"""Low."""\n\n\ndef key(text: str) -> str:\n    return text + "!"\n\n\ndef other() -> None:\n    pass\n'
+    high = '"""High."""\nfrom cfpretrain import low\n\n\ndef ask() -> str:\n    key = low.key("a")\n    return key\n'
+    write(package, low=low, high=high)
+    text = bundle("cfpretrain.high")
+    assert run(text)["ask"]() == "a!"
+    assert "def other" not in text
+
+
+def test_a_stand_in_takes_a_modules_place(package: Path) -> None:
+    high = '"""High."""\nfrom cfpretrain.low import twice\n\n\ndef ask() -> int:\n    return twice(1)\n'
+    stand_in = '"""Plain."""\n\n\ndef twice(number: int) -> int:\n    return -number\n'
+    write(package, low=LOW, high=high, plain=stand_in)
+    text = bundle("cfpretrain.high", {"cfpretrain.low": "cfpretrain.plain"})
+    assert run(text)["ask"]() == -1
+    assert "_BASE" not in text
+
+
+def test_imports_are_gathered(package: Path) -> None:
+    low = '"""Low."""\nfrom typing import Any\nimport json as j\n\n\ndef a(x: Any) -> str:\n    return j.dumps(x)\n'
+    high = (
+        '"""High."""\nimport os.path\nfrom typing import NamedTuple\n\nimport torch\nfrom cfpretrain.low import a\n\n\n'
+        "class Pair(NamedTuple):\n    x: str = os.path.join(a(1), str(torch.pi))\n"
+    )
+    write(package, low=low, high=high)
+    text = bundle("cfpretrain.high")
+    expected = ["import json as j", "import os.path", "from typing import Any, NamedTuple", "", "import torch"]
+    assert text.split('"""')[2].strip().splitlines()[:5] == expected
+    assert run(text)["Pair"]().x.startswith("1/3.14")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "message"),
+    [
+        ("def f(): ...\ndef g(): f()", "from cfpretrain.low import g\ndef f(): g()", r"f of cfpretrain.\w+ clashes"),
+        (
+            "import math as f\ng = f.pi",
+            "from cfpretrain.low import g\nf = g",
+            "f of cfpretrain.high clashes with f of an",
+        ),
+        ("def f(): ...", "from cfpretrain import low\ndef x(): low.f()\ntypes = 1", "types of cfpretrain.high clashes"),
+        ("def f(): ...", "from cfpretrain.low import f\ndef f(): f()", "binds f twice"),
+        ("def hash(): ...", "from cfpretrain.low import hash\nx = hash()", "hash of python itself clashes"),
+        ("import math as m\nf = m.pi", "import cmath as m\nfrom cfpretrain.low import f\nx = m.pi + f", "clash"),
+        ("def f(): ...", "from cfpretrain import low\nx = [low]", "cfpretrain.low is used as a value"),
+        ("def f(): ...", "from cfpretrain.low import f as g\nx = g", "cannot be joined"),
+        ("def f(): ...", "import cfpretrain.low\nx = 1", "cannot be joined"),
+        ("def f(): ...", "from cfpretrain.low import g\nx = g", "uses g of cfpretrain.low, which does not define it"),
+        ("def f(): ...", "def g():\n    from cfpretrain.low import f\n    f()", "inside a function"),
+        ("def f(): ...", "x = 1\nfor y in range(x): ...", "line 3: only imports and definitions"),
+        ("def f(): ...", "x = 1\ndef g():\n    global x", "global statement"),
+        ("def f(): ...", "def g():\n    import apex\n", "apex cannot be imported everywhere"),
+        ("def f(): ...", "from omegaconf import OmegaConf\nx = OmegaConf", "omegaconf cannot be imported everywhere"),
+        ("from cfpretrain.high import x\nf = x", "from cfpretrain.low import f\nx = 1\ny = f", "import one another"),
+    ],
+)
+def test_what_would_mean_something_else_is_refused(package: Path, low: str, high: str, message: str) -> None:
+    write(package, low=f'"""Low."""\n{low}\n', high=f'"""High."""\n{high}\n')
+    with pytest.raises(BundleError, match=message):
+        bundle("cfpretrain.high")
+
+
+def test_a_name_follows_from_the_content() -> None:
+    assert content_name("pipeline", "a") == content_name("pipeline", "a") != content_name("pipeline", "b")
+    assert re.fullmatch(r"pipeline_[0-9a-f]{16}", content_name("pipeline", "a"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The real one
+
+
+def test_the_joined_network_computes_the_same_bits() -> None:
+    """The scope has nothing but what the text defines."""
+    scope = run(bundle("cfpretrain.model.transformer", STAND_INS))
+    ours = small_model()
+    theirs = scope["CausalFusion"](
+        grid=3, patch_values=4, width=16, depth=2, num_heads=2, num_cond_tokens=2, num_classes=5
+    )
+    theirs.load_state_dict(ours.state_dict())
+    steps = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2]])
+    intervals = build_layout([Condition(2), Image(steps)]).intervals_BMI
+    clean, noised, positions = torch.randn(2, 6, 4), torch.randn(2, 9, 4), torch.randperm(9).expand(2, -1)
+
+    def forward(names: dict[str, Any], model: nn.Module) -> Tensor:
+        image = names["ImagePart"](clean, positions[:, :6], noised, positions, torch.tensor([3, 900]))
+        return model([names["ClassPart"](torch.tensor([1, 4])), image], intervals)
+
+    assert torch.equal(forward(scope, theirs), forward(vars(transformer), ours))
+
+
+@pytest.mark.parametrize("module", ["transformer_template", "pipeline_template"])
+def test_every_name_in_an_export_is_defined(module: str, tmp_path: Path) -> None:
+    text = bundle(f"cfpretrain.export.{module}", STAND_INS)
+    assert not re.search(r"\b(from|import) cfpretrain", text)
+    (tmp_path / "joined.py").write_text(text)
+    ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or "ruff"
+    command = [ruff, "check", "--isolated", "--select", "F,E9", "--no-cache", str(tmp_path / "joined.py")]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout
+
+
+def test_what_is_left_out_means_the_same_as_on_the_command_line() -> None:
+    text = bundle("cfpretrain.export.pipeline_template")
+    values = {
+        statement.targets[0].id: statement.value
+        for statement in ast.parse(text).body
+        if isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name)
+    }
+    assert ast.literal_eval(values["_BY_SOLVER"]) == sampling_options._BY_SOLVER
+
+
+def test_diffusers_finds_no_package_to_install() -> None:
+    """It looks for imports line by line, in docstrings too; the package named apex on the registry is not NVIDIA's."""
+    for module in ("transformer_template", "pipeline_template"):
+        text = bundle(f"cfpretrain.export.{module}", STAND_INS)
+        found = re.findall(r"^\s*import\s+(\S+)\s*$", text, re.MULTILINE)
+        found += re.findall(r"^\s*from\s+(\S+)\s+import", text, re.MULTILINE)
+        assert {name.split(".")[0] for name in found} <= sys.stdlib_module_names | {
+            "torch",
+            "diffusers",
+            "numpy",
+            "PIL",
+        }
+
+
+def test_stand_ins_compute_the_same() -> None:
+    q, k, v = torch.randn(3, 2, 4, 7, 8).unbind(0)
+    intervals = torch.tensor([[[0, 3, 3, 5]] * 7], dtype=torch.int32)
+    for given in (None, intervals):
+        expected = attention.attend(q, k, v, attention.make_visibility(given, 7, "sdpa"))
+        assert torch.equal(plain.attend(q, k, v, plain.make_visibility(given, 7, "sdpa")), expected)
+    assert str(plain.layer_norm(8, 1e-5)) == str(norm.layer_norm(8, 1e-5))

@@ -1,0 +1,146 @@
+"""Generated images as files: all or nothing, the same bytes whatever happened on the way."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cfpretrain.console import UserError
+from cfpretrain.evaluation import image_set
+from cfpretrain.evaluation.image_set import ImageSet
+from tests.checkpoints import failing
+
+LABELS, NAMES = [0, 1, 0, 1, 0], ["a cat", "dog, wild"]
+IMAGES = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+OUTS = ["out", "out.npz"]
+
+
+def images_of(folder: Path, out: str, **plan) -> ImageSet:
+    return ImageSet(folder / out, LABELS, NAMES, 2, {"seed": 0, "sizes": (1, 2), **plan})
+
+
+def write(images: ImageSet, *numbers: int) -> None:
+    for number in numbers:
+        ids = torch.arange(5)[2 * number : 2 * number + 2]
+        images.write(ids, IMAGES[ids])
+
+
+def write_all(folder: Path, out: str) -> ImageSet:
+    images = images_of(folder, out)
+    images.begin()
+    write(images, 0, 1, 2)
+    images.finish()
+    return images
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in ([path] if path.is_file() else path.iterdir())}
+
+
+def expected_pixels() -> np.ndarray:
+    return (IMAGES.permute(0, 2, 3, 1) * 255).round().numpy().astype(np.uint8)
+
+
+def test_a_folder_of_png_is_a_table_of_images(tmp_path: Path) -> None:
+    out = write_all(tmp_path, "out").out
+    assert sorted(content(out)) == [*(f"{i:06d}.png" for i in range(5)), "labels.csv", "settings.json"]
+    for i, expected in enumerate(expected_pixels()):
+        assert (pixels(out / f"{i:06d}.png") == expected).all()
+    from cfpretrain.data.images import list_images
+
+    listing = list_images(out / "labels.csv")
+    assert [listing.class_names[row.label] for row in listing.rows] == [NAMES[label] for label in LABELS]
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_an_archive_is_what_adm_reads(tmp_path: Path) -> None:
+    out = write_all(tmp_path, "out.npz").out
+    with np.load(out) as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+        assert (archive["arr_0"].dtype, archive["arr_1"].tolist()) == (np.uint8, LABELS)
+        assert (archive["arr_0"] == expected_pixels()).all()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_bytes_depend_neither_on_order_nor_on_kills(tmp_path: Path, out) -> None:
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = write_all(tmp_path / "whole", out)
+    images = images_of(tmp_path / "broken", out)
+    images.begin()
+    write(images, 2)
+    (images.unfinished / "writing.3").write_bytes(b"half")
+    images = images_of(tmp_path / "broken", out)
+    assert not images.is_complete()
+    images.begin()
+    assert images.missing() == [0, 1]
+    assert images.count(images.missing()) == 4
+    write(images, 1, 0)
+    images.finish()
+    assert content(images.out) == content(whole.out)
+    assert list((tmp_path / "broken").iterdir()) == [images.out]
+    assert images.is_complete()
+
+
+@pytest.mark.parametrize("call", ["rename", "replace"])
+def test_a_kill_while_it_gets_its_name(tmp_path: Path, call, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = {"rename": "out", "replace": "out.npz"}[call]
+    images = images_of(tmp_path, out)
+    images.begin()
+    write(images, 0, 1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing)
+        with pytest.raises(UserError, match="cannot be written"):
+            images.finish()
+    assert not images.out.exists()
+    images = images_of(tmp_path, out)
+    images.begin()
+    assert images.missing() == []
+    images.finish()
+    assert list(tmp_path.iterdir()) == [images.out]
+
+
+def test_what_a_kill_left_beside_a_complete_archive_goes(tmp_path: Path) -> None:
+    images = write_all(tmp_path, "out.npz")
+    images.unfinished.mkdir()
+    assert images.is_complete()
+    assert list(tmp_path.iterdir()) == [images.out]
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_other_settings_are_refused(tmp_path: Path, out) -> None:
+    images = images_of(tmp_path, out)
+    images.begin()
+    with pytest.raises(UserError, match=r"unfinished work of other settings \(seed: 0 there, 1 now\)"):
+        images_of(tmp_path, out, seed=1).begin()
+    write(images, 0, 1, 2)
+    images.finish()
+    with pytest.raises(UserError, match=r"holds images of other settings already \(seed: 0 there, 1 now\)"):
+        images_of(tmp_path, out, seed=1).is_complete()
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_what_lies_there_is_not_overwritten(tmp_path: Path, out) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out.npz").write_bytes(b"mine")
+    with pytest.raises(UserError, match="is there already and is none of these images; delete it, or choose another"):
+        images_of(tmp_path, out).is_complete()
+
+
+@pytest.mark.parametrize("out", OUTS)
+def test_a_full_disk_is_said(tmp_path: Path, out, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = images_of(tmp_path, out)
+    images.begin()
+    monkeypatch.setattr(image_set, "_sync", failing)
+    with pytest.raises(UserError, match=r"--out: .* cannot be written \(No space left on device\); mend that, and"):
+        write(images, 0)
+    assert images.missing() == [0, 1, 2]

@@ -1,0 +1,174 @@
+"""tools/sample.py on real processes: any ranks and any kills, the same bytes; mistakes end all ranks with one line."""
+
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cfpretrain.console import EXIT_REQUEUE, EXIT_USER_ERROR
+from tests.processes import Ended, run_script, start_script
+from tests.runs import write_run
+
+SCRIPT = "tools/sample.py"
+QUICK = ["--solver", "ddim", "--num-denoising-steps", "2", "--batch-size", "4"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """A run folder with random weights; tests read it only."""
+    return write_run(tmp_path_factory.mktemp("runs") / "run", shards)
+
+
+def run(arguments: Sequence[object], world_size: int = 1) -> Ended:
+    """Rank 0, after all ended as it did."""
+    ended = run_script(SCRIPT, list(map(str, arguments)), world_size)
+    assert len({rank.code for rank in ended}) == 1, ended
+    return ended[0]
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in ([path] if path.is_file() else path.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, source: Path) -> dict[str, dict[str, bytes]]:
+    """What one rank writes that nobody disturbs, by name."""
+    folder = tmp_path_factory.mktemp("whole")
+    for name in ("out", "out.npz"):
+        ended = run([source, "--out", folder / name, "--num-images", 18, *QUICK])
+        assert (ended.code, ended.err) == (0, "")
+        assert f"18 images: {folder / name}" in ended.out
+    return {name: content(folder / name) for name in ("out", "out.npz")}
+
+
+def test_folder_and_archive_hold_the_same_images_of_all_classes(whole, tmp_path: Path) -> None:
+    (tmp_path / "out.npz").write_bytes(whole["out.npz"]["out.npz"])
+    with np.load(tmp_path / "out.npz") as archive:
+        images, labels = archive["arr_0"], archive["arr_1"]
+    assert images.shape == (18, 8, 8, 3)
+    assert labels.tolist() == [i % 10 for i in range(18)]
+    for i, image in enumerate(images):
+        (tmp_path / "one.png").write_bytes(whole["out"][f"{i:06d}.png"])
+        assert (pixels(tmp_path / "one.png") == image).all()
+    assert whole["out"]["labels.csv"].decode().splitlines()[:3] == ["path,label", "000000.png,0", "000001.png,1"]
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_two_ranks_write_the_same_bytes_and_the_same_command_says_that_they_are_there(
+    tmp_path: Path, source: Path, whole, name
+) -> None:
+    command = [source, "--out", tmp_path / name, "--num-images", 18, *QUICK]
+    ended = run(command, world_size=2)
+    assert (ended.code, ended.err) == (0, "")
+    assert content(tmp_path / name) == whole[name]
+    ended = run(command, world_size=2)
+    assert (ended.code, ended.err) == (0, "")
+    assert f"nothing to do: {tmp_path / name} holds these 18 images already" in ended.out
+    assert content(tmp_path / name) == whole[name]
+
+
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+def test_kills_leave_no_trace(tmp_path: Path, source: Path, whole, name) -> None:
+    command = list(map(str, [source, "--out", tmp_path / name, "--num-images", 18, *QUICK]))
+    unfinished = tmp_path / f".{name}.unfinished"
+    for num_batches, world_size in ((1, 2), (3, 1)):
+        ranks = start_script(SCRIPT, command, world_size)
+        deadline = time.monotonic() + 120
+        while len(list(unfinished.glob("[0b]*"))) < num_batches * (4 if name == "out" else 1):
+            assert time.monotonic() < deadline
+            if all(rank.poll() is not None for rank in ranks):
+                break
+            time.sleep(0.001)
+        ranks[0].kill()
+        for rank in ranks:
+            rank.communicate(timeout=60)
+            assert rank.returncode in (-signal.SIGKILL, EXIT_REQUEUE, 0), rank.said()
+    assert run(command).code == 0
+    assert content(tmp_path / name) == whole[name]
+    assert list(tmp_path.iterdir()) == [tmp_path / name]
+
+
+def test_a_grid_by_names_and_numbers(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "grid.png"
+    ended = run([source, "--out", out, "--classes", "3", "7", "--num-per-class", 2, "--num-ar-steps", 4, *QUICK], 2)
+    assert (ended.code, ended.err) == (0, "")
+    assert f"{source}, step 7, EMA weights: AR steps 4, denoising steps 2 (ddim)" in ended.out
+    assert ended.out.endswith(f"4 images: {out}\n")
+    assert pixels(out).shape[1] > 2 * 56
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_raw_weights_precision_and_order_are_taken(tmp_path: Path, source: Path) -> None:
+    """Images of random weights are black and white, so that bf16 and an order may not show; the plan tells."""
+    command = [source, "--num-images", 4, "--ar-sizes", "6,10", *QUICK]
+    ended = run([*command, "--out", tmp_path / "ema"])
+    assert (ended.code, ended.err) == (0, "")
+    for options in (["--weights", "raw"], ["--precision", "bf16"], ["--order", "raster"]):
+        ended = run([*command, "--out", tmp_path / "ema", *options])
+        assert ended.code == EXIT_USER_ERROR
+        what = "token_order" if "--order" in options else "weights"
+        assert f"holds images of other settings already ({what}: " in ended.err
+        ended = run([*command, "--out", tmp_path / options[1], *options])
+        assert (ended.code, ended.err) == (0, "")
+    assert any(
+        (pixels(tmp_path / "raw" / f"{i:06d}.png") != pixels(tmp_path / "ema" / f"{i:06d}.png")).any() for i in range(4)
+    )
+
+
+def test_the_way_of_an_image_is_drawn(tmp_path: Path, source: Path) -> None:
+    out = tmp_path / "way.png"
+    ended = run([source, "--trajectory", out, "--classes", "7", "--num-ar-steps", 4, *QUICK])
+    assert (ended.code, ended.err) == (0, "")
+    height, width, _ = pixels(out).shape
+    assert (height > 4 * 72, width > 3 * 72) == (True, True)
+
+
+MISTAKES = [
+    (["--classes", "sevn"], "class: expected a name, or a number from 0 to 9, got 'sevn'; names are 0, 1, 2"),
+    (["--classes", "10"], "class: expected a name, or a number from 0 to 9, got '10'; did you mean '1' or '0'?"),
+    (["--num-ar-steps", "17"], "--num-ar-steps: expected 1 to 16, got 17"),
+    (["--num-ar-steps", "0"], "--num-ar-steps: expected 1 to 16, got 0"),
+    (["--ar-sizes", "some"], "--ar-sizes: expected equal or cosine, or sizes such as 1,3,12, got 'some'"),
+    (["--ar-sizes", "8,9"], "--ar-sizes: sizes of AR steps: expected 2 numbers of at least 1 that add up to 16"),
+    (["--num-denoising-steps", "1"], "--num-denoising-steps: expected 2 to 1000, got 1"),
+    (["--guidance", "nan"], "--guidance: expected a number of at least 0 (1: none), got nan"),
+    (["--guidance-interval", "700", "100"], "--guidance-interval: expected 700 to 999, got 100"),
+    (["--batch-size", "0"], "--batch-size: expected 1 to 4096, got 0"),
+    (["--num-images", "0"], "--num-images: expected at least 1, got 0"),
+    (["--num-images", "7"], "--num-images: expected a multiple of the 10 classes for a grid, got 7; give --num-per"),
+    (["--num-images", "10", "--num-per-class", "1"], "--num-images: expected alone, got --num-per-class too"),
+    (["--out", "nowhere/at/all.png"], "--out: expected a place in a folder that is there, got nowhere/at/all.png"),
+    (["--out", "docs/images/demo_samples.png"], "--out: expected a place where nothing is yet, got docs/images/demo_s"),
+    (["--trajectory", "README.md"], "--trajectory: expected a place where nothing is yet, got README.md; delete it"),
+    (["--order", "dilated", "--block-size", "3"], "--block-size: block_size: expected a divisor of the token grid's 4"),
+    (["--trajectory", "way.png", "--out", "out.png"], "--trajectory: expected alone, got --out too"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
+def test_mistakes(source: Path, options, message) -> None:
+    ended = run([source, *options])
+    assert ended.code == EXIT_USER_ERROR
+    assert f"[cfpretrain] error: {message}" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_what_no_source_is(tmp_path: Path) -> None:
+    (tmp_path / "official.pt").write_bytes(b"")
+    wanted = "expected a run folder (with config.yaml) or an exported one (with model_index.json), got"
+    for path, got in (
+        (tmp_path / "absent", "nothing: it does not exist"),
+        (tmp_path, "another folder"),
+        (tmp_path / "official.pt", "a file; of an official checkpoint tools/import_official.py makes a run folder"),
+    ):
+        ended = run([path], world_size=2)
+        assert (ended.code, ended.err) == (EXIT_USER_ERROR, f"[cfpretrain] error: {path}: {wanted} {got}\n")

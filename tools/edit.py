@@ -1,0 +1,170 @@
+"""Edits an image: a region of it is made anew under a new class, the rest stays as context.
+
+    python tools/edit.py runs/demo --image digit.png --region top --class 3 8
+    python tools/edit.py runs/demo --generate 7 --region box:1,0,3,4 --class 2 --num-seeds 6 --out edit.png
+
+No training is needed for it: what stays is clean context, like the tokens of an earlier AR step. These tokens come back
+bit for bit; pixels beside the region may change a little, since an autoencoder's decoder looks past a token's border.
+
+A region is centre, top, bottom, outside, box:Y0,X0,Y1,X1 (rows and columns of tokens, the ends left out), tokens:0,1,17
+(row * columns + column), or mask:FILE, a picture that is white where the image is made anew: of the size of the image
+file, of its centre crop, or with one pixel a token. Image files may have any size: they are cropped as for training.
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cfpretrain.evaluation.generation import GenerationSettings
+    from cfpretrain.source import Source
+
+_REGION_COLOUR, _REGION_SHARE = "#2563a8", 0.65
+_CELL_SIZE = 96  # picture pixels a side of an image
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description="Make a region of an image anew, under a new class.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(__doc__.splitlines()[1:]),
+    )
+    parser.add_argument("source", type=Path, help="a run folder, or one that tools/export_hf.py wrote")
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--image", type=Path, metavar="FILE", help="an image of any size")
+    given.add_argument("--generate", metavar="CLASS", help="an image that the model makes first")
+    parser.add_argument("--region", required=True, help="what is made anew: see below")
+    parser.add_argument("--class", dest="classes", nargs="+", required=True, metavar="CLASS", help="names or numbers")
+    parser.add_argument("--num-seeds", type=int, default=4, help="edits of each class (default 4)")
+    parser.add_argument("--out", type=Path, default=Path("edit.png"), help="the picture (default edit.png)")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="a new folder for the edited images alone")
+    add_sampling_options(parser, batch_size=16)
+    arguments = parser.parse_args()
+    try:
+        run(arguments)
+    except UserError as error:
+        exit_with(error)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Edits on one process."""
+    _check(arguments)
+    with phase("loading torch"):
+        from cfpretrain import runtime
+        from cfpretrain.evaluation.editing import read_region
+        from cfpretrain.evaluation.generation import edit_tokens
+        from cfpretrain.model.transformer import unpatchify
+        from cfpretrain.source import load_source
+    if runtime.world_size() != 1:
+        raise UserError(f"edit.py edits on one rank, got {runtime.world_size()}; start it with python alone")
+    device = runtime.pick_device()
+    with phase(f"loading {arguments.source}"):
+        source = load_source(arguments.source, device, arguments.precision, arguments.weights)
+        autoencoder = source.make_autoencoder()
+    config, model = source.config, source.config.model
+    labels = [source.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]
+    image_size = model.latent_size * autoencoder.stride
+    given = _read_image(arguments.image, source, autoencoder, image_size) if arguments.image else None
+    region_L = read_region(arguments.region, model.grid, image_size, given.file_size if given else None)
+    settings = read_settings(arguments, config, int(region_L.sum()))
+    original = given or _make_image(source, source.label_of(arguments.generate), autoencoder, settings)
+    ar_steps, levels = settings.num_ar_steps, settings.num_denoising_steps
+    num_made = f"{int(region_L.sum())} of {model.num_tokens} tokens are made anew"
+    say(f"{num_made}: AR steps {ar_steps}, denoising steps {levels} ({settings.solver})")
+    tokens_BLP = original.tokens.expand(len(labels), -1, -1)
+    with phase(f"making {len(labels)} edits"):
+        # The original, where it was generated, has id 0.
+        edited = edit_tokens(config, source.model, tokens_BLP, region_L, labels, settings, device, first_id=1)
+        images = autoencoder.decode(unpatchify(edited, model.patch_size)).cpu()
+    try:
+        _draw(arguments, source, original.image, region_L, images, settings)
+    except OSError as error:
+        where = error.filename or arguments.out
+        raise UserError(f"{where} cannot be written ({error.strerror or error}); mend that or give another") from error
+    say(f"{len(labels)} edits: {arguments.out}")
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.num_seeds < 1:
+        raise UserError(f"--num-seeds: expected at least 1, got {arguments.num_seeds}")
+    check_place("--out", arguments.out)
+    if arguments.images is not None:
+        check_place("--images", arguments.images)
+
+
+@dataclass(frozen=True)
+class _Original:
+    image: "Tensor"  # [1, C, Y, X]
+    tokens: "Tensor"  # [1, L, P]
+    file_size: tuple[int, int] | None = None  # (width, height) of what the image was cropped from
+
+
+def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int) -> _Original:
+    from cfpretrain.evaluation.editing import encode_tokens, read_crop
+
+    config = source.config
+    channels = autoencoder.image_channels if config.data.autoencoder else config.model.latent_channels
+    image, file_size = read_crop(path, image_size, is_grey=channels == 1)
+    return _Original(image, encode_tokens(config, autoencoder, image.to(source.device)), file_size)
+
+
+def _make_image(source: "Source", label: int, autoencoder: Any, settings: "GenerationSettings") -> _Original:
+    import torch
+
+    from cfpretrain.evaluation.generation import edit_tokens
+    from cfpretrain.model.transformer import unpatchify
+    from cfpretrain.order import equal_sizes
+
+    model = source.config.model
+    num_tokens = model.num_tokens
+    everywhere = torch.ones(num_tokens, dtype=torch.bool)
+    nothing = torch.zeros(1, num_tokens, model.patch_values)
+    settings = dataclasses.replace(settings, ar_step_sizes=equal_sizes(num_tokens, settings.num_ar_steps))
+    with phase("making the image"):
+        tokens = edit_tokens(source.config, source.model, nothing, everywhere, [label], settings, source.device)
+        return _Original(autoencoder.decode(unpatchify(tokens, model.patch_size)).cpu(), tokens)
+
+
+def _draw(
+    arguments: argparse.Namespace,
+    source: "Source",
+    original: "Tensor",
+    region_L: "Tensor",
+    images: "Tensor",
+    settings: "GenerationSettings",
+) -> None:
+    """Writes the picture, a row for each class, and the edited images where they are wanted."""
+    import torch
+
+    from cfpretrain.evaluation import pictures
+    from cfpretrain.evaluation.generation import grid_title
+
+    names = [source.class_names[source.label_of(text)] for text in arguments.classes]
+    left = [original.expand(-1, 3, -1, -1), pictures.tinted(original, region_L[None], _REGION_COLOUR, _REGION_SHARE)]
+    by_class = images.expand(-1, 3, -1, -1).split(arguments.num_seeds)
+    pictures.sample_grid(
+        arguments.out,
+        torch.cat([one for edits in by_class for one in (*left, edits)]),
+        [f"-> {name}" for name in names],
+        title=grid_title(f"{source.title}, region {arguments.region}", settings),
+        value_range=(0.0, 1.0),
+        cell_size=_CELL_SIZE,
+        column_names=["original", "region", *(f"edit {i + 1}" for i in range(arguments.num_seeds))],
+    )
+    if arguments.images is not None:
+        arguments.images.mkdir()
+        for i, image in enumerate(pictures.to_rgb(images, (0.0, 1.0))):
+            row, column = divmod(i, arguments.num_seeds)
+            pictures.write_png(arguments.images / f"row_{row + 1}_edit_{column + 1}.png", image)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Makes a folder of a run that people load with Hugging Face's diffusers, without cfpretrain.
+
+    python tools/export_hf.py runs/demo exports/demo
+    python -c "from diffusers import DiffusionPipeline; \
+        DiffusionPipeline.from_pretrained('exports/demo', trust_remote_code=True)(3).images[0].show()"
+
+    python tools/export_hf.py runs/demo demo.pt --format official
+
+It takes runs of any ranks and ZeRO stage, copies tensor by tensor, so that memory does not grow with the model, and
+gives the folder its name once it is complete. --push sends it to a private repository of the hub; nothing else does.
+The official code's .pt has weights and averages of the latest checkpoint, and is made in memory.
+"""
+
+import argparse
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from cfpretrain.console import UserError, exit_with, phase, say
+
+_GB = 10**9
+_OF_DIFFUSERS = ("weights", "step", "dtype", "max_shard_gb", "license", "push")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Export a run's model in the layout of Hugging Face's diffusers.")
+    parser.add_argument("run", type=Path, help="a run folder, e.g. runs/demo")
+    parser.add_argument("out", type=Path, help="folder (or .pt) to write; it must not be there yet")
+    parser.add_argument(
+        "--format",
+        choices=("diffusers", "official"),
+        default="diffusers",
+        help="official: a checkpoint of the official CausalFusion code, without further options (default diffusers)",
+    )
+    parser.add_argument(
+        "--weights", choices=("ema", "raw"), default="ema", help="averaged, or as trained (default ema)"
+    )
+    parser.add_argument("--step", type=int, help="of the checkpoint (default: the latest)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the files (default fp32)")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="GB of a file of weights (default 5)")
+    parser.add_argument(
+        "--license",
+        default="unknown",
+        metavar="NAME",
+        help="for the model card, as the hub names it, e.g. apache-2.0 (default unknown)",
+    )
+    parser.add_argument("--push", metavar="REPO", help="then upload to a private repository of the hub, e.g. me/demo")
+    arguments = parser.parse_args()
+    others = [name for name in _OF_DIFFUSERS if getattr(arguments, name) != parser.get_default(name)]
+    try:
+        if arguments.format == "official":
+            run_official(arguments.run, arguments.out, others)
+        else:
+            run(arguments)
+    except UserError as error:
+        exit_with(error)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Checks, writes, and uploads where asked to."""
+    if not arguments.max_shard_gb > 0:
+        raise UserError(f"--max-shard-gb: expected more than 0, got {arguments.max_shard_gb:g}")
+    if not re.fullmatch(r"[\w.+-]+", arguments.license):
+        raise UserError(f"--license: expected a name such as apache-2.0, got {arguments.license!r}")
+    with phase("loading torch"):
+        from cfpretrain.export.diffusers_layout import ExportSettings, export, push
+    settings = ExportSettings(
+        arguments.weights, arguments.step, arguments.dtype, round(arguments.max_shard_gb * _GB), arguments.license
+    )
+    with phase(f"exporting {arguments.run}"):
+        export(arguments.run, arguments.out, settings)
+    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
+    say(f"{arguments.out}: {size / _GB:.3g} GB; load it with")
+    say(f"    DiffusionPipeline.from_pretrained({str(arguments.out)!r}, trust_remote_code=True)")
+    if arguments.push:
+        with phase(f"uploading to {arguments.push}"):
+            push(arguments.out, arguments.push)
+
+
+def run_official(run: Path, out: Path, others: Sequence[str]) -> None:
+    """Writes the official code's checkpoint; `others` are options that it does not take."""
+    if others:
+        raise UserError(f"--format official: expected no --{others[0].replace('_', '-')}; leave it out")
+    with phase("loading torch"):
+        from cfpretrain.export.official import write_official
+    with phase(f"exporting {run}"):
+        write_official(run, out)
+    say(f"{out}: weights and averages for the official code")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Turns a checkpoint in DeepSpeed's own format into a run folder, which trains on and is sampled from.
+
+    python tools/import_deepspeed.py checkpoints/ runs/XL --config configs/XL.yaml
+    deepspeed cfpretrain/train.py --config runs/XL/config.yaml
+
+It takes what `save_checkpoint` of DeepSpeed wrote of this model at ZeRO stage 1, 2 or 3 on any number of ranks, under
+our names of the parameters or the official ones: fp32 weights and Adam's moments, bit for bit, and the step. An EMA is
+not in there, so the averages begin as the weights; nor is the place in the data, so an epoch begins.
+
+Such files are pickles, and a pickle can run code when it is read. Here they are read by torch's restricted reader,
+which makes data only: nothing in a file is run, not even DeepSpeed's code, and a file that asks for more is refused.
+"""
+
+import argparse
+from pathlib import Path
+
+from cfpretrain.console import UserError, exit_with, phase, say
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Convert a DeepSpeed checkpoint (ZeRO 1, 2 or 3) to a run folder.")
+    parser.add_argument("folder", type=Path, help="what save_checkpoint wrote: the folder with `latest`, or one step's")
+    parser.add_argument("run", type=Path, help="run folder to write; it must not be there yet")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
+    parser.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="of the model and of the training to come, e.g. configs/XL.yaml; give several and later ones win",
+    )
+    arguments = parser.parse_intermixed_args()
+    try:
+        run(arguments.folder, arguments.run, arguments.config, arguments.overrides)
+    except UserError as error:
+        exit_with(error)
+
+
+def run(source: Path, folder: Path, paths: list[str], overrides: list[str]) -> None:
+    """Reads, checks and writes."""
+    with phase("loading torch"):
+        import torch
+
+        from cfpretrain.export import foreign_files, imported_run
+        from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
+        from cfpretrain.export.official import our_names
+
+    foreign_files.refuse_existing(folder, "RUN")
+    config = imported_run.load_config(paths, overrides)
+    say(
+        "WARNING: DeepSpeed's files are pickles, which can run code when other tools read them; here they are read as "
+        "data only, and refused where they hold more"
+    )
+    with phase(f"reading {source}"):
+        found = read_zero_checkpoint(source)
+        theirs = {ours: name for name, ours in our_names(found.shapes, f"FOLDER: {source}").items()}
+        shapes = {ours: found.shapes[name] for ours, name in theirs.items()}
+        imported_run.check_shapes(shapes, config, f"FOLDER: {source}")
+    say("WARNING: DeepSpeed keeps no EMA: the averages begin as the weights")
+
+    def read_tensor(content: str, name: str) -> torch.Tensor:
+        return found.tensor("weights" if content == "ema" else content, theirs[name])
+
+    with phase(f"writing {folder}"):
+        imported_run.write_run(folder, config, found.counters, read_tensor)
+    counters, num_parameters = found.counters, sum(map(torch.Size.numel, map(torch.Size, shapes.values())))
+    say(
+        f"{folder}: {num_parameters:,} parameters with moments at step {counters.step} "
+        f"({counters.optimizer_step} updates), written by {found.num_ranks} ranks; train on with"
+    )
+    say(f"    deepspeed cfpretrain/train.py --config {folder}/config.yaml")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Turns a checkpoint of the official CausalFusion code into a run folder, which trains on and is sampled from.
+
+    python tools/import_official.py causalfusion_xl.pt runs/XL --config configs/XL.yaml
+    deepspeed cfpretrain/train.py --config runs/XL/config.yaml
+
+It takes the official .pt (keys `model` and `ema`, or one of them), and a bare state dict, .pt or .safetensors, under
+the official names or ours. The values are kept bit for bit. Sizes come from the tensors and must be the config's. No
+state of an optimizer is taken over: Adam's moments begin at 0, and an epoch begins. Nothing in a file is run: one that
+holds more than tensors, numbers and texts is refused.
+"""
+
+import argparse
+from pathlib import Path
+
+from cfpretrain.console import UserError, exit_with, phase, say
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Convert an official checkpoint to a run folder.")
+    parser.add_argument("file", type=Path, help="the official .pt, or a bare state dict as .pt or .safetensors")
+    parser.add_argument("run", type=Path, help="run folder to write; it must not be there yet")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
+    parser.add_argument(
+        "--config",
+        required=True,
+        action="append",
+        metavar="FILE",
+        help="of the model and of the training to come, e.g. configs/XL.yaml; give several and later ones win",
+    )
+    parser.add_argument(
+        "--step", type=int, default=0, help="steps it was trained for (default 0: warm-up and step count begin anew)"
+    )
+    arguments = parser.parse_intermixed_args()
+    try:
+        run(arguments.file, arguments.run, arguments.config, arguments.overrides, arguments.step)
+    except UserError as error:
+        exit_with(error)
+
+
+def run(file: Path, folder: Path, paths: list[str], overrides: list[str], step: int = 0) -> None:
+    """Reads, checks and writes."""
+    if step < 0:
+        raise UserError(f"--step: expected at least 0, got {step}")
+    with phase("loading torch"):
+        import torch
+
+        from cfpretrain.export import foreign_files, imported_run, official
+
+    foreign_files.refuse_existing(folder, "RUN")
+    config = imported_run.load_config(paths, overrides)
+    with phase(f"reading {file}"):
+        tensors = official.read_official(file, config)
+    say("the optimizer begins anew: Adam's moments are 0 (whatever state the file has of one is not used)")
+
+    def read_tensor(content: str, name: str) -> torch.Tensor:
+        return tensors[content][name] if content in tensors else torch.zeros(tensors["weights"][name].shape)
+
+    with phase(f"writing {folder}"):
+        imported_run.write_run(folder, config, imported_run.Counters(step, optimizer_step=0), read_tensor)
+    num_parameters = sum(value.numel() for value in tensors["weights"].values())
+    say(f"{folder}: {num_parameters:,} parameters at step {step}; train on with")
+    say(f"    deepspeed cfpretrain/train.py --config {folder}/config.yaml")
+
+
+if __name__ == "__main__":
+    main()
