@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -147,8 +147,15 @@ def make_store(config: Config) -> CheckpointStore:
     return CheckpointStore(Path(config.run.folder) / CHECKPOINTS, keep.keep_last, keep.keep_every_steps)
 
 
-def load_run(folder: Path, device: torch.device) -> tuple[Config, CausalFusion, int]:
-    """The EMA model of a run's latest checkpoint, for sampling and scoring.
+def load_run(
+    folder: Path, device: torch.device, which: Literal["ema", "weights"] = "ema"
+) -> tuple[Config, CausalFusion, int]:
+    """The model of a run's latest checkpoint, for sampling and scoring.
+
+    Args:
+        folder: of the run.
+        device: where the model will compute.
+        which: the averaged weights, or the trained ones themselves.
 
     Returns:
         The run's config, the model in fp32 on `device`, and the checkpoint's step.
@@ -170,7 +177,7 @@ def load_run(folder: Path, device: torch.device) -> tuple[Config, CausalFusion, 
     with torch.device("meta"):
         model = make_model(config)
     try:
-        model.load_state_dict(read_tensors(latest, "ema"), assign=True)
+        model.load_state_dict(read_tensors(latest, which), assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"checkpoint {latest} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error

@@ -97,7 +97,7 @@ def _host_buffer(num_values: int) -> Tensor:
     buffer = torch.empty(num_values, dtype=torch.float32).zero_()
     if num_values and torch.cuda.is_available():
         # Memory that torch pins comes in powers of two: up to twice what is asked for.
-        cudart: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        cudart: Any = torch.cuda.cudart()
         torch.cuda.check_error(cudart.cudaHostRegister(buffer.data_ptr(), VALUE_BYTES * num_values, 0))
         weakref.finalize(buffer, cudart.cudaHostUnregister, buffer.data_ptr())
     return buffer

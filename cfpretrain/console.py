@@ -29,6 +29,11 @@ class SickRunError(RuntimeError):
     """Training that does not recover by itself: shown as one line, without a traceback."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, for a message of one line; the name of its class where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def is_rank_zero() -> bool:
     """Whether this process speaks for the run; true outside a launcher."""
     return int(os.environ.get("RANK", "0")) == 0

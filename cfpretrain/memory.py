@@ -391,7 +391,7 @@ def largest_micro_batch(network: Network, plan: Plan, budget: int) -> int | None
 # The account of a real step
 
 
-class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class TensorAccount(TorchDispatchMode):
     """Bytes of the tensors that live, by their storages; on a CPU, what `torch.cuda.max_memory_allocated` is on a GPU.
 
     A storage counts from the first operation inside the block that sees it until it is freed. What an operation
@@ -403,7 +403,7 @@ class TensorAccount(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.held = self.peak = 0
         self._sizes: dict[int, int] = {}
 

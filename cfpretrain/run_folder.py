@@ -118,7 +118,8 @@ def _check_inputs(config: Config) -> None:
         return
     latest, saved = found
     saved.check_model(to_plain(config)["model"], str(latest))
-    if saved.data_fingerprint != order_fingerprint(config):
+    # An imported checkpoint has none: it stands at the beginning of an epoch of any data.
+    if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config):
         raise UserError(
             f"data.shards: checkpoint {latest} was trained on other shards than {', '.join(config.data.shards)}, or "
             "with other data.repeat, data.num_canonical_nodes or data.shuffle_block_size, so its place in the data "

@@ -5,10 +5,11 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from cfpretrain.console import UserError
 
 # Longer than `guard.rank_timeout_seconds` usually is, which says more when it ends.
 _TIMEOUT = timedelta(minutes=15)
+_EXCHANGE_SECONDS = 5.0
 
 _num_ticks = 0
 
@@ -147,6 +149,60 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(total)
     return total
+
+
+class LostRankError(RuntimeError):
+    """Another rank is gone."""
+
+
+class Exchange:
+    """Keeps ranks in touch while each works through its own share: none works on, or waits, where another has failed.
+
+    Used as a context around the work; its end waits for the work of all ranks.
+
+    Args:
+        on_exchange: called on every rank, every few seconds and at the end, with what all have done together.
+
+    Raises:
+        UserError: on every rank, where the work of one ended with it.
+        LostRankError: a rank is gone without a word.
+    """
+
+    def __init__(self, on_exchange: Callable[[int], None]) -> None:
+        self._on_exchange = on_exchange
+        self._num_done, self._exchanged_at = 0, time.monotonic()
+        self._failed = False
+
+    def add(self, num_done: int) -> None:
+        """Counts what this rank has done since the last call."""
+        self._num_done += num_done
+        if time.monotonic() - self._exchanged_at >= _EXCHANGE_SECONDS:
+            self._exchange(has_ended=False)
+
+    def __enter__(self) -> "Exchange":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, UserError) and not self._failed:
+            self._exchange(has_ended=True, problem=str(error))
+        while error is None and not self._exchange(has_ended=True):
+            pass
+
+    def _exchange(self, has_ended: bool, problem: str | None = None) -> bool:
+        """Whether the work of all ranks has ended."""
+        try:
+            states = gather((has_ended, self._num_done, problem))
+        except RuntimeError as error:
+            raise LostRankError(str(error)) from error
+        self._exchanged_at = time.monotonic()
+        for _, _, found in states:
+            if found is not None:
+                self._failed = True
+                raise UserError(found)
+        self._on_exchange(sum(num_done for _, num_done, _ in states))
+        return all(ended for ended, _, _ in states)
 
 
 class FolderLock:

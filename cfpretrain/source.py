@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cfpretrain import config as configs
@@ -17,13 +15,13 @@ from cfpretrain.build import CONFIG_FILE, Autoencoder, load_run, make_autoencode
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
 from cfpretrain.data.shards import read_latents_info
+from cfpretrain.export import foreign_files
+from cfpretrain.export.diffusers_layout import TRANSFORMER, VAE, WEIGHTS_STEM
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import BlockSettings, CausalFusion
 
-# What an exported folder holds, beside `config.yaml`.
-INDEX_FILE, TRANSFORMER, AUTOENCODER = "model_index.json", "transformer", "vae"
-
+_INDEX_FILE = "model_index.json"  # by which an exported folder is known
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NUM_NAMES_SHOWN = 10
 
@@ -55,11 +53,16 @@ class Source:
             return found[0]
         if found:
             raise UserError(f"class: {text!r} is the name of classes {', '.join(map(str, found))}; give a number")
-        near = difflib.get_close_matches(text, self.class_names, n=3, cutoff=0.5)
+        by_folded = {name.casefold(): name for name in self.class_names}
+        # "tench" is far from "tench, Tinca tinca" by the letters that differ.
+        holding = [name for name in by_folded if text.casefold() in name]
+        near = [
+            by_folded[name] for name in holding or difflib.get_close_matches(text.casefold(), by_folded, cutoff=0.5)
+        ]
         some = ", ".join(self.class_names[:_NUM_NAMES_SHOWN]) + ", ..." * (len(self.class_names) > _NUM_NAMES_SHOWN)
         raise UserError(
             f"class: expected a name, or a number from 0 to {len(self.class_names) - 1}, got {text!r}; "
-            + (f"did you mean {' or '.join(map(repr, near))}?" if near else f"names are {some}")
+            + (f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else f"names are {some}")
         )
 
     def make_autoencoder(self) -> Autoencoder:
@@ -79,18 +82,20 @@ def load_source(path: Path, device: torch.device, precision: str = "fp32", weigh
         path: a run folder, or an exported one.
         device: where the model will compute.
         precision: in which: "fp32" or "bf16".
-        weights: of a run: "ema" or "raw"; an export holds one of them.
+        weights: of a run: "ema" or "raw"; an export holds one of them, and is asked for none.
 
     Raises:
         UserError: it is neither, or not complete.
     """
-    if (path / INDEX_FILE).is_file():
+    if (path / _INDEX_FILE).is_file():
+        if weights != "ema":
+            raise UserError(f"--weights: {path} is an export, which holds the weights it was made of; leave it out")
         config, model, class_names = _load_export(path)
         title = f"{path}"
     elif (path / CONFIG_FILE).is_file():
-        config, model, step = load_run(path, torch.device("cpu"), "weights" if weights == "raw" else "ema")
+        config, model, step = load_run(path, torch.device("cpu"), "ema" if weights == "ema" else "weights")
         class_names = _class_names(config)
-        title = f"{path}, step {step}, {'raw' if weights == 'raw' else 'EMA'} weights"
+        title = f"{path}, step {step}, {'EMA' if weights == 'ema' else 'raw'} weights"
     else:
         raise UserError(_no_source(path))
     cached = attention.choose_cached("auto", device.type, precision, config.model.width // config.model.num_heads)
@@ -100,18 +105,20 @@ def load_source(path: Path, device: torch.device, precision: str = "fp32", weigh
 
 
 def _no_source(path: Path) -> str:
-    wanted = f"{path}: expected a run folder (with {CONFIG_FILE}) or an exported one (with {INDEX_FILE}), got"
+    wanted = f"{path}: expected a run folder (with {CONFIG_FILE}) or an exported one (with {_INDEX_FILE}), got"
     if path.is_file():
         return f"{wanted} a file; of an official checkpoint tools/import_official.py makes a run folder"
     return f"{wanted} {'another folder' if path.is_dir() else 'nothing: it does not exist'}"
 
 
 def _class_names(config: Config) -> tuple[str, ...]:
+    numbers = tuple(map(str, range(config.model.num_classes)))
     try:
-        return read_latents_info(config.data.shards[0]).class_names
+        names = read_latents_info(config.data.shards[0]).class_names
     except UserError as error:
         say(f"classes go by their numbers, since their names are not at hand: {error}")
-        return tuple(map(str, range(config.model.num_classes)))
+        return numbers
+    return names if len(names) == len(numbers) else numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,10 +127,8 @@ def _class_names(config: Config) -> tuple[str, ...]:
 
 def _load_export(folder: Path) -> tuple[Config, CausalFusion, tuple[str, ...]]:
     config = configs.load(folder / CONFIG_FILE)
-    vae = folder / AUTOENCODER
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, autoencoder=str(vae) if vae.is_dir() else "")
-    )
+    autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else ""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))
     with torch.device("meta"):
         model = make_model(config)
     try:
@@ -131,22 +136,17 @@ def _load_export(folder: Path) -> tuple[Config, CausalFusion, tuple[str, ...]]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / TRANSFORMER} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
-    names = _read_json(folder / INDEX_FILE).get("id2label") or {}
+    names = _read_json(folder / _INDEX_FILE).get("id2label") or {}
     return config, model, tuple(names.get(str(i), str(i)) for i in range(config.model.num_classes))
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    stem = "diffusion_pytorch_model.safetensors"
-    index = folder / f"{stem}.index.json"
-    files = sorted(set(_read_json(index)["weight_map"].values())) if index.is_file() else [stem]
-    tensors: dict[str, Tensor] = {}
-    for name in files:
-        try:
-            tensors |= load_file(folder / name)
-        except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{folder / name} cannot be read ({reason:.120}); export the run again") from error
-    return tensors
+    whole = f"{WEIGHTS_STEM}.safetensors"
+    index = folder / f"{whole}.index.json"
+    files = set((_read_json(index).get("weight_map") or {}).values()) if index.is_file() else {whole}
+    return {
+        name: values for file in sorted(files) for name, values in foreign_files.read(folder / file, "source").items()
+    }
 
 
 def _read_json(path: Path) -> dict[str, Any]:

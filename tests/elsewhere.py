@@ -112,7 +112,8 @@ def main() -> None:
     mask[1:3, 1:3] = True
     out["edited"] = centre()
     out["masked"] = make(pipe, LABELS, mask, image=given / 2 + 0.5, num_ar_steps=2)
-    out["pictures"] = make(pipe, LABELS, mask.tolist(), image=pictures, num_ar_steps=2, output_type="pt")
+    colourful = [picture.convert("RGB") for picture in pictures]
+    out["pictures"] = make(pipe, LABELS, mask.tolist(), image=colourful, num_ar_steps=2, output_type="pt")
     out["everywhere"] = make(pipe, LABELS, torch.ones(16, dtype=torch.bool), latents=given)
     # Latents of an autoencoder, whose classes have names here.
     named = load(latents)
@@ -137,6 +138,8 @@ def main() -> None:
             lambda: pipe.edit(LABELS, torch.ones(3, 3, dtype=torch.bool), latents=given),
             lambda: pipe.edit(LABELS, "top"),
             lambda: pipe.edit([1], "top", latents=given),
+            lambda: pipe.edit([1], "top", image=pictures[0].resize((16, 12))),
+            lambda: pipe.edit([1, 2], "top", image=[pictures[0], pictures[0].resize((4, 4))]),
             lambda: pipe(LABELS, latents=given),
             lambda: DiffusionPipeline.from_pretrained(digits),
         )

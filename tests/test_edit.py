@@ -11,7 +11,7 @@ from PIL import Image
 from cfpretrain import build
 from cfpretrain import config as configs
 from cfpretrain.console import EXIT_USER_ERROR, UserError
-from cfpretrain.evaluation.editing import encode_tokens, read_crop, read_region
+from cfpretrain.evaluation.editing import encode_tokens, read_crop, read_region, seam_steps
 from cfpretrain.evaluation.pictures import grid_layout
 from tests.digits import digits
 from tests.processes import Ended, run_script
@@ -130,6 +130,17 @@ def test_tokens_are_what_the_model_was_trained_on() -> None:
     assert torch.equal(tokens[0, 1], (image[0, 0, 0:2, 2:4].flatten() - 0.5) * 2)
 
 
+def test_a_seam_is_the_step_across_the_border_of_the_region() -> None:
+    """2 x 2 tokens of 3 x 3 pixels; the region is the token in the upper left, of value 1 in an image of 0.25."""
+    region = torch.tensor([True, False, False, False])
+    images = torch.full((2, 3, 6, 6), 0.25)
+    images[0, :, :3, :3] = 1.0
+    images[1, :, 4:, 4:] = 1.0  # a step elsewhere
+    assert seam_steps(images, region).tolist() == [0.75, 0.0]
+    images[0, :, 0, 3] = 1.0  # one of six pairs has no step
+    assert seam_steps(images, ~region).tolist() == [0.625, 0.0]
+
+
 MISTAKES = [
     (["--image", "absent.png"], "--image: absent.png: the file cannot be read: No such file or directory; give an im"),
     (["--image", "README.md"], "--image: README.md: no"),
@@ -139,11 +150,9 @@ MISTAKES = [
     (["--generate", "1", "--region", "mask:absent.png"], "--region: absent.png: the file cannot be read"),
     (["--generate", "1", "--num-ar-steps", "9"], "--num-ar-steps: expected 1 to 8, got 9"),
     (["--generate", "1", "--num-seeds", "0"], "--num-seeds: expected at least 1, got 0"),
-    (["--generate", "1", "--images", "tools"], "--images: expected a folder that is not there yet, got tools"),
-    (
-        ["--generate", "1", "--out", "nowhere/edit.png"],
-        "nowhere/edit.png cannot be written (No such file or directory)",
-    ),
+    (["--generate", "1", "--images", "tools"], "--images: expected a place where nothing is yet, got tools; delete it"),
+    (["--generate", "1", "--out", "README.md"], "--out: expected a place where nothing is yet, got README.md; delete"),
+    (["--generate", "1", "--out", "nowhere/edit.png"], "--out: expected a place in a folder that is there, got nowher"),
 ]
 
 

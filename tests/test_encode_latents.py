@@ -1,7 +1,10 @@
 """tools/encode_latents.py on real processes: any ranks and any kills, the same bytes; mistakes end all ranks."""
 
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +13,9 @@ import pytest
 
 from cfpretrain.console import EXIT_REQUEUE, EXIT_USER_ERROR
 from cfpretrain.data.shards import read_latents_info
-from tests.processes import Ended, Rank, run_script, start_script
+from tests.processes import REPOSITORY, Ended, Rank, run_script, start_script
 from tests.test_encoding import content, write_autoencoder
+from tests.test_lifeline import LAUNCHER
 from tests.test_pixels import crops, encoded, write_images
 
 SCRIPT = "tools/encode_latents.py"
@@ -148,6 +152,39 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, long_images: Path) -> 
     assert "rank 0: another rank is gone" in err
     assert "the same command goes on" in err
     assert not out.exists()
+
+
+AS_SCRIPT = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+
+
+@pytest.mark.slow
+def test_a_launcher_that_is_gone_ends_it_and_the_same_command_goes_on(tmp_path: Path, long_images: Path) -> None:
+    def arguments(name: str) -> list[str]:
+        return [*command(long_images, "identity", tmp_path / name), "--batch-size", "1"]
+
+    assert run(arguments("whole")).code == 0
+    out = tmp_path / "latents"
+    with subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, AS_SCRIPT, SCRIPT, *arguments("latents")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        env=os.environ | {"CROSS_RANK": "0", "OMP_NUM_THREADS": "1"},
+    ) as launcher:
+        assert launcher.stdout is not None
+        records = tmp_path / ".latents.unfinished" / "records"
+        while len(list(records.glob("[0-9]*"))) < 3:
+            assert launcher.poll() is None, launcher.stdout.read()
+            time.sleep(0.01)
+        launcher.kill()  # the rank lives on, and holds the pipe open until it ends
+        said = launcher.stdout.read()
+    assert said.endswith("[cfpretrain] rank 0: the launcher is gone; the same command goes on\n")
+    assert not out.exists()
+    ended = run(arguments("latents"))
+    assert (ended.code, ended.err) == (0, "")
+    assert "; 3 of 4 shards are there already" in ended.out
+    assert content(out) == content(tmp_path / "whole")
 
 
 def test_a_signal_stops_it(tmp_path: Path, images: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ import torch
 from PIL import Image
 
 from cfpretrain.console import UserError
-from cfpretrain.data.encoding import Encoding, Exchange, encode
+from cfpretrain.data.encoding import Encoding, encode
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import Shards, columns_of, read_latents_info, read_plan
 from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling, make_network, write_folder
-from tests.processes import run_in_processes
 from tests.test_pixels import crops, encoded, write_images
 
 CPU = torch.device("cpu")
@@ -300,47 +298,15 @@ def test_latents_that_float16_cannot_hold(
     assert writer.missing(2) == [0, 1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ranks
+def test_too_little_memory(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identity = IdentityAutoencoder(LatentScaling([0.5] * 3, [2.0] * 3))
 
+    def encode_at_once(images_BCYX: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if len(images_BCYX) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return images_BCYX, None
 
-def exchange(fails: bool) -> list[Any]:
-    """Three ranks: rank 0 does much, rank 1 little, perhaps it fails, rank 2 nothing."""
-    from cfpretrain import runtime
-    from cfpretrain.data import encoding
-
-    encoding._EXCHANGE_SECONDS = 0.1
-    runtime.start(CPU)
-    seen: list[Any] = []
-    try:
-        with Exchange(seen.append) as ranks:
-            for _ in range((1000 if fails else 8, 3, 0)[runtime.rank()]):
-                time.sleep(0.05)
-                ranks.add(2)
-            if runtime.rank() == 1 and fails:
-                raise UserError("rank 1 has no disk")
-    except UserError as error:
-        seen = [str(error)]
-    runtime.stop()
-    return seen
-
-
-def test_ranks_hear_of_each_other_and_wait_for_all() -> None:
-    seen = run_in_processes(exchange, 3, False)
-    assert seen[0] == seen[1] == seen[2]
-    assert seen[0] == sorted(seen[0])
-    assert seen[0][-1] == 2 * (8 + 3)
-
-
-def test_the_failure_of_one_rank_ends_all() -> None:
-    assert run_in_processes(exchange, 3, True) == [["rank 1 has no disk"]] * 3
-
-
-def test_one_process_needs_no_others() -> None:
-    seen: list[int] = []
-    with Exchange(seen.append) as alone:
-        alone.add(3)
-        alone.add(4)
-    assert seen == [7]
-    with pytest.raises(UserError, match="mine"), Exchange(seen.append):
-        raise UserError("mine")
+    monkeypatch.setattr(identity, "encode", encode_at_once)
+    with pytest.raises(UserError, match=r"^--batch-size: cpu has too little memory to encode 4 images of 16 x 16"):
+        write(encoding_of(images, identity), tmp_path / "out")
+    assert not list(tmp_path.glob(".out.unfinished/writing.*"))

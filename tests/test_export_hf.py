@@ -225,7 +225,7 @@ def test_the_card_says_what_is_known(exported: Path, run: Path, tmp_path: Path) 
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\nlicense: apache-2.0\n")
     assert (exported / "samples.png").read_text() == "step_00000007_ar_steps_0001"
-    for known in ("# digits\n", "![samples](samples.png)", "`f00d`", "0.2500 at last", "9.0 images/s on 2 ranks"):
+    for known in ("# digits\n", "![samples](samples.png)", "`f00d`", "0.2500 at last", "9.0 images/s, ranks: 2"):
         assert known in card
     other = copy_of(run, tmp_path / "run")
     (other / "summary.json").unlink()
@@ -362,7 +362,7 @@ def test_pushing_is_asked_for(run: Path, tmp_path: Path, monkeypatch: pytest.Mon
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The python of an environment with torch, diffusers and what these need, as it is installed here; no more."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    venv.create(folder / "venv", with_pip=False)
+    venv.create(folder / "venv", symlinks=True, with_pip=False)
     [site_packages] = (folder / "venv").glob("lib/python*/site-packages")
     needed = ["torch", "diffusers", "safetensors", "numpy", "pillow"]
     for name in needed:  # grows as it goes
@@ -567,6 +567,8 @@ def test_mistakes_elsewhere_are_named(results: Results) -> None:
         "region: expected a mask of 4 x 4 tokens, true or false, got [3, 3]",
         "image: expected an image or latents, got both or none",
         "latents: expected [1, 1, 8, 8] in all, got [3, 1, 8, 8]",
+        "image: expected [1, 1, 8, 8] in all, got [1, 1, 12, 16]",
+        "image: expected images of one size, got [(4, 4), (8, 8)]",
         "region: expected one, since images to edit are given, got none",
         "The directory",
     ]

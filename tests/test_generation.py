@@ -119,6 +119,8 @@ def test_sizes_solver_and_spacing_reach_the_sampler() -> None:
         {"solver": "dpm++"},
         {"spacing": "log_snr"},
         {"seed": 6},
+        {"token_order": "raster"},
+        {"token_order": "dilated", "block_size": 3},
         {"guidance": Guidance(3.0)},
         {"guidance": Guidance(3.0, "linear")},
         {"guidance": Guidance(3.0, last_timestep=500)},
@@ -135,7 +137,8 @@ def test_a_picture_says_whether_its_colours_are_true(num_channels, note) -> None
     assert decode(torch.zeros(2, num_channels, 8, 8)).shape == (2, 3 if num_channels > 1 else 1, 8, 8)
     title = grid_title("step 3", settings_of(4), said)
     assert title == f"step 3, guidance 1\nAR steps 4, denoising steps 3{', ' + note if note else ''}"
-    assert "denoising steps 3 (dpm++)" in grid_title("step 3", settings_of(4, solver="dpm++"))
+    title = grid_title("step 3", settings_of(4, solver="dpm++", token_order="raster"), said)
+    assert title.splitlines()[1].startswith("AR steps 4, denoising steps 3 (dpm++), order raster")
 
 
 def test_images_for_scores_are_decoded_or_refused() -> None:

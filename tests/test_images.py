@@ -440,12 +440,13 @@ def table(folder: Path, text: str, name: str = "t.csv") -> Path:
     return folder / name
 
 
-def test_labels_that_are_numbers_keep_their_order(tmp_path: Path) -> None:
-    listing = list_images(table(tmp_path, "label,path\n10,a.png\n9,b.png\n010,c.png\n"))
-    assert listing.class_names == ("9", "10")
-    assert [row.label for row in listing.rows] == [1, 0, 1]
-    lines = '{"path": "a.png", "label": 10}\n\n{"path": "b.png", "label": "9"}\n'
-    assert list_images(table(tmp_path, lines, "t.jsonl")).class_names == ("9", "10")
+def test_labels_that_are_numbers_are_kept(tmp_path: Path) -> None:
+    rows = "".join(f"{label},{label}.png\n" for label in range(10))
+    listing = list_images(table(tmp_path, f"label,path\n10,a.png\n{rows}010,c.png\n"))
+    assert listing.class_names == tuple(map(str, range(11)))
+    assert [row.label for row in listing.rows] == [10, *range(10), 10]
+    lines = '{"path": "a.png", "label": 1}\n\n{"path": "b.png", "label": "0"}\n'
+    assert [row.label for row in list_images(table(tmp_path, lines, "t.jsonl")).rows] == [1, 0]
     names = list_images(table(tmp_path, "path,label\na.png,10\nb.png,9\nc.png,cat\n"))
     assert names.class_names == ("10", "9", "cat")
 
@@ -479,7 +480,7 @@ def test_columns_that_nobody_reads_are_named(tmp_path: Path) -> None:
 
 
 def test_the_digest_of_a_table(tmp_path: Path) -> None:
-    texts = ["path,label,caption\na.png,1,x\n", "path,label,caption\na.png,2,x\n", "path,label,caption\na.png,1,y\n"]
+    texts = ["path,label,caption\na.png,a,x\n", "path,label,caption\na.png,b,x\n", "path,label,caption\na.png,a,y\n"]
     digests = [list_images(table(tmp_path, text)).digest for text in texts]
     (tmp_path / "a.png").write_bytes(b"1")
     digests.append(list_images(table(tmp_path, texts[0])).digest)
@@ -496,6 +497,13 @@ TABLE_MISTAKES = [
     ("t.csv", "path,label\na.png,cat\n,cat\n", "line 3: expected a path, got none"),
     ("t.csv", "path,label\na.png,cat\nb.png,\n", "line 3: expected a label, as in other rows, got none"),
     ("t.csv", "path,label\na.png,-1\n", "line 2: expected a name or a number from 0 on as label, got '-1'"),
+    (
+        "t.csv",
+        "path,label\na.png,0\nb.png,2\n",
+        "class from 0 to 2, since all labels are numbers, got none of 1; ",
+    ),
+    ("t.csv", "path,label\na.png,7\nb.png,3\n", "class from 0 to 7, .* got none of 0 and 5 more; .* such as class7"),
+    ("t.csv", f"path,label\na.png,0\nb.png,{10**15}\n", "got none of 1 and 999999999999998 more"),
     ("t.jsonl", "", "expected a row for each image in .*, got none"),
     ("t.jsonl", '{"path": "a.png"}\n{"path"\n', "line 2: expected one JSON object"),
     ("t.jsonl", '["a.png"]\n', "line 1: expected one JSON object, got"),

@@ -95,6 +95,7 @@ def ldm_shapes(channels: Sequence[int], layers: int, latents: int, attention: Se
 
 SD_F8 = ldm_shapes((128, 256, 512, 512), 2, 4)
 SMALL = ldm_shapes((32, 64, 64), 1, 4)
+SMALL_AS_FLUX = {name: shape for name, shape in SMALL.items() if "quant_conv" not in name}
 SMALL_ATTENTION = ldm_shapes((32, 64, 64), 2, 3, attention=(1, 2))
 
 
@@ -157,18 +158,21 @@ class Oracle:
         x = self.norm(x, f"{side}.norm_out")
         return self.conv(x * torch.sigmoid(x), f"{side}.conv_out", padding=1)
 
+    def quantised(self, x: Tensor, name: str) -> Tensor:
+        return self.conv(x, name) if f"{name}.weight" in self.tensors else x
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         x = self.conv(x, "encoder.conv_in", padding=1)
         for level in range(self.num_levels):
             x = self.level(x, f"encoder.down.{level}")
             if level < self.num_levels - 1:
                 x = self.conv(F.pad(x, (0, 1, 0, 1)), f"encoder.down.{level}.downsample.conv", stride=2)
-        moments = self.conv(self.end(self.middle(x, "encoder"), "encoder"), "quant_conv")
+        moments = self.quantised(self.end(self.middle(x, "encoder"), "encoder"), "quant_conv")
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def decode(self, z: Tensor) -> Tensor:
-        x = self.conv(self.conv(z, "post_quant_conv"), "decoder.conv_in", padding=1)
+        x = self.conv(self.quantised(z, "post_quant_conv"), "decoder.conv_in", padding=1)
         x = self.middle(x, "decoder")
         for level in reversed(range(self.num_levels)):
             x = self.level(x, f"decoder.up.{level}")
@@ -188,6 +192,7 @@ def assert_close(ours: Tensor, theirs: Tensor) -> None:
     [
         pytest.param(mar_shapes(), 32, id="MAR KL-16"),
         pytest.param(SMALL, 24, id="small, as SD"),
+        pytest.param(SMALL_AS_FLUX, 24, id="small, as FLUX"),
         pytest.param(SMALL_ATTENTION, 16, id="attention in levels"),
     ],
 )
@@ -228,7 +233,9 @@ def test_stable_diffusion_s_layout_has_its_place() -> None:
 
 
 def test_other_layouts_are_not_taken_for_published_ones() -> None:
-    for shapes in (SMALL, ldm_shapes((128, 256, 512, 512), 2, 16), ldm_shapes((128, 128, 256, 256, 512), 2, 16)):
+    unquantised = {name: shape for name, shape in SD_F8.items() if "quant_conv" not in name}
+    wide, deep = ldm_shapes((128, 256, 512, 512), 2, 16), ldm_shapes((128, 128, 256, 256, 512), 2, 16)
+    for shapes in (SMALL, unquantised, wide, deep):
         tensors = {name: torch.empty(*shape, device="meta") for name, shape in shapes.items()}
         assert recognise(from_ldm(tensors, "test")[0]) is None
 
@@ -252,8 +259,8 @@ def test_tensors_that_have_no_place_are_named() -> None:
 # The command
 
 
-def convert(file: Path, out: Path, factor: float | None = None) -> KLAutoencoder:
-    import_autoencoder.run(file, out, factor)
+def convert(file: Path, out: Path, *factors: float | None) -> KLAutoencoder:
+    import_autoencoder.run(file, out, *(factors or (None,)))
     return KLAutoencoder.load(out, "cpu")
 
 
@@ -292,12 +299,31 @@ def test_safetensors_and_pickle_give_the_same_folder(tmp_path, capsys) -> None:
     assert f"fingerprint {made[0].fingerprint}" in capsys.readouterr().out
 
 
+def test_the_same_command_again_leaves_what_is_there(tmp_path, capsys) -> None:
+    file, out = tmp_path / "a.safetensors", tmp_path / "out"
+    save_file(random_tensors(SMALL), file)
+    made = convert(file, out, 0.5, 0.25)
+    assert (made.scale, made.shift) == ((0.5,) * 4, (0.25,) * 4)
+    written = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()}
+    first = capsys.readouterr().out
+    assert "in a config: data.latent_shift=[0.25] data.latent_scale=[0.5]" in first
+    convert(file, out, 0.5, 0.25)
+    assert capsys.readouterr().out.splitlines()[-3:] == first.replace("out: ", "out: already there: ").splitlines()[-3:]
+    save_file(random_tensors(SMALL, seed=1), tmp_path / "b.safetensors")
+    for source, *factors in ((file, 0.25, 0.25), (file, 0.5, None), (tmp_path / "b.safetensors", 0.5, 0.25)):
+        with pytest.raises(UserError, match="out: expected a folder that is not there yet; remove it or give another"):
+            import_autoencoder.run(source, out, *factors)
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == written
+
+
 def test_the_scaling_factor_of_an_unknown_layout_must_be_given(tmp_path) -> None:
     save_file(random_tensors(SMALL), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="--scaling-factor: expected"):
         import_autoencoder.run(tmp_path / "a.safetensors", tmp_path / "out", None)
     with pytest.raises(UserError, match="--scaling-factor: expected a number above 0"):
         import_autoencoder.run(tmp_path / "a.safetensors", tmp_path / "out", -1.0)
+    with pytest.raises(UserError, match="--shift-factor: expected a number"):
+        import_autoencoder.run(tmp_path / "a.safetensors", tmp_path / "out", 1.0, float("nan"))
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
@@ -335,9 +361,9 @@ class Malicious:
 @pytest.mark.parametrize(
     ("form", "message"),
     [
-        ("zip", r"expected a pickle of nothing but tensors, got \S*mkdir in \S*evil\.ckpt"),
-        ("plain", r"expected a pickle of nothing but tensors, got \S*mkdir in \S*evil\.ckpt"),
-        ("newer protocol", r"evil\.ckpt is no checkpoint of torch"),
+        ("zip", r"expected nothing but tensors, numbers and texts in \S*evil\.ckpt, got \S*mkdir"),
+        ("plain", r"expected nothing but tensors, numbers and texts in \S*evil\.ckpt, got \S*mkdir"),
+        ("newer protocol", r"evil\.ckpt is no file of tensors"),
     ],
 )
 def test_a_pickle_of_more_than_tensors_is_refused_unread(tmp_path, form, message) -> None:
@@ -355,11 +381,11 @@ def test_a_pickle_of_more_than_tensors_is_refused_unread(tmp_path, form, message
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.ckpt", b"not a checkpoint", "is no checkpoint of torch"),
-        ("a.safetensors", b"not a checkpoint", "cannot be read"),
-        ("a.txt", b"", r"expected a file \.safetensors"),
-        ("a.ckpt", None, r"expected a file \.safetensors"),
-        ("a.pt", [1, 2], "expected a dict of tensors"),
+        ("a.ckpt", b"not a checkpoint", "is no file of tensors"),
+        ("a.safetensors", b"not a checkpoint", "is no file of tensors"),
+        ("a.txt", b"", "is no file of tensors"),
+        ("a.ckpt", None, "expected a file of tensors .* which is not there"),
+        ("a.pt", [1, 2], "expected tensors by name"),
         ("a.pt", {"head.weight": torch.zeros(2)}, "in Latent Diffusion's layout.*1 tensors"),
         ("a.pt", {}, "in Latent Diffusion's layout.*0 tensors"),
     ],

@@ -1,6 +1,5 @@
 """tools/make_shards.py as a command: same images, same shards, whatever happens on the way."""
 
-import importlib.util
 import json
 import os
 import random
@@ -19,10 +18,11 @@ from hypothesis import strategies as st
 from cfpretrain.console import EXIT_REQUEUE
 from cfpretrain.data.images import list_images, read_all_images, read_file, read_image
 from cfpretrain.data.shards import ImagesInfo, Shards, read_info
+from cfpretrain.data.storing import deal_images
 from tests.disks import mounted_disk
-from tests.processes import REPOSITORY, Ended, Rank
+from tests.processes import Ended, Rank
 from tests.test_images import encoded, oracle, picture, table, write_tree
-from tools import make_shards
+from tools import measure_data
 
 _WAIT_SECONDS = 120
 
@@ -179,7 +179,7 @@ def test_the_files_themselves(tree: Path, tmp_path: Path) -> None:
 
 def test_a_table_becomes_shards(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "pictures", x=3)
-    lines = [{"path": f"x/00{i}.png", "label": 10 - i, "caption": f"picture, {i}\n"} for i in (2, 0, 1)]
+    lines = [{"path": f"x/00{i}.png", "label": 2 - i, "caption": f"picture, {i}\n"} for i in (2, 0, 1)]
     (tmp_path / "lists").mkdir()
     file = table(tmp_path / "lists", "".join(json.dumps(line) + "\n" for line in lines), "t.jsonl")
     made(file, "--root", root, "--out", tmp_path / "out", "--size", 6, "--grey")
@@ -190,7 +190,7 @@ def test_a_table_becomes_shards(tmp_path: Path) -> None:
         (1, 2, "picture, 0\n"),
         (2, 1, "picture, 1\n"),
     ]
-    assert shards.info.class_names == ("8", "9", "10")
+    assert shards.info.class_names == ("0", "1", "2")
     images_BCYX, labels_B = read_all_images(tmp_path / "out", "--out")
     assert labels_B.tolist() == [0, 2, 1]
     assert images_BCYX.shape == (3, 1, 6, 6)
@@ -206,7 +206,7 @@ def test_columns_that_nobody_reads_are_said(tmp_path: Path) -> None:
 
 def test_a_shard_of_rejected_images_alone(tmp_path: Path) -> None:
     root = write_tree(tmp_path / "tree", x=6)
-    slices = make_shards._slices(6, 2)
+    slices = deal_images(6, 2)
     for i in slices[1]:
         (root / "x" / f"00{i}.png").write_bytes(b"")
     made(root, "--out", tmp_path / "out", "--size", 6, "--images-per-shard", 2, "--max-rejected-share", 0.5)
@@ -217,7 +217,7 @@ def test_a_shard_of_rejected_images_alone(tmp_path: Path) -> None:
 
 @given(num_images=st.integers(1, 300), each=st.integers(1, 50))
 def test_every_image_is_dealt_once(num_images: int, each: int) -> None:
-    slices = make_shards._slices(num_images, each)
+    slices = deal_images(num_images, each)
     assert sorted(i for ids in slices for i in ids) == list(range(num_images))
     assert all(len(ids) == each for ids in slices[:-1])
 
@@ -225,11 +225,6 @@ def test_every_image_is_dealt_once(num_images: int, each: int) -> None:
 def test_the_plain_loop_that_it_is_measured_against_makes_the_same(tmp_path: Path) -> None:
     from streaming.base.format.mds import MDSReader
 
-    spec = importlib.util.spec_from_file_location("measure_data", REPOSITORY / "tools" / "measure_data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    measure_data = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(measure_data)
     photos = measure_data.write_photos(tmp_path / "photos", 6)
     made(photos, "--out", tmp_path / "ours", "--size", 100)
     ours = Shards(tmp_path / "ours", "--out")

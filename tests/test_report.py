@@ -8,17 +8,21 @@ import pytest
 from cfpretrain import build
 from cfpretrain import config as configs
 from cfpretrain.console import UserError
+from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.data.shards import ImagesInfo, image_columns
 from tests.test_config import TINY
 from tools import report
 
 
-def test_latents_are_not_scored_in_false_colours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = configs.load(TINY, ["model.latent_channels=16"])
+def refused(
+    monkeypatch: pytest.MonkeyPatch, run: Path, override: str, images: Path = Path(), held_out: Path = Path()
+) -> str:
+    config = configs.load(TINY, [override])
     monkeypatch.setattr(build, "load_run", lambda folder, device: (config, None, 100))
     arguments = argparse.Namespace(
-        run=tmp_path,
-        images=tmp_path,
-        held_out=tmp_path,
+        run=run,
+        images=images,
+        held_out=held_out,
         num_images=100,
         num_ar_steps=[1],
         num_denoising_steps=10,
@@ -26,5 +30,37 @@ def test_latents_are_not_scored_in_false_colours(monkeypatch: pytest.MonkeyPatch
         batch_size=10,
         guidance=2.0,
     )
-    with pytest.raises(UserError, match=r"expected a run that names its autoencoder \(data\.autoencoder\)"):
+    with pytest.raises(UserError) as raised:
         report.run(arguments)
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_latents_are_not_scored_in_false_colours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    message = refused(monkeypatch, tmp_path, "model.latent_channels=16")
+    assert "expected a run that names its autoencoder (data.autoencoder)" in message
+
+
+def write_images(folder: Path, image_size: int, class_names: tuple[str, ...]) -> Path:
+    writer = ShardWriter(folder, image_columns(), {})
+    writer.begin()
+    writer.write(0, [{"id": 0, "label": 0, "caption": "", "image": b""}])
+    writer.finish(ImagesInfo(class_names, 1, 0, "lossless", image_size, 1, "a test"), 1)
+    return folder
+
+
+def test_images_of_another_size_or_other_classes_are_refused(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before sampling, which takes minutes."""
+    names = tuple(map(str, range(10)))
+    fitting = write_images(tmp_path / "fitting", 8, names)
+    large = write_images(tmp_path / "large", 16, names)
+    other = write_images(tmp_path / "other", 8, (*names[:9], "ten"))
+    source = f"data.shards={shards}"
+    message = refused(monkeypatch, tmp_path, source, large, fitting)
+    assert message == f"--images: expected image_size 8 as of {shards}, got 16"
+    message = refused(monkeypatch, tmp_path, source, fitting, other)
+    assert message.startswith(f"--held-out: expected class_names {names} as of {shards}, got ('0', ")
+    message = refused(monkeypatch, tmp_path, source, fitting, shards)
+    assert message.startswith("--held-out: expected shards of images, got latents in")

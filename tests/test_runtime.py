@@ -1,5 +1,8 @@
 """Ranks: agreement and sums over real processes, and a single process without a launcher."""
 
+import time
+from typing import Any
+
 import pytest
 import torch
 
@@ -33,6 +36,45 @@ def test_ranks_agree() -> None:
             "sum": [3.0, 3.0],
             "problem": "rank 1 has no disk",
         }
+
+
+def work(fails: bool) -> list[Any]:
+    """Three ranks: rank 0 does much, rank 1 little, perhaps it fails, rank 2 nothing."""
+    runtime._EXCHANGE_SECONDS = 0.1
+    runtime.start(torch.device("cpu"))
+    seen: list[Any] = []
+    try:
+        with runtime.Exchange(seen.append) as ranks:
+            for _ in range((1000 if fails else 8, 3, 0)[runtime.rank()]):
+                time.sleep(0.05)
+                ranks.add(2)
+            if runtime.rank() == 1 and fails:
+                raise UserError("rank 1 has no disk")
+    except UserError as error:
+        seen = [str(error)]
+    runtime.stop()
+    return seen
+
+
+def test_ranks_hear_of_each_other_and_wait_for_all() -> None:
+    seen = run_in_processes(work, 3, False)
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0] == sorted(seen[0])
+    assert seen[0][-1] == 2 * (8 + 3)
+
+
+def test_the_failure_of_one_rank_ends_all() -> None:
+    assert run_in_processes(work, 3, True) == [["rank 1 has no disk"]] * 3
+
+
+def test_one_process_needs_no_others() -> None:
+    seen: list[int] = []
+    with runtime.Exchange(seen.append) as alone:
+        alone.add(3)
+        alone.add(4)
+    assert seen == [7]
+    with pytest.raises(UserError, match="mine"), runtime.Exchange(seen.append):
+        raise UserError("mine")
 
 
 def alone() -> list[object]:

@@ -23,6 +23,7 @@ from tests.digits import digits, digits_info, small_run, write_latents
 from tests.latent_shards import config_for, write_samples
 from tests.object_store import BUCKET, ObjectStore, running_store
 from tests.processes import REPOSITORY, run_in_processes
+from tools import inspect_shards
 
 NUM_SAMPLES, NUM_SHARDS = 101, 6
 FORK = multiprocessing.get_context("fork")
@@ -44,8 +45,8 @@ def shard_bytes(folder: Path) -> int:
     return max(path.stat().st_size for path in folder.glob("*.mds"))
 
 
-def s3_config(address: str, cache: Path, folder: Path, num_workers: int = 2, **data: Any) -> Config:
-    """With room for two and a half of the six shards: every epoch fetches again."""
+def s3_config(address: str, cache: Path, folder: Path, num_workers: int = 1, **data: Any) -> Config:
+    """With room for two and a half of the six shards: every epoch fetches again. A worker's client takes a second."""
     settings = {"cache_limit_gb": 2.5 * shard_bytes(folder) / 1e9, "download_patience_seconds": 60.0, **data}
     return local_config(address, num_workers=num_workers, cache_folder=str(cache), **settings)
 
@@ -84,7 +85,7 @@ def test_shards_in_the_store_are_those_of_the_folder(
     store: ObjectStore, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     address = store.upload(folder, "plain")
-    config = s3_config(address, tmp_path / "cache", folder)
+    config = s3_config(address, tmp_path / "cache", folder, num_workers=2)
     assert order_fingerprint(config) == order_fingerprint(local_config(folder))
     with closing(Loader(config, 0, 1)) as loader:
         assert_equal(take(loader, 6), local_batches(folder, 6))
@@ -102,7 +103,7 @@ def test_the_server_dies_in_mid_epoch_and_comes_back(
     address = store.upload(folder, "dies")
 
     healer = threading.Timer(2.0, store.start)
-    with closing(Loader(s3_config(address, tmp_path / "cache", folder), 0, 1)) as loader:
+    with closing(Loader(s3_config(address, tmp_path / "cache", folder, num_workers=2), 0, 1)) as loader:
         found = take(loader, 2)
         store.kill()
         healer.start()
@@ -175,6 +176,22 @@ def test_a_byte_flipped_in_the_cache_is_mended(store: ObjectStore, folder: Path,
     with closing(Loader(config, 0, 1)) as loader:
         assert_equal(take(loader, 8), local_batches(folder, 8))
     assert sorted(path.read_bytes() for path in copies) == sorted(path.read_bytes() for path in folder.glob("*.mds"))
+
+
+def test_a_folder_in_the_store_is_inspected(
+    store: ObjectStore, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cache, limit = tmp_path / "cache", 1.5 * shard_bytes(folder) / 1e9
+    options = ["--cache-folder", str(cache), "--cache-limit-gb", str(limit), "--download-patience-seconds", "60"]
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", store.upload(folder, "inspected"), "--verify", *options])
+    inspect_shards.main()
+    assert f"verified: {NUM_SHARDS} files, {NUM_SAMPLES} samples, every hash" in capsys.readouterr().out
+    kept = [path.stat().st_size for path in cache.iterdir() if path.is_file()]
+    assert 0 < sum(kept) <= limit * 1e9
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", "s3://bucket/folder", "--cache-limit-gb", "-1"])
+    with pytest.raises(SystemExit):
+        inspect_shards.main()
+    assert "argument --cache-limit-gb: expected a number from 0 on, got '-1'" in capsys.readouterr().err
 
 
 def read_epochs(config: Config, started: str) -> None:

@@ -107,15 +107,16 @@ def test_a_grid_by_names_and_numbers(tmp_path: Path, source: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
-def test_raw_weights_and_precision_are_taken(tmp_path: Path, source: Path) -> None:
-    """Images of random weights are black and white, so bf16 may not show; the weights' hash tells."""
+def test_raw_weights_precision_and_order_are_taken(tmp_path: Path, source: Path) -> None:
+    """Images of random weights are black and white, so that bf16 and an order may not show; the plan tells."""
     command = [source, "--num-images", 4, "--ar-sizes", "6,10", *QUICK]
     ended = run([*command, "--out", tmp_path / "ema"])
     assert (ended.code, ended.err) == (0, "")
-    for options in (["--weights", "raw"], ["--precision", "bf16"]):
+    for options in (["--weights", "raw"], ["--precision", "bf16"], ["--order", "raster"]):
         ended = run([*command, "--out", tmp_path / "ema", *options])
         assert ended.code == EXIT_USER_ERROR
-        assert "holds images of other settings already (weights: " in ended.err
+        what = "token_order" if "--order" in options else "weights"
+        assert f"holds images of other settings already ({what}: " in ended.err
         ended = run([*command, "--out", tmp_path / options[1], *options])
         assert (ended.code, ended.err) == (0, "")
     assert any(
@@ -146,6 +147,9 @@ MISTAKES = [
     (["--num-images", "7"], "--num-images: expected a multiple of the 10 classes for a grid, got 7; give --num-per"),
     (["--num-images", "10", "--num-per-class", "1"], "--num-images: expected alone, got --num-per-class too"),
     (["--out", "nowhere/at/all.png"], "--out: expected a place in a folder that is there, got nowhere/at/all.png"),
+    (["--out", "docs/images/demo_samples.png"], "--out: expected a place where nothing is yet, got docs/images/demo_s"),
+    (["--trajectory", "README.md"], "--trajectory: expected a place where nothing is yet, got README.md; delete it"),
+    (["--order", "dilated", "--block-size", "3"], "--block-size: block_size: expected a divisor of the token grid's 4"),
     (["--trajectory", "way.png", "--out", "out.png"], "--trajectory: expected alone, got --out too"),
 ]
 

@@ -1,5 +1,7 @@
 """Shard folders in the making: any writers, any order, any kills, the same bytes; all of it or nothing."""
 
+import hashlib
+import json
 import os
 import signal
 import time
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 
 from cfpretrain.console import UserError
-from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, Shards, image_columns, read_info
 from tests.disks import mount, mounted_disk
 
@@ -65,6 +67,22 @@ def test_the_order_of_writing_leaves_no_trace(tmp_path: Path, whole: dict[str, b
     shards = Shards(folder)
     assert [shards.sample(i)["id"] for i in range(len(shards))] == list(range(NUM_SHARDS * EACH))
     assert shards.sample(7)["caption"] == "number 7"
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # LocalDataset leaves its index open
+def test_the_index_holds_the_description_too_and_mosaicml_reads_it(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    from streaming import LocalDataset
+
+    index = json.loads(whole["index.json"])
+    assert index["cfpretrain.json.blake2b"] == hashlib.blake2b(whole["cfpretrain.json"]).hexdigest()
+    write_all(tmp_path / "shards", list(range(NUM_SHARDS)))
+    samples_read = LocalDataset(str(tmp_path / "shards"))
+    assert [samples_read[i]["id"] for i in range(len(samples_read))] == list(range(NUM_SHARDS * EACH))
+
+
+def test_versions_of_all_that_wrote_are_kept() -> None:
+    records = [{"versions": {"torch": "2.9", "cfpretrain": version}} for version in ("2", "1", "2")]
+    assert merged_versions(records) == {"torch": "2.9", "cfpretrain": "1, 2"}
 
 
 def test_it_goes_on_where_it_was(tmp_path: Path, whole: dict[str, bytes]) -> None:
@@ -177,11 +195,19 @@ def test_other_work_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_unfinished_work_of_other_settings_is_refused(tmp_path: Path) -> None:
-    first = make(tmp_path / "shards")
-    first.begin()
-    os.close(first._lock)
-    with pytest.raises(UserError, match=r"unfinished work of other settings \(sizes"):
-        ShardWriter(tmp_path / "shards", image_columns(), {**PLAN, "sizes": [3]}).begin()
+    def of(*sizes: int) -> ShardWriter:
+        return ShardWriter(tmp_path / "shards", image_columns(), {**PLAN, "sizes": sizes})
+
+    for sizes in ((1,), (2,)):  # of nothing written, nothing can be lost
+        writer = of(*sizes)
+        writer.begin()
+        os.close(writer._lock)
+    writer.write(0, samples(0))
+    other = of(3)
+    with pytest.raises(UserError, match=r"unfinished work of other settings \(sizes: \[2\] there, \[3\] now"):
+        other.begin()
+    os.close(other._lock)
+    of(2).begin()
 
 
 def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, whole: dict[str, bytes]) -> None:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -240,6 +241,29 @@ def test_a_storage_that_stays_away(store: Store, tmp_path: Path) -> None:
     assert copies_in(tmp_path / "cache") == set()
 
 
+def test_patience_begins_with_the_first_failure(store: Store, tmp_path: Path) -> None:
+    """Neither waiting for another process's copy nor a long transfer that breaks off takes any of it."""
+    cache, patience, held = tmp_path / "cache", Patience(0.3), threading.Event()
+
+    def hold() -> None:
+        with storage._held(cache / f"{file_of(0).digest}.{NUM_BYTES}.part", patience):
+            held.set()
+            time.sleep(0.5)
+
+    def break_off(name: str) -> None:
+        store.before_second_half = lambda name: None
+        time.sleep(0.5)
+        raise ConnectionError("broken off")
+
+    other = threading.Thread(target=hold)
+    other.start()
+    held.wait()
+    store.before_second_half = break_off
+    assert remote(cache, patience_seconds=0.3).path(file_of(0)).read_bytes() == content_of(0)
+    other.join()
+    assert len(store.asked()) == 2
+
+
 class NoCredentialsError(Exception):
     """Named as botocore's."""
 
@@ -354,6 +378,41 @@ def test_what_a_killed_download_leaves_is_removed_by_the_next(store: Store, tmp_
     for number in (1, 2):
         remote(cache, 2 * NUM_BYTES).path(file_of(number))
     assert copies_in(cache) == digests(1, 2)
+
+
+@pytest.mark.parametrize("is_abandoned", [False, True])
+def test_who_begins_anew_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_abandoned: bool) -> None:
+    """In the middle of the removal of a file in the making, another process takes the lock and begins."""
+    part, unlink, taken = tmp_path / "part", os.unlink, []
+
+    def remove(path: Any, **where: Any) -> None:
+        unlink(path, **where)
+        if os.path.basename(path) == "lock" and not taken:
+            taken.append(storage._try_lock(part / "lock"))
+            for name in names:
+                (part / name).write_text("another's")
+
+    names = ["copy", "reserved", *map(str, range(20))]  # many, since folders are listed in no order
+    with storage._held(part, Patience(30)):
+        for name in names:
+            (part / name).write_text("mine")
+        if is_abandoned:  # as after a kill
+            shutil.copytree(part, tmp_path / "left")
+    if is_abandoned:
+        (tmp_path / "left").rename(part)
+        monkeypatch.setattr(os, "unlink", remove)
+        assert storage._removed_if_abandoned(part)
+    else:
+        monkeypatch.setattr(os, "unlink", remove)
+        with storage._held(part, Patience(30)):
+            for name in names:
+                (part / name).write_text("mine")
+    assert taken != []
+    assert taken != [None]
+    assert {path.name: path.read_text() for path in part.iterdir()} == {"lock": "", **dict.fromkeys(names, "another's")}
+    os.close(taken[0])
+    assert storage._removed_if_abandoned(part)
+    assert not part.exists()
 
 
 def test_waiting_ends_with_the_need(store: Store, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.console import UserError, exit_with, phase, say
-from cfpretrain.evaluation.sampling_options import add_sampling_options, read_settings
+from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,8 +95,9 @@ def run(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.num_seeds < 1:
         raise UserError(f"--num-seeds: expected at least 1, got {arguments.num_seeds}")
-    if arguments.images is not None and arguments.images.exists():
-        raise UserError(f"--images: expected a folder that is not there yet, got {arguments.images}; give another")
+    check_place("--out", arguments.out)
+    if arguments.images is not None:
+        check_place("--images", arguments.images)
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ def _draw(
         column_names=["original", "region", *(f"edit {i + 1}" for i in range(arguments.num_seeds))],
     )
     if arguments.images is not None:
-        arguments.images.mkdir(parents=True)
+        arguments.images.mkdir()
         for i, image in enumerate(pictures.to_rgb(images, (0.0, 1.0))):
             row, column = divmod(i, arguments.num_seeds)
             pictures.write_png(arguments.images / f"row_{row + 1}_edit_{column + 1}.png", image)

@@ -57,7 +57,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--batch-size: expected 1 to {_MOST_IN_A_BATCH}, got {arguments.batch_size}")
     with phase("loading torch and streaming"):
         from cfpretrain import runtime
-        from cfpretrain.data.encoding import LostRankError
     device = runtime.pick_device()
     with phase("waiting for all ranks", announce=False):
         runtime.start(device)
@@ -65,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         with runtime.together():
             encoding, writer = _prepare(arguments, device)
         _work(encoding, writer)
-    except LostRankError as error:
+    except runtime.LostRankError as error:
         _leave_with(f"another rank is gone ({error})")
     finally:
         runtime.stop()
@@ -102,7 +101,7 @@ def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, Sha
 
 def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
     from cfpretrain import runtime
-    from cfpretrain.data.encoding import Exchange, encode
+    from cfpretrain.data.encoding import encode
     from cfpretrain.lifeline import Launcher
 
     with runtime.together():
@@ -121,7 +120,7 @@ def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
         progress.show(done_before + num_done)
 
     try:
-        with Exchange(show) as exchange:
+        with runtime.Exchange(show) as exchange:
             mine = missing[runtime.rank() :: runtime.world_size()]
             encode(encoding, writer, mine, _num_threads(), exchange.add)
     finally:

@@ -73,7 +73,6 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out: expected a file in a folder that is there, got {arguments.out}; make the folder first")
     with phase("loading torch"):
         from cfpretrain import runtime
-        from cfpretrain.data.encoding import LostRankError
         from cfpretrain.evaluation.features import make_extractor
         from cfpretrain.evaluation.references import load_reference
     device = runtime.pick_device()
@@ -86,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
         with _Progress("reading the reference") as progress:
             reference = load_reference(arguments.reference, extractor, arguments.cache, progress.begin, progress.show)
         _score(arguments, extractor, reference, batches, plan, labels)
-    except LostRankError as error:
+    except runtime.LostRankError as error:
         _leave_with(f"another rank is gone ({error})")
     finally:
         runtime.stop()

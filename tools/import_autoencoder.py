@@ -4,13 +4,13 @@
     python tools/import_autoencoder.py v1-5-pruned-emaonly.safetensors data/autoencoders/sd-f8
 
 It takes MAR's KL-16, Stable Diffusion's f8 (alone, or inside a whole checkpoint, whose other networks are left out),
-any other autoencoder in Latent Diffusion's layout, and an AutoencoderKL that diffusers saved as a pickle. The values of
-the tensors are kept bit for bit. Nothing in a file is run: pickles of anything but tensors are refused.
+any other autoencoder in Latent Diffusion's layout, as FLUX's, and an AutoencoderKL that diffusers saved as a pickle.
+The values of the tensors are kept bit for bit. Nothing in a file is run: pickles of anything but tensors are refused.
+Where OUT holds that autoencoder already, it is left as it is.
 """
 
 import argparse
-import re
-import warnings
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,77 +20,56 @@ from cfpretrain.console import UserError, exit_with, phase, say
 if TYPE_CHECKING:
     from torch import Tensor
 
-_PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Convert a published autoencoder to a folder in diffusers' layout.")
     parser.add_argument("file", type=Path, help="checkpoint: .safetensors, or a pickle (.ckpt, .pt, .pth, .bin)")
-    parser.add_argument("out", type=Path, help="folder to write; it must not be there yet")
+    parser.add_argument("out", type=Path, help="folder to write")
     parser.add_argument(
         "--scaling-factor",
         type=float,
         help="what latents are multiplied by; left out, that of the published autoencoder of this layout "
         "(MAR's KL-16: 0.2325, Stable Diffusion's f8: 0.18215; SDXL's has the layout of the latter, but 0.13025)",
     )
+    parser.add_argument(
+        "--shift-factor",
+        type=float,
+        help="what is subtracted from latents before (Stable Diffusion 3's: 0.0609, FLUX's: 0.1159; left out, nothing)",
+    )
     arguments = parser.parse_args()
     try:
-        run(arguments.file, arguments.out, arguments.scaling_factor)
+        run(arguments.file, arguments.out, arguments.scaling_factor, arguments.shift_factor)
     except UserError as error:
         exit_with(error)
 
 
-def run(file: Path, out: Path, scaling_factor: float | None) -> None:
+def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float | None = None) -> None:
     """Converts, writes, and reads back what was written."""
     if scaling_factor is not None and not 0 < scaling_factor < float("inf"):
         raise UserError(f"--scaling-factor: expected a number above 0, got {scaling_factor}")
-    if file.suffix not in (".safetensors", *_PICKLES) or not file.is_file():
-        raise UserError(f"FILE: expected a file .safetensors, {', '.join(_PICKLES)}, got {file}; give a checkpoint")
+    if shift_factor is not None and not math.isfinite(shift_factor):
+        raise UserError(f"--shift-factor: expected a number, got {shift_factor}")
     with phase("loading torch and diffusers"):
+        from cfpretrain.export import foreign_files
         from cfpretrain.export.autoencoder import pick_tensors
         from cfpretrain.model import autoencoder
-
-        autoencoder.refuse_existing(out)
     with phase(f"reading {file}"):
-        content = _read(file)
-    tensors = pick_tensors(content)
+        tensors = pick_tensors(foreign_files.read(file, "FILE"))
     config, state = _convert(file, tensors, scaling_factor)
+    config |= {} if shift_factor is None else {"shift_factor": shift_factor}
     network = autoencoder.fill_network(config, state, str(file))
-    autoencoder.write_folder(out, network)
+    is_there = autoencoder.holds(out, network)
+    if not is_there:
+        autoencoder.write_folder(out, network)
     made = autoencoder.KLAutoencoder.load(out, "cpu", key="OUT")
+    num_parameters = sum(value.numel() for value in tensors.values())
     say(
-        f"{out}: {len(tensors)} tensors, {sum(value.numel() for value in tensors.values()):,} parameters; "
+        f"{out}: {'already there: ' * is_there}{len(tensors)} tensors, {num_parameters:,} parameters; "
         f"{made.image_channels} channels and {made.stride} x {made.stride} pixels -> {made.latent_channels} channels"
     )
     say(f"fingerprint {made.fingerprint}")
-    say(f"in a config: data.latent_shift={_short(made.shift)} data.latent_scale={_short(made.scale)}")
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of pickles that are refused anyway
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"FILE: {file} cannot be read ({_line(error)}); download it again") from error
-    except Exception as error:  # a foreign file can break the reader in any way
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        if found is None:
-            raise UserError(f"FILE: {file} is no checkpoint of torch ({_line(error)}); download it again") from error
-        raise UserError(
-            f"FILE: expected a pickle of nothing but tensors, got {found[1]} in {file}, and what is not data can run "
-            "code when it is read; take the same weights as .safetensors"
-        ) from error
-    if not isinstance(content, Mapping):
-        raise UserError(f"FILE: expected a dict of tensors in {file}, got {type(content).__name__}; give a checkpoint")
-    return content
+    say(f"in a config: {made.scaling_overrides()}")
 
 
 def _convert(
@@ -112,18 +91,9 @@ def _convert(
         elif scaling_factor is None:
             raise UserError(
                 "--scaling-factor: expected what the latents of this autoencoder are multiplied by, since its layout "
-                "is no published one; give it, or 1"
+                "is no published one; give it, or 1, and --shift-factor where there is one"
             )
     return config | ({} if scaling_factor is None else {"scaling_factor": scaling_factor}), state
-
-
-def _line(error: Exception) -> str:
-    return f"{' '.join(str(error).split()):.200}"
-
-
-def _short(values: tuple[float, ...]) -> str:
-    shown = values[:1] if len(set(values)) == 1 else values
-    return "[" + ",".join(f"{value:.9g}" for value in shown) + "]"
 
 
 if __name__ == "__main__":

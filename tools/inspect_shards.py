@@ -8,10 +8,13 @@ classes and looks for ids that come twice. Exit code 0: all is well; 2: it is no
 """
 
 import argparse
+import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain.config import DataConfig
 from cfpretrain.console import ItemProgress, UserError, exit_with, phase, say
 
 if TYPE_CHECKING:
@@ -23,6 +26,24 @@ _COLUMNS, _MOST_ROWS = 8, 6
 _MOST_NAMES = 10
 
 
+def _from_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
+    return value
+
+
+# Named as in the section data of a config.
+_CACHE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
+    "cache_folder": (str, "for copies of shards from an address"),
+    "cache_limit_gb": (_from_zero, "the most that they fill; 0 = no limit"),
+    "download_patience_seconds": (_from_zero, "how long a storage that is away is asked again"),
+}
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Show what a shard folder holds; with --verify, read all of it.")
@@ -30,6 +51,10 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="read everything: hashes, checksums, images, ids")
     parser.add_argument("--grid", type=Path, metavar="PNG", help="draw samples from all over the folder")
     parser.add_argument("--autoencoder", help="folder of the autoencoder that decodes latents for --grid")
+    for name, (kind, text) in _CACHE_OPTIONS.items():
+        default = getattr(DataConfig(), name)
+        option, shown = f"--{name.replace('_', '-')}", f"{text} (default {default})"
+        parser.add_argument(option, type=kind, default=default, metavar=name.rpartition("_")[2].upper(), help=shown)
     arguments = parser.parse_args()
     try:
         run(arguments)
@@ -41,7 +66,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints, draws and verifies, in this order."""
     with phase("loading torch and streaming"):
         from cfpretrain.data.shards import Shards
-    shards = Shards(arguments.shards, "shards")
+        from cfpretrain.data.storage import CacheSettings, open_source
+    cache = CacheSettings.of(DataConfig(**{name: getattr(arguments, name) for name in _CACHE_OPTIONS}))
+    shards = Shards(arguments.shards, "shards", open_source(arguments.shards, "shards", cache))
     _print_description(shards)
     if arguments.grid is not None:
         _draw(shards, arguments.grid, arguments.autoencoder)

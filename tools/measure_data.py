@@ -9,6 +9,7 @@ are made at the start out of the photos that scikit-learn and scikit-image ship.
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -92,6 +93,21 @@ def alternate(sides: dict[str, Callable[[], float]], num_pairs: int, unit: str) 
     return {"unit": f"{unit}/s", "rates": rates, "ratio": ours / other}
 
 
+def _alternate_writing(
+    sides: dict[str, Callable[[Path], None]], arguments: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
+    """`alternate` of two ways to write all images to a folder, which is a new one below `folder` each time."""
+
+    def rate(write: Callable[[Path], None]) -> float:
+        out = Path(tempfile.mkdtemp(dir=folder)) / "out"
+        begin = time.perf_counter()
+        write(out)
+        return arguments.images / (time.perf_counter() - begin)
+
+    rates = {name: functools.partial(rate, write) for name, write in sides.items()}
+    return alternate(rates, arguments.pairs, "images")
+
+
 def write_photos(folder: Path, num_photos: int, seed: int = 0) -> Path:
     """JPEG files of varied size, cut out of real photos and scaled, in class folders."""
     from PIL import Image
@@ -132,33 +148,24 @@ def _photos() -> list[Path]:
 def measure_make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of tools/make_shards.py, without its start, against `plain_shards`."""
     with phase("loading torch and streaming"):
-        import make_shards
-
         from cfpretrain.data.images import Storing, list_images
+        from cfpretrain.data.storing import store_images
     num_workers = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
         with phase(f"writing {arguments.images} photos"):
             photos = write_photos(Path(temporary) / "photos", arguments.images)
         listing = list_images(photos)
-        outs = (Path(temporary) / f"shards{i}" for i in range(10**6))
-
-        def timed(write: Callable[[Path], None]) -> float:
-            out = next(outs)
-            begin = time.perf_counter()
-            write(out)
-            return arguments.images / (time.perf_counter() - begin)
 
         def ours(out: Path) -> None:
             # So small that all workers have something to do to the end, as they have with a large set.
             per_shard = max(1, arguments.images // (8 * num_workers))
             how = Storing(arguments.store, arguments.size)
-            make_shards.make_shards(listing, how, out, "photos", per_shard, num_workers)
+            store_images(listing, how, out, "photos", per_shard, num_workers)
 
         def plain(out: Path) -> None:
             plain_shards(photos, out, arguments.size, arguments.store)
 
-        sides = {"make_shards": lambda: timed(ours), "plain loop": lambda: timed(plain)}
-        return alternate(sides, arguments.pairs, "images")
+        return _alternate_writing({"make_shards": ours, "plain loop": plain}, arguments, Path(temporary))
 
 
 def plain_shards(photos: Path, out: Path, size: int, store: str) -> None:
@@ -206,13 +213,13 @@ _SMALL_AUTOENCODER = {
 def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of what tools/encode_latents.py does, without its start, against `plain_latents`."""
     with phase("loading torch, streaming and DALI"):
-        import make_shards
         import torch
 
         from cfpretrain.data.encoding import Encoding, encode
         from cfpretrain.data.images import Storing, list_images
         from cfpretrain.data.shard_writer import ShardWriter
         from cfpretrain.data.shards import Shards
+        from cfpretrain.data.storing import store_images
         from cfpretrain.model.autoencoder import KLAutoencoder, make_network, write_folder
     num_threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
@@ -221,19 +228,12 @@ def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
             listing = list_images(write_photos(folder / "photos", arguments.images))
             per_shard = max(1, arguments.images // 4)
             how = Storing("lossless", arguments.size)
-            make_shards.make_shards(listing, how, folder / "images", "photos", per_shard, num_threads)
+            store_images(listing, how, folder / "images", "photos", per_shard, num_threads)
         if arguments.autoencoder is None:
             write_folder(folder / "autoencoder", make_network(_SMALL_AUTOENCODER, "small"))
         autoencoder = KLAutoencoder.load(arguments.autoencoder or folder / "autoencoder", "cpu", key="--autoencoder")
         images = Shards(folder / "images", "images")
         encoding = Encoding(images, autoencoder, torch.device("cpu"), "fp32", arguments.batch_size, with_mirror=True)
-        outs = (folder / f"latents{i}" for i in range(10**6))
-
-        def timed(write: Callable[[Path], None]) -> float:
-            out = next(outs)
-            begin = time.perf_counter()
-            write(out)
-            return arguments.images / (time.perf_counter() - begin)
 
         def ours(out: Path) -> None:
             writer = ShardWriter(out, encoding.columns, encoding.plan())
@@ -245,8 +245,7 @@ def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
         def plain(out: Path) -> None:
             plain_latents(images, autoencoder, out, arguments.batch_size, num_threads)
 
-        sides = {"encode_latents": lambda: timed(ours), "plain loop": lambda: timed(plain)}
-        return alternate(sides, arguments.pairs, "images")
+        return _alternate_writing({"encode_latents": ours, "plain loop": plain}, arguments, folder)
 
 
 class _PilImages:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, phase, say
-from cfpretrain.evaluation.sampling_options import add_sampling_options, read_settings
+from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
     from cfpretrain.evaluation.generation import GenerationSettings
@@ -92,9 +92,11 @@ def _check(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise UserError(f"{name}: expected at least 1, got {value}")
     arguments.out = arguments.out or Path("samples.png")
-    for name, path in (("--out", arguments.out), ("--trajectory", arguments.trajectory)):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise UserError(f"{name}: expected a place in a folder that is there, got {path}; make {path.parent} first")
+    if arguments.trajectory is not None:
+        check_place("--trajectory", arguments.trajectory)
+    else:
+        # An archive or a folder may be there and hold these images.
+        check_place("--out", arguments.out, must_be_new=arguments.out.suffix == ".png")
 
 
 def _labels(arguments: argparse.Namespace, source: "Source") -> list[int]:
@@ -143,7 +145,7 @@ def _draw_trajectory(path: Path, source: "Source", label: int, settings: "Genera
 
     config, device = source.config, source.device
     decode, colours = decode_to_look_at(config, device)
-    note = ", ".join(filter(None, ("flat: not made yet", colours)))
+    note = ", ".join(filter(None, ("grey: not made yet", colours)))
     with phase("following one image on its way"):
         way = follow(config, source.model, label, settings, device)
     latents = unpatchify(way.states.flatten(0, 1), config.model.patch_size)
@@ -167,7 +169,6 @@ def _write_set(
     arguments: argparse.Namespace, source: "Source", labels: list[int], settings: "GenerationSettings"
 ) -> None:
     from cfpretrain import runtime
-    from cfpretrain.data.encoding import Exchange, LostRankError
     from cfpretrain.evaluation.generation import generate_batches
     from cfpretrain.evaluation.image_set import ImageSet
     from cfpretrain.lifeline import Launcher
@@ -190,14 +191,14 @@ def _write_set(
     try:
         with (
             _Progress(len(labels), num_done, len(missing), settings) as progress,
-            Exchange(check_launcher) as exchange,
+            runtime.Exchange(check_launcher) as exchange,
         ):
             for ids, made in generate_batches(
                 config, source.model, labels, settings, device, autoencoder.decode, missing, progress.step
             ):
                 images.write(ids, made)
                 exchange.add(len(ids))
-    except LostRankError as error:
+    except runtime.LostRankError as error:
         _leave_with(f"another rank is gone ({error})")
     with runtime.together():
         if runtime.rank() == 0:
@@ -216,6 +217,8 @@ def _plan(source: "Source", autoencoder: Any, labels: list[int], settings: "Gene
         "autoencoder": autoencoder.fingerprint,
         "num_images": len(labels),
         "classes": list(dict.fromkeys(labels)),
+        "trained_order": [source.config.order.token_order, source.config.order.block_size],
+        "noise_schedule": dataclasses.asdict(source.config.noise),
         **dataclasses.asdict(settings),
     }
 

@@ -40,6 +40,8 @@ def main() -> None:
         "(default 16 32 40 40)",
     )
     parser.add_argument("--latent-channels", type=int, default=4, help="default 4")
+    parser.add_argument("--init", type=Path, help="folder of an autoencoder to go on from, in place of random weights "
+                        "and its sizes")  # fmt: skip
     parser.add_argument("--kl-weight", type=float, default=0.003, help="default 0.003")
     parser.add_argument("--num-steps", type=int, default=4000, help="default 4000")
     parser.add_argument("--batch-size", type=int, default=64, help="default 64")
@@ -72,7 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
             f"--held-out: expected images of shape {list(train.shape[1:])} as in {arguments.images}, "
             f"got {list(held_out.shape[1:])}; make both shards alike"
         )
-    network = make_network(arguments, train.shape[1], train.shape[2])
+    if arguments.init is None:
+        network = make_network(arguments, train.shape[1], train.shape[2])
+    else:
+        network = read_network(arguments.init, train.shape[1])
     parameters = sum(value.numel() for value in network.parameters())
     say(f"{len(train)} images of {' x '.join(map(str, train.shape[1:]))}, {parameters:,} parameters")
     train_network(network, train, arguments)
@@ -87,7 +92,7 @@ def run(arguments: argparse.Namespace) -> None:
     for name, images in (("training", train), ("held-out", held_out)):
         error = reconstruction_error(made, images, cpu)
         say(f"mean squared error of reconstructed {name} images on [-1, 1]: {error:.5f}")
-    say(f"in a config: data.latent_shift={_show(made.shift)} data.latent_scale={_show(made.scale)}")
+    say(f"in a config: {made.scaling_overrides()}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -132,6 +137,19 @@ def make_network(arguments: argparse.Namespace, image_channels: int, image_size:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(arguments.seed)
         return autoencoder.make_network(config, "--channels")
+
+
+def read_network(folder: Path, image_channels: int) -> Any:
+    """The AutoencoderKL of a folder, ready to be trained."""
+    from cfpretrain.model import autoencoder
+
+    made = autoencoder.KLAutoencoder.load(folder, "cpu", key="--init")
+    if made.image_channels != image_channels:
+        raise UserError(
+            f"--init: expected an autoencoder of {image_channels} channels, as the images have, got "
+            f"{made.image_channels} in {folder}; give another"
+        )
+    return made.network.requires_grad_(True)
 
 
 def train_network(network: Any, images_BCYX: "Tensor", arguments: argparse.Namespace) -> None:
@@ -196,10 +214,6 @@ def measure_latents(network: Any, images_BCYX: "Tensor", seed: int) -> tuple[lis
     std_C, mean_C = torch.std_mean(samples_BCYX.double(), dim=(0, 2, 3))
     mean, std = ([float(f"{value:.4g}") for value in values_C.tolist()] for values_C in (mean_C, std_C))
     return mean, std
-
-
-def _show(values: tuple[float, ...]) -> str:
-    return "[" + ",".join(f"{value:.9g}" for value in values) + "]"
 
 
 if __name__ == "__main__":

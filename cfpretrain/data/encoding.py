@@ -5,7 +5,6 @@ training draws its latents from them. Every batch has the same size, is cut by s
 thread, so the bytes of a shard depend neither on ranks and threads nor on the order of work and kills in it.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,16 +19,13 @@ import torch
 from numpy.typing import NDArray
 
 import cfpretrain
-from cfpretrain import runtime
 from cfpretrain.console import UserError
 from cfpretrain.data.pixels import PixelBatch, Sample, dali_version, decode_shards
-from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, fingerprint, latent_columns
 from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder
 
 _Moments = dict[str, NDArray[np.float16]]  # by column: [B, C, Y, X]
-
-_EXCHANGE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -107,10 +102,7 @@ class Encoding:
             has_posterior=self.has_posterior,
             has_mirror=self.has_mirror,
             statistics=_statistics(records),
-            # Another version may have begun.
-            versions={
-                name: ", ".join(sorted({record["versions"][name] for record in records})) for name in self.versions()
-            },
+            versions=merged_versions(records),
         )
 
     def versions(self) -> dict[str, str]:
@@ -136,11 +128,12 @@ def encode(
         on_batch: called with the number of images after each batch.
 
     Raises:
-        UserError: as `decode_shards`; or float16 cannot hold the latents, or they cannot be written.
+        UserError: as `decode_shards`; or the GPU's memory does not hold a batch, float16 cannot hold the latents, or
+            they cannot be written.
     """
     batches = decode_shards(encoding.images, numbers, encoding.batch_size, encoding.device, num_threads)
     num_workers = 1 if encoding.device.type == "cuda" else num_threads
-    with _exact_convolutions(), _threads(num_workers) as pool:
+    with _enough_memory(encoding), _exact_convolutions(), _threads(num_workers) as pool:
         encoded = _in_order(pool, lambda batch: _encode_batch(encoding, batch), batches, ahead=num_workers)
         for number, of_shard in groupby(encoded, key=lambda pair: pair[0].shard):
             _write_shard(encoding, writer, number, of_shard, on_batch)
@@ -237,7 +230,19 @@ def _statistics(records: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Threads and ranks
+# Threads and memory
+
+
+@contextmanager
+def _enough_memory(encoding: Encoding) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        size = encoding.images_info.image_size
+        raise UserError(
+            f"--batch-size: {encoding.device} has too little memory to encode {encoding.batch_size} images of {size} x "
+            f"{size} pixels at once; give fewer, or end what else uses its memory"
+        ) from error
 
 
 @contextmanager
@@ -269,57 +274,3 @@ def _in_order(
             yield batch, moments.result()
     for batch, moments in computing:
         yield batch, moments.result()
-
-
-class LostRankError(RuntimeError):
-    """Another rank is gone."""
-
-
-class Exchange:
-    """Keeps ranks in touch while each works through its own share: none works on, or waits, where another has failed.
-
-    Used as a context around the work; its end waits for the work of all ranks.
-
-    Args:
-        on_exchange: called on every rank, every few seconds and at the end, with what all have done together.
-
-    Raises:
-        UserError: on every rank, where the work of one ended with it.
-        LostRankError: a rank is gone without a word.
-    """
-
-    def __init__(self, on_exchange: Callable[[int], None]) -> None:
-        self._on_exchange = on_exchange
-        self._num_done, self._exchanged_at = 0, time.monotonic()
-        self._failed = False
-
-    def add(self, num_done: int) -> None:
-        """Counts what this rank has done since the last call."""
-        self._num_done += num_done
-        if time.monotonic() - self._exchanged_at >= _EXCHANGE_SECONDS:
-            self._exchange(has_ended=False)
-
-    def __enter__(self) -> "Exchange":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, UserError) and not self._failed:
-            self._exchange(has_ended=True, problem=str(error))
-        while error is None and not self._exchange(has_ended=True):
-            pass
-
-    def _exchange(self, has_ended: bool, problem: str | None = None) -> bool:
-        """Whether the work of all ranks has ended."""
-        try:
-            states = runtime.gather((has_ended, self._num_done, problem))
-        except RuntimeError as error:
-            raise LostRankError(str(error)) from error
-        self._exchanged_at = time.monotonic()
-        for _, _, found in states:
-            if found is not None:
-                self._failed = True
-                raise UserError(found)
-        self._on_exchange(sum(num_done for _, num_done, _ in states))
-        return all(ended for ended, _, _ in states)

@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 import cfpretrain
-from cfpretrain.console import UserError
+from cfpretrain.console import UserError, one_line
 from cfpretrain.data.shards import ImagesInfo, Shards
 
 PNG_LEVEL = 2  # of photos: a third of the time of PIL's own choice, and a tenth more bytes
@@ -84,7 +84,7 @@ def list_images(images: Path, root: Path | None = None) -> Listing:
     A tree: each visible folder directly below `images` is a class, in the order of their names; its images are all
     visible files with an image's suffix, however deep, in the order of their paths. A table, .csv or .jsonl: the column
     `path` and, where wanted, `label` (a name or a number) and `caption`; the order is its own, and classes are in the
-    order of their names, or of their numbers where all are numbers.
+    order of their names; where all are numbers, these are the classes' places, from 0 on.
 
     Args:
         images: the tree's folder, or the table.
@@ -241,12 +241,25 @@ def _classes(table: Path, records: list[tuple[int, dict[str, Any]]]) -> tuple[li
         line = records[given.index("")][0]
         raise UserError(f"images: {table}, line {line}: expected a label, as in other rows, got none; add it")
     if all(re.fullmatch("[0-9]+", label) for label in given):
-        given = [str(int(label)) for label in given]
-        class_names = sorted(set(given), key=int)
-    else:
-        class_names = sorted(set(given))
+        labels = list(map(int, given))
+        return labels, _numbered(table, labels)
+    class_names = sorted(set(given))
     number_of = {name: number for number, name in enumerate(class_names)}
     return [number_of[label] for label in given], tuple(class_names)
+
+
+def _numbered(table: Path, labels: Sequence[int]) -> tuple[str, ...]:
+    """The names of classes that are numbered; UserError where a number is left out, since all would move up."""
+    num_classes, found = max(labels) + 1, set(labels)
+    if len(found) < num_classes:
+        missing = next(number for number in range(num_classes) if number not in found)
+        more = num_classes - len(found) - 1
+        raise UserError(
+            f"images: {table}: expected images of every class from 0 to {num_classes - 1}, since all labels are "
+            f"numbers, got none of {missing}{f' and {more} more' if more else ''}; number the classes from 0 on "
+            f"without gaps, or give them names, such as class{num_classes - 1}"
+        )
+    return tuple(map(str, range(num_classes)))
 
 
 def _label(table: Path, line: int, record: dict[str, Any]) -> str:
@@ -383,8 +396,7 @@ def _decode(data: bytes, is_grey: bool) -> tuple[Image.Image, str, str]:
         raise RejectedImageError(f"no image of a known kind, or a damaged one (known: {', '.join(_KINDS)})") from error
     except Exception as error:
         # Decoders trip over damaged files with whatever exception comes.
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise RejectedImageError(f"it cannot be decoded: {text:.200}") from error
+        raise RejectedImageError(f"it cannot be decoded: {one_line(error):.200}") from error
     if not min(image.size):
         raise RejectedImageError(f"it has no pixels: {image.width} x {image.height}")
     return image.convert("L") if is_grey else image, kind, mode

@@ -6,11 +6,12 @@ its name once everything is on disk.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from cfpretrain.data.shards import (
     HASH,
     INDEX_FILE,
     INFO_FILE,
+    INFO_HASH,
     MAX_ID,
     Info,
     Shards,
@@ -78,6 +80,8 @@ class ShardWriter:
     def begin(self) -> None:
         """Makes the unfinished folder, or goes on with it; one process calls it, before any `write`, and holds it.
 
+        A plan of which nothing was written yet gives way to another.
+
         Raises:
             UserError: another process holds it, it belongs to another plan, or it cannot be written.
         """
@@ -85,7 +89,7 @@ class ShardWriter:
             self.unfinished.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(self.unfinished / _LOCK_FILE, self.folder)
             plan_file = self.unfinished / _PLAN_FILE
-            if plan_file.exists():
+            if plan_file.exists() and self._has_written():
                 different = _differences(json.loads(plan_file.read_text()), self.plan)
                 if different:
                     raise UserError(
@@ -96,6 +100,9 @@ class ShardWriter:
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
             (self.unfinished / _RECORDS).mkdir(exist_ok=True)
             _write_durably(plan_file, json.dumps(self.plan))
+
+    def _has_written(self) -> bool:
+        return any(any(self.unfinished.glob(kind)) for kind in ("shard.*", f"{_RECORDS}/[0-9]*"))
 
     def missing(self, num_shards: int) -> list[int]:
         """The shards that are yet to be written, of `num_shards`."""
@@ -183,8 +190,13 @@ class ShardWriter:
         if not num_samples:
             raise UserError(f"{self.folder}: expected some samples, got none")
         assert max(one["max_label"] for one in kept) < len(info.class_names)
-        index = {"version": 2, "shards": [one["entry"] for one in kept if one["entry"] is not None]}
-        texts = {**(extra_files or {}), INDEX_FILE: json.dumps(index), INFO_FILE: info_text(info, self.plan)}
+        description = info_text(info, self.plan)
+        index = {
+            "version": 2,
+            "shards": [one["entry"] for one in kept if one["entry"] is not None],
+            INFO_HASH: hashlib.new(HASH, description.encode()).hexdigest(),
+        }
+        texts = {**(extra_files or {}), INDEX_FILE: json.dumps(index), INFO_FILE: description}
         with self._writing():
             for name, text in texts.items():
                 _write_durably(self.unfinished / name, text)
@@ -217,6 +229,12 @@ class ShardWriter:
             raise UserError(
                 f"{self.folder} cannot be written ({error.strerror or error}); mend that, and the same command goes on"
             ) from error
+
+
+def merged_versions(records: Sequence[Record]) -> dict[str, str]:
+    """The `versions` that the records of all shards name: another version may have begun than the one that ended."""
+    names = records[0]["versions"]
+    return {name: ", ".join(sorted({record["versions"][name] for record in records})) for name in names}
 
 
 def _locked(path: Path, folder: Path) -> int:

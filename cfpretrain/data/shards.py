@@ -7,7 +7,9 @@ file. Latents have `mean` and, as the description says, `log_variance` of the au
 mirrored image. Latents are raw: shift and scale are recorded beside them and applied in model/autoencoder.py alone.
 """
 
+import bisect
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from streaming.base.format.mds import MDSReader
+from streaming.base.format.mds import MDSReader, encodings
 from torch import Tensor
 
 from cfpretrain.config import Config
@@ -32,9 +34,17 @@ from cfpretrain.model.autoencoder import are_pixels
 SCHEMA_VERSION = 2
 INFO_FILE, INDEX_FILE = "cfpretrain.json", "index.json"
 HASH = "blake2b"  # of every shard file, kept in the index
+INFO_HASH = f"{INFO_FILE}.{HASH}"  # of the description; a key of the index, which MosaicML's readers pass over
 MAX_ID = 1 << 40  # above it, the loader notes folder and repetition
 
 _COMMON_COLUMNS = {"id": "int64", "label": "int32", "caption": "str", "checksum": "uint32"}
+_CODERS: dict[str, type[encodings.Encoding]] = {  # of every encoding in use but arrays; none unpickles
+    "int64": encodings.Int64,
+    "int32": encodings.Int32,
+    "uint32": encodings.UInt32,
+    "str": encodings.Str,
+    "bytes": encodings.Bytes,
+}
 
 
 class DamagedShardError(UserError):
@@ -355,7 +365,7 @@ class Shards:
         self._readers = _open_readers(self.source, columns_of(self.info), key)
         self.files = [_file_of(reader) for reader in self._readers]
         self.shard_sizes: NDArray[np.int64] = np.array([len(reader) for reader in self._readers], np.int64)
-        self._ends = self.shard_sizes.cumsum()
+        self._ends: list[int] = self.shard_sizes.cumsum().tolist()
         if self.shard_sizes.sum() != self.info.num_samples:
             raise UserError(
                 f"{key}: {self.source.address}: expected {self.info.num_samples} samples, as {INFO_FILE} says, "
@@ -375,7 +385,7 @@ class Shards:
 
     def shard(self, number: int) -> Iterator[dict[str, Any]]:
         """The samples of one shard, in order; arguments and errors as for `sample`."""
-        first = int(self._ends[number] - self.shard_sizes[number])
+        first = self._ends[number] - int(self.shard_sizes[number])
         return map(self.sample, range(first, first + int(self.shard_sizes[number])))
 
     def sample(self, index: int) -> dict[str, Any]:
@@ -385,8 +395,8 @@ class Shards:
             DamagedShardError: it is not what was written.
             UserError: its file is missing or cannot be fetched.
         """
-        shard = int(np.searchsorted(self._ends, index, side="right"))
-        place = int(index - (self._ends[shard] - self.shard_sizes[shard]))
+        shard = bisect.bisect_right(self._ends, index)
+        place = index - (self._ends[shard - 1] if shard else 0)
         problem = ""
         for _ in range(3):  # a cached copy may be removed under us, or prove damaged
             reader, path = self._readers[shard], self.source.path(self.files[shard])
@@ -429,12 +439,47 @@ class Shards:
         )
 
 
+class _Reader(MDSReader):
+    """MosaicML's, which would look up how each column is decoded again for every sample."""
+
+    def decode_sample(self, data: bytes) -> dict[str, Any]:
+        """The columns of a sample, from its bytes."""
+        sizes, begin = [], 0
+        for fixed in self.column_sizes:
+            sizes.append(fixed or int.from_bytes(data[begin : begin + 4], "little"))
+            begin += 0 if fixed else 4
+        sample = {}
+        for name, encoding, size in zip(self.column_names, self.column_encodings, sizes, strict=True):
+            sample[name] = _coder(encoding).decode(data[begin : begin + size])
+            begin += size
+        return sample
+
+
+@functools.cache
+def _coder(encoding: str) -> encodings.Encoding:
+    """What decodes a column of ours."""
+    name, _, details = encoding.partition(":")
+    return encodings.NDArray.from_str(details) if name == "ndarray" else _CODERS[name]()
+
+
+def _check_description(source: Source, index: Mapping[str, Any], key: str) -> None:
+    """Refuses a description that is not what was written: a wrong scale would be believed."""
+    text, expected = _required_text(source, INFO_FILE, key), index.get(INFO_HASH, "none")
+    got = hashlib.new(HASH, text.encode()).hexdigest()
+    if got != expected:
+        raise UserError(
+            f"{key}: {source.address}/{INFO_FILE}: expected the hash that {INDEX_FILE} records, {expected:.16}, got "
+            f"{got:.16}; restore both files, or write the folder again"
+        )
+
+
 def _open_readers(source: Source, columns: Mapping[str, str], key: str) -> list[MDSReader]:
     again = "write the folder again"
     name = f"{source.address}/{INDEX_FILE}"
     try:
-        entries = json.loads(_required_text(source, INDEX_FILE, key))["shards"]
-        readers = [MDSReader.from_json("", "", entry) for entry in entries]
+        index = json.loads(_required_text(source, INDEX_FILE, key))
+        _check_description(source, index, key)
+        readers: list[MDSReader] = [_Reader.from_json("", "", entry) for entry in index["shards"]]
         for reader in readers:
             # Nothing else is decoded: one of MDS's encodings is a pickle.
             found = dict(zip(reader.column_names, reader.column_encodings, strict=True))

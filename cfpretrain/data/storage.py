@@ -12,7 +12,6 @@ import mmap
 import os
 import random
 import re
-import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from urllib.parse import urlsplit
 from streaming.base.storage import CloudDownloader
 
 from cfpretrain.config import DataConfig
-from cfpretrain.console import UserError, say
+from cfpretrain.console import UserError, one_line, say
 
 _READ_SECONDS = 60.0  # a storage that sends nothing for so long is away
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two questions to a storage that is away
@@ -106,7 +105,7 @@ class LocalFolder:
 
 
 class Patience:
-    """How long a storage that is away is asked again.
+    """How long a storage that is away is asked again for a file, counted from the first failure.
 
     Processes forked from the one that made it share it: one of them speaks for all, and `end` ends all their waiting.
     """
@@ -173,11 +172,14 @@ class RemoteFolder:
         """See `Source`."""
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / name
-            self._fetch(name, local, time.monotonic() + self._cache.patience.seconds)
+            self._fetch(name, local, _Trouble())
             return local.read_text()
 
     def path(self, file: ShardFile) -> Path:
-        """See `Source`."""
+        """See `Source`.
+
+        Beside the transfers it takes at most twice the patience: for room in the cache, and for a storage that is away.
+        """
         copy = self._copy(file)
         if _is_whole(copy, file):
             with suppress(OSError):
@@ -189,13 +191,12 @@ class RemoteFolder:
                 f"data.cache_limit_gb: expected at least {file.num_bytes / 1e9:g}, the size of {file.name} in "
                 f"{self.address}, got {limit / 1e9:g}; raise it, or set 0 for no limit"
             )
-        deadline = time.monotonic() + self._cache.patience.seconds
         with self._writing():
             part = copy.with_name(f"{file.digest}.{file.num_bytes}.part")
             with _held(part, self._cache.patience):
                 if not _is_whole(copy, file):  # else another process has fetched it meanwhile
-                    self._reserve(part, file, deadline)
-                    self._fetch_whole(file, part / "copy", deadline)
+                    self._reserve(part, file)
+                    self._fetch_whole(file, part / "copy")
                     os.replace(part / "copy", copy)
         return copy
 
@@ -211,9 +212,10 @@ class RemoteFolder:
     # ------------------------------------------------------------------
     # Fetching
 
-    def _fetch_whole(self, file: ShardFile, local: Path, deadline: float) -> None:
+    def _fetch_whole(self, file: ShardFile, local: Path) -> None:
+        trouble = _Trouble()
         for _ in range(_MOST_WRONG_COPIES):
-            self._fetch(file.name, local, deadline)
+            self._fetch(file.name, local, trouble)
             with local.open("rb") as opened:
                 digest = hashlib.file_digest(opened, hashlib.blake2b).hexdigest()
             if digest == file.digest:
@@ -225,10 +227,9 @@ class RemoteFolder:
             f"as the index says, got {got}, {_MOST_WRONG_COPIES} times; upload the folder again"
         )
 
-    def _fetch(self, name: str, local: Path, deadline: float) -> None:
-        """Copies a file; asks again until the deadline where the storage is away."""
-        what, patience = f"{self.address}/{name}", self._cache.patience
-        begin, pause = time.monotonic(), _FIRST_PAUSE
+    def _fetch(self, name: str, local: Path, trouble: "_Trouble") -> None:
+        """Copies a file; asks again, as long as the patience lasts, where the storage is away."""
+        what, patience, pause = f"{self.address}/{name}", self._cache.patience, _FIRST_PAUSE
         while True:
             try:
                 local.unlink(missing_ok=True)  # the client would take it for whole
@@ -238,10 +239,10 @@ class RemoteFolder:
                 self._client = None
                 reason = _reason(error)
                 self._raise_if_final(what, error, reason)
-                left = deadline - time.monotonic()
+                left = patience.seconds - trouble.seconds()
                 if left <= 0:
                     raise UserError(
-                        f"{self._key}: {what} could not be read for {time.monotonic() - begin:.0f} s ({reason}); mend "
+                        f"{self._key}: {what} could not be read for {trouble.seconds():.0f} s ({reason}); mend "
                         "the storage, the network or the address (for s3 also S3_ENDPOINT_URL), then give the same "
                         "command again; data.download_patience_seconds says how long to wait"
                     ) from error
@@ -280,9 +281,9 @@ class RemoteFolder:
     # ------------------------------------------------------------------
     # The cache
 
-    def _reserve(self, part: Path, file: ShardFile, deadline: float) -> None:
+    def _reserve(self, part: Path, file: ShardFile) -> None:
         """Makes room for a file within the limit, and keeps it in the name of `part`."""
-        limit, patience = self._cache.limit_bytes, self._cache.patience
+        limit, patience, trouble = self._cache.limit_bytes, self._cache.patience, _Trouble()
         if not limit:
             return
         while True:
@@ -291,7 +292,7 @@ class RemoteFolder:
                     (part / "reserved").touch()
                     return
             # The rest is reserved by copies in the making: those will be copies that can go.
-            if time.monotonic() > deadline:
+            if trouble.seconds() > patience.seconds:
                 raise UserError(
                     f"data.cache_limit_gb: {self._cache.folder} has no room for {file.name}: all of it is taken by "
                     "files that other processes are fetching; raise the limit, or lower data.num_workers"
@@ -327,6 +328,19 @@ class RemoteFolder:
                 f"data.cache_folder: {self._cache.folder} cannot be written ({error.strerror or error}); free space "
                 "there, choose another folder, or set data.cache_limit_gb to what it may hold"
             ) from error
+
+
+class _Trouble:
+    """Something that does not succeed, and since when: what went well before does not count."""
+
+    def __init__(self) -> None:
+        self._begin: float | None = None
+
+    def seconds(self) -> float:
+        """Since the first call, which comes with the first failure."""
+        if self._begin is None:
+            self._begin = time.monotonic()
+        return time.monotonic() - self._begin
 
 
 class _MissingError(UserError, FileNotFoundError):
@@ -375,8 +389,7 @@ def _http_status(error: Exception) -> int | None:
 
 def _reason(error: Exception) -> str:
     """What an error says, on one line and without what may be secret."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", text))[:200]
+    return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", one_line(error)))[:200]
 
 
 def _is_whole(copy: Path, file: ShardFile) -> bool:
@@ -409,7 +422,21 @@ def _held(part: Path, patience: Patience) -> Iterator[None]:
         try:
             yield
         finally:
-            shutil.rmtree(part, ignore_errors=True)
+            _remove(part)
+
+
+def _remove(part: Path) -> None:
+    """Removes the folder of a file in the making, whose lock is held.
+
+    The lock goes last: once it is gone, another process may begin anew, and what lies in the folder then is its own.
+    """
+    lock = part / "lock"
+    with suppress(OSError):
+        for leftover in part.iterdir():
+            if leftover != lock:
+                leftover.unlink()
+        lock.unlink()
+        part.rmdir()  # fails where another process has begun
 
 
 def _removed_if_abandoned(part: Path) -> bool:
@@ -423,7 +450,7 @@ def _removed_if_abandoned(part: Path) -> bool:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not _is_at(descriptor, lock):
             return False  # begun anew by another process
-        shutil.rmtree(part, ignore_errors=True)
+        _remove(part)
         return True
     except BlockingIOError:
         return False

@@ -29,6 +29,7 @@ class GenerationSettings:
         seed: of noise and orders.
         solver: see `noise.Walk`.
         spacing: see `noise.respace`.
+        token_order, block_size: see `order.draw_orders`; None: as the model was trained.
     """
 
     ar_step_sizes: Sequence[int]
@@ -38,6 +39,8 @@ class GenerationSettings:
     seed: int
     solver: str = "ddpm"
     spacing: str = "time"
+    token_order: str | None = None
+    block_size: int | None = None
 
     @property
     def num_ar_steps(self) -> int:
@@ -63,12 +66,9 @@ def decode_to_look_at(config: Config, device: torch.device) -> tuple[Decode, str
 def grid_title(what: str, settings: GenerationSettings, note: str = "") -> str:
     """What stands above a grid of samples: whose they are, how they were made, and a note on their colours."""
     solver = "" if settings.solver == "ddpm" else f" ({settings.solver})"
-    return (
-        f"{what}, guidance {settings.guidance.scale:g}\n"
-        f"AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}{solver}"
-        + f", {note}"
-        * bool(note)
-    )
+    made = f"AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}{solver}"
+    order = f"order {settings.token_order}" if settings.token_order else ""
+    return f"{what}, guidance {settings.guidance.scale:g}\n" + ", ".join(filter(None, (made, order, note)))
 
 
 # ---------------------------------------------------------------------------
@@ -171,10 +171,9 @@ def _make_tokens(
 
 
 def _orders(config: Config, settings: GenerationSettings, ids_B: Tensor, device: torch.device) -> Tensor:
-    order = config.order
-    return sampling_orders(settings.seed, ids_B, config.model.num_tokens, order.token_order, order.block_size).to(
-        device
-    )
+    token_order = settings.token_order or config.order.token_order
+    block_size = settings.block_size or config.order.block_size
+    return sampling_orders(settings.seed, ids_B, config.model.num_tokens, token_order, block_size).to(device)
 
 
 def _schedule(config: Config, settings: GenerationSettings) -> Schedule:

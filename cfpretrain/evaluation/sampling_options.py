@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.console import UserError
@@ -23,6 +25,12 @@ def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> No
     group.add_argument(
         "--ar-sizes", default="equal", help="tokens of the AR steps: equal, cosine (few first), or given: 1,3,12"
     )
+    group.add_argument(
+        "--order",
+        choices=("random", "raster", "block_raster", "dilated"),
+        help="in which tokens are made (default: as the model was trained)",
+    )
+    group.add_argument("--block-size", type=int, help="of block_raster and dilated (default: the model's)")
     group.add_argument(
         "--solver",
         choices=_BY_SOLVER,
@@ -58,6 +66,14 @@ def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> No
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
 
 
+def check_place(option: str, path: Path, must_be_new: bool = True) -> None:
+    """UserError where an option's path lies in no folder, or something is there already."""
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option}: expected a place in a folder that is there, got {path}; make {path.parent} first")
+    if must_be_new and os.path.lexists(path):
+        raise UserError(f"{option}: expected a place where nothing is yet, got {path}; delete it or give another")
+
+
 def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: int) -> "GenerationSettings":
     """How the options say that images are made.
 
@@ -70,14 +86,14 @@ def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: i
         UserError: a value that the model or the sampler does not take.
     """
     from cfpretrain.evaluation.generation import GenerationSettings
-    from cfpretrain.order import choose_sizes
+    from cfpretrain.order import choose_sizes, fixed_order
     from cfpretrain.sampler import Guidance
 
     num_timesteps = config.noise.num_timesteps
     usual_steps, usual_spacing = _BY_SOLVER[arguments.solver]
     num_denoising_steps = _or(arguments.num_denoising_steps, min(usual_steps, num_timesteps))
     given_sizes = _given_sizes(arguments.ar_sizes)
-    num_ar_steps = _or(arguments.num_ar_steps, len(given_sizes or "1"))
+    num_ar_steps = _or(arguments.num_ar_steps, len(given_sizes) if given_sizes else 1)
     first, last = _or(arguments.guidance_interval, (0, num_timesteps - 1))
     for name, value, low, high in (
         ("--num-ar-steps", num_ar_steps, 1, num_tokens),
@@ -94,6 +110,12 @@ def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: i
         ar_step_sizes = choose_sizes(num_tokens, num_ar_steps, given_sizes or arguments.ar_sizes)
     except ValueError as error:
         raise UserError(f"--ar-sizes: {error}") from error
+    token_order = arguments.order or config.order.token_order
+    if token_order != "random":
+        try:
+            fixed_order(config.model.grid, token_order, _or(arguments.block_size, config.order.block_size))
+        except ValueError as error:
+            raise UserError(f"--block-size: {error}") from error
     return GenerationSettings(
         ar_step_sizes=tuple(ar_step_sizes),
         num_denoising_steps=num_denoising_steps,
@@ -102,6 +124,8 @@ def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: i
         seed=arguments.seed,
         solver=arguments.solver,
         spacing=_or(arguments.spacing, usual_spacing),
+        token_order=arguments.order,
+        block_size=arguments.block_size,
     )
 
 

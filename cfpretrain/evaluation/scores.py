@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from cfpretrain import runtime
-from cfpretrain.data.encoding import Exchange
 from cfpretrain.evaluation.feature_sums import SAVE_SECONDS, FeatureSums, Summing, Work
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian, frechet_distance
@@ -120,7 +119,7 @@ def sum_up(
     start, missing = runtime.gather(begun)[0]
     num_done = work.num_images - sum(len(work.ids(number)) for number in missing)
     on_begin(num_done)
-    with Exchange(lambda num_now: on_done(num_done + num_now)) as exchange, Summing(work, start) as summing:
+    with runtime.Exchange(lambda num_now: on_done(num_done + num_now)) as exchange, Summing(work, start) as summing:
         for number, images in batches(missing):
             summing.add(number, extractor(images))
             exchange.add(len(images))

@@ -113,7 +113,7 @@ def from_ldm(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Any], 
 def recognise(config: Mapping[str, Any]) -> tuple[str, float] | None:
     """The published autoencoder of this layout, and what its latents are multiplied by; None where it is none."""
     for name, factor, known in _PUBLISHED:
-        if known.items() <= config.items():
+        if known.items() <= config.items() and config["use_quant_conv"] and config["use_post_quant_conv"]:
             return name, factor
     return None
 
@@ -138,6 +138,9 @@ def _infer_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         "down_block_types": kinds("encoder.down", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         # Latent Diffusion counts the decoder's levels from the pixels up, diffusers as they are gone through.
         "up_block_types": kinds("decoder.up", "UpDecoderBlock2D", "AttnUpDecoderBlock2D")[::-1],
+        # Those of Stable Diffusion 3 and FLUX have none.
+        "use_quant_conv": "quant_conv.weight" in tensors,
+        "use_post_quant_conv": "post_quant_conv.weight" in tensors,
         # No tensor says these two: Latent Diffusion has one number of groups, and trained on images of this size.
         "norm_num_groups": 32,
         "sample_size": 256,

@@ -13,7 +13,6 @@ other content has. Weights are copied tensor by tensor, each held against its ha
 grow with the model. The same weights make the same files, whatever ranks and ZeRO stage wrote them.
 """
 
-import dataclasses
 import errno
 import json
 import math
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from cfpretrain import build, tensor_files
 from cfpretrain import config as configs
-from cfpretrain.checkpoint import TrainingState, _check_file, _read_hashes, read_state, reason_of, tensor_file
+from cfpretrain.checkpoint import TrainingState, read_state, reason_of
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
 from cfpretrain.data.shards import read_latents_info
@@ -39,8 +38,8 @@ from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.foreign_files import refuse_existing
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
+from cfpretrain.export.run_checkpoint import CheckpointTensors, find_checkpoint
 from cfpretrain.model import autoencoder
-from cfpretrain.tensor_files import HashedRange, Header, remedy
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 TRANSFORMER, VAE, SCHEDULER = "transformer", "vae", "scheduler"
@@ -132,9 +131,7 @@ class _Source:
     settings: ExportSettings
     config: Config
     state: TrainingState
-    file: Path  # of the weights
-    header: Header
-    ranges: Sequence[HashedRange]
+    tensors: CheckpointTensors
     vae: Path | None
     shift: Sequence[float]
     scale: Sequence[float]
@@ -142,19 +139,13 @@ class _Source:
 
     @classmethod
     def open(cls, run: Path, settings: ExportSettings) -> "_Source":
-        config = _read_config(run)
-        checkpoint = _find_checkpoint(config, run, settings.step)
+        config, checkpoint = find_checkpoint(run, settings.step)
         state = read_state(checkpoint)
         state.check_model(configs.to_plain(config)["model"], str(checkpoint))
-        content = "ema" if settings.weights == "ema" else "weights"
-        file = tensor_file(checkpoint, content)
-        try:
-            header, ranges = _check_file(checkpoint, content, state.step, _read_hashes(checkpoint))
-        except OSError as error:
-            raise _unreadable(file, error) from error
-        check_shapes(header.shapes, config, str(file))
+        tensors = CheckpointTensors.open(checkpoint, "ema" if settings.weights == "ema" else "weights", state.step)
+        check_shapes(tensors.shapes, config, str(tensors.file))
         vae, shift, scale = _read_autoencoder(config)
-        return cls(run, settings, config, state, file, header, ranges, vae, shift, scale, _class_names(config))
+        return cls(run, settings, config, state, tensors, vae, shift, scale, _class_names(config))
 
     def write(self, folder: Path, name: str) -> None:
         """All files; `name` is what the model card calls the model."""
@@ -208,24 +199,24 @@ class _Source:
 
     def _write_weights(self, folder: Path) -> None:
         dtype_name, dtype = _DTYPES[self.settings.dtype]
-        shards = _plan_shards(self.header.shapes, dtype.itemsize, self.settings.max_shard_bytes)
-        by_name: dict[str, list[HashedRange]] = {name: [] for name in self.header.shapes}
-        for place in self.ranges:
-            by_name[place.name].append(place)
+        shapes = self.tensors.shapes
+        shards = _plan_shards(shapes, dtype.itemsize, self.settings.max_shard_bytes)
         for number, (file_name, names) in enumerate(shards.items(), start=1):
             say(f"writing weights, file {number} of {len(shards)}")
             with open(folder / file_name, "wb") as file:
-                file.write(_shard_header({name: self.header.shapes[name] for name in names}, dtype_name, dtype))
+                file.write(_shard_header({name: shapes[name] for name in names}, dtype_name, dtype))
                 for name in names:
-                    values = _read_tensor(self.file, self.header, name, by_name[name])
+                    values = self.tensors.read(name)
                     for chunk in values.flatten().split(tensor_files.CHUNK_VALUES):
                         file.write(_bytes(chunk.to(dtype)))
                     del values  # before the next one is read
         if len(shards) > 1:
-            num_values = sum(math.prod(shape) for shape in self.header.shapes.values())
             weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": num_values * dtype.itemsize}, "weight_map": weight_map}
+            index = {"metadata": {"total_size": dtype.itemsize * self._num_values()}, "weight_map": weight_map}
             _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)
+
+    def _num_values(self) -> int:
+        return sum(math.prod(shape) for shape in self.tensors.shapes.values())
 
     def _card(self, name: str, has_samples: bool) -> str:
         return model_card.text(
@@ -237,32 +228,9 @@ class _Source:
             dtype=self.settings.dtype,
             licence=self.settings.licence,
             class_names=self.class_names,
-            num_parameters=sum(math.prod(shape) for shape in self.header.shapes.values()),
+            num_parameters=self._num_values(),
             samples=SAMPLES_FILE if has_samples else None,
         )
-
-
-def _read_config(run: Path) -> Config:
-    path = run / build.CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"run folder {run} holds no {path.name}; give a folder that cfpretrain/train.py has written")
-    config = configs.load(path)
-    # The folder may have been moved since.
-    return dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(run)))
-
-
-def _find_checkpoint(config: Config, run: Path, step: int | None) -> Path:
-    store = build.make_store(config)
-    if step is None:
-        latest = store.latest()
-        if latest is None:
-            raise UserError(f"run folder {run} holds no complete checkpoint yet; train until checkpoint.every_steps")
-        return latest
-    path = store.folder / f"step_{step:08d}"
-    if not path.is_dir():
-        there = ", ".join(str(int(one.name[5:])) for one in sorted(store.candidates()))
-        raise UserError(f"--step: expected a checkpoint of {run} (steps {there or 'none'}), got {step}")
-    return path
 
 
 def _read_autoencoder(config: Config) -> tuple[Path | None, Sequence[float], Sequence[float]]:
@@ -353,19 +321,6 @@ def _shard_header(shapes: Mapping[str, tuple[int, ...]], dtype_name: str, dtype:
     return len(text).to_bytes(8, "little") + text
 
 
-def _read_tensor(file: Path, header: Header, name: str, ranges: Sequence[HashedRange]) -> Tensor:
-    """One tensor, each byte held against its hash."""
-    alone = dataclasses.replace(header, shapes={name: header.shapes[name]})
-    try:
-        return tensor_files.read_whole(file, alone, ranges)[name]
-    except OSError as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Path, error: OSError) -> UserError:
-    return UserError(f"{error.filename or file} cannot be read: {error.strerror or error}; {remedy(file)}")
-
-
 def _bytes(values: Tensor) -> memoryview:
     return tensor_files.bytes_of(values.view(torch.uint8))
 
@@ -386,7 +341,7 @@ def push(folder: Path, repository: str) -> None:
         api = HfApi()
         api.create_repo(repository, private=True, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=str(folder))
-    except (OSError, ValueError) as error:  # the hub's errors are one or the other
+    except Exception as error:  # what the hub's client raises depends on its version
         raise UserError(
             f"--push: {repository}: {' '.join(str(error).split()):.200}; {folder} is complete, upload it later with: "
             f"hf upload {repository} {folder}"

@@ -169,7 +169,7 @@ def _make_state(config: Config, counters: Counters) -> TrainingState:
         train_seconds=0.0,
         seed=config.run.seed,
         model=to_plain(config)["model"],
-        data_fingerprint="",  # of no data: at the beginning of an epoch any will do
+        data_fingerprint="",  # any data will do
         guard=Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row).to_plain(),
         wandb_run_id=None,
         versions={name: version(name) for name in ("cfpretrain", "torch")},

@@ -52,7 +52,7 @@ def text(
             *_table("Training", _training_rows(config, state, summary)),
             f"The whole config of the run is in [{CONFIG_FILE}]({CONFIG_FILE}).",
             "",
-            *_license_words(licence),
+            *_licence_words(licence),
         ]
     )
 
@@ -122,11 +122,10 @@ def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, A
     }
     if summary is not None and summary["num_steps"] == state.step:
         rows["Loss"] = f"{summary['loss_first']:.4f} at first, {summary['loss_last']:.4f} at last"
-        rows["Speed"] = f"{summary['images_per_second']:,.1f} images/s on {summary['world_size']} ranks"
+        rows["Speed"] = f"{summary['images_per_second']:,.1f} images/s, ranks: {summary['world_size']}"
     return rows
 
 
-def _license_words(licence: str) -> list[str]:
-    if licence != "unknown":
-        return [f"Licence: {licence}.", ""]
-    return ["The licence of these weights is not stated; it depends on the data they were trained on.", ""]
+def _licence_words(licence: str) -> list[str]:
+    stated = f"Licence: {licence}." if licence != "unknown" else "The licence of these weights is not stated."
+    return [f"{stated} An autoencoder (`vae/`) may have one of its own.", ""]

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import config as configs
-from cfpretrain.build import CHECKPOINTS, CONFIG_FILE
-from cfpretrain.checkpoint import CheckpointStore, read_tensors
+from cfpretrain.checkpoint import read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import POSITIONS, check_shapes
+from cfpretrain.export.run_checkpoint import find_checkpoint
 from cfpretrain.model.transformer import sincos_positions
 
 _OURS_BY_OFFICIAL = {
@@ -185,7 +184,7 @@ def write_official(run: Path, out: Path) -> None:
         UserError: the folder is no run's, or holds no whole checkpoint, or `out` is there already.
     """
     foreign_files.refuse_existing(out, "OUT")
-    config, checkpoint = _find_checkpoint(run)
+    config, checkpoint = find_checkpoint(run)
     grid = config.model.grid
     foreign_files.write(
         out,
@@ -194,13 +193,3 @@ def write_official(run: Path, out: Path) -> None:
             "ema": to_official(read_tensors(checkpoint, "ema"), grid),
         },
     )
-
-
-def _find_checkpoint(run: Path) -> tuple[Config, Path]:
-    if not (run / CONFIG_FILE).is_file():
-        raise UserError(f"run folder {run} holds no {CONFIG_FILE}; give one that cfpretrain/train.py wrote")
-    config = configs.load(run / CONFIG_FILE)
-    latest = CheckpointStore(run / CHECKPOINTS, keep_last=1, keep_every_steps=0).latest()
-    if latest is None:
-        raise UserError(f"run folder {run} holds no complete checkpoint yet; train until checkpoint.every_steps")
-    return config, latest

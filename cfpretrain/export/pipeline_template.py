@@ -24,6 +24,7 @@ _BY_SOLVER = {
     "dpm++": (25, "log_snr"),
     "sde-dpm++": (25, "log_snr"),
 }
+_PIXELS_AT_ONCE = 1 << 19  # decoded together: 8 images of 256 px
 
 
 class CausalFusionPipeline(DiffusionPipeline):
@@ -160,11 +161,6 @@ class CausalFusionPipeline(DiffusionPipeline):
         """
         return self(class_labels, region=region, image=image, latents=latents, **settings)
 
-    @property
-    def token_grid(self) -> tuple[int, int]:
-        """Rows and columns of the tokens of an image."""
-        return self.transformer.grid, self.transformer.grid
-
     def _betas(self) -> Tensor:
         config = self.scheduler.config
         if (config.beta_schedule, config.prediction_type) != ("linear", "epsilon"):
@@ -208,15 +204,15 @@ class CausalFusionPipeline(DiffusionPipeline):
         """The latents to keep tokens of: float32 [B, C, Y, X] in the network's scale."""
         if (image is None) == (latents is None):
             raise ValueError("image: expected an image or latents, got both or none")
-        if latents is None:
-            latents = self._encode(_as_pixels(image))
-        latents = latents.to(self._execution_device, torch.float32)
         config = self.transformer.config
         size = config.grid * config.patch_size
-        expected = (num_images, config.latent_channels, size, size)
-        if tuple(latents.shape) != expected:
-            raise ValueError(f"latents: expected {list(expected)} in all, got {list(latents.shape)}")
-        return latents
+        if latents is not None:
+            _check_shape("latents", latents, [num_images, config.latent_channels, size, size])
+            return latents.to(self._execution_device, torch.float32)
+        channels = config.latent_channels if self.vae is None else self.vae.config.in_channels
+        pixels_BCYX = _as_pixels(image, channels)
+        _check_shape("image", pixels_BCYX, [num_images, channels, *[size * self._stride] * 2])
+        return self._encode(pixels_BCYX.to(self._execution_device))
 
     def _region(self, region: Any) -> Tensor:
         """Tokens made anew: bool [L]."""
@@ -227,17 +223,14 @@ class CausalFusionPipeline(DiffusionPipeline):
         except ValueError as error:
             raise ValueError(f"region: {error}") from error
 
+    @property
+    def _stride(self) -> int:
+        """Pixels a side of what becomes one latent."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     def _encode(self, pixels_BCYX: Tensor) -> Tensor:
-        pixels_BCYX = pixels_BCYX.to(self._execution_device)
         if self.vae is None:
             return self.transformer.scaling.to_model(pixels_BCYX)
-        channels, stride = self.vae.config.in_channels, 2 ** (len(self.vae.config.block_out_channels) - 1)
-        _, found, height, width = pixels_BCYX.shape
-        if found != channels or height % stride or width % stride:
-            raise ValueError(
-                f"image: expected {channels} channels and sides that are multiples of {stride}, got {found} x {height} "
-                f"x {width}"
-            )
         posterior = self.vae.encode(pixels_BCYX.to(self.vae.dtype) * 2 - 1).latent_dist
         return self.transformer.scaling.to_model(posterior.mean)
 
@@ -248,7 +241,10 @@ class CausalFusionPipeline(DiffusionPipeline):
         """Latents -> images in [0, 1]."""
         raw_BCYX = self.transformer.scaling.from_model(latents_BCYX)
         if self.vae is not None:
-            images_BCYX = self.vae.decode(raw_BCYX.to(self.vae.dtype)).sample.float() / 2 + 0.5
+            # In slices: activations of the decoder take a hundred times the memory of its images, or more.
+            num_pixels = raw_BCYX.shape[-2] * raw_BCYX.shape[-1] * self._stride**2
+            slices = torch.split(raw_BCYX.to(self.vae.dtype), max(1, _PIXELS_AT_ONCE // num_pixels))
+            images_BCYX = torch.cat([self.vae.decode(part).sample for part in slices]).float() / 2 + 0.5
         elif raw_BCYX.shape[1] in (1, 3):
             images_BCYX = raw_BCYX
         else:
@@ -259,17 +255,22 @@ class CausalFusionPipeline(DiffusionPipeline):
         return images_BCYX.clamp(0, 1)
 
 
-def _as_pixels(image: Any) -> Tensor:
-    """PIL images, an array or a tensor -> float32 [B, C, Y, X] in [0, 1]."""
+def _check_shape(name: str, values: Tensor, expected: list[int]) -> None:
+    if list(values.shape) != expected:
+        raise ValueError(f"{name}: expected {expected} in all, got {list(values.shape)}")
+
+
+def _as_pixels(image: Any, channels: int) -> Tensor:
+    """PIL images of any mode, an array or a tensor -> float32 [B, C, Y, X] in [0, 1]."""
     if isinstance(image, PIL.Image.Image):
         image = [image]
     if isinstance(image, list | tuple) and image and isinstance(image[0], PIL.Image.Image):
-        arrays = [np.asarray(one, dtype=np.float32) / 255 for one in image]
+        sizes = sorted({one.size for one in image})
+        if len(sizes) > 1:
+            raise ValueError(f"image: expected images of one size, got {sizes}")
+        arrays = [np.asarray(one.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255 for one in image]
         image = np.stack([one[None] if one.ndim == 2 else one.transpose(2, 0, 1) for one in arrays])
-    pixels = torch.as_tensor(image).float()
-    if pixels.ndim != 4:
-        raise ValueError(f"image: expected PIL images or [images, channels, height, width], got {list(pixels.shape)}")
-    return pixels
+    return torch.as_tensor(image).float()
 
 
 def _to_arrays(images_BCYX: Tensor) -> Any:

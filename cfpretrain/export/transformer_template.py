@@ -6,6 +6,7 @@ Y rows, X columns.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -35,7 +36,9 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         latent_shift, latent_scale: one value, or one a channel; the network sees (raw - shift) * scale.
     """
 
-    @register_to_config
+    config: Any
+
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
         grid: int,
@@ -62,7 +65,12 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
             num_classes=num_classes,
             learnable_positions=learnable_positions,
         )
-        self.scaling = LatentScaling(latent_shift, latent_scale)
+
+    @property
+    def scaling(self) -> LatentScaling:
+        """Between raw latents and those that the network sees."""
+        # Made when it is asked for: diffusers may make modules without memory for tensors.
+        return LatentScaling(self.config.latent_shift, self.config.latent_scale)
 
     @torch.no_grad()
     def sample(

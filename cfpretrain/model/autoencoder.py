@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cfpretrain.console import UserError
+from cfpretrain.console import UserError, one_line
 
 # What an autoencoder's folder holds, as diffusers writes it.
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -110,7 +110,7 @@ class KLAutoencoder:
         self.stride: int = 2 ** (len(config.block_out_channels) - 1)  # pixels a side of what becomes one latent
         self.shift, self.scale = shift_and_scale(config)
         self._scaling = LatentScaling(self.shift, self.scale)
-        self._network: Any = network.eval().requires_grad_(False)
+        self.network: Any = network.eval().requires_grad_(False)
         self._name = name
 
     @classmethod
@@ -149,6 +149,14 @@ class KLAutoencoder:
             )
         return self.latent_channels, height // self.stride, width // self.stride
 
+    def scaling_overrides(self) -> str:
+        """Shift and scale as overrides of a config."""
+
+        def values(of: Sequence[float]) -> str:
+            return "[" + ",".join(f"{value:.9g}" for value in (of[:1] if len(set(of)) == 1 else of)) + "]"
+
+        return f"data.latent_shift={values(self.shift)} data.latent_scale={values(self.scale)}"
+
     @torch.no_grad()
     def encode(self, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> the posterior of their raw latents.
@@ -164,17 +172,17 @@ class KLAutoencoder:
         """
         _, channels, height, width = images_BCYX.shape
         self.latent_shape((channels, height, width))
-        posterior = self._network.encode(images_BCYX.to(self._network.dtype) * 2 - 1).latent_dist
+        posterior = self.network.encode(images_BCYX.to(self.network.dtype) * 2 - 1).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
     @torch.no_grad()
     def decode(self, latents_BCYX: Tensor) -> Tensor:
         """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, 1 or 3, Y, X]."""
-        raw_BCYX = self._scaling.from_model(latents_BCYX).to(self._network.dtype)
+        raw_BCYX = self._scaling.from_model(latents_BCYX).to(self.network.dtype)
         # In slices: activations of the decoder take a hundred times the memory of its images, or more.
         num_pixels = raw_BCYX.shape[-2] * raw_BCYX.shape[-1] * self.stride**2
         slices = torch.split(raw_BCYX, max(1, _PIXELS_AT_ONCE // num_pixels))
-        images_BCYX = torch.cat([self._network.decode(part).sample for part in slices])
+        images_BCYX = torch.cat([self.network.decode(part).sample for part in slices])
         return images_BCYX.float() / 2 + 0.5
 
 
@@ -208,7 +216,9 @@ def make_network(config: Mapping[str, Any], name: str) -> nn.Module:
         if not len(shift) == len(scale) == network.config.latent_channels:
             raise ValueError(f"latents_mean and latents_std need {network.config.latent_channels} values each")
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-        raise UserError(f"{name}: expected the config of an {_CLASS}, but it makes none ({_line(error)})") from error
+        raise UserError(
+            f"{name}: expected the config of an {_CLASS}, but it makes none ({one_line(error):.200})"
+        ) from error
     made: nn.Module = network
     return made
 
@@ -290,7 +300,7 @@ def _read_tensors(folder: Path, key: str) -> dict[str, Tensor]:
     try:
         return current_names(load_file(path))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{key}: {path} cannot be read ({_line(error)}); restore it") from error
+        raise UserError(f"{key}: {path} cannot be read ({one_line(error):.200}); restore it") from error
 
 
 def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -325,11 +335,23 @@ def write_folder(folder: Path, network: nn.Module) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def holds(folder: Path, network: nn.Module) -> bool:
+    """Whether a folder holds this AutoencoderKL already, config and weights."""
+    try:
+        there = fill_network(read_config(folder, str(folder)), _read_tensors(folder, str(folder)), str(folder))
+    except UserError:
+        return False
+    return _config_text(there) == _config_text(network) and (
+        fingerprint(there.state_dict()) == fingerprint(network.state_dict())
+    )
+
+
+def _config_text(network: nn.Module) -> str:
+    config: Any = network.config
+    return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
+
+
 def refuse_existing(folder: Path) -> None:
     """Raises UserError where something is at this path."""
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder}: expected a folder that is not there yet; remove it or give another")
-
-
-def _line(error: Exception) -> str:
-    return f"{' '.join(str(error).split()):.200}"

@@ -1,0 +1,89 @@
+"""The checkpoint of a run that leaves: which one it is, and its tensors one by one."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from cfpretrain import build, tensor_files
+from cfpretrain import config as configs
+from cfpretrain.checkpoint import _check_file, _read_hashes, tensor_file
+from cfpretrain.config import Config
+from cfpretrain.console import UserError
+from cfpretrain.tensor_files import HashedRange, Header, remedy
+
+
+def find_checkpoint(run: Path, step: int | None = None) -> tuple[Config, Path]:
+    """The config of a run, and a checkpoint of it.
+
+    Args:
+        run: a run folder.
+        step: of the checkpoint; None: the latest.
+
+    Raises:
+        UserError: the folder is no run's, or it holds no such checkpoint.
+    """
+    path = run / build.CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"run folder {run} holds no {path.name}; give a folder that cfpretrain/train.py has written")
+    config = configs.load(path)
+    # The folder may have been moved since.
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(run)))
+    there = build.make_store(config).candidates()
+    if not there:
+        raise UserError(f"run folder {run} holds no complete checkpoint yet; train until checkpoint.every_steps")
+    if step is None:
+        return config, there[0]
+    found = next((one for one in there if one.name == f"step_{step:08d}"), None)
+    if found is None:
+        steps = ", ".join(str(int(one.name.removeprefix("step_"))) for one in reversed(there))
+        raise UserError(f"--step: expected a checkpoint of {run} (steps {steps}), got {step}")
+    return config, found
+
+
+@dataclass(frozen=True)
+class CheckpointTensors:
+    """The tensors of one file of a checkpoint, each byte of which is held against its hash when it is read.
+
+    Attributes:
+        file: safetensors, fp32.
+        header: where they lie.
+        ranges: hashes of each tensor's values.
+    """
+
+    file: Path
+    header: Header
+    ranges: Mapping[str, Sequence[HashedRange]]
+
+    @classmethod
+    def open(cls, checkpoint: Path, content: Literal["ema", "weights"], step: int) -> "CheckpointTensors":
+        """Reads where the tensors lie; UserError where the file or its hashes are missing or damaged."""
+        file = tensor_file(checkpoint, content)
+        try:
+            header, ranges = _check_file(checkpoint, content, step, _read_hashes(checkpoint))
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        by_name: dict[str, list[HashedRange]] = {name: [] for name in header.shapes}
+        for place in ranges:
+            by_name[place.name].append(place)
+        return cls(file, header, by_name)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By name."""
+        return self.header.shapes
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, fp32; UserError where it is not what was written."""
+        alone = dataclasses.replace(self.header, shapes={name: self.header.shapes[name]})
+        try:
+            return tensor_files.read_whole(self.file, alone, self.ranges[name])[name]
+        except OSError as error:
+            raise _unreadable(self.file, error) from error
+
+
+def _unreadable(file: Path, error: OSError) -> UserError:
+    return UserError(f"{error.filename or file} cannot be read: {error.strerror or error}; {remedy(file)}")
