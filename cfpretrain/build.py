@@ -16,7 +16,7 @@ from cfpretrain.loss import NoisePredictionLoss
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
 from cfpretrain.model.norm import has_apex
-from cfpretrain.model.transformer import BlockSettings, CausalFusion
+from cfpretrain.model.transformer import BlockSettings, CausalFusion, initial_values
 from cfpretrain.noise import linear_schedule
 
 # What a run folder holds.
@@ -104,6 +104,16 @@ def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFus
         learnable_positions=model.position_embedding == "learnable",
         blocks=blocks,
     )
+
+
+def make_untrained(config: Config, device: torch.device) -> CausalFusion:
+    """The model as a run begins with it, in fp32, for sampling: what any training must beat."""
+    model = make_model(config)
+    with torch.no_grad():
+        for name, values in model.named_parameters():
+            first = initial_values(config.run.seed, config.model.grid, name, values.shape, 0, values.numel())
+            values.copy_(first.view_as(values))
+    return model.to(device).eval().requires_grad_(False)
 
 
 def make_loss(config: Config) -> NoisePredictionLoss:

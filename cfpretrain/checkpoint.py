@@ -6,7 +6,8 @@ A complete checkpoint is a folder `step_00000500/` of four safetensors files (`w
 Anyone reads the files with safetensors. Each rank writes the flat ranges it owns straight to their place in the files
 and reads the ranges it needs, so resuming on other ranks or another ZeRO stage is reading other slices.
 
-A folder is complete before it has its name, and `latest`, a text file with the name to resume from, moves last:
+A folder is complete before it has its name, and `latest`, a text file with the name to resume from, moves last.
+`best.json` names the one with the best score, where a run scores itself.
 
     step_X.partial   being written          step_X.replaced   the earlier folder of the step being written again
     step_X           complete               step_X.deleted    being deleted
@@ -59,7 +60,7 @@ SCHEMA_VERSION = 2  # 1 had no hashes, and neither `guard` nor `num_rewinds`
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 _STATE_FILE = "state.json"
 RANGES_FILE = "ranges.json"
-_LATEST_FILE = "latest"
+_LATEST_FILE, BEST_FILE = "latest", "best.json"
 _COMPLETE_NAME = re.compile(r"step_(\d{8,})")
 _LEFTOVER_NAME = re.compile(r"(step_\d{8,})\.(partial|deleted|replaced)")
 _NUM_NAMES_SHOWN = 5
@@ -334,6 +335,21 @@ def _reading_on_all_ranks(path: Path) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
+class Best:
+    """The checkpoint with the best score so far.
+
+    Attributes:
+        step: of the checkpoint.
+        score: the smaller, the better.
+        measured_by: JSON-able; scores that were measured otherwise are not compared.
+    """
+
+    step: int
+    score: float
+    measured_by: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class CheckpointStore:
     """The checkpoints of one run: which there are, which to resume from, which stay. All ranks call `load` together."""
 
@@ -422,7 +438,8 @@ class CheckpointStore:
                 _move(path, original)
             else:
                 remove(path)
-        remove(self.folder / f"{_LATEST_FILE}.partial")
+        for name in (_LATEST_FILE, BEST_FILE):
+            remove(self.folder / f"{name}.partial")
 
     def publish(self, partial: Path, final: Path, state_text: str) -> None:
         """Turns a written folder into the checkpoint to resume from; each line leaves something usable.
@@ -449,17 +466,49 @@ class CheckpointStore:
     def apply_retention(self, step: int) -> None:
         """Deletes what need not stay after a save at `step`; steps beyond it are of another line: left alone."""
         earlier = sorted(s for s in self._complete() if s <= step)
-        healthy = self._newest_healthy(earlier)
+        healthy, best = self._newest_healthy(earlier), self.best()
         for old in earlier[: -self.keep_last]:
-            if old == healthy or (self.keep_every_steps and old % self.keep_every_steps == 0):
+            if (
+                old == healthy
+                or (best is not None and old == best.step)
+                or (self.keep_every_steps and old % self.keep_every_steps == 0)
+            ):
                 continue
-            path = self.folder / f"step_{old:08d}"
+            path = self.folder / _name_of(old)
             _move(path, path.with_name(f"{path.name}.deleted"))
         self.remove_leftovers()
 
     def _newest_healthy(self, steps: Sequence[int]) -> int | None:
         """The one to go back to after sick steps: it stays, however many were written among them."""
-        return next((s for s in reversed(steps) if is_healthy(self.folder / f"step_{s:08d}")), None)
+        return next((s for s in reversed(steps) if is_healthy(self.folder / _name_of(s))), None)
+
+    def best(self) -> Best | None:
+        """What `keep_if_best` named last; None where there is none, its checkpoint is gone, or the note is damaged."""
+        file = self.folder / BEST_FILE
+        try:
+            plain = json.loads(read_text(file))
+            best = Best(int(plain["step"]), float(plain["score"]), dict(plain["measured_by"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            say(f"WARNING: {file} cannot be read and is left out: {reason_of(error)}")
+            return None
+        return best if (self.folder / _name_of(best.step) / _STATE_FILE).is_file() else None
+
+    def keep_if_best(self, new: Best) -> bool:
+        """Names a complete checkpoint the best where none has a better score; it stays. Rank 0 calls it.
+
+        One whose score was measured otherwise makes place for it.
+
+        Raises:
+            OSError: the note cannot be written.
+        """
+        old = self.best()
+        is_rival = old is not None and old.step != new.step and old.measured_by == new.measured_by
+        if old is not None and is_rival and old.score <= new.score:
+            return False
+        self._replace(BEST_FILE, _dump({"checkpoint": _name_of(new.step), **dataclasses.asdict(new)}))
+        return True
 
     def set_aside(self, resumed_step: int, damaged: Sequence[Path]) -> None:
         """Takes out of the line of checkpoints what the run does not go on from; rank 0 does, the others do nothing.
@@ -477,9 +526,12 @@ class CheckpointStore:
         kinds = {path: "abandoned" for step, path in self._complete().items() if step > resumed_step} | kinds
         if not kinds:
             return
+        best = self.best()
+        if best is not None and self.folder / _name_of(best.step) in kinds:
+            remove(self.folder / BEST_FILE)
         try:
-            # First: from here on a kill leaves none of them a candidate.
-            self._point_latest_at(f"step_{resumed_step:08d}")
+            # Before the first is renamed: from here on a kill leaves none of them a candidate.
+            self._point_latest_at(_name_of(resumed_step))
         except OSError as error:
             say(f"{self.folder / _LATEST_FILE} cannot be written now: {reason_of(error)}")
         for path, kind in kinds.items():
@@ -497,9 +549,12 @@ class CheckpointStore:
             say(f"{path} is {kind}: it is now {target.name}, and yours to delete")
 
     def _point_latest_at(self, name: str) -> None:
-        moving = self.folder / f"{_LATEST_FILE}.partial"
-        write_file(moving, f"{name}\n".encode())
-        os.replace(moving, self.folder / _LATEST_FILE)
+        self._replace(_LATEST_FILE, f"{name}\n")
+
+    def _replace(self, name: str, text: str) -> None:
+        moving = self.folder / f"{name}.partial"
+        write_file(moving, text.encode())
+        os.replace(moving, self.folder / name)
         _flush_folder(self.folder)
 
     def _named_by_latest(self) -> int | None:
@@ -531,6 +586,10 @@ class CheckpointStore:
             if match and not path.is_symlink() and (path / _STATE_FILE).is_file():
                 complete[int(match[1])] = path
         return complete
+
+
+def _name_of(step: int) -> str:
+    return f"step_{step:08d}"
 
 
 def read_state(path: Path) -> TrainingState:

@@ -18,6 +18,8 @@ _ABSENT = object()
 # What kernels can do; `model.block_causal` and `model.attention` say it too.
 _TRITON_HEAD_WIDTHS = (32, 64, 128)
 _FLEX_MIN_HEAD_WIDTH = 16
+# The Inception Score has ten splits, and none may be empty.
+_FEWEST_SCORED = 20
 # Each length is compiled, which takes minutes, and torch has a limit.
 _MOST_COMPILED_LENGTHS = 16
 
@@ -153,6 +155,19 @@ class SampleConfig:
 
 
 @dataclass(frozen=True)
+class EvaluationConfig:
+    every_steps: int = 0  # a score of the EMA weights beside real images, and one at the end; 0 = none at all
+    reference: str = ""  # real images: a folder of files, image shards or an .npz; or an .npz of their statistics
+    features: str = "effnet_lite0"  # or inception, or module:function
+    feature_weights: str = ""  # file of the FID Inception's weights, for features: inception
+    num_images: int = 5000  # generated for a score, over all ranks; classes evenly spread
+    guidance: float = 1.0  # 1 = none
+    num_ar_steps: int = 1
+    num_denoising_steps: int = 25  # of each AR step
+    solver: Literal["ddpm", "ddim", "dpm++", "sde-dpm++"] = "sde-dpm++"
+
+
+@dataclass(frozen=True)
 class MetricsConfig:
     log_every_steps: int = 20
     log_sample_ids: bool = False  # in each row, the ids of the samples that the step was trained on
@@ -172,6 +187,7 @@ class Config:
     guard: GuardConfig = field(default_factory=GuardConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def micro_batch_size(self, world_size: int) -> int:
@@ -418,6 +434,9 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "sample.num_per_class": (1, 10_000),
         "sample.max_classes": (1, math.inf),
         "sample.guidance": (0.0, math.inf),
+        "evaluation.every_steps": (0, math.inf),
+        "evaluation.num_images": (_FEWEST_SCORED, math.inf),
+        "evaluation.guidance": (0.0, math.inf),
         "metrics.log_every_steps": (1, math.inf),
     }
     for path, (low, high) in bounds.items():
@@ -546,17 +565,25 @@ def _check_data(config: Config) -> Iterable[str]:
 
 
 def _check_sampling(config: Config) -> Iterable[str]:
-    yield from _in_range(
-        "sample.num_denoising_steps",
-        config.sample.num_denoising_steps,
-        2,
-        config.noise.num_timesteps,
-    )
-    if not config.sample.num_ar_steps:
+    sample, evaluation = config.sample, config.evaluation
+    if not sample.num_ar_steps:
         yield "sample.num_ar_steps: expected at least one number of AR steps, got none"
-    for num in config.sample.num_ar_steps:
-        if not 1 <= num <= max(config.model.num_tokens, 1):
-            yield f"sample.num_ar_steps: expected 1 to {config.model.num_tokens} (the tokens of an image), got {num}"
+    sections = {"sample": sample.num_ar_steps}
+    # A section that is off need not fit: its defaults are of larger models.
+    if evaluation.every_steps:
+        sections["evaluation"] = (evaluation.num_ar_steps,)
+        if not evaluation.reference:
+            yield (
+                "evaluation.reference: expected real images (a folder, image shards or an .npz), got none; give them, "
+                "or set evaluation.every_steps=0"
+            )
+    for section, num_ar_steps in sections.items():
+        num_levels = getattr(config, section).num_denoising_steps
+        yield from _in_range(f"{section}.num_denoising_steps", num_levels, 2, config.noise.num_timesteps)
+        for num in num_ar_steps:
+            if not 1 <= num <= max(config.model.num_tokens, 1):
+                num_tokens = config.model.num_tokens
+                yield f"{section}.num_ar_steps: expected 1 to {num_tokens} (the tokens of an image), got {num}"
     channels = config.model.latent_channels
     for name in ("latent_shift", "latent_scale"):
         values = getattr(config.data, name)

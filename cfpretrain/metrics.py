@@ -103,7 +103,7 @@ def finite_or_none(value: float) -> float | None:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a row for each step, written by rank 0. A disk that is full does not end the run.
+    """`metrics.jsonl`: a row for each step and one for each score, by rank 0. A disk that is full does not end the run.
 
     All ranks construct it together.
 
@@ -190,11 +190,17 @@ def _to_line(row: Mapping[str, Any]) -> str:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file. A last line that a kill cut short is left out; damaged ones are too, and are said."""
+    """A row for each step of a metrics file, with the scores at that step, which the file has on lines of their own.
+
+    A last line that a kill cut short is left out; damaged ones are too, and are said.
+    """
     rows, num_damaged = _read_rows(path)
     if num_damaged:
         say(f"WARNING: {path}: {num_damaged} damaged lines are left out")
-    return rows
+    by_step: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        by_step.setdefault(row["step"], {}).update(row)
+    return list(by_step.values())
 
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -21,7 +21,7 @@ from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import BlockSettings, CausalFusion
 
-_INDEX_FILE = "model_index.json"  # by which an exported folder is known
+INDEX_FILE = "model_index.json"  # by which an exported folder is known
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NUM_NAMES_SHOWN = 10
 
@@ -87,7 +87,7 @@ def load_source(path: Path, device: torch.device, precision: str = "fp32", weigh
     Raises:
         UserError: it is neither, or not complete.
     """
-    if (path / _INDEX_FILE).is_file():
+    if (path / INDEX_FILE).is_file():
         if weights != "ema":
             raise UserError(f"--weights: {path} is an export, which holds the weights it was made of; leave it out")
         config, model, class_names = _load_export(path)
@@ -105,7 +105,7 @@ def load_source(path: Path, device: torch.device, precision: str = "fp32", weigh
 
 
 def _no_source(path: Path) -> str:
-    wanted = f"{path}: expected a run folder (with {CONFIG_FILE}) or an exported one (with {_INDEX_FILE}), got"
+    wanted = f"{path}: expected a run folder (with {CONFIG_FILE}) or an exported one (with {INDEX_FILE}), got"
     if path.is_file():
         return f"{wanted} a file; of an official checkpoint tools/import_official.py makes a run folder"
     return f"{wanted} {'another folder' if path.is_dir() else 'nothing: it does not exist'}"
@@ -136,7 +136,7 @@ def _load_export(folder: Path) -> tuple[Config, CausalFusion, tuple[str, ...]]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / TRANSFORMER} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
-    names = _read_json(folder / _INDEX_FILE).get("id2label") or {}
+    names = _read_json(folder / INDEX_FILE).get("id2label") or {}
     return config, model, tuple(names.get(str(i), str(i)) for i in range(config.model.num_classes))
 
 

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +23,7 @@ from cfpretrain.build import (
     make_store,
     write_text,
 )
-from cfpretrain.checkpoint import TrainingState, is_healthy
+from cfpretrain.checkpoint import Best, TrainingState, is_healthy, reason_of
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.config import Config, to_plain
 from cfpretrain.console import Progress, SickRunError, UserError, phase, say
@@ -31,6 +31,7 @@ from cfpretrain.data.loader import Batch, Loader, Position, open_folders
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
+from cfpretrain.evaluation.evaluator import Evaluator
 from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_images, grid_title
 from cfpretrain.health import Guard
 from cfpretrain.lifeline import StopRequest, Watch
@@ -85,8 +86,12 @@ class Exchanged:
     has_failed: bool
 
 
+class _AskedToStopError(Exception):
+    """Ends sampling on all ranks, where one of them is asked to stop."""
+
+
 class Clock:
-    """Seconds of a window of steps, those of checkpoints and samples apart."""
+    """Seconds of a window of steps, those of checkpoints, samples and scores apart."""
 
     def __init__(self) -> None:
         self._begin, self._aside = time.perf_counter(), 0.0
@@ -114,6 +119,7 @@ class Trainer:
         device: this rank's.
         stop: what asks the run to stop before its end; None where nothing does.
         resume_from: checkpoints to begin with, wherever they lie, best first; None takes the run folder's.
+        evaluator: gives scores every `evaluation.every_steps` and at the end; None: no scores.
     """
 
     def __init__(
@@ -122,8 +128,10 @@ class Trainer:
         device: torch.device,
         stop: StopRequest | None = None,
         resume_from: Sequence[Path] | None = None,
+        evaluator: Evaluator | None = None,
     ) -> None:
         self.config, self.device, self.stop, self.resume_from = config, device, stop, resume_from
+        self.evaluator = evaluator
         self.folder = Path(config.run.folder)
         self.store = make_store(config)
         with runtime.together():
@@ -162,6 +170,7 @@ class Trainer:
         self.writer = CheckpointWriter(self.store, self.engine.fragments(), self.ema.values)
         self.num_failed_checkpoints = 0
         self.metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
+        self.scored_step = self._last_scored_step()
         with phase("starting wandb", announce=False):
             self.tracker = Tracker(
                 config.metrics.wandb,
@@ -203,6 +212,14 @@ class Trainer:
             "restore one, or choose another run.folder to begin again"
         )
 
+    def _last_scored_step(self) -> int | None:
+        """Where a run that goes on has its last score of the kind that is asked for."""
+        if self.evaluator is None:
+            return None
+        rows = read_metrics(self.folder / METRICS_FILE) if runtime.rank() == 0 else []
+        last: int | None = max((row["step"] for row in rows if self.evaluator.name in row), default=None)
+        return runtime.gather(last)[0]
+
     # ------------------------------------------------------------------
     # The loop
 
@@ -213,26 +230,40 @@ class Trainer:
         say(f"training from step {self.at.step} to {config.train.num_steps}")
         self.clock = Clock()
         try:
-            while not is_done(config, self.at.step, self.at.train_seconds):
+            with self.clock.aside():
+                if self.must_evaluate():  # what a stop has cut short
+                    self.evaluate()
+            while not self.must_stop and not is_done(config, self.at.step, self.at.train_seconds):
                 self.train_step()
                 if self.window_ends() or self.must_stop:
                     self.close_window(progress)
                 with self.clock.aside():
-                    if self.must_stop:
-                        return self._pause()
-                    # Within a row of skips nothing is new, and a rewind would not go there.
-                    if self.at.step % config.checkpoint.every_steps == 0 and not self.guard.num_skips_in_row:
-                        self.save_checkpoint()
-                    if config.sample.every_steps and self.at.step % config.sample.every_steps == 0:
-                        self.draw_samples()
-            progress.close()
-            self._finish()
+                    if not self.must_stop:
+                        self.follow_step()
+            if not self.must_stop:
+                progress.close()
+                self._finish()
+            if self.must_stop:
+                return self._pause()
         except SickRunError:
             self.close_window(progress)  # whose rows say why
             raise
         finally:
             self.loader.close()
         return True
+
+    def follow_step(self) -> None:
+        """What happens every n steps, where it is this step's turn."""
+        config = self.config
+        must_evaluate = self.must_evaluate()
+        # Within a row of skips nothing is new, and a rewind would not go there.
+        must_save = self.at.step % config.checkpoint.every_steps == 0 and not self.guard.num_skips_in_row
+        if must_save or must_evaluate:
+            self.save_checkpoint()
+        if config.sample.every_steps and self.at.step % config.sample.every_steps == 0:
+            self.draw_samples()
+        if must_evaluate and not self.must_stop:
+            self.evaluate()
 
     def train_step(self) -> None:
         """One optimizer step: a global batch is ordered and noised, becomes a loss, and moves the engine."""
@@ -364,6 +395,7 @@ class Trainer:
             config.metrics.log_every_steps,
             config.checkpoint.every_steps,
             config.sample.every_steps,
+            config.evaluation.every_steps,
             config.train.num_steps,
         )
         return any(n and self.at.step % n == 0 for n in every)
@@ -461,11 +493,9 @@ class Trainer:
         sample = self.config.sample
         names = self.class_names[: sample.max_classes]
         labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
-        module: Any = self.engine.module
         batch_size = -(-len(labels) // runtime.world_size())
         grids = []
-        with phase(f"sampling {len(labels)} images at step {self.at.step}"), self.ema.applied(self.engine):
-            module.eval()
+        with phase(f"sampling {len(labels)} images at step {self.at.step}"), self._sampling() as module:
             for num_ar_steps in sample.num_ar_steps:
                 settings = GenerationSettings(
                     equal_sizes(self.config.model.num_tokens, num_ar_steps),
@@ -474,15 +504,69 @@ class Trainer:
                     batch_size,
                     self.config.run.seed,
                 )
-                images = generate_images(self.config, module, labels, settings, self.device, self.decode)
+                images = generate_images(
+                    self.config, module, labels, settings, self.device, self.decode, self._leave_if_asked
+                )
                 grids.append((settings, images))
-            module.train()
         for settings, images in grids if runtime.rank() == 0 else []:
             try:
                 title = grid_title(f"step {self.at.step}, EMA weights", settings, self.decode_note)
                 self._draw_grid(images, names, settings, title)
             except OSError as error:  # a picture is not worth a run
                 say(f"WARNING: {error.filename or self.folder} cannot be written: {error.strerror or error}")
+
+    @contextmanager
+    def _sampling(self) -> Iterator[Any]:
+        """The model with its EMA weights, for forwards alone; `_leave_if_asked` leaves the block early."""
+        module: Any = self.engine.module
+        with suppress(_AskedToStopError), self.ema.applied(self.engine):
+            module.eval()
+            try:
+                yield module
+            finally:
+                module.train()
+
+    def _leave_if_asked(self) -> None:
+        """Between denoising steps: whoever is asked to stop has little time. All ranks call it together."""
+        if self.stop is None:
+            return
+        if runtime.sum_over_ranks(torch.tensor([float(self.stop.reason is not None)])):
+            self.must_stop = True
+            raise _AskedToStopError
+
+    def must_evaluate(self) -> bool:
+        """Whether a score of the present step is due."""
+        every = self.config.evaluation.every_steps
+        is_due = self.evaluator is not None and self.at.step > 0 and self.at.step % every == 0
+        return is_due and self.scored_step != self.at.step and not self.guard.num_skips_in_row
+
+    def evaluate(self) -> None:
+        """Scores the EMA weights; their checkpoint, begun before, stays where no score so far is better."""
+        assert self.evaluator is not None
+        begin, name = time.perf_counter(), self.evaluator.name
+        num_images, scores = self.config.evaluation.num_images, {}
+        with phase(f"scoring {num_images} images at step {self.at.step}"), self._sampling() as module:
+            scores = self.evaluator(module, self.decode, self._leave_if_asked)
+        if self.must_stop:
+            return
+        seconds = time.perf_counter() - begin
+        self._note_checkpoint(self.writer.wait())
+        is_best = self.saved_step == self.at.step and runtime.rank() == 0 and self._keep_if_best(scores[name])
+        # Last: a run that goes on from here and finds this row has no score to make up for.
+        row = {"step": self.at.step, **scores, "evaluation_seconds": seconds}
+        self.metrics.append([row])
+        self.tracker.log(row)
+        self.scored_step = self.at.step
+        floor = "" if self.evaluator.floor is None else f" (floor {self.evaluator.floor:.4g})"
+        say(f"step {self.at.step}: {name} {scores[name]:.4g}{floor}{', the best so far' * is_best}")
+
+    def _keep_if_best(self, score: float) -> bool:
+        assert self.evaluator is not None
+        try:
+            return self.store.keep_if_best(Best(self.at.step, score, self.evaluator.measured_by))
+        except OSError as error:  # the next score tries again
+            say(f"WARNING: the best checkpoint cannot be named: {reason_of(error)}")
+            return False
 
     def _draw_grid(
         self, images: torch.Tensor, names: tuple[str, ...], settings: GenerationSettings, title: str
@@ -493,17 +577,25 @@ class Trainer:
         self.tracker.log_picture(f"samples/ar_steps_{settings.num_ar_steps}", path, self.at.step)
 
     def _finish(self) -> None:
-        """Keeps the last step, draws the last pictures, and writes the summary that says the run is done."""
+        """Keeps the last step, draws and scores it, and writes the summary that says the run is done.
+
+        Where it is asked to stop before the summary, `must_stop` is true, and the same command finishes it.
+        """
         self.loader.close()
         self._complete_checkpoint()
         self.draw_samples()
+        if self.evaluator is not None and self.scored_step != self.at.step and not self.must_stop:
+            self.evaluate()
+        if self.must_stop:
+            return
         peak_rss_mb = runtime.gather(runtime.peak_rss_mb())
         with phase("drawing curves and closing", announce=False), _writes_in(self.folder):
             if runtime.rank() == 0:
                 self.metrics.append([])  # what a full disk kept waiting
                 rows = read_metrics(self.folder / METRICS_FILE)
                 title = f"{self.config.run.folder}, step {self.at.step}"
-                pictures.curves(self.folder / "curves.png", rows, title=title)
+                score = (self.evaluator.name, self.evaluator.floor) if self.evaluator else None
+                pictures.curves(self.folder / "curves.png", rows, title, score)
                 write_text(self.folder / SUMMARY_FILE, json.dumps(self._summary(rows, peak_rss_mb), indent=2) + "\n")
                 remove_requeue(self.folder)
             self.tracker.close()
@@ -544,7 +636,9 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
     folder = Path(config.run.folder)
     watch = Watch(config.guard.rank_timeout_seconds, lambda reason: write_requeue(folder, reason))
     try:
-        return Trainer(config, device, stop).train()
+        # Its mistakes are found before the engine is built.
+        evaluator = Evaluator(config, device) if config.evaluation.every_steps else None
+        return Trainer(config, device, stop, evaluator=evaluator).train()
     except (UserError, SickRunError):
         raise
     except Exception:

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 
 from cfpretrain import checkpoint, checkpoint_writer, tensor_files
 from cfpretrain.checkpoint import (
+    Best,
     CheckpointStore,
     DamagedCheckpointError,
     TrainingState,
@@ -226,6 +227,72 @@ def test_one_that_cannot_be_read_is_none_to_go_back_to(tmp_path: Path):
     save(store, 30, guard=SICK)
     assert names_in(tmp_path) == {"latest", "step_00000010", "step_00000030"}
     assert not is_healthy(tmp_path / "step_00000020")
+
+
+def best(step: int, score: float, features: str = "same") -> Best:
+    return Best(step, score, {"features": features, "num_images": 50})
+
+
+def names_of(*steps: int) -> set[str]:
+    return {"latest", "best.json", *(f"step_{step:08d}" for step in steps)}
+
+
+def test_the_best_one_stays_until_a_better_one_is_named(tmp_path: Path):
+    store = make_store(tmp_path, keep_last=1)
+    assert store.best() is None
+    named = []
+    for step, score in ((10, 5.0), (20, 6.0), (30, 5.0), (40, 4.0), (50, 7.0)):
+        save(store, step)
+        named.append(store.keep_if_best(best(step, score)))
+        assert make_store(tmp_path, keep_last=9).best() == best(
+            40 if step >= 40 else 10, min(score, 5.0) if step < 50 else 4.0
+        )
+    assert named == [True, False, False, True, False]
+    save(store, 60)
+    assert names_in(tmp_path) == names_of(40, 60)
+    note = json.loads((tmp_path / "best.json").read_text())
+    assert (note["checkpoint"], note["step"], note["score"]) == ("step_00000040", 40, 4.0)
+    assert store.keep_if_best(best(40, 4.5)), "the same checkpoint scored again"
+    assert store.best() == best(40, 4.5)
+
+
+def test_scores_that_were_measured_otherwise_are_not_compared(tmp_path: Path):
+    store = make_store(tmp_path, keep_last=1)
+    save(store, 10)
+    assert store.keep_if_best(best(10, 1.0))
+    save(store, 20)
+    assert store.keep_if_best(best(20, 9.0, "other"))
+    save(store, 30)
+    assert names_in(tmp_path) == names_of(20, 30)
+
+
+def test_a_best_one_that_is_gone_or_left_behind_is_none(tmp_path: Path):
+    store = make_store(tmp_path, keep_last=9)
+    for step in (10, 20, 30):
+        save(store, step)
+    store.keep_if_best(best(20, 1.0))
+    store.set_aside(20, [])
+    assert store.best() == best(20, 1.0)
+    store.set_aside(10, [])
+    assert names_in(tmp_path) == {"latest", "step_00000010", "step_00000020.abandoned", "step_00000030.abandoned"}
+    # The other line comes by the same step: its score is not this one's.
+    save(store, 20)
+    assert store.best() is None
+    assert store.keep_if_best(best(20, 3.0))
+    shutil.rmtree(tmp_path / "step_00000020")
+    assert store.best() is None
+    assert store.keep_if_best(best(10, 5.0))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"step": 10}', '{"step": 10, "score": "low", "measured_by": {}}'])
+def test_a_damaged_note_of_the_best_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str):
+    store = make_store(tmp_path, keep_last=9)
+    save(store, 10)
+    (tmp_path / "best.json").write_text(text)
+    assert store.best() is None
+    assert "best.json cannot be read and is left out" in capsys.readouterr().out
+    assert store.keep_if_best(best(10, 5.0))
+    assert store.best() == best(10, 5.0)
 
 
 def test_retention_leaves_later_steps_of_another_line_alone(tmp_path: Path):

@@ -147,6 +147,10 @@ WRONG = [
     ("sample.num_ar_steps=[17]", "sample.num_ar_steps: expected 1 to 16"),
     ("sample.num_ar_steps=[]", "sample.num_ar_steps: expected at least one"),
     ("sample.num_denoising_steps=1", "sample.num_denoising_steps: expected between 2 and 1000"),
+    ("evaluation.every_steps=-1", "evaluation.every_steps: expected at least 0"),
+    ("evaluation.every_steps=10", "evaluation.reference: expected real images (a folder, image shards or an .npz)"),
+    ("evaluation.num_images=19", "evaluation.num_images: expected at least 20, got 19"),
+    ("evaluation.guidance=.nan", "evaluation.guidance: expected at least 0"),
     ("data.latent_scale=[1.0,2.0]", "data.latent_scale: expected 1 or 1 values"),
     ("data.latent_scale=0", "data.latent_scale: expected non-zero"),
     ("data.mirror_prob=1.5", "data.mirror_prob: expected between 0 and 1"),
@@ -169,6 +173,7 @@ def test_a_rank_that_waits_for_a_storage_is_not_taken_for_lost() -> None:
         configs.check(remote, world_size=1)
 
 
+SCORED = ("evaluation.every_steps=10", "evaluation.reference=images")
 TOKENS_256 = ("model.latent_size=16", "model.patch_size=1")
 
 
@@ -196,6 +201,11 @@ TOKENS_256 = ("model.latent_size=16", "model.patch_size=1")
             ["engine.activation_checkpointing=true", "engine.zero_stage=0", "engine.precision=bf16"],
             "engine.activation_checkpointing: expected false at engine.zero_stage = 0 in bf16",
         ),
+        ([*SCORED, "evaluation.num_ar_steps=17"], "evaluation.num_ar_steps: expected 1 to 16 (the tokens of an image)"),
+        (
+            [*SCORED, "evaluation.num_denoising_steps=1"],
+            "evaluation.num_denoising_steps: expected between 2 and 1000, got 1",
+        ),
         (["model.latent_size=4", "order.num_ar_steps=5"], "order.num_ar_steps: expected at most 4"),
         (
             [*TOKENS_256, "engine.compile_blocks=true", "engine.clean_token_multiple=1"],
@@ -219,6 +229,7 @@ def test_impossible_combinations_are_refused_by_name(overrides, message) -> None
     [
         ["order.num_ar_steps=16", "order.ar_step_sizes=equal"],
         ["order.token_order=dilated", "order.block_size=2"],
+        SCORED,
         # Nothing uses it.
         ["order.token_order=raster", "order.block_size=3"],
         ["engine.attention=triton", "model.num_heads=2"],

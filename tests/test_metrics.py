@@ -70,6 +70,18 @@ def test_resume_drops_rows_of_lost_work(tmp_path: Path) -> None:
     assert metrics.read_metrics(path) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 9.0}]
 
 
+def test_a_score_joins_the_row_of_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = metrics.MetricsFile(path, resume_step=0)
+    first.append([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}])
+    first.append([{"step": 2, "fd": 3.0}])
+    first.append([{"step": 3, "loss": 0.2}, {"step": 3, "fd": 2.0}])
+    joined = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5, "fd": 3.0}]
+    assert metrics.read_metrics(path) == [*joined, {"step": 3, "loss": 0.2, "fd": 2.0}]
+    metrics.MetricsFile(path, resume_step=2)
+    assert metrics.read_metrics(path) == joined
+
+
 def test_a_fresh_run_starts_an_empty_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 5, "loss": 1.0}) + "\n")

@@ -21,6 +21,7 @@ from cfpretrain.evaluation.pictures import (
 
 BLUE = (37, 99, 168)
 RED = (209, 73, 91)
+QUIET = (107, 114, 128)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -155,6 +156,20 @@ def test_skipped_steps_are_marked(tmp_path: Path) -> None:
     assert num_near(tmp_path / "curves.png", RED) > 20
     steps = np.array([row["step"] for row in rows])
     assert _skipped_steps(steps, _column(rows, "num_skipped_steps")).tolist() == [200, 600]
+
+
+def test_a_score_has_a_curve_of_its_own_beside_its_floor(tmp_path: Path) -> None:
+    rows = run(100)
+    for row in rows[::20]:
+        row["fd"] = 100.0 - row["step"] / 20
+    pictures = {}
+    for name, score in (("none", None), ("score", ("fd", None)), ("floor", ("fd", 60.0)), ("other", ("sfd", None))):
+        curves(tmp_path / f"{name}.png", rows, score=score)
+        pictures[name] = num_near(tmp_path / f"{name}.png", BLUE), num_near(tmp_path / f"{name}.png", QUIET)
+    heights = [len(pixels(tmp_path / f"{name}.png")) for name in ("none", "score")]
+    assert heights[1] > 1.3 * heights[0]
+    assert pictures["score"][0] > pictures["other"][0] + 200, "a line"
+    assert pictures["floor"][1] > pictures["score"][1] + 200, "another"
 
 
 def test_a_value_that_few_rows_have_is_still_a_line(tmp_path: Path) -> None:

@@ -1,15 +1,22 @@
-"""tools/report.py: what it refuses before it takes any time. (`make demo` runs it whole.)"""
+"""tools/report.py: what it refuses before it takes any time, and a small run scored whole."""
 
 import argparse
+import io
+import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from cfpretrain import build
 from cfpretrain import config as configs
 from cfpretrain.console import UserError
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, image_columns
+from tests.processes import run_script
+from tests.runs import write_run
 from tests.test_config import TINY
 from tools import report
 
@@ -64,3 +71,38 @@ def test_images_of_another_size_or_other_classes_are_refused(
     assert message.startswith(f"--held-out: expected class_names {names} as of {shards}, got ('0', ")
     message = refused(monkeypatch, tmp_path, source, fitting, shards)
     assert message.startswith("--held-out: expected shards of images, got latents in")
+
+
+def write_digits(folder: Path, first: int, count: int) -> Path:
+    """Real digits, grey as the demo's, as image shards."""
+    data, labels = load_digits(return_X_y=True)
+    rows = []
+    for i in range(first, first + count):
+        file = io.BytesIO()
+        Image.fromarray((data[i].reshape(8, 8) * 15.9).astype(np.uint8)).save(file, "PNG")
+        rows.append({"id": i, "label": int(labels[i]), "caption": "", "image": file.getvalue()})
+    writer = ShardWriter(folder, image_columns(), {})
+    writer.begin()
+    writer.write(0, rows)
+    writer.finish(ImagesInfo(tuple(map(str, range(10))), count, 0, "lossless", 8, 1, "a test"), 1)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_run_is_scored_beside_floor_cheat_and_an_untrained_model(shards: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", shards)
+    images, held_out = write_digits(tmp_path / "images", 0, 500), write_digits(tmp_path / "held_out", 500, 200)
+    options = ["--num-images", "100", "--num-ar-steps", "1", "2"]
+    options += ["--num-denoising-steps", "3", "--num-accuracy-steps", "2", "--batch-size", "50"]
+    arguments = [str(run), "--images", str(images), "--held-out", str(held_out), *options]
+    first, second = run_script("tools/report.py", arguments, 2)
+    assert (first.code, second.code) == (0, 0), first.err
+    report = json.loads((run / "report.json").read_text())
+    embedded = report["fd_effnet_lite0"]
+    # Neither of these models has learned anything.
+    assert 0 < embedded["real_against_real"] < min(embedded["value"], embedded["untrained"]) / 2
+    assert report["num_embedded"] == 100
+    assert f"{embedded['untrained']:.3f}" in first.out
+    [again] = run_script("tools/report.py", arguments)
+    assert "nothing to do" in again.out
+    assert f"{embedded['untrained']:.3f}" in again.out

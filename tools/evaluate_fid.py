@@ -119,8 +119,7 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> tuple["Batches", 
     import torch
 
     from cfpretrain import runtime, seeds
-    from cfpretrain.evaluation.generation import generate_batches
-    from cfpretrain.evaluation.pictures import to_rgb
+    from cfpretrain.evaluation.generation import generate_batches, to_pixels
     from cfpretrain.model.autoencoder import fingerprint
     from cfpretrain.source import load_source
 
@@ -143,9 +142,7 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> tuple["Batches", 
     def batches(numbers: list[int]) -> Iterator[tuple[int, "Tensor"]]:
         made = generate_batches(source.config, source.model, labels, settings, device, autoencoder.decode, numbers)
         for ids, images in made:
-            # As they would be written to a file and read again.
-            images_BYXC = torch.from_numpy(to_rgb(images, (0.0, 1.0)))
-            yield int(ids[0]) // settings.batch_size, images_BYXC.permute(0, 3, 1, 2).contiguous()
+            yield int(ids[0]) // settings.batch_size, to_pixels(images)
 
     plan = {
         "weights": fingerprint(source.model.state_dict()) if runtime.rank() == 0 else "",

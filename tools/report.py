@@ -15,6 +15,8 @@ from typing import Any
 from cfpretrain.console import UserError, exit_with, phase, say
 
 _MOST_MAPPED = 1500  # latents behind the loss map
+_FEATURES = "fd_effnet_lite0"
+_MOST_EMBEDDED = 500  # images of each set behind the distance in these features
 
 
 def main() -> None:
@@ -72,8 +74,9 @@ def run(arguments: argparse.Namespace) -> None:
             }
             for guidance in (arguments.guidance, 1.0)
         }
+        embedded = _score_embedded(arguments, config, generated, device)
         if runtime.rank() == 0:
-            _report(arguments, config, model, step, generated)
+            _report(arguments, config, model, step, generated, embedded)
     finally:
         runtime.stop()
 
@@ -83,6 +86,7 @@ def _settings(arguments: argparse.Namespace, step: int) -> dict[str, Any]:
     return {
         "scored_step": step,
         "num_scored": arguments.num_images,
+        "num_embedded": min(_MOST_EMBEDDED, arguments.num_images),
         "num_ar_steps": arguments.num_ar_steps,
         "num_denoising_steps": arguments.num_denoising_steps,
         "num_accuracy_steps": arguments.num_accuracy_steps,
@@ -155,7 +159,40 @@ def _generate(
     return LabelledImages(images * 2 - 1, torch.tensor(labels)), settings
 
 
-def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, generated: dict[float, Any]) -> None:
+def _score_embedded(
+    arguments: argparse.Namespace, config: Any, generated: dict[float, Any], device: Any
+) -> dict[str, float]:
+    """Distances to real images of generated ones, other real ones, and those of the model before training."""
+    import numpy as np
+
+    from cfpretrain import build, runtime
+    from cfpretrain.evaluation.features import EFFNET, make_extractor
+    from cfpretrain.evaluation.generation import generate_images, to_pixels
+    from cfpretrain.evaluation.given_images import open_images
+    from cfpretrain.evaluation.scores import distances_beside_floor
+
+    made, settings = generated[1.0][min(arguments.num_ar_steps)]
+    num = min(_MOST_EMBEDDED, arguments.num_images)
+    labels = made.labels_N[:num].tolist()
+    with runtime.together():
+        extractor = make_extractor(EFFNET, device)
+        images = open_images(arguments.images, "--images")
+        real = images.read(np.linspace(0, len(images) - 1, min(2 * num, len(images))).round().astype(int))
+    with phase(f"sampling {num} images of the untrained model"):
+        untrained = generate_images(config, build.make_untrained(config, device), labels, settings, device)
+    candidates = {"value": to_pixels((made.images[:num] + 1) / 2), "untrained": to_pixels(untrained)}
+    with phase(f"comparing {num} images by {extractor.name}"):
+        return distances_beside_floor(real, candidates, extractor)
+
+
+def _report(
+    arguments: argparse.Namespace,
+    config: Any,
+    model: Any,
+    step: int,
+    generated: dict[float, Any],
+    embedded: dict[str, float],
+) -> None:
     import numpy as np
     import torch
 
@@ -192,6 +229,7 @@ def _report(arguments: argparse.Namespace, config: Any, model: Any, step: int, g
         )
         scores = summarise(train, held_out, guided, unguided, config.run.seed, num_splits=2)
         autoencoder = build.make_autoencoder(config, device)
+        scores[_FEATURES] = embedded
         scores["autoencoder_reconstruction_mse"] = reconstruction_error(autoencoder, held_out_pixels, device)
     names = shards.info.class_names[: config.sample.max_classes]
     samples = folder / build.SAMPLES
@@ -233,6 +271,9 @@ def _print_table(report: dict[str, Any], folder: Path) -> None:
             line(f"  {name}", *(report[name][who] for who in ("value", "real_against_real", "cheat")))
             for name in ("precision", "recall", "frechet_pixel")
         ),
+        "",
+        line(f"unguided, 1 AR step, {report['num_embedded']} images", "model", "real", "untrained"),
+        line(f"  {_FEATURES}", *(report[_FEATURES][who] for who in ("value", "real_against_real", "untrained"))),
         "",
         line("reconstruction by the autoencoder, MSE", report["autoencoder_reconstruction_mse"]),
         "",

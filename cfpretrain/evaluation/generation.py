@@ -9,7 +9,7 @@ from torch import Tensor
 from cfpretrain import runtime
 from cfpretrain.build import make_autoencoder, make_loss
 from cfpretrain.config import Config
-from cfpretrain.evaluation.pictures import false_colours
+from cfpretrain.evaluation.pictures import false_colours, to_rgb
 from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import take_tokens, unpatchify
 from cfpretrain.noise import Schedule, respace
@@ -61,6 +61,18 @@ def decode_to_look_at(config: Config, device: torch.device) -> tuple[Decode, str
     if config.data.autoencoder or are_pixels(config.model.latent_channels):
         return make_autoencoder(config, device).decode, ""
     return false_colours, "false colours"
+
+
+def to_pixels(images_BCYX: Tensor) -> Tensor:
+    """Images as a file would hold them, for scores.
+
+    Args:
+        images_BCYX: float [B, 1 or 3, Y, X], 0 black and 1 white.
+
+    Returns:
+        uint8 [B, 3, Y, X]; magenta where a value is not finite.
+    """
+    return torch.from_numpy(to_rgb(images_BCYX, (0.0, 1.0))).permute(0, 3, 1, 2).contiguous()
 
 
 def grid_title(what: str, settings: GenerationSettings, note: str = "") -> str:

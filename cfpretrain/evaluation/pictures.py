@@ -220,8 +220,13 @@ def _font(size: int, weight: str = "normal") -> ImageFont.FreeTypeFont:
 # Training curves
 
 
-def curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str = "") -> None:
-    """Writes loss, gradient norm, learning rate and speed over the steps as one PNG.
+def curves(
+    path: Path,
+    metrics: Sequence[Mapping[str, Any]],
+    title: str = "",
+    score: tuple[str, float | None] | None = None,
+) -> None:
+    """Writes loss, gradient norm, learning rate and speed over the steps, and a score below them, as one PNG.
 
     Args:
         path: the PNG; its folder must exist.
@@ -230,11 +235,14 @@ def curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str = "") ->
             `num_skipped_steps`, the run's total so far. Loss and gradient norm leave a gap and a mark where they are
             not finite; rows in which the total of skipped steps grew are marked.
         title: above everything.
+        score: the key of a score, and its floor where it is known; None draws no score.
     """
     rows = sorted((row for row in metrics if row.get("step") is not None), key=lambda row: row["step"])
     steps = np.array([row["step"] for row in rows], dtype=np.float64)
-    figure = _figure(11, 6.8, title)
-    loss, norm, rate, speed = figure.subplots(2, 2, sharex=True).flat
+    names: list[Any] = [["loss", "norm"], ["rate", "speed"]] + [["score", "score"]] * (score is not None)
+    figure = _figure(11, 3.4 * len(names), title)
+    panels = figure.subplot_mosaic(names, sharex=True)
+    loss, norm, rate, speed = (panels[name] for name in ("loss", "norm", "rate", "speed"))
     _curve(loss, steps, _column(rows, "loss"), "loss", "mean weighted squared error")
     _curve(norm, steps, _column(rows, "grad_norm"), "gradient norm", "L2 norm before clipping")
     _plain_curve(rate, steps, _column(rows, "learning_rate"), "learning rate", "learning rate")
@@ -242,8 +250,15 @@ def curves(path: Path, metrics: Sequence[Mapping[str, Any]], title: str = "") ->
     skipped = _skipped_steps(steps, _column(rows, "num_skipped_steps"))
     for axes in (loss, norm):
         _mark(axes, skipped, "skipped step", "|", 0.03)
-    for axes in (rate, speed):
+    if score is not None:
+        key, floor = score
+        _curve(panels["score"], steps, _column(rows, key), f"{key} of EMA samples", "smaller is better")
+        if floor is not None:
+            panels["score"].axhline(floor, color=_QUIET, linestyle="--", label=f"floor {floor:.3g}")
+            panels["score"].legend(frameon=False, loc="upper right", fontsize=9)
+    for axes in (rate, speed) if score is None else (panels["score"],):
         axes.set_xlabel("optimizer step")
+    for axes in panels.values():
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     _save(figure, path)
 

@@ -66,6 +66,11 @@ def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> No
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
 
 
+def usual_spacing(solver: str) -> str:
+    """What the noise levels of a solver are even in where nothing else is asked for; see `noise.respace`."""
+    return _BY_SOLVER[solver][1]
+
+
 def check_place(option: str, path: Path, must_be_new: bool = True) -> None:
     """UserError where an option's path lies in no folder, or something is there already."""
     if not path.absolute().parent.is_dir():

@@ -1,0 +1,138 @@
+"""A model scored while it trains: all ranks make images, their features are summed in memory, rank 0 compares.
+
+No rank holds a second copy of the model, and no image is stored. The reference is read once and its statistics stay in
+the run folder.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from cfpretrain import runtime
+from cfpretrain.config import Config
+from cfpretrain.console import UserError, phase
+from cfpretrain.evaluation.feature_sums import FeatureSums
+from cfpretrain.evaluation.features import make_extractor
+from cfpretrain.evaluation.generation import Decode, GenerationSettings, generate_batches, to_pixels
+from cfpretrain.evaluation.inception_score import splits_of
+from cfpretrain.evaluation.references import load_reference
+from cfpretrain.evaluation.sampling_options import usual_spacing
+from cfpretrain.evaluation.scores import ImageStatistics, compare
+from cfpretrain.model.autoencoder import are_pixels
+from cfpretrain.order import equal_sizes
+from cfpretrain.sampler import Guidance, Model
+
+_REFERENCES = "references"  # in the run folder
+# What mistakes are called in tools, and what their keys are here.
+_KEYS = {
+    "--feature-weights": "evaluation.feature_weights",
+    "--features": "evaluation.features",
+    "--reference": "evaluation.reference",
+    "--cache": "run.folder",
+}
+
+
+class Evaluator:
+    """The scores that the section `evaluation` of a config asks for.
+
+    All ranks construct it, and call it, together.
+
+    Attributes:
+        name: of the score by which checkpoints are compared, a Frechet distance.
+        floor: that distance between two halves of the reference; None where it is not known.
+        measured_by: all that a score depends on besides the model, JSON-able.
+    """
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        """Loads the features' network, and reads the reference where its statistics are not kept yet.
+
+        Args:
+            config: of the run, with `evaluation.every_steps` above 0.
+            device: where features are computed.
+
+        Raises:
+            UserError: on all ranks: no such reference or features, or latents that cannot be decoded.
+        """
+        asked = config.evaluation
+        with _named_as_in_config():
+            with runtime.together():
+                _check_decodes(config)
+                weights = Path(asked.feature_weights) if asked.feature_weights else None
+                self._extractor = make_extractor(asked.features, device, weights)
+            with phase(f"reading the statistics of {asked.reference}"):
+                cache = Path(config.run.folder) / _REFERENCES
+                reference = load_reference(Path(asked.reference), self._extractor, cache)
+        self.name = self._extractor.name
+        self.floor = None if reference.floor is None else reference.floor.get(self.name)
+        self.measured_by = dataclasses.asdict(asked) | {
+            "score": self.name,
+            "features": self._extractor.fingerprint,
+            "reference": reference.record.get("plan", {}).get("images", asked.reference),
+        }
+        for key in ("every_steps", "feature_weights"):
+            del self.measured_by[key]
+        # Precision and recall of so few images say little, and their features are large.
+        self._reference = dataclasses.replace(reference.statistics, neighbours_KF=None)
+        self._config, self._device = config, device
+        self._labels = [i % config.model.num_classes for i in range(asked.num_images)]
+        self._splits_N = splits_of(asked.num_images)
+        self._settings = GenerationSettings(
+            equal_sizes(config.model.num_tokens, asked.num_ar_steps),
+            asked.num_denoising_steps,
+            Guidance(asked.guidance),
+            # Of any number of ranks, so that the images do not depend on it.
+            config.train.micro_batch_size,
+            config.run.seed,
+            asked.solver,
+            usual_spacing(asked.solver),
+        )
+        # A rank may have no image to make: its sums need their shape.
+        features = self._extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        sums = FeatureSums.of(features, torch.zeros(1, dtype=torch.int64))
+        self._none = FeatureSums.from_arrays(sums.to_arrays(""), "", factor=0)
+
+    def __call__(self, model: Model, decode: Decode, on_step: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """The model's scores, by the names of `scores.compare`; equal on all ranks.
+
+        Args:
+            model: predicts epsilon; called alike on all ranks.
+            decode: makes images of its latents.
+            on_step: called after every denoising step, on all ranks at once.
+        """
+        sums = self._none
+        for ids_B, images_BCYX in generate_batches(
+            self._config, model, self._labels, self._settings, self._device, decode, on_step=on_step
+        ):
+            features = self._extractor(to_pixels(images_BCYX))
+            sums = sums + FeatureSums.of(features, self._splits_N[ids_B])
+        sums = sums.over_ranks()
+        scores: dict[str, float] = {}
+        with runtime.together():
+            if runtime.rank() == 0:
+                scores = compare(ImageStatistics.of(sums, None), self._reference, self.name)
+        # One rank's digits decide which checkpoint stays.
+        agreed: dict[str, float] = runtime.gather(scores)[0]
+        return agreed
+
+
+def _check_decodes(config: Config) -> None:
+    if not config.data.autoencoder and not are_pixels(config.model.latent_channels):
+        raise UserError(
+            "data.autoencoder: expected the folder of the autoencoder behind the latents, since evaluation.every_steps "
+            "asks for scores of images, got none; name it, or set evaluation.every_steps=0"
+        )
+
+
+@contextmanager
+def _named_as_in_config() -> Iterator[None]:
+    """Mistakes inside are called by the keys of a config, not by the options of a tool."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error)
+        for option, key in _KEYS.items():
+            text = text.replace(option, key)
+        raise UserError(text) from error

@@ -1,0 +1,165 @@
+"""Scores during training: of the EMA weights, on real ranks, beside a training that they leave alone."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cfpretrain import build, checkpoint
+from cfpretrain.config import load
+from cfpretrain.console import EXIT_REQUEUE, UserError
+from cfpretrain.evaluation.evaluator import Evaluator
+from cfpretrain.evaluation.references import STATISTICS_FILE
+from cfpretrain.metrics import read_metrics
+from tests.digits import small_config, small_run
+from tests.image_files import digits, write_folder
+from tests.processes import run_script, start_script
+
+TRAIN = "cfpretrain/train.py"
+CPU = torch.device("cpu")
+SCORES = ["fd_small", "fd_small_spatial", "inception_score_of_fd_small", "inception_score_std_of_fd_small"]
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 60 real digits; tests read it only."""
+    return write_folder(tmp_path_factory.mktemp("real") / "images", digits(0, 60))
+
+
+def scored(real: Path, *overrides: str) -> tuple[str, ...]:
+    return (
+        "evaluation.every_steps=4",
+        f"evaluation.reference={real}",
+        "evaluation.features=tests.small_features:make",
+        "evaluation.num_images=30",
+        "evaluation.num_denoising_steps=4",
+        "evaluation.num_ar_steps=2",
+        "checkpoint.keep_last=1",
+        "checkpoint.every_steps=5",
+        *overrides,
+    )
+
+
+@pytest.fixture(scope="module")
+def run(shards: Path, real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """12 steps on 2 ranks, scored at 4, 8 and 12; tests read it only."""
+    folder = tmp_path_factory.mktemp("runs") / "scored"
+    for ended in run_script(TRAIN, small_run(shards, folder, *scored(real)), 2):
+        assert ended.code == 0, ended.err
+        if ended.out:
+            assert ended.out.count("scoring 30 images at step") == 3
+            assert "(floor " in ended.out
+    return folder
+
+
+def scores_of(folder: Path) -> dict[int, float]:
+    return {row["step"]: row["fd_small"] for row in read_metrics(folder / "metrics.jsonl") if "fd_small" in row}
+
+
+def test_scores_are_kept_with_the_best_checkpoint(run: Path) -> None:
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["step"] for row in rows if set(SCORES) <= row.keys()] == [4, 8, 12]
+    scores = scores_of(run)
+    step = min(scores, key=lambda step: scores[step])
+    best = json.loads((run / "checkpoints" / "best.json").read_text())
+    assert (best["step"], best["score"], best["checkpoint"]) == (step, scores[step], f"step_{step:08d}")
+    assert (run / "checkpoints" / f"step_{step:08d}" / "state.json").is_file()
+    assert json.loads((run / "summary.json").read_text())["num_steps"] == 12
+
+
+def test_training_is_the_same_bit_by_bit_without_scores(shards: Path, run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    assert [ended.code for ended in run_script(TRAIN, small_run(shards, folder), 2)] == [0, 0]
+    ours, theirs = (read_metrics(path / "metrics.jsonl") for path in (run, folder))
+    for key in ("step", "loss", "grad_norm", "learning_rate", "epoch"):
+        assert [row[key] for row in ours] == [row[key] for row in theirs]
+    for which in ("weights", "ema"):
+        ours, theirs = (
+            checkpoint.read_tensors(path / "checkpoints" / "step_00000012", which) for path in (run, folder)
+        )
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_score_is_that_of_the_checkpoints_average_on_one_rank(run: Path) -> None:
+    """2 ranks at ZeRO-3 with their shards against a whole model with the EMA of step 12."""
+    config, model, step = build.load_run(run, CPU)
+    evaluator = Evaluator(config, CPU)
+    scores = evaluator(model, build.make_autoencoder(config, CPU).decode)
+    row = next(row for row in read_metrics(run / "metrics.jsonl") if row["step"] == step)
+    # Pixels are rounded to 8 bits: where the last bit of a float differs, one of them may.
+    assert [scores[name] for name in SCORES] == pytest.approx([row[name] for name in SCORES], rel=1e-3)
+    trained = build.load_run(run, CPU, "weights")[1]
+    others = evaluator(trained, build.make_autoencoder(config, CPU).decode)
+    assert others["fd_small"] != pytest.approx(row["fd_small"], rel=1e-2), "the average, not the weights"
+
+
+def test_a_stop_ends_a_score_at_once_and_the_next_start_makes_up_for_it(
+    shards: Path, real: Path, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "stopped"
+    # It would go on for an hour.
+    endless = scored(real, "evaluation.num_images=20000", "evaluation.num_denoising_steps=1000")
+    ranks = start_script(TRAIN, small_run(shards, folder, *endless), 2)
+    deadline = time.monotonic() + 200
+    while "scoring 20000 images at step 4" not in ranks[0].said():
+        assert time.monotonic() < deadline
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGUSR1)
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [EXIT_REQUEUE] * 2, said
+    assert "stopped at step 4 with a checkpoint (SIGUSR1)" in said[0]
+    assert scores_of(folder) == {}
+    assert not (folder / "checkpoints" / "best.json").exists()
+
+    first, second = run_script(TRAIN, small_run(shards, folder, *scored(real)), 2)
+    assert (first.code, second.code) == (0, 0), first.err
+    assert first.out.index("training from step 4") < first.out.index("scoring 30 images at step 4")
+    assert scores_of(folder) == scores_of(run)
+    assert [row["loss"] for row in read_metrics(folder / "metrics.jsonl")] == [
+        row["loss"] for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def test_the_best_of_before_stays_in_a_run_that_goes_on(shards: Path, real: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    [ended] = run_script(TRAIN, small_run(shards, folder, *scored(real, "train.num_steps=4")))
+    assert ended.code == 0, ended.err
+    note = folder / "checkpoints" / "best.json"
+    unbeaten = json.loads(note.read_text()) | {"score": 0.0}
+    note.write_text(json.dumps(unbeaten))
+    [ended] = run_script(TRAIN, small_run(shards, folder, *scored(real)))
+    assert ended.code == 0, ended.err
+    assert ended.out.count("scoring 30 images at step") == 2, "step 4 has its score"
+    assert "the best so far" not in ended.out
+    assert json.loads(note.read_text()) == unbeaten
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["best.json", "latest", "step_00000004", "step_00000012"]
+
+
+def test_mistakes_are_named_by_their_keys(shards: Path, real: Path, tmp_path: Path) -> None:
+    def refused(*overrides: str) -> str:
+        with pytest.raises(UserError) as caught:
+            Evaluator(small_config(shards, tmp_path / "run", *scored(real), *overrides), CPU)
+        assert "\n" not in str(caught.value)
+        assert "--" not in str(caught.value)
+        return str(caught.value)
+
+    assert refused("evaluation.reference=nowhere").startswith("evaluation.reference: expected a folder of images")
+    assert refused("evaluation.features=incption").startswith("evaluation.features: expected inception, effnet_lite0")
+    assert refused("evaluation.features=inception").startswith("evaluation.feature_weights: expected the file")
+    assert refused("model.latent_channels=4").startswith("data.autoencoder: expected the folder of the autoencoder")
+
+
+def test_statistics_that_are_there_are_a_reference(shards: Path, real: Path, run: Path, tmp_path: Path) -> None:
+    [statistics] = run.glob(f"references/*/{STATISTICS_FILE}")
+    config = load(run / "config.yaml", [f"evaluation.reference={statistics}", f"run.folder={tmp_path}"])
+    evaluator = Evaluator(config, CPU)
+    assert evaluator.floor is None
+    assert not (tmp_path / "references").exists()
+    _, model, _ = build.load_run(run, CPU)
+    scores = evaluator(model, build.make_autoencoder(config, CPU).decode)
+    assert scores["fd_small"] == pytest.approx(scores_of(run)[12], rel=1e-3)
