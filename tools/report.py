@@ -14,6 +14,8 @@ from typing import Any
 
 from cfpretrain.console import UserError, exit_with, phase, say
 
+# Of few denoising steps: as good as 250 of DDPM's, in a tenth of the time (tools/measure_sampling.py quality).
+_SOLVER, _SPACING = "sde-dpm++", "log_snr"
 _MOST_MAPPED = 1500  # latents behind the loss map
 
 
@@ -26,16 +28,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=1000, help="images for each setting (default 1000)")
     parser.add_argument("--num-ar-steps", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
     parser.add_argument(
-        "--num-denoising-steps",
-        type=int,
-        default=100,
-        help="for the images compared with real ones: unguided, fewest AR steps (default 100)",
-    )
-    parser.add_argument(
-        "--num-accuracy-steps",
-        type=int,
-        default=30,
-        help="denoising steps for the others, of which only the class is judged (default 30)",
+        "--num-denoising-steps", type=int, default=25, help=f"of each AR step, by {_SOLVER} (default 25)"
     )
     parser.add_argument("--guidance", type=float, default=2.0, help="beside unguided samples (default 2)")
     parser.add_argument("--batch-size", type=int, default=250, help="images a forward on one rank (default 250)")
@@ -85,7 +78,7 @@ def _settings(arguments: argparse.Namespace, step: int) -> dict[str, Any]:
         "num_scored": arguments.num_images,
         "num_ar_steps": arguments.num_ar_steps,
         "num_denoising_steps": arguments.num_denoising_steps,
-        "num_accuracy_steps": arguments.num_accuracy_steps,
+        "solver": _SOLVER,
         "guidance": arguments.guidance,
         "images": str(arguments.images),
         "held_out": str(arguments.held_out),
@@ -96,7 +89,6 @@ def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> N
     for name, value, low, high in (
         ("--num-images", arguments.num_images, 100, 10**6),
         ("--num-denoising-steps", arguments.num_denoising_steps, 2, num_levels),
-        ("--num-accuracy-steps", arguments.num_accuracy_steps, 2, num_levels),
         ("--batch-size", arguments.batch_size, 1, 10**6),
         *(("--num-ar-steps", value, 1, num_tokens) for value in arguments.num_ar_steps),
     ):
@@ -141,14 +133,14 @@ def _generate(
     from cfpretrain.sampler import Guidance
 
     labels = [i % config.model.num_classes for i in range(arguments.num_images)]
-    compared = guidance == 1 and num_ar_steps == min(arguments.num_ar_steps)
-    num_denoising_steps = arguments.num_denoising_steps if compared else arguments.num_accuracy_steps
     settings = GenerationSettings(
         equal_sizes(config.model.num_tokens, num_ar_steps),
-        num_denoising_steps,
+        arguments.num_denoising_steps,
         Guidance(guidance),
         arguments.batch_size,
         config.run.seed,
+        _SOLVER,
+        _SPACING,
     )
     with phase(f"sampling {len(labels)} images, AR steps {num_ar_steps}, guidance {guidance:g}"):
         images = generate_images(config, model, labels, settings, device)

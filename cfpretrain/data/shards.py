@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -399,8 +400,8 @@ class Shards:
         place = index - (self._ends[shard - 1] if shard else 0)
         problem = ""
         for _ in range(3):  # a cached copy may be removed under us, or prove damaged
-            reader, path = self._readers[shard], self.source.path(self.files[shard])
-            reader.dirname, reader.raw_data.basename = str(path.parent), path.name
+            reader = self._readers[shard]
+            reader.dirname, reader.raw_data.basename = os.path.split(self.source.path(self.files[shard]))
             try:
                 with np.errstate(over="ignore"):  # of damaged offsets
                     sample: dict[str, Any] = reader[place]
@@ -408,14 +409,14 @@ class Shards:
                     return sample
                 problem = "its checksum differs"
             except FileNotFoundError:
-                continue
+                problem = "its file vanishes"
             except (ValueError, IndexError, TypeError, OSError, MemoryError) as error:
                 problem = str(error)
             if not self.source.drop(self.files[shard]):
                 break
         raise DamagedShardError(
             f"{self._key}: {self.source.address}/{self.files[shard].name}: sample {place} is damaged "
-            f"({problem or 'its file vanishes'}); copy the file from where it is whole, or write the folder again"
+            f"({problem}); copy the file from where it is whole, or write the folder again"
         )
 
     def read_latents(self, indices: NDArray[np.int64]) -> LatentBatch:

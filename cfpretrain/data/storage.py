@@ -68,7 +68,7 @@ class Source(Protocol):
         ...
 
     def drop(self, file: ShardFile) -> bool:
-        """Forgets a copy that proved damaged; whether `path` can give another."""
+        """Forgets a file that proved missing or damaged; whether it is worth asking `path` again."""
         ...
 
 
@@ -77,6 +77,7 @@ class LocalFolder:
 
     def __init__(self, folder: str | Path, key: str) -> None:
         self.address, self._folder, self._key = str(folder), Path(folder), key
+        self._found: dict[str, Path] = {}  # files seen whole, so that not every sample asks the disk
 
     def text(self, name: str) -> str:
         """See `Source`."""
@@ -84,6 +85,8 @@ class LocalFolder:
 
     def path(self, file: ShardFile) -> Path:
         """See `Source`."""
+        if file.name in self._found:
+            return self._found[file.name]
         path = self._folder / file.name
         try:
             size = path.stat().st_size
@@ -97,11 +100,12 @@ class LocalFolder:
                 f"{self._key}: {path}: expected a file of {file.num_bytes} bytes, {problem}; copy it from where it is "
                 "whole, or write the folder again"
             )
+        self._found[file.name] = path
         return path
 
     def drop(self, file: ShardFile) -> bool:
-        """See `Source`."""
-        return False
+        """See `Source`; the file stays, and is looked at again."""
+        return self._found.pop(file.name, None) is not None
 
 
 class Patience:
