@@ -14,7 +14,7 @@ from typing import Any
 
 from cfpretrain.console import UserError, exit_with, phase, say
 
-# Of few denoising steps: as good as 250 of DDPM's, in a tenth of the time (tools/measure_sampling.py quality).
+# For few denoising steps; tools/measure_sampling.py quality holds it against DDPM's.
 _SOLVER, _SPACING = "sde-dpm++", "log_snr"
 _MOST_MAPPED = 1500  # latents behind the loss map
 
