@@ -11,7 +11,8 @@ import torch
 from cfpretrain import config as configs
 from cfpretrain.checkpoint import CheckpointStore, read_state, read_tensors
 from cfpretrain.config import Config
-from cfpretrain.console import UserError
+from cfpretrain.console import UserError, say
+from cfpretrain.data.shards import read_latents_info
 from cfpretrain.loss import NoisePredictionLoss
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
@@ -114,6 +115,17 @@ def make_untrained(config: Config, device: torch.device) -> CausalFusion:
             first = initial_values(config.run.seed, config.model.grid, name, values.shape, 0, values.numel())
             values.copy_(first.view_as(values))
     return model.to(device).eval().requires_grad_(False)
+
+
+def class_names(config: Config) -> tuple[str, ...]:
+    """The names of the classes, from the latents trained on; their numbers where those are not at hand."""
+    numbers = tuple(map(str, range(config.model.num_classes)))
+    try:
+        names = read_latents_info(config.data.shards[0]).class_names
+    except UserError as error:
+        say(f"WARNING: classes go by their numbers, since their names are not at hand: {error}")
+        return numbers
+    return names if len(names) == len(numbers) else numbers
 
 
 def make_loss(config: Config) -> NoisePredictionLoss:

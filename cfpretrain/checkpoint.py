@@ -417,8 +417,8 @@ class CheckpointStore:
         with _reading_on_all_ranks(path):
             state = read_state(path)
             state.check_model(model, str(path))
-            hashes = _read_hashes(path)
-            contents = {content: _check_file(path, content, state.step, hashes) for content in CONTENTS}
+            hashes = read_hashes(path)
+            contents = {content: check_file(path, content, state.step, hashes) for content in CONTENTS}
             for content, (header, _) in contents.items():
                 _check_shapes(tensor_file(path, content), header, shapes)
         with _reading_on_all_ranks(path):
@@ -637,13 +637,13 @@ def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tens
     state = read_state(path)
     file = tensor_file(path, which)
     try:
-        header, ranges = _check_file(path, which, state.step, _read_hashes(path))
+        header, ranges = check_file(path, which, state.step, read_hashes(path))
         return read_whole(file, header, ranges)
     except OSError as error:
         raise _unreadable(f"{file} cannot be read", error, remedy(file)) from error
 
 
-def _read_hashes(path: Path) -> dict[str, Any]:
+def read_hashes(path: Path) -> dict[str, Any]:
     file = path / RANGES_FILE
     try:
         plain = json.loads(read_text(file))
@@ -656,7 +656,7 @@ def _read_hashes(path: Path) -> dict[str, Any]:
     return plain
 
 
-def _check_file(path: Path, content: str, step: int, hashes: Mapping[str, Any]) -> tuple[Header, list[HashedRange]]:
+def check_file(path: Path, content: str, step: int, hashes: Mapping[str, Any]) -> tuple[Header, list[HashedRange]]:
     """The header of a tensor file and the hashes of all its values; refuses a file of another step."""
     file = tensor_file(path, content)
     header = read_header(file)

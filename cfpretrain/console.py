@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 # Exit codes besides 0.
 EXIT_USER_ERROR = 2  # a mistake of the user's: a bad config, missing shards, an unwritable folder
@@ -32,6 +32,16 @@ class SickRunError(RuntimeError):
 def one_line(error: Exception) -> str:
     """What an error says, for a message of one line; the name of its class where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def leave_with(reason: str) -> NoReturn:
+    """Ends a rank whose command is to be given again, without a farewell to the others, which may not answer."""
+    print(
+        f"[cfpretrain] rank {os.environ.get('RANK', '0')}: {reason}; the same command goes on",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_REQUEUE)
 
 
 def is_rank_zero() -> bool:

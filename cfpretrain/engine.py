@@ -131,10 +131,11 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
     module = _construct(deepspeed, make_module, config, settings, device)
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     assert not frozen, f"frozen tensors must be buffers: {frozen}"
-    if config.engine.zero_stage == 3 and (config.engine.compile_blocks or device.type == "cpu"):
+    has_blocks = any(isinstance(part, Block) for part in module.modules())
+    if has_blocks and config.engine.zero_stage == 3 and (config.engine.compile_blocks or device.type == "cpu"):
         # A block's parameters are gathered at once. Else ZeRO's hooks would gather those of each linear layer inside
         # the compiled graphs, which break there, and are compiled anew without end. On a CPU the hooks themselves
-        # cost: 275 ms a step of the demo's model instead of 234.
+        # take time that a small model feels.
         deepspeed.utils.set_z3_leaf_modules(module, [Block])
     called = module
     if config.engine.zero_stage == 0 and config.engine.precision == "bf16":

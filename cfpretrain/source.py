@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfpretrain import build
 from cfpretrain import config as configs
 from cfpretrain.build import CONFIG_FILE, Autoencoder, load_run, make_autoencoder, make_model
 from cfpretrain.config import Config
-from cfpretrain.console import UserError, say
-from cfpretrain.data.shards import read_latents_info
+from cfpretrain.console import UserError
 from cfpretrain.export import foreign_files
 from cfpretrain.export.diffusers_layout import TRANSFORMER, VAE, WEIGHTS_STEM
 from cfpretrain.model import attention
@@ -94,7 +94,7 @@ def load_source(path: Path, device: torch.device, precision: str = "fp32", weigh
         title = f"{path}"
     elif (path / CONFIG_FILE).is_file():
         config, model, step = load_run(path, torch.device("cpu"), "ema" if weights == "ema" else "weights")
-        class_names = _class_names(config)
+        class_names = build.class_names(config)
         title = f"{path}, step {step}, {'EMA' if weights == 'ema' else 'raw'} weights"
     else:
         raise UserError(_no_source(path))
@@ -109,16 +109,6 @@ def _no_source(path: Path) -> str:
     if path.is_file():
         return f"{wanted} a file; of an official checkpoint tools/import_official.py makes a run folder"
     return f"{wanted} {'another folder' if path.is_dir() else 'nothing: it does not exist'}"
-
-
-def _class_names(config: Config) -> tuple[str, ...]:
-    numbers = tuple(map(str, range(config.model.num_classes)))
-    try:
-        names = read_latents_info(config.data.shards[0]).class_names
-    except UserError as error:
-        say(f"classes go by their numbers, since their names are not at hand: {error}")
-        return numbers
-    return names if len(names) == len(numbers) else numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,6 @@ def refused(
         num_images=100,
         num_ar_steps=[1],
         num_denoising_steps=10,
-        num_accuracy_steps=10,
         batch_size=10,
         guidance=2.0,
     )

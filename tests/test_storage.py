@@ -15,7 +15,7 @@ import pytest
 
 from cfpretrain.console import UserError
 from cfpretrain.data import storage
-from cfpretrain.data.storage import CacheSettings, LocalFolder, Patience, RemoteFolder, ShardFile, open_source
+from cfpretrain.data.storage import CacheSettings, LocalFolder, Patience, RemoteFolder, ShardFile, Source, open_source
 from tests.disks import mount, mounted_disk
 
 ADDRESS = "s3://bucket/shards"
@@ -77,6 +77,11 @@ def remote(folder: Path, limit_bytes: int = 0, patience_seconds: float = 30.0) -
     return RemoteFolder(ADDRESS, "data.shards", CacheSettings(folder, limit_bytes, Patience(patience_seconds)))
 
 
+def content(source: Source, file: ShardFile) -> bytes:
+    with source.open(file) as opened:
+        return opened.read()
+
+
 def copies_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()} - {"lock"}
 
@@ -104,13 +109,13 @@ def test_a_local_folder_gives_its_own_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         source.text("other.json")
     path = tmp_path / file_of(1).name
-    message = error_of(lambda: source.path(file_of(1)))
+    message = error_of(lambda: content(source, file_of(1)))
     assert message.startswith(f"--images: {path}: expected a file of 1000 bytes, it is missing; ")
     path.write_bytes(content_of(1)[:-1])
-    assert "expected a file of 1000 bytes, got 999" in error_of(lambda: source.path(file_of(1)))
+    assert "expected a file of 1000 bytes, got 999" in error_of(lambda: content(source, file_of(1)))
     path.write_bytes(content_of(1))
-    assert source.path(file_of(1)) == path
-    assert not source.drop(file_of(1))
+    assert content(source, file_of(1)) == content_of(1)
+    assert not source.drop(file_of(1))  # damaged or not, it is the user's
     assert path.exists()
 
 
@@ -133,9 +138,9 @@ def test_a_file_is_fetched_once_and_whole(store: Store, tmp_path: Path) -> None:
     source = remote(cache)
     for _ in range(2):
         for number in (0, 1):
-            assert source.path(file_of(number)).read_bytes() == content_of(number)
+            assert content(source, file_of(number)) == content_of(number)
     # Another run, or another data set with the same file.
-    assert remote(cache).path(file_of(1)).read_bytes() == content_of(1)
+    assert content(remote(cache), file_of(1)) == content_of(1)
     assert store.asked() == [file_of(0).name, file_of(1).name]
     assert copies_in(cache) == digests(0, 1)
 
@@ -146,42 +151,54 @@ def test_the_least_recently_used_make_place(store: Store, tmp_path: Path) -> Non
     (cache / "notes.txt").write_text("x" * 5000)  # not ours: neither counted nor removed
     source = remote(cache, limit_bytes=3 * NUM_BYTES)
     for number in (0, 1, 2, 0, 3, 0, 4):
-        assert source.path(file_of(number)).read_bytes() == content_of(number)
+        assert content(source, file_of(number)) == content_of(number)
         time.sleep(0.02)  # time stamps of files move in steps of some milliseconds
     assert copies_in(cache) == digests(0, 3, 4) | {"notes.txt"}
     assert store.asked() == [file_of(number).name for number in (0, 1, 2, 3, 4)]
-    assert remote(cache, limit_bytes=NUM_BYTES).path(file_of(5)).read_bytes() == content_of(5)
+    assert content(remote(cache, limit_bytes=NUM_BYTES), file_of(5)) == content_of(5)
     assert copies_in(cache) == digests(5) | {"notes.txt"}
 
 
+def test_what_is_open_stays_readable_when_it_makes_place(store: Store, tmp_path: Path) -> None:
+    source = remote(tmp_path / "cache", limit_bytes=NUM_BYTES)
+    for is_there in (False, True):  # just fetched, or found in the cache
+        if is_there:
+            content(source, file_of(0))
+        with source.open(file_of(0)) as opened:
+            assert content(source, file_of(1)) == content_of(1)
+            assert copies_in(tmp_path / "cache") == digests(1)
+            assert opened.read() == content_of(0)
+
+
 def test_a_limit_below_one_file_is_refused(store: Store, tmp_path: Path) -> None:
-    message = error_of(lambda: remote(tmp_path / "cache", limit_bytes=NUM_BYTES - 1).path(file_of(0)))
+    message = error_of(lambda: content(remote(tmp_path / "cache", limit_bytes=NUM_BYTES - 1), file_of(0)))
     assert message.startswith("data.cache_limit_gb: expected at least 1e-06, the size of shard.00000.mds")
     assert not store.asked()
 
 
 def test_a_damaged_copy_is_fetched_again(store: Store, tmp_path: Path) -> None:
     source = remote(tmp_path / "cache")
-    path = source.path(file_of(0))
+    assert content(source, file_of(0)) == content_of(0)
+    (path,) = (tmp_path / "cache").glob("[0-9a-f]*")
     path.write_bytes(b"short")
-    assert source.path(file_of(0)).read_bytes() == content_of(0)
+    assert content(source, file_of(0)) == content_of(0)
     path.write_bytes(b"x" * NUM_BYTES)  # seen by the reader only, which says so
     assert source.drop(file_of(0))
-    assert source.path(file_of(0)).read_bytes() == content_of(0)
+    assert content(source, file_of(0)) == content_of(0)
     assert len(store.asked()) == 3
 
 
 def test_a_wrong_download_is_not_taken(store: Store, tmp_path: Path) -> None:
     source, there = remote(tmp_path / "cache"), store.folder / file_of(0).name
     there.write_bytes(content_of(1))
-    message = error_of(lambda: source.path(file_of(0)))
+    message = error_of(lambda: content(source, file_of(0)))
     assert f"{ADDRESS}/shard.00000.mds: expected 1000 bytes of hash {file_of(0).digest[:16]}" in message
     assert message.endswith("3 times; upload the folder again")
     there.write_bytes(content_of(0)[:500])
-    assert "got 500 bytes" in error_of(lambda: source.path(file_of(0)))
+    assert "got 500 bytes" in error_of(lambda: content(source, file_of(0)))
     assert copies_in(tmp_path / "cache") == set()
     store.before_second_half = lambda name: there.write_bytes(content_of(0))
-    assert source.path(file_of(0)).read_bytes() == content_of(0)
+    assert content(source, file_of(0)) == content_of(0)
 
 
 def test_a_full_disk(store: Store, tmp_path: Path) -> None:
@@ -189,20 +206,20 @@ def test_a_full_disk(store: Store, tmp_path: Path) -> None:
         (disk / "other").write_bytes(bytes(64 << 10))
         large = file_of(9, 100 << 10)
         (store.folder / large.name).write_bytes(content_of(9, large.num_bytes))
-        message = error_of(lambda: remote(disk / "cache").path(large))
+        message = error_of(lambda: content(remote(disk / "cache"), large))
         assert message.startswith(f"data.cache_folder: {disk}/cache cannot be written (No space left on device); free")
         assert copies_in(disk / "cache") == set()
         (disk / "other").unlink()
-        assert remote(disk / "cache").path(large).read_bytes() == content_of(9, large.num_bytes)
+        assert content(remote(disk / "cache"), large) == content_of(9, large.num_bytes)
     assert len(store.asked()) == 2  # asking again would not have helped
 
 
 def test_a_read_only_cache_gives_what_it_has(store: Store, tmp_path: Path) -> None:
     with mounted_disk(tmp_path / "disk", "128k") as disk:
-        remote(disk).path(file_of(0))
+        content(remote(disk), file_of(0))
         assert mount("-o", "remount,ro", str(disk)).returncode == 0
-        assert remote(disk).path(file_of(0)).read_bytes() == content_of(0)
-        message = error_of(lambda: remote(disk).path(file_of(1)))
+        assert content(remote(disk), file_of(0)) == content_of(0)
+        message = error_of(lambda: content(remote(disk), file_of(1)))
         assert message.startswith(f"data.cache_folder: {disk} cannot be written (Read-only file system)")
 
 
@@ -219,7 +236,7 @@ def answer(status: int) -> Exception:
 
 def test_a_storage_that_comes_back(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store.troubles = [ConnectionError("https://me:hunter2@host/x?token=1 refused"), TimeoutError(), answer(503)]
-    assert remote(tmp_path / "cache").path(file_of(0)).read_bytes() == content_of(0)
+    assert content(remote(tmp_path / "cache"), file_of(0)) == content_of(0)
     assert len(store.asked()) == 4
     assert capsys.readouterr().out.splitlines() == [
         f"[cfpretrain] WARNING: {ADDRESS}/shard.00000.mds cannot be read (https://host/x refused); "
@@ -231,7 +248,7 @@ def test_a_storage_that_comes_back(store: Store, tmp_path: Path, capsys: pytest.
 def test_a_storage_that_stays_away(store: Store, tmp_path: Path) -> None:
     store.troubles = [ConnectionError("connection refused")] * 1000
     begin = time.monotonic()
-    message = error_of(lambda: remote(tmp_path / "cache", patience_seconds=0.5).path(file_of(0)))
+    message = error_of(lambda: content(remote(tmp_path / "cache", patience_seconds=0.5), file_of(0)))
     assert message.startswith(f"data.shards: {ADDRESS}/shard.00000.mds could not be read for ")
     assert " s (connection refused); mend the storage" in message
     assert "S3_ENDPOINT_URL" in message
@@ -259,7 +276,7 @@ def test_patience_begins_with_the_first_failure(store: Store, tmp_path: Path) ->
     other.start()
     held.wait()
     store.before_second_half = break_off
-    assert remote(cache, patience_seconds=0.3).path(file_of(0)).read_bytes() == content_of(0)
+    assert content(remote(cache, patience_seconds=0.3), file_of(0)) == content_of(0)
     other.join()
     assert len(store.asked()) == 2
 
@@ -281,7 +298,7 @@ class NoCredentialsError(Exception):
 )
 def test_refusals_are_final(store: Store, tmp_path: Path, trouble: Exception, words: str) -> None:
     store.troubles = [trouble]
-    message = error_of(lambda: remote(tmp_path / "cache").path(file_of(0)))
+    message = error_of(lambda: content(remote(tmp_path / "cache"), file_of(0)))
     assert message.startswith(f"data.shards: {ADDRESS}/shard.00000.mds")
     assert words in message
     assert len(store.asked()) == 1
@@ -318,13 +335,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def read_in_turn(source: RemoteFolder, numbers: list[int]) -> None:
     """In a process of its own; fails where a file is wrong or the limit is passed."""
     for number in numbers:
-        for _ in range(20):  # another process may need the room at once
-            try:
-                content = source.path(file_of(number)).read_bytes()
-                break
-            except FileNotFoundError:
-                continue
-        assert content == content_of(number)
+        assert content(source, file_of(number)) == content_of(number)  # though others may need the room at once
         limit, folder = source._cache.limit_bytes, source._cache.folder
         with storage._locked(folder / "lock", source._cache.patience):  # nothing is removed meanwhile
             sizes = [path.stat().st_size for path in folder.iterdir() if len(path.name) == 128]
@@ -370,13 +381,13 @@ def test_what_a_killed_download_leaves_is_removed_by_the_next(store: Store, tmp_
         assert copies_in(cache) == {f"{file_of(0).digest}.{NUM_BYTES}.part"}
 
     kill_one_in_the_middle()
-    assert remote(cache, 2 * NUM_BYTES).path(file_of(0)).read_bytes() == content_of(0)
+    assert content(remote(cache, 2 * NUM_BYTES), file_of(0)) == content_of(0)
     assert copies_in(cache) == digests(0)
     # Neither do leftovers of other files keep their room.
     shutil.rmtree(cache)
     kill_one_in_the_middle()
     for number in (1, 2):
-        remote(cache, 2 * NUM_BYTES).path(file_of(number))
+        content(remote(cache, 2 * NUM_BYTES), file_of(number))
     assert copies_in(cache) == digests(1, 2)
 
 

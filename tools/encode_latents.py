@@ -10,12 +10,11 @@ that it writes depend on neither. Exit code 2: a mistake; 75: it was asked to st
 import argparse
 import os
 import signal
-import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, phase, say
+from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, leave_with, phase, say
 
 if TYPE_CHECKING:
     from cfpretrain.data.encoding import Encoding
@@ -65,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
             encoding, writer = _prepare(arguments, device)
         _work(encoding, writer)
     except runtime.LostRankError as error:
-        _leave_with(f"another rank is gone ({error})")
+        leave_with(f"another rank is gone ({error})")
     finally:
         runtime.stop()
 
@@ -116,7 +115,7 @@ def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
 
     def show(num_done: int) -> None:
         if not launcher.is_there():
-            _leave_with("the launcher is gone")
+            leave_with("the launcher is gone")
         progress.show(done_before + num_done)
 
     try:
@@ -169,13 +168,6 @@ def _watch_signals() -> None:
     # A thread of its own, since no handler is called while the main thread waits for other ranks.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _leave_with(reason: str) -> None:
-    """Without a farewell to the other ranks, which may not answer."""
-    rank = os.environ.get("RANK", "0")
-    print(f"[cfpretrain] rank {rank}: {reason}; the same command goes on", file=sys.stderr, flush=True)
-    os._exit(EXIT_REQUEUE)
 
 
 if __name__ == "__main__":

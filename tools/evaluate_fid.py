@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, phase, say
+from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, leave_with, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, read_settings
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
             reference = load_reference(arguments.reference, extractor, arguments.cache, progress.begin, progress.show)
         _score(arguments, extractor, reference, batches, plan, labels)
     except runtime.LostRankError as error:
-        _leave_with(f"another rank is gone ({error})")
+        leave_with(f"another rank is gone ({error})")
     finally:
         runtime.stop()
 
@@ -254,13 +254,6 @@ class _Progress:
 def _leave(*_: object) -> None:
     """After a signal: what is saved stays, and the rest is cheap to do again."""
     say("stopped; the same command goes on")
-    os._exit(EXIT_REQUEUE)
-
-
-def _leave_with(reason: str) -> None:
-    """Without a farewell to the other ranks, which may not answer."""
-    rank = os.environ.get("RANK", "0")
-    print(f"[cfpretrain] rank {rank}: {reason}; the same command goes on", file=sys.stderr, flush=True)
     os._exit(EXIT_REQUEUE)
 
 

@@ -11,6 +11,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -177,12 +178,13 @@ def _verify(shards: "Shards") -> None:
     done = 0
     progress = ItemProgress(len(shards), 0, "sample")
     for number, file in enumerate(shards.files):
-        path = shards.source.path(file)
-        _verify_file(path, file.digest)
+        name = f"{shards.source.address}/{file.name}"
+        with shards.source.open(file) as opened:
+            _verify_file(opened, name, file.digest)
         for sample in shards.shard(number):
             problem = _problem(sample, shards)
             if problem is not None:
-                raise UserError(f"shards: {path}: sample {sample['id']} {problem}; write the folder again")
+                raise UserError(f"shards: {name}: sample {sample['id']} {problem}; write the folder again")
             ids[done] = sample["id"]
             labels[int(sample["label"])] += 1
             done += 1
@@ -199,16 +201,15 @@ def _verify(shards: "Shards") -> None:
     )
 
 
-def _verify_file(path: Path, digest: str) -> None:
+def _verify_file(opened: FileIO, name: str, digest: str) -> None:
     import hashlib
 
     from cfpretrain.data.shards import HASH
 
-    with path.open("rb") as opened:
-        found = hashlib.file_digest(opened, HASH).hexdigest()
+    found = hashlib.file_digest(opened, HASH).hexdigest()
     if found != digest:
         raise UserError(
-            f"shards: {path}: expected the {HASH} hash {digest[:16]}... of the index, got {found[:16]}...; copy the "
+            f"shards: {name}: expected the {HASH} hash {digest[:16]}... of the index, got {found[:16]}...; copy the "
             "file from where it is whole, or write the folder again"
         )
 

@@ -14,6 +14,8 @@ from typing import Any
 
 from cfpretrain.console import UserError, exit_with, phase, say
 
+# For few denoising steps; tools/measure_sampling.py quality holds it against DDPM's.
+_SOLVER, _SPACING = "sde-dpm++", "log_snr"
 _MOST_MAPPED = 1500  # latents behind the loss map
 _FEATURES = "fd_effnet_lite0"
 _MOST_EMBEDDED = 500  # images of each set behind the distance in these features
@@ -28,16 +30,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=1000, help="images for each setting (default 1000)")
     parser.add_argument("--num-ar-steps", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
     parser.add_argument(
-        "--num-denoising-steps",
-        type=int,
-        default=100,
-        help="for the images compared with real ones: unguided, fewest AR steps (default 100)",
-    )
-    parser.add_argument(
-        "--num-accuracy-steps",
-        type=int,
-        default=30,
-        help="denoising steps for the others, of which only the class is judged (default 30)",
+        "--num-denoising-steps", type=int, default=25, help=f"of each AR step, by {_SOLVER} (default 25)"
     )
     parser.add_argument("--guidance", type=float, default=2.0, help="beside unguided samples (default 2)")
     parser.add_argument("--batch-size", type=int, default=250, help="images a forward on one rank (default 250)")
@@ -89,7 +82,7 @@ def _settings(arguments: argparse.Namespace, step: int) -> dict[str, Any]:
         "num_embedded": min(_MOST_EMBEDDED, arguments.num_images),
         "num_ar_steps": arguments.num_ar_steps,
         "num_denoising_steps": arguments.num_denoising_steps,
-        "num_accuracy_steps": arguments.num_accuracy_steps,
+        "solver": _SOLVER,
         "guidance": arguments.guidance,
         "images": str(arguments.images),
         "held_out": str(arguments.held_out),
@@ -100,7 +93,6 @@ def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> N
     for name, value, low, high in (
         ("--num-images", arguments.num_images, 100, 10**6),
         ("--num-denoising-steps", arguments.num_denoising_steps, 2, num_levels),
-        ("--num-accuracy-steps", arguments.num_accuracy_steps, 2, num_levels),
         ("--batch-size", arguments.batch_size, 1, 10**6),
         *(("--num-ar-steps", value, 1, num_tokens) for value in arguments.num_ar_steps),
     ):
@@ -145,14 +137,14 @@ def _generate(
     from cfpretrain.sampler import Guidance
 
     labels = [i % config.model.num_classes for i in range(arguments.num_images)]
-    compared = guidance == 1 and num_ar_steps == min(arguments.num_ar_steps)
-    num_denoising_steps = arguments.num_denoising_steps if compared else arguments.num_accuracy_steps
     settings = GenerationSettings(
         equal_sizes(config.model.num_tokens, num_ar_steps),
-        num_denoising_steps,
+        arguments.num_denoising_steps,
         Guidance(guidance),
         arguments.batch_size,
         config.run.seed,
+        _SOLVER,
+        _SPACING,
     )
     with phase(f"sampling {len(labels)} images, AR steps {num_ar_steps}, guidance {guidance:g}"):
         images = generate_images(config, model, labels, settings, device)
@@ -196,7 +188,7 @@ def _report(
     import numpy as np
     import torch
 
-    from cfpretrain import build
+    from cfpretrain import build, runtime
     from cfpretrain.data.images import read_all_images
     from cfpretrain.data.loader import open_folders
     from cfpretrain.evaluation import pictures
@@ -215,6 +207,7 @@ def _report(
         latents = build.make_scaling(config).to_model(trained.mean_BCYX).to(device)
         errors = measure_loss_map(model, build.make_loss(config), latents, trained.labels_B, num_bins=20, passes=8)
         pictures.loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
+    torch.set_num_threads(torch.get_num_threads() * runtime.world_size())  # those of the ranks that are done
     with phase("scoring"):
         held_out_pixels, held_out_labels = read_all_images(arguments.held_out, "--held-out")
         train, held_out = (

@@ -14,13 +14,12 @@ import argparse
 import dataclasses
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, phase, say
+from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, leave_with, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ def _write_set(
 
     def check_launcher(_: int) -> None:
         if not launcher.is_there():
-            _leave_with("the launcher is gone")
+            leave_with("the launcher is gone")
 
     num_done = len(labels) - images.count(missing)
     try:
@@ -199,7 +198,7 @@ def _write_set(
                 images.write(ids, made)
                 exchange.add(len(ids))
     except runtime.LostRankError as error:
-        _leave_with(f"another rank is gone ({error})")
+        leave_with(f"another rank is gone ({error})")
     with runtime.together():
         if runtime.rank() == 0:
             images.finish()
@@ -269,13 +268,6 @@ def _writing(path: Path) -> Iterator[None]:
 def _leave(*_: object) -> None:
     """After a signal: what is written stays, and the rest is cheap to do again."""
     say("stopped; the same command goes on")
-    os._exit(EXIT_REQUEUE)
-
-
-def _leave_with(reason: str) -> None:
-    """Without a farewell to the other ranks, which may not answer."""
-    rank = os.environ.get("RANK", "0")
-    print(f"[cfpretrain] rank {rank}: {reason}; the same command goes on", file=sys.stderr, flush=True)
     os._exit(EXIT_REQUEUE)
 
 

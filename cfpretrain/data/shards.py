@@ -17,6 +17,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -373,7 +374,7 @@ class Shards:
             )
         if isinstance(self.source, LocalFolder):
             for file in self.files:
-                self.source.path(file)
+                self.source.open(file).close()
 
     def __len__(self) -> int:
         return self.info.num_samples
@@ -398,24 +399,21 @@ class Shards:
         shard = bisect.bisect_right(self._ends, index)
         place = index - (self._ends[shard - 1] if shard else 0)
         problem = ""
-        for _ in range(3):  # a cached copy may be removed under us, or prove damaged
-            reader, path = self._readers[shard], self.source.path(self.files[shard])
-            reader.dirname, reader.raw_data.basename = str(path.parent), path.name
+        for _ in range(3):  # a copy may prove damaged, and another come
+            file = self.source.open(self.files[shard])
             try:
-                with np.errstate(over="ignore"):  # of damaged offsets
-                    sample: dict[str, Any] = reader[place]
+                with file:
+                    sample = self._readers[shard].read(file, place)
                 if checksum(sample) == sample["checksum"]:
                     return sample
                 problem = "its checksum differs"
-            except FileNotFoundError:
-                continue
             except (ValueError, IndexError, TypeError, OSError, MemoryError) as error:
                 problem = str(error)
             if not self.source.drop(self.files[shard]):
                 break
         raise DamagedShardError(
             f"{self._key}: {self.source.address}/{self.files[shard].name}: sample {place} is damaged "
-            f"({problem or 'its file vanishes'}); copy the file from where it is whole, or write the folder again"
+            f"({problem}); copy the file from where it is whole, or write the folder again"
         )
 
     def read_latents(self, indices: NDArray[np.int64]) -> LatentBatch:
@@ -440,7 +438,19 @@ class Shards:
 
 
 class _Reader(MDSReader):
-    """MosaicML's, which would look up how each column is decoded again for every sample."""
+    """MosaicML's, for files that are open; it would look up how each column is decoded again for every sample."""
+
+    def read(self, file: FileIO, place: int) -> dict[str, Any]:
+        """The columns of a sample, by its place in the shard.
+
+        Raises:
+            ValueError, IndexError, TypeError, OSError or MemoryError: the file is damaged.
+        """
+        file.seek(4 * (1 + place))  # after the number of samples, where each begins, and the last ends
+        ends = file.read(8)
+        begin, end = (int.from_bytes(value, "little") for value in (ends[:4], ends[4:]))
+        file.seek(begin)
+        return self.decode_sample(file.read(max(0, end - begin)))
 
     def decode_sample(self, data: bytes) -> dict[str, Any]:
         """The columns of a sample, from its bytes."""
@@ -473,13 +483,13 @@ def _check_description(source: Source, index: Mapping[str, Any], key: str) -> No
         )
 
 
-def _open_readers(source: Source, columns: Mapping[str, str], key: str) -> list[MDSReader]:
+def _open_readers(source: Source, columns: Mapping[str, str], key: str) -> list[_Reader]:
     again = "write the folder again"
     name = f"{source.address}/{INDEX_FILE}"
     try:
         index = json.loads(_required_text(source, INDEX_FILE, key))
         _check_description(source, index, key)
-        readers: list[MDSReader] = [_Reader.from_json("", "", entry) for entry in index["shards"]]
+        readers: list[_Reader] = [_Reader.from_json("", "", entry) for entry in index["shards"]]
         for reader in readers:
             # Nothing else is decoded: one of MDS's encodings is a pickle.
             found = dict(zip(reader.column_names, reader.column_encodings, strict=True))

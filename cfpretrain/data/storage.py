@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -59,8 +60,10 @@ class Source(Protocol):
         """The content of a small file; FileNotFoundError where there is none."""
         ...
 
-    def path(self, file: ShardFile) -> Path:
-        """A local file with the bytes of `file`; cheap where it is at hand.
+    def open(self, file: ShardFile) -> FileIO:
+        """A local file with the bytes of `file`, unbuffered; cheap where it is at hand.
+
+        Open, because a copy may be removed by whoever needs its room: what is open can still be read.
 
         Raises:
             UserError: it is missing, cut short, or cannot be fetched.
@@ -68,7 +71,7 @@ class Source(Protocol):
         ...
 
     def drop(self, file: ShardFile) -> bool:
-        """Forgets a copy that proved damaged; whether `path` can give another."""
+        """Forgets a file that proved damaged; whether another may come when it is opened again."""
         ...
 
 
@@ -82,25 +85,27 @@ class LocalFolder:
         """See `Source`."""
         return (self._folder / name).read_text()
 
-    def path(self, file: ShardFile) -> Path:
+    def open(self, file: ShardFile) -> FileIO:
         """See `Source`."""
-        path = self._folder / file.name
+        path = f"{self.address}/{file.name}"
         try:
-            size = path.stat().st_size
-            problem = None if size == file.num_bytes else f"got {size}"
+            opened = FileIO(path)
+            size = os.fstat(opened.fileno()).st_size
+            if size == file.num_bytes:
+                return opened
+            opened.close()
+            problem = f"got {size}"
         except FileNotFoundError:
             problem = "it is missing"
         except OSError as error:
             problem = f"it cannot be read ({error.strerror})"
-        if problem:
-            raise UserError(
-                f"{self._key}: {path}: expected a file of {file.num_bytes} bytes, {problem}; copy it from where it is "
-                "whole, or write the folder again"
-            )
-        return path
+        raise UserError(
+            f"{self._key}: {path}: expected a file of {file.num_bytes} bytes, {problem}; copy it from where it is "
+            "whole, or write the folder again"
+        )
 
     def drop(self, file: ShardFile) -> bool:
-        """See `Source`."""
+        """See `Source`; the file stays."""
         return False
 
 
@@ -175,16 +180,16 @@ class RemoteFolder:
             self._fetch(name, local, _Trouble())
             return local.read_text()
 
-    def path(self, file: ShardFile) -> Path:
+    def open(self, file: ShardFile) -> FileIO:
         """See `Source`.
 
         Beside the transfers it takes at most twice the patience: for room in the cache, and for a storage that is away.
         """
         copy = self._copy(file)
-        if _is_whole(copy, file):
+        if (opened := _opened_if_whole(copy, file)) is not None:
             with suppress(OSError):
                 os.utime(copy)  # used just now
-            return copy
+            return opened
         limit = self._cache.limit_bytes
         if limit and file.num_bytes > limit:
             raise UserError(
@@ -194,11 +199,13 @@ class RemoteFolder:
         with self._writing():
             part = copy.with_name(f"{file.digest}.{file.num_bytes}.part")
             with _held(part, self._cache.patience):
-                if not _is_whole(copy, file):  # else another process has fetched it meanwhile
+                opened = _opened_if_whole(copy, file)  # where another process has fetched it meanwhile
+                if opened is None:
                     self._reserve(part, file)
                     self._fetch_whole(file, part / "copy")
+                    opened = FileIO(part / "copy")  # while nobody may remove it
                     os.replace(part / "copy", copy)
-        return copy
+        return opened
 
     def drop(self, file: ShardFile) -> bool:
         """See `Source`."""
@@ -392,12 +399,16 @@ def _reason(error: Exception) -> str:
     return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", one_line(error)))[:200]
 
 
-def _is_whole(copy: Path, file: ShardFile) -> bool:
+def _opened_if_whole(copy: Path, file: ShardFile) -> FileIO | None:
     # The bytes are held against the hash when they come; later damage is found by the samples' checksums.
     try:
-        return copy.stat().st_size == file.num_bytes
+        opened = FileIO(copy)
     except FileNotFoundError:
-        return False
+        return None
+    if os.fstat(opened.fileno()).st_size == file.num_bytes:
+        return opened
+    opened.close()
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

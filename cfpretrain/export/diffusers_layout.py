@@ -32,7 +32,6 @@ from cfpretrain import config as configs
 from cfpretrain.checkpoint import TrainingState, read_state, reason_of
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
-from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export import model_card
 from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.foreign_files import refuse_existing
@@ -145,7 +144,7 @@ class _Source:
         tensors = CheckpointTensors.open(checkpoint, "ema" if settings.weights == "ema" else "weights", state.step)
         check_shapes(tensors.shapes, config, str(tensors.file))
         vae, shift, scale = _read_autoencoder(config)
-        return cls(run, settings, config, state, tensors, vae, shift, scale, _class_names(config))
+        return cls(run, settings, config, state, tensors, vae, shift, scale, build.class_names(config))
 
     def write(self, folder: Path, name: str) -> None:
         """All files; `name` is what the model card calls the model."""
@@ -241,16 +240,6 @@ def _read_autoencoder(config: Config) -> tuple[Path | None, Sequence[float], Seq
     # Loaded for its checks; it is small beside a model of any size.
     loaded = autoencoder.KLAutoencoder.load(folder, "cpu")
     return Path(folder), loaded.shift, loaded.scale
-
-
-def _class_names(config: Config) -> Sequence[str]:
-    numbers = [str(number) for number in range(config.model.num_classes)]
-    try:
-        names = read_latents_info(config.data.shards[0]).class_names
-    except UserError as error:
-        say(f"WARNING: classes have their numbers for names: {error}")
-        return numbers
-    return names if len(names) == len(numbers) else numbers
 
 
 def _newest_samples(run: Path, step: int) -> Path | None:

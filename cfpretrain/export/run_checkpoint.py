@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cfpretrain import build, tensor_files
 from cfpretrain import config as configs
-from cfpretrain.checkpoint import _check_file, _read_hashes, tensor_file
+from cfpretrain.checkpoint import check_file, read_hashes, tensor_file
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.tensor_files import HashedRange, Header, remedy
@@ -63,7 +63,7 @@ class CheckpointTensors:
         """Reads where the tensors lie; UserError where the file or its hashes are missing or damaged."""
         file = tensor_file(checkpoint, content)
         try:
-            header, ranges = _check_file(checkpoint, content, step, _read_hashes(checkpoint))
+            header, ranges = check_file(checkpoint, content, step, read_hashes(checkpoint))
         except OSError as error:
             raise _unreadable(file, error) from error
         by_name: dict[str, list[HashedRange]] = {name: [] for name in header.shapes}
