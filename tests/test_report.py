@@ -92,7 +92,7 @@ def test_a_run_is_scored_beside_floor_cheat_and_an_untrained_model(shards: Path,
     run = write_run(tmp_path / "run", shards)
     images, held_out = write_digits(tmp_path / "images", 0, 500), write_digits(tmp_path / "held_out", 500, 200)
     options = ["--num-images", "100", "--num-ar-steps", "1", "2"]
-    options += ["--num-denoising-steps", "3", "--num-accuracy-steps", "2", "--batch-size", "50"]
+    options += ["--num-denoising-steps", "3", "--batch-size", "50"]
     arguments = [str(run), "--images", str(images), "--held-out", str(held_out), *options]
     first, second = run_script("tools/report.py", arguments, 2)
     assert (first.code, second.code) == (0, 0), first.err
