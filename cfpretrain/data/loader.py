@@ -296,7 +296,7 @@ class _MicroBatches(Dataset[Batch | _Failure]):
             return _Failure(error)
         mirrored_B = self._draw_mirrored(epoch, ids_B)
         latents_BCYX = self._stack(samples, "mean", mirrored_B)
-        if not self._has_mirror:
+        if self._mirror_prob > 0 and not self._has_mirror:
             latents_BCYX = torch.where(mirrored_B[:, None, None, None], latents_BCYX.flip(-1), latents_BCYX)
         if self._has_posterior:
             keys_B = seeds.fold(seeds.fold(self._posterior_key, epoch), ids_B)
@@ -315,6 +315,8 @@ class _MicroBatches(Dataset[Batch | _Failure]):
         return samples, torch.from_numpy(ids + (folders << _FOLDER_BIT) + (repetitions << _REPETITION_BIT))
 
     def _draw_mirrored(self, epoch: int, ids_B: Tensor) -> Tensor:
+        if self._mirror_prob == 0:
+            return torch.zeros_like(ids_B, dtype=torch.bool)
         keys_B = seeds.fold(seeds.fold(self._mirror_key, epoch), ids_B)
         return seeds.uniform(keys_B) < self._mirror_prob
 
