@@ -303,6 +303,19 @@ def _check_alike(first: LatentsInfo, info: LatentsInfo, address: str) -> Iterabl
             yield f"data.shards: {address}: expected {name} as in the first folder, {expected!r:.80}, got {got!r:.80}"
 
 
+def config_lines(info: LatentsInfo, address: str) -> list[str]:
+    """What a config for these shards must say, in YAML; the folder of the autoencoder is yet to be filled in."""
+    data: dict[str, Any] = {"shards": address}
+    if info.autoencoder != "identity":
+        data["autoencoder"] = "FOLDER"
+    data |= {"latent_shift": list(info.latent_shift), "latent_scale": list(info.latent_scale)}
+    if info.has_posterior and not info.has_mirror:
+        data["mirror_prob"] = 0.0
+    channels, rows, _ = info.latent_shape
+    model = {"latent_size": rows, "latent_channels": channels, "num_classes": len(info.class_names)}
+    return [f"{section}: {json.dumps(values)}" for section, values in (("model", model), ("data", data))]
+
+
 def check_autoencoder(
     info: LatentsInfo, fingerprint: str, shift: Sequence[float], scale: Sequence[float], key: str
 ) -> None:
