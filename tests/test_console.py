@@ -19,6 +19,17 @@ def test_rank_zero_alone_speaks(rank, want, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out == want
 
 
+def test_names_that_are_no_text_are_said(capsys) -> None:
+    console.say("out\udcff.png")
+    assert capsys.readouterr().out == "[cfpretrain] out\\udcff.png\n"
+
+
+def test_ctrl_c_is_one_line(capsys) -> None:
+    with pytest.raises(SystemExit) as caught, console.ending_in_one_line():
+        raise KeyboardInterrupt
+    assert (caught.value.code, capsys.readouterr().err) == (130, "[cfpretrain] interrupted\n")
+
+
 @pytest.mark.parametrize(("rank", "want"), [("0", "[cfpretrain] error: no such key\n"), ("1", "")])
 def test_a_mistake_ends_every_rank_with_one_line(rank, want, monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", rank)
