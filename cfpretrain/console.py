@@ -175,7 +175,7 @@ class ItemProgress:
         """Shows that `done` items are done, those of earlier runs among them; silent until there is a rate."""
         rate = (done - self._first) / max(time.monotonic() - self._begin, 1e-3)
         if rate > 0:
-            shown = f"{rate:.0f} {self._unit}s/s{text and f', {text}'}"
+            shown = f"{rate:.{0 if rate >= 10 else 2}f} {self._unit}s/s{text and f', {text}'}"
             self._progress.show(done, shown, (self._num_items - done) / rate)
 
     def close(self) -> None:

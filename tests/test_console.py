@@ -82,7 +82,7 @@ def test_progress_of_many_items_has_their_rate_and_the_time_left(monkeypatch, ca
     now += 10
     progress.show(220, "3 rejected")
     progress.close()
-    assert capsys.readouterr().out == "[cfpretrain] image 220/500  2 images/s, 3 rejected  2:20 left\n"
+    assert capsys.readouterr().out == "[cfpretrain] image 220/500  2.00 images/s, 3 rejected  2:20 left\n"
 
 
 def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:

@@ -166,6 +166,7 @@ MISTAKES = [
     (["--num-images", "0"], "--num-images: expected at least 1, got 0"),
     (["--num-images", "7"], "--num-images: expected a multiple of the 10 classes for a grid, got 7; give --num-per"),
     (["--num-images", "10", "--num-per-class", "1"], "--num-images: expected alone, got --num-per-class too"),
+    (["--out", "digits.jpg"], "--out: expected NAME.png, NAME.npz or the name of a folder, got digits.jpg"),
     (["--out", "nowhere/at/all.png"], "--out: expected a place in a folder that is there, got nowhere/at/all.png"),
     (["--out", "docs/images/demo_samples.png"], "--out: expected a place where nothing is yet, got docs/images/demo_s"),
     (["--trajectory", "README.md"], "--trajectory: expected a name that ends in .png, got README.md"),

@@ -36,6 +36,7 @@ _MOST_ROWS = 10  # of a grid where no classes are asked for
 _PER_CLASS = 8
 _WAY_CELL_SIZE = 72  # of a trajectory; picture pixels a side
 _NOT_MADE = "#e5e8ec"
+_OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # hardly meant as names of folders
 
 
 def main() -> None:
@@ -98,6 +99,8 @@ def _check(arguments: argparse.Namespace) -> None:
         check_picture("--trajectory", arguments.trajectory)
         check_place("--trajectory", arguments.trajectory)
     else:
+        if arguments.out.suffix.lower() in _OTHER_PICTURES:
+            raise UserError(f"--out: expected NAME.png, NAME.npz or the name of a folder, got {arguments.out}")
         # An archive or a folder may be there and hold these images.
         check_place("--out", arguments.out, must_be_new=is_picture(arguments.out))
 
