@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +49,24 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     counts = (summary.get("num_steps"), summary.get("train_seconds"))
     return summary if all(isinstance(count, int | float) for count in counts) else None
+
+
+def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+    """A config, checked; on how many ranks it will train is not known. Arguments and errors as `config.load`."""
+    config = configs.load(paths, overrides)
+    # So many ranks divide whatever there is to divide.
+    configs.check(config, max(1, config.train.global_batch_size))
+    return config
+
+
+def load_run_config(folder: Path) -> Config:
+    """The config of a run folder, checked; UserError where the folder is no run's."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise UserError(f"run folder {folder} holds no {path.name}; give a folder that cfpretrain/train.py has written")
+    config = load_config(path)
+    # The folder may have been moved since.
+    return dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
 
 
 def choose_blocks(config: Config, device_type: str) -> BlockSettings:
@@ -185,13 +204,7 @@ def load_run(
     Raises:
         UserError: the folder is not a run's, or holds no complete checkpoint.
     """
-    if not (folder / CONFIG_FILE).is_file():
-        raise UserError(
-            f"run folder {folder} holds no {CONFIG_FILE}; give a folder that cfpretrain/train.py has written"
-        )
-    config = configs.load(folder / CONFIG_FILE)
-    # The folder may have been moved since.
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
+    config = load_run_config(folder)
     latest = make_store(config).latest()
     if latest is None:
         raise UserError(f"run folder {folder} holds no complete checkpoint yet; train until checkpoint.every_steps")

@@ -463,6 +463,23 @@ def _check_ranges(config: Config) -> Iterable[str]:
         )
 
 
+def doubts(config: Config) -> list[str]:
+    """What is allowed and hardly ever meant, a line for each."""
+    train, found = config.train, []
+    if train.warmup_steps > train.num_steps:
+        found.append(
+            f"train.warmup_steps: {train.warmup_steps} are more than train.num_steps = {train.num_steps}: the learning "
+            f"rate never exceeds {train.learning_rate * train.num_steps / train.warmup_steps:.3g}; set fewer"
+        )
+    initial_share = train.ema_decay**train.num_steps
+    if initial_share > 0.05:
+        found.append(
+            f"train.ema_decay: at the end {initial_share:.0%} of the averaged weights, which make the samples, are "
+            f"still the initial ones; for {train.num_steps} steps set about {max(0.0, 1 - 10 / train.num_steps):.3g}"
+        )
+    return found
+
+
 def _check_model(model: ModelConfig) -> Iterable[str]:
     wrong = _wrong_sizes(model)
     for name in wrong:

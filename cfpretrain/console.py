@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 EXIT_USER_ERROR = 2  # a mistake of the user's: a bad config, missing shards, an unwritable folder
 EXIT_SICK = 3  # training that does not recover by itself: the same command would not help
 EXIT_REQUEUE = 75  # stopped to be continued by the same command: asked to stop, or a rank was lost (EX_TEMPFAIL)
+EXIT_INTERRUPTED = 130  # by Ctrl-C, where the same command begins anew (128 + SIGINT)
 
 _HEARTBEAT_SECONDS = 5.0
 # The launcher ends all ranks within a second of the first that ends: rank 0 gets the time to speak before.
@@ -53,10 +54,29 @@ def say(text: str) -> None:
     """Prints one line from rank 0, at once; where nobody reads any more, it is silent from then on."""
     if is_rank_zero():
         try:
-            print(f"[cfpretrain] {text}", flush=True)
+            print(printable(f"[cfpretrain] {text}"), flush=True)
         except OSError:
             # The rest of the line is flushed at the end of the process, and must not fail there.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def printable(text: str) -> str:
+    """A text as stdout takes it: the name of a file need not be in its encoding."""
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+@contextmanager
+def ending_in_one_line() -> Iterator[None]:
+    """What a tool runs in: a mistake of the user's, or Ctrl-C, ends the process with one line."""
+    try:
+        yield
+    except UserError as error:
+        exit_with(error)
+    except KeyboardInterrupt:
+        if is_rank_zero():
+            print("[cfpretrain] interrupted", file=sys.stderr, flush=True)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def exit_with(error: UserError | SickRunError) -> None:
@@ -155,7 +175,7 @@ class ItemProgress:
         """Shows that `done` items are done, those of earlier runs among them; silent until there is a rate."""
         rate = (done - self._first) / max(time.monotonic() - self._begin, 1e-3)
         if rate > 0:
-            shown = f"{rate:.0f} {self._unit}s/s{text and f', {text}'}"
+            shown = f"{rate:.{0 if rate >= 10 else 2}f} {self._unit}s/s{text and f', {text}'}"
             self._progress.show(done, shown, (self._num_items - done) / rate)
 
     def close(self) -> None:

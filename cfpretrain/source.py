@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain import build
-from cfpretrain import config as configs
-from cfpretrain.build import CONFIG_FILE, Autoencoder, load_run, make_autoencoder, make_model
+from cfpretrain.build import CONFIG_FILE, Autoencoder, load_config, load_run, make_autoencoder, make_model
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.export import foreign_files
@@ -116,7 +115,7 @@ def _no_source(path: Path) -> str:
 
 
 def _load_export(folder: Path) -> tuple[Config, CausalFusion, tuple[str, ...]]:
-    config = configs.load(folder / CONFIG_FILE)
+    config = load_config(folder / CONFIG_FILE)
     autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else ""
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))
     with torch.device("meta"):

@@ -76,6 +76,21 @@ def dry_run(arguments: argparse.Namespace) -> None:
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
     for line in _describe_sequences(config):
         print(line)
+    print(_describe_shards(config))
+    for doubt in configs.doubts(config):
+        print(f"WARNING: {doubt}")
+
+
+def _describe_shards(config: "Config") -> str:
+    """How many samples the shards hold, and that they fit the config, where they lie on this machine."""
+    from cfpretrain.data.shards import check_infos, read_latents_info
+
+    elsewhere = [address for address in config.data.shards if not Path(address).is_dir()]
+    if elsewhere:
+        return f"shards: not looked at, since {elsewhere[0]} is no folder of this machine"
+    infos = [read_latents_info(folder) for folder in config.data.shards]
+    check_infos(infos, config)
+    return f"shards: {sum(info.num_samples for info in infos):,} samples, which fit the config"
 
 
 def _num_parameters(config: "Config") -> int:
@@ -125,6 +140,8 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain import runtime
     config = configs.load(arguments.config, arguments.overrides)
     configs.check(config, runtime.world_size())
+    for doubt in configs.doubts(config):
+        say(f"WARNING: {doubt}")
     with phase("loading deepspeed and streaming"):
         from cfpretrain import run_folder, trainer
         from cfpretrain.lifeline import StopRequest

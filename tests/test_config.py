@@ -318,3 +318,13 @@ def test_batch_arithmetic(global_batch, micro_batch, world_size) -> None:
     micro = config.micro_batch_size(world_size)
     assert micro <= micro_batch
     assert micro * config.accumulation_steps(world_size) * world_size == global_batch
+
+
+def test_what_is_hardly_ever_meant_is_said() -> None:
+    config = configs.load(TINY, ["train.num_steps=30", "train.decay_steps=0", "train.warmup_steps=300"])
+    assert configs.doubts(configs.load(TINY)) == []
+    assert configs.doubts(config) == [
+        "train.warmup_steps: 300 are more than train.num_steps = 30: the learning rate never exceeds 0.0003; set fewer",
+        "train.ema_decay: at the end 74% of the averaged weights, which make the samples, are still the initial ones; "
+        "for 30 steps set about 0.667",
+    ]

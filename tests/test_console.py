@@ -19,6 +19,17 @@ def test_rank_zero_alone_speaks(rank, want, monkeypatch, capsys) -> None:
     assert capsys.readouterr().out == want
 
 
+def test_names_that_are_no_text_are_said(capsys) -> None:
+    console.say("out\udcff.png")
+    assert capsys.readouterr().out == "[cfpretrain] out\\udcff.png\n"
+
+
+def test_ctrl_c_is_one_line(capsys) -> None:
+    with pytest.raises(SystemExit) as caught, console.ending_in_one_line():
+        raise KeyboardInterrupt
+    assert (caught.value.code, capsys.readouterr().err) == (130, "[cfpretrain] interrupted\n")
+
+
 @pytest.mark.parametrize(("rank", "want"), [("0", "[cfpretrain] error: no such key\n"), ("1", "")])
 def test_a_mistake_ends_every_rank_with_one_line(rank, want, monkeypatch, capsys) -> None:
     monkeypatch.setenv("RANK", rank)
@@ -71,7 +82,7 @@ def test_progress_of_many_items_has_their_rate_and_the_time_left(monkeypatch, ca
     now += 10
     progress.show(220, "3 rejected")
     progress.close()
-    assert capsys.readouterr().out == "[cfpretrain] image 220/500  2 images/s, 3 rejected  2:20 left\n"
+    assert capsys.readouterr().out == "[cfpretrain] image 220/500  2.00 images/s, 3 rejected  2:20 left\n"
 
 
 def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:

@@ -149,9 +149,17 @@ MISTAKES = [
     (["--generate", "1", "--region", "box:0,0,9,9"], "--region: expected a box with 0 <= Y0 < Y1 <= 4 and 0 <= X0"),
     (["--generate", "1", "--region", "mask:absent.png"], "--region: absent.png: the file cannot be read"),
     (["--generate", "1", "--num-ar-steps", "9"], "--num-ar-steps: expected 1 to 8, got 9"),
-    (["--generate", "1", "--num-seeds", "0"], "--num-seeds: expected at least 1, got 0"),
+    (["--generate", "1", "--num-seeds", "0"], "--num-seeds: expected 1 to 1000, got 0"),
+    (["--generate", "1", "--num-seeds", "1000000000000"], "--num-seeds: expected 1 to 1000, got 1000000000000"),
+    (["--image", "/dev/zero"], "--image: expected a file, got /dev/zero, which is none; give an image such as a PNG"),
+    (["--generate", "1", "--region", "mask:/dev/zero"], "--region: expected a file, got /dev/zero, which is none"),
+    (["--generate", "1", "--out", "edit.jpg"], "--out: expected a name that ends in .png, got edit.jpg"),
+    (["--generate", "1", "--images", "edit.png"], "--images: expected another place than that of --out, got edit.png"),
     (["--generate", "1", "--images", "tools"], "--images: expected a place where nothing is yet, got tools; delete it"),
-    (["--generate", "1", "--out", "README.md"], "--out: expected a place where nothing is yet, got README.md; delete"),
+    (
+        ["--generate", "1", "--out", "docs/images/demo_samples.png"],
+        "--out: expected a place where nothing is yet, got d",
+    ),
     (["--generate", "1", "--out", "nowhere/edit.png"], "--out: expected a place in a folder that is there, got nowher"),
 ]
 

@@ -222,6 +222,8 @@ def test_a_folder_belongs_to_one_command_with_one_way_of_encoding(tmp_path: Path
     ("given", "other", "options", "message"),
     [
         ("nowhere", "identity", [], "IMAGES: expected a folder of shards"),
+        ("", "identity", [], "IMAGES: expected a folder of shards, but the empty name has no cfpretrain.json"),
+        ("images", "identity", ["--out", "IMAGES"], "--out: expected another folder than IMAGES, got "),
         ("latents", "identity", [], "IMAGES: expected shards of images, got latents in "),
         ("images", "nowhere", [], "--autoencoder: expected an autoencoder's folder with config.json"),
         ("images", "grey", [], "--autoencoder: expected images of 1 channels with sides that are multiples of 2"),
@@ -233,6 +235,7 @@ def test_a_folder_belongs_to_one_command_with_one_way_of_encoding(tmp_path: Path
 def test_a_mistake_is_one_line(folders: dict[str, Path], tmp_path: Path, given, other, options, message) -> None:
     out = tmp_path / "out"
     paths = [folders.get(name, name) for name in (given, other)]
+    options = [str(folders["images"]) if option == "IMAGES" else option for option in options]
     ended = run([*command(*paths, out), *options])
     assert ended.code == EXIT_USER_ERROR
     (line,) = ended.err.splitlines()

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cfpretrain import build, tensor_files
+from cfpretrain import build, outputs, tensor_files
 from cfpretrain.checkpoint import read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
@@ -282,10 +282,11 @@ def test_a_killed_export_is_not_there_and_the_next_one_is_whole(
         shutil.copytree(tmp_path / ".digits.partial", tmp_path / "seen")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for place in ("_shard_header", "_scheduler_config", "_newest_samples", "_flush"):
+    in_layout = [(diffusers_layout, place) for place in ("_shard_header", "_scheduler_config", "_newest_samples")]
+    for module, place in (*in_layout, (outputs, "flush")):
         with monkeypatch.context() as patch:
-            patch.setattr(diffusers_layout, place, dies)
-            with pytest.raises(UserError, match="No space left on device; free some space"):
+            patch.setattr(module, place, dies)
+            with pytest.raises(UserError, match=r"digits cannot be written \(No space left on device\); free some"):
                 export(run, out, ExportSettings())
         assert list(tmp_path.iterdir()) == [tmp_path / "seen"]
         shutil.copytree(tmp_path / "seen", tmp_path / ".digits.partial")  # as a kill leaves it
@@ -305,7 +306,12 @@ def test_the_command(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     export_hf.main()
     assert f"DiffusionPipeline.from_pretrained('{out}', trust_remote_code=True)" in capsys.readouterr().out
     assert len(list((out / "transformer").glob("*.safetensors"))) > 2
-    for wrong, message in ((["--max-shard-gb", "0"], "--max-shard-gb"), (["--license", "a b\n"], "--license")):
+    for wrong, message in (
+        (["--max-shard-gb", "0"], "--max-shard-gb"),
+        (["--max-shard-gb", "inf"], "--max-shard-gb"),
+        (["--license", "a b\n"], "--license"),
+        (["--push", ""], "--push"),
+    ):
         monkeypatch.setattr(sys, "argv", ["export_hf.py", str(run), str(tmp_path / "no"), *wrong])
         with pytest.raises(SystemExit, match="2"):
             export_hf.main()

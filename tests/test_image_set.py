@@ -36,6 +36,11 @@ def write_all(folder: Path, out: str) -> ImageSet:
     return images
 
 
+def kill(images: ImageSet) -> None:
+    """Frees the lock, as the end of its process does."""
+    os.close(images._lock)
+
+
 def pixels(path: Path) -> np.ndarray:
     with Image.open(path) as image:
         return np.asarray(image)
@@ -79,12 +84,15 @@ def test_bytes_depend_neither_on_order_nor_on_kills(tmp_path: Path, out) -> None
     images.begin()
     write(images, 2)
     (images.unfinished / "writing.3").write_bytes(b"half")
+    if out == "out":
+        (images.unfinished / "000004.png").write_bytes(b"")
+    kill(images)
     images = images_of(tmp_path / "broken", out)
     assert not images.is_complete()
     images.begin()
-    assert images.missing() == [0, 1]
-    assert images.count(images.missing()) == 4
-    write(images, 1, 0)
+    assert images.missing() == ([0, 1, 2] if out == "out" else [0, 1])
+    assert images.count([0, 1]) == 4
+    write(images, *images.missing())
     images.finish()
     assert content(images.out) == content(whole.out)
     assert list((tmp_path / "broken").iterdir()) == [images.out]
@@ -102,6 +110,7 @@ def test_a_kill_while_it_gets_its_name(tmp_path: Path, call, monkeypatch: pytest
         with pytest.raises(UserError, match="cannot be written"):
             images.finish()
     assert not images.out.exists()
+    kill(images)
     images = images_of(tmp_path, out)
     images.begin()
     assert images.missing() == []
@@ -120,8 +129,14 @@ def test_what_a_kill_left_beside_a_complete_archive_goes(tmp_path: Path) -> None
 def test_other_settings_are_refused(tmp_path: Path, out) -> None:
     images = images_of(tmp_path, out)
     images.begin()
+    kill(images)
+    other = images_of(tmp_path, out, seed=1)
     with pytest.raises(UserError, match=r"unfinished work of other settings \(seed: 0 there, 1 now\)"):
-        images_of(tmp_path, out, seed=1).begin()
+        other.begin()
+    kill(other)
+    images.begin()
+    with pytest.raises(UserError, match=r"--out: .* is being written by another process; wait for its end"):
+        images_of(tmp_path, out).begin()
     write(images, 0, 1, 2)
     images.finish()
     with pytest.raises(UserError, match=r"holds images of other settings already \(seed: 0 there, 1 now\)"):
@@ -134,6 +149,52 @@ def test_what_lies_there_is_not_overwritten(tmp_path: Path, out) -> None:
     (tmp_path / "out.npz").write_bytes(b"mine")
     with pytest.raises(UserError, match="is there already and is none of these images; delete it, or choose another"):
         images_of(tmp_path, out).is_complete()
+
+
+def cut_short(folder: Path) -> None:
+    file = folder / "000003.png"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "an image is gone": lambda folder: (folder / "000000.png").unlink(),
+    "an image is empty": lambda folder: (folder / "000004.png").write_bytes(b""),
+    "an image is cut short": cut_short,
+    "the table is gone": lambda folder: (folder / "labels.csv").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_is_made_whole(tmp_path: Path, damage) -> None:
+    images = write_all(tmp_path, "out")
+    whole = content(images.out)
+    DAMAGES[damage](images.out)
+    again = images_of(tmp_path, "out")
+    assert not again.is_complete()
+    again.begin()
+    assert len(again.missing()) == (0 if damage == "the table is gone" else 1)
+    write(again, *again.missing())
+    again.finish()
+    assert again.is_complete()
+    assert content(again.out) == whole
+    assert list(tmp_path.iterdir()) == [again.out]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\0", "[" * 100_000], ids=["empty", "cut", "list", "binary", "deep"])
+def test_damaged_settings_are_said(tmp_path: Path, text) -> None:
+    images = write_all(tmp_path, "out")
+    (images.out / "settings.json").write_text(text)
+    with pytest.raises(UserError, match="is none of these images; delete it, or choose another"):
+        images_of(tmp_path, "out").is_complete()
+    images.out.rename(images.unfinished)
+    with pytest.raises(UserError, match=r"settings\.json is damaged; delete \S*\.out\.unfinished to begin again$"):
+        images_of(tmp_path, "out").begin()
+
+
+def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".out.unfinished").write_text("mine")
+    with pytest.raises(UserError, match=r"--out: expected \S*\.out\.unfinished to be a folder, .*; remove it"):
+        images_of(tmp_path, "out").begin()
 
 
 @pytest.mark.parametrize("out", OUTS)

@@ -266,9 +266,15 @@ def test_an_image_above_half_of_pils_limit_is_no_bomb(monkeypatch: pytest.Monkey
 
 def test_unreadable_files_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, target in (("endless.png", "/dev/zero"), ("loop.png", "loop.png")):
+        (tmp_path / name).symlink_to(target)
     for path, reason in (
         (tmp_path / "gone.png", "No such file or directory"),
-        (tmp_path / "folder.png", "Is a directory"),
+        (tmp_path / "loop.png", "Too many levels of symbolic links"),
+        (tmp_path / "folder.png", "it is no regular file"),
+        (tmp_path / "pipe.png", "it is no regular file"),
+        (tmp_path / "endless.png", "it is no regular file"),
     ):
         with pytest.raises(RejectedImageError, match=f"^the file cannot be read: {reason}$"):
             read_file(path)
@@ -276,6 +282,7 @@ def test_unreadable_files_are_rejected(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse(self: Path) -> bytes:
         raise PermissionError(13, "Permission denied", str(self))
 
+    (tmp_path / "closed.png").touch()
     monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
     with pytest.raises(RejectedImageError, match=r"^the file cannot be read: Permission denied$"):
         read_file(tmp_path / "closed.png")
@@ -358,7 +365,9 @@ def test_links_are_followed_but_not_in_a_circle(tmp_path: Path) -> None:
     root.mkdir()
     (root / "cat").symlink_to(elsewhere / "cat")
     (elsewhere / "cat" / "broken.png").symlink_to(tmp_path / "nowhere")
-    assert [row.path for row in list_images(root).rows] == ["cat/000.png", "cat/001.png", "cat/broken.png"]
+    (elsewhere / "cat" / "loop.png").symlink_to("loop.png")
+    names = ["cat/000.png", "cat/001.png", "cat/broken.png", "cat/loop.png"]
+    assert [row.path for row in list_images(root).rows] == names
     (elsewhere / "cat" / "again").symlink_to(elsewhere)
     with pytest.raises(UserError, match="links to a folder above itself"):
         list_images(root)
@@ -512,6 +521,11 @@ TABLE_MISTAKES = [
     ("t.jsonl", '{"path": "a.png", "caption": ["x"]}\n', r"line 1: expected a text as caption, got \['x'\]"),
     ("t.jsonl", '{"path": "a.png", "label": 1.5}\n', "from 0 on as label, got 1.5"),
     ("t.jsonl", '{"path": "a.png", "label": true}\n', "from 0 on as label, got True"),
+    ("t.csv", "path\na\0.png\n", "line 2: expected a text as path, got 'a.x00.png'"),
+    ("t.csv", f"path,label\na.png,{'9' * 5000}\n", "line 2: expected a name or a number from 0 on as label, got '999"),
+    ("t.jsonl", '{"path": "a.png", "caption": "\\ud800"}\n', "line 1: expected a text as caption, got '.ud800'"),
+    ("t.jsonl", '{"path": "a.png", "label": "\\ud800"}\n', "from 0 on as label, got '.ud800'"),
+    ("t.jsonl", "[" * 100_000 + "\n", "line 1: expected one JSON object .maximum recursion depth"),
 ]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from cfpretrain.console import UserError
 from cfpretrain.export.autoencoder import from_ldm, recognise
 from cfpretrain.model.autoencoder import CONFIG_FILE, WEIGHTS_FILE, KLAutoencoder, fill_network
+from tests.disks import mounted_disk
 from tests.processes import REPOSITORY
 from tools import import_autoencoder
 
@@ -388,6 +389,7 @@ def test_a_pickle_of_more_than_tensors_is_refused_unread(tmp_path, form, message
         ("a.pt", [1, 2], "expected tensors by name"),
         ("a.pt", {"head.weight": torch.zeros(2)}, "in Latent Diffusion's layout.*1 tensors"),
         ("a.pt", {}, "in Latent Diffusion's layout.*0 tensors"),
+        ("a.pt", {3: torch.zeros(2)}, "in Latent Diffusion's layout.*0 tensors"),
     ],
 )
 def test_other_files_are_refused_in_one_line(tmp_path, name, content, message) -> None:
@@ -413,6 +415,14 @@ def test_an_existing_target_is_left_alone(tmp_path, monkeypatch, capsys) -> None
     assert ended.value.code == 2
     assert "expected a folder that is not there yet" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_line(tmp_path) -> None:
+    save_file(random_tensors(SMALL), tmp_path / "a.safetensors")
+    with mounted_disk(tmp_path / "disk", "64k") as disk:
+        with pytest.raises(UserError, match=r"^OUT: \S*out cannot be written \(.*No space left on device"):
+            import_autoencoder.run(tmp_path / "a.safetensors", disk / "out", 0.5)
+        assert os.listdir(disk) == []
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch) -> None:

@@ -195,10 +195,15 @@ def test_a_file_with_one_set_of_tensors(
 def test_half_precision_widens_exactly(tmp_path: Path, empty_config: list[str]) -> None:
     halves = {name: value.to(torch.bfloat16) for name, value in small_state().items()}
     parameters = {name: torch.nn.Parameter(value.half()) for name, value in small_state(1).items()}
+    # Torch may keep a minus sign apart from the values.
+    halves["x_proj.bias"] = torch.complex(torch.zeros(20), -halves["x_proj.bias"].float()).conj().imag
+    assert halves["x_proj.bias"].is_neg()
     torch.save({"model": halves, "ema": parameters}, tmp_path / "a.pt")
     import_official.run(tmp_path / "a.pt", tmp_path / "run", empty_config, overrides())
     for content, there in (("weights", halves), ("ema", parameters)):
-        assert equal(of_run(tmp_path / "run", content), {our_name(n): v.detach().float() for n, v in there.items()})
+        assert equal(
+            of_run(tmp_path / "run", content), {our_name(n): v.detach().resolve_neg().float() for n, v in there.items()}
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,11 +429,17 @@ def test_a_write_that_fails_leaves_nothing(
 
 def test_what_a_kill_left_is_no_run_and_is_written_over(tmp_path: Path, empty_config: list[str]) -> None:
     torch.save(small_state(), tmp_path / "a.pt")
-    (tmp_path / ".run.unfinished" / "checkpoints").mkdir(parents=True)
-    (tmp_path / ".run.unfinished" / "summary.json").write_text("{}")
+    (tmp_path / ".run.partial" / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / ".run.partial" / "run" / "summary.json").write_text("{}")
     import_official.run(tmp_path / "a.pt", tmp_path / "run", empty_config, overrides())
     assert sorted(os.listdir(tmp_path)) == ["a.pt", "run"]
     assert sorted(os.listdir(tmp_path / "run")) == ["checkpoints", "config.yaml"]
+
+
+@pytest.mark.parametrize("step", [-1, 10**22])
+def test_a_step_that_no_run_takes_is_refused(step: int, tmp_path: Path, empty_config: list[str]) -> None:
+    with pytest.raises(UserError, match=rf"^--step: expected 0 to 1000000000000, got {step}"):
+        import_official.run(tmp_path / "a.pt", tmp_path / "run", empty_config, overrides(), step)
 
 
 def test_an_export_needs_a_run_and_a_free_place(
@@ -440,6 +451,8 @@ def test_an_export_needs_a_run_and_a_free_place(
     import_official.run(tmp_path / "a.pt", tmp_path / "run", empty_config, overrides())
     with pytest.raises(UserError, match=r"OUT: expected a path where nothing is yet, got .*a\.pt"):
         write_official(tmp_path / "run", tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"OUT: .*out\.pt cannot be written \(Not a directory"):
+        write_official(tmp_path / "run", tmp_path / "a.pt" / "out.pt")
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")

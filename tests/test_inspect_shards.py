@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cfpretrain import config as configs
 from cfpretrain.data.shard_writer import ShardWriter
-from cfpretrain.data.shards import ImagesInfo, image_columns
+from cfpretrain.data.shards import ImagesInfo, check_infos, image_columns, read_latents_info
 from tests.digits import digits_info, write_digits, write_latents
 from tools import inspect_shards
+
+REJECTED = '{"id": 9, "path": "a.png", "reason": "the file is empty"}'
 
 
 def png(size: int) -> bytes:
@@ -19,12 +22,15 @@ def png(size: int) -> bytes:
     return file.getvalue()
 
 
-def write_images(folder: Path, images: list[bytes], ids: list[int] | None = None) -> Path:
+def write_images(
+    folder: Path, images: list[bytes], ids: list[int] | None = None, rejected: str = "", num_rejected: int = 0
+) -> Path:
     writer = ShardWriter(folder, image_columns(), {})
     writer.begin()
     rows = zip(ids or range(len(images)), images, strict=True)
     writer.write(0, [{"id": i, "label": n % 2, "caption": "", "image": image} for n, (i, image) in enumerate(rows)])
-    writer.finish(ImagesInfo(("cat", "dog"), len(images), 0, "lossless", 16, 3, "a test"), 1)
+    info = ImagesInfo(("cat", "dog"), len(images), num_rejected, "lossless", 16, 3, "a test")
+    writer.finish(info, 1, {"rejected.jsonl": rejected} if rejected else {})
     return folder
 
 
@@ -51,6 +57,11 @@ def test_latents_are_described_drawn_and_verified(
     assert "samples: 100 in 1 shards" in shown
     assert "latents: 1 x 8 x 8 of 8 px, crop adm" in shown
     assert "scaling: (raw - 0.5) * 2" in shown
+    said = "\n".join(line.strip() for line in shown.splitlines() if line.startswith(("  model: {", "  data: {")))
+    (tmp_path / "mine.yaml").write_text(said)
+    config = configs.load(tmp_path / "mine.yaml", ["train.global_batch_size=16"])
+    check_infos([read_latents_info(folder)], config)
+    assert config.data.shards == (str(folder),)
     assert "verified: 1 files, 100 samples" in shown
     picture = Image.open(tmp_path / "pictures" / "grid.png")
     assert picture.width > 8 * 64
@@ -60,7 +71,8 @@ def test_latents_are_described_drawn_and_verified(
 def test_images_are_described_and_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inspect(monkeypatch, write_images(tmp_path / "images", [png(16)] * 4), "--verify", "--grid", tmp_path / "grid.png")
+    folder = write_images(tmp_path / "images", [png(16)] * 4, None, f"{REJECTED}\n{REJECTED}\n", 2)
+    inspect(monkeypatch, folder, "--verify", "--grid", tmp_path / "grid.png")
     shown = capsys.readouterr().out
     assert "images: lossless, 16 x 16 x 3" in shown
     assert "2 to 2 samples a class" in shown
@@ -77,6 +89,14 @@ def test_what_is_wrong_is_found(
     assert "id 4 comes twice" in refused(monkeypatch, capsys, twice, "--verify")
     wrong = write_latents(tmp_path / "nan", digits_info(1), [(0, 0, np.full((1, 8, 8), np.nan))])
     assert "sample 0 is not finite" in refused(monkeypatch, capsys, wrong, "--verify")
+    for name, content, problem in (
+        ("none", "", "but it cannot be read"),
+        ("one", REJECTED, "got 1"),
+        ("half", f"{REJECTED}\n{REJECTED[:20]}", "but it cannot be read"),
+    ):
+        folder = write_images(tmp_path / name, [png(16)], None, content, 2)
+        message = refused(monkeypatch, capsys, folder, "--verify")
+        assert f"{name}/rejected.jsonl: expected 2 images, as the description says, {problem}" in message
     flipped = write_digits(tmp_path / "flipped", 20)
     file = flipped / "shard.00000.mds"
     content = bytearray(file.read_bytes())

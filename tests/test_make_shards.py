@@ -268,8 +268,11 @@ def test_mistakes(tree: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert "does not exist; give a folder" in refused(tmp_path / "nowhere", "--out", out, "--size", 8)
     assert "outside of the images" in refused(tree, "--out", tree / "shards", "--size", 8)
+    (tmp_path / "loop").symlink_to("loop")
+    assert f"{tmp_path / 'loop'} is a link" in refused(tree, "--out", tmp_path / "loop", "--size", 8)
     for option, value, word in (
         ("--size", "0", "whole number from 1"),
+        ("--size", "1000000", "whole number from 1 to 8192"),
         ("--workers", "x", "whole number from 1"),
         ("--max-rejected-share", "2", "share from 0 to 1"),
     ):

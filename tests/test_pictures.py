@@ -10,6 +10,8 @@ from sklearn.datasets import load_digits
 from cfpretrain.console import UserError
 from cfpretrain.evaluation.pictures import (
     _column,
+    _cut_to,
+    _font,
     _skipped_steps,
     _smooth,
     curves,
@@ -64,6 +66,26 @@ def test_names_and_title_are_written(tmp_path: Path) -> None:
     for row in range(2):
         y, x = layout.corner(row, 0)
         assert (shown[y : y + layout.cell_height, :x] < 128).any(), "class name"
+
+
+def test_texts_are_drawn_as_one_line_whatever_is_in_them(tmp_path: Path) -> None:
+    drawn = []
+    for text in ("two\nlines\r\x85 of \u2029 a name\udcff", "two lines of a name\udcff"):
+        texts = [text, text]
+        sample_grid(
+            tmp_path / "grid.png", torch.zeros(2, 1, 8, 8), [text], cell_size=80, captions=texts, column_names=texts
+        )
+        drawn.append(pixels(tmp_path / "grid.png"))
+    assert (drawn[0] == drawn[1]).all()
+
+
+def test_a_caption_is_cut_to_its_width_however_long_it_is() -> None:
+    assert _cut_to("a dog", 100) == "a dog"
+    assert _cut_to("a dog", 1) == "…"
+    cut = _cut_to("many words " * 1_000_000, 100)
+    assert cut.startswith("many words m")
+    assert cut.endswith("…")
+    assert 80 < _font(11).getlength(cut) <= 100
 
 
 def test_a_long_title_widens_the_picture(tmp_path: Path) -> None:

@@ -24,6 +24,12 @@ OVERLAYS = sorted(path.stem for path in (CONFIGS / "ablations").glob("*.yaml"))
 ABLATION, AT_512_PX = "L2", ["L", "XL", "H", "3B"]
 
 
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at shards that lie in the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
 def files(*names: str) -> list[str]:
     return [str(CONFIGS / f"{name}.yaml") for name in names]
 
@@ -56,6 +62,8 @@ def test_every_preset_passes_its_dry_run(names, capsys) -> None:
     shown = dry_run(names, [], capsys)
     config = configs.load(files(*names))
     assert int(number(shown, "parameters")) > 0
+    assert "WARNING" not in shown
+    assert "shards: not looked at, since " in shown
     # What a run prints is the config that a run loads.
     assert configs.to_yaml(config) in shown
     for num_ranks in (1, 2, 16, 64):

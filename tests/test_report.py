@@ -22,7 +22,12 @@ from tools import report
 
 
 def refused(
-    monkeypatch: pytest.MonkeyPatch, run: Path, override: str, images: Path = Path(), held_out: Path = Path()
+    monkeypatch: pytest.MonkeyPatch,
+    run: Path,
+    override: str,
+    images: Path = Path(),
+    held_out: Path = Path(),
+    guidance: float = 2.0,
 ) -> str:
     config = configs.load(TINY, [override])
     monkeypatch.setattr(build, "load_run", lambda folder, device: (config, None, 100))
@@ -34,7 +39,7 @@ def refused(
         num_ar_steps=[1],
         num_denoising_steps=10,
         batch_size=10,
-        guidance=2.0,
+        guidance=guidance,
     )
     with pytest.raises(UserError) as raised:
         report.run(arguments)
@@ -45,6 +50,18 @@ def refused(
 def test_latents_are_not_scored_in_false_colours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     message = refused(monkeypatch, tmp_path, "model.latent_channels=16")
     assert "expected a run that names its autoencoder (data.autoencoder)" in message
+
+
+@pytest.mark.parametrize("guidance", [float("nan"), float("inf"), -1.0])
+def test_no_scale_to_guide_by_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, guidance) -> None:
+    message = refused(monkeypatch, tmp_path, "run.seed=0", guidance=guidance)
+    assert message == f"--guidance: expected 0 to 1000 (1: none), got {guidance}"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000], ids=["empty", "cut", "list", "deep"])
+def test_a_damaged_report_is_none(tmp_path: Path, text) -> None:
+    (tmp_path / "report.json").write_text(text)
+    assert report._read_report(tmp_path) == {}
 
 
 def write_images(folder: Path, image_size: int, class_names: tuple[str, ...]) -> Path:

@@ -97,8 +97,24 @@ def test_kills_leave_no_trace(tmp_path: Path, source: Path, whole, name) -> None
     assert list(tmp_path.iterdir()) == [tmp_path / name]
 
 
+def test_a_folder_of_which_images_are_gone_is_made_whole(tmp_path: Path, source: Path, whole) -> None:
+    (tmp_path / "out").mkdir()
+    for name, data in whole["out"].items():
+        (tmp_path / "out" / name).write_bytes(data)
+    command = [source, "--out", tmp_path / "out", "--num-images", 18, *QUICK]
+    for damaged, said in (
+        ("000005.png", "sampling 4 images; 14 of 18 are there already"),
+        ("labels.csv", "sampling 0"),
+    ):
+        (tmp_path / "out" / damaged).unlink()
+        ended = run(command, world_size=2)
+        assert (ended.code, ended.err) == (0, "")
+        assert said in ended.out
+        assert content(tmp_path / "out") == whole["out"]
+
+
 def test_a_grid_by_names_and_numbers(tmp_path: Path, source: Path) -> None:
-    out = tmp_path / "grid.png"
+    out = tmp_path / "grid.PNG"
     ended = run([source, "--out", out, "--classes", "3", "7", "--num-per-class", 2, "--num-ar-steps", 4, *QUICK], 2)
     assert (ended.code, ended.err) == (0, "")
     assert f"{source}, step 7, EMA weights: AR steps 4, denoising steps 2 (ddim)" in ended.out
@@ -140,15 +156,20 @@ MISTAKES = [
     (["--ar-sizes", "some"], "--ar-sizes: expected equal or cosine, or sizes such as 1,3,12, got 'some'"),
     (["--ar-sizes", "8,9"], "--ar-sizes: sizes of AR steps: expected 2 numbers of at least 1 that add up to 16"),
     (["--num-denoising-steps", "1"], "--num-denoising-steps: expected 2 to 1000, got 1"),
-    (["--guidance", "nan"], "--guidance: expected a number of at least 0 (1: none), got nan"),
+    (["--guidance", "nan"], "--guidance: expected 0 to 1000 (1: none), got nan"),
+    (["--guidance", "1e308"], "--guidance: expected 0 to 1000 (1: none), got 1e+308"),
+    (["--block-size", "-5"], "--block-size: expected 1 to 4, got -5"),
+    (["--ar-sizes", "17,-1"], "--ar-sizes: expected 1 to 16, got 17"),
+    (["--ar-sizes", "9,-1"], "--ar-sizes: expected 1 to 16, got -1"),
     (["--guidance-interval", "700", "100"], "--guidance-interval: expected 700 to 999, got 100"),
     (["--batch-size", "0"], "--batch-size: expected 1 to 4096, got 0"),
     (["--num-images", "0"], "--num-images: expected at least 1, got 0"),
     (["--num-images", "7"], "--num-images: expected a multiple of the 10 classes for a grid, got 7; give --num-per"),
     (["--num-images", "10", "--num-per-class", "1"], "--num-images: expected alone, got --num-per-class too"),
+    (["--out", "digits.jpg"], "--out: expected NAME.png, NAME.npz or the name of a folder, got digits.jpg"),
     (["--out", "nowhere/at/all.png"], "--out: expected a place in a folder that is there, got nowhere/at/all.png"),
     (["--out", "docs/images/demo_samples.png"], "--out: expected a place where nothing is yet, got docs/images/demo_s"),
-    (["--trajectory", "README.md"], "--trajectory: expected a place where nothing is yet, got README.md; delete it"),
+    (["--trajectory", "README.md"], "--trajectory: expected a name that ends in .png, got README.md"),
     (["--order", "dilated", "--block-size", "3"], "--block-size: block_size: expected a divisor of the token grid's 4"),
     (["--trajectory", "way.png", "--out", "out.png"], "--trajectory: expected alone, got --out too"),
 ]

@@ -194,6 +194,50 @@ def test_other_work_is_never_overwritten(tmp_path: Path) -> None:
     assert (tmp_path / "notes" / "todo.txt").read_text() == "milk"
 
 
+def test_what_no_finished_folder_can_take_the_place_of_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    monkeypatch.chdir(tmp_path / "empty")
+    for folder in (Path(), Path("nowhere/.."), tmp_path / "link", tmp_path / "dangling"):
+        with pytest.raises(UserError, match=r"is a link, a mount point, .* give the plain name of a new folder"):
+            make(folder).is_complete()
+    with mounted_disk(tmp_path / "disk", "64k") as disk, pytest.raises(UserError, match=r"disk is a link, a mount"):
+        make(disk).is_complete()
+    with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
+        make(tmp_path / ("x" * 300)).is_complete()
+    (tmp_path / ".shards.unfinished").touch()
+    with pytest.raises(UserError, match=r"shards\.unfinished is in the way .*; remove it"):
+        make(tmp_path / "shards").begin()
+
+
+def test_a_link_to_what_is_complete_is_no_mistake(tmp_path: Path) -> None:
+    write_all(tmp_path / "shards", list(range(NUM_SHARDS)))
+    (tmp_path / "link").symlink_to("shards")
+    assert make(tmp_path / "link").is_complete()
+
+
+@pytest.mark.parametrize("name", ["plan.json", "records/00000.json"])
+@pytest.mark.parametrize("content", [b"", b'{"entry": ', b"\xff", b"3"])
+def test_a_damaged_file_of_unfinished_work_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    writer = make(tmp_path / "shards")
+    writer.begin()
+    writer.write(0, samples(0))
+    os.close(writer._lock)
+    (writer.unfinished / name).write_bytes(content)
+    again = make(tmp_path / "shards")
+
+    def go_on() -> None:
+        again.begin()
+        again.record(0)
+
+    with pytest.raises(UserError, match=f"{name} is damaged .*; delete {writer.unfinished} to begin again"):
+        go_on()
+    os.close(again._lock)
+
+
 def test_unfinished_work_of_other_settings_is_refused(tmp_path: Path) -> None:
     def of(*sizes: int) -> ShardWriter:
         return ShardWriter(tmp_path / "shards", image_columns(), {**PLAN, "sizes": sizes})

@@ -7,8 +7,9 @@ No training is needed for it: what stays is clean context, like the tokens of an
 bit for bit; pixels beside the region may change a little, since an autoencoder's decoder looks past a token's border.
 
 A region is centre, top, bottom, outside, box:Y0,X0,Y1,X1 (rows and columns of tokens, the ends left out), tokens:0,1,17
-(row * columns + column), or mask:FILE, a picture that is white where the image is made anew: of the size of the image
-file, of its centre crop, or with one pixel a token. Image files may have any size: they are cropped as for training.
+(row * columns + column), or mask:FILE, a picture that is white where the image is made anew (alpha does not count): of
+the size of the image file, of its centre crop, or with one pixel a token. Image files may have any size: they are
+cropped as for training.
 """
 
 import argparse
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, exit_with, phase, say
-from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
+from cfpretrain.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.evaluation.sampling_options import add_sampling_options, check_picture, check_place, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from cfpretrain.source import Source
 
 _REGION_COLOUR, _REGION_SHARE = "#2563a8", 0.65
+_MOST_SEEDS = 1000
 _CELL_SIZE = 96  # picture pixels a side of an image
 
 
@@ -48,10 +50,8 @@ def main() -> None:
     parser.add_argument("--images", type=Path, metavar="FOLDER", help="a new folder for the edited images alone")
     add_sampling_options(parser, batch_size=16)
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -84,20 +84,23 @@ def run(arguments: argparse.Namespace) -> None:
         # The original, where it was generated, has id 0.
         edited = edit_tokens(config, source.model, tokens_BLP, region_L, labels, settings, device, first_id=1)
         images = autoencoder.decode(unpatchify(edited, model.patch_size)).cpu()
-    try:
-        _draw(arguments, source, original.image, region_L, images, settings)
-    except OSError as error:
-        where = error.filename or arguments.out
-        raise UserError(f"{where} cannot be written ({error.strerror or error}); mend that or give another") from error
+    _draw(arguments, source, original.image, region_L, images, settings)
     say(f"{len(labels)} edits: {arguments.out}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if arguments.num_seeds < 1:
-        raise UserError(f"--num-seeds: expected at least 1, got {arguments.num_seeds}")
+    if not 1 <= arguments.num_seeds <= _MOST_SEEDS:
+        raise UserError(f"--num-seeds: expected 1 to {_MOST_SEEDS}, got {arguments.num_seeds}")
+    mask = arguments.region.removeprefix("mask:") if arguments.region.startswith("mask:") else None
+    for option, file in (("--image", arguments.image), ("--region", mask and Path(mask))):
+        if file is not None and file.exists() and not file.is_file():
+            raise UserError(f"{option}: expected a file, got {file}, which is none; give an image such as a PNG")
+    check_picture("--out", arguments.out)
     check_place("--out", arguments.out)
     if arguments.images is not None:
         check_place("--images", arguments.images)
+        if arguments.images.absolute() == arguments.out.absolute():
+            raise UserError(f"--images: expected another place than that of --out, got {arguments.images} for both")
 
 
 @dataclass(frozen=True)
@@ -146,24 +149,27 @@ def _draw(
 
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
+    from cfpretrain.outputs import whole_or_nothing
 
     names = [source.class_names[source.label_of(text)] for text in arguments.classes]
     left = [original.expand(-1, 3, -1, -1), pictures.tinted(original, region_L[None], _REGION_COLOUR, _REGION_SHARE)]
     by_class = images.expand(-1, 3, -1, -1).split(arguments.num_seeds)
-    pictures.sample_grid(
-        arguments.out,
-        torch.cat([one for edits in by_class for one in (*left, edits)]),
-        [f"-> {name}" for name in names],
-        title=grid_title(f"{source.title}, region {arguments.region}", settings),
-        value_range=(0.0, 1.0),
-        cell_size=_CELL_SIZE,
-        column_names=["original", "region", *(f"edit {i + 1}" for i in range(arguments.num_seeds))],
-    )
+    with whole_or_nothing(arguments.out, "--out") as picture:
+        pictures.sample_grid(
+            picture,
+            torch.cat([one for edits in by_class for one in (*left, edits)]),
+            [f"-> {name}" for name in names],
+            title=grid_title(f"{source.title}, region {arguments.region}", settings),
+            value_range=(0.0, 1.0),
+            cell_size=_CELL_SIZE,
+            column_names=["original", "region", *(f"edit {i + 1}" for i in range(arguments.num_seeds))],
+        )
     if arguments.images is not None:
-        arguments.images.mkdir()
-        for i, image in enumerate(pictures.to_rgb(images, (0.0, 1.0))):
-            row, column = divmod(i, arguments.num_seeds)
-            pictures.write_png(arguments.images / f"row_{row + 1}_edit_{column + 1}.png", image)
+        with whole_or_nothing(arguments.images, "--images") as folder:
+            folder.mkdir()
+            for i, image in enumerate(pictures.to_rgb(images, (0.0, 1.0))):
+                row, column = divmod(i, arguments.num_seeds)
+                pictures.write_png(folder / f"row_{row + 1}_edit_{column + 1}.png", image)
 
 
 if __name__ == "__main__":

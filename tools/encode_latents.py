@@ -78,6 +78,8 @@ def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, Sha
     from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
 
     info = read_images_info(arguments.images, "IMAGES")
+    if os.path.realpath(arguments.out) == os.path.realpath(arguments.images):
+        raise UserError(f"--out: expected another folder than IMAGES, got {arguments.out} for both; choose another")
     if device.type == "cpu" and arguments.precision != "fp32":
         raise UserError(f"--precision: expected fp32 without a GPU, got {arguments.precision}; leave the option out")
     autoencoder: IdentityAutoencoder | KLAutoencoder

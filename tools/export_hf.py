@@ -16,9 +16,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, phase, say
 
 _GB = 10**9
+_MOST_GB = 10**6
 _OF_DIFFUSERS = ("weights", "step", "dtype", "max_shard_gb", "license", "push")
 
 
@@ -48,21 +49,21 @@ def main() -> None:
     parser.add_argument("--push", metavar="REPO", help="then upload to a private repository of the hub, e.g. me/demo")
     arguments = parser.parse_args()
     others = [name for name in _OF_DIFFUSERS if getattr(arguments, name) != parser.get_default(name)]
-    try:
+    with ending_in_one_line():
         if arguments.format == "official":
             run_official(arguments.run, arguments.out, others)
         else:
             run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks, writes, and uploads where asked to."""
-    if not arguments.max_shard_gb > 0:
-        raise UserError(f"--max-shard-gb: expected more than 0, got {arguments.max_shard_gb:g}")
+    if not 0 < arguments.max_shard_gb <= _MOST_GB:
+        raise UserError(f"--max-shard-gb: expected more than 0, up to {_MOST_GB}, got {arguments.max_shard_gb:g}")
     if not re.fullmatch(r"[\w.+-]+", arguments.license):
         raise UserError(f"--license: expected a name such as apache-2.0, got {arguments.license!r}")
+    if arguments.push is not None and not arguments.push.strip():
+        raise UserError(f"--push: expected a repository of the hub, e.g. me/demo, got {arguments.push!r}")
     with phase("loading torch"):
         from cfpretrain.export.diffusers_layout import ExportSettings, export, push
     settings = ExportSettings(

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, one_line, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +38,8 @@ def main() -> None:
         help="what is subtracted from latents before (Stable Diffusion 3's: 0.0609, FLUX's: 0.1159; left out, nothing)",
     )
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         run(arguments.file, arguments.out, arguments.scaling_factor, arguments.shift_factor)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float | None = None) -> None:
@@ -51,6 +49,8 @@ def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float
     if shift_factor is not None and not math.isfinite(shift_factor):
         raise UserError(f"--shift-factor: expected a number, got {shift_factor}")
     with phase("loading torch and diffusers"):
+        from safetensors import SafetensorError
+
         from cfpretrain.export import foreign_files
         from cfpretrain.export.autoencoder import pick_tensors
         from cfpretrain.model import autoencoder
@@ -61,7 +61,12 @@ def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float
     network = autoencoder.fill_network(config, state, str(file))
     is_there = autoencoder.holds(out, network)
     if not is_there:
-        autoencoder.write_folder(out, network)
+        try:
+            autoencoder.write_folder(out, network)
+        except SafetensorError as error:  # what the disk says to its writer
+            raise UserError(
+                f"OUT: {out} cannot be written ({one_line(error):.200}); mend it or give another"
+            ) from error
     made = autoencoder.KLAutoencoder.load(out, "cpu", key="OUT")
     num_parameters = sum(value.numel() for value in tensors.values())
     say(

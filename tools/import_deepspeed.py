@@ -14,7 +14,7 @@ which makes data only: nothing in a file is run, not even DeepSpeed's code, and 
 import argparse
 from pathlib import Path
 
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import ending_in_one_line, phase, say
 
 
 def main() -> None:
@@ -31,10 +31,8 @@ def main() -> None:
         help="of the model and of the training to come, e.g. configs/XL.yaml; give several and later ones win",
     )
     arguments = parser.parse_intermixed_args()
-    try:
+    with ending_in_one_line():
         run(arguments.folder, arguments.run, arguments.config, arguments.overrides)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(source: Path, folder: Path, paths: list[str], overrides: list[str]) -> None:
@@ -42,12 +40,13 @@ def run(source: Path, folder: Path, paths: list[str], overrides: list[str]) -> N
     with phase("loading torch"):
         import torch
 
-        from cfpretrain.export import foreign_files, imported_run
+        from cfpretrain import build, outputs
+        from cfpretrain.export import imported_run
         from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
         from cfpretrain.export.official import our_names
 
-    foreign_files.refuse_existing(folder, "RUN")
-    config = imported_run.load_config(paths, overrides)
+    outputs.refuse_existing(folder, "RUN")
+    config = build.load_config(paths, overrides)
     say(
         "WARNING: DeepSpeed's files are pickles, which can run code when other tools read them; here they are read as "
         "data only, and refused where they hold more"

@@ -12,7 +12,9 @@ holds more than tensors, numbers and texts is refused.
 import argparse
 from pathlib import Path
 
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, phase, say
+
+_MOST_STEPS = 10**12
 
 
 def main() -> None:
@@ -32,23 +34,22 @@ def main() -> None:
         "--step", type=int, default=0, help="steps it was trained for (default 0: warm-up and step count begin anew)"
     )
     arguments = parser.parse_intermixed_args()
-    try:
+    with ending_in_one_line():
         run(arguments.file, arguments.run, arguments.config, arguments.overrides, arguments.step)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(file: Path, folder: Path, paths: list[str], overrides: list[str], step: int = 0) -> None:
     """Reads, checks and writes."""
-    if step < 0:
-        raise UserError(f"--step: expected at least 0, got {step}")
+    if not 0 <= step <= _MOST_STEPS:
+        raise UserError(f"--step: expected 0 to {_MOST_STEPS}, got {step}")
     with phase("loading torch"):
         import torch
 
-        from cfpretrain.export import foreign_files, imported_run, official
+        from cfpretrain import build, outputs
+        from cfpretrain.export import imported_run, official
 
-    foreign_files.refuse_existing(folder, "RUN")
-    config = imported_run.load_config(paths, overrides)
+    outputs.refuse_existing(folder, "RUN")
+    config = build.load_config(paths, overrides)
     with phase(f"reading {file}"):
         tensors = official.read_official(file, config)
     say("the optimizer begins anew: Adam's moments are 0 (whatever state the file has of one is not used)")

@@ -4,7 +4,8 @@
     python tools/inspect_shards.py data/mnist-images --verify
 
 --verify holds every file against its hash and every sample against its checksum, decodes every image, counts the
-classes and looks for ids that come twice. Exit code 0: all is well; 2: it is not, and a line says what and where.
+classes and the lines of rejected.jsonl, and looks for ids that come twice. Exit code 0: all is well; 2: it is not, and
+a line says what and where.
 """
 
 import argparse
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.config import DataConfig
-from cfpretrain.console import ItemProgress, UserError, exit_with, phase, say
+from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, phase, say
+from cfpretrain.evaluation.sampling_options import check_picture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,14 +59,14 @@ def main() -> None:
         option, shown = f"--{name.replace('_', '-')}", f"{text} (default {default})"
         parser.add_argument(option, type=kind, default=default, metavar=name.rpartition("_")[2].upper(), help=shown)
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints, draws and verifies, in this order."""
+    if arguments.grid is not None:
+        check_picture("--grid", arguments.grid)
     with phase("loading torch and streaming"):
         from cfpretrain.data.shards import Shards
         from cfpretrain.data.storage import CacheSettings, open_source
@@ -78,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _print_description(shards: "Shards") -> None:
-    from cfpretrain.data.shards import ImagesInfo, columns_of, fingerprint, kind_of
+    from cfpretrain.data.shards import ImagesInfo, columns_of, config_lines, fingerprint, kind_of
 
     info = shards.info
     sizes = shards.shard_sizes
@@ -103,6 +105,8 @@ def _print_description(shards: "Shards") -> None:
     lines["fingerprint"] = fingerprint(shards.source, "shards")
     for name, text in lines.items():
         print(f"{name:>12}: {text}", flush=True)
+    if not isinstance(info, ImagesInfo):
+        print("a config for them says", *config_lines(info, shards.source.address), sep="\n  ", flush=True)
 
 
 def _short(values: Any) -> str:
@@ -190,6 +194,7 @@ def _verify(shards: "Shards") -> None:
             done += 1
             progress.show(done)
     progress.close()
+    _verify_rejected(shards)
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) != len(ids):
         twice = unique[counts > 1][0]
@@ -211,6 +216,24 @@ def _verify_file(opened: FileIO, name: str, digest: str) -> None:
         raise UserError(
             f"shards: {name}: expected the {HASH} hash {digest[:16]}... of the index, got {found[:16]}...; copy the "
             "file from where it is whole, or write the folder again"
+        )
+
+
+def _verify_rejected(shards: "Shards") -> None:
+    import json
+
+    expected, found = getattr(shards.info, "num_rejected", 0), 0
+    if not expected:
+        return
+    try:
+        found = sum("reason" in json.loads(line) for line in shards.source.text("rejected.jsonl").splitlines())
+        problem = f"got {found}"
+    except (OSError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        problem = f"but it cannot be read ({error})"
+    if found != expected:
+        raise UserError(
+            f"shards: {shards.source.address}/rejected.jsonl: expected {expected} images, as the description says, "
+            f"{problem}; copy it from where it is whole, or write the folder again"
         )
 
 

@@ -8,13 +8,17 @@
 
 Every image is decoded. What cannot be stored is named in rejected.jsonl, with the reason. Same images and options, same
 shards, whatever the number of workers. The command may be stopped or killed at any moment; run again, it goes on.
+An image is known by its path, size in bytes, label and caption: where only the content of files changed, what is there
+is taken for theirs, so give another --out.
 Exit code 2: a mistake, or too many images rejected; 75: it was asked to stop.
 """
 
 import argparse
 import os
+import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from cfpretrain.console import EXIT_REQUEUE, UserError, exit_with, phase, say
@@ -38,22 +42,27 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("images", type=Path, help="a folder of class folders; or a table, .csv or .jsonl, with columns "
                         "path and, where wanted, label and caption")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
-    parser.add_argument("--size", type=_positive, required=True, help="pixels a side of the centre crop, e.g. 256")
+    parser.add_argument(
+        "--size", type=_from_one_to(8192), required=True, help="pixels a side of the centre crop, e.g. 256"
+    )
     parser.add_argument("--store", choices=("lossless", "original"), default="lossless",
                         help="PNG of the crop (default), or the bytes of the files")  # fmt: skip
     parser.add_argument("--grey", action="store_true", help="one channel instead of RGB")
     parser.add_argument("--root", type=Path, help="what a table's paths begin at (default: the table's folder)")
-    parser.add_argument("--workers", type=_positive, help="processes (default: one a CPU core)")
-    parser.add_argument("--images-per-shard", type=_positive, default=1024, help="default 1024")
+    parser.add_argument("--workers", type=_from_one_to(1024), help="processes (default: one a CPU core)")
+    parser.add_argument("--images-per-shard", type=_from_one_to(1 << 20), default=1024, help="default 1024")
     parser.add_argument("--max-rejected-share", type=_share, default=0.01,
                         help="stop when more of all images than this share are rejected (default 0.01)")  # fmt: skip
     return parser.parse_args()
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
+def _from_one_to(most: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text) or not 1 <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, got {text!r:.40}")
+        return int(text)
+
+    return number
 
 
 def _share(text: str) -> float:
@@ -71,7 +80,9 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("loading torch and streaming"):
         from cfpretrain.data.images import Storing, list_images
         from cfpretrain.data.storing import store_images
-    if arguments.out.resolve().is_relative_to(arguments.images.resolve()):
+    # Unlike Path.resolve, it takes a link that leads to itself.
+    out, images = (Path(os.path.realpath(path)) for path in (arguments.out, arguments.images))
+    if out.is_relative_to(images):
         raise UserError(f"--out: expected a folder outside of the images, got {arguments.out}; choose another")
     with phase(f"listing {arguments.images}"):
         listing = list_images(arguments.images, arguments.root)

@@ -12,10 +12,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, phase, printable, say
+from cfpretrain.evaluation.sampling_options import check_guidance
 
 # For few denoising steps; tools/measure_sampling.py quality holds it against DDPM's.
 _SOLVER, _SPACING = "sde-dpm++", "log_snr"
+_REPORT_FILE = "report.json"
 _MOST_MAPPED = 1500  # latents behind the loss map
 _FEATURES = "fd_effnet_lite0"
 _MOST_EMBEDDED = 500  # images of each set behind the distance in these features
@@ -36,10 +38,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=250, help="images a forward on one rank (default 250)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> None:
     _check_decodes(arguments.run, config)
     _check_images(arguments, config)
     settings = _settings(arguments, step)
-    done = arguments.run / "report.json"
-    if done.is_file() and settings.items() <= (report := json.loads(done.read_text())).items():
+    report = _read_report(arguments.run)
+    if settings.items() <= report.items():
         if runtime.rank() == 0:
             say(f"nothing to do: {arguments.run} is scored at step {step}")
             _print_table(report, arguments.run)
@@ -72,6 +72,15 @@ def run(arguments: argparse.Namespace) -> None:
             _report(arguments, config, model, step, generated, embedded)
     finally:
         runtime.stop()
+
+
+def _read_report(folder: Path) -> dict[str, Any]:
+    """What an earlier scoring wrote; nothing where there is none, or it is damaged: it is written anew."""
+    try:
+        report = json.loads((folder / _REPORT_FILE).read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return report if isinstance(report, dict) else {}
 
 
 def _settings(arguments: argparse.Namespace, step: int) -> dict[str, Any]:
@@ -98,6 +107,7 @@ def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> N
     ):
         if not low <= value <= high:
             raise UserError(f"{name}: expected {low} to {high}, got {value}")
+    check_guidance(arguments.guidance)
     if arguments.guidance == 1:
         raise UserError("--guidance: expected another scale than 1, which is measured anyway; e.g. 2")
 
@@ -242,7 +252,7 @@ def _report(
     if summary is None or summary["num_steps"] != step:
         summary = {}  # a run that has not ended, or goes on
     report = {**summary, **scores, **_settings(arguments, step)}
-    build.write_text(folder / "report.json", json.dumps(report, indent=2) + "\n")
+    build.write_text(folder / _REPORT_FILE, json.dumps(report, indent=2) + "\n")
     _print_table(report, folder)
 
 
@@ -279,7 +289,7 @@ def _print_table(report: dict[str, Any], folder: Path) -> None:
         )
     lines.append(f"  pictures: {folder}/samples/*.png {folder}/curves.png {folder}/loss_map.png")
     lines.append(f"  numbers:  {folder}/report.json")
-    print("\n".join(lines), flush=True)
+    print(printable("\n".join(lines)), flush=True)
     say(f"{folder} is scored")
 
 

@@ -7,20 +7,25 @@
 
 What --out is called decides what is written: NAME.png is a grid, NAME.npz one array as ADM's evaluation reads it, and
 anything else a folder of PNG. Image i is the same on any number of ranks, and its class follows from i and --classes.
-An archive or a folder that was interrupted goes on with the same command.
+An archive or a folder that was interrupted goes on with the same command, which also makes again what is missing from a
+folder, or damaged in it.
 """
 
 import argparse
 import dataclasses
 import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, leave_with, phase, say
-from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
+from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, ending_in_one_line, leave_with, phase, say
+from cfpretrain.evaluation.sampling_options import (
+    add_sampling_options,
+    check_picture,
+    check_place,
+    is_picture,
+    read_settings,
+)
 
 if TYPE_CHECKING:
     from cfpretrain.evaluation.generation import GenerationSettings
@@ -31,6 +36,7 @@ _MOST_ROWS = 10  # of a grid where no classes are asked for
 _PER_CLASS = 8
 _WAY_CELL_SIZE = 72  # of a trajectory; picture pixels a side
 _NOT_MADE = "#e5e8ec"
+_OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  # hardly meant as names of folders
 
 
 def main() -> None:
@@ -50,10 +56,8 @@ def main() -> None:
     arguments = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, _leave)
-    try:
+    with ending_in_one_line():
         run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -74,7 +78,7 @@ def run(arguments: argparse.Namespace) -> None:
         say(f"{source.title}: AR steps {ar_steps}, denoising steps {levels} ({settings.solver})")
         if arguments.trajectory is not None:
             _draw_trajectory(arguments.trajectory, source, labels[0], settings)
-        elif arguments.out.suffix == ".png":
+        elif is_picture(arguments.out):
             _draw_grid(arguments.out, source, labels, settings)
         else:
             _write_set(arguments, source, labels, settings)
@@ -92,10 +96,13 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"{name}: expected at least 1, got {value}")
     arguments.out = arguments.out or Path("samples.png")
     if arguments.trajectory is not None:
+        check_picture("--trajectory", arguments.trajectory)
         check_place("--trajectory", arguments.trajectory)
     else:
+        if arguments.out.suffix.lower() in _OTHER_PICTURES:
+            raise UserError(f"--out: expected NAME.png, NAME.npz or the name of a folder, got {arguments.out}")
         # An archive or a folder may be there and hold these images.
-        check_place("--out", arguments.out, must_be_new=arguments.out.suffix == ".png")
+        check_place("--out", arguments.out, must_be_new=is_picture(arguments.out))
 
 
 def _labels(arguments: argparse.Namespace, source: "Source") -> list[int]:
@@ -103,13 +110,13 @@ def _labels(arguments: argparse.Namespace, source: "Source") -> list[int]:
     names = source.class_names
     if arguments.classes:
         classes = [source.label_of(text) for text in arguments.classes]
-    elif arguments.out.suffix == ".png":
+    elif is_picture(arguments.out):
         num_rows = min(len(names), _MOST_ROWS)
         classes = [i * len(names) // num_rows for i in range(num_rows)]
     else:
         classes = list(range(len(names)))
     num_images = arguments.num_images or len(classes) * (arguments.num_per_class or _PER_CLASS)
-    if arguments.out.suffix == ".png" and num_images % len(classes):
+    if is_picture(arguments.out) and num_images % len(classes):
         raise UserError(
             f"--num-images: expected a multiple of the {len(classes)} classes for a grid, got {num_images}; "
             "give --num-per-class"
@@ -121,6 +128,7 @@ def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "Gener
     from cfpretrain import runtime
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import decode_to_look_at, generate_images, grid_title
+    from cfpretrain.outputs import whole_or_nothing
 
     config, device = source.config, source.device
     decode, note = decode_to_look_at(config, device)
@@ -129,10 +137,11 @@ def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "Gener
     classes = list(dict.fromkeys(labels))
     by_class = [i for label in classes for i in range(len(labels)) if labels[i] == label]
     names = [source.class_names[label] for label in classes]
-    with runtime.together(), _writing(path):
+    with runtime.together():
         if runtime.rank() == 0:
             title = grid_title(source.title, settings, note)
-            pictures.sample_grid(path, images[by_class], names, title=title, value_range=(0.0, 1.0))
+            with whole_or_nothing(path, "--out") as unfinished:
+                pictures.sample_grid(unfinished, images[by_class], names, title=title, value_range=(0.0, 1.0))
     say(f"{len(labels)} images: {path}")
 
 
@@ -141,6 +150,7 @@ def _draw_trajectory(path: Path, source: "Source", label: int, settings: "Genera
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import decode_to_look_at, follow, grid_title
     from cfpretrain.model.transformer import unpatchify
+    from cfpretrain.outputs import whole_or_nothing
 
     config, device = source.config, source.device
     decode, colours = decode_to_look_at(config, device)
@@ -150,17 +160,18 @@ def _draw_trajectory(path: Path, source: "Source", label: int, settings: "Genera
     latents = unpatchify(way.states.flatten(0, 1), config.model.patch_size)
     is_made = way.is_made.repeat_interleave(len(way.timesteps), 0)
     images = pictures.tinted(decode(latents.to(device)).cpu(), ~is_made, _NOT_MADE, 1.0)
-    with runtime.together(), _writing(path):
+    with runtime.together():
         if runtime.rank() == 0:
-            pictures.sample_grid(
-                path,
-                images,
-                [f"AR step {step}" for step in way.ar_steps],
-                title=grid_title(f"class {source.class_names[label]}, {source.title}", settings, note),
-                value_range=(0.0, 1.0),
-                cell_size=_WAY_CELL_SIZE,
-                column_names=["clean" if t is None else f"t = {t}" for t in way.timesteps],
-            )
+            with whole_or_nothing(path, "--trajectory") as unfinished:
+                pictures.sample_grid(
+                    unfinished,
+                    images,
+                    [f"AR step {step}" for step in way.ar_steps],
+                    title=grid_title(f"class {source.class_names[label]}, {source.title}", settings, note),
+                    value_range=(0.0, 1.0),
+                    cell_size=_WAY_CELL_SIZE,
+                    column_names=["clean" if t is None else f"t = {t}" for t in way.timesteps],
+                )
     say(f"the way of one image: {path}")
 
 
@@ -255,14 +266,6 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); mend that or give another") from error
 
 
 def _leave(*_: object) -> None:

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import stat
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ _DALI_MODES = {"GIF": (), "AVIF": (), "TIFF": ("L", "RGB", "RGBA"), "JPEG2000": 
 _OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _TABLES = (".csv", ".jsonl")
 _COLUMNS = ("path", "label", "caption")
+# What cannot be written as UTF-8; of a path, which need not be, what no file has in its name.
+_UNFIT = dict.fromkeys(_COLUMNS, re.compile("[\ud800-\udfff]")) | {"path": re.compile("[\0\ud800-\udc7f\udd00-\udfff]")}
 # PIL converts others, 16-bit grey among them, by cutting off what exceeds 255: to white.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 _MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # where PIL refuses to decode
@@ -93,13 +96,13 @@ def list_images(images: Path, root: Path | None = None) -> Listing:
     Raises:
         UserError: there is nothing of the kind, or it is not clear what an image's class is.
     """
-    if images.is_dir():
+    if os.path.isdir(images):
         if root is not None:
             raise UserError(f"--root: expected only with a table, got {root} with the folder {images}; leave it out")
         return _list_tree(images)
-    if not images.exists():
+    if not os.path.exists(images):
         raise UserError(f"images: {images} does not exist; give a folder of class folders or a table (.csv, .jsonl)")
-    if images.suffix.lower() not in _TABLES:
+    if images.suffix.lower() not in _TABLES or not images.is_file():
         raise UserError(f"images: expected a folder of class folders or a table (.csv, .jsonl), got the file {images}")
     return _list_table(images, root or images.parent)
 
@@ -146,9 +149,10 @@ def _files_below(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) 
     for entry in _scan(folder):
         if entry.name.startswith("."):
             continue
-        if entry.is_dir():
+        is_link = entry.is_symlink()  # perhaps to itself, of which os.DirEntry.is_dir raises
+        if os.path.isdir(entry) if is_link else entry.is_dir():
             yield from _files_below(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
-        elif entry.is_file() or entry.is_symlink():  # a broken link is an image that cannot be read
+        elif is_link or entry.is_file():  # a broken link is an image that cannot be read
             yield prefix + entry.name, _size(entry)
 
 
@@ -218,7 +222,7 @@ def _read_jsonl(table: Path, file: io.TextIOBase) -> Iterator[tuple[int, dict[st
             continue
         try:
             record = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"images: {table}, line {line}: expected one JSON object ({error}); mend it") from error
         if not isinstance(record, dict):
             raise UserError(f"images: {table}, line {line}: expected one JSON object, got {text.strip():.40}; mend it")
@@ -227,7 +231,7 @@ def _read_jsonl(table: Path, file: io.TextIOBase) -> Iterator[tuple[int, dict[st
 
 def _text(table: Path, line: int, record: dict[str, Any], column: str) -> str:
     value = record.get(column)
-    if not isinstance(value, str | None):
+    if not isinstance(value, str | None) or _UNFIT[column].search(value or ""):
         raise UserError(f"images: {table}, line {line}: expected a text as {column}, got {value!r:.40}; mend it")
     return value or ""
 
@@ -267,11 +271,13 @@ def _label(table: Path, line: int, record: dict[str, Any]) -> str:
     if value is None:
         return ""
     is_number = isinstance(value, int) and not isinstance(value, bool)
-    if not (isinstance(value, str) or is_number) or re.fullmatch("-[0-9]+", str(value)):
+    text = str(value)
+    is_wrong = re.fullmatch("-[0-9]+|[0-9]{1000,}", text) or _UNFIT["label"].search(text)
+    if not (isinstance(value, str) or is_number) or is_wrong:
         raise UserError(
             f"images: {table}, line {line}: expected a name or a number from 0 on as label, got {value!r:.40}; mend it"
         )
-    return str(value)
+    return text
 
 
 def _digest(rows: Sequence[Row], sizes: Sequence[int], class_names: Sequence[str]) -> str:
@@ -340,10 +346,12 @@ def read_file(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        RejectedImageError: it is not there or cannot be read, and that is the file's own fault.
+        RejectedImageError: it is not there, no file, or cannot be read, and that is the file's own fault.
         UserError: the disk or the network fails.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may never end
+            raise RejectedImageError("the file cannot be read: it is no regular file")
         return path.read_bytes()
     except OSError as error:
         reason = error.strerror or str(error)

@@ -10,6 +10,7 @@ restarts threads and barriers at every epoch, and keeps state in named shared me
 workers are handed the indices of a micro-batch and need no state; they read ahead across the border of an epoch.
 """
 
+import functools
 import multiprocessing
 import signal
 import threading
@@ -284,8 +285,9 @@ class _MicroBatches(Dataset[Batch | _Failure]):
         self._ends = np.cumsum([len(folder) for folder in folders])
         info = folders[0].latents_info
         self._has_posterior, self._has_mirror = info.has_posterior, info.has_mirror
-        self._mirror_key = seeds.key(config.run.seed, "mirror")
-        self._posterior_key = seeds.key(config.run.seed, "posterior")
+        seed = config.run.seed
+        # The same for a whole epoch, and as much work as the rest of a small draw.
+        self._epoch_key = functools.lru_cache(lambda purpose, epoch: seeds.fold(seeds.key(seed, purpose), epoch))
         self._mirror_prob = config.data.mirror_prob
 
     def __getitem__(self, request: _Request) -> Batch | _Failure:
@@ -296,10 +298,10 @@ class _MicroBatches(Dataset[Batch | _Failure]):
             return _Failure(error)
         mirrored_B = self._draw_mirrored(epoch, ids_B)
         latents_BCYX = self._stack(samples, "mean", mirrored_B)
-        if not self._has_mirror:
+        if self._mirror_prob > 0 and not self._has_mirror:
             latents_BCYX = torch.where(mirrored_B[:, None, None, None], latents_BCYX.flip(-1), latents_BCYX)
         if self._has_posterior:
-            keys_B = seeds.fold(seeds.fold(self._posterior_key, epoch), ids_B)
+            keys_B = seeds.fold(self._epoch_key("posterior", epoch), ids_B)
             deviation_BCYX = (0.5 * self._stack(samples, "log_variance", mirrored_B)).exp_()
             latents_BCYX += deviation_BCYX * seeds.normal(keys_B, latents_BCYX.shape[1:])
         return Batch(ids_B, epoch, latents_BCYX, torch.tensor([int(sample["label"]) for sample in samples]))
@@ -307,15 +309,19 @@ class _MicroBatches(Dataset[Batch | _Failure]):
     def _read(self, visits: NDArray[np.int64]) -> tuple[list[dict[str, Any]], Tensor]:
         places, repetitions = visits & ((1 << _REPETITION_BIT) - 1), visits >> _REPETITION_BIT
         folders = np.searchsorted(self._ends, places, side="right")
-        samples = [
-            self._folders[folder].sample(place - int(self._ends[folder]) + len(self._folders[folder]))
-            for folder, place in zip(folders.tolist(), places.tolist(), strict=True)
-        ]
+        found: dict[int, dict[str, Any]] = {}
+        for folder in set(folders.tolist()):
+            (positions,) = np.nonzero(folders == folder)
+            indices = places[positions] - self._ends[folder] + len(self._folders[folder])
+            found.update(zip(positions.tolist(), self._folders[folder].samples(indices.tolist()), strict=True))
+        samples = [found[position] for position in range(len(visits))]
         ids = np.array([sample["id"] for sample in samples], np.int64)
         return samples, torch.from_numpy(ids + (folders << _FOLDER_BIT) + (repetitions << _REPETITION_BIT))
 
     def _draw_mirrored(self, epoch: int, ids_B: Tensor) -> Tensor:
-        keys_B = seeds.fold(seeds.fold(self._mirror_key, epoch), ids_B)
+        if self._mirror_prob == 0:
+            return torch.zeros_like(ids_B, dtype=torch.bool)
+        keys_B = seeds.fold(self._epoch_key("mirror", epoch), ids_B)
         return seeds.uniform(keys_B) < self._mirror_prob
 
     def _stack(self, samples: Sequence[dict[str, Any]], name: str, mirrored_B: Tensor) -> Tensor:

@@ -58,12 +58,14 @@ class ShardWriter:
         """Whether the final folder is there already, made by the same plan.
 
         Raises:
-            UserError: something else lies there.
+            UserError: something else lies there, or a folder can never lie there.
         """
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"{self.folder} is a file; give the name of a folder to write shards to")
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
-            return False
+        with self._writing():
+            if self.folder.exists() and not self.folder.is_dir():
+                raise UserError(f"{self.folder} is a file; give the name of a folder to write shards to")
+            if not self.folder.is_dir() or not any(self.folder.iterdir()):
+                self._check_place()
+                return False
         advice = "delete it or choose another folder"
         try:
             Shards(self.folder, key=str(self.folder))
@@ -77,6 +79,14 @@ class ShardWriter:
         self._clean_up()
         return True
 
+    def _check_place(self) -> None:
+        """Refuses, before the work, what the finished folder could not take the place of after it."""
+        if self.folder.is_symlink() or self.folder.is_mount() or self.folder.name in ("", ".."):
+            raise UserError(
+                f"{self.folder} is a link, a mount point, `.` or `..`, whose place no finished folder can take; give "
+                "the plain name of a new folder"
+            )
+
     def begin(self) -> None:
         """Makes the unfinished folder, or goes on with it; one process calls it, before any `write`, and holds it.
 
@@ -86,11 +96,14 @@ class ShardWriter:
             UserError: another process holds it, it belongs to another plan, or it cannot be written.
         """
         with self._writing():
-            self.unfinished.mkdir(parents=True, exist_ok=True)
+            try:
+                self.unfinished.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise UserError(f"{error.filename} is in the way of the unfinished folder; remove it") from error
             self._lock = _locked(self.unfinished / _LOCK_FILE, self.folder)
             plan_file = self.unfinished / _PLAN_FILE
             if plan_file.exists() and self._has_written():
-                different = _differences(json.loads(plan_file.read_text()), self.plan)
+                different = _differences(self._read(plan_file), self.plan)
                 if different:
                     raise UserError(
                         f"{self.unfinished} is the unfinished work of other settings ({different}); give those, or "
@@ -218,8 +231,14 @@ class ShardWriter:
         return self.unfinished / _RECORDS / f"{number:05d}.json"
 
     def _kept(self, number: int) -> dict[str, Any]:
-        kept: dict[str, Any] = json.loads(self._record_file(number).read_text())
-        return kept
+        return self._read(self._record_file(number))
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """A file of the unfinished folder."""
+        try:
+            return dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({error}); delete {self.unfinished} to begin again") from error
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

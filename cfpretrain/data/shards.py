@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -211,8 +212,8 @@ def _required_text(source: Source, name: str, key: str) -> str:
         is_there = "://" in source.address or Path(source.address).exists()
         got = f"has no {name}" if is_there else "does not exist"
         raise UserError(
-            f"{key}: expected a folder of shards, but {source.address} {got}; make shards with tools/make_shards.py "
-            "and tools/encode_latents.py"
+            f"{key}: expected a folder of shards, but {source.address or 'the empty name'} {got}; make shards with "
+            "tools/make_shards.py and tools/encode_latents.py"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: {source.address}/{name} cannot be read ({error}); restore it") from error
@@ -300,6 +301,19 @@ def _check_alike(first: LatentsInfo, info: LatentsInfo, address: str) -> Iterabl
         expected, got = getattr(first, name), getattr(info, name)
         if expected != got:
             yield f"data.shards: {address}: expected {name} as in the first folder, {expected!r:.80}, got {got!r:.80}"
+
+
+def config_lines(info: LatentsInfo, address: str) -> list[str]:
+    """What a config for these shards must say, in YAML; the folder of the autoencoder is yet to be filled in."""
+    data: dict[str, Any] = {"shards": address}
+    if info.autoencoder != "identity":
+        data["autoencoder"] = "FOLDER"
+    data |= {"latent_shift": list(info.latent_shift), "latent_scale": list(info.latent_scale)}
+    if info.has_posterior and not info.has_mirror:
+        data["mirror_prob"] = 0.0
+    channels, rows, _ = info.latent_shape
+    model = {"latent_size": rows, "latent_channels": channels, "num_classes": len(info.class_names)}
+    return [f"{section}: {json.dumps(values)}" for section, values in (("model", model), ("data", data))]
 
 
 def check_autoencoder(
@@ -390,35 +404,50 @@ class Shards:
         return map(self.sample, range(first, first + int(self.shard_sizes[number])))
 
     def sample(self, index: int) -> dict[str, Any]:
-        """A sample by its place in the folder, 0 to len - 1: its columns.
+        """`samples` of one index."""
+        return self.samples([index])[0]
+
+    def samples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Samples by their places in the folder, 0 to len - 1: the columns of each. Opens each file once.
 
         Raises:
-            DamagedShardError: it is not what was written.
-            UserError: its file is missing or cannot be fetched.
+            DamagedShardError: one is not what was written.
+            UserError: a file is missing or cannot be fetched.
         """
-        shard = bisect.bisect_right(self._ends, index)
-        place = index - (self._ends[shard - 1] if shard else 0)
+        positions: dict[int, list[int]] = {}
+        for position, index in enumerate(indices):
+            positions.setdefault(bisect.bisect_right(self._ends, index), []).append(position)
+        found: dict[int, dict[str, Any]] = {}
+        for shard, wanted in positions.items():
+            first = self._ends[shard] - int(self.shard_sizes[shard])
+            places = [indices[position] - first for position in wanted]
+            found.update(zip(wanted, self._read(shard, places), strict=True))
+        return [found[position] for position in range(len(indices))]
+
+    def _read(self, shard: int, places: Sequence[int]) -> list[dict[str, Any]]:
         problem = ""
         for _ in range(3):  # a copy may prove damaged, and another come
-            file = self.source.open(self.files[shard])
-            try:
-                with file:
-                    sample = self._readers[shard].read(file, place)
-                if checksum(sample) == sample["checksum"]:
-                    return sample
-                problem = "its checksum differs"
-            except (ValueError, IndexError, TypeError, OSError, MemoryError) as error:
-                problem = str(error)
+            with self.source.open(self.files[shard]) as file:
+                samples: list[dict[str, Any]] = []
+                try:
+                    for place in places:
+                        sample = self._readers[shard].read(file, place)
+                        if checksum(sample) != sample["checksum"]:
+                            raise ValueError("its checksum differs")
+                        samples.append(sample)
+                    return samples
+                except (ValueError, IndexError, TypeError, OSError, MemoryError) as error:
+                    problem = f"sample {place} is damaged ({error})"
             if not self.source.drop(self.files[shard]):
                 break
         raise DamagedShardError(
-            f"{self._key}: {self.source.address}/{self.files[shard].name}: sample {place} is damaged "
-            f"({problem}); copy the file from where it is whole, or write the folder again"
+            f"{self._key}: {self.source.address}/{self.files[shard].name}: {problem}; copy the file from where it is "
+            "whole, or write the folder again"
         )
 
     def read_latents(self, indices: NDArray[np.int64]) -> LatentBatch:
         """Reads samples of latent shards by their places in the folder; errors as for `sample`."""
-        samples = [self.sample(index) for index in indices.tolist()]
+        samples = self.samples(indices.tolist())
 
         def stacked(name: str) -> Tensor | None:
             if name not in samples[0]:
@@ -446,11 +475,10 @@ class _Reader(MDSReader):
         Raises:
             ValueError, IndexError, TypeError, OSError or MemoryError: the file is damaged.
         """
-        file.seek(4 * (1 + place))  # after the number of samples, where each begins, and the last ends
-        ends = file.read(8)
-        begin, end = (int.from_bytes(value, "little") for value in (ends[:4], ends[4:]))
-        file.seek(begin)
-        return self.decode_sample(file.read(max(0, end - begin)))
+        # After the number of samples: where each begins, and the last ends.
+        ends = os.pread(file.fileno(), 8, 4 * (1 + place))
+        begin, end = int.from_bytes(ends[:4], "little"), int.from_bytes(ends[4:], "little")
+        return self.decode_sample(os.pread(file.fileno(), max(0, end - begin), begin))
 
     def decode_sample(self, data: bytes) -> dict[str, Any]:
         """The columns of a sample, from its bytes."""

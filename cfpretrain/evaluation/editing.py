@@ -62,7 +62,8 @@ def read_region(text: str, grid: int, image_size: int, file_size: tuple[int, int
             return parse_region(text, grid)
         return mask_region(_read_mask(Path(text.removeprefix("mask:")), image_size, file_size), grid, image_size)
     except ValueError as error:
-        raise UserError(f"--region: {error}") from error
+        other = "" if text.startswith("mask:") else "; a mask is given as mask:FILE"
+        raise UserError(f"--region: {error}{other}") from error
 
 
 def _read_mask(path: Path, image_size: int, file_size: tuple[int, int] | None) -> Tensor:

@@ -12,7 +12,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,13 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from cfpretrain import outputs
 from cfpretrain.console import UserError
 from cfpretrain.evaluation.pictures import to_rgb, write_png
 
 _PLAN_FILE, _TABLE_FILE = "settings.json", "labels.csv"
 _COPY_BYTES = 1 << 24
+_PNG_BEGIN, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 
 
 class ImageSet:
@@ -44,10 +46,11 @@ class ImageSet:
         self.out, self.labels, self.class_names, self.batch_size = out, labels, class_names, batch_size
         self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as it will be read
         self.unfinished = out.parent / f".{out.name}.unfinished"
-        self._is_archive = out.suffix == ".npz"
+        self._is_damaged = False
+        self._is_archive = out.suffix.lower() == ".npz"
 
     def is_complete(self) -> bool:
-        """Whether the result is there, made by the same plan.
+        """Whether the result is there, made by the same plan, and no file of it is missing or cut short.
 
         Raises:
             UserError: something else lies there.
@@ -56,12 +59,18 @@ class ImageSet:
             return False
         advice = "delete it, or choose another --out"
         try:
-            found = json.loads(self._plan_text())
+            found = _parse_plan(self._plan_text())
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"--out: {self.out} is there already and is none of these images; {advice}") from error
         different = _differences(found, self.plan)
         if different:
             raise UserError(f"--out: {self.out} holds images of other settings already ({different}); {advice}")
+        if not self._is_archive:
+            with suppress(OSError):
+                (self.out / outputs.LOCK_FILE).unlink()  # of a kill while it got its name
+            self._is_damaged = bool(self._missing_from(self.out)) or not self._has_table()
+            if self._is_damaged:
+                return False
         shutil.rmtree(self.unfinished, ignore_errors=True)
         return True
 
@@ -72,18 +81,30 @@ class ImageSet:
         return (self.out / _PLAN_FILE).read_text()
 
     def begin(self) -> None:
-        """Makes the unfinished folder, or goes on with it; one process calls it, before any `write`.
+        """Makes the unfinished folder, or goes on with it, or with a result that `is_complete` found damaged.
+
+        One process calls it, before any `write`; it keeps others away until it ends.
 
         Raises:
-            UserError: it is of another plan, or cannot be written.
+            UserError: it is of another plan, or another process works there, or it cannot be written.
         """
         with self._writing():
-            self.unfinished.mkdir(parents=True, exist_ok=True)
+            if self._is_damaged and not os.path.lexists(self.unfinished):
+                os.rename(self.out, self.unfinished)
+            self._lock = outputs.take_hidden(self.unfinished, self.out, "--out")
+            if os.path.lexists(self.out):
+                raise UserError(f"--out: {self.out} is there, and so is {self.unfinished}; delete one of them")
             for leftover in self.unfinished.glob("writing.*"):
                 leftover.unlink()
             plan_file = self.unfinished / _PLAN_FILE
             if plan_file.exists():
-                different = _differences(json.loads(plan_file.read_text()), self.plan)
+                try:
+                    found = _parse_plan(plan_file.read_text())
+                except ValueError as error:
+                    raise UserError(
+                        f"--out: {plan_file} is damaged; delete {self.unfinished} to begin again"
+                    ) from error
+                different = _differences(found, self.plan)
                 if different:
                     raise UserError(
                         f"--out: {self.unfinished} is the unfinished work of other settings ({different}); give those, "
@@ -94,7 +115,11 @@ class ImageSet:
 
     def missing(self) -> list[int]:
         """The batches that are yet to be written."""
-        there = set(os.listdir(self.unfinished))
+        return self._missing_from(self.unfinished)
+
+    def _missing_from(self, folder: Path) -> list[int]:
+        with os.scandir(folder) as entries:
+            there = {entry.name for entry in entries if not entry.name.endswith(".png") or _is_whole_png(entry.path)}
         num_batches = -(-len(self.labels) // self.batch_size)
         return [number for number in range(num_batches) if not there.issuperset(self._files(number))]
 
@@ -144,11 +169,19 @@ class ImageSet:
                 writing = self.unfinished / "writing.npz"
                 self._join(writing)
                 os.replace(writing, self.out)
-                shutil.rmtree(self.unfinished)
+                outputs.remove_hidden(self.unfinished)
             else:
                 self._put(self.unfinished / _TABLE_FILE, self._table())
                 os.rename(self.unfinished, self.out)
+                (self.out / outputs.LOCK_FILE).unlink()
             _sync(self.out.parent)
+        os.close(self._lock)
+
+    def _has_table(self) -> bool:
+        try:
+            return (self.out / _TABLE_FILE).read_bytes() == self._table()
+        except OSError:
+            return False
 
     def _table(self) -> bytes:
         text = io.StringIO()
@@ -194,6 +227,26 @@ class ImageSet:
 
 def _png_name(i: int) -> str:
     return f"{i:06d}.png"
+
+
+def _is_whole_png(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(len(_PNG_BEGIN))
+            file.seek(max(0, os.fstat(file.fileno()).st_size - len(_PNG_END)))
+            return (begin, file.read()) == (_PNG_BEGIN, _PNG_END)
+    except OSError:
+        return False
+
+
+def _parse_plan(text: str) -> dict[str, Any]:
+    try:
+        plan = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it nests too deep") from error
+    if not isinstance(plan, dict):
+        raise ValueError("it holds no keys with values")
+    return plan
 
 
 def _npy(array: npt.NDArray[Any]) -> bytes:

@@ -1,5 +1,6 @@
 """The pictures of a run. The door to matplotlib and PIL; draws on Figure objects, so there is no global state."""
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ _BLUE, _RED = "#2563a8", "#d1495b"
 _BROKEN_RGB = (255, 0, 255)
 _DOTS_PER_INCH = 130
 _CAPTION_SIZE = 11
+_MOST_CHARACTERS = 500  # of a name or caption
 # So few values are drawn as dots: there is nothing to smooth.
 _FEW = 12
 
@@ -72,7 +74,7 @@ def grid_layout(
             f"got {num_images} images"
         )
     zoom = max(1, round(cell_size / max(height, width)))
-    name_width = max(math.ceil(_font(13).getlength(name)) for name in class_names)
+    name_width = max(math.ceil(_font(13).getlength(_drawable(name))) for name in class_names)
     title_height = 14 + 22 * len(title.splitlines()) if title else 14
     return GridLayout(
         zoom=zoom,
@@ -134,7 +136,7 @@ def sample_grid(
         draw.text((14, 10 + 22 * number), line, fill=colour, font=font)
     for row, name in enumerate(class_names):
         middle = layout.corner(row, 0)[0] + layout.cell_height // 2
-        draw.text((layout.left - 12, middle), name, fill=_INK, font=_font(13), anchor="rm")
+        draw.text((layout.left - 12, middle), _drawable(name), fill=_INK, font=_font(13), anchor="rm")
     for column, name in enumerate(column_names):
         place = (layout.corner(0, column)[1] + layout.cell_width // 2, layout.top - 5)
         draw.text(place, _cut_to(name, layout.cell_width), fill=_QUIET, font=_font(_CAPTION_SIZE), anchor="ms")
@@ -149,12 +151,17 @@ def sample_grid(
     picture.save(path, format="PNG")
 
 
+def _drawable(text: str) -> str:
+    """One line of a text: at breaks the font's layout fails."""
+    return " ".join(text[:_MOST_CHARACTERS].split())
+
+
 def _cut_to(text: str, width: int) -> str:
-    font = _font(_CAPTION_SIZE)
+    text, font = _drawable(text), _font(_CAPTION_SIZE)
     if font.getlength(text) <= width:
         return text
-    kept = next((n for n in range(len(text) - 1, 0, -1) if font.getlength(text[:n] + "…") <= width), 0)
-    return text[:kept] + "…"
+    kept = bisect.bisect_right(range(len(text)), width, key=lambda n: math.ceil(font.getlength(text[:n] + "…"))) - 1
+    return text[: max(kept, 0)] + "…"
 
 
 def tinted(images_BCYX: Tensor, tokens_BL: Tensor, colour: str, share: float) -> Tensor:

@@ -1,7 +1,6 @@
 """The options that tools which sample share; torch is imported only once they are read."""
 
 import argparse
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ if TYPE_CHECKING:
 _BY_SOLVER = {"ddpm": (250, "time"), "ddim": (50, "time"), "dpm++": (25, "log_snr"), "sde-dpm++": (25, "log_snr")}
 _SIZES = ("equal", "cosine")
 _MOST_IN_A_BATCH = 4096
+_MOST_GUIDANCE = 1000
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
@@ -71,6 +71,23 @@ def usual_spacing(solver: str) -> str:
     return _BY_SOLVER[solver][1]
 
 
+def check_guidance(scale: float) -> None:
+    """UserError where no image can be guided so."""
+    if not 0 <= scale <= _MOST_GUIDANCE:
+        raise UserError(f"--guidance: expected 0 to {_MOST_GUIDANCE} (1: none), got {scale}")
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a path is called as a PNG."""
+    return path.suffix.lower() == ".png"
+
+
+def check_picture(option: str, path: Path) -> None:
+    """UserError where an option's path is not called as the PNG that is written there."""
+    if not is_picture(path):
+        raise UserError(f"{option}: expected a name that ends in .png, got {path}; a PNG is what is written")
+
+
 def check_place(option: str, path: Path, must_be_new: bool = True) -> None:
     """UserError where an option's path lies in no folder, or something is there already."""
     if not path.absolute().parent.is_dir():
@@ -106,11 +123,13 @@ def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: i
         ("--batch-size", arguments.batch_size, 1, _MOST_IN_A_BATCH),
         ("--guidance-interval", first, 0, num_timesteps - 1),
         ("--guidance-interval", last, first, num_timesteps - 1),
+        # Also where the order has no blocks.
+        ("--block-size", _or(arguments.block_size, 1), 1, config.model.grid),
+        *(("--ar-sizes", size, 1, num_tokens) for size in given_sizes or ()),
     ):
         if not low <= value <= high:
             raise UserError(f"{name}: expected {low} to {high}, got {value}")
-    if not (math.isfinite(arguments.guidance) and arguments.guidance >= 0):
-        raise UserError(f"--guidance: expected a number of at least 0 (1: none), got {arguments.guidance}")
+    check_guidance(arguments.guidance)
     try:
         ar_step_sizes = choose_sizes(num_tokens, num_ar_steps, given_sizes or arguments.ar_sizes)
     except ValueError as error:

@@ -71,9 +71,10 @@ def pick_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), Mapping):
             content = content[key]
+    content = {name: value for name, value in content.items() if isinstance(name, str)}
     prefixed = {name[len(_PREFIX) :]: value for name, value in content.items() if name.startswith(_PREFIX)}
     return {
-        name: value
+        name: value.resolve_neg()
         for name, value in (prefixed or content).items()
         if isinstance(value, Tensor) and not name.startswith(_LEFT_OUT)
     }

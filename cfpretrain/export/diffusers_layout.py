@@ -13,13 +13,10 @@ other content has. Weights are copied tensor by tensor, each held against its ha
 grow with the model. The same weights make the same files, whatever ranks and ZeRO stage wrote them.
 """
 
-import errno
 import json
 import math
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,14 +24,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cfpretrain import build, tensor_files
+from cfpretrain import build, outputs, tensor_files
 from cfpretrain import config as configs
-from cfpretrain.checkpoint import TrainingState, read_state, reason_of
+from cfpretrain.checkpoint import TrainingState, read_state
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
 from cfpretrain.export import model_card
 from cfpretrain.export.bundle import bundle, content_name
-from cfpretrain.export.foreign_files import refuse_existing
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
 from cfpretrain.export.run_checkpoint import CheckpointTensors, find_checkpoint
@@ -79,43 +75,11 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
     Raises:
         UserError: it is no run's folder, a file of it is missing or damaged, `out` exists, or it cannot be written.
     """
-    refuse_existing(out, "OUT")
+    outputs.refuse_existing(out, "OUT")
     source = _Source.open(run, settings)
-    with _hidden_until_complete(out) as folder:
+    with outputs.whole_or_nothing(out, "OUT") as folder:
+        folder.mkdir()
         source.write(folder, out.name)
-
-
-@contextmanager
-def _hidden_until_complete(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its name at the end of the block, or is removed where the block fails."""
-    hidden = out.with_name(f".{out.name}.partial")
-    try:
-        if hidden.exists():
-            shutil.rmtree(hidden)  # of an export that was killed
-        hidden.mkdir(parents=True)
-        yield hidden
-        for path in sorted(hidden.rglob("*")):
-            _flush(path)
-        hidden.rename(out)
-        _flush(out.parent)
-    except OSError as error:
-        fix = "free some space or choose another folder" if error.errno == errno.ENOSPC else "choose another folder"
-        raise UserError(f"{out}: cannot be written: {reason_of(error)}; {fix}") from error
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Brings a file, or the names in a folder, down to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems refuse it for folders.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

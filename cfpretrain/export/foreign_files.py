@@ -5,7 +5,6 @@ the classes that a caller names come as `Placeholder`s, and their own code is ne
 file asks for, it is refused.
 """
 
-import os
 import re
 import warnings
 import zipfile
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cfpretrain.console import UserError
+from cfpretrain.outputs import whole_or_nothing
 
 
 class Placeholder:
@@ -68,7 +68,10 @@ def _reason(file: Path, error: Exception) -> str:
         # Torch wraps what is wrong in the advice to read the file without care.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].partition("\n\nCheck the documentation")[0]
         reason = " ".join(reason.split()) or repr(error)
-        return f"{file} is no file of tensors, or a damaged one ({reason:.120}); get it again"
+        return (
+            f"{file} is no file of tensors, or a damaged one, or a bare pickle, which could run code ({reason:.120}); "
+            "get it again, as torch.save writes it or as .safetensors"
+        )
     return (
         f"expected nothing but tensors, numbers and texts in {file}, got {asked_for[1]}, which could run code, and is "
         "refused; take the same weights as .safetensors"
@@ -81,23 +84,11 @@ def write(file: Path, content: Mapping[str, Mapping[str, Tensor]]) -> None:
     Raises:
         UserError: something is there already, or it cannot be written.
     """
-    refuse_existing(file, "OUT")
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as opened:
+    with whole_or_nothing(file, "OUT") as unfinished, open(unfinished, "wb") as opened:
+        try:
             torch.save({key: dict(tensors) for key, tensors in content.items()}, opened)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.rename(unfinished, file)
-    except (OSError, RuntimeError) as error:  # torch's writer of archives raises both
-        reason = (getattr(error, "strerror", None) or str(error)).splitlines()[0]
-        raise UserError(f"OUT: {file} cannot be written ({reason:.120}); mend it or give another") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-def refuse_existing(path: Path, name: str) -> None:
-    """Raises UserError where something is at this path; `name` is the argument that gave it."""
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{name}: expected a path where nothing is yet, got {path}; remove it or give another")
+        except RuntimeError as error:
+            # Torch's writer of archives raises one of its own over what the disk says.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise

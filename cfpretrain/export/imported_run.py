@@ -3,8 +3,7 @@
 import dataclasses
 import json
 import os
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfpretrain import config as configs
 from cfpretrain.build import CHECKPOINTS, CONFIG_FILE, make_model
 from cfpretrain.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, TrainingState, tensor_file, write_file
 from cfpretrain.config import Config, to_plain, to_yaml
 from cfpretrain.console import UserError
-from cfpretrain.export.foreign_files import refuse_existing
 from cfpretrain.health import Guard
+from cfpretrain.outputs import whole_or_nothing
 from cfpretrain.tensor_files import bytes_of, hashes_to_plain, make_header, opened, write_fully, write_ranges
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -40,14 +38,6 @@ class Counters:
     step: int  # optimizer steps taken or skipped
     optimizer_step: int  # updates that the moments are of; 0 where they begin at 0
     num_skipped: int = 0
-
-
-def load_config(paths: Sequence[str], overrides: Sequence[str]) -> Config:
-    """The config of an import, checked; on how many ranks it will train is not known yet."""
-    config = configs.load(paths, overrides)
-    # So many ranks divide whatever there is to divide.
-    configs.check(config, max(1, config.train.global_batch_size))
-    return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,21 +130,11 @@ def write_run(folder: Path, config: Config, counters: Counters, read_tensor: Rea
     Raises:
         UserError: something is there already, or it cannot be written.
     """
-    refuse_existing(folder, "RUN")
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+    with whole_or_nothing(folder, "RUN") as unfinished:
+        unfinished.mkdir()
         write_file(unfinished / CONFIG_FILE, to_yaml(config).encode())
         _write_checkpoint(unfinished / CHECKPOINTS, _make_state(config, counters), expected_shapes(config), read_tensor)
-        os.rename(unfinished, folder)
-    except OSError as error:
-        raise UserError(
-            f"RUN: {folder} cannot be written ({error.strerror or error}); mend it or give another"
-        ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _make_state(config: Config, counters: Counters) -> TrainingState:
@@ -194,4 +174,4 @@ def _write_checkpoint(folder: Path, state: TrainingState, shapes: Shapes, read_t
 
 
 def _as_stored(values: Tensor) -> Tensor:
-    return values.detach().float().contiguous()
+    return values.detach().resolve_neg().float().contiguous()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfpretrain import outputs
 from cfpretrain.checkpoint import read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
@@ -183,7 +184,7 @@ def write_official(run: Path, out: Path) -> None:
     Raises:
         UserError: the folder is no run's, or holds no whole checkpoint, or `out` is there already.
     """
-    foreign_files.refuse_existing(out, "OUT")
+    outputs.refuse_existing(out, "OUT")
     config, checkpoint = find_checkpoint(run)
     grid = config.model.grid
     foreign_files.write(

@@ -9,7 +9,6 @@ from typing import Literal
 from torch import Tensor
 
 from cfpretrain import build, tensor_files
-from cfpretrain import config as configs
 from cfpretrain.checkpoint import check_file, read_hashes, tensor_file
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
@@ -26,12 +25,7 @@ def find_checkpoint(run: Path, step: int | None = None) -> tuple[Config, Path]:
     Raises:
         UserError: the folder is no run's, or it holds no such checkpoint.
     """
-    path = run / build.CONFIG_FILE
-    if not path.is_file():
-        raise UserError(f"run folder {run} holds no {path.name}; give a folder that cfpretrain/train.py has written")
-    config = configs.load(path)
-    # The folder may have been moved since.
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(run)))
+    config = build.load_run_config(run)
     there = build.make_store(config).candidates()
     if not there:
         raise UserError(f"run folder {run} holds no complete checkpoint yet; train until checkpoint.every_steps")
