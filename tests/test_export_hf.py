@@ -183,7 +183,7 @@ def train(shards: Path, folder: Path, *overrides: str) -> None:
     """Two steps that change nothing, since runs on other ranks differ in rounding."""
     from cfpretrain import runtime, trainer
 
-    steps = ("train.num_steps=2", "train.learning_rate=0", "checkpoint.every_steps=2")
+    steps = ("train.num_steps=2", "train.decay_steps=0", "train.learning_rate=0", "checkpoint.every_steps=2")
     config = small_config(shards, folder, *steps, *overrides)
     runtime.start(CPU)
     trainer.prepare_folder(config, CPU)
