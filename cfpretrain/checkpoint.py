@@ -264,9 +264,9 @@ def read_text(file: Path) -> str:
         return file_opened.read()
 
 
-def _flush_folder(folder: Path) -> None:
-    """Brings the names in a folder down to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def flush(path: Path) -> None:
+    """Brings a file, or the names in a folder, down to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -453,13 +453,13 @@ class CheckpointStore:
             OSError: it cannot be written.
         """
         write_file(partial / _STATE_FILE, state_text.encode())
-        _flush_folder(partial)
+        flush(partial)
         replaced = final.with_name(f"{final.name}.replaced")
         if final.exists():
             remove(replaced)
             os.rename(final, replaced)
         os.rename(partial, final)
-        _flush_folder(self.folder)
+        flush(self.folder)
         self._point_latest_at(final.name)
         remove(replaced)
 
@@ -555,7 +555,7 @@ class CheckpointStore:
         moving = self.folder / f"{name}.partial"
         write_file(moving, text.encode())
         os.replace(moving, self.folder / name)
-        _flush_folder(self.folder)
+        flush(self.folder)
 
     def _named_by_latest(self) -> int | None:
         file = self.folder / _LATEST_FILE

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cfpretrain.checkpoint import reason_of
+from cfpretrain.checkpoint import flush, reason_of
 from cfpretrain.console import UserError
 
 LOCK_FILE = "lock"
@@ -100,16 +100,3 @@ def refuse_existing(path: Path, name: str) -> None:
     """Raises UserError where something is at this path; `name` is the argument that gave it."""
     if os.path.lexists(path):
         raise UserError(f"{name}: expected a path where nothing is yet, got {path}; remove it or give another")
-
-
-def flush(path: Path) -> None:
-    """Brings a file, or the names in a folder, down to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems refuse it for folders.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)

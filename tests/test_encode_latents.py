@@ -154,7 +154,16 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, long_images: Path) -> 
     assert not out.exists()
 
 
-AS_SCRIPT = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
+# Slow enough that the launcher's end is noticed, once in a few seconds, long before the work is done.
+AS_SLOW_SCRIPT = """
+import runpy, sys, time
+from cfpretrain.model.autoencoder import IdentityAutoencoder
+
+encode = IdentityAutoencoder.encode
+IdentityAutoencoder.encode = lambda *arguments: (time.sleep(0.02), encode(*arguments))[1]
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.slow
@@ -165,7 +174,7 @@ def test_a_launcher_that_is_gone_ends_it_and_the_same_command_goes_on(tmp_path: 
     assert run(arguments("whole")).code == 0
     out = tmp_path / "latents"
     with subprocess.Popen(
-        [sys.executable, "-c", LAUNCHER, AS_SCRIPT, SCRIPT, *arguments("latents")],
+        [sys.executable, "-c", LAUNCHER, AS_SLOW_SCRIPT, SCRIPT, *arguments("latents")],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
+from cfpretrain import checkpoint
 from cfpretrain.console import UserError
-from cfpretrain.evaluation import image_set
 from cfpretrain.evaluation.image_set import ImageSet
 from tests.checkpoints import failing
 
@@ -201,7 +201,7 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
 def test_a_full_disk_is_said(tmp_path: Path, out, monkeypatch: pytest.MonkeyPatch) -> None:
     images = images_of(tmp_path, out)
     images.begin()
-    monkeypatch.setattr(image_set, "_sync", failing)
+    monkeypatch.setattr(checkpoint, "flush", failing)
     with pytest.raises(UserError, match=r"--out: .* cannot be written \(No space left on device\); mend that, and"):
         write(images, 0)
     assert images.missing() == [0, 1, 2]

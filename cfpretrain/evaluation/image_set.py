@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cfpretrain import outputs
+from cfpretrain import checkpoint, outputs
 from cfpretrain.console import UserError
 from cfpretrain.evaluation.pictures import to_rgb, write_png
 
@@ -154,7 +154,7 @@ class ImageSet:
             for i, image_YXC in zip(ids.tolist(), images_BYXC, strict=True):
                 writing = self.unfinished / f"writing.{i}"
                 write_png(writing, image_YXC)
-                _sync(writing)
+                checkpoint.flush(writing)
                 os.replace(writing, self.unfinished / _png_name(i))
 
     def finish(self) -> None:
@@ -174,7 +174,7 @@ class ImageSet:
                 self._put(self.unfinished / _TABLE_FILE, self._table())
                 os.rename(self.unfinished, self.out)
                 (self.out / outputs.LOCK_FILE).unlink()
-            _sync(self.out.parent)
+            checkpoint.flush(self.out.parent)
         os.close(self._lock)
 
     def _has_table(self) -> bool:
@@ -206,12 +206,12 @@ class ImageSet:
                         shutil.copyfileobj(source, member, _COPY_BYTES)
             archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(np.asarray(self.labels, np.int64)))
             archive.comment = json.dumps(self.plan).encode()
-        _sync(file)
+        checkpoint.flush(file)
 
     def _put(self, path: Path, data: bytes) -> None:
         writing = self.unfinished / f"writing.{path.name}"
         writing.write_bytes(data)
-        _sync(writing)
+        checkpoint.flush(writing)
         os.replace(writing, path)
 
     @contextmanager
@@ -258,11 +258,3 @@ def _npy(array: npt.NDArray[Any]) -> bytes:
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
     return ", ".join(f"{name}: {there.get(name)!r:.60} there, {wanted.get(name)!r:.60} now" for name in names)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
