@@ -466,7 +466,11 @@ class CheckpointStore:
     def apply_retention(self, step: int) -> None:
         """Deletes what need not stay after a save at `step`; steps beyond it are of another line: left alone."""
         earlier = sorted(s for s in self._complete() if s <= step)
-        healthy, best = self._newest_healthy(earlier), self.best()
+        try:
+            healthy, best = self._newest_healthy(earlier), self.best()
+        except OSError as error:  # it may be the best that would go
+            say(f"WARNING: no earlier checkpoint is deleted, since {BEST_FILE} cannot be read: {reason_of(error)}")
+            return
         for old in earlier[: -self.keep_last]:
             if (
                 old == healthy
@@ -483,15 +487,19 @@ class CheckpointStore:
         return next((s for s in reversed(steps) if is_healthy(self.folder / _name_of(s))), None)
 
     def best(self) -> Best | None:
-        """What `keep_if_best` named last; None where there is none, its checkpoint is gone, or the note is damaged."""
+        """What `keep_if_best` named last; None where there is none, its checkpoint is gone, or the note is damaged.
+
+        Raises:
+            OSError: it cannot be read now.
+        """
         file = self.folder / BEST_FILE
         try:
             plain = json.loads(read_text(file))
             best = Best(int(plain["step"]), float(plain["score"]), dict(plain["measured_by"]))
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            say(f"WARNING: {file} cannot be read and is left out: {reason_of(error)}")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            say(f"WARNING: {file} is damaged and left out: {reason_of(error)}")
             return None
         return best if (self.folder / _name_of(best.step) / _STATE_FILE).is_file() else None
 
@@ -526,14 +534,14 @@ class CheckpointStore:
         kinds = {path: "abandoned" for step, path in self._complete().items() if step > resumed_step} | kinds
         if not kinds:
             return
-        best = self.best()
-        if best is not None and self.folder / _name_of(best.step) in kinds:
-            remove(self.folder / BEST_FILE)
         try:
+            best = self.best()
+            if best is not None and self.folder / _name_of(best.step) in kinds:
+                remove(self.folder / BEST_FILE)
             # Before the first is renamed: from here on a kill leaves none of them a candidate.
             self._point_latest_at(_name_of(resumed_step))
         except OSError as error:
-            say(f"{self.folder / _LATEST_FILE} cannot be written now: {reason_of(error)}")
+            say(f"{self.folder} cannot be written now: {reason_of(error)}")
         for path, kind in kinds.items():
             self._rename_aside(path, kind)
         # One that was being replaced comes to light only when what replaced it is gone.

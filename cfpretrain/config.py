@@ -160,6 +160,7 @@ class EvaluationConfig:
     reference: str = ""  # real images: a folder of files, image shards or an .npz; or an .npz of their statistics
     features: str = "effnet_lite0"  # or inception, or module:function
     feature_weights: str = ""  # file of the FID Inception's weights, for features: inception
+    feature_label: str = ""  # takes other weights of it, and names their score
     num_images: int = 5000  # generated for a score, over all ranks; classes evenly spread
     guidance: float = 1.0  # 1 = none
     num_ar_steps: int = 1

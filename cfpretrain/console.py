@@ -1,6 +1,7 @@
 """What rank 0 says to the person in front of it. Standard library only: it speaks before torch is imported."""
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -14,6 +15,7 @@ EXIT_SICK = 3  # training that does not recover by itself: the same command woul
 EXIT_REQUEUE = 75  # stopped to be continued by the same command: asked to stop, or a rank was lost (EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # by Ctrl-C, where the same command begins anew (128 + SIGINT)
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _HEARTBEAT_SECONDS = 5.0
 # The launcher ends all ranks within a second of the first that ends: rank 0 gets the time to speak before.
 _LINGER_SECONDS = 5.0
@@ -43,6 +45,22 @@ def leave_with(reason: str) -> NoReturn:
         flush=True,
     )
     os._exit(EXIT_REQUEUE)
+
+
+def leave_on_signals() -> None:
+    """From here on SIGTERM, SIGINT and SIGUSR1 end this process: what is written stays, the rest is cheap to do again.
+
+    To be called while the process has one thread.
+    """
+
+    def wait() -> None:
+        signal.sigwait(_STOP_SIGNALS)
+        say("stopped; the same command goes on")
+        os._exit(EXIT_REQUEUE)
+
+    # A thread of its own, since no handler is called while the main thread waits for other ranks.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def is_rank_zero() -> bool:

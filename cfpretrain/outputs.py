@@ -2,16 +2,19 @@
 
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
 from cfpretrain.checkpoint import flush, reason_of
 from cfpretrain.console import UserError
 
 LOCK_FILE = "lock"
+WRITING = ".writing."  # before the name of a file, until it is whole
 
 
 def take_hidden(folder: Path, out: Path, name: str) -> int:
@@ -94,6 +97,40 @@ def _clear(folder: Path) -> None:
             shutil.rmtree(leftover)
         elif leftover.name != LOCK_FILE:
             leftover.unlink()
+
+
+def replace_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a file that is never there in part, on the disk once this returns.
+
+    Args:
+        file: what is there is replaced.
+        write: puts its bytes into an open one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    writing = file.with_name(f"{WRITING}{file.name}")
+    with writing.open("wb") as opened:
+        write(opened)
+    flush(writing)
+    os.replace(writing, file)
+
+
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Which settings of two plans differ, for a message; nothing where none does."""
+    names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
+    return ", ".join(f"{name}: {there.get(name)!r:.60} there, {wanted.get(name)!r:.60} now" for name in names)
+
+
+def parse_plan(text: str) -> dict[str, Any]:
+    """The settings that some work was done with, of JSON; ValueError where it is none."""
+    try:
+        plan = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it nests too deep") from error
+    if not isinstance(plan, dict):
+        raise ValueError("it holds no keys with values")
+    return plan
 
 
 def refuse_existing(path: Path, name: str) -> None:

@@ -602,7 +602,7 @@ class Trainer:
         say(f"done: step {self.at.step} after {self.at.train_seconds:.0f} s of training; see {self.folder}")
 
     def _summary(self, rows: list[dict[str, Any]], peak_rss_mb: list[float]) -> dict[str, Any]:
-        losses = [row["loss"] for row in rows if row["loss"] is not None]
+        losses = [row["loss"] for row in rows if row.get("loss") is not None]
         tail = losses[-max(1, len(losses) // 20) :]
         return {
             "world_size": runtime.world_size(),

@@ -256,6 +256,19 @@ def test_the_best_one_stays_until_a_better_one_is_named(tmp_path: Path):
     assert store.best() == best(40, 4.5)
 
 
+def test_nothing_goes_while_the_best_one_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    store = make_store(tmp_path, keep_last=1)
+    save(store, 10)
+    assert store.keep_if_best(best(10, 1.0))
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "read_text", failing)
+        save(store, 20)
+        save(store, 30)
+    assert names_in(tmp_path) == names_of(10, 20, 30)
+    save(store, 40)
+    assert names_in(tmp_path) == names_of(10, 40)
+
+
 def test_scores_that_were_measured_otherwise_are_not_compared(tmp_path: Path):
     store = make_store(tmp_path, keep_last=1)
     save(store, 10)
@@ -290,7 +303,7 @@ def test_a_damaged_note_of_the_best_is_said(tmp_path: Path, capsys: pytest.Captu
     save(store, 10)
     (tmp_path / "best.json").write_text(text)
     assert store.best() is None
-    assert "best.json cannot be read and is left out" in capsys.readouterr().out
+    assert "best.json is damaged and left out" in capsys.readouterr().out
     assert store.keep_if_best(best(10, 5.0))
     assert store.best() == best(10, 5.0)
 
@@ -416,7 +429,7 @@ def test_what_cannot_be_set_aside_is_said(
     monkeypatch.setattr(os, "replace", failing)
     store.set_aside(10, [])
     said = capsys.readouterr().out
-    assert "latest cannot be written now: No space left on device" in said
+    assert f"{tmp_path} cannot be written now: No space left on device" in said
     assert "step_00000020 cannot be renamed to step_00000020.abandoned now: No space left on device" in said
     assert said.count("\n") == 2
 

@@ -53,6 +53,7 @@ def run(arguments: Sequence[object], world_size: int = 1) -> Ended:
 
 def scored(folder: Path, arguments: Sequence[object], world_size: int = 1) -> dict[str, Any]:
     out = folder / "scores.json"
+    out.unlink(missing_ok=True)
     ended = run([*arguments, "--out", out, "--cache", folder / "cache"], world_size)
     assert (ended.code, ended.err) == (0, "")
     result: dict[str, Any] = json.loads(out.read_text())
@@ -96,7 +97,7 @@ def sum_until(folder: Path, generated: Path, num_batches: int | None) -> list[fl
     """Sums up on this rank's share; after so many batches the process is killed."""
     runtime.start(CPU)
     images, extractor = open_images(generated, "GENERATED"), small_features.make(CPU, None)
-    work = scores.make_work(folder, {"images": images.fingerprint}, len(images), 32, save_seconds=0.0)
+    work = scores.make_work(folder, "--out", {"images": images.fingerprint}, len(images), 32, save_seconds=0.0)
     num_left = num_batches
 
     def batches(numbers: list[int]) -> Any:
@@ -123,16 +124,39 @@ def test_kills_and_other_numbers_of_ranks_leave_no_trace(tmp_path: Path, sets: P
     (whole,) = run_in_processes(sum_until, 1, tmp_path / "whole", sets / "generated.npz", None)
     assert run_in_processes(sum_until, 1, tmp_path / "killed", sets / "generated.npz", 3) == [None]
     assert run_in_processes(sum_until, 2, tmp_path / "killed", sets / "generated.npz", 2) == [None, None]
-    files = sorted(file.name for file in (tmp_path / "killed").glob("sums_*"))
+    files = sorted(file.name for file in (tmp_path / ".killed.unfinished").glob("sums_*"))
     assert files == ["sums_000001_00000.npz", "sums_000002_00000.npz", "sums_000002_00001.npz"]
     for made in run_in_processes(sum_until, 4, tmp_path / "killed", sets / "generated.npz", None):
         assert made == pytest.approx(whole, rel=1e-12)
 
 
+def begin(out: Path, seed: int) -> None:
+    """Begins some work, and ends with it unfinished."""
+    scores.make_work(out, "--out", {"seed": seed}, 10, 2).begin()
+
+
 def test_work_of_other_settings_is_refused(tmp_path: Path) -> None:
-    scores.make_work(tmp_path / "work", {"seed": 1}, 10, 2).begin()
+    run_in_processes(begin, 1, tmp_path / "work", 1)
     with pytest.raises(UserError, match=r"unfinished work of others \(seed: 1 there, 2 now\)"):
-        scores.make_work(tmp_path / "work", {"seed": 2}, 10, 2).begin()
+        begin(tmp_path / "work", 2)
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    first = scores.make_work(tmp_path / "work", "--out", {}, 10, 2)
+    first.begin()
+    with pytest.raises(UserError, match=r"--out: .*work is being written by another process"):
+        scores.make_work(tmp_path / "work", "--out", {}, 10, 2).begin()
+    first.remove()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["settings.json", "sums_000001_00000.npz", "rows_00000001.npy"])
+def test_damaged_work_is_named(tmp_path: Path, sets: Path, name: str) -> None:
+    generated, out = sets / "generated.npz", tmp_path / "work"
+    assert run_in_processes(sum_until, 1, out, generated, 3) == [None]
+    (tmp_path / ".work.unfinished" / name).write_bytes(b"PK")
+    with pytest.raises(RuntimeError, match=rf"{name} is damaged .*; delete .*\.work\.unfinished to begin again"):
+        run_in_processes(sum_until, 2, out, generated, None)
 
 
 # ---------------------------------------------------------------------------
@@ -203,6 +227,9 @@ def test_statistics_without_a_name_are_the_fid_inceptions(tmp_path: Path) -> Non
     assert both.spatial.covariance_FF.tolist() == covariance[:12, :12].tolist()
     assert both.neighbours_KF.shape == (30, 24)
     assert load(tmp_path / "statistics.npz", tmp_path / "cache", fid).statistics.neighbours_KF is None
+    np.savez(tmp_path / "wide.npz", mu=np.zeros(30), sigma=np.eye(30))
+    with pytest.raises(UserError, match="expected statistics of 24 features, as fid has, got 30 in "):
+        load(tmp_path / "wide.npz", tmp_path / "cache", fid)
     images_only = load(tmp_path / "adm.npz", tmp_path / "cache").statistics
     assert images_only.pooled.mean_F.tolist() != mean.tolist()
     with pytest.raises(UserError, match="whose statistics are those of the FID Inception or of unknown features"):
@@ -277,7 +304,8 @@ def test_mistakes_end_all_ranks_with_one_line(tmp_path: Path, sets: Path) -> Non
         ([*good, "--features", "dino"], "--features: expected inception, effnet_lite0 or module:function, got 'dino'"),
         ([*good, "--features", "tests.small_features:make_fid"], "--features: expected a FeatureExtractor with a name"),
         ([*good, "--features", "tests.small_features:make_nan"], "fd_nan: expected finite features, got NaN"),
-        ([*good, "--out", tmp_path / "no" / "out.json"], "--out: expected a file in a folder that is there"),
+        ([*good, "--out", tmp_path / "no" / "out.json"], "--out: expected a place in a folder that is there"),
+        ([*good, "--out", tmp_path], "--out: expected a file, got the folder "),
     ):
         ended = run(
             [
@@ -299,14 +327,21 @@ def test_mistakes_end_all_ranks_with_one_line(tmp_path: Path, sets: Path) -> Non
 
 def test_a_models_images_are_scored_as_if_they_had_been_written(tmp_path: Path, shards: Path, sets: Path) -> None:
     source = write_run(tmp_path / "run", shards)
-    how = ["--solver", "ddim", "--num-denoising-steps", "2", "--batch-size", "8", "--num-images", 30]
+    how = ["--solver", "ddim", "--num-denoising-steps", "2", "--batch-size", "8", "--num-images", 30, "--guidance", 2]
     (ended,) = run_script("tools/sample.py", list(map(str, [source, "--out", tmp_path / "made.npz", *how])))
     assert (ended.code, ended.err) == (0, "")
     stored = scored(tmp_path, [tmp_path / "made.npz", "--reference", sets / "real", *SMALL])
-    for world_size in (1, 2):
-        direct = scored(tmp_path, [source, "--reference", sets / "real", *SMALL, *how], world_size)
-        assert [direct[name] for name in NAMES] == pytest.approx([stored[name] for name in NAMES], rel=1e-5)
-    other = scored(tmp_path, [source, "--reference", sets / "real", *SMALL, *how, "--labels", "random"])
+    arguments = [source, "--reference", sets / "real", *SMALL, *how]
+    direct = scored(tmp_path, arguments)
+    assert [direct[name] for name in NAMES] == pytest.approx([stored[name] for name in NAMES], rel=1e-5)
+    for world_size in (2, 4):
+        on_ranks = scored(tmp_path, arguments, world_size)
+        assert [on_ranks[name] for name in NAMES] == pytest.approx([direct[name] for name in NAMES], rel=1e-9)
+    again = [*arguments, "--out", tmp_path / "scores.json", "--cache", tmp_path / "cache"]
+    assert "nothing to do: " in run(again, 2).out
+    refused = run([*again, "--guidance", "3"], 2)
+    assert "scores.json holds scores of other settings already (guidance: " in refused.err
+    other = scored(tmp_path, [*arguments, "--labels", "random"])
     assert other["settings"]["labels"] == "random"
     assert other["fd_small"] != direct["fd_small"]
     assert not os.path.lexists(tmp_path / ".scores.json.unfinished")

@@ -1,5 +1,6 @@
 """Which networks are loaded, from which files, and what their distances may be called."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -68,6 +69,13 @@ def test_the_embedded_features_bring_their_weights(tmp_path: Path) -> None:
 
 
 def test_other_features_come_from_a_function() -> None:
-    assert make_extractor("tests.small_features:make", CPU).name == "fd_small"
+    extractor = make_extractor("tests.small_features:make", CPU)
+    assert extractor.name == "fd_small"
+    none = extractor.none()
+    assert none.spatial_BF is not None
+    assert (none.pooled_BF.shape, none.spatial_BF.shape) == ((0, 24), (0, 12))
+    # Logits without spatial features.
+    network = dataclasses.replace(extractor, network=lambda images: (images[:, 0, 0], None, images[:, 1, 0]))
+    assert network(photographs(64)).spatial_BF is None
     with pytest.raises(UserError, match="cannot be imported"):
         make_extractor("tests.small_features:absent", CPU)

@@ -9,12 +9,10 @@ that it writes depend on neither. Exit code 2: a mistake; 75: it was asked to st
 
 import argparse
 import os
-import signal
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, leave_with, phase, say
+from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, leave_on_signals, leave_with, phase, say
 
 if TYPE_CHECKING:
     from cfpretrain.data.encoding import Encoding
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _MOST_IN_A_BATCH = 4096
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def main() -> None:
@@ -43,11 +40,9 @@ def main() -> None:
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_args()
-    _watch_signals()
-    try:
+    leave_on_signals()
+    with ending_in_one_line():
         run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -157,19 +152,6 @@ def _summary(info: "LatentsInfo") -> str:
 def _num_threads() -> int:
     """This rank's share of the cores."""
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1")))
-
-
-def _watch_signals() -> None:
-    """Ends this process when it is asked to stop: what is written stays, and the rest is cheap to do again."""
-
-    def wait() -> None:
-        signal.sigwait(_STOP_SIGNALS)
-        say("stopped; the same command goes on")
-        os._exit(EXIT_REQUEUE)
-
-    # A thread of its own, since no handler is called while the main thread waits for other ranks.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    threading.Thread(target=wait, daemon=True).start()
 
 
 if __name__ == "__main__":

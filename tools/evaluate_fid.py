@@ -12,14 +12,12 @@ was interrupted goes on; docs/evaluation.md says which command gives a paper's n
 
 import argparse
 import json
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, exit_with, leave_with, phase, say
-from cfpretrain.evaluation.sampling_options import add_sampling_options, read_settings
+from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, leave_on_signals, leave_with, phase, say
+from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,20 +54,18 @@ def main() -> None:
         "--cache", type=Path, default=Path("evaluation_cache"), help="of references (default evaluation_cache)"
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="log the scores there, too")
-    add_sampling_options(parser, batch_size=64)
+    add_sampling_options(parser, batch_size=64, guidance=1.0)
     arguments = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _leave)
-    try:
+    leave_on_signals()
+    with ending_in_one_line():
         run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """All ranks see images; rank 0 writes."""
-    if not arguments.out.absolute().parent.is_dir():
-        raise UserError(f"--out: expected a file in a folder that is there, got {arguments.out}; make the folder first")
+    check_place("--out", arguments.out, must_be_new=False)
+    if arguments.out.is_dir():
+        raise UserError(f"--out: expected a file, got the folder {arguments.out}; give NAME.json")
     with phase("loading torch"):
         from cfpretrain import runtime
         from cfpretrain.evaluation.features import make_extractor
@@ -113,16 +109,14 @@ def _generated(arguments: argparse.Namespace, device: Any) -> tuple["Batches", d
 
 
 def _from_model(arguments: argparse.Namespace, device: Any) -> tuple["Batches", dict[str, Any], int]:
-    import dataclasses
-
     import torch
 
     from cfpretrain import runtime, seeds
-    from cfpretrain.evaluation.generation import generate_batches, to_pixels
+    from cfpretrain.evaluation.generation import generate_batches, plan_of, to_pixels
     from cfpretrain.model.autoencoder import fingerprint
     from cfpretrain.source import load_source
 
-    num_images = arguments.num_images or _DEFAULT_IMAGES
+    num_images = _DEFAULT_IMAGES if arguments.num_images is None else arguments.num_images
     with runtime.together(), phase(f"loading {arguments.generated}"):
         if num_images < 2:
             raise UserError(f"--num-images: expected at least 2, got {num_images}")
@@ -143,13 +137,13 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> tuple["Batches", 
         for ids, images in made:
             yield int(ids[0]) // settings.batch_size, to_pixels(images)
 
+    with phase("hashing the weights", announce=False):
+        weights = fingerprint(source.model.state_dict()) if runtime.rank() == 0 else ""
     plan = {
-        "weights": fingerprint(source.model.state_dict()) if runtime.rank() == 0 else "",
-        "autoencoder": autoencoder.fingerprint,
         "num_images": num_images,
         "labels": arguments.labels,
         "precision": arguments.precision,
-        **dataclasses.asdict(settings),
+        **plan_of(source.config, weights, autoencoder.fingerprint, settings),
     }
     return batches, plan, num_images
 
@@ -170,7 +164,14 @@ def _score(
 
     out: Path = arguments.out
     plan = {**plan, "features": extractor.fingerprint}
-    work = make_work(out.absolute().parent / f".{out.name}.unfinished", plan, num_images, plan["batch_size"])
+    settings = {**plan, "reference": reference.record["fingerprint"]}
+    with runtime.together():
+        found = _found(out, settings) if runtime.rank() == 0 else None
+    if found := runtime.gather(found)[0]:
+        say(f"nothing to do: {out} holds these scores already")
+        say(_line({name: found[name] for name in found["scores"]}, found["floor"]))
+        return
+    work = make_work(out.absolute(), "--out", plan, num_images, plan["batch_size"])
     with _Progress("scoring") as progress:
         sum_up(work, batches, extractor, lambda done: progress.begin(done, num_images), progress.show)
     with phase("comparing"):
@@ -178,6 +179,7 @@ def _score(
         scores = compare(scored, reference.statistics, extractor.name, together=True)
     result = {
         **scores,
+        "scores": list(scores),
         "num_images": num_images,
         "generated": str(arguments.generated),
         "reference": reference.record,
@@ -185,7 +187,7 @@ def _score(
         "features": extractor.name,
         "feature_weights": extractor.weights,
         "k": NUM_NEIGHBOURS,
-        "settings": plan,
+        "settings": settings,
         "cfpretrain": cfpretrain.__version__,
         "torch": torch.__version__,
     }
@@ -199,11 +201,29 @@ def _score(
     say(f"scores of {num_images} images: {out}")
 
 
-def _write(out: Path, result: dict[str, Any]) -> None:
-    writing = out.with_name(f".{out.name}.writing")
+def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """What this very command has written; None: nothing is there."""
+    from cfpretrain import outputs
+
+    if not out.exists():
+        return None
     try:
-        writing.write_text(json.dumps(result, indent=2) + "\n")
-        os.replace(writing, out)
+        there = outputs.parse_plan(out.read_text())
+        different = outputs.differences(there["settings"], json.loads(json.dumps(settings)))
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"--out: {out} is there already and holds no scores; choose another --out") from error
+    if different:
+        raise UserError(
+            f"--out: {out} holds scores of other settings already ({different}); delete it, or choose another --out"
+        )
+    return there
+
+
+def _write(out: Path, result: dict[str, Any]) -> None:
+    from cfpretrain import outputs
+
+    try:
+        outputs.replace_file(out, lambda file: file.write(f"{json.dumps(result, indent=2)}\n".encode()))
     except OSError as error:
         raise UserError(
             f"--out: {out} cannot be written ({error.strerror or error}); mend that, and the same command goes on"
@@ -228,10 +248,13 @@ def _line(scores: dict[str, float], floor: dict[str, float] | None) -> str:
 
 
 class _Progress:
-    """A bar of images, once there is something to do."""
+    """A bar of images, once there is something to do; without its launcher a rank leaves."""
 
     def __init__(self, what: str) -> None:
-        self._what, self._bar = what, None
+        from cfpretrain.lifeline import Launcher
+
+        self._what, self._launcher = what, Launcher()
+        self._bar: ItemProgress | None = None
 
     def begin(self, num_done: int, num_images: int) -> None:
         there = f"; {num_done} of {num_images} are done already" if num_done else ""
@@ -239,6 +262,8 @@ class _Progress:
         self._bar = ItemProgress(num_images, num_done, "image")
 
     def show(self, num_done: int) -> None:
+        if not self._launcher.is_there():
+            leave_with("the launcher is gone")
         if self._bar is not None:
             self._bar.show(num_done)
 
@@ -248,12 +273,6 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-
-
-def _leave(*_: object) -> None:
-    """After a signal: what is saved stays, and the rest is cheap to do again."""
-    say("stopped; the same command goes on")
-    os._exit(EXIT_REQUEUE)
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
         images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         extractor(images)
         folder = runtime.gather(tempfile.mkdtemp() if runtime.rank() == 0 else None)[0]
-        work = make_work(Path(folder), {}, num_images, arguments.batch_size)
+        work = make_work(Path(folder) / "sums", "", {}, num_images, arguments.batch_size)
         runtime.barrier()
         begin = time.perf_counter()
         share = slice(runtime.rank(), None, runtime.world_size())
@@ -149,6 +149,7 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
         runtime.barrier()
         if runtime.rank() == 0:
             work.remove()
+            os.rmdir(folder)
         return {"images_per_second": num_images / seconds}
     finally:
         runtime.stop()

@@ -46,12 +46,15 @@ def run(arguments: argparse.Namespace) -> None:
     """Samples on all ranks; rank 0 scores and writes."""
     with phase("loading torch"):
         from cfpretrain import build, runtime
+        from cfpretrain.evaluation.features import EFFNET, make_extractor
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
     _check(arguments, config.model.num_tokens, len(build.make_loss(config).schedule))
     _check_decodes(arguments.run, config)
-    _check_images(arguments, config)
-    settings = _settings(arguments, step)
+    num_real = _check_images(arguments, config)
+    # As many of each set, and the real ones are cut into halves.
+    num_embedded = min(_MOST_EMBEDDED, arguments.num_images, num_real // 2)
+    settings = _settings(arguments, step, num_embedded)
     report = _read_report(arguments.run)
     if settings.items() <= report.items():
         if runtime.rank() == 0:
@@ -60,6 +63,8 @@ def run(arguments: argparse.Namespace) -> None:
         return
     runtime.start(device)
     try:
+        with runtime.together():
+            extractor = make_extractor(EFFNET, device)
         generated = {
             guidance: {
                 num_ar_steps: _generate(arguments, config, model, num_ar_steps, guidance, device)
@@ -67,9 +72,10 @@ def run(arguments: argparse.Namespace) -> None:
             }
             for guidance in (arguments.guidance, 1.0)
         }
-        embedded = _score_embedded(arguments, config, generated, device)
+        made = generated[1.0][min(arguments.num_ar_steps)]
+        embedded = _score_embedded(arguments, config, made, num_embedded, extractor)
         if runtime.rank() == 0:
-            _report(arguments, config, model, step, generated, embedded)
+            _report(arguments, config, model, step, generated, embedded, settings)
     finally:
         runtime.stop()
 
@@ -83,12 +89,12 @@ def _read_report(folder: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
-def _settings(arguments: argparse.Namespace, step: int) -> dict[str, Any]:
+def _settings(arguments: argparse.Namespace, step: int, num_embedded: int) -> dict[str, Any]:
     """What a report is of; a run that was scored so needs no second scoring."""
     return {
         "scored_step": step,
         "num_scored": arguments.num_images,
-        "num_embedded": min(_MOST_EMBEDDED, arguments.num_images),
+        "num_embedded": num_embedded,
         "num_ar_steps": arguments.num_ar_steps,
         "num_denoising_steps": arguments.num_denoising_steps,
         "solver": _SOLVER,
@@ -122,17 +128,20 @@ def _check_decodes(run: Path, config: Any) -> None:
         )
 
 
-def _check_images(arguments: argparse.Namespace, config: Any) -> None:
+def _check_images(arguments: argparse.Namespace, config: Any) -> int:
+    """How many images `--images` holds."""
     from cfpretrain.data.loader import open_folders
     from cfpretrain.data.shards import read_images_info
 
     latents = open_folders(config)[0].latents_info
-    for key, folder in (("--images", arguments.images), ("--held-out", arguments.held_out)):
-        images = read_images_info(folder, key)
+    infos = {"--images": read_images_info(arguments.images, "--images")}
+    infos["--held-out"] = read_images_info(arguments.held_out, "--held-out")
+    for key, images in infos.items():
         for name in ("image_size", "class_names"):
             expected, got = getattr(latents, name), getattr(images, name)
             if expected != got:
                 raise UserError(f"{key}: expected {name} {expected} as of {config.data.shards[0]}, got {got}")
+    return infos["--images"].num_samples
 
 
 def _generate(
@@ -162,29 +171,26 @@ def _generate(
 
 
 def _score_embedded(
-    arguments: argparse.Namespace, config: Any, generated: dict[float, Any], device: Any
+    arguments: argparse.Namespace, config: Any, made: Any, num_images: int, extractor: Any
 ) -> dict[str, float]:
     """Distances to real images of generated ones, other real ones, and those of the model before training."""
     import numpy as np
 
     from cfpretrain import build, runtime
-    from cfpretrain.evaluation.features import EFFNET, make_extractor
     from cfpretrain.evaluation.generation import generate_images, to_pixels
     from cfpretrain.evaluation.given_images import open_images
     from cfpretrain.evaluation.scores import distances_beside_floor
 
-    made, settings = generated[1.0][min(arguments.num_ar_steps)]
-    num = min(_MOST_EMBEDDED, arguments.num_images)
-    labels = made.labels_N[:num].tolist()
+    images, settings = made
     with runtime.together():
-        extractor = make_extractor(EFFNET, device)
-        images = open_images(arguments.images, "--images")
-        real = images.read(np.linspace(0, len(images) - 1, min(2 * num, len(images))).round().astype(int))
-    with phase(f"sampling {num} images of the untrained model"):
+        real = open_images(arguments.images, "--images")
+        real_NCYX = real.read(np.linspace(0, len(real) - 1, 2 * num_images).round().astype(int))
+    labels, device = images.labels_N[:num_images].tolist(), extractor.device
+    with phase(f"sampling {num_images} images of the untrained model"):
         untrained = generate_images(config, build.make_untrained(config, device), labels, settings, device)
-    candidates = {"value": to_pixels((made.images[:num] + 1) / 2), "untrained": to_pixels(untrained)}
-    with phase(f"comparing {num} images by {extractor.name}"):
-        return distances_beside_floor(real, candidates, extractor)
+    candidates = {"value": to_pixels((images.images[:num_images] + 1) / 2), "untrained": to_pixels(untrained)}
+    with phase(f"comparing {num_images} images by {extractor.name}"):
+        return distances_beside_floor(real_NCYX, candidates, extractor)
 
 
 def _report(
@@ -194,6 +200,7 @@ def _report(
     step: int,
     generated: dict[float, Any],
     embedded: dict[str, float],
+    settings: dict[str, Any],
 ) -> None:
     import numpy as np
     import torch
@@ -251,7 +258,7 @@ def _report(
     summary = build.read_summary(folder)
     if summary is None or summary["num_steps"] != step:
         summary = {}  # a run that has not ended, or goes on
-    report = {**summary, **scores, **_settings(arguments, step)}
+    report = {**summary, **scores, **settings}
     build.write_text(folder / _REPORT_FILE, json.dumps(report, indent=2) + "\n")
     _print_table(report, folder)
 

@@ -12,13 +12,10 @@ folder, or damaged in it.
 """
 
 import argparse
-import dataclasses
-import os
-import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import EXIT_REQUEUE, ItemProgress, UserError, ending_in_one_line, leave_with, phase, say
+from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, leave_on_signals, leave_with, phase, say
 from cfpretrain.evaluation.sampling_options import (
     add_sampling_options,
     check_picture,
@@ -54,8 +51,7 @@ def main() -> None:
     parser.add_argument("--trajectory", type=Path, metavar="NAME.png", help="draw one image's way, and nothing else")
     add_sampling_options(parser, batch_size=64)
     arguments = parser.parse_args()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _leave)
+    leave_on_signals()
     with ending_in_one_line():
         run(arguments)
 
@@ -218,18 +214,15 @@ def _write_set(
 
 def _plan(source: "Source", autoencoder: Any, labels: list[int], settings: "GenerationSettings") -> dict[str, Any]:
     """All that the bytes depend on."""
+    from cfpretrain.evaluation.generation import plan_of
     from cfpretrain.model.autoencoder import fingerprint
 
     with phase("hashing the weights", announce=False):
         weights = fingerprint(source.model.state_dict())
     return {
-        "weights": weights,
-        "autoencoder": autoencoder.fingerprint,
         "num_images": len(labels),
         "classes": list(dict.fromkeys(labels)),
-        "trained_order": [source.config.order.token_order, source.config.order.block_size],
-        "noise_schedule": dataclasses.asdict(source.config.noise),
-        **dataclasses.asdict(settings),
+        **plan_of(source.config, weights, autoencoder.fingerprint, settings),
     }
 
 
@@ -266,12 +259,6 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
-
-
-def _leave(*_: object) -> None:
-    """After a signal: what is written stays, and the rest is cheap to do again."""
-    say("stopped; the same command goes on")
-    os._exit(EXIT_REQUEUE)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ _REFERENCES = "references"  # in the run folder
 # What mistakes are called in tools, and what their keys are here.
 _KEYS = {
     "--feature-weights": "evaluation.feature_weights",
+    "--feature-label": "evaluation.feature_label",
     "--features": "evaluation.features",
     "--reference": "evaluation.reference",
     "--cache": "run.folder",
@@ -61,16 +62,19 @@ class Evaluator:
             with runtime.together():
                 _check_decodes(config)
                 weights = Path(asked.feature_weights) if asked.feature_weights else None
-                self._extractor = make_extractor(asked.features, device, weights)
+                self._extractor = make_extractor(asked.features, device, weights, asked.feature_label or None)
             with phase(f"reading the statistics of {asked.reference}"):
                 cache = Path(config.run.folder) / _REFERENCES
-                reference = load_reference(Path(asked.reference), self._extractor, cache)
+                # With ticks: it may take longer than a rank may be silent.
+                reference = load_reference(
+                    Path(asked.reference), self._extractor, cache, on_done=lambda _: runtime.tick()
+                )
         self.name = self._extractor.name
         self.floor = None if reference.floor is None else reference.floor.get(self.name)
         self.measured_by = dataclasses.asdict(asked) | {
             "score": self.name,
             "features": self._extractor.fingerprint,
-            "reference": reference.record.get("plan", {}).get("images", asked.reference),
+            "reference": reference.record["fingerprint"],
         }
         for key in ("every_steps", "feature_weights"):
             del self.measured_by[key]
@@ -90,9 +94,7 @@ class Evaluator:
             usual_spacing(asked.solver),
         )
         # A rank may have no image to make: its sums need their shape.
-        features = self._extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-        sums = FeatureSums.of(features, torch.zeros(1, dtype=torch.int64))
-        self._none = FeatureSums.from_arrays(sums.to_arrays(""), "", factor=0)
+        self._none = FeatureSums.of(self._extractor.none(), torch.zeros(0, dtype=torch.int64))
 
     def __call__(self, model: Model, decode: Decode, on_step: Callable[[], None] = lambda: None) -> dict[str, float]:
         """The model's scores, by the names of `scores.compare`; equal on all ranks.

@@ -8,17 +8,20 @@ says which start of the command and which rank wrote it, and it lists its batche
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
-from cfpretrain.console import UserError
+from cfpretrain import outputs, runtime
+from cfpretrain.console import UserError, one_line
 from cfpretrain.evaluation.features import Features
 from cfpretrain.evaluation.frechet import Moments
 from cfpretrain.evaluation.inception_score import ClassSums
@@ -97,12 +100,13 @@ class FeatureSums:
         return cls(pooled, moments("spatial"), classes)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
     """Images to be summed.
 
     Attributes:
-        folder: where unfinished work lies; all ranks see it.
+        out: what is made of the sums; unfinished work lies beside it, in a hidden folder that all ranks see.
+        option: that gave `out`, for messages.
         plan: JSON-able; all that features and batches depend on. Work done under another plan is refused.
         batch_size: images n * batch_size to (n + 1) * batch_size - 1 are batch n.
         groups_N: the group of each image; each has sums of its own, and they are 0, 1, ...
@@ -111,13 +115,20 @@ class Work:
         save_seconds: the most that a kill costs, beside one batch.
     """
 
-    folder: Path
+    out: Path
+    option: str
     plan: Mapping[str, Any]
     batch_size: int
     groups_N: Tensor
     splits_N: Tensor
     is_kept_N: Tensor
     save_seconds: float = SAVE_SECONDS
+    _lock: int | None = field(default=None, init=False)
+
+    @property
+    def folder(self) -> Path:
+        """Where unfinished work lies."""
+        return self.out.with_name(f".{self.out.name}.unfinished")
 
     @property
     def num_images(self) -> int:
@@ -139,30 +150,30 @@ class Work:
         return range(self.num_images)[number * self.batch_size : (number + 1) * self.batch_size]
 
     def begin(self) -> tuple[int, list[int]]:
-        """Makes the folder, or goes on with it; called on one process, before any `Summing`.
+        """Makes the folder, or goes on with it, under a lock; called on one process, before any `Summing`.
 
         Returns:
             The number of this start of the command, and the batches that are yet to be done.
 
         Raises:
-            UserError: it is of another plan, or cannot be written.
+            UserError: it is of another plan, is damaged, cannot be written, or another process works there.
         """
         plan = json.loads(json.dumps(self.plan))
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = outputs.take_hidden(self.folder, self.out, self.option)
             file = self.folder / _PLAN_FILE
             if file.exists():
-                there = json.loads(file.read_text())
-                names = [name for name in sorted(there.keys() | plan.keys()) if there.get(name) != plan.get(name)]
-                if names:
-                    shown = f"{names[0]}: {there.get(names[0])!r:.60} there, {plan.get(names[0])!r:.60} now"
+                with _undamaged(file):
+                    there = outputs.parse_plan(file.read_text())
+                different = outputs.differences(there, plan)
+                if different:
                     raise UserError(
-                        f"{self.folder}: expected work of these settings, got unfinished work of others ({shown}); "
+                        f"{self.folder}: expected work of these settings, got unfinished work of others ({different}); "
                         "give those, or delete the folder to begin again"
                     )
             else:
                 text = json.dumps(plan, indent=2) + "\n"
-                _save(file, lambda opened: opened.write(text.encode()))
+                outputs.replace_file(file, lambda opened: opened.write(text.encode()))
         except OSError as error:
             raise _unwritable(self.folder, error) from error
         done = {number for file in self._files() for number in _numbers(file)}
@@ -174,31 +185,40 @@ class Work:
 
     def total(self) -> list[FeatureSums]:
         """The sums of each group over all images, on every rank; all ranks call it, once nothing is missing."""
-        files = self._files()
-        groups = range(self.num_groups)
-        with np.load(files[0]) as arrays:
-            totals = [FeatureSums.from_arrays(arrays, f"{group}_", factor=0) for group in groups]
-        for file in files[runtime.rank() :: runtime.world_size()]:
-            with np.load(file) as arrays:
-                totals = [total + FeatureSums.from_arrays(arrays, f"{g}_") for g, total in enumerate(totals)]
-        return [total.over_ranks() for total in totals]
+        # One rank's list: a file may appear later on another machine.
+        files = runtime.gather(self._files())[0]
+        with runtime.together():
+            with _arrays(files[0]) as arrays:
+                totals = [FeatureSums.from_arrays(arrays, f"{g}_", factor=0) for g in range(self.num_groups)]
+            for file in files[runtime.rank() :: runtime.world_size()]:
+                with _arrays(file) as arrays:
+                    totals = [total + FeatureSums.from_arrays(arrays, f"{g}_") for g, total in enumerate(totals)]
+        totals = [total.over_ranks() for total in totals]
+        assert sum(total.pooled.count for total in totals) == self.num_images
+        return totals
 
     def kept(self) -> Tensor:
-        """The features kept, float32 [K, F], in the order of the images."""
-        first = np.load(self.folder / _rows_name(0))
-        kept_KF = torch.empty(int(self.is_kept_N.sum()), first.shape[1])  # held once: it may be 400 MB
-        end = 0
-        for number in range(self.num_batches):
-            rows_BF = torch.from_numpy(np.load(self.folder / _rows_name(number)))
-            begin, end = end, end + len(rows_BF)
-            kept_KF[begin:end] = rows_BF
-        return kept_KF
+        """The features kept, float32 [K, F], in the order of the images; all ranks call it."""
+        with runtime.together():
+            first = self._rows(0)
+            kept_KF = torch.empty(int(self.is_kept_N.sum()), first.shape[1])  # held once: it may be 400 MB
+            end = 0
+            for number in range(self.num_batches):
+                rows_BF = self._rows(number)
+                begin, end = end, end + len(rows_BF)
+                kept_KF[begin:end] = rows_BF
+            return kept_KF
+
+    def _rows(self, number: int) -> Tensor:
+        file = self.folder / _rows_name(number)
+        with _undamaged(file):
+            return torch.from_numpy(np.load(file))
 
     def remove(self) -> None:
-        """Removes the folder; called on one process, once the result lies elsewhere."""
-        for file in self.folder.iterdir():
-            file.unlink()
-        self.folder.rmdir()
+        """Removes the folder; called on the process that began, once the result lies elsewhere."""
+        assert self._lock is not None
+        outputs.remove_hidden(self.folder)
+        os.close(self._lock)
 
 
 class Summing:
@@ -224,7 +244,7 @@ class Summing:
         self._numbers.append(number)
         try:
             rows_BF = features.pooled_BF.cpu()[work.is_kept_N[ids]]
-            _save(work.folder / _rows_name(number), lambda file: np.save(file, rows_BF.numpy()))
+            outputs.replace_file(work.folder / _rows_name(number), lambda file: np.save(file, rows_BF.numpy()))
             if time.monotonic() - self._saved_at >= work.save_seconds:
                 self._save_sums()
         except OSError as error:
@@ -236,7 +256,7 @@ class Summing:
         arrays: dict[str, Any] = {"numbers": np.array(self._numbers)}
         for group, sums in enumerate(self._sums):
             arrays |= sums.to_arrays(f"{group}_")
-        _save(self._file, lambda file: np.savez(file, **arrays))
+        outputs.replace_file(self._file, lambda file: np.savez(file, **arrays))
         self._saved_at = time.monotonic()
 
     def __enter__(self) -> "Summing":
@@ -261,17 +281,22 @@ def _rows_name(number: int) -> str:
 
 
 def _numbers(file: Path) -> list[int]:
-    with np.load(file) as arrays:
+    with _arrays(file) as arrays:
         return [int(number) for number in arrays["numbers"]]
 
 
-def _save(file: Path, write: Callable[[IO[bytes]], object]) -> None:
-    writing = file.with_name(f"writing_{file.name}")
-    with writing.open("wb") as opened:
-        write(opened)
-        opened.flush()
-        os.fsync(opened.fileno())
-    os.replace(writing, file)
+@contextmanager
+def _arrays(file: Path) -> Iterator[Mapping[str, Any]]:
+    with _undamaged(file), np.load(file) as arrays:
+        yield arrays
+
+
+@contextmanager
+def _undamaged(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{file} is damaged ({one_line(error)}); delete {file.parent} to begin again") from error
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

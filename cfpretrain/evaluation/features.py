@@ -3,7 +3,7 @@
 import hashlib
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,13 @@ from cfpretrain.export import foreign_files
 INCEPTION, EFFNET = "inception", "effnet_lite0"
 # The published weights are shared under names that end in the first digits of their SHA-256.
 _PUBLISHED_SHA256 = "6726825d"
-_CODE = ("features", "inception", "effnet_lite0", "feature_sums", "given_images")
+# Whatever changes these numbers makes what was kept of them stale.
+_CODE = (
+    *("data/images", "evaluation/given_images"),
+    *("evaluation/features", "evaluation/inception", "evaluation/effnet_lite0"),
+    *("evaluation/feature_sums", "evaluation/frechet", "evaluation/inception_score", "evaluation/neighbours"),
+    *("evaluation/references", "evaluation/scores"),
+)
 
 
 @dataclass(frozen=True)
@@ -42,14 +48,15 @@ class FeatureExtractor:
     Attributes:
         name: of the Frechet distance in its features; "fid" is that of the published Inception weights alone.
         fingerprint: of all that features depend on: kind of network, weights, code.
-        network: uint8 [B, 3, Y, X] -> `Features`' tensors, in their order; None for what it lacks may be left out.
+        network: uint8 [B, 3, Y, X] -> `Features`' tensors, in their order, None for what it lacks; None at the end may
+            be left out.
         device: where it computes.
         weights: where they come from, for the record.
     """
 
     name: str
     fingerprint: str
-    network: Callable[[Tensor], tuple[Tensor, ...]]
+    network: Callable[[Tensor], tuple[Tensor | None, ...]]
     device: torch.device
     weights: str
 
@@ -70,9 +77,16 @@ class FeatureExtractor:
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
         ):
             made = self.network(images_BCYX.to(self.device))
-        if not all(part.isfinite().all() for part in made):
+        if not all(part is None or part.isfinite().all() for part in made):
             raise UserError(f"{self.name}: expected finite features, got NaN or infinity; the weights are damaged")
-        return Features(*made)
+        pooled_BF, *others = made
+        assert pooled_BF is not None
+        return Features(pooled_BF, *others)
+
+    def none(self) -> Features:
+        """Features of no images, for their shapes."""
+        of_one = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+        return Features(*(None if part is None else part[:0] for part in vars(of_one).values()))  # type: ignore[arg-type]
 
 
 def make_extractor(
@@ -157,7 +171,7 @@ def _from_function(kind: str, device: torch.device, weights: Path | None) -> Fea
         raise UserError(
             f"--features: expected a FeatureExtractor with a name other than fid of {kind}, got {made!r:.80}"
         )
-    return made
+    return replace(made, fingerprint=_key(made.fingerprint))
 
 
 def _filled(network: nn.Module, tensors: Any, name: str) -> nn.Module:
@@ -188,5 +202,5 @@ def _key(*parts: str) -> str:
 @cache
 def code_version() -> str:
     """A hash of the code that features and their sums depend on."""
-    files = [Path(__file__).with_name(f"{name}.py") for name in _CODE]
+    files = [Path(__file__).parents[1] / f"{name}.py" for name in _CODE]
     return hashlib.blake2b(b"\0".join(file.read_bytes() for file in files), digest_size=8).hexdigest()

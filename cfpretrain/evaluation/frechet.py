@@ -103,7 +103,7 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """The squared 2-Wasserstein distance of two Gaussians, in squared units of the features; at least 0."""
     overlap = torch.linalg.svdvals(first.factor.T @ second.factor).sum()
     spread = first.covariance_FF.trace() + second.covariance_FF.trace() - 2 * overlap
-    return max(0.0, float((first.mean_F - second.mean_F).square().sum() + spread))
+    return max(float((first.mean_F - second.mean_F).square().sum() + spread), 0.0)  # in this order NaN stays NaN
 
 
 def frechet_between(first: Tensor, second: Tensor) -> float:

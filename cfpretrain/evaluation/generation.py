@@ -1,7 +1,9 @@
 """Images from a model, made by all ranks together: the same images on any number of ranks."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,24 @@ class GenerationSettings:
     def num_batches(self, num_images: int) -> int:
         """Batches that so many images fill."""
         return -(-num_images // self.batch_size)
+
+
+def plan_of(config: Config, weights: str, autoencoder: str, settings: GenerationSettings) -> dict[str, Any]:
+    """All that generated images depend on besides their classes, JSON-able.
+
+    Args:
+        config: of the model.
+        weights: fingerprint of the model's.
+        autoencoder: fingerprint of what decodes them.
+        settings: how they are made.
+    """
+    return {
+        "weights": weights,
+        "autoencoder": autoencoder,
+        "trained_order": [config.order.token_order, config.order.block_size],
+        "noise_schedule": dataclasses.asdict(config.noise),
+        **dataclasses.asdict(settings),
+    }
 
 
 # Latents as the model sees them -> images [B, 1 or 3, Y, X], 0 black and 1 white.

@@ -138,7 +138,7 @@ class _FromShards(_Files):
         return len(self._shards)
 
     def read(self, places: Sequence[int]) -> Tensor:
-        samples = [self._shards.sample(place) for place in places]
+        samples = self._shards.samples(list(places))
         names = [f"{self.name}, image of id {sample['id']}" for sample in samples]
         pairs = zip(samples, names, strict=True)
         return _as_tensor(np.stack([self._decode(sample["image"], name, self._crop) for sample, name in pairs]))

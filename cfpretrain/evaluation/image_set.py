@@ -13,6 +13,7 @@ import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +60,10 @@ class ImageSet:
             return False
         advice = "delete it, or choose another --out"
         try:
-            found = _parse_plan(self._plan_text())
+            found = outputs.parse_plan(self._plan_text())
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"--out: {self.out} is there already and is none of these images; {advice}") from error
-        different = _differences(found, self.plan)
+        different = outputs.differences(found, self.plan)
         if different:
             raise UserError(f"--out: {self.out} holds images of other settings already ({different}); {advice}")
         if not self._is_archive:
@@ -94,17 +95,17 @@ class ImageSet:
             self._lock = outputs.take_hidden(self.unfinished, self.out, "--out")
             if os.path.lexists(self.out):
                 raise UserError(f"--out: {self.out} is there, and so is {self.unfinished}; delete one of them")
-            for leftover in self.unfinished.glob("writing.*"):
+            for leftover in self.unfinished.glob(f"{outputs.WRITING}*"):
                 leftover.unlink()
             plan_file = self.unfinished / _PLAN_FILE
             if plan_file.exists():
                 try:
-                    found = _parse_plan(plan_file.read_text())
+                    found = outputs.parse_plan(plan_file.read_text())
                 except ValueError as error:
                     raise UserError(
                         f"--out: {plan_file} is damaged; delete {self.unfinished} to begin again"
                     ) from error
-                different = _differences(found, self.plan)
+                different = outputs.differences(found, self.plan)
                 if different:
                     raise UserError(
                         f"--out: {self.unfinished} is the unfinished work of other settings ({different}); give those, "
@@ -152,10 +153,7 @@ class ImageSet:
                 self._put(self.unfinished / name, _npy(images_BYXC))
                 return
             for i, image_YXC in zip(ids.tolist(), images_BYXC, strict=True):
-                writing = self.unfinished / f"writing.{i}"
-                write_png(writing, image_YXC)
-                checkpoint.flush(writing)
-                os.replace(writing, self.unfinished / _png_name(i))
+                outputs.replace_file(self.unfinished / _png_name(i), partial(write_png, image_YXC=image_YXC))
 
     def finish(self) -> None:
         """Gives the result its name; one process calls it, once nothing is missing.
@@ -166,7 +164,7 @@ class ImageSet:
         assert not self.missing()
         with self._writing():
             if self._is_archive:
-                writing = self.unfinished / "writing.npz"
+                writing = self.unfinished / f"{outputs.WRITING}npz"
                 self._join(writing)
                 os.replace(writing, self.out)
                 outputs.remove_hidden(self.unfinished)
@@ -209,10 +207,7 @@ class ImageSet:
         checkpoint.flush(file)
 
     def _put(self, path: Path, data: bytes) -> None:
-        writing = self.unfinished / f"writing.{path.name}"
-        writing.write_bytes(data)
-        checkpoint.flush(writing)
-        os.replace(writing, path)
+        outputs.replace_file(path, lambda file: file.write(data))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -239,22 +234,7 @@ def _is_whole_png(path: str) -> bool:
         return False
 
 
-def _parse_plan(text: str) -> dict[str, Any]:
-    try:
-        plan = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it nests too deep") from error
-    if not isinstance(plan, dict):
-        raise ValueError("it holds no keys with values")
-    return plan
-
-
 def _npy(array: npt.NDArray[Any]) -> bytes:
     data = io.BytesIO()
     np.lib.format.write_array(data, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
     return data.getvalue()
-
-
-def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
-    return ", ".join(f"{name}: {there.get(name)!r:.60} there, {wanted.get(name)!r:.60} now" for name in names)

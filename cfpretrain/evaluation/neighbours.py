@@ -49,7 +49,8 @@ def precision_recall(
             raise UserError(
                 f"precision and recall: expected more than k = {k} {name} images, got {count}; score more images"
             )
-    centre_F = real_RF.mean(0, dtype=torch.float64)  # norms, and with them the bound, are smallest around it
+    # Norms, and with them the bound, are smallest around it. (`mean` would make a float64 copy of all rows.)
+    centre_F = torch.stack([part.double().sum(0) for part in real_RF.split(block)]).sum(0) / len(real_RF)
     real, generated = (_Manifold(points, centre_F, k, block, together) for points in (real_RF, generated_GF))
     # Rounding moves a square by less than 2 F eps |a|^2, a radius by as much, and the exact distances are rounded too.
     longest = max(float(one.norms_N.max()) for one in (real, generated))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -184,9 +184,9 @@ def tinted(images_BCYX: Tensor, tokens_BL: Tensor, colour: str, share: float) ->
     return images_BCYX.where(~covered_BCYX, images_BCYX.clamp(0, 1).lerp(paint_C11, share))
 
 
-def write_png(path: Path, image_YXC: npt.NDArray[np.uint8]) -> None:
+def write_png(file: Path | IO[bytes], image_YXC: npt.NDArray[np.uint8]) -> None:
     """Writes one image, of `to_rgb`, as it is."""
-    Image.fromarray(image_YXC).save(path, format="PNG")
+    Image.fromarray(image_YXC).save(file, format="PNG")
 
 
 def false_colours(latents_BCYX: Tensor) -> Tensor:

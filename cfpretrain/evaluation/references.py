@@ -10,7 +10,6 @@ are taken for what all of them are, the FID Inception's.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime, seeds
+from cfpretrain import outputs, runtime, seeds
 from cfpretrain.console import UserError
 from cfpretrain.evaluation.feature_sums import Work
 from cfpretrain.evaluation.features import FeatureExtractor
@@ -42,9 +41,9 @@ class Reference:
 
     Attributes:
         statistics: of all of it.
-        floor: scores of one random half against the other, what a perfect model of as many images would get; its
+        floor: scores of one random half against the other, what a perfect model of half as many images would get; its
             Inception Score is that of both. None where there are statistics alone, or too few images.
-        record: where the statistics come from, JSON-able.
+        record: where the statistics come from, JSON-able; its `fingerprint` changes when they do.
     """
 
     statistics: ImageStatistics
@@ -77,19 +76,24 @@ def load_reference(
     if images is None:
         assert given is not None
         assert given.statistics is not None
-        return Reference(given.statistics, None, {"reference": str(path), "statistics": "given"})
+        record = {"reference": str(path), "statistics": "given", "fingerprint": given.fingerprint}
+        return Reference(given.statistics, None, record)
     reference = _of_images(images, extractor, cache, on_begin, on_done)
     if given is None or given.statistics is None:
         return reference
-    # Whose images they are of is not said; ADM's are of many more than the archive holds.
+    # Whose images they are of is not said; ADM's are of many more than the archive holds, so that distances between
+    # halves of these say nothing of theirs.
     both = replace(given.statistics, neighbours_KF=reference.statistics.neighbours_KF)
-    return Reference(both, reference.floor, {**reference.record, "statistics": "given"})
+    floor = {name: value for name, value in (reference.floor or {}).items() if name in ("precision", "recall")}
+    fingerprint = f"{reference.record['fingerprint']} {given.fingerprint}"
+    return Reference(both, floor or None, {**reference.record, "statistics": "given", "fingerprint": fingerprint})
 
 
 @dataclass(frozen=True)
 class _Given:
     statistics: ImageStatistics | None
     has_images: bool
+    fingerprint: str = ""
 
 
 def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
@@ -116,7 +120,15 @@ def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
         )
     pooled = _gaussian(file, arrays, "mu", "sigma")
     spatial = _gaussian(file, arrays, "mu_s", "sigma_s") if "mu_s" in arrays and "sigma_s" in arrays else None
-    return _Given(ImageStatistics(num_images, pooled, spatial), has_images)
+    shapes = extractor.none()
+    for gaussian, none in ((pooled, shapes.pooled_BF), (spatial, shapes.spatial_BF)):
+        if gaussian is not None and none is not None and len(gaussian.mean_F) != none.shape[1]:
+            raise UserError(
+                f"{_KEY}: expected statistics of {none.shape[1]} features, as {extractor.name} has, got "
+                f"{len(gaussian.mean_F)} in {file}, which are another network's; give the images"
+            )
+    fingerprint = hashlib.blake2b(b"".join(a.tobytes() for _, a in sorted(arrays.items())), digest_size=12).hexdigest()
+    return _Given(ImageStatistics(num_images, pooled, spatial), has_images, fingerprint)
 
 
 def _note(file: Path, text: str) -> dict[str, Any]:
@@ -179,8 +191,7 @@ def _make_entry(
     kept = min(MOST_KEPT, num_images) // 2
     is_kept_N[order_N[num_images // 2 - kept : num_images // 2]] = True
     is_kept_N[order_N[num_images // 2 : num_images // 2 + (kept if num_images > MOST_KEPT else num_images)]] = True
-    unfinished = entry.with_name(f".{entry.name}.unfinished")
-    work = Work(unfinished, plan, BATCH_SIZE, groups_N, splits_of(num_images), is_kept_N)
+    work = Work(entry, "--cache", plan, BATCH_SIZE, groups_N, splits_of(num_images), is_kept_N)
     sum_up(work, given_batches(images), extractor, lambda done: on_begin(done, num_images), on_done)
     halves, kept_KF = work.total(), work.kept()
     group_K = groups_N[is_kept_N]
@@ -205,7 +216,7 @@ def _make_entry(
                 "plan": plan,
             }
             _write_entry(entry, record, whole, extractor, kept_KF)
-            shutil.rmtree(unfinished)
+            work.remove()
 
 
 def _write_entry(
@@ -222,9 +233,8 @@ def _write_entry(
     arrays = {"mu": whole.pooled.mean_F, "sigma": whole.pooled.covariance_FF}
     if whole.spatial is not None:
         arrays |= {"mu_s": whole.spatial.mean_F, "sigma_s": whole.spatial.covariance_FF}
-    writing = entry.with_name(f".{entry.name}.writing")
-    try:
-        shutil.rmtree(writing, ignore_errors=True)
+    shutil.rmtree(entry, ignore_errors=True)  # without its record
+    with outputs.whole_or_nothing(entry, "--cache") as writing:
         writing.mkdir()
         np.savez(
             writing / STATISTICS_FILE,
@@ -233,19 +243,14 @@ def _write_entry(
         )
         np.save(writing / NEIGHBOURS_FILE, kept_KF.numpy())
         (writing / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
-        shutil.rmtree(entry, ignore_errors=True)
-        os.rename(writing, entry)
-    except OSError as error:
-        raise UserError(
-            f"--cache: {entry.parent} cannot be written ({error.strerror or error}); mend that or give another"
-        ) from error
 
 
 def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extractor: FeatureExtractor) -> Reference:
     advice = f"delete {entry}, and it is made again"
     try:
         record = json.loads((entry / RECORD_FILE).read_text())
-        neighbours_KF = torch.from_numpy(np.load(entry / NEIGHBOURS_FILE, allow_pickle=False))
+        # Mapped: who needs none of them reads none.
+        neighbours_KF = torch.from_numpy(np.load(entry / NEIGHBOURS_FILE, mmap_mode="c", allow_pickle=False))
         if record["plan"] != plan:
             raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")
         given = _given_statistics(entry / STATISTICS_FILE, extractor).statistics
@@ -256,5 +261,5 @@ def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extracto
         raise UserError(f"--cache: {entry} is damaged ({' '.join(str(error).split()):.100}); {advice}") from error
     assert given is not None
     statistics = replace(given, neighbours_KF=neighbours_KF, inception_score=None if score is None else tuple(score))
-    record = {**record, "reference": images.name, "cache": str(entry)}
+    record = {**record, "reference": images.name, "cache": str(entry), "fingerprint": entry.name}
     return Reference(statistics, floor, record)

@@ -18,8 +18,8 @@ _MOST_IN_A_BATCH = 4096
 _MOST_GUIDANCE = 1000
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> None:
-    """Adds them to a command."""
+def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int, guidance: float = 2.0) -> None:
+    """Adds them to a command, with its defaults."""
     group = parser.add_argument_group("how images are made")
     group.add_argument("--num-ar-steps", type=int, help="1: diffusion ... one a token: pure AR (default 1)")
     group.add_argument(
@@ -41,7 +41,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int) -> No
     group.add_argument(
         "--spacing", choices=("time", "log_snr"), help="what noise levels are even in (default time; dpm++ log_snr)"
     )
-    group.add_argument("--guidance", type=float, default=2.0, help="towards the class; 1: none (default 2)")
+    group.add_argument(
+        "--guidance", type=float, default=guidance, help=f"towards the class; 1: none (default {guidance:g})"
+    )
     group.add_argument(
         "--guidance-schedule",
         choices=("constant", "linear"),

@@ -104,7 +104,7 @@ def distances_beside_floor(
     sets = {"": reference, **candidates, "real_against_real": other}
     size = min(map(len, sets.values()))
     batches = [(name, first) for name in sets for first in range(0, size, BATCH_SIZE)]
-    zero = Moments.of(extractor(real[:1]).pooled_BF[:0].cpu())
+    zero = Moments.of(extractor.none().pooled_BF.cpu())
     moments = dict.fromkeys(sets, zero)
     for name, first in batches[runtime.rank() :: runtime.world_size()]:
         images = sets[name][first : min(first + BATCH_SIZE, size)]
@@ -156,12 +156,17 @@ def sum_up(
 
 
 def make_work(
-    folder: Path, plan: Mapping[str, Any], num_images: int, batch_size: int, save_seconds: float = SAVE_SECONDS
+    out: Path,
+    option: str,
+    plan: Mapping[str, Any],
+    num_images: int,
+    batch_size: int,
+    save_seconds: float = SAVE_SECONDS,
 ) -> Work:
     """The work of one set: all of its images together, the first `MOST_KEPT` for precision and recall; see `Work`."""
     groups_N = torch.zeros(num_images, dtype=torch.int64)
     is_kept_N = torch.arange(num_images) < MOST_KEPT
-    return Work(folder, plan, batch_size, groups_N, splits_of(num_images), is_kept_N, save_seconds)
+    return Work(out, option, plan, batch_size, groups_N, splits_of(num_images), is_kept_N, save_seconds)
 
 
 def statistics_of(work: Work) -> ImageStatistics:
