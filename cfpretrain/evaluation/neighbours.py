@@ -11,7 +11,7 @@ which is 0 for equal images and the same for (a, b) and (b, a); to take it for e
 the edge of a ball than that bound (a tie, as copies make them) is decided by the distances themselves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -68,29 +68,26 @@ class _Manifold:
         self.radii_N = self._radii()
         self._exact_radii: dict[int, float] = {}
 
-    def blocks(self, mine: bool = False) -> Iterator[tuple[slice, Tensor]]:
-        """Places, and centred float64 points; of all blocks, or of this rank's."""
-        first, step = (runtime.rank(), runtime.world_size()) if mine and self.together else (0, 1)
-        for begin in range(first * self.block, len(self.points_NF), step * self.block):
+    def blocks(self, mine: bool = False, first: int = 0) -> Iterator[tuple[slice, Tensor]]:
+        """Places, and centred float64 points; of all blocks from a place on, or of this rank's."""
+        rank, step = (runtime.rank(), runtime.world_size()) if mine and self.together else (0, 1)
+        for begin in range(first + rank * self.block, len(self.points_NF), step * self.block):
             places = slice(begin, begin + self.block)
             yield places, self.points_NF[places].double() - self.centre_F
 
-    def sum_over_ranks(self, values: Tensor) -> Tensor:
-        """Of what each rank has found; as it is, where one rank has found all."""
-        return runtime.sum_over_ranks(values) if self.together else values
-
     def _radii(self) -> Tensor:
         """The squared distance of each point to its k-th nearest other point."""
-        radii_N = torch.zeros(len(self.points_NF), dtype=torch.float64)
+        nearest_KN = torch.full((self.k, len(self.points_NF)), torch.inf, dtype=torch.float64)
         for rows, rows_BF in self.blocks(mine=True):
-            nearest_BK = torch.full((len(rows_BF), self.k), torch.inf, dtype=torch.float64)
-            for columns, columns_BF in self.blocks():
+            for columns, columns_BF in self.blocks(first=rows.start):  # a tile serves its mirror image too
                 squares_BB = _squares(rows_BF, self.norms_N[rows], columns_BF, self.norms_N[columns])
                 if rows == columns:  # by place, not by distance 0: a duplicate elsewhere in the set is a neighbour
                     squares_BB.fill_diagonal_(torch.inf)
-                nearest_BK = torch.cat([nearest_BK, squares_BB], 1).topk(self.k, dim=1, largest=False).values
-            radii_N[rows] = nearest_BK[:, -1]
-        return self.sum_over_ranks(radii_N)
+                else:
+                    nearest_KN[:, columns] = _nearest([nearest_KN[:, columns], squares_BB], self.k)
+                nearest_KN[:, rows] = _nearest([nearest_KN[:, rows], squares_BB.T], self.k)
+        found = runtime.gather(nearest_KN) if self.together else [nearest_KN]
+        return _nearest(found, self.k)[-1]
 
     def exact_radius(self, place: int) -> float:
         """The distance of a point to its k-th nearest other point."""
@@ -105,6 +102,11 @@ class _Manifold:
         parts = [self.points_NF[part].double() for part in places.split(self.block)]
         row_1F = point_F.double()[None]
         return torch.cat([torch.cdist(row_1F, part, compute_mode="donot_use_mm_for_euclid_dist")[0] for part in parts])
+
+
+def _nearest(squares: Sequence[Tensor], k: int) -> Tensor:
+    """The k least of each column."""
+    return torch.cat(list(squares)).topk(k, dim=0, largest=False).values
 
 
 def _squares(rows_AF: Tensor, norms_A: Tensor, columns_BF: Tensor, norms_B: Tensor) -> Tensor:
