@@ -4,6 +4,7 @@ Tan and Le 2019 (arXiv 1905.11946), without squeeze-and-excitation and with ReLU
 are: a convolution of stride 2 pads one side more where the sum is odd, and inputs are (pixel - 127) / 128.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ class _Conv(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         """[B, inputs, Y, X] -> [B, outputs, ceil(Y / stride), ceil(X / stride)]."""
         (kernel, _), (stride, _) = self.kernel_size, self.stride
+        if stride == 1:
+            return F.conv2d(input, self.weight, padding=kernel // 2, groups=self.groups)
         pads: list[int] = []
         for length in (input.shape[3], input.shape[2]):
             missing = max((-(-length // stride) - 1) * stride + kernel - length, 0)
@@ -52,10 +55,14 @@ class _Block(nn.Module):
 
     def forward(self, x_BCYX: Tensor) -> Tensor:
         """[B, inputs, Y, X] -> [B, outputs, Y / stride, X / stride]."""
-        wide_BCYX = F.relu6(self._bn0(self._expand_conv(x_BCYX))) if self._expands else x_BCYX
-        wide_BCYX = F.relu6(self._bn1(self._depthwise_conv(wide_BCYX)))
+        wide_BCYX = _relu6(self._bn0(self._expand_conv(x_BCYX))) if self._expands else x_BCYX
+        wide_BCYX = _relu6(self._bn1(self._depthwise_conv(wide_BCYX)))
         made_BCYX: Tensor = self._bn2(self._project_conv(wide_BCYX))
         return made_BCYX + x_BCYX if self._adds else made_BCYX
+
+
+def _relu6(x: Tensor) -> Tensor:
+    return F.relu6(x, inplace=True)
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
@@ -76,7 +83,8 @@ class EfficientNetLite0(nn.Module):
         self._blocks = nn.Sequential(*blocks)
         self._conv_head, self._bn1 = _Conv(inputs, _HEAD, 1), _norm(_HEAD)
         self._fc = nn.Linear(_HEAD, _NUM_CLASSES)
-        self.eval().requires_grad_(False)
+        # Channels last: filters of single channels are slow otherwise.
+        self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, images_BCYX: Tensor) -> tuple[Tensor]:
         """Features of images: the last block's mean over space, [B, 320].
@@ -88,12 +96,13 @@ class EfficientNetLite0(nn.Module):
 
     def classify(self, images_BCYX: Tensor) -> Tensor:
         """Logits of ImageNet's classes, [B, 1000]; images as for `forward`."""
-        head_BCYX = F.relu6(self._bn1(self._conv_head(self._last_block(images_BCYX))))
+        head_BCYX = _relu6(self._bn1(self._conv_head(self._last_block(images_BCYX))))
         logits_BK: Tensor = self._fc(head_BCYX.mean((2, 3)))
         return logits_BK
 
     def _last_block(self, images_BCYX: Tensor) -> Tensor:
         size = (IMAGE_SIZE, IMAGE_SIZE)
         x_BCYX = F.interpolate(images_BCYX.float(), size, mode="bilinear", antialias=True, align_corners=False)
-        last_BCYX: Tensor = self._blocks(F.relu6(self._bn0(self._conv_stem((x_BCYX - 127) / 128))))
+        x_BCYX = x_BCYX.contiguous(memory_format=torch.channels_last)
+        last_BCYX: Tensor = self._blocks(_relu6(self._bn0(self._conv_stem((x_BCYX - 127) / 128))))
         return last_BCYX
