@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     with phase(f"exporting {arguments.run}"):
         export(arguments.run, arguments.out, settings)
     size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
-    say(f"{arguments.out}: {size / _GB:.3g} GB; load it with")
+    say(f"{arguments.out}: {size / 1e6:,.1f} MB; load it with")
     say(f"    DiffusionPipeline.from_pretrained({str(arguments.out)!r}, trust_remote_code=True)")
     if arguments.push:
         with phase(f"uploading to {arguments.push}"):
