@@ -23,6 +23,7 @@ from cfpretrain.noise import linear_schedule
 
 # What a run folder holds.
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
+INDEX_FILE = "model_index.json"  # by which an exported folder is known
 CHECKPOINTS, SAMPLES = "checkpoints", "samples"
 # Its one line says why the same command should be run again; without it, it should not.
 REQUEUE_FILE = "requeue"
@@ -62,7 +63,12 @@ def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[st
 def load_run_config(folder: Path) -> Config:
     """The config of a run folder, checked; UserError where the folder is no run's."""
     path = folder / CONFIG_FILE
+    if (folder / INDEX_FILE).is_file():
+        raise UserError(f"run folder {folder}: expected a run folder, got an export of one; give the run's")
     if not path.is_file():
+        run = folder.parents[1] if len(folder.parents) > 1 else folder
+        if (run / CONFIG_FILE).is_file():
+            raise UserError(f"run folder {folder}: expected a run folder, got a checkpoint of one; give {run}")
         raise UserError(f"run folder {folder} holds no {path.name}; give a folder that cfpretrain/train.py has written")
     config = load_config(path)
     # The folder may have been moved since.
@@ -142,7 +148,10 @@ def class_names(config: Config) -> tuple[str, ...]:
     try:
         names = read_latents_info(config.data.shards[0]).class_names
     except UserError as error:
-        say(f"WARNING: classes go by their numbers, since their names are not at hand: {error}")
+        say(
+            "WARNING: classes go by their numbers, since their names are read from the latents trained on, which are "
+            f"not at hand; a relative data.shards is sought from where the run was started: {error}"
+        )
         return numbers
     return names if len(names) == len(numbers) else numbers
 
@@ -188,32 +197,61 @@ def make_store(config: Config) -> CheckpointStore:
     return CheckpointStore(Path(config.run.folder) / CHECKPOINTS, keep.keep_last, keep.keep_every_steps)
 
 
+# Of a checkpoint: its step, the one with the best score while training, or the latest.
+Step = int | Literal["best"] | None
+
+
+def find_checkpoint(run: Path, step: Step = None) -> tuple[Config, Path]:
+    """The config of a run, and a checkpoint of it.
+
+    Raises:
+        UserError: the folder is no run's, or it holds no such checkpoint.
+    """
+    config = load_run_config(run)
+    store = make_store(config)
+    there = store.candidates()
+    if not there:
+        raise UserError(f"run folder {run} holds no complete checkpoint yet; train until checkpoint.every_steps")
+    if step is None:
+        return config, there[0]
+    if step == "best":
+        best = store.best()
+        if best is None:
+            raise UserError(
+                f"--step: expected a run that scores itself (evaluation.every_steps), got {run}; leave it out"
+            )
+        step = best.step
+    found = next((one for one in there if one.name == f"step_{step:08d}"), None)
+    if found is None:
+        steps = ", ".join(str(int(one.name.removeprefix("step_"))) for one in reversed(there))
+        raise UserError(f"--step: expected a checkpoint of {run} (steps {steps}), got {step}")
+    return config, found
+
+
 def load_run(
-    folder: Path, device: torch.device, which: Literal["ema", "weights"] = "ema"
+    folder: Path, device: torch.device, which: Literal["ema", "weights"] = "ema", step: Step = None
 ) -> tuple[Config, CausalFusion, int]:
-    """The model of a run's latest checkpoint, for sampling and scoring.
+    """The model of a run's checkpoint, for sampling and scoring.
 
     Args:
         folder: of the run.
         device: where the model will compute.
         which: the averaged weights, or the trained ones themselves.
+        step: of the checkpoint; see `find_checkpoint`.
 
     Returns:
         The run's config, the model in fp32 on `device`, and the checkpoint's step.
 
     Raises:
-        UserError: the folder is not a run's, or holds no complete checkpoint.
+        UserError: the folder is not a run's, or holds no such checkpoint.
     """
-    config = load_run_config(folder)
-    latest = make_store(config).latest()
-    if latest is None:
-        raise UserError(f"run folder {folder} holds no complete checkpoint yet; train until checkpoint.every_steps")
-    step = read_state(latest).step
+    config, checkpoint = find_checkpoint(folder, step)
+    found_step = read_state(checkpoint).step
     with torch.device("meta"):
         model = make_model(config)
     try:
-        model.load_state_dict(read_tensors(latest, which), assign=True)
+        model.load_state_dict(read_tensors(checkpoint, which), assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"checkpoint {latest} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
-    return config, model.to(device).eval().requires_grad_(False), step
+        raise UserError(f"checkpoint {checkpoint} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
+    return config, model.to(device).eval().requires_grad_(False), found_step

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from cfpretrain import build
-from cfpretrain.build import CONFIG_FILE, Autoencoder, load_config, load_run, make_autoencoder, make_model
+from cfpretrain.build import (
+    CONFIG_FILE,
+    INDEX_FILE,
+    Autoencoder,
+    Step,
+    load_config,
+    load_run,
+    make_autoencoder,
+    make_model,
+)
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.export import foreign_files
@@ -20,7 +29,6 @@ from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import BlockSettings, CausalFusion
 
-INDEX_FILE = "model_index.json"  # by which an exported folder is known
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _NUM_NAMES_SHOWN = 10
 
@@ -74,7 +82,9 @@ class Source:
         return make_autoencoder(self.config, self.device)
 
 
-def load_source(path: Path, device: torch.device, precision: str = "fp32", weights: str = "ema") -> Source:
+def load_source(
+    path: Path, device: torch.device, precision: str = "fp32", weights: str = "ema", step: Step = None
+) -> Source:
     """Loads a model to sample from.
 
     Args:
@@ -82,6 +92,7 @@ def load_source(path: Path, device: torch.device, precision: str = "fp32", weigh
         device: where the model will compute.
         precision: in which: "fp32" or "bf16".
         weights: of a run: "ema" or "raw"; an export holds one of them, and is asked for none.
+        step: of a run's checkpoint; see `build.find_checkpoint`.
 
     Raises:
         UserError: it is neither, or not complete.
@@ -89,12 +100,14 @@ def load_source(path: Path, device: torch.device, precision: str = "fp32", weigh
     if (path / INDEX_FILE).is_file():
         if weights != "ema":
             raise UserError(f"--weights: {path} is an export, which holds the weights it was made of; leave it out")
+        if step is not None:
+            raise UserError(f"--step: {path} is an export, of one step; leave it out")
         config, model, class_names = _load_export(path)
         title = f"{path}"
     elif (path / CONFIG_FILE).is_file():
-        config, model, step = load_run(path, torch.device("cpu"), "ema" if weights == "ema" else "weights")
+        config, model, of_step = load_run(path, torch.device("cpu"), "ema" if weights == "ema" else "weights", step)
         class_names = build.class_names(config)
-        title = f"{path}, step {step}, {'EMA' if weights == 'ema' else 'raw'} weights"
+        title = f"{path}, step {of_step}, {'EMA' if weights == 'ema' else 'raw'} weights"
     else:
         raise UserError(_no_source(path))
     cached = attention.choose_cached("auto", device.type, precision, config.model.width // config.model.num_heads)

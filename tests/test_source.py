@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cfpretrain import build
+from cfpretrain.checkpoint import Best
 from cfpretrain.console import UserError
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.source import Source, load_source
@@ -51,6 +53,32 @@ def test_raw_weights_and_bf16(run: Path, exported: Path) -> None:
         load_source(exported, CPU, weights="raw")
 
 
+def test_a_checkpoint_by_its_step_or_score(tmp_path: Path, run: Path, exported: Path) -> None:
+    assert ", step 7, " in load_source(run, CPU, step=7).title
+    with pytest.raises(UserError, match=r"--step: expected a checkpoint of .* \(steps 7\), got 8"):
+        load_source(run, CPU, step=8)
+    with pytest.raises(UserError, match=r"--step: expected a run that scores itself \(evaluation.every_steps\), got "):
+        load_source(run, CPU, step="best")
+    with pytest.raises(UserError, match=r"--step: .* is an export, of one step; leave it out"):
+        load_source(exported, CPU, step=7)
+    scored = shutil.copytree(run, tmp_path / "scored")
+    store = build.make_store(build.load_run_config(scored))
+    assert store.keep_if_best(Best(7, 1.0, {}))
+    shutil.copytree(store.folder / "step_00000007", store.folder / "step_00000009")
+    (store.folder / "latest").write_text("step_00000009\n")
+    assert build.find_checkpoint(scored)[1].name == "step_00000009"
+    assert build.find_checkpoint(scored, "best")[1].name == "step_00000007"
+
+
+def test_other_folders_of_ours_are_known(run: Path, exported: Path) -> None:
+    for path, message in (
+        (exported, "expected a run folder, got an export of one; give the run's"),
+        (run / "checkpoints" / "step_00000007", f"expected a run folder, got a checkpoint of one; give {run}"),
+    ):
+        with pytest.raises(UserError, match=message):
+            build.load_run(path, CPU)
+
+
 def test_damaged_exports(exported: Path) -> None:
     broken = next((exported / "transformer").glob("*.safetensors"))
     whole = broken.read_bytes()
@@ -88,4 +116,4 @@ def test_classes_without_names_go_by_number(
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace(str(shards), str(tmp_path / "gone")))
     assert load_source(tmp_path / "run", CPU).class_names == tuple("0123456789")
-    assert "classes go by their numbers, since their names are not at hand" in capsys.readouterr().out
+    assert "classes go by their numbers, since their names are read from the latents" in capsys.readouterr().out

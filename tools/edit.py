@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"edit.py edits on one rank, got {runtime.world_size()}; start it with python alone")
     device = runtime.pick_device()
     with phase(f"loading {arguments.source}"):
-        source = load_source(arguments.source, device, arguments.precision, arguments.weights)
+        source = load_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
         autoencoder = source.make_autoencoder()
     config, model = source.config, source.config.model
     labels = [source.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]

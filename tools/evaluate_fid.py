@@ -89,8 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _generated(arguments: argparse.Namespace, device: Any) -> tuple["Batches", dict[str, Any], int]:
     """What gives the images, all that they depend on, and how many they are."""
     from cfpretrain import runtime
-    from cfpretrain.build import CONFIG_FILE
-    from cfpretrain.source import INDEX_FILE
+    from cfpretrain.build import CONFIG_FILE, INDEX_FILE
 
     path: Path = arguments.generated
     if (path / INDEX_FILE).is_file() or (path / CONFIG_FILE).is_file():
@@ -120,7 +119,7 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> tuple["Batches", 
     with runtime.together(), phase(f"loading {arguments.generated}"):
         if num_images < 2:
             raise UserError(f"--num-images: expected at least 2, got {num_images}")
-        source = load_source(arguments.generated, device, arguments.precision, arguments.weights)
+        source = load_source(arguments.generated, device, arguments.precision, arguments.weights, arguments.step)
         settings = read_settings(arguments, source.config, source.config.model.num_tokens)
         autoencoder = source.make_autoencoder()
     num_classes = len(source.class_names)
@@ -169,7 +168,7 @@ def _score(
         found = _found(out, settings) if runtime.rank() == 0 else None
     if found := runtime.gather(found)[0]:
         say(f"nothing to do: {out} holds these scores already")
-        say(_line({name: found[name] for name in found["scores"]}, found["floor"]))
+        say(_line({name: found[name] for name in found["scores"]}, found["floor"], found["floor_num_images"]))
         return
     work = make_work(out.absolute(), "--out", plan, num_images, plan["batch_size"])
     with _Progress("scoring") as progress:
@@ -184,6 +183,7 @@ def _score(
         "generated": str(arguments.generated),
         "reference": reference.record,
         "floor": reference.floor,
+        "floor_num_images": reference.floor_num_images,
         "features": extractor.name,
         "feature_weights": extractor.weights,
         "k": NUM_NEIGHBOURS,
@@ -197,7 +197,7 @@ def _score(
             work.remove()
     if arguments.wandb:
         _log(arguments, scores, result)
-    say(_line(scores, reference.floor))
+    say(_line(scores, reference.floor, reference.floor_num_images))
     say(f"scores of {num_images} images: {out}")
 
 
@@ -238,13 +238,13 @@ def _log(arguments: argparse.Namespace, scores: dict[str, float], result: dict[s
     tracker.close()
 
 
-def _line(scores: dict[str, float], floor: dict[str, float] | None) -> str:
+def _line(scores: dict[str, float], floor: dict[str, float] | None, floor_num_images: int) -> str:
     """All scores on one line, each with the floor behind it where there is one."""
     shown = (
         f"{name} {value:.4g}" + f" (floor {floor[name]:.4g})" * bool(floor and name in floor)
         for name, value in scores.items()
     )
-    return ", ".join(shown)
+    return ", ".join(shown) + f"; floors are of {floor_num_images} real images against others" * bool(floor)
 
 
 class _Progress:

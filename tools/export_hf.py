@@ -17,9 +17,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cfpretrain.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.evaluation.sampling_options import step_or_best
 
 _GB = 10**9
 _MOST_GB = 10**6
+_OF_FILES = {".pt", ".pth", ".ckpt", ".safetensors"}
 _OF_DIFFUSERS = ("weights", "step", "dtype", "max_shard_gb", "license", "push")
 
 
@@ -37,7 +39,9 @@ def main() -> None:
     parser.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="averaged, or as trained (default ema)"
     )
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the latest)")
+    parser.add_argument(
+        "--step", type=step_or_best, help="of the checkpoint, or best: by its scores (default: the latest)"
+    )
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the files (default fp32)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="GB of a file of weights (default 5)")
     parser.add_argument(
@@ -58,6 +62,8 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks, writes, and uploads where asked to."""
+    if arguments.out.suffix in _OF_FILES:
+        raise UserError(f"OUT: expected the name of a folder, got {arguments.out}; for a file give --format official")
     if not 0 < arguments.max_shard_gb <= _MOST_GB:
         raise UserError(f"--max-shard-gb: expected more than 0, up to {_MOST_GB}, got {arguments.max_shard_gb:g}")
     if not re.fullmatch(r"[\w.+-]+", arguments.license):

@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         runtime.start(device)
     try:
         with runtime.together(), phase(f"loading {arguments.source}"):
-            source = load_source(arguments.source, device, arguments.precision, arguments.weights)
+            source = load_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
             settings = read_settings(arguments, source.config, source.config.model.num_tokens)
             labels = _labels(arguments, source)
         ar_steps, levels = settings.num_ar_steps, settings.num_denoising_steps

@@ -125,7 +125,8 @@ def _inception(device: torch.device, file: Path | None, label: str | None) -> Fe
     wanted = f"pt_inception-2015-12-05-{_PUBLISHED_SHA256}.pth"
     if file is None:
         raise UserError(
-            f"--feature-weights: expected the file of the FID Inception's weights, {wanted}, got none; give it"
+            f"--feature-weights: expected the file of the FID Inception's weights, {wanted}, got none; give it "
+            "(docs/evaluation.md says where it is)"
         )
     tensors = foreign_files.read(file, "--feature-weights")
     sha256 = _sha256(file)

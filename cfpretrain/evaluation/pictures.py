@@ -259,10 +259,7 @@ def curves(
         _mark(axes, skipped, "skipped step", "|", 0.03)
     if score is not None:
         key, floor = score
-        _curve(panels["score"], steps, _column(rows, key), f"{key} of EMA samples", "smaller is better")
-        if floor is not None:
-            panels["score"].axhline(floor, color=_QUIET, linestyle="--", label=f"floor {floor:.3g}")
-            panels["score"].legend(frameon=False, loc="upper right", fontsize=9)
+        _curve(panels["score"], steps, _column(rows, key), f"{key} of EMA samples", "smaller is better", floor)
     for axes in (rate, speed) if score is None else (panels["score"],):
         axes.set_xlabel("optimizer step")
     for axes in panels.values():
@@ -284,7 +281,7 @@ def _skipped_steps(steps: Floats, totals: Floats) -> Floats:
     return np.asarray(steps[has][grew])
 
 
-def _curve(axes: Axes, steps: Floats, values: Floats, title: str, unit: str) -> None:
+def _curve(axes: Axes, steps: Floats, values: Floats, title: str, unit: str, floor: float | None = None) -> None:
     """Raw values faint and smoothed ones on top, on a logarithmic axis where they span much; broken ones are marked."""
     _head(axes, title, unit)
     steps, values = steps[~np.isnan(values)], values[~np.isnan(values)]
@@ -299,7 +296,12 @@ def _curve(axes: Axes, steps: Floats, values: Floats, title: str, unit: str) -> 
     else:
         axes.plot(steps, shown, color=_BLUE, alpha=0.3, linewidth=1.2)
         axes.plot(steps, _smooth(shown), color=_BLUE, linewidth=2.0)
-    if finite.min() > 0 and finite.max() > 5 * finite.min():
+    least = finite.min()
+    if floor is not None:
+        least = min(least, floor)
+        axes.axhline(floor, color=_QUIET, linestyle="--")
+        axes.text(0.01, floor, f"floor {floor:.3g}", transform=axes.get_yaxis_transform(), va="bottom", fontsize=9)
+    if least > 0 and finite.max() > 5 * least:
         axes.set_yscale("log")
         _label_log(axes.yaxis)
 

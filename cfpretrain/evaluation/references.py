@@ -50,6 +50,11 @@ class Reference:
     floor: dict[str, float] | None
     record: dict[str, Any]
 
+    @property
+    def floor_num_images(self) -> int:
+        """Images in a half; a distance of fewer is larger by that alone."""
+        return int(self.record.get("num_images", 0)) // 2
+
 
 def load_reference(
     path: Path,

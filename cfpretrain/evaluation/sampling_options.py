@@ -3,7 +3,7 @@
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from cfpretrain.console import UserError
 
@@ -65,7 +65,19 @@ def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int, guida
     group.add_argument(
         "--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged, or as trained (default ema)"
     )
+    group.add_argument(
+        "--step", type=step_or_best, help="of a run's checkpoint, or best: by its scores (default: the latest)"
+    )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+
+
+def step_or_best(text: str) -> int | Literal["best"]:
+    """The value of an option that names a checkpoint."""
+    if text == "best":
+        return "best"
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a step or best, got {text!r}")
+    return int(text)
 
 
 def usual_spacing(solver: str) -> str:

@@ -33,7 +33,7 @@ from cfpretrain.export import model_card
 from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
-from cfpretrain.export.run_checkpoint import CheckpointTensors, find_checkpoint
+from cfpretrain.export.run_checkpoint import CheckpointTensors
 from cfpretrain.model import autoencoder
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -49,14 +49,14 @@ class ExportSettings:
 
     Attributes:
         weights: "ema", or "raw" for the trained weights themselves.
-        step: of the checkpoint; None: the latest.
+        step: of the checkpoint; see `build.find_checkpoint`.
         dtype: of the weights' files.
         max_shard_bytes: a file of weights is no larger, unless one tensor is.
         licence: for the model card.
     """
 
     weights: Literal["ema", "raw"] = "ema"
-    step: int | None = None
+    step: build.Step = None
     dtype: Literal["fp32", "bf16"] = "fp32"
     max_shard_bytes: int = 5 * 10**9
     licence: str = "unknown"
@@ -102,7 +102,7 @@ class _Source:
 
     @classmethod
     def open(cls, run: Path, settings: ExportSettings) -> "_Source":
-        config, checkpoint = find_checkpoint(run, settings.step)
+        config, checkpoint = build.find_checkpoint(run, settings.step)
         state = read_state(checkpoint)
         state.check_model(configs.to_plain(config)["model"], str(checkpoint))
         tensors = CheckpointTensors.open(checkpoint, "ema" if settings.weights == "ema" else "weights", state.step)

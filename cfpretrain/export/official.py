@@ -8,13 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import outputs
+from cfpretrain import build, outputs
 from cfpretrain.checkpoint import read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import POSITIONS, check_shapes
-from cfpretrain.export.run_checkpoint import find_checkpoint
 from cfpretrain.model.transformer import sincos_positions
 
 _OURS_BY_OFFICIAL = {
@@ -185,7 +184,7 @@ def write_official(run: Path, out: Path) -> None:
         UserError: the folder is no run's, or holds no whole checkpoint, or `out` is there already.
     """
     outputs.refuse_existing(out, "OUT")
-    config, checkpoint = find_checkpoint(run)
+    config, checkpoint = build.find_checkpoint(run)
     grid = config.model.grid
     foreign_files.write(
         out,

@@ -54,6 +54,12 @@ class CausalFusionPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
         self.register_to_config(id2label=id2label)
 
+    def save_pretrained(self, *_: Any, **__: Any) -> None:
+        """Refused: what it writes would lack the code that the folder brings."""
+        raise NotImplementedError(
+            "save_pretrained leaves out the code of this model; copy the folder that it came from"
+        )
+
     @torch.no_grad()
     def __call__(
         self,

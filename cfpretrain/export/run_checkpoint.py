@@ -1,4 +1,4 @@
-"""The checkpoint of a run that leaves: which one it is, and its tensors one by one."""
+"""The tensors of a checkpoint that leaves, one by one."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,34 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from cfpretrain import build, tensor_files
+from cfpretrain import tensor_files
 from cfpretrain.checkpoint import check_file, read_hashes, tensor_file
-from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.tensor_files import HashedRange, Header, remedy
-
-
-def find_checkpoint(run: Path, step: int | None = None) -> tuple[Config, Path]:
-    """The config of a run, and a checkpoint of it.
-
-    Args:
-        run: a run folder.
-        step: of the checkpoint; None: the latest.
-
-    Raises:
-        UserError: the folder is no run's, or it holds no such checkpoint.
-    """
-    config = build.load_run_config(run)
-    there = build.make_store(config).candidates()
-    if not there:
-        raise UserError(f"run folder {run} holds no complete checkpoint yet; train until checkpoint.every_steps")
-    if step is None:
-        return config, there[0]
-    found = next((one for one in there if one.name == f"step_{step:08d}"), None)
-    if found is None:
-        steps = ", ".join(str(int(one.name.removeprefix("step_"))) for one in reversed(there))
-        raise UserError(f"--step: expected a checkpoint of {run} (steps {steps}), got {step}")
-    return config, found
 
 
 @dataclass(frozen=True)
