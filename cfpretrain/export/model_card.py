@@ -85,7 +85,11 @@ def _usage(class_names: Sequence[str], config: Config) -> list[str]:
         "```",
         "",
         "`trust_remote_code` lets diffusers run the two Python files of this folder; read them first. They need torch",
-        "and diffusers only. Image i of a seed is always the same (`seed=`, `ids=`).",
+        "and diffusers only. Image i of a seed is always the same (`seed=`, `ids=`; there is no `generator=`).",
+        "",
+        f"`num_ar_steps` goes from 1 (a diffusion transformer) to {config.model.num_tokens} (pure autoregression).",
+        "Solvers are `ddpm` (the default, 250 steps each), `ddim` (50), `dpm++` and `sde-dpm++` (25); `guidance_scale`",
+        "is 2 unless given, and 1 is none.",
         "",
     ]
 
@@ -113,10 +117,11 @@ def _model_rows(
 def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, Any] | None) -> dict[str, Any]:
     train, order = config.train, config.order
     rows = {
-        "Steps": f"{state.step:,} of {train.global_batch_size} images",
+        # An imported model may not say how long it was trained.
+        "Steps": f"{state.step:,} of {train.global_batch_size} images" if state.step else "not known",
         "AR steps": f"{order.num_ar_steps or f'drawn, decay {order.ar_step_decay:g}'}, order {order.token_order}",
         "Optimizer": f"AdamW, learning rate {train.learning_rate:g}, EMA {train.ema_decay:g}",
-        "Seconds": f"{state.train_seconds:,.0f}",
+        "Training time": f"{state.train_seconds:,.0f} s" if state.step else "not known",
         "Data fingerprint": f"`{state.data_fingerprint}`" if state.data_fingerprint else "not known",
         "Written by": ", ".join(f"{package} {version}" for package, version in sorted(state.versions.items())),
     }
