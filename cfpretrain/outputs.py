@@ -67,7 +67,7 @@ def whole_or_nothing(out: Path, name: str) -> Iterator[Path]:
         lock = take_hidden(folder, out, name)
         try:
             refuse_existing(out, name)
-            _clear(folder)
+            clear(folder)
             yield folder / out.name
             for path in sorted(folder.rglob("*")):
                 flush(path)
@@ -85,13 +85,14 @@ def whole_or_nothing(out: Path, name: str) -> Iterator[Path]:
 def remove_hidden(folder: Path) -> None:
     """Removes the folder of `take_hidden`, whose lock is held."""
     with suppress(OSError):
-        _clear(folder)
+        clear(folder)
         # Last: once it is gone another process may begin, and what lies there then is its own.
         (folder / LOCK_FILE).unlink()
         folder.rmdir()
 
 
-def _clear(folder: Path) -> None:
+def clear(folder: Path) -> None:
+    """Empties the folder of `take_hidden`, whose lock is held."""
     for leftover in folder.iterdir():
         if leftover.is_dir():
             shutil.rmtree(leftover)

@@ -112,7 +112,8 @@ def gather(item: Any) -> list[Any]:
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(items, item)
+    with _others_are_there():
+        dist.all_gather_object(items, item)
     return items
 
 
@@ -147,12 +148,21 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum over ranks of a small CPU tensor, as a new tensor."""
     total = values.clone()
     if dist.is_initialized():
-        dist.all_reduce(total)
+        with _others_are_there():
+            dist.all_reduce(total)
     return total
 
 
 class LostRankError(RuntimeError):
     """Another rank is gone."""
+
+
+@contextmanager
+def _others_are_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(str(error)) from error
 
 
 class Exchange:
@@ -192,10 +202,7 @@ class Exchange:
 
     def _exchange(self, has_ended: bool, problem: str | None = None) -> bool:
         """Whether the work of all ranks has ended."""
-        try:
-            states = gather((has_ended, self._num_done, problem))
-        except RuntimeError as error:
-            raise LostRankError(str(error)) from error
+        states = gather((has_ended, self._num_done, problem))
         self._exchanged_at = time.monotonic()
         for _, _, found in states:
             if found is not None:

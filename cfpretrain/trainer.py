@@ -217,6 +217,9 @@ class Trainer:
         if self.evaluator is None:
             return None
         rows = read_metrics(self.folder / METRICS_FILE) if runtime.rank() == 0 else []
+        best = self.store.best() if rows else None
+        if best is not None and best.measured_by != self.evaluator.measured_by:
+            rows = []
         last: int | None = max((row["step"] for row in rows if self.evaluator.name in row), default=None)
         return runtime.gather(last)[0]
 
@@ -541,8 +544,10 @@ class Trainer:
         return is_due and self.scored_step != self.at.step and not self.guard.num_skips_in_row
 
     def evaluate(self) -> None:
-        """Scores the EMA weights; their checkpoint, begun before, stays where no score so far is better."""
+        """Scores the EMA weights; their checkpoint stays where no score so far is better."""
         assert self.evaluator is not None
+        # A kill while it scores must not cost the steps before.
+        self._note_checkpoint(self.writer.wait())
         begin, name = time.perf_counter(), self.evaluator.name
         num_images, scores = self.config.evaluation.num_images, {}
         with phase(f"scoring {num_images} images at step {self.at.step}"), self._sampling() as module:
@@ -550,7 +555,6 @@ class Trainer:
         if self.must_stop:
             return
         seconds = time.perf_counter() - begin
-        self._note_checkpoint(self.writer.wait())
         is_best = self.saved_step == self.at.step and runtime.rank() == 0 and self._keep_if_best(scores[name])
         # Last: a run that goes on from here and finds this row has no score to make up for.
         row = {"step": self.at.step, **scores, "evaluation_seconds": seconds}

@@ -14,6 +14,7 @@ from PIL import Image
 from cfpretrain import runtime
 from cfpretrain.console import EXIT_USER_ERROR, UserError
 from cfpretrain.evaluation import scores
+from cfpretrain.evaluation.feature_sums import Summing
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import frechet_between
 from cfpretrain.evaluation.given_images import open_images
@@ -124,8 +125,8 @@ def test_kills_and_other_numbers_of_ranks_leave_no_trace(tmp_path: Path, sets: P
     (whole,) = run_in_processes(sum_until, 1, tmp_path / "whole", sets / "generated.npz", None)
     assert run_in_processes(sum_until, 1, tmp_path / "killed", sets / "generated.npz", 3) == [None]
     assert run_in_processes(sum_until, 2, tmp_path / "killed", sets / "generated.npz", 2) == [None, None]
-    files = sorted(file.name for file in (tmp_path / ".killed.unfinished").glob("sums_*"))
-    assert files == ["sums_000001_00000.npz", "sums_000002_00000.npz", "sums_000002_00001.npz"]
+    files = sorted(file.name for file in (tmp_path / ".killed.unfinished").glob("*sums_*"))
+    assert files == ["done_sums_000001_00000.npz", "sums_000002_00000.npz", "sums_000002_00001.npz"]
     for made in run_in_processes(sum_until, 4, tmp_path / "killed", sets / "generated.npz", None):
         assert made == pytest.approx(whole, rel=1e-12)
 
@@ -139,6 +140,51 @@ def test_work_of_other_settings_is_refused(tmp_path: Path) -> None:
     run_in_processes(begin, 1, tmp_path / "work", 1)
     with pytest.raises(UserError, match=r"unfinished work of others \(seed: 1 there, 2 now\)"):
         begin(tmp_path / "work", 2)
+
+
+def test_work_on_images_that_have_changed_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = scores.make_work(tmp_path / "work", "--out", {"images": "with a damaged one"}, 10, 2)
+    first.begin()
+    (first.folder / "rows_00000000.npy").touch()
+    assert first._lock is not None
+    os.close(first._lock)
+    mended = scores.make_work(tmp_path / "work", "--out", {"images": "mended"}, 9, 2)
+    assert mended.begin() == (1, [0, 1, 2, 3, 4])
+    assert not (mended.folder / "rows_00000000.npy").exists()
+    assert "the images have changed; beginning anew" in capsys.readouterr().out
+
+
+def test_a_rank_of_an_earlier_start_that_lives_on_is_not_counted(tmp_path: Path, sets: Path) -> None:
+    images, extractor = open_images(sets / "generated.npz", "GENERATED"), small_features.make(CPU, None)
+
+    def made() -> Any:
+        return scores.make_work(tmp_path / "work", "--out", {}, 40, 8, save_seconds=0.0)
+
+    def add(summing: Summing, number: int) -> None:
+        summing.add(number, extractor(images.read(summing._work.ids(number))))
+
+    first = made()
+    assert first.begin() == (1, [0, 1, 2, 3, 4])
+    left_behind = Summing(first, 1)
+    add(left_behind, 0)
+    os.close(first._lock)  # of a machine that died, while another goes on
+    second = made()
+    assert second.begin() == (2, [1, 2, 3, 4])
+    with Summing(second, 2) as summing:
+        for number in (1, 2):
+            add(summing, number)
+            add(left_behind, number)
+    os.close(second._lock)
+    third = made()
+    assert third.begin() == (3, [3, 4])
+    with Summing(third, 3) as summing:
+        add(summing, 3)
+        add(summing, 4)
+    (total,) = third.total()
+    expected = features(images.read(range(40)).permute(0, 2, 3, 1).numpy())[0].double()
+    assert total.pooled.sum_F.tolist() == pytest.approx(expected.sum(0).tolist(), rel=1e-5)
+    assert third.kept().shape == (40, 24)
+    third.remove()
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
@@ -236,6 +282,19 @@ def test_statistics_without_a_name_are_the_fid_inceptions(tmp_path: Path) -> Non
         load(tmp_path / "statistics.npz", tmp_path / "cache")
 
 
+def test_folders_are_read_as_shards_are_made_of_them(tmp_path: Path, sets: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "linked").symlink_to(sets / "generated")
+    Image.fromarray(digits(0, 1)[0]).save(folder / "one.tif")
+    images = open_images(folder, "KEY")
+    assert len(images) == 334
+    assert images.read([333]).shape == (1, 3, 8, 8)
+    (folder / "broken.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(UserError, match=r"KEY: .*broken\.png cannot be read \(No such file or directory\); remove it"):
+        open_images(folder, "KEY")
+
+
 def test_shards_are_the_images_they_hold(tmp_path: Path, sets: Path) -> None:
     files = sorted((sets / "generated" / "all").iterdir())
     shards = open_images(write_images(tmp_path / "shards", [file.read_bytes() for file in files]), "KEY")
@@ -250,9 +309,9 @@ def test_shards_are_the_images_they_hold(tmp_path: Path, sets: Path) -> None:
 
 
 def bad_sets(folder: Path) -> dict[str, Path]:
-    mixed = write_folder(folder / "mixed", digits(0, 3))
+    mixed = write_folder(folder / "mixed", digits(0, 12))
     Image.fromarray(digits(9, 1, size=16)[0]).save(mixed / "all" / "00001.png")
-    damaged = write_folder(folder / "damaged", digits(0, 3))
+    damaged = write_folder(folder / "damaged", digits(0, 12))
     (damaged / "all" / "00002.png").write_bytes(b"no image")
     one = write_folder(folder / "one", digits(0, 1))
     (folder / "empty").mkdir()
@@ -279,7 +338,7 @@ def bad_sets(folder: Path) -> dict[str, Path]:
         ("empty", "got 0; give more"),
         ("absent", "which is nothing: it does not exist"),
         ("keys.npz", "or mu and sigma (statistics), got "),
-        ("floats.npz", "got none (it is float32 [3, 8, 8, 3]); write them so"),
+        ("floats.npz", "got float32 [3, 8, 8, 3] in "),
         ("objects.npz", "Object arrays cannot be loaded when allow_pickle=False"),
         ("shapes.npz", "expected a finite vector mu and its square sigma in "),
         ("text.npz", "expected an .npz archive, got "),
@@ -341,6 +400,10 @@ def test_a_models_images_are_scored_as_if_they_had_been_written(tmp_path: Path, 
     assert "nothing to do: " in run(again, 2).out
     refused = run([*again, "--guidance", "3"], 2)
     assert "scores.json holds scores of other settings already (guidance: " in refused.err
+    [statistics] = (tmp_path / "cache").glob("*/statistics.npz")
+    beside_statistics = scored(tmp_path, [tmp_path / "made.npz", "--reference", statistics, *SMALL])
+    assert beside_statistics["fd_small"] == stored["fd_small"]
+    assert beside_statistics["floor"] is None
     other = scored(tmp_path, [*arguments, "--labels", "random"])
     assert other["settings"]["labels"] == "random"
     assert other["fd_small"] != direct["fd_small"]

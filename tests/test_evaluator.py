@@ -108,6 +108,7 @@ def test_a_stop_ends_a_score_at_once_and_the_next_start_makes_up_for_it(
         assert time.monotonic() < deadline
         assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
         time.sleep(0.05)
+    assert (folder / "checkpoints" / "step_00000004" / "state.json").is_file(), "a kill would cost nothing"
     ranks[1].send_signal(signal.SIGUSR1)
     said = [rank.communicate(timeout=600)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [EXIT_REQUEUE] * 2, said

@@ -12,6 +12,7 @@ was interrupted goes on; docs/evaluation.md says which command gives a paper's n
 
 import argparse
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,16 +71,19 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain import runtime
         from cfpretrain.evaluation.features import make_extractor
         from cfpretrain.evaluation.references import load_reference
+        from cfpretrain.evaluation.scores import check_enough
     device = runtime.pick_device()
     with phase("waiting for all ranks", announce=False):
         runtime.start(device)
     try:
         with runtime.together(), phase(f"loading {arguments.features}", announce=False):
             extractor = make_extractor(arguments.features, device, arguments.feature_weights, arguments.feature_label)
-        batches, plan, labels = _generated(arguments, device)
+        batches, plan, num_images = _generated(arguments, device)
+        with runtime.together():
+            check_enough(num_images, extractor, "GENERATED" if "images" in plan else "--num-images")
         with _Progress("reading the reference") as progress:
             reference = load_reference(arguments.reference, extractor, arguments.cache, progress.begin, progress.show)
-        _score(arguments, extractor, reference, batches, plan, labels)
+        _score(arguments, extractor, reference, batches, plan, num_images)
     except runtime.LostRankError as error:
         leave_with(f"another rank is gone ({error})")
     finally:
@@ -117,8 +121,8 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> tuple["Batches", 
 
     num_images = _DEFAULT_IMAGES if arguments.num_images is None else arguments.num_images
     with runtime.together(), phase(f"loading {arguments.generated}"):
-        if num_images < 2:
-            raise UserError(f"--num-images: expected at least 2, got {num_images}")
+        if num_images < 1:
+            raise UserError(f"--num-images: expected at least 1, got {num_images}")
         source = load_source(arguments.generated, device, arguments.precision, arguments.weights, arguments.step)
         settings = read_settings(arguments, source.config, source.config.model.num_tokens)
         autoencoder = source.make_autoencoder()
@@ -164,13 +168,15 @@ def _score(
     out: Path = arguments.out
     plan = {**plan, "features": extractor.fingerprint}
     settings = {**plan, "reference": reference.record["fingerprint"]}
+    work = make_work(out.absolute(), "--out", plan, num_images, plan["batch_size"])
     with runtime.together():
         found = _found(out, settings) if runtime.rank() == 0 else None
+        if found:
+            shutil.rmtree(work.folder, ignore_errors=True)  # of a kill between the result and its removal
     if found := runtime.gather(found)[0]:
         say(f"nothing to do: {out} holds these scores already")
         say(_line({name: found[name] for name in found["scores"]}, found["floor"], found["floor_num_images"]))
         return
-    work = make_work(out.absolute(), "--out", plan, num_images, plan["batch_size"])
     with _Progress("scoring") as progress:
         sum_up(work, batches, extractor, lambda done: progress.begin(done, num_images), progress.show)
     with phase("comparing"):
@@ -241,7 +247,7 @@ def _log(arguments: argparse.Namespace, scores: dict[str, float], result: dict[s
 def _line(scores: dict[str, float], floor: dict[str, float] | None, floor_num_images: int) -> str:
     """All scores on one line, each with the floor behind it where there is one."""
     shown = (
-        f"{name} {value:.4g}" + f" (floor {floor[name]:.4g})" * bool(floor and name in floor)
+        f"{name} {value:.4g}" + (f" (floor {floor[name]:.4g})" if floor and name in floor else "")
         for name, value in scores.items()
     )
     return ", ".join(shown) + f"; floors are of {floor_num_images} real images against others" * bool(floor)

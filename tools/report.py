@@ -276,13 +276,18 @@ def _print_table(report: dict[str, Any], folder: Path) -> None:
         line("  unguided", *report["class_accuracy_unguided"].values()),
         line("  real images, held out", report["classifier_accuracy_on_real"]),
         "",
-        line("unguided, 1 AR step", "model", "real", "cheat"),
+        line(f"unguided, AR steps {min(report['num_ar_steps'])}", "model", "real", "cheat"),
         *(
             line(f"  {name}", *(report[name][who] for who in ("value", "real_against_real", "cheat")))
             for name in ("precision", "recall", "frechet_pixel")
         ),
         "",
-        line(f"unguided, 1 AR step, {report['num_embedded']} images", "model", "real", "untrained"),
+        line(
+            f"unguided, AR steps {min(report['num_ar_steps'])}, {report['num_embedded']} images",
+            "model",
+            "real",
+            "untrained",
+        ),
         line(f"  {_FEATURES}", *(report[_FEATURES][who] for who in ("value", "real_against_real", "untrained"))),
         "",
         line("reconstruction by the autoencoder, MSE", report["autoencoder_reconstruction_mse"]),

@@ -108,10 +108,9 @@ def list_images(images: Path, root: Path | None = None) -> Listing:
 
 
 def _list_tree(root: Path) -> Listing:
-    suffixes = {suffix for known in _SUFFIXES.values() for suffix in known}
     visible = sorted(entry.name for entry in _scan(root) if not entry.name.startswith("."))
     class_names = tuple(name for name in visible if (root / name).is_dir())
-    stray = [name for name in visible if name not in set(class_names) and Path(name).suffix.lower() in suffixes]
+    stray = [name for name in visible if name not in set(class_names) and is_image_name(name)]
     if stray:
         raise UserError(
             f"images: expected images in class folders, got {root / stray[0]}{_and_more(stray)} in no class folder; "
@@ -119,8 +118,8 @@ def _list_tree(root: Path) -> Listing:
         )
     rows, sizes, num_ignored = [], [], 0
     for label, name in enumerate(class_names):
-        found = sorted(_files_below(root / name, f"{name}/", ()))
-        of_class = [(path, size) for path, size in found if Path(path).suffix.lower() in suffixes]
+        found = sorted(files_below(root / name, f"{name}/"))
+        of_class = [(path, size) for path, size in found if is_image_name(path)]
         if not of_class:
             raise UserError(f"images: class folder {root / name} holds no images; fill or remove it")
         rows += [Row(path, label, "") for path, _ in of_class]
@@ -140,8 +139,17 @@ def _scan(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"images: folder {folder} cannot be read ({error.strerror}); mend or remove it") from error
 
 
-def _files_below(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
-    """(path with the prefix, bytes) of the visible files below a folder; links are followed."""
+def is_image_name(name: str) -> bool:
+    """Whether a file is taken for an image, by its suffix."""
+    return any(Path(name).suffix.lower() in known for known in _SUFFIXES.values())
+
+
+def files_below(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
+    """(path with the prefix, bytes) of the visible files below a folder; links are followed.
+
+    Raises:
+        UserError: a folder cannot be read, or links to one above itself.
+    """
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
@@ -151,7 +159,7 @@ def _files_below(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) 
             continue
         is_link = entry.is_symlink()  # perhaps to itself, of which os.DirEntry.is_dir raises
         if os.path.isdir(entry) if is_link else entry.is_dir():
-            yield from _files_below(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
+            yield from files_below(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
         elif is_link or entry.is_file():  # a broken link is an image that cannot be read
             yield prefix + entry.name, _size(entry)
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from cfpretrain import outputs, runtime
-from cfpretrain.console import UserError, one_line
+from cfpretrain.console import UserError, one_line, say
 from cfpretrain.evaluation.features import Features
 from cfpretrain.evaluation.frechet import Moments
 from cfpretrain.evaluation.inception_score import ClassSums
 
-_PLAN_FILE = "settings.json"
+_PLAN_FILE, _START_FILE = "settings.json", "start"
 SAVE_SECONDS = 30.0
 
 
@@ -124,6 +124,7 @@ class Work:
     is_kept_N: Tensor
     save_seconds: float = SAVE_SECONDS
     _lock: int | None = field(default=None, init=False)
+    _start: int = field(default=0, init=False)
 
     @property
     def folder(self) -> Path:
@@ -152,6 +153,8 @@ class Work:
     def begin(self) -> tuple[int, list[int]]:
         """Makes the folder, or goes on with it, under a lock; called on one process, before any `Summing`.
 
+        Work on other images that were given is begun anew: one that could not be read may have been mended.
+
         Returns:
             The number of this start of the command, and the batches that are yet to be done.
 
@@ -166,22 +169,40 @@ class Work:
                 with _undamaged(file):
                     there = outputs.parse_plan(file.read_text())
                 different = outputs.differences(there, plan)
-                if different:
+                if different and there.get("images") != plan.get("images"):
+                    say(f"{self.folder}: the images have changed; beginning anew")
+                    outputs.clear(self.folder)
+                elif different:
                     raise UserError(
                         f"{self.folder}: expected work of these settings, got unfinished work of others ({different}); "
                         "give those, or delete the folder to begin again"
                     )
-            else:
-                text = json.dumps(plan, indent=2) + "\n"
-                outputs.replace_file(file, lambda opened: opened.write(text.encode()))
+            text = json.dumps(plan, indent=2) + "\n"
+            outputs.replace_file(file, lambda opened: opened.write(text.encode()))
+            self._take_over()
         except OSError as error:
             raise _unwritable(self.folder, error) from error
         done = {number for file in self._files() for number in _numbers(file)}
-        starts = [int(file.name.split("_")[1]) for file in self._files()]
-        return 1 + max(starts, default=0), [n for n in range(self.num_batches) if n not in done]
+        return self._start, [n for n in range(self.num_batches) if n not in done]
+
+    def _take_over(self) -> None:
+        """Gives this start its number, and what the last one has done another name.
+
+        A rank of an earlier start may live on and write its file anew: nobody looks at that.
+        """
+        file = self.folder / _START_FILE
+        with _undamaged(file):
+            last = int(file.read_text()) if file.exists() else 0
+        self._start = last + 1
+        outputs.replace_file(file, lambda opened: opened.write(f"{self._start}\n".encode()))
+        for sums in self.folder.glob("sums_*_*.npz"):
+            if sums.name.startswith(_sums_name(last)):
+                os.replace(sums, sums.with_name(f"done_{sums.name}"))
+            else:
+                sums.unlink()
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("sums_*_*.npz"))
+        return sorted([*self.folder.glob("done_*.npz"), *self.folder.glob(f"{_sums_name(self._start)}*.npz")])
 
     def total(self) -> list[FeatureSums]:
         """The sums of each group over all images, on every rank; all ranks call it, once nothing is missing."""
@@ -194,7 +215,11 @@ class Work:
                 with _arrays(file) as arrays:
                     totals = [total + FeatureSums.from_arrays(arrays, f"{g}_") for g, total in enumerate(totals)]
         totals = [total.over_ranks() for total in totals]
-        assert sum(total.pooled.count for total in totals) == self.num_images
+        if (found := sum(total.pooled.count for total in totals)) != self.num_images:
+            raise UserError(
+                f"{self.folder} is damaged: expected sums over {self.num_images} images, got {found}; delete it to "
+                "begin again"
+            )
         return totals
 
     def kept(self) -> Tensor:
@@ -226,7 +251,7 @@ class Summing:
 
     def __init__(self, work: Work, start: int) -> None:
         self._work = work
-        self._file = work.folder / f"sums_{start:06d}_{runtime.rank():05d}.npz"
+        self._file = work.folder / f"{_sums_name(start)}{runtime.rank():05d}.npz"
         self._numbers: list[int] = []
         self._sums: list[FeatureSums] | None = None
         self._saved_at = time.monotonic()
@@ -274,6 +299,10 @@ def _some(features: Features, is_wanted_B: Tensor) -> Features:
     return Features(
         *(None if part is None else part.cpu()[is_wanted_B] for part in vars(features).values())  # type: ignore[arg-type]
     )
+
+
+def _sums_name(start: int) -> str:
+    return f"sums_{start:06d}_"
 
 
 def _rows_name(number: int) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -165,9 +166,9 @@ def _from_function(kind: str, device: torch.device, weights: Path | None) -> Fea
         raise UserError(f"--features: expected {INCEPTION}, {EFFNET} or module:function, got {kind!r}")
     try:
         make: Any = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"--features: {kind} cannot be imported ({error}); correct it, or set PYTHONPATH") from error
-    made = make(device, weights)
+    made = make(device, weights) if inspect.isfunction(make) else make
     if not isinstance(made, FeatureExtractor) or made.is_fid:
         raise UserError(
             f"--features: expected a FeatureExtractor with a name other than fid of {kind}, got {made!r:.80}"

@@ -5,9 +5,11 @@ All of a set have one size; they are read in a fixed order, as they are, in RGB:
 
 import hashlib
 import io
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -16,13 +18,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cfpretrain.console import UserError
-from cfpretrain.data.images import RejectedImageError, centre_crop, read_file, read_image
+from cfpretrain.console import UserError, one_line
+from cfpretrain.data.images import RejectedImageError, centre_crop, files_below, is_image_name, read_file, read_image
 from cfpretrain.data.shards import INFO_FILE, ImagesInfo, Shards, fingerprint
 
 IMAGES, MEAN = "arr_0", "mu"  # keys of archives
 _DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError)
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
 class GivenImages(Protocol):
@@ -98,14 +99,19 @@ class _Files:
 class _Folder(_Files):
     def __init__(self, folder: Path, key: str) -> None:
         super().__init__(str(folder), key)
-        self._paths = sorted(
-            path
-            for path in folder.rglob("*")
-            if path.suffix.lower() in _SUFFIXES and not any(p.startswith(".") for p in path.relative_to(folder).parts)
-        )
+        try:
+            found = sorted(name for name, _ in files_below(folder))
+        except UserError as error:
+            raise UserError(str(error).replace("images:", f"{key}:", 1)) from error
+        self._paths = [folder / name for name in found if is_image_name(name)]
         digest = hashlib.blake2b(digest_size=16)
         for path in self._paths:
-            status = path.stat()
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise UserError(
+                    f"{key}: {path} cannot be read ({error.strerror}); remove it or get it again"
+                ) from error
             digest.update(f"{path.relative_to(folder)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         self.fingerprint = digest.hexdigest()
         if self._paths:  # whichever rank reads an image holds it against the same size
@@ -149,33 +155,34 @@ class _Archive:
 
     def __init__(self, file: Path, key: str) -> None:
         self.name, self._key = str(file), key
-        archive = _opened(file, key)
-        try:
-            self._open(archive, file)
-        except BaseException:
-            archive.close()
-            raise
+        with ExitStack() as stack:
+            self._open(stack.enter_context(_opened(file, key)), file, stack)
+            stack.pop_all()  # nothing was wrong: they stay open
 
-    def _open(self, archive: zipfile.ZipFile, file: Path) -> None:
-        keys = [name.removesuffix(".npy") for name in archive.namelist()]
-        if IMAGES not in keys:
+    def _open(self, archive: zipfile.ZipFile, file: Path, stack: ExitStack) -> None:
+        names = archive.namelist()
+        if f"{IMAGES}.npy" not in names:
+            keys = ", ".join(name.removesuffix(".npy") for name in names)
             raise UserError(
                 f"{self._key}: expected an .npz with {IMAGES} (images) or {MEAN} and sigma (statistics), got {file} "
-                f"with {', '.join(keys) or 'nothing'}; write the images as {IMAGES}"
+                f"with {keys or 'nothing'}; write the images as {IMAGES}"
             )
         info = archive.getinfo(f"{IMAGES}.npy")
-        self._member: IO[bytes] = archive.open(info)
         try:
-            np.lib.format.read_magic(self._member)
-            self._shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(self._member)
-            if dtype != np.uint8 or is_fortran or len(self._shape) != 4 or self._shape[3] not in (1, 3):
-                raise ValueError(f"it is {dtype} {list(self._shape)}")
+            self._member: IO[bytes] = stack.enter_context(archive.open(info))
+            version = np.lib.format.read_magic(self._member)
+            read_header = (
+                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            )
+            self._shape, is_fortran, dtype = read_header(self._member)
         except _DAMAGE as error:
-            self._member.close()
+            raise UserError(f"{self._key}: {file} is damaged ({one_line(error)}); get it again") from error
+        is_whole = self._member.tell() + math.prod(self._shape) * dtype.itemsize == info.file_size
+        if dtype != np.uint8 or is_fortran or len(self._shape) != 4 or self._shape[3] not in (1, 3) or not is_whole:
             raise UserError(
-                f"{self._key}: expected uint8 images [N, Y, X, 3] as {IMAGES} of {file}, got none ({error}); write "
-                "them so"
-            ) from error
+                f"{self._key}: expected uint8 images [N, Y, X, 3] as {IMAGES} of {file}, got {dtype} "
+                f"{list(self._shape)} in {info.file_size} bytes; write them so"
+            )
         self._begin = self._member.tell()
         self.fingerprint = hashlib.blake2b(f"{info.CRC} {info.file_size}".encode(), digest_size=16).hexdigest()
 

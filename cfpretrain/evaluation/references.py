@@ -21,13 +21,21 @@ import torch
 from torch import Tensor
 
 from cfpretrain import outputs, runtime, seeds
-from cfpretrain.console import UserError
+from cfpretrain.console import UserError, one_line
 from cfpretrain.evaluation.feature_sums import Work
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian
 from cfpretrain.evaluation.given_images import IMAGES, GivenImages, has_array, open_images, read_arrays
 from cfpretrain.evaluation.inception_score import NUM_SPLITS, splits_of
-from cfpretrain.evaluation.scores import BATCH_SIZE, MOST_KEPT, ImageStatistics, compare, given_batches, sum_up
+from cfpretrain.evaluation.scores import (
+    BATCH_SIZE,
+    MOST_KEPT,
+    ImageStatistics,
+    check_enough,
+    compare,
+    given_batches,
+    sum_up,
+)
 
 STATISTICS_FILE, NEIGHBOURS_FILE, RECORD_FILE = "statistics.npz", "neighbours.npy", "record.json"
 _OWN_KEY = "cfpretrain"  # of the note by which our archives say of which features they are
@@ -83,6 +91,8 @@ def load_reference(
         assert given.statistics is not None
         record = {"reference": str(path), "statistics": "given", "fingerprint": given.fingerprint}
         return Reference(given.statistics, None, record)
+    with runtime.together():
+        check_enough(len(images), extractor, _KEY)
     reference = _of_images(images, extractor, cache, on_begin, on_done)
     if given is None or given.statistics is None:
         return reference
@@ -139,13 +149,17 @@ def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
 def _note(file: Path, text: str) -> dict[str, Any]:
     try:
         note: dict[str, Any] = json.loads(text)
+        int(note["num_images"])
         return {"features": note["features"], "name": note["name"], "made_by": note["made_by"], **note}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{_KEY}: {file} does not say of which features it is; give the images") from error
 
 
 def _gaussian(file: Path, arrays: Mapping[str, Any], mean: str, covariance: str) -> Gaussian:
-    mean_F, covariance_FF = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in (mean, covariance))
+    try:
+        mean_F, covariance_FF = (torch.from_numpy(np.asarray(arrays[name], np.float64)) for name in (mean, covariance))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{_KEY}: expected numbers {mean} and {covariance} in {file} ({one_line(error)})") from error
     F = len(mean_F) if mean_F.ndim == 1 else 0
     if F == 0 or covariance_FF.shape != (F, F) or not (mean_F.isfinite().all() and covariance_FF.isfinite().all()):
         raise UserError(
@@ -256,15 +270,13 @@ def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extracto
         record = json.loads((entry / RECORD_FILE).read_text())
         # Mapped: who needs none of them reads none.
         neighbours_KF = torch.from_numpy(np.load(entry / NEIGHBOURS_FILE, mmap_mode="c", allow_pickle=False))
-        if record["plan"] != plan:
-            raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")
-        given = _given_statistics(entry / STATISTICS_FILE, extractor).statistics
+        is_of_these = record["plan"] == plan
+        given = _given_statistics(entry / STATISTICS_FILE, extractor).statistics if is_of_these else None
         floor, score = record["floor"], record["inception_score"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"--cache: {entry} is damaged ({' '.join(str(error).split()):.100}); {advice}") from error
-    assert given is not None
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:  # a UserError is a ValueError
+        raise UserError(f"--cache: {entry} is damaged ({one_line(error):.100}); {advice}") from error
+    if given is None:
+        raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")
     statistics = replace(given, neighbours_KF=neighbours_KF, inception_score=None if score is None else tuple(score))
     record = {**record, "reference": images.name, "cache": str(entry), "fingerprint": entry.name}
     return Reference(statistics, floor, record)

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from cfpretrain import runtime, seeds
+from cfpretrain.console import UserError
 from cfpretrain.evaluation.feature_sums import SAVE_SECONDS, FeatureSums, Summing, Work
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance
 from cfpretrain.evaluation.given_images import GivenImages
-from cfpretrain.evaluation.inception_score import inception_score, splits_of
+from cfpretrain.evaluation.inception_score import NUM_SPLITS, inception_score, splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
 
 NUM_NEIGHBOURS = 3  # k of precision and recall
@@ -112,6 +113,13 @@ def distances_beside_floor(
     gaussians = {name: part.over_ranks().gaussian for name, part in moments.items()}
     target = gaussians.pop("")
     return {name: frechet_distance(target, gaussian) for name, gaussian in gaussians.items()}
+
+
+def check_enough(num_images: int, extractor: FeatureExtractor, key: str) -> None:
+    """UserError, before any work, where a set of so many images, of an option `key`, has not all of these scores."""
+    least = NUM_SPLITS if extractor.none().logits_BK is not None else NUM_NEIGHBOURS + 1
+    if num_images < least:
+        raise UserError(f"{key}: expected at least {least} images for all scores, got {num_images}; give more")
 
 
 def given_batches(images: GivenImages, batch_size: int = BATCH_SIZE) -> Batches:
