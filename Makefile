@@ -16,8 +16,8 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
 
 .PHONY: help demo test test-slow check fix clean
 help:
-	@echo "make demo       install, train on real digits on 2 CPU ranks, sample, score (about 13 minutes)"
-	@echo "make test       install, run the CPU test suite (about 12 minutes)"
+	@echo "make demo       install, train on real digits on 2 CPU ranks, sample, score (about 15 minutes)"
+	@echo "make test       install, run the CPU test suite (about 15 minutes)"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make check      format, lint, types, import contract"
 	@echo "make fix        format and mend what can be mended"
