@@ -217,7 +217,9 @@ class Trainer:
         if self.evaluator is None:
             return None
         rows = read_metrics(self.folder / METRICS_FILE) if runtime.rank() == 0 else []
-        best = self.store.best() if rows else None
+        best = None
+        with suppress(OSError):  # said at the next save
+            best = self.store.best() if rows else None
         if best is not None and best.measured_by != self.evaluator.measured_by:
             rows = []
         last: int | None = max((row["step"] for row in rows if self.evaluator.name in row), default=None)

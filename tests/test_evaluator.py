@@ -144,6 +144,15 @@ def test_the_best_of_before_stays_in_a_run_that_goes_on(shards: Path, real: Path
     assert names == ["best.json", "latest", "step_00000004", "step_00000012"]
 
 
+def test_a_score_that_was_measured_otherwise_is_none(shards: Path, real: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    for num_images, num_steps in ((30, 4), (20, 8)):
+        overrides = scored(real, f"train.num_steps={num_steps}", f"evaluation.num_images={num_images}")
+        [ended] = run_script(TRAIN, small_run(shards, folder, *overrides))
+        assert ended.code == 0, ended.err
+    assert "step 4: fd_small" in ended.out
+
+
 def test_mistakes_are_named_by_their_keys(shards: Path, real: Path, tmp_path: Path) -> None:
     def refused(*overrides: str) -> str:
         with pytest.raises(UserError) as caught:
