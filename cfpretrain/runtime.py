@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cfpretrain.console import UserError
+from cfpretrain.console import UserError, leave_with, phase
 
 # Longer than `guard.rank_timeout_seconds` usually is, which says more when it ends.
 _TIMEOUT = timedelta(minutes=15)
@@ -155,6 +155,19 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 class LostRankError(RuntimeError):
     """Another rank is gone."""
+
+
+@contextmanager
+def ranks_of_a_tool(device: torch.device) -> Iterator[None]:
+    """What a tool that goes on after a kill works in: all ranks begin together, and one that loses another leaves."""
+    with phase("waiting for all ranks", announce=False):
+        start(device)
+    try:
+        yield
+    except LostRankError as error:
+        leave_with(f"another rank is gone ({error})")
+    finally:
+        stop()
 
 
 @contextmanager

@@ -103,9 +103,7 @@ def test_a_stop_ends_a_score_at_once_and_the_next_start_makes_up_for_it(
     # It would go on for an hour.
     endless = scored(real, "evaluation.num_images=20000", "evaluation.num_denoising_steps=1000")
     ranks = start_script(TRAIN, small_run(shards, folder, *endless), 2)
-    deadline = time.monotonic() + 600
     while "scoring 20000 images at step 4" not in ranks[0].said():
-        assert time.monotonic() < deadline
         assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
         time.sleep(0.05)
     assert (folder / "checkpoints" / "step_00000004" / "state.json").is_file(), "a kill would cost nothing"

@@ -52,16 +52,10 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("loading torch and streaming"):
         from cfpretrain import runtime
     device = runtime.pick_device()
-    with phase("waiting for all ranks", announce=False):
-        runtime.start(device)
-    try:
+    with runtime.ranks_of_a_tool(device):
         with runtime.together():
             encoding, writer = _prepare(arguments, device)
         _work(encoding, writer)
-    except runtime.LostRankError as error:
-        leave_with(f"another rank is gone ({error})")
-    finally:
-        runtime.stop()
 
 
 def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, ShardWriter]":

@@ -73,9 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.evaluation.references import load_reference
         from cfpretrain.evaluation.scores import check_enough
     device = runtime.pick_device()
-    with phase("waiting for all ranks", announce=False):
-        runtime.start(device)
-    try:
+    with runtime.ranks_of_a_tool(device):
         with runtime.together(), phase(f"loading {arguments.features}", announce=False):
             extractor = make_extractor(arguments.features, device, arguments.feature_weights, arguments.feature_label)
         batches, plan, num_images = _generated(arguments, device)
@@ -84,10 +82,6 @@ def run(arguments: argparse.Namespace) -> None:
         with _Progress("reading the reference") as progress:
             reference = load_reference(arguments.reference, extractor, arguments.cache, progress.begin, progress.show)
         _score(arguments, extractor, reference, batches, plan, num_images)
-    except runtime.LostRankError as error:
-        leave_with(f"another rank is gone ({error})")
-    finally:
-        runtime.stop()
 
 
 def _generated(arguments: argparse.Namespace, device: Any) -> tuple["Batches", dict[str, Any], int]:

@@ -63,9 +63,7 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain import runtime
         from cfpretrain.source import load_source
     device = runtime.pick_device()
-    with phase("waiting for all ranks", announce=False):
-        runtime.start(device)
-    try:
+    with runtime.ranks_of_a_tool(device):
         with runtime.together(), phase(f"loading {arguments.source}"):
             source = load_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
             settings = read_settings(arguments, source.config, source.config.model.num_tokens)
@@ -78,8 +76,6 @@ def run(arguments: argparse.Namespace) -> None:
             _draw_grid(arguments.out, source, labels, settings)
         else:
             _write_set(arguments, source, labels, settings)
-    finally:
-        runtime.stop()
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -194,18 +190,15 @@ def _write_set(
             leave_with("the launcher is gone")
 
     num_done = len(labels) - images.count(missing)
-    try:
-        with (
-            _Progress(len(labels), num_done, len(missing), settings) as progress,
-            runtime.Exchange(check_launcher) as exchange,
+    with (
+        _Progress(len(labels), num_done, len(missing), settings) as progress,
+        runtime.Exchange(check_launcher) as exchange,
+    ):
+        for ids, made in generate_batches(
+            config, source.model, labels, settings, device, autoencoder.decode, missing, progress.step
         ):
-            for ids, made in generate_batches(
-                config, source.model, labels, settings, device, autoencoder.decode, missing, progress.step
-            ):
-                images.write(ids, made)
-                exchange.add(len(ids))
-    except runtime.LostRankError as error:
-        leave_with(f"another rank is gone ({error})")
+            images.write(ids, made)
+            exchange.add(len(ids))
     with runtime.together():
         if runtime.rank() == 0:
             images.finish()
