@@ -22,7 +22,7 @@ import statistics
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -271,24 +271,21 @@ class OurSide:
 
     def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
         """One optimizer step; its seconds are the caller's."""
-        all_terms = []
+        all_terms, batches = [], []
         for latents_BCYX, draws in micro_batches:
-            terms = self._loss(self._engine, latents_BCYX, draws)
+            batches.append(self._loss.prepare(latents_BCYX.cpu(), draws).to(latents_BCYX.device))
+            terms = self._loss(self._engine, batches[-1])
             self._engine.backward(terms.total / terms.count)
             all_terms.append(terms)
         self._engine.step(learning_rate)
         return StepResult(
             seconds=math.nan,
             loss=statistics.mean(float(terms.total.detach()) / terms.count for terms in all_terms),
-            num_sequences=sum(len(latents_BCYX) for latents_BCYX, _ in micro_batches),
-            num_tokens=sum(terms.num_tokens for terms in all_terms),
-            num_visible=sum(terms.num_visible for terms in all_terms),
-            length=self._length(micro_batches[0][1]),
+            num_sequences=sum(map(len, batches)),
+            num_tokens=sum(batch.num_tokens for batch in batches),
+            num_visible=sum(batch.num_visible for batch in batches),
+            length=batches[0].intervals_BMI.shape[1],
         )
-
-    def _length(self, draws: Draws) -> int:
-        segments = [Condition(self._loss.num_cond_tokens), Image(draws.steps_BL)]
-        return build_layout(segments, self._loss.clean_multiple).step_BM.shape[1]
 
 
 class NaiveSide:
@@ -319,7 +316,8 @@ class NaiveSide:
         self._adam.zero_grad()
         losses = []
         for latents_BCYX, draws in micro_batches:
-            here = Draws(**{name: value.to(latents_BCYX.device) for name, value in vars(draws).items()})
+            tensors = {name: value for name, value in vars(draws).items() if isinstance(value, Tensor)}
+            here = replace(draws, **{name: value.to(latents_BCYX.device) for name, value in tensors.items()})
             weights_BL = _plain_weights(self._config.order, here.steps_BL)
             loss, _ = self._naive.loss(latents_BCYX, here, self._schedule, weights_BL)
             (loss / len(micro_batches)).backward()
