@@ -5,9 +5,10 @@ left for the step is the network and its squared error.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -104,9 +105,40 @@ class Batch:
         """The batch with its tensors in pinned memory, from which copies to a GPU are asynchronous."""
         return self._map(Tensor.pin_memory)
 
+    def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple[Any, ...]]:
+        # Each tensor that comes from a worker costs the training thread 0.2 ms, so all come as one.
+        others = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
+        layout: list[_Place] = []
+        for name, value in self.tensors().items():
+            begin = layout[-1].end if layout else 0
+            layout.append(_Place(name, value.dtype, tuple(value.shape), begin, begin + -(-value.nbytes // 8) * 8))
+        packed = torch.empty(layout[-1].end, dtype=torch.uint8)
+        for place in layout:
+            place.view(packed).copy_(getattr(self, place.name))
+        return _unpack, (others, layout, packed)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         mapped: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
         return dataclasses.replace(self, **mapped)
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in a packed batch, in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def view(self, packed: Tensor) -> Tensor:
+        num_bytes = math.prod(self.shape) * self.dtype.itemsize
+        return packed[self.begin : self.begin + num_bytes].view(self.dtype).view(self.shape)
+
+
+def _unpack(others: dict[str, Any], layout: list[_Place], packed: Tensor) -> Batch:
+    fields: dict[str, Any] = others | {place.name: place.view(packed) for place in layout}
+    return Batch(**fields)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The loss beyond the golden numbers: its draws, and what they may depend on."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -219,6 +220,20 @@ def test_batches_are_those_that_runs_have_trained_on(name: str) -> None:
             assert float((got[key] - value).norm()) <= 1e-6 * float(value.norm()), key
         else:
             assert torch.equal(got[key], value), key
+
+
+@pytest.mark.parametrize("last", [1, 9])
+def test_a_batch_that_is_pickled_is_the_same(last: int) -> None:
+    """It travels from the loader's workers packed into one tensor; parts of it may be empty, or shared by samples."""
+    latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
+    draws = dataclasses.replace(draw(), steps_BL=(torch.arange(9) >= 9 - last).long().expand(4, 9))
+    batch = LOSS.prepare(latents, draws)
+    assert batch.num_clean == 9 - last
+    again = pickle.loads(pickle.dumps(batch))
+    assert vars(again).keys() == vars(batch).keys()
+    for name, value in vars(batch).items():
+        assert torch.equal(vars(again)[name], value) if isinstance(value, torch.Tensor) else vars(again)[name] == value
+    assert len({value.untyped_storage().data_ptr() for value in again.tensors().values()}) == 1
 
 
 def test_a_batch_moves_with_all_its_tensors() -> None:
