@@ -62,8 +62,8 @@ def watch_a_step(shards: Path, folder: Path, stage: int, precision: str) -> tupl
     return recorder.collectives, recorder.numbers_read, len(read_backs)
 
 
-# One all-reduce is the exchange. The rest is DeepSpeed's, for two micro-batches whose gradients fit into one bucket: their
-# sums, the gradient's norm where ranks hold parts of it, and the weights.
+# One all-reduce is the exchange. The rest is DeepSpeed's, for two micro-batches whose gradients fit into one bucket:
+# their sums, the norm of the gradient where ranks hold parts of it, and the weights.
 @pytest.mark.parametrize(
     ("stage", "precision", "collectives"),
     [
