@@ -193,7 +193,7 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
 
 def _gradient_norm(optimizer: Any, gradients: list[Tensor], parameters: list[nn.Parameter], *_: Any) -> Tensor:
     """In place of stage 3's `get_grad_norm_direct`, which waits for the device; where that one gives -1, no number."""
-    total = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    total = torch.stack(torch._foreach_norm(gradients, 2.0, torch.float64)).square().sum()
     torch.distributed.all_reduce(total, group=optimizer._get_param_partition_group(parameters[0]))
     return total.sqrt()
 
