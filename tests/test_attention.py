@@ -162,8 +162,6 @@ def test_no_intervals_means_everything_is_visible() -> None:
 # On a GPU
 
 GPU = "cuda"
-# Inductor recommends them; a tolerance of 1e-5 does not.
-no_tf32 = pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 
 
 def layout_of_2112_tokens(number: int) -> order.Layout:
@@ -177,7 +175,6 @@ def layout_of_2112_tokens(number: int) -> order.Layout:
         key = seeds.fold(key, 0)
 
 
-@no_tf32
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["sdpa", "flex", "triton"])
 @pytest.mark.parametrize(
@@ -200,10 +197,8 @@ def test_long_sequences_on_a_gpu(backend, head_width, dtype) -> None:
         assert disagreement(ours.grad, theirs.grad) < tolerance
 
 
-@no_tf32
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flex", "triton"])
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_a_compiled_block_on_a_gpu(backend) -> None:
     """One graph for all layouts of a length, and what the block computes in float64."""
     torch._dynamo.reset()

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -145,8 +146,10 @@ def relative_errors(
 # A process in which Triton interprets its kernels
 
 
-def poison_new_memory() -> None:
-    """What a kernel does not write is then found."""
+def be_strict() -> None:
+    """What a kernel does not write is NaN, and torch's warnings are errors, as in the process that runs the tests."""
+    warnings.simplefilter("error", UserWarning)  # not Triton's own, of deprecated uses of numpy
+    torch.set_warn_always(True)
     allocate = block_causal._allocate
     block_causal._allocate = lambda *args, **kwargs: allocate(*args, **kwargs).fill_(float("nan"))
     assert block_causal._IS_INTERPRETED
@@ -162,7 +165,7 @@ def interpret() -> Iterator[Interpret]:
     with ProcessPoolExecutor(1, context) as pool:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the process imports triton
         try:
-            pool.submit(poison_new_memory).result(timeout=120)
+            pool.submit(be_strict).result(timeout=120)
         finally:
             del os.environ["TRITON_INTERPRET"]
         yield lambda function, *args: pool.submit(function, *args).result(timeout=120)

@@ -204,8 +204,8 @@ def test_the_converted_network_is_the_one_that_the_tensors_describe(shapes, size
     images = torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1))
     mean, log_variance = ours.encode(images)
     for got, expected in zip((mean, log_variance), theirs.encode(images * 2 - 1), strict=True):
-        assert disagreement(got, expected) < 1e-5
-    assert disagreement(ours.decode(mean * 0.5), theirs.decode(mean) / 2 + 0.5) < 1e-5
+        assert disagreement(got, expected) < 1e-4
+    assert disagreement(ours.decode(mean * 0.5), theirs.decode(mean) / 2 + 0.5) < 1e-4
 
 
 def test_the_published_layout_of_mar_has_its_place() -> None:

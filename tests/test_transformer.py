@@ -200,8 +200,6 @@ def test_recomputed_activations_change_no_bit() -> None:
     assert len(calls) == 2
 
 
-# Torch looks at it while it traces, and hides the warning but from filters that make it an error.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
 def test_compiled_blocks_share_a_graph_a_length(checkpoint_activations) -> None:
     """Splits, orders, weights and blocks change; only another length makes another graph."""
