@@ -20,6 +20,7 @@ from torch import Tensor
 from cfpretrain import order
 from cfpretrain.model import attention, block_causal, transformer
 from tests.closeness import disagreement
+from tests.strictness import make_warnings_errors
 
 if not block_causal.is_available():
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -147,9 +148,9 @@ def relative_errors(
 
 
 def be_strict() -> None:
-    """What a kernel does not write is NaN, and torch's warnings are errors, as in the process that runs the tests."""
-    warnings.simplefilter("error", UserWarning)  # not Triton's own, of deprecated uses of numpy
-    torch.set_warn_always(True)
+    """What a kernel does not write is NaN, and warnings are errors."""
+    make_warnings_errors()
+    warnings.simplefilter("ignore", DeprecationWarning)  # Triton's own, of how it uses numpy
     allocate = block_causal._allocate
     block_causal._allocate = lambda *args, **kwargs: allocate(*args, **kwargs).fill_(float("nan"))
     assert block_causal._IS_INTERPRETED

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import io
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,6 +24,7 @@ from cfpretrain.model.transformer import BlockSettings, CausalFusion, initial_va
 from cfpretrain.noise import linear_schedule
 from tests.closeness import disagreement
 from tests.processes import run_in_processes
+from tests.strictness import make_warnings_errors
 
 CPU = torch.device("cpu")
 STAGES = (0, 1, 2, 3)
@@ -211,7 +211,7 @@ def received(runs: dict[Any, Run]) -> dict[Any, Run]:
 def process_group() -> Iterator[None]:
     """A process group in which torch's warnings are errors, and so is whatever DeepSpeed logs or prints."""
     dist.init_process_group("gloo")
-    warnings.simplefilter("error")
+    make_warnings_errors()
     said = io.StringIO()
     # DeepSpeed's log goes to the standard output of the moment it is imported, which is below.
     with contextlib.redirect_stdout(said):
