@@ -318,6 +318,7 @@ def _prepare(config: "Config", device: "torch.device") -> Callable[[], Iterator[
             for _ in range(engine.accumulation_steps):
                 forward_and_backward()
                 yield
+            ema.wait()
             engine.step(0.0)
             ema.update()
 
