@@ -13,8 +13,9 @@ from cfpretrain import config as configs
 from cfpretrain.checkpoint import CheckpointStore, read_state, read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
+from cfpretrain.data.loader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
-from cfpretrain.loss import NoisePredictionLoss
+from cfpretrain.loss import Batch, NoisePredictionLoss
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
 from cfpretrain.model.norm import has_apex
@@ -177,6 +178,17 @@ def make_loss(config: Config) -> NoisePredictionLoss:
         block_size=order.block_size,
         clean_multiple=config.clean_token_multiple(),
     )
+
+
+def make_prepare(config: Config) -> Prepare[Batch]:
+    """What makes of samples as they are read the batch of a training step: the loader's share of the step."""
+    scaling, loss, model = make_scaling(config), make_loss(config), config.model
+
+    def prepare(samples: Samples, step: int) -> Batch:
+        draws = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, model.num_tokens, model.patch_values)
+        return loss.prepare(scaling.to_model(samples.latents_BCYX), draws)
+
+    return prepare
 
 
 def make_scaling(config: Config) -> LatentScaling:

@@ -24,8 +24,9 @@ _BUCKET_NUMEL = 50_000_000
 
 # (name, shape of the whole parameter, flat offset, numel) -> fp32 [numel]
 InitialValues = Callable[[str, tuple[int, ...], int, int], Tensor]
-# (global gradient norm before clipping, finite) -> whether the update may be applied
-MayApply = Callable[[float], bool]
+# (global norm of the gradient before clipping, a scalar on the device: infinite where a gradient is not finite) ->
+# whether to apply the update; alike on all ranks, and never where the norm is infinite
+Decide = Callable[[Tensor], bool]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +84,8 @@ def ds_config(config: Config, world_size: int, device: torch.device) -> dict[str
         "gradient_accumulation_steps": config.accumulation_steps(world_size),
         "gradient_clipping": clip_grad_norm,
         "steps_per_print": 10**12,
+        # Its timer waits for the device at every forward and every step.
+        "timers": {"throughput": {"enabled": False, "synchronized": False}},
         "bf16": {
             "enabled": has_masters,
             "check_grad_overflow": True,
@@ -169,6 +172,11 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     bf16_optimizer.see_memory_usage = _say_nothing
     # It calls every step that is not applied an overflow; the caller knows better, and says so.
     loss_scaler.log_dist = _say_nothing
+    # Each of these waits for the device once more in a step. The norm shows what is not finite: `_Gate` looks.
+    assert hasattr(stage_1_and_2, "mask_nan_or_inf_with_val_inplace"), f"DeepSpeed {deepspeed.__version__} differs"
+    stage_1_and_2.DeepSpeedZeroOptimizer.check_overflow = _say_nothing
+    stage_1_and_2.mask_nan_or_inf_with_val_inplace = _say_nothing
+    stage3.DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct = _gradient_norm
     # All that optimizers of ZeRO ask before they apply an update; when refused, they discard the gradients.
     for optimizers in (bf16_optimizer, stage_1_and_2, stage3):
         asked = hasattr(optimizers, "is_invalid_grad_norm")
@@ -178,37 +186,52 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     return deepspeed
 
 
+def _gradient_norm(optimizer: Any, gradients: list[Tensor], parameters: list[nn.Parameter], *_: Any) -> Tensor:
+    """In place of stage 3's `get_grad_norm_direct`, which waits for the device; where that one gives -1, no number."""
+    total = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    torch.distributed.all_reduce(total, group=optimizer._get_param_partition_group(parameters[0]))
+    return total.sqrt()
+
+
 def _say_nothing(*_: Any, **__: Any) -> None:
     """In place of a function of DeepSpeed's that prints."""
 
 
 class _Gate:
-    """Where the optimizers ask whether to apply an update, once a step, on all ranks with the same gradient norm."""
+    """Where the optimizers ask whether to apply an update, on all ranks with the same gradient norm."""
 
     def __init__(self) -> None:
-        self._may_apply: MayApply | None = None
-        self._is_open = False
-        self.norm = math.inf  # what the optimizer found in the latest step; infinity where it found none, or no number
+        self._decide: Decide | None = None  # while a step is made
+        self._applies: bool | None = None  # its answer, once it was asked
+        self.norm = torch.tensor(math.inf)  # of the latest step; infinite where it is no number
 
     @contextmanager
-    def asking(self, may_apply: MayApply | None) -> Iterator[None]:
-        """The question of one step, which is put to `may_apply` where the norm is finite."""
-        self._may_apply, self._is_open, self.norm = may_apply, True, math.inf
+    def asking(self, decide: Decide) -> Iterator[None]:
+        """One step, in which `decide` is asked once."""
+        self._decide, self._applies = decide, None
         try:
             yield
         finally:
-            self._may_apply, self._is_open = None, False
+            self._decide = None
+
+    @property
+    def was_asked(self) -> bool:
+        """In the latest step."""
+        return self._applies is not None
 
     def refuses(self, norm: Tensor | float) -> bool:
         """In place of DeepSpeed's `is_invalid_grad_norm`, which marks a norm that is not finite by -1 at times."""
-        value = float(norm)
-        is_invalid = not math.isfinite(value) or value < 0
         # Stages 1 and 2 ask again while they clip, having begun to apply.
-        if not self._is_open or is_invalid:
-            return is_invalid
-        self._is_open = False
-        self.norm = value
-        return self._may_apply is not None and not self._may_apply(value)
+        if self._applies is None:
+            assert self._decide is not None, "DeepSpeed applies an update outside of a step"
+            norm = torch.as_tensor(norm).detach()
+            self.norm = torch.where(norm.isfinite() & (norm >= 0), norm, math.inf).reshape(())
+            self._applies = self._decide(self.norm)
+        return not self._applies
+
+
+def _is_finite(norm: Tensor) -> bool:
+    return math.isfinite(float(norm))
 
 
 _gate = _Gate()
@@ -357,7 +380,7 @@ class Engine:
         self._deepspeed = deepspeed_engine
         self._zero_stage = zero_stage
         self._num_backwards = 0
-        self._grad_norm = 0.0
+        self._grad_norm = torch.zeros(())
         self._states = _create_adam_states(deepspeed_engine.basic_optimizer, self._flats())
         self._fragments = [self._make_fragment(place) for place in self._ranges(parameters)]
         self.module = module
@@ -392,27 +415,29 @@ class Engine:
             # Updates nothing: DeepSpeed counts micro-batches by calls of its step.
             self._deepspeed.step()
 
-    def step(self, learning_rate: float, may_apply: MayApply | None = None) -> bool:
+    def step(self, learning_rate: float, decide: Decide = _is_finite) -> bool:
         """Clips, updates the weights and clears the gradients, after the last micro-batch's backward.
 
         Args:
             learning_rate: of this step.
-            may_apply: given the gradient's global norm before clipping, the same on all ranks, says whether to apply
-                the update, alike on all ranks. It is not asked where a gradient is not finite.
+            decide: whether to apply the update; called exactly once. On a GPU all work of the step is in flight when it
+                is called, and a read-back in it is the only one of the step.
 
         Returns:
-            Whether the update was applied; false on all ranks alike where a gradient was not finite or `may_apply`
-            refused, and then neither weights nor moments nor the step count have changed.
+            Whether the update was applied; false on all ranks alike where `decide` refused, and then neither weights
+            nor moments nor the step count have changed.
         """
         assert self._num_backwards == self.accumulation_steps, "a step has as many backwards as micro-batches"
         for group in self._deepspeed.basic_optimizer.param_groups:
             group["lr"] = learning_rate
-        with _gate.asking(may_apply):
+        with _gate.asking(decide):
             self._deepspeed.step()
+            applied = bool(self._deepspeed.was_step_applied())
+            assert _gate.was_asked or not applied, "DeepSpeed applied an update without asking"
+            if not _gate.was_asked:  # it found for itself that there is nothing to apply
+                _gate.refuses(math.inf)
         self._num_backwards = 0
         self._grad_norm = _gate.norm
-        applied = bool(self._deepspeed.was_step_applied())
-        assert not applied or math.isfinite(self._grad_norm), "DeepSpeed applied an update without asking"
         if self._zero_stage == 3:
             # DeepSpeed writes over the gradients that the next backward computes, and would apply the others again:
             # those of parameters that the next step does not use.
@@ -421,8 +446,11 @@ class Engine:
 
     @property
     def grad_norm(self) -> float:
-        """Norm of the whole gradient of the latest step, applied or not, before clipping; infinity if not finite."""
-        return self._grad_norm
+        """Norm of the whole gradient of the latest step, applied or not, before clipping; infinity if not finite.
+
+        Waits for the device.
+        """
+        return float(self._grad_norm)
 
     @property
     def optimizer_step(self) -> int:

@@ -1,7 +1,14 @@
-"""The training loss: order -> noise -> model -> (sum, count)."""
+"""The training loss: order -> noise -> a ready batch, then model -> (sum, count).
 
+All that is random or derived is made by `draw` and `prepare`, on the CPU and ahead of the step (`data.loader`); what is
+left for the step is the network and its squared error.
+"""
+
+import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +36,8 @@ class Draws:
     """All that is random in the loss of a micro-batch.
 
     Attributes:
+        step: the optimizer step they were drawn for.
+        ids_B: int64 [B], the samples they were drawn for.
         labels_B: int64 [B], labels after the drop to the null class.
         order_BL: int64 [B, L], which token of the grid stands at each position.
         steps_BL: int64 [B, L], the AR step of each position.
@@ -36,11 +45,100 @@ class Draws:
         noise_BLP: float32 [B, L, P], in raster order.
     """
 
+    step: int
+    ids_B: Tensor
     labels_B: Tensor
     order_BL: Tensor
     steps_BL: Tensor
     timesteps_B: Tensor
     noise_BLP: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, ready for the network and its loss. Tokens stand in the order of generation.
+
+    Attributes:
+        step: the optimizer step it was made for.
+        ids_B: int64 [B], the samples' ids.
+        labels_B: int64 [B], the null class among them.
+        clean_BLP: float32 [B, L, P].
+        noised_BLP: float32 [B, L, P].
+        target_BLP: float32 [B, L, P], what the network is to predict.
+        positions_BL: int64 [B, L], the tokens' places on the grid (row * grid + column).
+        steps_BL: int64 [B, L], the tokens' AR steps.
+        timesteps_B: int64 [B].
+        weights_BL: float32 [B, L], the tokens' loss weights.
+        intervals_BMI: int32 [B or 1, M, 4], see `order.Layout`.
+        num_clean: the first clean tokens, those that stand in the sequence; no token sees the others.
+        num_tokens: tokens of all sequences, padding left out.
+        num_visible: their visible pairs of query and key.
+    """
+
+    step: int
+    ids_B: Tensor
+    labels_B: Tensor
+    clean_BLP: Tensor
+    noised_BLP: Tensor
+    target_BLP: Tensor
+    positions_BL: Tensor
+    steps_BL: Tensor
+    timesteps_B: Tensor
+    weights_BL: Tensor
+    intervals_BMI: Tensor
+    num_clean: int
+    num_tokens: int
+    num_visible: int
+
+    def __len__(self) -> int:
+        return len(self.ids_B)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by the names of their fields."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch with its tensors on `device`."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The batch with its tensors in pinned memory, from which copies to a GPU are asynchronous."""
+        return self._map(Tensor.pin_memory)
+
+    def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple[Any, ...]]:
+        # Each tensor that comes from a worker costs the training thread 0.2 ms, so all come as one.
+        others = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
+        layout: list[_Place] = []
+        for name, value in self.tensors().items():
+            begin = layout[-1].end if layout else 0
+            layout.append(_Place(name, value.dtype, tuple(value.shape), begin, begin + -(-value.nbytes // 8) * 8))
+        packed = torch.empty(layout[-1].end, dtype=torch.uint8)
+        for place in layout:
+            place.view(packed).copy_(getattr(self, place.name))
+        return _unpack, (others, layout, packed)
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        mapped: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
+        return dataclasses.replace(self, **mapped)
+
+
+class _Place(NamedTuple):
+    """Where a tensor lies in a packed batch, in bytes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    def view(self, packed: Tensor) -> Tensor:
+        num_bytes = math.prod(self.shape) * self.dtype.itemsize
+        return packed[self.begin : self.begin + num_bytes].view(self.dtype).view(self.shape)
+
+
+def _unpack(others: dict[str, Any], layout: list[_Place], packed: Tensor) -> Batch:
+    fields: dict[str, Any] = others | {place.name: place.view(packed) for place in layout}
+    return Batch(**fields)
 
 
 @dataclass(frozen=True)
@@ -50,16 +148,12 @@ class LossTerms:
     Attributes:
         total: scalar, the weighted squared errors added up.
         count: number of values added.
-        squared_error_BL: float32 [B, L], each token's unweighted mean squared error, in the order of generation.
-        num_tokens: tokens of the batch's sequences, padding left out.
-        num_visible: their visible pairs of query and key.
+        squared_error_BLP: float32 [B, L, P], unweighted, in the order of generation; detached.
     """
 
     total: Tensor
     count: int
-    squared_error_BL: Tensor
-    num_tokens: int
-    num_visible: int
+    squared_error_BLP: Tensor
 
 
 @dataclass(frozen=True)
@@ -117,6 +211,8 @@ class NoisePredictionLoss:
         shared_key = seeds.fold(seeds.key(self.seed, "shared ar split"), step)
         dropped_B = seeds.uniform(sample_keys("label drop")) < self.label_drop_prob
         return Draws(
+            step,
+            ids_B,
             labels_B=torch.where(dropped_B, self.null_class, labels_B),
             order_BL=draw_orders(sample_keys("order"), num_tokens, self.token_order, self.block_size),
             steps_BL=self._draw_steps(shared_key, sample_keys("ar split"), num_tokens),
@@ -132,25 +228,44 @@ class NoisePredictionLoss:
             return draw_shared_steps(shared_key, batch_size, num_tokens, self.ar_step_decay, self.num_ar_steps)
         return draw_steps(shared_key, sample_keys_B, num_tokens, self.ar_step_decay, self.num_ar_steps)
 
-    def __call__(self, model: Callable[..., Tensor], latents_BCYX: Tensor, draws: Draws) -> LossTerms:
-        """The loss of a micro-batch; `latents_BCYX` are what the model sees, shift and scale applied."""
-        device = latents_BCYX.device
-        order_BL = draws.order_BL.to(device)
-        timesteps_B = draws.timesteps_B.to(device)
-        clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
-        noise_BLP = take_tokens(draws.noise_BLP.to(device), order_BL)
-        noised_BLP = q_sample(self.schedule, clean_BLP, noise_BLP, timesteps_B)
+    def prepare(self, latents_BCYX: Tensor, draws: Draws) -> Batch:
+        """The batch that the draws make of latents, all on the CPU.
 
+        Args:
+            latents_BCYX: what the network sees, shift and scale applied.
+            draws: of these samples.
+        """
+        order_BL = draws.order_BL
+        clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
+        noise_BLP = take_tokens(draws.noise_BLP, order_BL)
         shared = shares_split(self.ar_split, self.num_ar_steps, self.ar_step_sizes)
         steps_BL = draws.steps_BL[:1] if shared else draws.steps_BL
         layout = build_layout([Condition(self.num_cond_tokens), Image(steps_BL)], self.clean_multiple)
-        num_clean = layout.num_clean_image_tokens[0]
-        image = ImagePart(clean_BLP[:, :num_clean], order_BL[:, :num_clean], noised_BLP, order_BL, timesteps_B)
-        prediction_BLP = model([ClassPart(draws.labels_B.to(device)), image], layout.intervals_BMI.to(device))
-
-        squared_error_BLP = (prediction_BLP.float() - noise_BLP).square()
-        weights_BL = ar_weights(draws.steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule)
-        total = (squared_error_BLP * weights_BL.to(device).unsqueeze(-1)).sum()
         num_tokens, num_visible = (int(n_B.expand(len(latents_BCYX)).sum()) for n_B in count_useful(layout))
-        squared_error_BL = squared_error_BLP.detach().mean(-1)
-        return LossTerms(total, squared_error_BLP.numel(), squared_error_BL, num_tokens, num_visible)
+        return Batch(
+            step=draws.step,
+            ids_B=draws.ids_B,
+            labels_B=draws.labels_B,
+            clean_BLP=clean_BLP,
+            noised_BLP=q_sample(self.schedule, clean_BLP, noise_BLP, draws.timesteps_B),
+            target_BLP=noise_BLP,
+            positions_BL=order_BL,
+            steps_BL=draws.steps_BL,
+            timesteps_B=draws.timesteps_B,
+            weights_BL=ar_weights(draws.steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule),
+            intervals_BMI=layout.intervals_BMI,
+            num_clean=layout.num_clean_image_tokens[0],
+            num_tokens=num_tokens,
+            num_visible=num_visible,
+        )
+
+    def __call__(self, model: Callable[..., Tensor], batch: Batch) -> LossTerms:
+        """The loss of a micro-batch that lies on the model's device."""
+        n = batch.num_clean
+        image = ImagePart(
+            batch.clean_BLP[:, :n], batch.positions_BL[:, :n], batch.noised_BLP, batch.positions_BL, batch.timesteps_B
+        )
+        prediction_BLP = model([ClassPart(batch.labels_B), image], batch.intervals_BMI)
+        squared_error_BLP = (prediction_BLP.float() - batch.target_BLP).square()
+        total = (squared_error_BLP * batch.weights_BL.unsqueeze(-1)).sum()
+        return LossTerms(total, squared_error_BLP.numel(), squared_error_BLP.detach())

@@ -1,16 +1,18 @@
 """Ranks and the device: who we are in the run, and how ranks agree."""
 
 import fcntl
+import functools
 import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -145,12 +147,68 @@ def together() -> Iterator[None]:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks of a small CPU tensor, as a new tensor."""
+    """The sum over ranks of a small tensor, as a new tensor on its device; on a GPU, nothing waits for it."""
     total = values.clone()
     if dist.is_initialized():
         with _others_are_there():
             dist.all_reduce(total)
     return total
+
+
+def read_back(values: torch.Tensor) -> list[float]:
+    """Numbers of the device on the host; on a GPU, waits until they are computed."""
+    return values.tolist()
+
+
+def to_device(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    """Numbers of the host as float64 on the device; nothing waits for them."""
+    on_host = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return on_host.to(device, non_blocking=True)
+
+
+class OnDevice(Protocol):
+    """What travels to the device: a collection of tensors."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self: ...
+
+    def tensors(self) -> Mapping[str, torch.Tensor]: ...
+
+
+_T = TypeVar("_T", bound=OnDevice)
+
+
+def upload_ahead(batches: Iterable[_T], device: torch.device) -> Iterator[_T]:
+    """Batches on the device; each is copied from pinned memory while the device works on the one before.
+
+    Args:
+        batches: on the host.
+        device: on a CPU, batches are handed on as they are.
+    """
+    if device.type != "cuda":
+        yield from batches
+        return
+    compute, copying = torch.cuda.current_stream(device), _copy_stream(device)
+    ahead: deque[tuple[_T, torch.cuda.Event]] = deque()
+    for batch in batches:
+        with torch.cuda.stream(copying):
+            ahead.append((batch.to(device, non_blocking=True), copying.record_event()))
+        if len(ahead) > 1:
+            yield _arrived(*ahead.popleft(), compute)
+    while ahead:
+        yield _arrived(*ahead.popleft(), compute)
+
+
+def _arrived(batch: _T, copied: torch.cuda.Event, stream: torch.cuda.Stream) -> _T:
+    """Lets a stream work with what another has copied."""
+    stream.wait_event(copied)
+    for tensor in batch.tensors().values():
+        tensor.record_stream(stream)  # its memory, which is the other stream's, is free once this one is done with it
+    return batch
+
+
+@functools.cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class LostRankError(RuntimeError):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cfpretrain import runtime
 from cfpretrain.build import (
@@ -19,7 +20,7 @@ from cfpretrain.build import (
     choose_blocks,
     make_loss,
     make_model,
-    make_scaling,
+    make_prepare,
     make_store,
     write_text,
 )
@@ -27,7 +28,7 @@ from cfpretrain.checkpoint import Best, TrainingState, is_healthy, reason_of
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.config import Config, to_plain
 from cfpretrain.console import Progress, SickRunError, UserError, phase, say
-from cfpretrain.data.loader import Batch, Loader, Position, open_folders
+from cfpretrain.data.loader import Loader, Position, open_folders
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
@@ -35,7 +36,7 @@ from cfpretrain.evaluation.evaluator import Evaluator
 from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_images, grid_title
 from cfpretrain.health import Guard
 from cfpretrain.lifeline import StopRequest, Watch
-from cfpretrain.loss import LossTerms
+from cfpretrain.loss import Batch, LossTerms
 from cfpretrain.metrics import (
     MetricsFile,
     StepRecord,
@@ -74,16 +75,20 @@ class Exchanged:
 
     Attributes:
         loss: of the global batch.
+        grad_norm: of the whole gradient before clipping; infinite where one is not finite.
         flops: over all ranks.
         must_stop: a rank was asked to stop.
         is_writing, has_failed: of the checkpoint in flight, on any rank.
+        lacks_data: a rank could not read its share of the next step.
     """
 
     loss: float
+    grad_norm: float
     flops: float
     must_stop: bool
     is_writing: bool
     has_failed: bool
+    lacks_data: bool
 
 
 class _AskedToStopError(Exception):
@@ -137,7 +142,6 @@ class Trainer:
         with runtime.together():
             self.class_names = open_folders(config)[0].latents_info.class_names
             self.decode, self.decode_note = decode_to_look_at(config, device)
-        self.scaling = make_scaling(config)
         self.loss = make_loss(config)
         guard = config.guard
         self.guard = Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row)
@@ -166,7 +170,17 @@ class Trainer:
         position = Position(saved.epoch, saved.samples_in_epoch) if saved else None
         ranks_per_node = runtime.ranks_per_node()
         with runtime.together():
-            self.loader = Loader(config, runtime.rank(), runtime.world_size(), position, ranks_per_node)
+            self.loader: Loader[Batch] = Loader(
+                config,
+                make_prepare(config),
+                runtime.rank(),
+                runtime.world_size(),
+                position,
+                self.at.step,
+                ranks_per_node,
+                pinned=device.type == "cuda",
+            )
+        self.lacks_data = True  # until a step is read ahead, and where a rank could not read its share of it
         self.writer = CheckpointWriter(self.store, self.engine.fragments(), self.ema.values)
         self.num_failed_checkpoints = 0
         self.metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
@@ -271,54 +285,64 @@ class Trainer:
             self.evaluate()
 
     def train_step(self) -> None:
-        """One optimizer step: a global batch is ordered and noised, becomes a loss, and moves the engine."""
+        """One optimizer step: the batches of a global batch become a loss, which moves the engine."""
         runtime.tick()
-        with runtime.together():  # a damaged sample is read by one rank only
-            batches = next(self.loader)
+        batches = self.next_batches()
         terms = []
-        for batch in batches:
-            latents_BCYX = self.scaling.to_model(batch.latents_BCYX.to(self.device))
-            draws = self.loss.draw(
-                self.at.step,
-                batch.epoch,
-                batch.ids_B,
-                batch.labels_B,
-                self.config.model.num_tokens,
-                self.config.model.patch_values,
-            )
-            micro_batch = self.loss(self.engine, latents_BCYX, draws)
-            self.engine.backward(micro_batch.total / micro_batch.count)
-            terms.append(micro_batch)
+        for batch in runtime.upload_ahead(batches, self.device):
+            terms.append(self.loss(self.engine, batch))
+            self.engine.backward(terms[-1].total / terms[-1].count)
+        if not self.is_asked_to_stop():
+            self.loader.read_ahead()  # a GPU is at work on the backward meanwhile
 
-        exchanged = self.exchange(terms)
+        told = self.exchange(terms, batches)
         learning_rate = self._learning_rate()
-        applied = self.engine.step(learning_rate, lambda grad_norm: self.is_healthy(exchanged.loss, grad_norm))
+        applied = self.engine.step(learning_rate, lambda grad_norm: self.is_healthy(told, grad_norm))
         if applied:
             self.ema.update()
         self.at.step += 1
-        self.record_step(batches, exchanged, learning_rate, applied)
-        self.obey(exchanged)
+        self.record_step(batches, learning_rate, applied)
+        self.obey()
 
-    def exchange(self, terms: Sequence[LossTerms]) -> Exchanged:
-        """What all ranks must know before the update, in one sum over ranks."""
-        model = self.config.model
-        num_sequences = len(terms) * self.config.micro_batch_size(runtime.world_size())
-        num_tokens, num_visible = sum(t.num_tokens for t in terms), sum(t.num_visible for t in terms)
+    def is_asked_to_stop(self) -> bool:
+        """Whether this rank is."""
+        return self.stop is not None and self.stop.reason is not None
+
+    def next_batches(self) -> list[Batch]:
+        """The step's micro-batches; UserError on all ranks where one of them cannot be read."""
+        if self.lacks_data:
+            self.loader.read_ahead()
+            runtime.agree(self.loader.problem)
+        batches = next(self.loader)
+        assert all(batch.step == self.at.step for batch in batches)
+        return batches
+
+    def exchange(self, terms: Sequence[LossTerms], batches: Sequence[Batch]) -> Tensor:
+        """What all ranks must know before the update, as one sum over ranks on the device: the first of `Exchanged`."""
+        num_sequences, num_tokens = sum(map(len, batches)), sum(batch.num_tokens for batch in batches)
+        num_visible = sum(batch.num_visible for batch in batches)
         told = [
-            float(torch.stack([t.total.detach() for t in terms]).double().sum()),
-            float(sum(t.count for t in terms)),
-            training_flops(model, num_sequences, num_tokens, num_visible),
-            float(self.stop is not None and self.stop.reason is not None),
-            float(self.writer.is_working),
-            float(self.writer.has_failed),
+            sum(t.count for t in terms),
+            training_flops(self.config.model, num_sequences, num_tokens, num_visible),
+            self.is_asked_to_stop(),
+            self.writer.is_working,
+            self.writer.has_failed,
+            self.loader.problem is not None,
         ]
-        total, count, flops, *flags = runtime.sum_over_ranks(torch.tensor(told, dtype=torch.float64)).tolist()
-        return Exchanged(total / count, flops, *(flag > 0 for flag in flags))
+        total = torch.stack([t.total.detach() for t in terms]).double().sum(0, keepdim=True)
+        return runtime.sum_over_ranks(torch.cat([total, runtime.to_device(told, self.device)]))
 
-    def is_healthy(self, loss: float, grad_norm: float) -> bool:
-        """Whether a step with this global loss and gradient norm may move the weights."""
-        problem = self.guard.problem_of_loss(loss) or self.guard.problem_of_grad_norm(grad_norm)
-        return problem is None
+    def is_healthy(self, told: Tensor, grad_norm: Tensor) -> bool:
+        """Reads back what the ranks told each other and the gradient's norm; whether the step may move the weights."""
+        values = runtime.read_back(torch.cat([told, grad_norm.double().reshape(1)]))
+        total, count, flops, *flags, norm = values
+        self.exchanged = Exchanged(total / count, norm, flops, *(flag > 0 for flag in flags))
+        return self._problem() is None
+
+    def _problem(self) -> str | None:
+        """Why the present step may not move the weights."""
+        loss, grad_norm = self.exchanged.loss, self.exchanged.grad_norm
+        return self.guard.problem_of_loss(loss) or self.guard.problem_of_grad_norm(grad_norm)
 
     def _learning_rate(self) -> float:
         """Linear warm-up, constant, and where the config asks for it a linear fall to 0 over the last steps."""
@@ -332,12 +356,12 @@ class Trainer:
     # ------------------------------------------------------------------
     # Every n steps
 
-    def record_step(self, batches: Sequence[Batch], exchanged: Exchanged, learning_rate: float, applied: bool) -> None:
+    def record_step(self, batches: Sequence[Batch], learning_rate: float, applied: bool) -> None:
         """Notes the step just made, for the metrics and for the guard."""
-        grad_norm = self.engine.grad_norm
+        loss, grad_norm = self.exchanged.loss, self.exchanged.grad_norm
         row: dict[str, Any] = {
             "step": self.at.step,
-            "loss": finite_or_none(exchanged.loss),
+            "loss": finite_or_none(loss),
             "grad_norm": finite_or_none(grad_norm),
             "learning_rate": learning_rate,
             "epoch": self.loader.position.epoch,
@@ -345,20 +369,21 @@ class Trainer:
             "zero_stage": self.config.engine.zero_stage,
         }
         if applied:
-            self.guard.applied(exchanged.loss, grad_norm)
+            self.guard.applied(loss, grad_norm)
         else:
-            row["skipped"] = self.guard.problem_of_loss(exchanged.loss) or self.guard.problem_of_grad_norm(grad_norm)
+            row["skipped"] = self._problem()
             say(f"step {self.at.step} is skipped: {row['skipped']}")
             self.guard.skipped()
             self.at.num_skipped += 1
         row |= {"num_skipped_steps": self.at.num_skipped, "num_rewinds": self.at.num_rewinds}
         ids = [i for batch in batches for i in batch.ids_B.tolist()] if self.config.metrics.log_sample_ids else None
-        self.window.records.append(StepRecord(row, exchanged.flops, ids))
+        self.window.records.append(StepRecord(row, self.exchanged.flops, ids))
 
-    def obey(self, exchanged: Exchanged) -> None:
+    def obey(self) -> None:
         """Follows what the step's exchange and the guard ask for."""
-        self.must_stop |= exchanged.must_stop
-        self._note_checkpoint(self.writer.advance(exchanged.is_writing, exchanged.has_failed))
+        self.must_stop |= self.exchanged.must_stop
+        self.lacks_data = self.exchanged.lacks_data
+        self._note_checkpoint(self.writer.advance(self.exchanged.is_writing, self.exchanged.has_failed))
         if self.guard.must_rewind:
             with self.clock.aside():
                 self._rewind()
@@ -535,7 +560,7 @@ class Trainer:
         """Between denoising steps: whoever is asked to stop has little time. All ranks call it together."""
         if self.stop is None:
             return
-        if runtime.sum_over_ranks(torch.tensor([float(self.stop.reason is not None)])):
+        if runtime.sum_over_ranks(torch.tensor([float(self.is_asked_to_stop())])):
             self.must_stop = True
             raise _AskedToStopError
 
@@ -574,9 +599,7 @@ class Trainer:
             say(f"WARNING: the best checkpoint cannot be named: {reason_of(error)}")
             return False
 
-    def _draw_grid(
-        self, images: torch.Tensor, names: tuple[str, ...], settings: GenerationSettings, title: str
-    ) -> None:
+    def _draw_grid(self, images: Tensor, names: tuple[str, ...], settings: GenerationSettings, title: str) -> None:
         path = self.folder / SAMPLES / f"step_{self.at.step:08d}_ar_steps_{settings.num_ar_steps:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures.sample_grid(path, images, names, title=title, value_range=(0.0, 1.0))

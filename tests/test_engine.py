@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cfpretrain import engine as engine_module
 from cfpretrain import runtime, seeds
 from cfpretrain.config import Config
-from cfpretrain.engine import Engine, Fragment, MayApply, build_engine, ds_config
+from cfpretrain.engine import Decide, Engine, Fragment, build_engine, ds_config
 from cfpretrain.loss import NoisePredictionLoss
 from cfpretrain.model.norm import has_apex
 from cfpretrain.model.transformer import BlockSettings, CausalFusion, initial_values
@@ -106,12 +106,10 @@ def toy_loss(prediction: Tensor, targets: Tensor) -> Tensor:
     return (prediction.float() - targets).square().mean()
 
 
-def train_step(
-    engine: Engine, step: int, poison: bool = False, may_apply: MayApply | None = None
-) -> tuple[bool, float]:
+def train_step(engine: Engine, step: int, poison: bool = False, decide: Decide | None = None) -> tuple[bool, float]:
     """One step over the global batch; returns (applied, mean loss). `poison` spoils a micro-batch of the last rank."""
     loss = backward_step(engine, step, poison)
-    return engine.step(LEARNING_RATE, may_apply), loss
+    return engine.step(LEARNING_RATE, *[decide] * (decide is not None)), loss
 
 
 def backward_step(engine: Engine, step: int, poison: bool = False) -> float:
@@ -243,20 +241,27 @@ def check_skip(stage: int, precision: str) -> None:
     before = gather(engine)
     norms: list[float] = []
 
-    def may_apply(norm: float) -> bool:
-        norms.append(norm)
-        return norm < 0
+    def refuse(norm: Tensor) -> bool:
+        norms.append(float(norm))
+        return False
+
+    def apply(norm: Tensor) -> bool:
+        norms.append(float(norm))
+        return True
 
     def check_untouched(grad_norm: float) -> None:
         assert engine.grad_norm == grad_norm
         assert engine.optimizer_step == 1
         assert equal(before, gather(engine))
 
-    applied, _ = train_step(engine, 1, poison=True, may_apply=may_apply)
-    assert (applied, norms) == (False, [])
+    applied, _ = train_step(engine, 1, poison=True)
+    assert not applied
     check_untouched(math.inf)
-    applied, _ = train_step(engine, 2, may_apply=may_apply)
-    (norm_2,) = norms
+    applied, _ = train_step(engine, 1, poison=True, decide=refuse)
+    assert (applied, norms) == (False, [math.inf])
+    check_untouched(math.inf)
+    applied, _ = train_step(engine, 2, decide=refuse)
+    _, norm_2 = norms
     assert not applied
     check_untouched(norm_2)
     backward_step(engine, 1)
@@ -266,7 +271,7 @@ def check_skip(stage: int, precision: str) -> None:
 
     norms.clear()
     for step in (1, 2):
-        assert train_step(engine, step, may_apply=lambda norm: norms.append(norm) is None) == train_step(control, step)
+        assert train_step(engine, step, decide=apply) == train_step(control, step)
         assert engine.grad_norm == control.grad_norm
     assert engine.optimizer_step == 3
     assert equal(gather(control), gather(engine))
@@ -593,7 +598,8 @@ def network_losses(stage: int, precision: str, blocks: BlockSettings) -> tuple[l
         for part in range(engine.accumulation_steps):
             part_ids = ids + 8 * part
             latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), part_ids), (4, 3, 3))
-            terms = loss(engine, latents, loss.draw(step, 0, part_ids, part_ids % 5, 9, 4))
+            draws = loss.draw(step, 0, part_ids, part_ids % 5, 9, 4)
+            terms = loss(engine, loss.prepare(latents, draws))
             engine.backward(terms.total / terms.count)
             total += float(terms.total.detach()) / terms.count
         assert engine.step(1e-2)

@@ -246,16 +246,11 @@ def test_it_trains_on(tmp_path: Path) -> None:
 
 def first_loss(config: Config, model: Any, step: int) -> float:
     """The loss of the first global batch of the data, in one forward."""
-    loader = Loader(config, 0, 1)
+    loader = Loader(config, build.make_prepare(config), 0, 1, step=step)
     total, count = 0.0, 0.0
     for batch in next(loader):
-        latents = build.make_scaling(config).to_model(batch.latents_BCYX)
-        loss = build.make_loss(config)
-        draws = loss.draw(
-            step, batch.epoch, batch.ids_B, batch.labels_B, config.model.num_tokens, config.model.patch_values
-        )
         with torch.no_grad():
-            terms = loss(model, latents, draws)
+            terms = build.make_loss(config)(model, batch)
         total, count = total + float(terms.total), count + float(terms.count)
     loader.close()
     return total / count

@@ -6,6 +6,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import time
@@ -25,10 +26,10 @@ from hypothesis import strategies as st
 from cfpretrain import seeds
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
-from cfpretrain.data.loader import Batch, Loader, Position, epoch_order, epoch_visits
+from cfpretrain.data.loader import Loader, Position, Samples, epoch_order, epoch_visits
 from cfpretrain.data.shards import fingerprint
 from cfpretrain.data.storage import LocalFolder
-from tests.latent_shards import config_for, id_of, moment_of, write_samples
+from tests.latent_shards import as_read, config_for, id_of, moment_of, write_samples
 from tests.processes import run_in_processes
 
 PINNED_FIRST = [71, 37, 14, 65, 93, 13, 73, 82, 18, 66, 40, 54]
@@ -47,11 +48,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return make
 
 
+def copy_of(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
 def run_rank(
     config: Config, rank: int, world_size: int, num_steps: int, position: Position | None = None, **options: int
-) -> tuple[list[list[Batch]], Position]:
+) -> tuple[list[list[Samples]], Position]:
     """The batches of one rank's next steps, and the position after them."""
-    with closing(Loader(config, rank, world_size, position, **options)) as loader:
+    with closing(Loader(config, as_read, rank, world_size, position, **options)) as loader:
         steps = [next(loader) for _ in range(num_steps)]
         return steps, loader.position
 
@@ -281,7 +286,7 @@ def test_resume_gives_exactly_the_remaining_batches(folders: Any, num_workers: i
 def test_the_position_counts_what_was_handed_out(folders: Any) -> None:
     # Workers read ahead, the last steps of an epoch and the first of the next included.
     for num_workers in (0, 2):
-        with closing(Loader(config_for(folders(101), 24, 24, num_workers=num_workers), 0, 1)) as loader:
+        with closing(Loader(config_for(folders(101), 24, 24, num_workers=num_workers), as_read, 0, 1)) as loader:
             assert loader.steps_per_epoch == 4
             positions = [loader.position]
             for batches in loader:
@@ -308,7 +313,7 @@ def test_another_global_batch_goes_on_at_the_same_sample(folders: Any) -> None:
 
 def test_a_position_of_larger_shards_is_refused(folders: Any) -> None:
     with pytest.raises(UserError, match=r"data\.shards: expected more than 96 samples.*got 47.*began with"):
-        Loader(config_for(folders(47)), 0, 1, Position(2, 96))
+        Loader(config_for(folders(47)), as_read, 0, 1, Position(2, 96))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -416,13 +421,13 @@ def test_repetitions_of_a_sample_are_other_draws_under_other_ids(folders: Any) -
 def test_folders_that_differ_are_refused(folders: Any) -> None:
     paths = [folders(47), folders(48, has_posterior=True, has_mirror=True)]
     with pytest.raises(UserError, match=r"data\.shards: .*: expected autoencoder as in the first folder"):
-        Loader(config_for(paths), 0, 1)
+        Loader(config_for(paths), as_read, 0, 1)
 
 
 def test_mirrors_that_were_not_encoded_are_refused(folders: Any) -> None:
     folder = folders(47, has_posterior=True)
     with pytest.raises(UserError, match=r"data\.mirror_prob: expected 0"):
-        Loader(config_for(folder, mirror_prob=0.5), 0, 1)
+        Loader(config_for(folder, mirror_prob=0.5), as_read, 0, 1)
     assert len(latents_by_visit(config_for(folder, num_workers=2), 1, 1)) == 24
 
 
@@ -434,13 +439,40 @@ def test_the_global_generators_are_left_alone(folders: Any) -> None:
     assert repr(np.random.get_state(legacy=False)["state"]) == numpy_state
 
 
-def test_a_batch_moves_with_all_its_tensors(folders: Any) -> None:
-    (batch,) = run_rank(config_for(folders(101), 24, 24), 0, 1, 1)[0][0]
-    moved = batch.to("meta")
-    assert moved.epoch == batch.epoch
-    for name in ("ids_B", "latents_BCYX", "labels_B"):
-        assert getattr(moved, name).device.type == "meta"
-        assert getattr(moved, name).shape == getattr(batch, name).shape
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_batches_are_prepared_for_the_steps_that_they_are_for(folders: Any, num_workers: int) -> None:
+    """And where nothing of the training process's state can enter: in the workers, where there are some."""
+    config = config_for(folders(101), 24, 6, num_workers=num_workers)
+
+    def prepare(samples: Samples, step: int) -> tuple[int, int, list[int]]:
+        return os.getpid(), step, samples.ids_B.tolist()
+
+    with closing(Loader(config, prepare, 0, 1, Position(1, 72), step=7)) as loader:
+        steps = [next(loader) for _ in range(3)]
+    read, _ = run_rank(config, 0, 1, 3, Position(1, 72))
+    assert [[ids for _, _, ids in batches] for batches in steps] == [[b.ids_B.tolist() for b in bs] for bs in read]
+    assert [{step for _, step, _ in batches} for batches in steps] == [{7}, {8}, {9}]
+    processes = {process for batches in steps for process, _, _ in batches}
+    assert (os.getpid() in processes) == (num_workers == 0)
+
+
+def test_a_step_read_ahead_is_not_counted_before_it_is_taken(folders: Any, tmp_path: Path) -> None:
+    """And what cannot be read is known before it is asked for."""
+    folder = copy_of(folders(101), tmp_path)
+    wanted, _ = run_rank(config_for(folder), 0, 1, 2)
+    with closing(Loader(config_for(folder), as_read, 0, 1)) as loader:
+        loader.read_ahead()
+        loader.read_ahead()
+        assert (loader.position, loader.problem) == (Position(0, 0), None)
+        for path in folder.glob("shard.*"):
+            path.unlink()
+        assert torch.equal(next(loader)[0].ids_B, wanted[0][0].ids_B)
+        assert loader.position == Position(0, 24)
+        loader.read_ahead()
+        assert loader.problem is not None
+        with pytest.raises(UserError, match=re.escape(loader.problem)):
+            next(loader)
+        assert loader.position == Position(0, 24)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -450,7 +482,7 @@ def test_a_batch_moves_with_all_its_tensors(folders: Any) -> None:
 def test_closing_ends_the_workers(folders: Any) -> None:
     before = set(multiprocessing.active_children())
     shared_before = set(os.listdir("/dev/shm"))
-    loader = Loader(config_for(folders(101), num_workers=2), 0, 1)
+    loader = Loader(config_for(folders(101), num_workers=2), as_read, 0, 1)
     next(loader)
     assert len(set(multiprocessing.active_children()) - before) == 2
     loader.close()
@@ -462,11 +494,7 @@ def test_closing_ends_the_workers(folders: Any) -> None:
         next(loader)
 
 
-def copy_of(folder: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(folder, tmp_path / "copy"))
-
-
-def assert_reads(loader: Loader, wanted: list[list[Batch]]) -> None:
+def assert_reads(loader: Loader, wanted: list[list[Samples]]) -> None:
     for step in wanted:
         for batch, expected in zip(next(loader), step, strict=True):
             assert torch.equal(batch.latents_BCYX, expected.latents_BCYX)
@@ -475,7 +503,7 @@ def assert_reads(loader: Loader, wanted: list[list[Batch]]) -> None:
 def error_while_reading(folder: Path, num_workers: int, damage: Callable[[], object]) -> str:
     """What the loader says where `damage` happens after its start; the samples before are those of a whole folder."""
     wanted, _ = run_rank(config_for(folder, 24, 3), 0, 1, 8)
-    with closing(Loader(config_for(folder, 24, 3, num_workers=num_workers), 0, 1)) as loader:
+    with closing(Loader(config_for(folder, 24, 3, num_workers=num_workers), as_read, 0, 1)) as loader:
         damage()
         with pytest.raises(UserError) as raised:
             assert_reads(loader, wanted)
@@ -507,7 +535,7 @@ def test_an_index_that_names_a_missing_file_is_seen_before_the_first_step(folder
     index = folder / "index.json"
     index.write_text(index.read_text().replace("shard.00002.mds", "shard.00009.mds"))
     with pytest.raises(UserError, match=r"data\.shards: .*/shard\.00009\.mds: .*it is missing; copy it from where"):
-        Loader(config_for(folder, num_workers=2), 0, 1)
+        Loader(config_for(folder, num_workers=2), as_read, 0, 1)
 
 
 def read_steps(loader: Loader, num_steps: int) -> None:
@@ -516,7 +544,7 @@ def read_steps(loader: Loader, num_steps: int) -> None:
 
 
 def test_a_worker_that_is_killed(folders: Any) -> None:
-    with closing(Loader(config_for(folders(101), num_workers=2), 0, 1)) as loader:
+    with closing(Loader(config_for(folders(101), num_workers=2), as_read, 0, 1)) as loader:
         next(loader)
         victim = multiprocessing.active_children()[0]
         os.kill(victim.pid or 0, signal.SIGKILL)
@@ -529,7 +557,7 @@ def test_a_worker_that_is_killed(folders: Any) -> None:
 
 def read_on(folder: Path, started: str) -> None:
     """A rank that has read some steps, and would go on."""
-    with closing(Loader(config_for(folder, num_workers=2), 0, 1)) as loader:
+    with closing(Loader(config_for(folder, num_workers=2), as_read, 0, 1)) as loader:
         read_steps(loader, 3)
         Path(started).write_text(" ".join(str(worker.pid) for worker in multiprocessing.active_children()))
         time.sleep(60)
@@ -561,7 +589,7 @@ def _is_running(pid: int) -> bool:
 
 
 def test_waiting_is_counted(folders: Any) -> None:
-    with closing(Loader(config_for(folders(101)), 0, 1)) as loader:
+    with closing(Loader(config_for(folders(101)), as_read, 0, 1)) as loader:
         assert loader.waited_seconds == 0
         next(loader)
         assert loader.waited_seconds > 0
@@ -569,13 +597,13 @@ def test_waiting_is_counted(folders: Any) -> None:
 
 def test_shards_that_do_not_fit_are_refused(folders: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.global_batch_size: expected at most 47"):
-        Loader(config_for(folders(47), 48), 0, 1)
+        Loader(config_for(folders(47), 48), as_read, 0, 1)
     with pytest.raises(UserError, match=r"data\.shards.*does not exist"):
-        Loader(config_for(tmp_path / "nowhere"), 0, 1)
+        Loader(config_for(tmp_path / "nowhere"), as_read, 0, 1)
 
 
 def test_the_fingerprint_is_the_folders(folders: Any) -> None:
-    with closing(Loader(config_for(folders(101)), 0, 1)) as loader:
+    with closing(Loader(config_for(folders(101)), as_read, 0, 1)) as loader:
         assert loader.fingerprint.startswith(fingerprint(LocalFolder(folders(101), "key")))
 
 

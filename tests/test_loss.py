@@ -1,12 +1,15 @@
 """The loss beyond the golden numbers: its draws, and what they may depend on."""
 
 import dataclasses
+import pickle
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cfpretrain import noise, order, seeds
-from cfpretrain.loss import Draws, NoisePredictionLoss
+from cfpretrain.loss import Batch, Draws, LossTerms, NoisePredictionLoss
+from tests.golden_cases import FOLDER
 from tests.test_transformer import small_model
 
 LOSS = NoisePredictionLoss(
@@ -30,8 +33,12 @@ def draw(loss: NoisePredictionLoss = LOSS, step: int = 7, epoch: int = 1, ids=ID
     return loss.draw(step, epoch, ids, labels, num_tokens=9, patch_values=4)
 
 
+def loss_of(loss: NoisePredictionLoss, model, latents_BCYX: torch.Tensor, draws: Draws) -> LossTerms:
+    return loss(model, loss.prepare(latents_BCYX, draws))
+
+
 def fields(draws: Draws) -> dict[str, torch.Tensor]:
-    return {f.name: getattr(draws, f.name) for f in dataclasses.fields(draws)}
+    return {name: value for name, value in vars(draws).items() if name != "step"}
 
 
 @pytest.mark.parametrize(
@@ -79,21 +86,25 @@ def test_loss_is_the_weighted_mean_over_tokens() -> None:
     """Terms of micro-batches add up to the terms of the whole batch, and weights enter as the AR axis says."""
     model = small_model()
     latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
-    whole = LOSS(model, latents, draw())
-    parts = [LOSS(model, latents[i : i + 2], draw(ids=IDS[i : i + 2], labels=LABELS[i : i + 2])) for i in (0, 2)]
+    whole = loss_of(LOSS, model, latents, draw())
+    parts = [
+        loss_of(LOSS, model, latents[i : i + 2], draw(ids=IDS[i : i + 2], labels=LABELS[i : i + 2])) for i in (0, 2)
+    ]
     assert whole.count == sum(p.count for p in parts) == 4 * 9 * 4
     torch.testing.assert_close(whole.total, parts[0].total + parts[1].total, rtol=1e-5, atol=1e-5)
     weights = order.ar_weights(draw().steps_BL, 2.0, 1.0, "linear")
-    torch.testing.assert_close(whole.total, (whole.squared_error_BL * weights).sum() * 4, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        whole.total, (whole.squared_error_BLP * weights.unsqueeze(-1)).sum(), rtol=1e-5, atol=1e-5
+    )
 
 
 def test_a_zero_head_predicts_nothing() -> None:
     """At the start the prediction is 0, so a token's error is its noise's square: the loss knows the order it used."""
     model = small_model(random_head=False)
     draws = draw()
-    terms = LOSS(model, torch.zeros(4, 1, 6, 6), draws)
+    terms = loss_of(LOSS, model, torch.zeros(4, 1, 6, 6), draws)
     noise_in_order = torch.gather(draws.noise_BLP.square().mean(-1), 1, draws.order_BL)
-    torch.testing.assert_close(terms.squared_error_BL, noise_in_order)
+    torch.testing.assert_close(terms.squared_error_BLP.mean(-1), noise_in_order)
 
 
 def test_ablations_reach_the_draws() -> None:
@@ -134,12 +145,14 @@ def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
         rows.append(len(intervals_BMI))
         return model(parts, intervals_BMI)
 
-    whole = loss(watched, latents, draw(loss))
+    batch = loss.prepare(latents, draw(loss))
+    whole = loss(watched, batch)
     assert rows == [num_rows]
-    alone = [loss(model, latents[[i]], draw(loss, ids=IDS[[i]], labels=LABELS[[i]])) for i in range(4)]
-    torch.testing.assert_close(whole.squared_error_BL, torch.cat([one.squared_error_BL for one in alone]))
-    assert whole.num_tokens == sum(one.num_tokens for one in alone)
-    assert whole.num_visible == sum(one.num_visible for one in alone)
+    alone = [loss.prepare(latents[[i]], draw(loss, ids=IDS[[i]], labels=LABELS[[i]])) for i in range(4)]
+    errors = [loss(model, one).squared_error_BLP for one in alone]
+    torch.testing.assert_close(whole.squared_error_BLP, torch.cat(errors))
+    assert batch.num_tokens == sum(one.num_tokens for one in alone)
+    assert batch.num_visible == sum(one.num_visible for one in alone)
 
 
 @pytest.mark.parametrize("clean_multiple", [2, 4, 9])
@@ -158,13 +171,77 @@ def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:
             return seen[-1][0]
 
         draws = draw(plain, step=step)
-        want, got = plain(watched, latents, draws), padded(watched, latents, draws)
+        batch, padded_batch = plain.prepare(latents, draws), padded.prepare(latents, draws)
+        want, got = plain(watched, batch), padded(watched, padded_batch)
         (prediction, length), (padded_prediction, padded_length) = seen
         torch.testing.assert_close(padded_prediction, prediction, rtol=0, atol=1e-12)
         torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
         # FLOPs are of useful work: padding is none.
-        assert (got.num_tokens, got.num_visible, got.count) == (want.num_tokens, want.num_visible, want.count)
-        assert want.num_tokens == 4 * length
+        counts = [(b.num_tokens, b.num_visible, t.count) for b, t in ((batch, want), (padded_batch, got))]
+        assert counts[0] == counts[1]
+        assert batch.num_tokens == 4 * length
         lengths.append((length, padded_length))
     assert any(length < padded_length for length, padded_length in lengths)
     assert {n for _, n in lengths} <= {2 + 9 + min(i * clean_multiple, 9) for i in range(9)}
+
+
+# ---------------------------------------------------------------------------
+# Ready batches
+
+
+GOLDEN = {
+    "sample": {},
+    "batch_padded": {"ar_split": "batch", "clean_multiple": 4},
+    "equal_dilated_cosine": {
+        "num_ar_steps": 4,
+        "ar_step_sizes": "equal",
+        "token_order": "dilated",
+        "block_size": 3,
+        "ar_weight_schedule": "cosine",
+    },
+    "raster_padded": {"token_order": "raster", "clean_multiple": 4, "seed": 7},
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_batches_are_those_that_runs_have_trained_on(name: str) -> None:
+    """Of the version that drew and laid out in the training thread: a run that goes on sees the same numbers."""
+    tensors = load_file(FOLDER / "batches.safetensors")
+    want = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
+    loss = dataclasses.replace(LOSS, **GOLDEN[name])
+    batch = loss.prepare(seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6)), draw(loss))
+    got = batch.tensors() | {"order_BL": batch.positions_BL, "clean_BLP": batch.clean_BLP[:, : batch.num_clean]}
+    counts = want.pop("counts").tolist()
+    assert counts == [batch.target_BLP.numel(), batch.num_tokens, batch.num_visible]
+    for key, value in want.items():
+        assert got[key].dtype == value.dtype, key
+        if value.dtype.is_floating_point:
+            # The logarithms and roots in a normal number are rounded as the processor's vector units do.
+            assert float((got[key] - value).norm()) <= 1e-6 * float(value.norm()), key
+        else:
+            assert torch.equal(got[key], value), key
+
+
+@pytest.mark.parametrize("last", [1, 9])
+def test_a_batch_that_is_pickled_is_the_same(last: int) -> None:
+    """It travels from the loader's workers packed into one tensor; parts of it may be empty, or shared by samples."""
+    latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
+    draws = dataclasses.replace(draw(), steps_BL=(torch.arange(9) >= 9 - last).long().expand(4, 9))
+    batch = LOSS.prepare(latents, draws)
+    assert batch.num_clean == 9 - last
+    again = pickle.loads(pickle.dumps(batch))
+    assert vars(again).keys() == vars(batch).keys()
+    for name, value in vars(batch).items():
+        assert torch.equal(vars(again)[name], value) if isinstance(value, torch.Tensor) else vars(again)[name] == value
+    assert len({value.untyped_storage().data_ptr() for value in again.tensors().values()}) == 1
+
+
+def test_a_batch_moves_with_all_its_tensors() -> None:
+    batch = LOSS.prepare(torch.zeros(4, 1, 6, 6), draw())
+    moved = batch.to("meta")
+    assert isinstance(moved, Batch)
+    assert len(moved.tensors()) == 10
+    for name, value in batch.tensors().items():
+        assert moved.tensors()[name].device.type == "meta"
+        assert moved.tensors()[name].shape == value.shape
+    assert (moved.step, moved.num_clean, len(moved)) == (7, batch.num_clean, 4)

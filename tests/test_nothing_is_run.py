@@ -28,6 +28,7 @@ from cfpretrain.metrics import read_metrics
 from cfpretrain.source import load_source
 from tests.checkpoints import random_bits, whole, zero_like
 from tests.digits import write_digits
+from tests.latent_shards import as_read
 from tests.runs import STEP, write_run
 
 CPU = torch.device("cpu")
@@ -102,7 +103,7 @@ def read_shards(folder: Path) -> list[Callable[[], Any]]:
     config = load_config(folder.parent / "run" / build.CONFIG_FILE)
 
     def read() -> None:
-        loader = Loader(config, 0, 1)
+        loader = Loader(config, as_read, 0, 1)
         next(loader)
         loader.close()
 

@@ -29,8 +29,11 @@ def loss_of(case: GoldenCase, model: CausalFusion):
         seed=0,
     )
     steps_BL = order.steps_from_sizes(given["ar_step_sizes"])[None].expand(len(given["labels"]), -1)
-    draws = Draws(given["labels"], given["order"], steps_BL, given["timesteps"], patchify(given["noise"], c["patch"]))
-    return loss(model, given["latents"], draws), draws
+    noise_BLP = patchify(given["noise"], c["patch"])
+    ids_B = torch.arange(len(steps_BL))
+    draws = Draws(0, ids_B, given["labels"], given["order"], steps_BL, given["timesteps"], noise_BLP)
+    batch = loss.prepare(given["latents"], draws)
+    return loss(model, batch), batch
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -39,17 +42,14 @@ def test_prediction_loss_and_gradients(name: str) -> None:
     model = case.model()
     predictions = []
     model.register_forward_hook(lambda module, args, output: predictions.append(output.detach()))
-    terms, draws = loss_of(case, model)
+    terms, batch = loss_of(case, model)
     mean = terms.total / terms.count
     mean.backward()
     want = case.group("output.")
     assert disagreement(predictions[0], want["prediction"]) < TOLERANCE
-    assert disagreement(terms.squared_error_BL, want["squared_error"].mean(-1)) < TOLERANCE
+    assert disagreement(terms.squared_error_BLP.mean(-1), want["squared_error"].mean(-1)) < TOLERANCE
     assert disagreement(mean.detach(), want["loss"]) < TOLERANCE
-    weights = order.ar_weights(
-        draws.steps_BL, case.config["max_ar_weight"], case.config["min_ar_weight"], case.config["ar_weight_schedule"]
-    )
-    assert disagreement(weights[0], want["ar_weights"]) < TOLERANCE
+    assert disagreement(batch.weights_BL[0], want["ar_weights"]) < TOLERANCE
 
     grads = to_official({name: p.grad for name, p in model.named_parameters()}, model.grid)
     norms = case.group("output.grad_norm.")

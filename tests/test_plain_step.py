@@ -17,7 +17,9 @@ def test_naive_has_the_official_prediction_loss_and_gradients(name: str) -> None
     c, given, want = case.config, case.group("input."), case.group("output.")
     naive = plain_step.Naive(case.group("weights."), c["heads"], c["patch"])
     steps_BL = order.steps_from_sizes(given["ar_step_sizes"])[None].expand(len(given["labels"]), -1)
-    draws = Draws(given["labels"], given["order"], steps_BL, given["timesteps"], patchify(given["noise"], c["patch"]))
+    noise_BLP = patchify(given["noise"], c["patch"])
+    ids_B = torch.arange(len(steps_BL))
+    draws = Draws(0, ids_B, given["labels"], given["order"], steps_BL, given["timesteps"], noise_BLP)
     knobs = configs.OrderConfig(
         ar_weight_first=c["max_ar_weight"],
         ar_weight_last=c["min_ar_weight"],
@@ -45,7 +47,8 @@ def test_autocast_computes_in_bf16() -> None:
     tensors = case.group("weights.")
     given = case.group("input.")
     steps_BL = order.steps_from_sizes(given["ar_step_sizes"])[None].expand(len(given["labels"]), -1)
-    draws = Draws(given["labels"], given["order"], steps_BL, given["timesteps"], patchify(given["noise"], 1))
+    noise_BLP, ids_B = patchify(given["noise"], 1), torch.arange(len(steps_BL))
+    draws = Draws(0, ids_B, given["labels"], given["order"], steps_BL, given["timesteps"], noise_BLP)
     naive = plain_step.Naive(tensors, case.config["heads"], 1, autocast=True)
     ones = torch.ones_like(steps_BL, dtype=torch.float32)
     _, prediction = naive.loss(given["latents"], draws, plain_step.plain_schedule(configs.Config()), ones)

@@ -18,9 +18,9 @@ import torch
 
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
-from cfpretrain.data.loader import Batch, Loader, Position, order_fingerprint
+from cfpretrain.data.loader import Loader, Position, Samples, order_fingerprint
 from tests.digits import digits, digits_info, small_run, write_latents
-from tests.latent_shards import config_for, write_samples
+from tests.latent_shards import as_read, config_for, write_samples
 from tests.object_store import BUCKET, ObjectStore, running_store
 from tests.processes import REPOSITORY, run_in_processes
 from tools import inspect_shards
@@ -56,16 +56,16 @@ def local_config(folder: Path | str, **settings: Any) -> Config:
     return config_for(folder, mirror_prob=0.5, shuffle_block_size=27, **settings)
 
 
-def take(loader: Loader, num_steps: int) -> list[Batch]:
+def take(loader: Loader, num_steps: int) -> list[Samples]:
     return [batch for _ in range(num_steps) for batch in next(loader)]
 
 
-def local_batches(folder: Path, num_steps: int, position: Position | None = None) -> list[Batch]:
-    with closing(Loader(local_config(folder), 0, 1, position)) as loader:
+def local_batches(folder: Path, num_steps: int, position: Position | None = None) -> list[Samples]:
+    with closing(Loader(local_config(folder), as_read, 0, 1, position)) as loader:
         return take(loader, num_steps)
 
 
-def assert_equal(found: list[Batch], wanted: list[Batch]) -> None:
+def assert_equal(found: list[Samples], wanted: list[Samples]) -> None:
     assert len(found) == len(wanted)
     for one, other in zip(found, wanted, strict=True):
         assert one.epoch == other.epoch
@@ -87,13 +87,15 @@ def test_shards_in_the_store_are_those_of_the_folder(
     address = store.upload(folder, "plain")
     config = s3_config(address, tmp_path / "cache", folder, num_workers=2)
     assert order_fingerprint(config) == order_fingerprint(local_config(folder))
-    with closing(Loader(config, 0, 1)) as loader:
+    with closing(Loader(config, as_read, 0, 1)) as loader:
         assert_equal(take(loader, 6), local_batches(folder, 6))
         position = loader.position
     assert "WARNING: data.cache_limit_gb = " in capsys.readouterr().out
     kept = [path.stat().st_size for path in (tmp_path / "cache").iterdir() if path.is_file()]
     assert shard_bytes(folder) < sum(kept) <= config.data.cache_limit_gb * 1e9
-    with closing(Loader(s3_config(address, tmp_path / "other", folder, num_workers=0), 0, 1, position)) as loader:
+    with closing(
+        Loader(s3_config(address, tmp_path / "other", folder, num_workers=0), as_read, 0, 1, position)
+    ) as loader:
         assert_equal(take(loader, 3), local_batches(folder, 3, position))
 
 
@@ -103,7 +105,7 @@ def test_the_server_dies_in_mid_epoch_and_comes_back(
     address = store.upload(folder, "dies")
 
     healer = threading.Timer(2.0, store.start)
-    with closing(Loader(s3_config(address, tmp_path / "cache", folder, num_workers=2), 0, 1)) as loader:
+    with closing(Loader(s3_config(address, tmp_path / "cache", folder, num_workers=2), as_read, 0, 1)) as loader:
         found = take(loader, 2)
         store.kill()
         healer.start()
@@ -121,7 +123,7 @@ def test_the_server_stays_away(store: ObjectStore, folder: Path, tmp_path: Path)
     address = store.upload(folder, "gone")
     config = s3_config(address, tmp_path / "cache", folder, download_patience_seconds=1.5)
     try:
-        with closing(Loader(config, 0, 1)) as loader:
+        with closing(Loader(config, as_read, 0, 1)) as loader:
             next(loader)
             store.kill()
             message = error_of(lambda: take(loader, 10))
@@ -129,7 +131,7 @@ def test_the_server_stays_away(store: ObjectStore, folder: Path, tmp_path: Path)
         assert "Could not connect to the endpoint" in message
         assert "give the same command again" in message
         assert not multiprocessing.active_children()
-        message = error_of(lambda: Loader(config, 0, 1))
+        message = error_of(lambda: Loader(config, as_read, 0, 1))
         assert message.startswith(f"data.shards: {address}/cfpretrain.json could not be read for ")
     finally:
         store.start()
@@ -138,10 +140,10 @@ def test_the_server_stays_away(store: ObjectStore, folder: Path, tmp_path: Path)
 def test_mistaken_addresses(store: ObjectStore, folder: Path, tmp_path: Path) -> None:
     address = store.upload(folder, "mistaken", "index.json")
     assert f"{address} has no cfpretrain.json" in error_of(
-        lambda: Loader(s3_config(address, tmp_path / "cache", folder), 0, 1)
+        lambda: Loader(s3_config(address, tmp_path / "cache", folder), as_read, 0, 1)
     )
     nowhere = s3_config("s3://no-such-bucket/shards", tmp_path / "cache", folder)
-    assert "s3://no-such-bucket/shards has no cfpretrain.json" in error_of(lambda: Loader(nowhere, 0, 1))
+    assert "s3://no-such-bucket/shards has no cfpretrain.json" in error_of(lambda: Loader(nowhere, as_read, 0, 1))
 
 
 def test_a_file_that_the_store_lacks_or_has_damaged(store: ObjectStore, folder: Path, tmp_path: Path) -> None:
@@ -150,7 +152,7 @@ def test_a_file_that_the_store_lacks_or_has_damaged(store: ObjectStore, folder: 
     whole = (folder / "shard.00004.mds").read_bytes()
 
     def error_in_the_epoch() -> str:
-        with closing(Loader(s3_config(address, tmp_path / "cache", folder), 0, 1)) as loader:
+        with closing(Loader(s3_config(address, tmp_path / "cache", folder), as_read, 0, 1)) as loader:
             return error_of(lambda: take(loader, 4))
 
     for damaged in (whole[:-1], whole[:500] + bytes([whole[500] ^ 1]) + whole[501:]):
@@ -165,7 +167,7 @@ def test_a_file_that_the_store_lacks_or_has_damaged(store: ObjectStore, folder: 
 def test_a_byte_flipped_in_the_cache_is_mended(store: ObjectStore, folder: Path, tmp_path: Path) -> None:
     address, cache = store.upload(folder, "flipped"), tmp_path / "cache"
     config = s3_config(address, cache, folder, cache_limit_gb=0.0)
-    with closing(Loader(config, 0, 1)) as loader:
+    with closing(Loader(config, as_read, 0, 1)) as loader:
         take(loader, 4)
     copies = [path for path in cache.iterdir() if path.is_file()]
     assert len(copies) == NUM_SHARDS
@@ -173,7 +175,7 @@ def test_a_byte_flipped_in_the_cache_is_mended(store: ObjectStore, folder: Path,
         content = bytearray(path.read_bytes())
         content[-40] ^= 1
         path.write_bytes(content)
-    with closing(Loader(config, 0, 1)) as loader:
+    with closing(Loader(config, as_read, 0, 1)) as loader:
         assert_equal(take(loader, 8), local_batches(folder, 8))
     assert sorted(path.read_bytes() for path in copies) == sorted(path.read_bytes() for path in folder.glob("*.mds"))
 
@@ -196,7 +198,7 @@ def test_a_folder_in_the_store_is_inspected(
 
 def read_epochs(config: Config, started: str) -> None:
     """In a process of its own: goes through the data until it is killed."""
-    with closing(Loader(config, 0, 1)) as loader:
+    with closing(Loader(config, as_read, 0, 1)) as loader:
         Path(started).touch()
         take(loader, 100_000)
 
@@ -213,7 +215,7 @@ def test_two_jobs_share_a_cache_and_one_is_killed(store: ObjectStore, folder: Pa
         while not started.exists():
             assert other.is_alive()
             time.sleep(0.01)
-        with closing(Loader(config, 0, 1)) as loader:
+        with closing(Loader(config, as_read, 0, 1)) as loader:
             found = take(loader, 2)
             os.kill(other.pid or 0, signal.SIGKILL)
             other.join()

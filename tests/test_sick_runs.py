@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cfpretrain import runtime
 from cfpretrain.lifeline import StopRequest
+from cfpretrain.loss import Batch
 from tests.digits import small_config
 from tests.processes import run_in_processes
 
@@ -33,18 +34,10 @@ class FaultyLoss:
 
     def __init__(self, loss: Any, factors: dict[int, float], rank: int | None, gradients: bool) -> None:
         self._loss, self._factors, self._rank, self._gradients = loss, factors, rank, gradients
-        self._step = 0
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loss, name)
-
-    def draw(self, step: int, *args: Any) -> Any:
-        self._step = step + 1
-        return self._loss.draw(step, *args)
-
-    def __call__(self, model: Any, latents: Tensor, draws: Any) -> Any:
-        terms = self._loss(model, latents, draws)
-        factor = self._factors.get(self._step, 1.0) if self._rank in (None, runtime.rank()) else 1.0
+    def __call__(self, model: Any, batch: Batch) -> Any:
+        terms = self._loss(model, batch)
+        factor = self._factors.get(batch.step + 1, 1.0) if self._rank in (None, runtime.rank()) else 1.0
         if self._gradients:
             terms.total.register_hook(lambda gradient: gradient * factor)
             return terms

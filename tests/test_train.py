@@ -129,22 +129,21 @@ def test_another_number_of_ranks_and_stage_goes_on(shards: Path, whole_run: Path
 
 def test_draws_are_equal_on_1_2_and_4_ranks(shards: Path, tmp_path: Path) -> None:
     """Number by number, over more than an epoch: samples, orders, splits, t, noise, label drops."""
-    from cfpretrain.build import make_loss
+    from cfpretrain.build import make_prepare
 
     def draws_of(world_size: int) -> list[dict[int, tuple[list[float], ...]]]:
         config = small_config(shards, tmp_path, "train.label_drop_prob=0.5", "data.mirror_prob=0.5")
-        loss = make_loss(config)
-        loaders = [Loader(config, rank, world_size) for rank in range(world_size)]
+        loaders = [Loader(config, make_prepare(config), rank, world_size) for rank in range(world_size)]
         steps: list[dict[int, tuple[list[float], ...]]] = []
         for step in range(8):
             found: dict[int, tuple[list[float], ...]] = {}
             for loader in loaders:
                 for batch in next(loader):
-                    draws = loss.draw(step, batch.epoch, batch.ids_B, batch.labels_B, 16, 4)
+                    assert batch.step == step
+                    of_samples = [value for name, value in batch.tensors().items() if name != "intervals_BMI"]
                     for i, sample in enumerate(batch.ids_B.tolist()):
-                        fields = (draws.labels_B, draws.order_BL, draws.steps_BL, draws.timesteps_B, draws.noise_BLP)
                         assert sample not in found
-                        found[sample] = tuple(f[i].flatten().tolist() for f in (*fields, batch.latents_BCYX))
+                        found[sample] = tuple(value[i].flatten().tolist() for value in of_samples)
             steps.append(found)
         for loader in loaders:
             loader.close()

@@ -307,9 +307,9 @@ def _prepare(config: "Config", device: "torch.device") -> Callable[[], Iterator[
 
     def forward_and_backward() -> None:
         # Its tensors end with it, as those of the trainer's step do.
-        latents_BCYX = torch.zeros(B, model.latent_channels, model.latent_size, model.latent_size, device=device)
+        latents_BCYX = torch.zeros(B, model.latent_channels, model.latent_size, model.latent_size)
         draws = longest(loss.draw(0, 0, ids_B, labels_B, model.num_tokens, model.patch_values), config)
-        terms = loss(engine, latents_BCYX, draws)
+        terms = loss(engine, loss.prepare(latents_BCYX, draws).to(device))
         engine.backward(terms.total / terms.count)
 
     def run_micro_batches() -> Iterator[None]:

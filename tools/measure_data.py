@@ -356,7 +356,7 @@ def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
 
         def ours() -> float:
             begin = _cpu_seconds()
-            with closing(Loader(config, 0, 1)) as loader:
+            with closing(Loader(config, lambda samples, step: samples, 0, 1)) as loader:
                 rate = timed(loader)
             cpu_seconds.append((_cpu_seconds() - begin) / (num_batches * batch_size))
             return rate

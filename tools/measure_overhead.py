@@ -123,10 +123,10 @@ def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     """What a kind of block does without: (owner, name, what stands in for it)."""
     from cfpretrain.trainer import Exchanged
 
-    nothing_to_say = Exchanged(loss=1.0, flops=1.0, must_stop=False, is_writing=False, has_failed=False)
+    trainer.exchanged = Exchanged(1.0, 1.0, 1.0, must_stop=False, is_writing=False, has_failed=False, lacks_data=False)
     unguarded = [
-        (trainer, "exchange", lambda terms: nothing_to_say),
-        (trainer, "is_healthy", lambda loss, grad_norm: True),
+        (trainer, "exchange", lambda terms, batches: None),
+        (trainer, "is_healthy", lambda told, grad_norm: True),
         # Losses that nobody computed do not tell the next block's guard what is usual.
         (trainer.guard, "applied", lambda loss, grad_norm: None),
     ]

@@ -6,6 +6,7 @@ Over the official tensors, and nothing of ours: a dense float mask, a materialis
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -167,7 +168,8 @@ class PlainTraining:
         self._adam.zero_grad()
         losses = []
         for latents_BCYX, draws in micro_batches:
-            here = Draws(**{name: value.to(latents_BCYX.device) for name, value in vars(draws).items()})
+            tensors = {name: value for name, value in vars(draws).items() if isinstance(value, Tensor)}
+            here = replace(draws, **{name: value.to(latents_BCYX.device) for name, value in tensors.items()})
             weights_BL = plain_weights(self._config.order, here.steps_BL)
             loss, _ = self._naive.loss(latents_BCYX, here, self._schedule, weights_BL)
             (loss / len(micro_batches)).backward()

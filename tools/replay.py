@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 from cfpretrain.console import SickRunError, UserError, exit_with, linger, phase, say
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from cfpretrain.config import Config
+    from cfpretrain.loss import Batch, LossTerms
     from cfpretrain.trainer import Trainer
 
 _EXIT_UNEQUAL = 1
@@ -129,19 +128,11 @@ class _Watched:
 
     def __init__(self, loss: Any) -> None:
         self._loss = loss
-        self.seen: list[tuple[Any, Any, Any, Any]] = []
-        self._ids: Any = None
+        self.seen: list[tuple[Batch, LossTerms]] = []
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loss, name)
-
-    def draw(self, step: int, epoch: int, ids_B: "Tensor", *args: Any) -> Any:
-        self._ids = ids_B
-        return self._loss.draw(step, epoch, ids_B, *args)
-
-    def __call__(self, model: Any, latents_BCYX: "Tensor", draws: Any) -> Any:
-        terms = self._loss(model, latents_BCYX, draws)
-        self.seen.append((self._ids, latents_BCYX, draws, terms))
+    def __call__(self, model: Any, batch: "Batch") -> "LossTerms":
+        terms = self._loss(model, batch)
+        self.seen.append((batch.to("cpu"), terms))
         return terms
 
 
@@ -182,28 +173,25 @@ def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
     from cfpretrain import runtime
     from cfpretrain.evaluation.generation import decode_to_look_at
     from cfpretrain.metrics import finite_or_none
-    from cfpretrain.order import ar_weights
+    from cfpretrain.model.transformer import take_tokens, unpatchify
 
     decode, _ = decode_to_look_at(trainer.config, trainer.device)
-    samples, images = [], {}
-    for ids_B, latents_BCYX, draws, terms in watched.seen:
-        error_BL = terms.squared_error_BL.double().cpu()
-        order = trainer.config.order
-        weights_BL = ar_weights(
-            draws.steps_BL, order.ar_weight_first, order.ar_weight_last, order.ar_weight_schedule
-        ).double()
-        for i, sample_id in enumerate(ids_B.tolist()):
+    samples, images, patch_size = [], {}, trainer.config.model.patch_size
+    for batch, terms in watched.seen:
+        loss_B = (batch.weights_BL.double() * terms.squared_error_BLP.mean(-1).double().cpu()).mean(1)
+        for i, sample_id in enumerate(batch.ids_B.tolist()):
             samples.append(
                 {
                     "id": sample_id,
                     "rank": runtime.rank(),
-                    "label": int(draws.labels_B[i]),
-                    "timestep": int(draws.timesteps_B[i]),
-                    "ar_step_sizes": draws.steps_BL[i].unique(return_counts=True)[1].tolist(),
-                    "loss": finite_or_none(float((weights_BL[i] * error_BL[i]).mean())),
+                    "label": int(batch.labels_B[i]),
+                    "timestep": int(batch.timesteps_B[i]),
+                    "ar_step_sizes": batch.steps_BL[i].unique(return_counts=True)[1].tolist(),
+                    "loss": finite_or_none(float(loss_B[i])),
                 }
             )
-        images |= dict(zip(ids_B.tolist(), decode(latents_BCYX).cpu(), strict=True))
+        latents_BCYX = unpatchify(take_tokens(batch.clean_BLP, batch.positions_BL.argsort(1)), patch_size)
+        images |= dict(zip(batch.ids_B.tolist(), decode(latents_BCYX.to(trainer.device)).cpu(), strict=True))
     digest = hashlib.sha256()
     for fragment in trainer.engine.fragments():
         digest.update(fragment.values.cpu().numpy().tobytes())

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from cfpretrain import console, runtime
-from cfpretrain.build import choose_blocks, make_loss, make_model, make_scaling
+from cfpretrain.build import choose_blocks, make_loss, make_model, make_prepare, make_scaling
 from cfpretrain.config import Config
 from cfpretrain.console import Progress
-from cfpretrain.loss import Draws
+from cfpretrain.data.loader import Loader, Prepare, Samples
+from cfpretrain.loss import Batch, Draws
 from cfpretrain.metrics import training_flops
 from cfpretrain.model.transformer import initial_values
 from tools.measuring import synchronise
@@ -70,90 +71,74 @@ class TrainerSide:
         self._trainer.loader.close()
 
 
-MicroBatch = tuple[Tensor, Draws]
-
-
-class DrawnBatches:
-    """The run's micro-batches as latents, which the network sees, and draws, on a CPU; a list for each step."""
-
-    def __init__(self, config: Config) -> None:
-        from cfpretrain.data.loader import Loader
-
-        self._config, self._loss, self._scaling = config, make_loss(config), make_scaling(config)
-        self._loader, self._step = Loader(config, 0, 1), 0
-
-    def __next__(self) -> list[MicroBatch]:
-        model, made = self._config.model, []
-        for batch in next(self._loader):
-            drawn = self._loss.draw(
-                self._step, batch.epoch, batch.ids_B, batch.labels_B, model.num_tokens, model.patch_values
-            )
-            made.append((self._scaling.to_model(batch.latents_BCYX), drawn))
-        self._step += 1
-        return made
-
-    def close(self) -> None:
-        """Ends the loader's workers."""
-        self._loader.close()
-
-
-class _AheadSide:
-    """A side whose batches are made ahead, so that its steps do without a loader."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        self._config, self._device, self._batches = config, device, DrawnBatches(config)
-        self._ready: list[list[MicroBatch]] = []
-
-    def prepare(self, num_steps: int) -> None:
-        """Makes the batches of the next steps, the latents on the device."""
-        for _ in range(num_steps):
-            self._ready.append([(latents.to(self._device), draws) for latents, draws in next(self._batches)])
-
-    def close(self) -> None:
-        """Ends the loader's workers."""
-        self._batches.close()
-
-
-class BareSide(_AheadSide):
-    """The engine and the objective alone."""
+class BareSide:
+    """The engine and the objective alone, on batches that were made ahead."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         from cfpretrain.engine import build_engine
 
+        self._config, self._device, self._loss = config, device, make_loss(config)
         blocks = choose_blocks(config, device.type)
-        self._loss = make_loss(config)
         self._engine = build_engine(lambda: make_model(config, blocks), config, device)
         self._engine.initialise(
             lambda name, shape, offset, count: initial_values(
                 config.run.seed, config.model.grid, name, shape, offset, count
             )
         )
-        super().__init__(config, device)
+        self._loader: Loader[Batch] = Loader(config, make_prepare(config), 0, 1)
+        self._ready: list[list[Batch]] = []
+
+    def prepare(self, num_steps: int) -> None:
+        """Puts the batches of the next steps on the device."""
+        self._ready += [[batch.to(self._device) for batch in next(self._loader)] for _ in range(num_steps)]
 
     def step(self) -> tuple[float, float]:
         """The next step; returns the loss and the FLOPs."""
-        all_terms = []
-        for latents_BCYX, draws in self._ready.pop(0):
-            terms = self._loss(self._engine, latents_BCYX, draws)
-            self._engine.backward(terms.total / terms.count)
-            all_terms.append(terms)
-        train = self._config.train
-        self._engine.step(train.learning_rate)
+        batches, all_terms = self._ready.pop(0), []
+        for batch in batches:
+            all_terms.append(self._loss(self._engine, batch))
+            self._engine.backward(all_terms[-1].total / all_terms[-1].count)
+        self._engine.step(self._config.train.learning_rate)
         loss = statistics.mean(float(terms.total.detach()) / terms.count for terms in all_terms)
-        num_tokens, num_visible = (sum(getattr(t, name) for t in all_terms) for name in ("num_tokens", "num_visible"))
-        return loss, training_flops(self._config.model, train.global_batch_size, num_tokens, num_visible)
+        counts = (sum(getattr(batch, name) for batch in batches) for name in ("num_tokens", "num_visible"))
+        return loss, training_flops(self._config.model, sum(map(len, batches)), *counts)
+
+    def close(self) -> None:
+        """Ends the loader's workers."""
+        self._loader.close()
 
 
-class NaiveSide(_AheadSide):
-    """The plain implementation, on the same numbers."""
+class NaiveSide:
+    """The plain implementation, on the same numbers, drawn ahead."""
 
     def __init__(self, config: Config, device: torch.device, autocast: bool) -> None:
-        self._training = PlainTraining(config, device, autocast)
-        super().__init__(config, device)
+        self._training, self._device = PlainTraining(config, device, autocast), device
+        self._loader: Loader[tuple[Tensor, Draws]] = Loader(config, make_draw(config), 0, 1)
+        self._ready: list[list[tuple[Tensor, Draws]]] = []
+
+    def prepare(self, num_steps: int) -> None:
+        """Puts the latents of the next steps on the device."""
+        for _ in range(num_steps):
+            self._ready.append([(latents.to(self._device), draws) for latents, draws in next(self._loader)])
 
     def step(self) -> tuple[float, float]:
         """The next step; returns the loss, and no FLOPs."""
         return self._training.step(self._ready.pop(0)), 0.0
+
+    def close(self) -> None:
+        """Ends the loader's workers."""
+        self._loader.close()
+
+
+def make_draw(config: Config) -> Prepare[tuple[Tensor, Draws]]:
+    """What makes of samples the latents that the network sees, and the draws: `build.make_prepare` halfway."""
+    scaling, loss, model = make_scaling(config), make_loss(config), config.model
+
+    def draw(samples: Samples, step: int) -> tuple[Tensor, Draws]:
+        drawn = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, model.num_tokens, model.patch_values)
+        return scaling.to_model(samples.latents_BCYX), drawn
+
+    return draw
 
 
 Side = TrainerSide | BareSide | NaiveSide

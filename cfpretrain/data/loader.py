@@ -5,6 +5,9 @@ function of the seed, the epoch, the shards, `repeat`, `num_canonical_nodes` and
 global batches, and a global batch into the ranks' shares, so neither ranks nor accumulation nor workers change what a
 step sees. Nor do they change a sample: mirror and posterior noise are drawn from the seed, the epoch and its id.
 
+Workers also make the samples into what the step needs (`prepare`), and a whole step is read ahead: ranks learn before a
+step begins that one of them cannot read its share.
+
 `StreamingDataset` itself is not used: it repeats samples at the end of an epoch to even out ranks and canonical nodes,
 restarts threads and barriers at every epoch, and keeps state in named shared memory that outlives a killed run. Here
 workers are handed the indices of a micro-batch and need no state; they read ahead across the border of an epoch.
@@ -15,10 +18,10 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +38,8 @@ from cfpretrain.data.shards import Shards, check_infos, fingerprint, samples_an_
 from cfpretrain.data.storage import CacheSettings, RemoteFolder, open_source
 from cfpretrain.lifeline import leave_signals_to_the_rank
 
-_Request = tuple[int, NDArray[np.int64]]  # the epoch, and visits (see `epoch_visits`): one micro-batch
+# The optimizer step, the epoch, and visits (see `epoch_visits`): one micro-batch.
+_Request = tuple[int, int, NDArray[np.int64]]
 
 # What an id says besides the sample's own, which is smaller: noise differs between the visits of an epoch.
 _FOLDER_BIT, _REPETITION_BIT = 40, 56
@@ -50,20 +54,21 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """A micro-batch of one rank."""
+class Samples:
+    """A micro-batch of one rank as it is read."""
 
     ids_B: Tensor  # int64: a sample's id in its folder, + folder << 40, + repetition in the epoch << 56
     epoch: int
     latents_BCYX: Tensor  # float32, drawn from the posterior, raw: shift and scale are the model's
     labels_B: Tensor  # int64
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on `device`."""
-        return Batch(self.ids_B.to(device), self.epoch, self.latents_BCYX.to(device), self.labels_B.to(device))
+
+T = TypeVar("T")
+# What makes of samples, and of the optimizer step that they are for, what `next` of a loader gives.
+Prepare = Callable[[Samples, int], T]
 
 
-class Loader:
+class Loader(Generic[T]):
     """Yields, forever, this rank's micro-batches of each global batch: one list for one optimizer step.
 
     In an epoch every sample comes once, or as often as `data.repeat` says: 2.5 means twice, and once more for a random
@@ -72,14 +77,19 @@ class Loader:
 
     Attributes:
         waited_seconds: spent waiting for batches so far.
+        problem: why the next step's micro-batches cannot be read; None where they can, or nothing was read ahead.
 
     Args:
         config: its `data`, `train`, `model` and `run.seed`; checked by `config.check`.
+        prepare: makes a micro-batch of its samples, in the workers; its result has a method `pin_memory` where it is
+            to be pinned.
         rank: this rank, 0 to world_size - 1.
         world_size: number of ranks.
         position: where to go on; any `Position` this class gave, under any number of ranks.
+        step: the optimizer step that the first list is for; the next is for the step after it.
         ranks_per_node: with more than one node, keeps the shards that a node reads few; changes no global batch.
             None: all ranks are on one node.
+        pinned: put micro-batches into pinned memory.
 
     Raises:
         UserError: the shards are missing, damaged, do not fit the config or end before `position`.
@@ -88,10 +98,13 @@ class Loader:
     def __init__(
         self,
         config: Config,
+        prepare: Prepare[T],
         rank: int,
         world_size: int,
         position: Position | None = None,
+        step: int = 0,
         ranks_per_node: int | None = None,
+        pinned: bool = False,
     ) -> None:
         cache = CacheSettings.of(config.data)
         self._patience = cache.patience
@@ -110,7 +123,10 @@ class Loader:
         self._accumulation = config.accumulation_steps(world_size)
         self._position = self._turn_epoch(self._checked(position or Position()))
         self.waited_seconds = 0.0
-        self._reader: _Reader | None = _Reader(_MicroBatches(folders, config), self._requests(), config)
+        self.problem: str | None = None
+        self._next: list[T] | None = None
+        dataset = _MicroBatches(folders, config, prepare)
+        self._reader: _Reader[T] | None = _Reader(dataset, self._requests(step), config.data.num_workers, pinned)
 
     @property
     def position(self) -> Position:
@@ -122,17 +138,30 @@ class Loader:
         """Global batches in an epoch."""
         return self._num_samples // self._config.train.global_batch_size
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[list[T]]:
         return self
 
-    def __next__(self) -> list[Batch]:
-        assert self._reader is not None, "the loader is closed"
-        with phase("waiting for data", announce=False):
-            begin = time.perf_counter()
-            batches = [self._reader.read() for _ in range(self._accumulation)]
-            self.waited_seconds += time.perf_counter() - begin
+    def __next__(self) -> list[T]:
+        self.read_ahead()
+        if self.problem is not None:
+            raise UserError(self.problem)
+        assert self._next is not None
+        batches, self._next = self._next, None
         self._position = self._after(self._position)
         return batches
+
+    def read_ahead(self) -> None:
+        """Waits for what `next` will give, unless it is there; an error is kept in `problem`."""
+        assert self._reader is not None, "the loader is closed"
+        if self._next is not None or self.problem is not None:
+            return
+        with phase("waiting for data", announce=False):
+            begin = time.perf_counter()
+            try:
+                self._next = [self._reader.read() for _ in range(self._accumulation)]
+            except UserError as error:
+                self.problem = str(error)
+            self.waited_seconds += time.perf_counter() - begin
 
     def close(self) -> None:
         """Ends the worker processes; the position stays readable."""
@@ -157,7 +186,7 @@ class Loader:
         left = self._num_samples - position.samples_in_epoch
         return Position(position.epoch + 1, 0) if left < self._config.train.global_batch_size else position
 
-    def _requests(self) -> Iterator[_Request]:
+    def _requests(self, step: int) -> Iterator[_Request]:
         """This rank's micro-batches from the position on; runs ahead of the consumer, so it keeps its own position."""
         position, batch_size = self._position, self._config.train.global_batch_size
         while True:
@@ -167,8 +196,8 @@ class Loader:
                 begin = position.samples_in_epoch
                 share = self._share(visits[begin : begin + batch_size])
                 for micro_batch in np.split(share, self._accumulation):
-                    yield epoch, micro_batch
-                position = self._after(position)
+                    yield step, epoch, micro_batch
+                position, step = self._after(position), step + 1
 
     def _share(self, global_batch: NDArray[np.int64]) -> NDArray[np.int64]:
         # Neighbours in the order belong to different canonical nodes, so nodes are the fastest axis.
@@ -277,11 +306,11 @@ class _Failure(str):
     """Why a micro-batch could not be read: an exception would leave the worker as a traceback."""
 
 
-class _MicroBatches(Dataset[Batch | _Failure]):
-    """Reads a requested micro-batch; runs in the worker processes."""
+class _MicroBatches(Dataset[T | _Failure]):
+    """Reads and prepares a requested micro-batch; runs in the worker processes."""
 
-    def __init__(self, folders: Sequence[Shards], config: Config) -> None:
-        self._folders = folders
+    def __init__(self, folders: Sequence[Shards], config: Config, prepare: Prepare[T]) -> None:
+        self._folders, self._prepare = folders, prepare
         self._ends = np.cumsum([len(folder) for folder in folders])
         info = folders[0].latents_info
         self._has_posterior, self._has_mirror = info.has_posterior, info.has_mirror
@@ -290,12 +319,15 @@ class _MicroBatches(Dataset[Batch | _Failure]):
         self._epoch_key = functools.lru_cache(lambda purpose, epoch: seeds.fold(seeds.key(seed, purpose), epoch))
         self._mirror_prob = config.data.mirror_prob
 
-    def __getitem__(self, request: _Request) -> Batch | _Failure:
-        epoch, visits = request
+    def __getitem__(self, request: _Request) -> T | _Failure:
+        step, epoch, visits = request
         try:
-            samples, ids_B = self._read(visits)
+            return self._prepare(self._samples(epoch, visits), step)
         except UserError as error:
             return _Failure(error)
+
+    def _samples(self, epoch: int, visits: NDArray[np.int64]) -> Samples:
+        samples, ids_B = self._read(visits)
         mirrored_B = self._draw_mirrored(epoch, ids_B)
         latents_BCYX = self._stack(samples, "mean", mirrored_B)
         if self._mirror_prob > 0 and not self._has_mirror:
@@ -304,7 +336,7 @@ class _MicroBatches(Dataset[Batch | _Failure]):
             keys_B = seeds.fold(self._epoch_key("posterior", epoch), ids_B)
             deviation_BCYX = (0.5 * self._stack(samples, "log_variance", mirrored_B)).exp_()
             latents_BCYX += deviation_BCYX * seeds.normal(keys_B, latents_BCYX.shape[1:])
-        return Batch(ids_B, epoch, latents_BCYX, torch.tensor([int(sample["label"]) for sample in samples]))
+        return Samples(ids_B, epoch, latents_BCYX, torch.tensor([int(sample["label"]) for sample in samples]))
 
     def _read(self, visits: NDArray[np.int64]) -> tuple[list[dict[str, Any]], Tensor]:
         places, repetitions = visits & ((1 << _REPETITION_BIT) - 1), visits >> _REPETITION_BIT
@@ -330,11 +362,10 @@ class _MicroBatches(Dataset[Batch | _Failure]):
         return torch.from_numpy(stacked.astype(np.float32))
 
 
-class _Reader:
+class _Reader(Generic[T]):
     """Reads requests in order, in worker processes that read ahead, or in this process where there are none."""
 
-    def __init__(self, dataset: _MicroBatches, requests: Iterator[_Request], config: Config) -> None:
-        num_workers = config.data.num_workers
+    def __init__(self, dataset: _MicroBatches[T], requests: Iterator[_Request], num_workers: int, pinned: bool) -> None:
         data_loader = DataLoader(
             dataset,
             sampler=_Requests(requests),
@@ -343,16 +374,17 @@ class _Reader:
             # A fork starts in milliseconds; any other way imports torch and streaming again in every worker.
             multiprocessing_context="fork" if num_workers else None,
             worker_init_fn=leave_signals_to_the_rank,
+            pin_memory=pinned,
             generator=torch.Generator(),  # else torch would draw from the global one
         )
         on_child_death, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
-        self._batches: Iterator[Batch | _Failure] = iter(data_loader)
+        self._batches: Iterator[T | _Failure] = iter(data_loader)
         self._workers: set[BaseProcess] = set(multiprocessing.active_children()) - others
         if threading.current_thread() is threading.main_thread():
             # Torch would raise in whatever the main thread does when a worker dies; `read` finds it as well.
             signal.signal(signal.SIGCHLD, on_child_death)
 
-    def read(self) -> Batch:
+    def read(self) -> T:
         """The next micro-batch.
 
         Raises:

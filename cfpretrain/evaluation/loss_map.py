@@ -35,12 +35,14 @@ def measure_loss_map(
     """
     objective = replace(loss, label_drop_prob=0.0)
     num_tokens, device = model.grid**2, latents_NCYX.device
+    latents_NCYX, labels_N = latents_NCYX.cpu(), labels_N.cpu()
     totals, counts = torch.zeros(2, num_bins * num_tokens, dtype=torch.float64)
     for epoch in range(passes):
         for step, ids_B in enumerate(torch.arange(len(latents_NCYX)).chunk(-(-len(latents_NCYX) // _BATCH))):
             shared = epoch * len(latents_NCYX) + step
-            draws = objective.draw(shared, epoch, ids_B, labels_N[ids_B].cpu(), num_tokens, model.patch_values)
-            error_BL = objective(model, latents_NCYX[ids_B.to(device)], draws).squared_error_BL.cpu()
+            draws = objective.draw(shared, epoch, ids_B, labels_N[ids_B], num_tokens, model.patch_values)
+            batch = objective.prepare(latents_NCYX[ids_B], draws)
+            error_BL = objective(model, batch.to(device)).squared_error_BLP.mean(-1).cpu()
             level_B = draws.timesteps_B * num_bins // len(loss.schedule)
             cell_BL = level_B[:, None] * num_tokens + step_begin(draws.steps_BL)
             totals.index_add_(0, cell_BL.flatten(), error_BL.double().flatten())
