@@ -57,6 +57,8 @@ def main() -> None:
         config = _constant_rate(configs.load(arguments.config, arguments.overrides))
         if arguments.fit:
             config = _fitting(config, device)
+        if arguments.compile:  # all blocks have the kernels of one
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
         configs.check(config, 1)
         choose_blocks(config, device.type)
         if arguments.kernels:
@@ -81,6 +83,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--pairs", type=positive, default=6, help="timed steps of each side (default 6)")
     parser.add_argument("--profile", action="store_true", help="profile one step more")
     parser.add_argument("--fit", action="store_true", help="halve the micro-batch until the estimate fits the GPU")
+    parser.add_argument("--compile", action="store_true", help="the same with one block: fills the compilers' caches")
     parser.add_argument("--kernels", action="store_true", help="count the kernels of a compiled block instead")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     return parser.parse_intermixed_args()

@@ -1,6 +1,6 @@
 """Sweeps the launch settings of our attention kernels; prints the best of each and, last, one JSON line.
 
-    python tools/sweep_launches.py --seconds 150
+    python tools/sweep_launches.py --seconds 150 --out launches.json
 
 For each kernel, head width and length: every setting that could do is compiled, in parallel, and then timed alone, on
 the layouts of tools/measure_attention.py. What is printed at the end are lines for `LAUNCHES` of
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=positive, default=150, help="after which it ends with what it has (150)")
     parser.add_argument("--tokens", type=positive, nargs="+", default=[256, 1024], help="of an image (256 1024)")
     parser.add_argument("--head-widths", type=positive, nargs="+", default=[64, 128], help="default 64 128")
+    parser.add_argument("--out", type=Path, help="a file that gets the best settings as JSON")
     parser.add_argument("--worker", type=int, nargs=2, help=argparse.SUPPRESS)  # which of how many: compiles alone
     arguments = parser.parse_args()
     try:
@@ -64,6 +65,8 @@ def main() -> None:
     best = best_settings(timed)
     for line in lines_for_launches(best):
         print(line)
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(best) + "\n")
     print(json.dumps({"best": best, "timed": timed} | whereabouts(device)))
 
 
@@ -134,9 +137,7 @@ class Inputs:
         return lambda: torch.ops.cfpretrain.block_causal_backward(self.gradient, *given, out, lse, *tiles)
 
 
-def time_setting(
-    inputs: Inputs, kernel: str, launch: Launch, repeats: int = _REPEATS, turns: int = _TURNS
-) -> float | None:
+def time_setting(inputs: Inputs, kernel: str, launch: Launch, repeats: int, turns: int) -> float | None:
     """Seconds of an operator with one kernel's setting, the least of some turns; None where it does not run."""
     key = (kernel, inputs.q.shape[-1], inputs.q.element_size())
     with patch.dict(block_causal.LAUNCHES, {key: launch}):
@@ -165,7 +166,7 @@ def sweep(
             if time.monotonic() > end:
                 say(f"out of time at {kernel}, head {head_width}, {length} tokens")
                 return rows
-            seconds = time_setting(inputs, kernel, launch)
+            seconds = time_setting(inputs, kernel, launch, _REPEATS, _TURNS)
             if seconds is not None:
                 timed.append({"launch": list(launch), "seconds": seconds})
         timed.sort(key=lambda one: one["seconds"])
