@@ -159,7 +159,7 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime import bf16_optimizer, utils
     from deepspeed.runtime.fp16 import loss_scaler
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
@@ -173,10 +173,15 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     # It calls every step that is not applied an overflow; the caller knows better, and says so.
     loss_scaler.log_dist = _say_nothing
     # Each of these waits for the device once more in a step. The norm shows what is not finite: `_Gate` looks.
-    assert hasattr(stage_1_and_2, "mask_nan_or_inf_with_val_inplace"), f"DeepSpeed {deepspeed.__version__} differs"
-    stage_1_and_2.DeepSpeedZeroOptimizer.check_overflow = _say_nothing
-    stage_1_and_2.mask_nan_or_inf_with_val_inplace = _say_nothing
-    stage3.DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct = _gradient_norm
+    for owner, name, double in (
+        (stage_1_and_2.DeepSpeedZeroOptimizer, "check_overflow", _say_nothing),
+        (stage_1_and_2, "mask_nan_or_inf_with_val_inplace", _say_nothing),
+        (utils, "mask_nan_or_inf_with_val_inplace", _say_nothing),
+        (bf16_optimizer, "clip_tensors_by_global_norm", _clip),
+        (stage3.DeepSpeedZeroOptimizer_Stage3, "get_grad_norm_direct", _gradient_norm),
+    ):
+        assert hasattr(owner, name), f"{owner.__name__} of DeepSpeed {deepspeed.__version__} has no {name}"
+        setattr(owner, name, double)
     # All that optimizers of ZeRO ask before they apply an update; when refused, they discard the gradients.
     for optimizers in (bf16_optimizer, stage_1_and_2, stage3):
         asked = hasattr(optimizers, "is_invalid_grad_norm")
@@ -188,9 +193,14 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
 
 def _gradient_norm(optimizer: Any, gradients: list[Tensor], parameters: list[nn.Parameter], *_: Any) -> Tensor:
     """In place of stage 3's `get_grad_norm_direct`, which waits for the device; where that one gives -1, no number."""
-    total = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    total = torch.stack(torch._foreach_norm(gradients, 2.0, torch.float64)).square().sum()
     torch.distributed.all_reduce(total, group=optimizer._get_param_partition_group(parameters[0]))
     return total.sqrt()
+
+
+def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu: None = None) -> None:
+    """In place of stage 1's `clip_tensors_by_global_norm`, which asks the device whether it has to."""
+    torch._foreach_mul_([tensor.detach() for tensor in input_tensors], (max_norm / (global_norm + 1e-6)).clamp(max=1))
 
 
 def _say_nothing(*_: Any, **__: Any) -> None:

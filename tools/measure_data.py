@@ -3,6 +3,7 @@
     python tools/measure_data.py make_shards
     python tools/measure_data.py encode
     python tools/measure_data.py loader --latents kl16
+    python tools/measure_data.py ready --latents kl16
 
 Each measurement runs both sides in one process in the order a b, b a, a b, ... and compares their medians. The images
 are made at the start out of the photos that scikit-learn and scikit-image ship.
@@ -60,6 +61,13 @@ def main() -> None:
     loader.add_argument("--batch-size", type=int, default=32, help="latents of a micro-batch (default 32)")
     loader.add_argument("--workers", type=int, help="processes that read (default: one a core)")
     loader.set_defaults(measure=measure_loader)
+
+    ready = commands.add_parser("ready", help="the training thread's time for a batch that workers made ready, or not")
+    ready.add_argument("--latents", choices=sorted(_LATENTS), default="kl16", help="their shape (default kl16)")
+    ready.add_argument("--samples", type=int, default=1024, help="latents in the shards (default 1024)")
+    ready.add_argument("--batch-size", type=int, default=64, help="latents of a micro-batch (default 64)")
+    ready.add_argument("--workers", type=int, default=1, help="processes that read (default 1)")
+    ready.set_defaults(measure=measure_ready)
 
     for command in commands.choices.values():
         command.add_argument("--pairs", type=int, default=5, help="runs of each side (default 5)")
@@ -367,6 +375,54 @@ def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     print(f"{'needed':12} {needed:10.1f} latents/s, which keep {num_busy:.2f} cores busy")
     settings = {"latents": arguments.latents, "num_workers": num_workers}
     return {**measured, **settings, "needed": needed, "cores_busy": num_busy}
+
+
+_MICRO_BATCHES_TIMED = 10
+_PAUSE_SECONDS = 0.5  # in which a device would compute, and workers read ahead
+
+
+def measure_ready(arguments: argparse.Namespace) -> dict[str, Any]:
+    """CPU milliseconds of the training thread for a micro-batch, made by workers and made in that thread."""
+    with phase("loading torch and streaming"):
+        from contextlib import closing
+
+        from cfpretrain.build import make_prepare
+        from cfpretrain.config import Config, DataConfig, ModelConfig, TrainConfig
+        from cfpretrain.data.loader import Loader
+    shape, has_mirror, _ = _LATENTS[arguments.latents]
+
+    def milliseconds(folder: Path, num_workers: int) -> float:
+        batch_size, mirror_prob = arguments.batch_size, has_mirror / 2
+        config = Config(
+            model=ModelConfig(latent_size=shape[1], latent_channels=shape[0], num_classes=2),
+            data=DataConfig((str(folder),), latent_scale=(1.0,), mirror_prob=mirror_prob, num_workers=num_workers),
+            train=TrainConfig(global_batch_size=batch_size, micro_batch_size=batch_size),
+        )
+        with closing(Loader(config, make_prepare(config), 0, 1)) as loader:
+            next(loader)
+            spent = []
+            for _ in range(_MICRO_BATCHES_TIMED):
+                time.sleep(_PAUSE_SECONDS)
+                begin = time.thread_time()
+                next(loader)
+                spent.append(1e3 * (time.thread_time() - begin))
+        return statistics.median(spent)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "latents"
+        with phase(f"writing {arguments.samples} latents"):
+            write_random_latents(folder, shape, has_mirror, arguments.samples)
+        sides = {"made ready by workers": arguments.workers, "made in the training thread": 0}
+        turns = [
+            {name: milliseconds(folder, workers) for name, workers in sides.items()} for _ in range(arguments.pairs)
+        ]
+    spent = {name: [turn[name] for turn in turns] for name in sides}
+    for name, values in spent.items():
+        print(
+            f"{name:28} {statistics.median(values):8.2f} ms of the training thread a micro-batch of "
+            f"{arguments.batch_size} ({min(values):.2f} to {max(values):.2f})"
+        )
+    return {"unit": "ms", "spent": spent, "latents": arguments.latents, "batch_size": arguments.batch_size}
 
 
 def _cpu_seconds() -> float:
