@@ -44,6 +44,12 @@ def test_what_commands_print_last_is_measured(tmp_path: Path) -> None:
     assert (tmp_path / "part_one.0.log").read_text().startswith("so far")
 
 
+def test_a_command_is_told_when_to_end(tmp_path: Path) -> None:
+    one = section("import sys, json; print(json.dumps({'seconds': float('{seconds}')}))", seconds=20.0)
+    [found] = run(one, tmp_path, seconds=100.0)["results"]
+    assert 30 < found["seconds"] <= 50 - gpu_report._MARGIN_SECONDS
+
+
 def test_a_failure_is_named_by_its_last_line(tmp_path: Path) -> None:
     found = run(section(SAYS, "raise ValueError('too little memory')"), tmp_path)
     assert (found["state"], found["why"]) == ("failed", "ValueError: too little memory")

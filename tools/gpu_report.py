@@ -35,6 +35,8 @@ from tools.gpu_report_tables import to_markdown
 
 _ROOT = Path(__file__).resolve().parents[1]
 _POLL_SECONDS = 0.1
+_LIMIT = "{seconds}"  # in a command: after which it must end by itself
+_MARGIN_SECONDS = 15.0
 _COMPILE_THREADS = "2"  # of the compiler in each of many processes
 
 
@@ -45,7 +47,7 @@ class Section:
     Attributes:
         name: of it and of its log.
         seconds: that it takes, roughly.
-        commands: tools with their options; several run at once.
+        commands: tools with their options, `_LIMIT` among them; several run at once.
         needs_gpu: it has nothing to measure without one.
         packages: that it needs beside those of every run.
         only_if_asked: it is left out unless `--only` names it.
@@ -140,7 +142,7 @@ def _on_a_gpu(out: Path) -> list[Section]:
         for width in _HEAD_WIDTHS
     ]
     compiling += [_step(*size, *_TIMED, "--compile") for size in _SIZES.values()]
-    sweep = tool("sweep_launches.py", "--out", str((out / "launches.json").resolve()))
+    sweep = tool("sweep_launches.py", "--seconds", _LIMIT, "--out", str((out / "launches.json").resolve()))
     return [
         Section("compile", 100, tuple(compiling)),
         Section("XL", 70, (_step(*_SIZES["XL"], *_TIMED, "--profile"),)),
@@ -235,10 +237,12 @@ def run_section(section: Section, end: float, out: Path) -> dict[str, Any]:
     """
     say(f"{section.name} ...")
     begin, left = time.monotonic(), max(0.0, end - time.monotonic())
-    deadline = begin + min(left, max(section.seconds, left / 2))
-    logs = [_log_file(out, section, i) for i in range(len(section.commands))]
-    with _processes(section.commands, logs) as processes:
-        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+    limit = min(left, max(section.seconds, left / 2))
+    must_end = str(max(1, int(limit - _MARGIN_SECONDS)))
+    commands = [[part.replace(_LIMIT, must_end) for part in command] for command in section.commands]
+    logs = [_log_file(out, section, i) for i in range(len(commands))]
+    with _processes(commands, logs) as processes:
+        while any(process.poll() is None for process in processes) and time.monotonic() < begin + limit:
             time.sleep(_POLL_SECONDS)
         codes = [process.poll() for process in processes]
     texts = [log.read_text(errors="replace") for log in logs]

@@ -201,6 +201,8 @@ class Measured:
             "building": time.perf_counter() - imported,
             **console.phase_seconds,
         }
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)  # what building took is no memory of a step
 
     def steps(self, num_steps: int) -> list[StepResult]:
         """The next steps, one right after the other."""
