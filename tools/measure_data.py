@@ -335,21 +335,13 @@ def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     with phase("loading torch and streaming"):
         from contextlib import closing
 
-        from cfpretrain.config import Config, DataConfig, ModelConfig, TrainConfig
         from cfpretrain.data.loader import Loader
-        from tools.measuring import on_noise
-    shape, has_mirror, needed = _LATENTS[arguments.latents]
+    needed = _LATENTS[arguments.latents][2]
     batch_size = arguments.batch_size
     num_workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
     num_batches = 2 * arguments.samples // batch_size  # two epochs: the turn counts
     with tempfile.TemporaryDirectory() as temporary:
-        config = Config(
-            model=ModelConfig(latent_size=shape[1], latent_channels=shape[0], num_classes=2),
-            data=DataConfig(latent_scale=(1.0,), mirror_prob=has_mirror / 2, num_workers=num_workers),
-            train=TrainConfig(global_batch_size=batch_size, micro_batch_size=batch_size),
-        )
-        with phase(f"writing {arguments.samples} latents"):
-            config = on_noise(config, Path(temporary), arguments.samples)
+        config = _run_on_noise(arguments, num_workers, Path(temporary))
         folder = Path(config.data.shards[0])
 
         def timed(batches: Any) -> float:
@@ -381,23 +373,31 @@ _MICRO_BATCHES_TIMED = 10
 _PAUSE_SECONDS = 0.5  # in which a device would compute, and workers read ahead
 
 
+def _run_on_noise(arguments: argparse.Namespace, num_workers: int, folder: Path) -> Any:
+    """The config of a run with the loader's options, and its latents, of noise."""
+    from cfpretrain.config import Config, DataConfig, ModelConfig, TrainConfig
+    from tools.measuring import on_noise
+
+    (channels, size, _), has_mirror, _ = _LATENTS[arguments.latents]
+    config = Config(
+        model=ModelConfig(latent_size=size, latent_channels=channels, num_classes=2),
+        data=DataConfig(latent_scale=(1.0,), mirror_prob=has_mirror / 2, num_workers=num_workers),
+        train=TrainConfig(global_batch_size=arguments.batch_size, micro_batch_size=arguments.batch_size),
+    )
+    with phase(f"writing {arguments.samples} latents"):
+        return on_noise(config, folder, arguments.samples)
+
+
 def measure_ready(arguments: argparse.Namespace) -> dict[str, Any]:
     """CPU milliseconds of the training thread for a micro-batch, made by workers and made in that thread."""
     with phase("loading torch and streaming"):
         from contextlib import closing
 
         from cfpretrain.build import make_prepare
-        from cfpretrain.config import Config, DataConfig, ModelConfig, TrainConfig
         from cfpretrain.data.loader import Loader
-    shape, has_mirror, _ = _LATENTS[arguments.latents]
 
     def milliseconds(folder: Path, num_workers: int) -> float:
-        batch_size, mirror_prob = arguments.batch_size, has_mirror / 2
-        config = Config(
-            model=ModelConfig(latent_size=shape[1], latent_channels=shape[0], num_classes=2),
-            data=DataConfig((str(folder),), latent_scale=(1.0,), mirror_prob=mirror_prob, num_workers=num_workers),
-            train=TrainConfig(global_batch_size=batch_size, micro_batch_size=batch_size),
-        )
+        config = _run_on_noise(arguments, num_workers, folder)
         with closing(Loader(config, make_prepare(config), 0, 1)) as loader:
             next(loader)
             spent = []
@@ -408,14 +408,11 @@ def measure_ready(arguments: argparse.Namespace) -> dict[str, Any]:
                 spent.append(1e3 * (time.thread_time() - begin))
         return statistics.median(spent)
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "latents"
-        with phase(f"writing {arguments.samples} latents"):
-            write_random_latents(folder, shape, has_mirror, arguments.samples)
-        sides = {"made ready by workers": arguments.workers, "made in the training thread": 0}
-        turns = [
-            {name: milliseconds(folder, workers) for name, workers in sides.items()} for _ in range(arguments.pairs)
-        ]
+    sides = {"made ready by workers": arguments.workers, "made in the training thread": 0}
+    turns = []
+    for _ in range(arguments.pairs):
+        with tempfile.TemporaryDirectory() as folder:
+            turns.append({name: milliseconds(Path(folder) / name, workers) for name, workers in sides.items()})
     spent = {name: [turn[name] for turn in turns] for name in sides}
     for name, values in spent.items():
         print(
