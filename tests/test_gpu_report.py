@@ -99,6 +99,11 @@ def test_tests_that_fail_are_a_result() -> None:
         "summary": "1 failed, 3 passed, 700 deselected in 12.34s",
         "failures": ["FAILED tests/test_a.py::test_b - assert 1 == 2"],
     }
+    log = "tests/test_a.py::test_b[x y] PASSED [ 10%]\ntests/test_a.py::test_c FAILED [ 20%]\ntests/test_a.py::test_d "
+    assert gpu_report.measured_in(log) == {
+        "summary": "2 tests until its time was over",
+        "failures": ["FAILED tests/test_a.py::test_c"],
+    }
     assert gpu_report.measured_in('{"value": 1}\nWarning: {later}\n{not json\n') == {"value": 1}
     assert gpu_report.measured_in("Traceback\n") is None
 
@@ -253,6 +258,7 @@ def test_tables_of_a_gpu() -> None:
         "attention": {"attention": [row], "not_measured": {"flex, head 128": "no choices"}},
         "gpu tests": {"summary": "1 failed, 19 passed in 60s", "failures": ["FAILED tests/test_x.py::test_y"]},
         "checkpoint": {"stall_seconds": 1.25, "added": {"saving": 0.021}},
+        "batches": {"unit": "ms", "batch_size": 64, "spent": {"by workers": [0.31, 0.22]}},
         "sweep": {
             "best": [
                 {"kernel": "forward", "head_width": 64, "launch": [64, 32, 4, 4], "of_best": 1.02, "lengths": [576]}
@@ -273,6 +279,7 @@ def test_tables_of_a_gpu() -> None:
     assert "- flex, head 128: not measured: no choices" in lines
     assert "gpu tests: 1 failed, 19 passed in 60s" in lines
     assert "| checkpoint: a save keeps the step waiting | 1.25 s |" in lines
+    assert "| batches of 64, by workers: the training thread | 0.22 ms a micro-batch |" in lines
     assert "| forward | 64 | Launch(64, 32, 4, 4) | 1.02 |" in lines
     assert "- 3B: failed: OutOfMemoryError" in lines
 

@@ -1,7 +1,12 @@
 """tools/profile_step.py: kernels have a kind, and what a step is made of adds up."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import Interval
 
 from cfpretrain.config import ModelConfig
 from tools import profile_step
@@ -38,6 +43,40 @@ def test_kinds(name: str, kind: str) -> None:
 def test_kernels_that_overlap_count_once() -> None:
     assert profile_step._union([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (6.0, 6.5)]) == 5.0
     assert profile_step._union([]) == 0.0
+
+
+def event(name: str, begin: float, end: float, device: DeviceType = DeviceType.CPU, named: bool = False) -> Any:
+    return SimpleNamespace(
+        name=name,
+        time_range=Interval(begin, end),
+        device_type=device,
+        is_user_annotation=named,
+        self_cpu_time_total=1.0,
+    )
+
+
+def test_events_of_a_gpu_are_summarised() -> None:
+    gpu = DeviceType.CUDA
+    found = profile_step.summarise(
+        [
+            event("_forward_kernel", 0.0, 9.0, gpu),  # of the step before
+            event("the measured step", 10.0, 100.0),
+            event("the measured step", 20.0, 130.0, gpu, named=True),
+            event("## Call CompiledFxGraph", 20.0, 60.0, gpu, named=True),
+            event("cudaLaunchKernel", 11.0, 12.0),
+            event("cudaStreamSynchronize", 80.0, 99.0),
+            event("cudaDeviceSynchronize", 101.0, 130.0),  # the profiler's own
+            event("nvjet_tst_128x256", 20.0, 60.0, gpu),
+            event("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 50.0, 70.0, gpu),
+            event("Memcpy HtoD (Pinned -> Device)", 70.0, 80.0, gpu),
+            event("_backward_kv_kernel", 110.0, 130.0, gpu),  # launched in the step
+        ],
+        on_gpu=True,
+    )
+    assert found["device_seconds"] == pytest.approx(80e-6)
+    assert (found["num_launches"], found["num_synchronisations"]) == (3, 1)
+    wanted = {"matrix products": 40, "communication": 20, "attention": 20, "copies": 10}
+    assert found["shares"] == pytest.approx({kind: of / 90 for kind, of in wanted.items()})
 
 
 def test_profile(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ Without a GPU it runs the same sections at tiny sizes, in a minute or two.
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -132,7 +133,7 @@ _SAVING += ("--block-steps", "8", "--warm-up-steps", "16", "train.global_batch_s
 _FEATURES = ("one-rank", "--features", "inception", "--batches", "10")
 _ENCODING = ("encode", "--layout", "kl16", "--precision", "bf16", "--images", "512", "--batch-size", "32")
 _OF_ENCODING = ("diffusers", "nvidia.dali", "sklearn")
-_PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-rfE")
+_PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb=short")
 
 
 def _on_a_gpu(out: Path) -> list[Section]:
@@ -159,6 +160,7 @@ def _on_a_gpu(out: Path) -> list[Section]:
         Section("features", 30, (tool("measure_evaluation.py", *_FEATURES, "--batch-size", "128"),)),
         Section("encoding", 50, (tool("measure_data.py", *_ENCODING, "--pairs", "1"),), packages=_OF_ENCODING),
         Section("loader", 30, (tool("measure_data.py", "loader", "--pairs", "1"),)),
+        Section("batches", 25, (tool("measure_data.py", "ready", "--pairs", "1"),)),
         Section("sweep", 150, (sweep,), only_if_asked=True),
     ]
 
@@ -173,7 +175,7 @@ def _on_a_cpu() -> list[Section]:
     saving = ("--config", "configs/tiny.yaml", *small, "--kinds", "full", "saving", "--pairs", "1")
     saving += ("--block-steps", "2", "--warm-up-steps", "2")
     encoding = ("encode", "--images", "8", "--size", "32", "--pairs", "1")
-    loader = ("loader", "--latents", "demo", "--samples", "64", "--pairs", "1")
+    noise = ("--latents", "demo", "--samples", "64", "--pairs", "1")
     return [
         Section("compile", 8, (tool("measure_attention.py", "--compile", *attention), _step(*step, "--compile"))),
         Section("tiny", 8, (_step(*step, "--profile"),)),
@@ -185,7 +187,8 @@ def _on_a_cpu() -> list[Section]:
         Section("checkpoint", 8, (tool("measure_overhead.py", *saving),)),
         Section("features", 8, (tool("measure_evaluation.py", *_FEATURES, "--batch-size", "1"),)),
         Section("encoding", 9, (tool("measure_data.py", *encoding),), packages=_OF_ENCODING),
-        Section("loader", 6, (tool("measure_data.py", *loader),)),
+        Section("loader", 6, (tool("measure_data.py", "loader", *noise),)),
+        Section("batches", 6, (tool("measure_data.py", "ready", *noise),)),
         Section("sweep", 1, (tool("sweep_launches.py"),), needs_gpu=True, only_if_asked=True),
     ]
 
@@ -293,17 +296,23 @@ def _kill_group(process: "subprocess.Popen[bytes]") -> None:
 
 def measured_in(text: str) -> dict[str, Any] | None:
     """What a log ends with: JSON of a tool, or a summary of pytest; None where there is neither."""
-    for line in reversed(text.splitlines()):
+    lines = text.splitlines()
+    for line in reversed(lines):
         if line.startswith("{"):
             try:
-                found = json.loads(line)
+                return dict(json.loads(line))
             except ValueError:
                 continue
-            return dict(found)
-        if " in " in line and any(f" {word}" in line for word in ("passed", "failed", "error", "errors")):
-            failures = [other for other in text.splitlines() if other.startswith(("FAILED", "ERROR "))]
-            return {"summary": line.strip("= "), "failures": failures}
-    return None
+        if re.search(r"\d (passed|failed|errors?|deselected)\b.* in [\d.]+s", line):
+            return {
+                "summary": line.strip("= "),
+                "failures": [one for one in lines if re.match(r"(FAILED|ERROR) ", one)],
+            }
+    verdicts = [match for line in lines if (match := re.match(r"(tests/\S+::.*) (PASSED|FAILED|ERROR)\b", line))]
+    if not verdicts:
+        return None
+    failures = [f"{match[2]} {match[1]}" for match in verdicts if match[2] != "PASSED"]
+    return {"summary": f"{len(verdicts)} tests until its time was over", "failures": failures}
 
 
 def last_line(text: str) -> str:

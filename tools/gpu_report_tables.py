@@ -146,6 +146,9 @@ def _rates(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
             rows.append([f"{what}, {found['cached_attention']}", f"{row['cached_images_per_second']:.3g} images/s"])
         if "rates" in found:
             rows += [[f"{name}, {side}", f"{max(rates):.4g} {found['unit']}"] for side, rates in found["rates"].items()]
+        for side, spent in found.get("spent", {}).items():
+            what = f"{name} of {found['batch_size']}, {side}: the training thread"
+            rows.append([what, f"{min(spent):.2f} {found['unit']} a micro-batch"])
         if "features" in found:
             rows.append([f"{name}, {found['features']}", f"{found['images_per_second']:.4g} images/s"])
         if "stall_seconds" in found:

@@ -1,7 +1,7 @@
 """What a step is made of: kernels by kind, launches, synchronisations; and the kernels of a compiled block."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -52,12 +52,19 @@ def profile(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
         synchronise(device)
     by = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     print(recorded.key_averages().table(sort_by=by, row_limit=_NUM_LISTED, max_name_column_width=60))
-    events = list(recorded.events() or [])
-    [span] = [event.time_range for event in events if event.name == _RANGE and event.device_type == DeviceType.CPU]
+    return summarise(recorded.events() or [], on_gpu=device.type == "cuda")
+
+
+def summarise(events: Iterable[Any], on_gpu: bool) -> dict[str, Any]:
+    """What `profile` returns, from the events of the profiler."""
+    events = list(events)
+    span = next(event.time_range for event in events if event.name == _RANGE and event.device_type == DeviceType.CPU)
+    # What the host has launched may begin later than the range ends.
     inside = [event for event in events if span.start <= event.time_range.start and event.name != _RANGE]
-    if device.type == "cuda":
-        worked = [(event.name, event.time_range.elapsed_us()) for event in inside if _is_of_device(event)]
-        busy = _union([(event.time_range.start, event.time_range.end) for event in inside if _is_of_device(event)])
+    if on_gpu:
+        kernels = [event for event in inside if _is_of_device(event)]
+        worked = [(event.name, event.time_range.elapsed_us()) for event in kernels]
+        busy = _union([(event.time_range.start, event.time_range.end) for event in kernels])
     else:
         worked = [(event.name, event.self_cpu_time_total) for event in inside]
         busy = sum(microseconds for _, microseconds in worked)
@@ -65,7 +72,7 @@ def profile(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
     return {
         "device_seconds": busy / 1e6,
         "shares": _shares(worked),
-        "num_launches": sum(not _IS_NO_LAUNCH.match(n) for n, _ in worked) if device.type == "cuda" else 0,
+        "num_launches": sum(not _IS_NO_LAUNCH.match(name) for name, _ in worked) if on_gpu else 0,
         "num_synchronisations": len(waits),
     }
 
