@@ -232,7 +232,7 @@ def run_section(section: Section, end: float, out: Path) -> dict[str, Any]:
 
     Args:
         section: whose commands print JSON on their last line, or, of pytest, a summary.
-        end: of the report, by `time.monotonic`. A section that hangs leaves half of what is left to the others.
+        end: of the report, by `time.monotonic`.
         out: folder of the log.
 
     Returns:
@@ -240,7 +240,7 @@ def run_section(section: Section, end: float, out: Path) -> dict[str, Any]:
     """
     say(f"{section.name} ...")
     begin, left = time.monotonic(), max(0.0, end - time.monotonic())
-    limit = min(left, max(section.seconds, left / 2))
+    limit = seconds_for(section, left)
     must_end = str(max(1, int(limit - _MARGIN_SECONDS)))
     commands = [[part.replace(_LIMIT, must_end) for part in command] for command in section.commands]
     logs = [_log_file(out, section, i) for i in range(len(commands))]
@@ -260,6 +260,11 @@ def run_section(section: Section, end: float, out: Path) -> dict[str, Any]:
     else:
         found |= {"state": "measured"}
     return found
+
+
+def seconds_for(section: Section, seconds_left: float) -> float:
+    """How long a section may take: one that hangs leaves half of what is left to the others."""
+    return min(seconds_left, max(section.seconds, seconds_left / 2))
 
 
 def _log_file(out: Path, section: Section, number: int) -> Path:
