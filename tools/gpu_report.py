@@ -4,9 +4,9 @@
     python tools/gpu_report.py --minutes 8 --out sweep --only environment sweep
 
 Nothing is downloaded: training runs on shards of noise, networks have random weights. Each section is a measuring tool
-in a process of its own, in the order of their worth; `compile` fills the caches of the compilers in many processes
-before anything is timed. When the time is over, what still runs is ended with its children, and the report holds what
-there is: report.json and report.md are written again after every section, and SECTION.log holds what a section said. A
+in a process of its own, in order of priority; `compile` fills the caches of the compilers in many processes before
+anything is timed. When the time is over, what still runs is ended with its children, and the report holds what there
+is: report.json and report.md are written again after every section, and SECTION.log holds what a section said. A
 section that fails, or whose GPU or package is not there, says so and ends nothing.
 
 Without a GPU it runs the same sections at tiny sizes, in a minute or two.
@@ -113,7 +113,7 @@ def _step(config: str, *options: str) -> tuple[str, ...]:
 
 
 def sections(on_gpu: bool, out: Path) -> list[Section]:
-    """The sections, most worth knowing first; on a CPU with tiny sizes, so that they do not rot."""
+    """The sections in order of priority; on a CPU with tiny sizes, so that tests run them all."""
     return _on_a_gpu(out) if on_gpu else _on_a_cpu()
 
 
