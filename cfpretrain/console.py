@@ -112,6 +112,10 @@ def linger() -> None:
         time.sleep(_LINGER_SECONDS)
 
 
+# Seconds of the phases that have ended in this process, for those who measure starts.
+phase_seconds: dict[str, float] = {}
+
+
 @contextmanager
 def phase(name: str, announce: bool = True) -> Iterator[None]:
     """Names what begins now, and repeats it every 5 s until it ends, so that nobody waits in the dark.
@@ -137,6 +141,7 @@ def phase(name: str, announce: bool = True) -> Iterator[None]:
     finally:
         ended.set()
         heart.join()
+        phase_seconds[name] = phase_seconds.get(name, 0.0) + time.monotonic() - begin
 
 
 class Progress:

@@ -232,11 +232,6 @@ def _say_nothing(*_: Any, **__: Any) -> None:
     """In place of a function of DeepSpeed's that has nothing to say to us."""
 
 
-def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, **_: Any) -> None:
-    """In place of stage 1's clipping in bf16, which asks the device whether to clip, and scales tensor by tensor."""
-    torch._foreach_mul_(input_tensors, torch.clamp(max_norm / (global_norm + 1e-6), max=1.0))
-
-
 class _Gate:
     """Where the optimizers ask whether to apply an update, on all ranks with the same gradient norm."""
 

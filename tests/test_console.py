@@ -55,6 +55,17 @@ def test_a_long_phase_says_that_it_lives(monkeypatch, capsys) -> None:
     assert capsys.readouterr().out == ""
 
 
+def test_seconds_of_phases_add_up(monkeypatch) -> None:
+    monkeypatch.setattr(console, "phase_seconds", {})
+    with console.phase("reading"):
+        pass
+    first = console.phase_seconds["reading"]
+    with pytest.raises(ValueError, match="damaged"), console.phase("reading"):
+        raise ValueError("damaged")
+    assert console.phase_seconds.keys() == {"reading"}
+    assert console.phase_seconds["reading"] > first >= 0
+
+
 def test_progress_without_a_terminal_is_lines(monkeypatch, capsys) -> None:
     monkeypatch.setattr(console, "_HEARTBEAT_SECONDS", 0.0)
     progress = console.Progress(num_steps=100, step=0)

@@ -75,6 +75,14 @@ def test_speed(monkeypatch, capsys) -> None:
     assert max(row["difference"] for row in found["rows"]) < 1e-4
 
 
+def test_speed_alone(monkeypatch, capsys) -> None:
+    options = ["--config", "configs/tiny.yaml", "--num-ar-steps", 2, "--pairs", 1, "--batch-size", 2]
+    found = measure(monkeypatch, capsys, "speed", *options, *QUICK, "--alone", "--precision", "bf16")
+    [row] = found["rows"]
+    assert row.keys() == {"num_ar_steps", "cached_images_per_second"}
+    assert row["cached_images_per_second"] > 0
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
