@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import io
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +22,9 @@ from cfpretrain.loss import NoisePredictionLoss
 from cfpretrain.model.norm import has_apex
 from cfpretrain.model.transformer import BlockSettings, CausalFusion, initial_values
 from cfpretrain.noise import linear_schedule
+from tests.closeness import disagreement
 from tests.processes import run_in_processes
+from tests.strictness import make_warnings_errors
 
 CPU = torch.device("cpu")
 STAGES = (0, 1, 2, 3)
@@ -208,7 +209,7 @@ def received(runs: dict[Any, Run]) -> dict[Any, Run]:
 def process_group() -> Iterator[None]:
     """A process group in which torch's warnings are errors, and so is whatever DeepSpeed logs or prints."""
     dist.init_process_group("gloo")
-    warnings.simplefilter("error")
+    make_warnings_errors()
     said = io.StringIO()
     # DeepSpeed's log goes to the standard output of the moment it is imported, which is below.
     with contextlib.redirect_stdout(said):
@@ -321,8 +322,8 @@ def check_sampling(stage: int, precision: str) -> None:
     module = Toy().to(outputs[0].dtype)
     module.load_state_dict({name: whole[f"{name}/values"].view_as(p) for name, p in module.named_parameters()})
     tolerance = 1e-6 if precision == "fp32" else 2e-2
-    torch.testing.assert_close(outputs[0], module([tokens], head=True), rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(outputs[1], module([tokens]), rtol=tolerance, atol=tolerance)
+    assert disagreement(outputs[0], module([tokens], head=True)) < tolerance
+    assert disagreement(outputs[1], module([tokens])) < tolerance
 
 
 def check_restore(source: int, targets: tuple[int, ...], precision: str, micro_batch_size: int) -> None:
@@ -451,7 +452,8 @@ def assert_same_training(run: Run, other: Run, tolerance: float) -> None:
     assert run.grad_norms == pytest.approx(other.grad_norms, rel=tolerance)
     for key, expected in other.final.items():
         if key.endswith("/values"):
-            torch.testing.assert_close(run.final[key], expected, rtol=tolerance, atol=tolerance)
+            # Adam divides by a gradient's size, which magnifies the rounding of the smallest.
+            assert disagreement(run.final[key], expected) < max(tolerance, 1e-4), key
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -485,7 +487,7 @@ def test_training_is_that_of_plain_torch_with_clipping(stage: int, two: Any, one
         assert run.losses == pytest.approx(losses, rel=1e-5)
         assert run.grad_norms == pytest.approx(norms, rel=1e-5)
         for name, expected in weights.items():
-            torch.testing.assert_close(run.final[f"{name}/values"], expected, rtol=1e-4, atol=1e-5)
+            assert disagreement(run.final[f"{name}/values"], expected) < 1e-4, name
 
 
 @pytest.mark.parametrize("stage", STAGES)

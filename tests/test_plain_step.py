@@ -7,7 +7,8 @@ from cfpretrain import config as configs
 from cfpretrain import noise, order
 from cfpretrain.loss import Draws
 from cfpretrain.model.transformer import patchify
-from tests.golden_cases import CASES, disagreement, load
+from tests.closeness import disagreement
+from tests.golden_cases import CASES, load
 from tools import plain_step
 
 
@@ -30,11 +31,12 @@ def test_naive_has_the_official_prediction_loss_and_gradients(name: str) -> None
     loss, prediction = naive.loss(given["latents"], draws, schedule, weights_BL)
     loss.backward()
     assert disagreement(weights_BL[0], want["ar_weights"]) < 1e-5
-    assert disagreement(prediction.detach(), want["prediction"]) < 1e-5
-    assert disagreement(loss.detach(), want["loss"]) < 1e-5
+    # Both are float32 and sum in orders of their own.
+    assert disagreement(prediction, want["prediction"]) < 3e-5
+    assert disagreement(loss, want["loss"].squeeze()) < 1e-5
     for parameter, norm in case.group("output.grad_norm.").items():
         if not parameter.endswith("k_norm.bias"):  # softmax ignores it
-            assert disagreement(naive.weights[parameter].grad.norm(), norm) < 1e-5, parameter
+            assert disagreement(naive.weights[parameter].grad.norm(), norm.squeeze()) < 1e-5, parameter
 
 
 def test_naive_schedule_is_the_run_s() -> None:
@@ -53,4 +55,4 @@ def test_autocast_computes_in_bf16() -> None:
     ones = torch.ones_like(steps_BL, dtype=torch.float32)
     _, prediction = naive.loss(given["latents"], draws, plain_step.plain_schedule(configs.Config()), ones)
     assert prediction.dtype == torch.bfloat16
-    assert 1e-5 < disagreement(prediction.detach().float(), case.tensors["output.prediction"]) < 0.1
+    assert 1e-5 < disagreement(prediction, case.tensors["output.prediction"]) < 0.1
