@@ -298,7 +298,8 @@ def _buffers(plan: Plan) -> int:
     if not _has_buckets(plan):
         return 0
     count = 2 if plan.overlap and plan.zero_stage < 3 else 1
-    return count * _FP32 * plan.bucket_numel
+    # Stage 2 fills its buckets with gradients as they come.
+    return count * (plan.value_bytes if plan.zero_stage == 2 else _FP32) * plan.bucket_numel
 
 
 def _gathered(network: Network, plan: Plan) -> int:
@@ -317,9 +318,9 @@ def _conversions(network: Network, plan: Plan) -> int:
     """Copies of gradients that are on their way into their sums while the activations still live."""
     fc1 = 4 * network.width**2
     copies = (plan.value_bytes + _FP32) * fc1
-    if plan.zero_stage >= 2:
-        # A full bucket is flattened and cut for the ranks.
-        copies += 2 * _FP32 * min(plan.bucket_numel, network.num_parameters)
+    # At stage 3 a full bucket is flattened and cut for the ranks, at stage 2 in bf16 it is summed in an fp32 copy.
+    num_copies = {2: int(plan.precision == "bf16"), 3: 2}.get(plan.zero_stage, 0)
+    copies += num_copies * _FP32 * min(plan.bucket_numel, network.num_parameters)
     if plan.zero_stage == 2 or plan.overlap:
         copies += _new_sums(network, plan)
     return copies

@@ -207,6 +207,7 @@ class Trainer:
 
     def _restore(self, candidates: Sequence[Path]) -> TrainingState:
         """Weights, moments, EMA and the guard's window from the first of these checkpoints that is whole."""
+        self.ema.wait()
         for checkpoint in candidates:
             try:
                 with phase(f"resuming from {checkpoint}"):
@@ -269,6 +270,7 @@ class Trainer:
             raise
         finally:
             self.loader.close()
+            self.ema.close()
         return True
 
     def follow_step(self) -> None:
@@ -297,6 +299,7 @@ class Trainer:
 
         told = self.exchange(terms, batches)
         learning_rate = self._learning_rate()
+        self.ema.wait()
         applied = self.engine.step(learning_rate, lambda grad_norm: self.is_healthy(told, grad_norm))
         if applied:
             self.ema.update()
@@ -479,6 +482,7 @@ class Trainer:
             wandb_run_id=self.tracker.run_id,
             versions=package_versions(),
         )
+        self.ema.wait()
         self.writer.begin(state)
 
     def _note_checkpoint(self, outcome: Outcome | None) -> None:

@@ -125,8 +125,11 @@ def _alternatives(plan: "Plan") -> list["Plan"]:
 
 
 def _change(plan: "Plan", **changes: Any) -> "Plan":
+    from cfpretrain.engine import overlaps
+
     changed = dataclasses.replace(plan, **changes)
-    return dataclasses.replace(changed, overlap=changed.on_gpu and changed.zero_stage > 0)
+    overlap = overlaps(changed.zero_stage, changed.num_ranks, changed.on_gpu)
+    return dataclasses.replace(changed, overlap=overlap)
 
 
 def _is_possible(plan: "Plan") -> bool:
@@ -318,6 +321,7 @@ def _prepare(config: "Config", device: "torch.device") -> Callable[[], Iterator[
             for _ in range(engine.accumulation_steps):
                 forward_and_backward()
                 yield
+            ema.wait()
             engine.step(0.0)
             ema.update()
 
