@@ -47,6 +47,12 @@ def leave_with(reason: str) -> NoReturn:
     os._exit(EXIT_REQUEUE)
 
 
+def leave_before_training(*_: object) -> None:
+    """Ends this process at a signal that comes before training: there is nothing to finish and nothing to save."""
+    say("stopped before training began; the same command starts it")
+    os._exit(EXIT_REQUEUE)
+
+
 def leave_on_signals() -> None:
     """From here on SIGTERM, SIGINT and SIGUSR1 end this process: what is written stays, the rest is cheap to do again.
 

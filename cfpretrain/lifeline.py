@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cfpretrain import runtime
-from cfpretrain.console import EXIT_REQUEUE
+from cfpretrain.console import EXIT_REQUEUE, leave_before_training
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -45,11 +45,16 @@ class StopRequest:
 
     The run then finishes its step, saves and ends. Signals within 2 s of the first count as one; a later one ends the
     process at once.
+
+    Attributes:
+        reason: what asked it to stop; None where nothing has.
+        has_begun: there is something to finish; before, the first request ends the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_begun: bool = True) -> None:
         """Takes the signals over, for the life of the process; on the main thread."""
         self.reason: str | None = None
+        self.has_begun = has_begun
         self._asked_at = 0.0
         self._launcher = Launcher()
         # Python runs handlers between its own instructions only; the pipe is written in the middle of a collective too.
@@ -70,6 +75,8 @@ class StopRequest:
 
     def _ask(self, reason: str, number: int) -> None:
         now = time.monotonic()
+        if not self.has_begun:  # the main thread may wait for other ranks, where no handler is called
+            leave_before_training()
         if self.reason is None:
             self.reason, self._asked_at = reason, now
             if runtime.rank() == 0:

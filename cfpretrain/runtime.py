@@ -1,6 +1,7 @@
 """Ranks and the device: who we are in the run, and how ranks agree."""
 
 import fcntl
+import importlib
 import os
 import resource
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from cfpretrain import __version__
 from cfpretrain.console import UserError, leave_with, phase
 
 # Longer than `guard.rank_timeout_seconds` usually is, which says more when it ends.
@@ -66,6 +68,9 @@ def start(device: torch.device) -> None:
     """Joins the process group (nccl with gloo for CPU tensors on a GPU, gloo on a CPU).
 
     Sets LOCAL_WORLD_SIZE, which mosaicml-streaming reads and the deepspeed launcher leaves unset.
+
+    Raises:
+        UserError: on rank 0: another process listens on the port where ranks meet.
     """
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
@@ -74,7 +79,15 @@ def start(device: torch.device) -> None:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_PORT" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        except dist.DistNetworkError as error:
+            if "address already in use" not in str(error).lower():
+                raise
+            raise UserError(
+                f"--master_port: {os.environ['MASTER_PORT']} is in use on this machine, perhaps by another run; "
+                f"start this one with: deepspeed --master_port {_free_port()} ..."
+            ) from error
         return
     # One process without a launcher: a store inside this process, on a port that the system picks.
     store: Any = dist.TCPStore(  # type: ignore[attr-defined]
@@ -82,6 +95,12 @@ def start(device: torch.device) -> None:
     )
     os.environ["MASTER_PORT"] = str(store.port)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def stop() -> None:
@@ -263,6 +282,14 @@ class FolderLock:
     def _holder(self) -> str:
         self._file.seek(0)
         return self._file.read().strip() or "of an unknown process"
+
+
+def package_versions(*modules: str) -> dict[str, str]:
+    """Versions of cfpretrain and of the packages with these modules, as the modules say them.
+
+    A package on PYTHONPATH that was never installed has no metadata to ask.
+    """
+    return {"cfpretrain": __version__, **{name: str(importlib.import_module(name).__version__) for name in modules}}
 
 
 def peak_rss_mb() -> float:

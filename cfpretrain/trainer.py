@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ from cfpretrain.run_folder import finished_step, is_done, prepare_folder, remove
 from cfpretrain.sampler import Guidance
 from cfpretrain.tensor_files import DamagedCheckpointError
 
-_PACKAGES = ("torch", "deepspeed", "mosaicml-streaming")
+_PACKAGES = ("torch", "deepspeed", "streaming")  # they decide numbers
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 _MOST_STEPS_LISTED = 1000
 _LONG_WAIT_SHARE = 0.05  # of a step's time: the loader is worth a look
@@ -452,7 +451,7 @@ class Trainer:
             model=to_plain(self.config)["model"],
             data_fingerprint=self.loader.fingerprint,
             wandb_run_id=self.tracker.run_id,
-            versions=package_versions(),
+            versions=runtime.package_versions(*_PACKAGES),
         )
         self.writer.begin(state)
 
@@ -623,7 +622,7 @@ class Trainer:
             "loss_first": losses[0] if losses else None,
             "loss_last": sum(tail) / len(tail) if losses else None,
             "peak_rss_mb": max(peak_rss_mb),
-            "versions": package_versions(),
+            "versions": runtime.package_versions(*_PACKAGES),
         }
 
 
@@ -673,8 +672,3 @@ def _describe(blocks: BlockSettings) -> str:
     ways += ["activations recomputed"] * blocks.checkpoint_activations
     ways += ["apex LayerNorm"] * blocks.fused_norm
     return "; ".join(ways)
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide numbers."""
-    return {name: version(name) for name in ("cfpretrain", *_PACKAGES)}

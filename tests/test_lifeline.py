@@ -14,7 +14,15 @@ import torch
 from cfpretrain import lifeline, runtime
 from cfpretrain.console import EXIT_REQUEUE, UserError
 from tests.digits import small_config, small_run
-from tests.processes import REPOSITORY, Rank, run_in_processes, run_script, start_script
+from tests.processes import (
+    REPOSITORY,
+    Rank,
+    free_port,
+    launcher_environment,
+    run_in_processes,
+    run_script,
+    start_script,
+)
 
 TRAIN = "cfpretrain/train.py"
 # It would train on for long: what happens to it comes while it does.
@@ -124,6 +132,21 @@ def test_a_signal_while_it_loads_is_one_line() -> None:
     assert ended.returncode == EXIT_REQUEUE, ended.stderr
     assert ended.stdout.endswith("[cfpretrain] stopped before training began; the same command starts it\n")
     assert ended.stderr == ""
+
+
+def test_a_signal_while_it_waits_for_other_ranks_ends_it_at_once(shards: Path, tmp_path: Path) -> None:
+    """As where rank 0 has found its port in use, and the launcher ends the others."""
+    arguments = ["--local_rank=0", *small_run(shards, tmp_path / "run", *LONG)]
+    rank = Rank(TRAIN, arguments, launcher_environment(0, 2, free_port()))
+    deadline = time.monotonic() + 200
+    while "still waiting for all ranks" not in rank.said():
+        assert time.monotonic() < deadline
+        assert rank.poll() is None, rank.communicate()
+        time.sleep(0.05)
+    rank.send_signal(signal.SIGTERM)
+    [(code, said)] = end([rank])
+    assert code == EXIT_REQUEUE, said
+    assert said.endswith("[cfpretrain] stopped before training began; the same command starts it\n")
 
 
 SLEEPER = """

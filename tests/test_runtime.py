@@ -1,5 +1,8 @@
 """Ranks: agreement and sums over real processes, and a single process without a launcher."""
 
+import os
+import re
+import socket
 import time
 from typing import Any
 
@@ -78,8 +81,6 @@ def test_one_process_needs_no_others() -> None:
 
 
 def alone() -> list[object]:
-    import os
-
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     before = [runtime.rank(), runtime.world_size(), runtime.gather("x")]
@@ -91,6 +92,25 @@ def alone() -> list[object]:
 
 def test_one_process_needs_no_launcher() -> None:
     assert run_in_processes(alone, 1) == [[0, 1, ["x"], ["x"], 1, "1"]]
+
+
+def meet_where_another_listens() -> str:
+    with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):
+        with pytest.raises(UserError) as raised:
+            runtime.start(torch.device("cpu"))
+        return str(raised.value)
+
+
+def test_a_port_in_use_is_one_line_with_a_free_one() -> None:
+    [said] = run_in_processes(meet_where_another_listens, 1)
+    found = re.fullmatch(
+        r"--master_port: (\d+) is in use on this machine, .* start this one with: deepspeed --master_port (\d+) \.\.\.",
+        said,
+    )
+    assert found is not None, said
+    assert found[1] != found[2]
+    with socket.create_server(("127.0.0.1", int(found[2]))):
+        pass  # it is free
 
 
 def test_without_a_group_a_process_agrees_with_itself() -> None:

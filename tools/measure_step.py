@@ -13,6 +13,7 @@ logging are left out on both sides. FLOPs count visible pairs of attention only.
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -23,7 +24,6 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ from cfpretrain.model.transformer import Block, BlockSettings, initial_values, i
 from cfpretrain.order import Condition, Image, build_layout, count_visible, draw_steps, shares_split
 
 _NAIVE = ("naive", "naive-autocast")
-_PACKAGES = ("cfpretrain", "torch", "triton", "deepspeed")
+_PACKAGES = ("torch", "triton", "deepspeed")
 _LEARNING_RATE = 1e-4  # constant, so that both sides' losses soon depend on their gradients
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 
@@ -764,14 +764,9 @@ def _block_run(
 # Where it was measured
 
 
-def _versions() -> dict[str, str | None]:
-    def find(name: str) -> str | None:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    return {"python": platform.python_version(), **{name: find(name) for name in _PACKAGES}}
+def _versions() -> dict[str, str]:
+    there = [name for name in _PACKAGES if importlib.util.find_spec(name)]
+    return {"python": platform.python_version(), **runtime.package_versions(*there)}
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:
