@@ -18,7 +18,15 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # from a checkout that is not installed not at all under theirs.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cfpretrain.console import EXIT_REQUEUE, SickRunError, UserError, exit_with, leave_before_training, phase, say
+from cfpretrain.console import (
+    EXIT_REQUEUE,
+    SickRunError,
+    UserError,
+    ending_in_one_line,
+    leave_before_training,
+    phase,
+    say,
+)
 
 if TYPE_CHECKING:
     from cfpretrain.config import Config
@@ -46,13 +54,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """The command."""
     arguments = parse()
-    try:
+    with ending_in_one_line():
         if arguments.dry_run:
             dry_run(arguments)
         else:
             run(arguments)
-    except (UserError, SickRunError) as error:
-        exit_with(error)
 
 
 def dry_run(arguments: argparse.Namespace) -> None:
@@ -154,7 +160,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         runtime.agree(problem)
         finished = trainer.run(config, device, stop)
-    except (UserError, SickRunError):
+    except (UserError, SickRunError, SystemExit):  # the last where memory ran out
         if problem is None:  # the folder is this run's
             run_folder.remove_requeue(Path(config.run.folder))
         raise

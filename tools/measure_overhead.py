@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from typing import Any
 from unittest.mock import patch
 
-from cfpretrain.console import Progress, UserError, exit_with, phase, say
+from cfpretrain.console import Progress, ending_in_one_line, phase, say
 
 _KINDS = ("bare", "unguarded", "full", "saving")
 _ADDS = {
@@ -42,10 +42,8 @@ def main() -> None:
     parser.add_argument("--block-steps", type=int, default=50, help="steps of a block (default 50)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args()
-    try:
+    with ending_in_one_line():
         run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -54,19 +52,15 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain import config as configs
         from cfpretrain import runtime, trainer
     device = runtime.pick_device()
-    runtime.start(device)
-    try:
-        # Rank 0's folder serves all ranks; the others' stay empty.
-        with tempfile.TemporaryDirectory() as own:
-            shared = runtime.gather(own)[0]
-            overrides = [*arguments.overrides, f"run.folder={shared}", "metrics.wandb=disabled"]
-            config = configs.load(arguments.config, overrides)
-            configs.check(config, runtime.world_size())
-            trainer.prepare_folder(config, device)
-            measured = _measure(trainer.Trainer(config, device), arguments)
-            runtime.barrier()
-    finally:
-        runtime.stop()
+    # Rank 0's folder serves all ranks; the others' stay empty.
+    with runtime.ranks_of_a_tool(device), tempfile.TemporaryDirectory() as own:
+        shared = runtime.gather(own)[0]
+        overrides = [*arguments.overrides, f"run.folder={shared}", "metrics.wandb=disabled"]
+        config = configs.load(arguments.config, overrides)
+        configs.check(config, runtime.world_size())
+        trainer.prepare_folder(config, device)
+        measured = _measure(trainer.Trainer(config, device), arguments)
+        runtime.barrier()
     if runtime.rank() == 0:
         _print(measured)
 

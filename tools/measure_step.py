@@ -35,7 +35,7 @@ from cfpretrain import config as configs
 from cfpretrain import runtime, seeds
 from cfpretrain.build import choose_attention, choose_blocks, make_loss, make_model
 from cfpretrain.config import Config, ModelConfig, OrderConfig
-from cfpretrain.console import UserError, exit_with, say
+from cfpretrain.console import UserError, ending_in_one_line, say
 from cfpretrain.export.official import to_official
 from cfpretrain.loss import Draws
 from cfpretrain.metrics import peak_flops, training_flops
@@ -52,7 +52,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 def main() -> None:
     """The command."""
     arguments = _parse()
-    try:
+    with ending_in_one_line():
         device = runtime.pick_device()
         if runtime.world_size() != 1:
             raise UserError(f"measure_step measures one rank, got {runtime.world_size()}; start it with python alone")
@@ -65,8 +65,6 @@ def main() -> None:
             configs.check(config, 1)
             choose_blocks(config, device.type)
             measured = (profile if arguments.profile else measure)(config, arguments, device)
-    except UserError as error:
-        exit_with(error)
     print(json.dumps(measured | {"versions": _versions(), "hardware": _hardware(device)}))
 
 
