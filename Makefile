@@ -14,11 +14,12 @@ export OMP_NUM_THREADS ?= 1
 RANKS := $(shell gpus=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true); [ "$$gpus" = 1 ] && echo 1 || echo 2)
 LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
 
-.PHONY: help demo test test-slow check fix clean
+.PHONY: help demo test test-slow wheelhouse check fix clean
 help:
 	@echo "make demo       install, train on real digits on 2 CPU ranks, sample, score (about 15 minutes)"
 	@echo "make test       install, run the CPU test suite (about 15 minutes)"
 	@echo "make test-slow  the tests that take minutes each"
+	@echo "make wheelhouse PYTHON=3.12  wheels for machines without a network, with that Python and torch"
 	@echo "make check      format, lint, types, import contract"
 	@echo "make fix        format and mend what can be mended"
 	@echo "make clean      remove .venv and the demo's data and run"
@@ -49,6 +50,13 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -n 2 -m slow
+
+# Of the packages that it collects it needs none here, nor torch.
+wheelhouse:
+	python3 -m venv $(VENV)/wheelhouse
+	$(VENV)/wheelhouse/bin/pip install --quiet --constraint constraints.txt packaging
+	rm -rf wheelhouse-$(PYTHON)
+	$(VENV)/wheelhouse/bin/python tools/make_wheelhouse.py --python $(PYTHON) --out wheelhouse-$(PYTHON)
 
 check: $(READY)
 	$(BIN)/ruff format --check .

@@ -156,9 +156,10 @@ def run(arguments: argparse.Namespace) -> None:
     problem = _take_folder(Path(config.run.folder))
     with phase("waiting for all ranks", announce=False):
         runtime.start(device)
-    stop.has_begun = True
     try:
         runtime.agree(problem)
+        # Not before: where rank 0 found its port in use, the others have met that other run and wait for it in vain.
+        stop.has_begun = True
         finished = trainer.run(config, device, stop)
     except (UserError, SickRunError, SystemExit):  # the last where memory ran out
         if problem is None:  # the folder is this run's
