@@ -195,6 +195,8 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     # Stage 1 with bf16 prints the memory in use, whatever the level of the log.
     bf16_optimizer.see_memory_usage = _say_nothing
     bf16_optimizer.clip_tensors_by_global_norm = _clip
+    # They write -1 from the host over a norm that is no number; whoever asks below takes it as it is.
+    utils.mask_nan_or_inf_with_val_inplace = stage_1_and_2.mask_nan_or_inf_with_val_inplace = _say_nothing
     # It calls every step that is not applied an overflow; the caller knows better, and says so.
     loss_scaler.log_dist = _say_nothing
     # Each of these waits for the device once more in a step. The norm shows what is not finite: `_Gate` looks.

@@ -35,6 +35,17 @@ def _server() -> Any:
     return context
 
 
+def _context(device: str) -> Any:
+    """What starts ranks. A GPU's driver does not live on in a fork, so that ranks there import all by themselves."""
+    return _server() if device == "cpu" else multiprocessing.get_context("spawn")
+
+
+def _environment(rank: int, world_size: int, port: int, device: str) -> dict[str, str]:
+    """The launcher's, and what keeps a rank to its device on a machine with GPUs."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return launcher_environment(rank, world_size, port) | {"DS_ACCELERATOR": device} | hidden
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:
@@ -55,7 +66,9 @@ def launcher_environment(rank: int, world_size: int, port: int) -> dict[str, str
     }
 
 
-def run_in_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240) -> list[Any]:
+def run_in_processes(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240, device: str = "cpu"
+) -> list[Any]:
     """Calls `function(*args)` in `world_size` processes with the launcher's environment.
 
     Args:
@@ -63,6 +76,7 @@ def run_in_processes(function: Callable[..., Any], world_size: int, *args: Any, 
         world_size: number of ranks.
         args: picklable arguments, the same for every rank.
         timeout_s: the whole group is ended after this long.
+        device: "cpu" or "cuda", all that the ranks may find on this machine.
 
     Returns:
         What each rank returned, in rank order.
@@ -70,10 +84,10 @@ def run_in_processes(function: Callable[..., Any], world_size: int, *args: Any, 
     Raises:
         RuntimeError: a rank raised (with its traceback), died, or did not end in time.
     """
-    context, port = _server(), free_port()
+    context, port = _context(device), free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     ranks = [
-        context.Process(target=_serve, args=(pipes[r][1], launcher_environment(r, world_size, port), function, args))
+        context.Process(target=_serve, args=(pipes[r][1], _environment(r, world_size, port, device), function, args))
         for r in range(world_size)
     ]
     for process in ranks:
@@ -151,11 +165,12 @@ class Rank:
     """A script that runs as a rank, with the methods of `subprocess.Popen` that tests need."""
 
     def __init__(self, script: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
+        context = _context(environment.get("DS_ACCELERATOR", "cpu"))
         self.args = [script, *arguments]
         self._folder: tempfile.TemporaryDirectory[str] | None = tempfile.TemporaryDirectory()
         self._said: tuple[str, ...] = ()
         self._written = [Path(self._folder.name) / name for name in ("out", "err")]
-        self._process = _server().Process(target=_run_script, args=(script, arguments, environment, self._written))
+        self._process = context.Process(target=_run_script, args=(script, arguments, environment, self._written))
         self._process.start()
         _STARTED.append(self)
 
@@ -204,18 +219,20 @@ def _run_script(script: str, arguments: Sequence[str], environment: dict[str, st
     runpy.run_path(str(REPOSITORY / script), run_name="__main__")
 
 
-def start_script(script: str, arguments: Sequence[str], world_size: int) -> list[Rank]:
+def start_script(script: str, arguments: Sequence[str], world_size: int, device: str = "cpu") -> list[Rank]:
     """Starts a script of the repository on each rank, with the launcher's environment and `--local_rank`."""
     port = free_port()
     return [
-        Rank(script, [f"--local_rank={rank}", *arguments], launcher_environment(rank, world_size, port))
+        Rank(script, [f"--local_rank={rank}", *arguments], _environment(rank, world_size, port, device))
         for rank in range(world_size)
     ]
 
 
-def run_script(script: str, arguments: Sequence[str], world_size: int = 1, timeout_s: float = 240) -> list[Ended]:
+def run_script(
+    script: str, arguments: Sequence[str], world_size: int = 1, timeout_s: float = 240, device: str = "cpu"
+) -> list[Ended]:
     """Runs a script of the repository on each rank and waits for all; none is left running."""
-    ranks = start_script(script, arguments, world_size)
+    ranks = start_script(script, arguments, world_size, device)
     try:
         ended = []
         for process in ranks:

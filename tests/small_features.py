@@ -15,7 +15,7 @@ def project(images_BCYX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pixels_BP = images_BCYX.float().flatten(1) / 255
     generator = torch.Generator().manual_seed(pixels_BP.shape[1])
     num_all = NUM_POOLED + NUM_SPATIAL + NUM_CLASSES
-    made_BF = pixels_BP @ torch.randn(pixels_BP.shape[1], num_all, generator=generator)
+    made_BF = pixels_BP @ torch.randn(pixels_BP.shape[1], num_all, generator=generator).to(pixels_BP)
     pooled_BF, spatial_BF, logits_BK = made_BF.split([NUM_POOLED, NUM_SPATIAL, NUM_CLASSES], 1)
     return pooled_BF, spatial_BF, logits_BK
 
