@@ -33,14 +33,14 @@ from torch import Tensor, nn
 
 from cfpretrain import config as configs
 from cfpretrain import runtime, seeds
-from cfpretrain.build import choose_attention, choose_blocks, make_loss, make_model
+from cfpretrain.build import choose_attention, choose_blocks, initial_weights, make_loss, make_model
 from cfpretrain.config import Config, ModelConfig, OrderConfig
 from cfpretrain.console import UserError, exit_with, say
 from cfpretrain.export.official import to_official
 from cfpretrain.loss import Draws
 from cfpretrain.metrics import peak_flops, training_flops
 from cfpretrain.model import attention
-from cfpretrain.model.transformer import Block, BlockSettings, initial_values, initialise
+from cfpretrain.model.transformer import Block, BlockSettings, initialise
 from cfpretrain.order import Condition, Image, build_layout, count_visible, draw_steps, shares_split
 
 _NAIVE = ("naive", "naive-autocast")
@@ -263,11 +263,7 @@ class OurSide:
         self._loss = make_loss(config)
         blocks = choose_blocks(config, device.type)
         self._engine = build_engine(lambda: make_model(config, blocks), config, device)
-        self._engine.initialise(
-            lambda name, shape, offset, count: initial_values(
-                config.run.seed, config.model.grid, name, shape, offset, count
-            )
-        )
+        self._engine.initialise(initial_weights(config))
 
     def step(self, micro_batches: Sequence[MicroBatch], learning_rate: float) -> StepResult:
         """One optimizer step; its seconds are the caller's."""
