@@ -109,7 +109,7 @@ def choose_attention(config: Config, device_type: str) -> str:
     """The backend of attention in training on a device ("cpu" or "cuda"); raises as `choose_blocks` does."""
     engine, model = config.engine, config.model
     try:
-        return attention.choose(engine.attention, device_type, engine.compile_blocks, model.width // model.num_heads)
+        return attention.choose(engine.attention, device_type, model.width // model.num_heads)
     except ValueError as error:
         raise UserError(f"engine.attention: {error}") from error
 

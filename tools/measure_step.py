@@ -567,7 +567,7 @@ def _backends(device: torch.device, head_widths: Sequence[int]) -> tuple[list[st
     run, missing = ["naive"], {}
     for name in ("sdpa", "flex", "triton"):
         try:
-            run.append(attention.choose(name, device.type, compiled=True, head_width=min(head_widths)))
+            run.append(attention.choose(name, device.type, min(head_widths)))
         except ValueError as error:
             missing[name] = str(error)
     return run, missing
