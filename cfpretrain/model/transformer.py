@@ -184,7 +184,8 @@ class ImageEmbedder(nn.Module):
         values = torch.cat([part.clean_BLP, part.noised_BNP], dim=1)
         positions = torch.cat([part.clean_positions_BL, part.noised_positions_BN], dim=1)
         tokens: Tensor = self.x_proj(values.to(self.x_proj.weight.dtype))
-        tokens = tokens + self._position_table(tokens)[positions]
+        # Not by an index, whose gradient is slow on a GPU where places occur often.
+        tokens = tokens + F.embedding(positions, self._position_table(tokens))
         clean_BLD, noised_BND = tokens[:, :num_clean], tokens[:, num_clean:]
         if noised_BND.shape[1]:
             noised_BND = noised_BND + self.t_embedder(part.timesteps_B)[:, None]
@@ -192,7 +193,7 @@ class ImageEmbedder(nn.Module):
 
     def _position_table(self, like: Tensor) -> Tensor:
         if self.pos_embed is not None:
-            return self.pos_embed[0]
+            return self.pos_embed.squeeze(0)
         return sincos_positions(self.grid, self.width).to(like)
 
 
