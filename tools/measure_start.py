@@ -94,11 +94,11 @@ def measure(path: str, overrides: Sequence[str], num_ranks: int) -> dict[str, ob
         for side in sorted(seconds, reverse=bool(i % 2)):
             plainly = patch.multiple(seeds, normal=plain_normal, uniform_within=plain_uniform_within)
             _wait(device)
-            begin = time.process_time()
+            begin = time.perf_counter()
             with plainly if side == "plain" else nullcontext():
                 write(name, shape, 0, drawn[side])
             _wait(device)
-            seconds[side] += time.process_time() - begin
+            seconds[side] += time.perf_counter() - begin
         assert torch.equal(drawn["ours"], drawn["plain"]), name
         num_values += count
     rates = {side: num_values / taken / 1e6 for side, taken in seconds.items()}
