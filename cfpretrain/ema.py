@@ -1,20 +1,23 @@
 """Exponential moving average of the weights, in the shards that the engine holds: no communication, no gathering."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from cfpretrain.engine import Engine, Fragment
 
-_STAGED_NUMEL = 16 * 2**20  # weights on their way to the host at once: 64 MiB
+_STAGED_NUMEL = 16 * 2**20  # weights of one of the two loads on their way to the host: 64 MiB
 
 
 class ShardedEMA:
     """One fp32 tensor for each fragment of this rank: average <- decay * average + (1 - decay) * weights.
 
-    The trainer calls `update` after each step that was applied, and not after one that was skipped.
+    The trainer calls `update` after each step that was applied, and not after one that was skipped; and `wait` before
+    it changes the weights or reads `values`.
     """
 
     def __init__(self, fragments: Sequence[Fragment], decay: float, on_host: bool = False) -> None:
@@ -24,36 +27,38 @@ class ShardedEMA:
             fragments: of `Engine.fragments`; they stay the source of every update.
             decay: in [0, 1].
             on_host: keep the averages in host memory: four bytes a weight less on the GPU, for a copy of the weights
-                to the host and an average there in each step.
+                to the host and an average there in each step, both beside the forwards and backwards of the next one.
         """
         self._weights = [fragment.values for fragment in fragments]
         self._decay = decay
-        self._staged = self._make_staged() if on_host else None
-        self.values: list[Tensor] = [self._make_average(weights) for weights in self._weights]
+        self.values: list[Tensor] = [
+            weights.to("cpu", copy=True) if on_host else weights.clone() for weights in self._weights
+        ]
         """The averages, aligned with the fragments; a restored checkpoint is written into them in place."""
-
-    def _make_staged(self) -> Tensor:
-        # Pinned memory is scarce, and only what is on its way gains by it.
-        numel = min(_STAGED_NUMEL, max((weights.numel() for weights in self._weights), default=0))
-        return torch.empty(numel, pin_memory=torch.cuda.is_available())
-
-    def _make_average(self, weights: Tensor) -> Tensor:
-        return weights.clone() if self._staged is None else weights.to("cpu", copy=True)
+        has_thread = on_host and self.values  # a rank of a large world may hold nothing
+        self._thread = _HostThread(self.values, self._weights, 1.0 - decay) if has_thread else None
 
     @torch.no_grad()
     def update(self) -> None:
-        """Moves the averages by one step."""
-        if self._staged is not None:
-            self._update_on_host(self._staged)
-        elif self.values:  # a rank of a large world may hold nothing
+        """Moves the averages by one step; those in host memory by the next `wait`, from the weights of this moment."""
+        if self._thread is not None:
+            self._thread.begin()
+        elif self.values:
             torch._foreach_lerp_(self.values, self._weights, 1.0 - self._decay)
 
-    def _update_on_host(self, staged: Tensor) -> None:
-        for average, weights in zip(self.values, self._weights, strict=True):
-            for part, source in zip(
-                torch.split(average, _STAGED_NUMEL), torch.split(weights, _STAGED_NUMEL), strict=True
-            ):
-                part.lerp_(staged[: source.numel()].copy_(source), 1.0 - self._decay)
+    def wait(self) -> None:
+        """Ends the update under way: the weights may change after it, and `values` be read.
+
+        Raises:
+            Exception: whatever stopped the update, which is not complete then.
+        """
+        if self._thread is not None:
+            self._thread.wait()
+
+    def close(self) -> None:
+        """Lets the thread end, after the update under way; for an EMA that is updated no more."""
+        if self._thread is not None:
+            self._thread.close()
 
     @contextmanager
     def applied(self, engine: Engine) -> Iterator[None]:
@@ -69,8 +74,100 @@ class ShardedEMA:
 
     @torch.no_grad()
     def _exchange(self, engine: Engine) -> None:
+        self.wait()
         for weights, average in zip(self._weights, self.values, strict=True):
             kept = weights.clone()
             weights.copy_(average)
             average.copy_(kept)
         engine.refresh()
+
+
+@dataclass(frozen=True, eq=False)
+class _Load:
+    """Parts of averages and of weights, and the staged memory that the weights pass through."""
+
+    averages: list[Tensor]
+    weights: list[Tensor]
+    staged: list[Tensor]
+
+
+class _HostThread:
+    """Moves averages in host memory beside training: one load of weights is copied while the one before is averaged.
+
+    Args:
+        averages: in host memory.
+        weights: of the same shapes, on any one device; not empty.
+        share: of the weights in the new averages.
+    """
+
+    def __init__(self, averages: Sequence[Tensor], weights: Sequence[Tensor], share: float) -> None:
+        self._share = share
+        self._loads = _make_loads(averages, weights)
+        device, self._stream = weights[0].device, None
+        self._executor = ThreadPoolExecutor(1, "ema")
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)
+            self._executor = ThreadPoolExecutor(1, "ema", initializer=torch.cuda.set_device, initargs=(device,))
+        self._under_way: Future[None] | None = None
+
+    def begin(self) -> None:
+        """Begins an update from the present weights, those of the work that the current stream has queued."""
+        self.wait()
+        changed = None if self._stream is None else torch.cuda.current_stream().record_event()
+        self._under_way = self._executor.submit(self._update, changed)
+
+    def wait(self) -> None:
+        """Until the update under way is complete; raises what stopped it, each time, since the averages are torn."""
+        if self._under_way is not None:
+            self._under_way.result()
+
+    def close(self) -> None:
+        """Lets the thread end."""
+        # It may wait for a GPU that waits for a lost rank: nobody waits for it in turn.
+        self._executor.shutdown(wait=False)
+
+    @torch.no_grad()
+    def _update(self, changed: torch.cuda.Event | None) -> None:
+        if changed is not None:
+            changed.wait(self._stream)
+        copied = self._copy(self._loads[0])
+        for load, following in zip(self._loads, [*self._loads[1:], None], strict=True):
+            copied_next = None if following is None else self._copy(following)
+            if copied is not None:
+                copied.synchronize()
+            torch._foreach_lerp_(load.averages, load.staged, self._share)
+            copied = copied_next
+
+    def _copy(self, load: _Load) -> torch.cuda.Event | None:
+        """Begins to copy; the event is there once it is done (None: it is done)."""
+        with torch.cuda.stream(self._stream):
+            for staged, weights in zip(load.staged, load.weights, strict=True):
+                staged.copy_(weights, non_blocking=True)
+        # Its waiter sleeps: cores are for the data.
+        return None if self._stream is None else self._stream.record_event(torch.cuda.Event(blocking=True))
+
+
+def _make_loads(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> list[_Load]:
+    """Cuts the tensors into loads of at most `_STAGED_NUMEL` values, which take turns in two staged pieces."""
+    parts = [
+        part
+        for pair in zip(averages, weights, strict=True)
+        for part in zip(*(torch.split(tensor, _STAGED_NUMEL) for tensor in pair), strict=True)
+    ]
+    filled: list[list[tuple[Tensor, Tensor]]] = [[]]
+    room = _STAGED_NUMEL
+    for average, values in parts:
+        if values.numel() > room:
+            filled.append([])
+            room = _STAGED_NUMEL
+        filled[-1].append((average, values))
+        room -= values.numel()
+    most = max(sum(values.numel() for _, values in load) for load in filled)
+    # Pinned memory is scarce, and only what is on its way gains by it.
+    staged = [torch.empty(most, pin_memory=weights[0].is_cuda) for _ in range(min(2, len(filled)))]
+    loads = []
+    for number, load in enumerate(filled):
+        sizes = [values.numel() for _, values in load]
+        places = torch.split(staged[number % 2][: sum(sizes)], sizes)
+        loads.append(_Load([average for average, _ in load], [values for _, values in load], list(places)))
+    return loads

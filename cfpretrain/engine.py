@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from cfpretrain.config import Config
 from cfpretrain.model.norm import has_apex
-from cfpretrain.model.transformer import Block
+from cfpretrain.model.transformer import Block, BlockSettings
 
-# Elements of a communication bucket (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
+# Elements of a communication bucket, at least (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
 _BUCKET_NUMEL = 50_000_000
 
 # (name, shape of the whole parameter, flat offset, fp32 [numel]): writes the values from the offset on
@@ -78,6 +78,7 @@ def ds_config(config: Config, world_size: int, device: torch.device) -> dict[str
     # At stage 0 DeepSpeed knows of fp32 only, and does not clip where it should: `_GuardedAdamW` clips.
     has_masters = config.engine.precision == "bf16" and config.engine.zero_stage > 0
     clip_grad_norm = config.train.clip_grad_norm if config.engine.zero_stage > 0 else 0.0
+    stage, bucket_numel = config.engine.zero_stage, _bucket_numel(config)
     return {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.micro_batch_size(world_size),
@@ -89,24 +90,43 @@ def ds_config(config: Config, world_size: int, device: torch.device) -> dict[str
         "bf16": {
             "enabled": has_masters,
             "check_grad_overflow": True,
-            # Frees each bf16 gradient once it is added to the fp32 ones (stage 1).
+            # Adds each bf16 gradient to the fp32 ones at once, and frees it (stage 1).
             "immediate_grad_update": True,
         },
         "data_types": {"grad_accum_dtype": "fp32"},
         # Its default under bf16 would round the sums over ranks, also those of gradients accumulated in fp32.
         "communication_data_type": "fp32",
         "zero_optimization": {
-            "stage": config.engine.zero_stage,
-            "overlap_comm": device.type == "cuda" and config.engine.zero_stage > 0,
-            "reduce_bucket_size": _BUCKET_NUMEL,
-            "allgather_bucket_size": _BUCKET_NUMEL,
-            "stage3_prefetch_bucket_size": _BUCKET_NUMEL,
+            "stage": stage,
+            "overlap_comm": overlaps(stage, world_size, device.type == "cuda"),
+            # Stages 1 and 2 sum a bucket over all ranks either way. So they do it in place, and divide the sum in fp32;
+            # what they call reduce-scatter divides stage 2's bf16 gradients first, which rounds where the number of
+            # ranks is no power of two.
+            "reduce_scatter": stage == 3,
+            "reduce_bucket_size": bucket_numel,
+            "allgather_bucket_size": bucket_numel,
+            "stage3_prefetch_bucket_size": bucket_numel,
             # It replaces torch's linear in the whole process by one that rounds before it adds the bias,
             # so that stage 3 would compute other numbers than stages 0 to 2.
             "memory_efficient_linear": False,
             "stage3_param_persistence_threshold": _persistent_numel(device),
         },
     }
+
+
+def overlaps(zero_stage: int, num_ranks: int, on_gpu: bool) -> bool:
+    """Whether communication overlaps with computation, where DeepSpeed can."""
+    # Stages 1 and 2 with overlap stop the host after each backward until the GPU is done, and one rank has nothing to
+    # send. Stage 3 stops it at each block without: the stream that it waits for would be that of the computation.
+    return on_gpu and (zero_stage == 3 or (zero_stage > 0 and num_ranks > 1))
+
+
+def _bucket_numel(config: Config) -> int:
+    """Elements of a bucket: stage 3 gathers a whole block ahead."""
+    with torch.device("meta"):
+        block = Block(config.model.width, config.model.num_heads, BlockSettings())
+    largest = sum(parameter.numel() for parameter in block.parameters())
+    return max(_BUCKET_NUMEL, largest + largest % 2)  # DeepSpeed takes even ones only
 
 
 def _persistent_numel(device: torch.device) -> int:
@@ -151,6 +171,10 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
         config=settings,
         dist_init_required=False,
     )
+    if config.engine.zero_stage == 2:
+        # In bf16 it looks through the gradients of each parameter, and the host waits for the answer. Their norm, which
+        # comes next, says the same: it is finite where all of them are.
+        deepspeed_engine.optimizer.check_overflow = _say_nothing
     return Engine(deepspeed_engine, called, dict(module.named_parameters()), config.engine.zero_stage)
 
 
@@ -170,6 +194,7 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     deepspeed.ops.__compatible_ops__ = {}
     # Stage 1 with bf16 prints the memory in use, whatever the level of the log.
     bf16_optimizer.see_memory_usage = _say_nothing
+    bf16_optimizer.clip_tensors_by_global_norm = _clip
     # It calls every step that is not applied an overflow; the caller knows better, and says so.
     loss_scaler.log_dist = _say_nothing
     # Each of these waits for the device once more in a step. The norm shows what is not finite: `_Gate` looks.
@@ -193,7 +218,7 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
 
 def _gradient_norm(optimizer: Any, gradients: list[Tensor], parameters: list[nn.Parameter], *_: Any) -> Tensor:
     """In place of stage 3's `get_grad_norm_direct`, which waits for the device; where that one gives -1, no number."""
-    total = torch.stack(torch._foreach_norm(gradients)).square().sum()
+    total = torch.stack(torch._foreach_norm(gradients, 2.0, torch.float64)).square().sum()
     torch.distributed.all_reduce(total, group=optimizer._get_param_partition_group(parameters[0]))
     return total.sqrt()
 
@@ -204,7 +229,7 @@ def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu
 
 
 def _say_nothing(*_: Any, **__: Any) -> None:
-    """In place of a function of DeepSpeed's that prints."""
+    """In place of a function of DeepSpeed's that has nothing to say to us."""
 
 
 class _Gate:

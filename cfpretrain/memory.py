@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cfpretrain.config import Config
+from cfpretrain.config import Config, can_checkpoint
 from cfpretrain.order import sequence_lengths, shares_split
 
 _FP32 = 4
@@ -298,7 +298,8 @@ def _buffers(plan: Plan) -> int:
     if not _has_buckets(plan):
         return 0
     count = 2 if plan.overlap and plan.zero_stage < 3 else 1
-    return count * _FP32 * plan.bucket_numel
+    # Stage 2 fills its buckets with gradients as they come.
+    return count * (plan.value_bytes if plan.zero_stage == 2 else _FP32) * plan.bucket_numel
 
 
 def _gathered(network: Network, plan: Plan) -> int:
@@ -317,9 +318,9 @@ def _conversions(network: Network, plan: Plan) -> int:
     """Copies of gradients that are on their way into their sums while the activations still live."""
     fc1 = 4 * network.width**2
     copies = (plan.value_bytes + _FP32) * fc1
-    if plan.zero_stage >= 2:
-        # A full bucket is flattened and cut for the ranks.
-        copies += 2 * _FP32 * min(plan.bucket_numel, network.num_parameters)
+    # At stage 3 a full bucket is flattened and cut for the ranks, at stage 2 in bf16 it is summed in an fp32 copy.
+    num_copies = {2: int(plan.precision == "bf16"), 3: 2}.get(plan.zero_stage, 0)
+    copies += num_copies * _FP32 * min(plan.bucket_numel, network.num_parameters)
     if plan.zero_stage == 2 or plan.overlap:
         copies += _new_sums(network, plan)
     return copies
@@ -385,6 +386,26 @@ def largest_micro_batch(network: Network, plan: Plan, budget: int) -> int | None
     share = plan.micro_batch_size * plan.accumulation_steps
     sizes = (size for size in range(share, 0, -1) if share % size == 0)
     return next((size for size in sizes if estimate(network, with_micro_batch(plan, size)).peak <= budget), None)
+
+
+def advise(network: Network, plan: Plan) -> str:
+    """What a step needs, and the knobs that would lower it, in a line."""
+    found = estimate(network, plan)
+    share = plan.micro_batch_size * plan.accumulation_steps
+    smaller = next((size for size in range(plan.micro_batch_size - 1, 0, -1) if share % size == 0), None)
+    may_recompute = not plan.checkpointing and can_checkpoint(plan.zero_stage, plan.precision)
+    knobs = {
+        f"train.micro_batch_size={smaller}": smaller is not None,
+        "engine.activation_checkpointing=true": may_recompute,
+        "engine.ema_on_host=true": plan.on_gpu and not plan.ema_on_host,
+        "engine.zero_stage=3": plan.num_ranks > 1 and plan.zero_stage < 3,
+        "more GPUs at engine.zero_stage=3": plan.num_ranks == 1 and plan.zero_stage < 3,
+        "more GPUs": plan.zero_stage == 3,
+    }
+    return (
+        f"by the estimate this config needs {found.peak / 1e9:.1f} GB on each rank ({found.worst_moment}); "
+        f"to lower it: {', '.join(knob for knob, helps in knobs.items() if helps)}"
+    )
 
 
 # ---------------------------------------------------------------------------

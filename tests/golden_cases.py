@@ -1,4 +1,4 @@
-"""Golden numbers of the official code, copied into tests/golden, and how agreement with them is measured."""
+"""Golden numbers of the official code, copied into tests/golden."""
 
 import json
 from dataclasses import dataclass
@@ -42,8 +42,3 @@ def load(name: str) -> GoldenCase:
     with safe_open(FOLDER / f"{name}.safetensors", "pt") as file:
         config = json.loads((file.metadata() or {})["config"])
         return GoldenCase(config, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-
-
-def disagreement(ours: Tensor, theirs: Tensor) -> float:
-    """max|a - b| / max|b|, as the golden numbers' README measures it."""
-    return float((ours - theirs).abs().max() / theirs.abs().max())

@@ -22,6 +22,7 @@ from cfpretrain.model.autoencoder import (
     make_network,
     write_folder,
 )
+from tests.closeness import disagreement
 from tests.processes import REPOSITORY
 
 
@@ -125,9 +126,9 @@ def test_it_computes_what_diffusers_computes(tmp_path, with_quant_conv) -> None:
         posterior = network.encode(pictures() * 2 - 1).latent_dist
         decoded = network.decode(posterior.mean).sample
     mean, log_variance = autoencoder.encode(pictures())
-    assert torch.equal(mean, posterior.mean)
-    assert torch.equal(log_variance, posterior.logvar)
-    torch.testing.assert_close(autoencoder.decode(mean * 0.5), (decoded + 1) / 2)
+    assert disagreement(mean, posterior.mean) < 1e-5
+    assert disagreement(log_variance, posterior.logvar) < 1e-5
+    assert disagreement(autoencoder.decode(mean * 0.5), (decoded + 1) / 2) < 1e-5
 
 
 def test_the_log_variance_is_clamped(copy) -> None:
@@ -154,7 +155,7 @@ def test_shift_and_scale_come_from_the_config(tmp_path, config, shift, scale) ->
     plain = KLAutoencoder.load(write(tmp_path / "b", scaling_factor=1.0), "cpu")
     latents = torch.randn(2, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     raw = latents / torch.tensor(scale).reshape(2, 1, 1) + torch.tensor(shift).reshape(2, 1, 1)
-    torch.testing.assert_close(autoencoder.decode(latents), plain.decode(raw))
+    assert disagreement(autoencoder.decode(latents), plain.decode(raw)) < 1e-5
 
 
 def test_half_precision_weights_are_computed_in_single_precision(tmp_path) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from cfpretrain import order
 from cfpretrain.model import attention, block_causal, transformer
+from tests.closeness import disagreement
+from tests.strictness import make_warnings_errors
 
 if not block_causal.is_available():
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -137,18 +140,17 @@ def relative_errors(
     out.backward(grad)
     out_exact.backward(grad.double())
     pairs = [(out, out_exact), *((x.grad, y.grad) for x, y in zip(ours, exact, strict=True))]
-    return {
-        name: float((a.double() - b).abs().max() / b.abs().max())
-        for name, (a, b) in zip(("out", "dq", "dk", "dv"), pairs, strict=True)
-    }
+    return {name: disagreement(a, b) for name, (a, b) in zip(("out", "dq", "dk", "dv"), pairs, strict=True)}
 
 
 # ---------------------------------------------------------------------------
 # A process in which Triton interprets its kernels
 
 
-def poison_new_memory() -> None:
-    """What a kernel does not write is then found."""
+def be_strict() -> None:
+    """What a kernel does not write is NaN, and warnings are errors."""
+    make_warnings_errors()
+    warnings.simplefilter("ignore", DeprecationWarning)  # Triton's own, of how it uses numpy
     allocate = block_causal._allocate
     block_causal._allocate = lambda *args, **kwargs: allocate(*args, **kwargs).fill_(float("nan"))
     assert block_causal._IS_INTERPRETED
@@ -164,7 +166,7 @@ def interpret() -> Iterator[Interpret]:
     with ProcessPoolExecutor(1, context) as pool:
         os.environ["TRITON_INTERPRET"] = "1"  # read when the process imports triton
         try:
-            pool.submit(poison_new_memory).result(timeout=120)
+            pool.submit(be_strict).result(timeout=120)
         finally:
             del os.environ["TRITON_INTERPRET"]
         yield lambda function, *args: pool.submit(function, *args).result(timeout=120)
@@ -220,7 +222,7 @@ def unusual_inputs() -> dict[str, Any]:
     exact = dense_attention(*(x.double() for x in (q, k, v)), tiles.intervals_BMI)
     grads_exact = torch.autograd.grad(exact.sum(), (q, k, v))
     pairs = zip((out, *grads), (exact, *grads_exact), strict=True)
-    return {name: float((a - b).abs().max()) for name, (a, b) in zip(("out", "dq", "dk", "dv"), pairs, strict=True)}
+    return {name: disagreement(a, b) for name, (a, b) in zip(("out", "dq", "dk", "dv"), pairs, strict=True)}
 
 
 def test_any_strides(interpret: Interpret) -> None:

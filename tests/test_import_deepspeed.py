@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import sys
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +30,7 @@ from cfpretrain.export.official import our_name, to_official
 from cfpretrain.model.transformer import write_initial_values
 from tests.checkpoints import make_state
 from tests.processes import run_in_processes
+from tests.strictness import make_warnings_errors
 from tools import import_deepspeed
 
 CPU = torch.device("cpu")
@@ -137,7 +137,7 @@ class Found(NamedTuple):
 def campaign(folder: Path) -> dict[Kind, Found]:
     """On each rank: for each kind, a DeepSpeed checkpoint, ours of the same engine, and what comes after."""
     dist.init_process_group("gloo")
-    warnings.simplefilter("error")
+    make_warnings_errors()
     found = {}
     num_ranks = dist.get_world_size()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

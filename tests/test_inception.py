@@ -9,6 +9,7 @@ from torch import Tensor
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from cfpretrain.evaluation.inception import Inception, resize_like_tensorflow_1
+from tests.closeness import disagreement
 
 
 def random_weights(seed: int = 0) -> dict[str, Tensor]:
@@ -46,14 +47,11 @@ def test_features_equal_torch_fidelitys(tmp_path: Path, size: int) -> None:
     expected_pooled, expected_logits = theirs(images)
     pooled, spatial, logits = ours(images)
 
-    def largest_difference(one: Tensor, other: Tensor) -> float:
-        return float((one - other).abs().max() / other.abs().max())
-
-    assert largest_difference(pooled, expected_pooled) < 1e-5
-    assert largest_difference(logits, expected_logits) < 1e-5
+    assert disagreement(pooled, expected_pooled) < 1e-5
+    assert disagreement(logits, expected_logits) < 1e-5
     assert spatial.shape == (2, 2023)
     by_place = blocks["spatial"][:, :7].permute(0, 2, 3, 1).reshape(2, -1)
-    assert largest_difference(spatial, by_place) < 1e-5
+    assert disagreement(spatial, by_place) < 1e-5
     assert float(pooled.std()) > 0.01, "the comparison would say nothing of features that are all alike"
 
 

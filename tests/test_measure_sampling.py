@@ -9,6 +9,7 @@ import torch
 from cfpretrain import noise, sampler
 from cfpretrain.console import EXIT_USER_ERROR
 from cfpretrain.data import images
+from tests.closeness import disagreement
 from tests.digits import digits
 from tests.runs import write_run
 from tests.test_transformer import small_model
@@ -29,9 +30,7 @@ def test_the_plain_sampler_makes_the_same_images(guidance) -> None:
         sampler.Guidance(guidance),
         sampler.noise_by_image(0, ids, model.patch_values),
     )
-    torch.testing.assert_close(
-        sampler.generate(*given), measure_sampling.generate_plainly(*given), rtol=1e-4, atol=1e-5
-    )
+    assert disagreement(sampler.generate(*given), measure_sampling.generate_plainly(*given)) < 1e-5
 
 
 def measure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *command: object) -> dict:
@@ -74,6 +73,14 @@ def test_speed(monkeypatch, capsys) -> None:
     found = measure(monkeypatch, capsys, "speed", *options, *QUICK)
     assert [row["num_ar_steps"] for row in found["rows"]] == [2, 16]
     assert max(row["difference"] for row in found["rows"]) < 1e-4
+
+
+def test_speed_alone(monkeypatch, capsys) -> None:
+    options = ["--config", "configs/tiny.yaml", "--num-ar-steps", 2, "--pairs", 1, "--batch-size", 2]
+    found = measure(monkeypatch, capsys, "speed", *options, *QUICK, "--alone", "--precision", "bf16")
+    [row] = found["rows"]
+    assert row.keys() == {"num_ar_steps", "cached_images_per_second"}
+    assert row["cached_images_per_second"] > 0
 
 
 @pytest.mark.parametrize(

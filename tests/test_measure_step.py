@@ -1,8 +1,9 @@
-"""tools/measure_step.py: the plain implementation is the official network, and both sides train alike."""
+"""tools/measure_step.py: all sides train alike, and what it says of a step makes sense."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor
 
 from cfpretrain import config as configs
-from cfpretrain import noise, order, runtime, seeds
-from cfpretrain.loss import Draws
+from cfpretrain import runtime, seeds
+from cfpretrain.build import make_loss
 from cfpretrain.model import attention, transformer
-from cfpretrain.model.transformer import patchify
 from tests.digits import write_digits
-from tests.golden_cases import CASES, disagreement, load
 from tests.processes import REPOSITORY, run_in_processes, run_script
-from tools import measure_step
+from tools import measure_step, step_sides
+from tools.measuring import on_noise
+from tools.plain_step import naive_attention
 
 TOOL = "tools/measure_step.py"
 CPU = torch.device("cpu")
@@ -38,102 +39,62 @@ def small_config(*overrides: str) -> configs.Config:
 
 
 # ---------------------------------------------------------------------------
-# The plain implementation
+# The sides
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_naive_has_the_official_prediction_loss_and_gradients(name: str) -> None:
-    case = load(name)
-    c, given, want = case.config, case.group("input."), case.group("output.")
-    naive = measure_step.Naive(case.group("weights."), c["heads"], c["patch"])
-    steps_BL = order.steps_from_sizes(given["ar_step_sizes"])[None].expand(len(given["labels"]), -1)
-    noise_BLP = patchify(given["noise"], c["patch"])
-    ids_B = torch.arange(len(steps_BL))
-    draws = Draws(0, ids_B, given["labels"], given["order"], steps_BL, given["timesteps"], noise_BLP)
-    knobs = configs.OrderConfig(
-        ar_weight_first=c["max_ar_weight"],
-        ar_weight_last=c["min_ar_weight"],
-        ar_weight_schedule=c["ar_weight_schedule"],
-    )
-    weights_BL = measure_step._plain_weights(knobs, steps_BL)
-    schedule = measure_step._plain_schedule(configs.Config())
-    loss, prediction = naive.loss(given["latents"], draws, schedule, weights_BL)
-    loss.backward()
-    assert disagreement(weights_BL[0], want["ar_weights"]) < 1e-5
-    assert disagreement(prediction.detach(), want["prediction"]) < 1e-5
-    assert disagreement(loss.detach(), want["loss"]) < 1e-5
-    for parameter, norm in case.group("output.grad_norm.").items():
-        if not parameter.endswith("k_norm.bias"):  # softmax ignores it
-            assert disagreement(naive.weights[parameter].grad.norm(), norm) < 1e-5, parameter
-
-
-def test_naive_schedule_is_the_run_s() -> None:
-    ours = noise.linear_schedule().alphas_cumprod_T
-    torch.testing.assert_close(measure_step._plain_schedule(configs.Config()), ours, rtol=1e-12, atol=0)
-
-
-def test_autocast_computes_in_bf16() -> None:
-    case = load("patch1")
-    tensors = case.group("weights.")
-    given = case.group("input.")
-    steps_BL = order.steps_from_sizes(given["ar_step_sizes"])[None].expand(len(given["labels"]), -1)
-    noise_BLP, ids_B = patchify(given["noise"], 1), torch.arange(len(steps_BL))
-    draws = Draws(0, ids_B, given["labels"], given["order"], steps_BL, given["timesteps"], noise_BLP)
-    naive = measure_step.Naive(tensors, case.config["heads"], 1, autocast=True)
-    ones = torch.ones_like(steps_BL, dtype=torch.float32)
-    _, prediction = naive.loss(given["latents"], draws, measure_step._plain_schedule(configs.Config()), ones)
-    assert prediction.dtype == torch.bfloat16
-    assert 1e-5 < disagreement(prediction.detach().float(), case.tensors["output.prediction"]) < 0.1
-
-
-# ---------------------------------------------------------------------------
-# Both sides
-
-
-def losses_of_both(overrides: tuple[str, ...], num_steps: int) -> list[list[float]]:
+def losses_of(names: tuple[str, ...], overrides: tuple[str, ...], folder: Path, num_steps: int) -> list[list[float]]:
     """Runs in a process of its own: an engine leaves traces in its process."""
-    config = small_config(*overrides)
+    config = on_noise(small_config(*overrides), folder)
     runtime.start(CPU)
-    sides = [measure_step.make_side(name, config, CPU) for name in ("ours", "naive")]
-    return [[measure_step.Stepper(side, config, CPU)(step).loss for step in range(num_steps)] for side in sides]
+    losses = []
+    for name in names:
+        side = step_sides.make_side(name, config, CPU)
+        losses.append([made.loss for made in step_sides.make_steps(side, num_steps, CPU)])
+        side.close()
+    return losses
 
 
-def test_both_sides_train_alike_with_fixed_positions_and_shared_splits() -> None:
-    """With learned ones, and a split for each sample: `test_step_command`."""
-    overrides = ("model.position_embedding=sincos", "order.ar_split=batch")
-    [[ours, naive]] = run_in_processes(losses_of_both, 1, overrides, 6)
-    torch.testing.assert_close(ours, naive, rtol=2e-5, atol=0)
+def test_all_sides_train_alike(tmp_path: Path) -> None:
+    """On fixed positions and shared splits; with learned ones, and a split for each sample: `test_step_command`."""
+    overrides = ("model.position_embedding=sincos", "order.ar_split=batch", "train.learning_rate=1e-4")
+    overrides += ("train.warmup_steps=0", "data.num_workers=0")
+    names = ("trainer", "bare", "naive")
+    [[trainer, bare, naive]] = run_in_processes(losses_of, 1, names, overrides, tmp_path, 6)
+    assert len(set(trainer)) == 6
+    assert trainer == pytest.approx(bare, rel=1e-9)
+    torch.testing.assert_close(trainer, naive, rtol=2e-5, atol=0)
 
 
-def test_listed_steps_are_repeatable_and_of_several_lengths() -> None:
+def test_no_timed_step_is_the_first_of_its_length() -> None:
+    compiled = small_config("engine.compile_blocks=true", "engine.clean_token_multiple=8", "model.latent_size=8")
+    plan = measure_step.plan_steps(compiled, 8, compiles=True)
+    loss = make_loss(compiled)
+    lengths = [measure_step._length_of(compiled, loss, step) for step in range(200)]
+    end = plan.num_warm_up + 8
+    assert plan.lengths == lengths[plan.num_warm_up : end]
+    assert 1 < len(set(lengths)) <= 9
+    assert set(plan.lengths) <= set(lengths[: plan.num_warm_up])
+    assert plan.profiled_length == lengths[end + plan.num_between]
+    assert plan.profiled_length in plan.lengths
+    assert measure_step.plan_steps(small_config(), 8, compiles=False).num_warm_up == 1
+
+
+def test_lengths_are_those_of_the_batches() -> None:
     config = small_config("model.latent_size=8")
-    first, again = (measure_step.make_micro_batches(config, 3, CPU) for _ in range(2))
-    assert len(first) == 2
-    for (latents, draws), (latents_again, draws_again) in zip(first, again, strict=True):
-        assert torch.equal(latents, latents_again)
-        assert torch.equal(draws.steps_BL, draws_again.steps_BL)
-    assert not torch.equal(first[0][0], first[1][0])
-    last_sizes = {
-        int((draws.steps_BL[0] == draws.steps_BL[0, -1]).sum())
-        for step in range(8)
-        for _, draws in measure_step.make_micro_batches(config, step, CPU)
-    }
-    assert len(last_sizes) > 2
+    loss, ids_B = make_loss(config), torch.arange(100, 103)
+    for step in range(5):
+        draws = loss.draw(step, 1, ids_B, ids_B % 10, config.model.num_tokens, config.model.patch_values)
+        num_clean = int((draws.steps_BL[0] != draws.steps_BL[0, -1]).sum())
+        assert measure_step._length_of(config, loss, step) == 4 + num_clean + 64
 
 
-def test_warm_up_meets_every_length_that_is_compiled() -> None:
-    compiled = small_config("engine.compile_blocks=true", "engine.clean_token_multiple=8")
-    lengths = [0, 8, 16]
-    warm_up = measure_step._warm_up_steps(compiled, 30, CPU)
-    assert 1 < len(warm_up) <= len(lengths)
-    assert measure_step._warm_up_steps(small_config(), 30, CPU) == [30]
-
-
-@pytest.mark.slow
-def test_kernels_of_a_compiled_block_are_counted() -> None:
-    counted = measure_step.count_kernels(small_config().model, "sdpa", CPU)
-    assert counted["generated"] >= 2  # a forward and a backward
-    assert (counted["graphs"], counted["graph_breaks"]) == (1, 0)
+def test_the_micro_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config("train.global_batch_size=48", "train.micro_batch_size=48")
+    monkeypatch.setattr(measure_step, "_estimated_bytes", lambda config, device: 1e9 * config.micro_batch_size(1))
+    of_gpu = SimpleNamespace(total_memory=13e9 + measure_step._RESERVED_BYTES)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_gpu)
+    assert measure_step._fitting(config, torch.device("cuda")).micro_batch_size(1) == 12
+    assert measure_step._fitting(config, CPU) == config
 
 
 # ---------------------------------------------------------------------------
@@ -145,16 +106,24 @@ def last_json(out: str) -> dict:
 
 
 def test_step_command() -> None:
-    [ended] = run_script(TOOL, ["--config", "configs/benchmark/cpu.yaml", *SMALL, "--against", "naive", "--pairs", "2"])
+    options = ["--config", "configs/benchmark/cpu.yaml", *SMALL, "--against", "naive", "--pairs", "2", "--profile"]
+    [ended] = run_script(TOOL, options)
     assert ended.code == 0, ended.err
     measured = last_json(ended.out)
+    assert measured["side"] == "trainer"
     assert measured["mfu"] is None
     assert measured["images_per_second"] > 0
     assert 0 < measured["tflops"] < 100
     assert 0 < measured["peak_memory_bytes"] < 1e9
+    assert 0 < measured["estimated_memory_bytes"] < 1e9
     assert measured["ratio"]["min"] <= measured["ratio"]["median"] <= measured["ratio"]["max"]
     assert measured["against"]["max_relative_loss_difference"] < 2e-5
-    assert len(measured["lengths"]) == 2
+    assert len(measured["lengths"]) == len(measured["seconds"]) == 2
+    assert measured["start_seconds"]["the first step"] > 0
+    assert measured["start_seconds"]["building"] > measured["start_seconds"]["initialising the weights"] > 0
+    shares = measured["profile"]["shares"]
+    assert abs(sum(shares.values()) - 1) < 1e-6
+    assert min(shares["matrix products"], shares["attention"], shares["optimizer"]) > 0
     assert measured["versions"]["torch"]
     assert measured["hardware"]["cpu"]
     assert "median" in ended.out
@@ -165,26 +134,11 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     measure_step.main()
 
 
-def test_attention_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    sizes = ("--tokens", "16", "40", "--head-widths", "32", "--width", "64", "--batch-size", "2")
-    run_here(monkeypatch, "--attention", *sizes)
-    measured = last_json(capsys.readouterr().out)
-    rows = measured["attention"]
-    expected = [(length, backend) for length in (64 + 2 * 16, 64 + 2 * 40) for backend in ("naive", "sdpa")]
-    assert [(row["length"], row["backend"]) for row in rows if row["backend"] in ("naive", "sdpa")] == expected
-    assert all(row["error"] < 1e-5 for row in rows)
-    assert set(measured["not_measured"]) | {row["backend"] for row in rows} == {"naive", "sdpa", "flex", "triton"}
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "error: --config: expected a YAML file"),
         (["--config", "nowhere.yaml"], "error: config file nowhere.yaml does not exist"),
-        (
-            ["--attention", "--width", "100", "--head-widths", "64", "--tokens", "8"],
-            "error: --head-widths: expected divisors of --width = 100, got 64",
-        ),
+        (["--config", "configs/tiny.yaml", "train.nothing=1"], "error: configs/tiny.yaml: train.nothing: unknown key"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -269,6 +223,6 @@ def plain_attention(variant: str) -> Callable[[Tensor, Tensor, Tensor, attention
             order_K = order_K.flip(0)
         if "shuffled" in variant:
             order_K = seeds.permutation(seeds.key(0, "summation order"), num_keys)
-        return measure_step.naive_attention(q, k[:, :, order_K], v[:, :, order_K], mask[..., order_K])
+        return naive_attention(q, k[:, :, order_K], v[:, :, order_K], mask[..., order_K])
 
     return attend

@@ -120,7 +120,7 @@ def test_the_recipe_stands_as_published(name) -> None:
     assert (noise.num_timesteps, noise.beta_first, noise.beta_last) == (1000, 1e-4, 0.02)
     assert (config.data.mirror_prob, config.data.latent_shift) == (0.5, (0.0,))
     assert config.data.latent_scale == ((0.18215,) if name == "L2" else (0.2325,))
-    assert config.engine.zero_stage == (3 if name == "3B" else 1)
+    assert config.engine.zero_stage == (3 if name == "3B" else 2)
     # Compiled for five lengths.
     assert config.engine.compile_blocks
     assert make_loss(config).clean_multiple == 64

@@ -22,6 +22,7 @@ from cfpretrain.model.transformer import (
     unpatchify,
     write_initial_values,
 )
+from tests.closeness import disagreement
 
 
 def small_model(
@@ -192,7 +193,7 @@ def test_several_segments_in_one_sequence() -> None:
     assert torch.equal(one, one_again)
     # Alone, the first image is predicted as in company.
     alone = forward(model, steps.steps_BL[0], first_clean[0], first_noised[0])
-    torch.testing.assert_close(one[0], alone, rtol=1e-5, atol=1e-6)
+    assert disagreement(one[0], alone) < 1e-5
 
 
 def test_fixed_positions_are_no_parameter_and_equal_learnable_ones_at_the_start() -> None:
@@ -233,8 +234,6 @@ def test_recomputed_activations_change_no_bit() -> None:
     assert len(calls) == 2
 
 
-# Torch looks at it while it traces, and hides the warning but from filters that make it an error.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("checkpoint_activations", [False, True])
 def test_compiled_blocks_share_a_graph_a_length(checkpoint_activations) -> None:
     """Splits, orders, weights and blocks change; only another length makes another graph."""
@@ -245,9 +244,14 @@ def test_compiled_blocks_share_a_graph_a_length(checkpoint_activations) -> None:
     for number, sizes in enumerate([[4, 3, 2], [1, 6, 2], [7, 2], [4, 5], [1, 1, 1, 1, 5], [3, 4, 2]]):
         want, want_gradients = training_pass(plain, number, sizes)
         got, gradients = training_pass(compiled, number, sizes)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        assert disagreement(got, want) < 1e-5
         for name, gradient in want_gradients.items():
-            torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5)
+            if name.endswith("k_norm.bias"):
+                # Softmax ignores it: its gradient is rounding, of terms as large as those of the weight's.
+                scale = want_gradients[name.replace("bias", "weight")].abs().max()
+                assert gradients[name].abs().max() < 1e-5 * scale, name
+            else:
+                assert disagreement(gradients[name], gradient) < 1e-5, name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert not torch._dynamo.utils.counters["graph_break"]
 

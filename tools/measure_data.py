@@ -3,6 +3,7 @@
     python tools/measure_data.py make_shards
     python tools/measure_data.py encode
     python tools/measure_data.py loader --latents kl16
+    python tools/measure_data.py ready --latents kl16
 
 Each measurement runs both sides in one process in the order a b, b a, a b, ... and compares their medians. The images
 are made at the start out of the photos that scikit-learn and scikit-image ship.
@@ -15,13 +16,17 @@ import os
 import platform
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cfpretrain.console import UserError, exit_with, phase, say
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
+
+from cfpretrain.console import ending_in_one_line, phase, say
 
 _PHOTO_SIDES = (300, 640)  # pixels, as those of ImageNet mostly are
 _PHOTO_QUALITY = 90
@@ -42,7 +47,11 @@ def main() -> None:
     encode = commands.add_parser("encode", help="tools/encode_latents.py against PIL in a DataLoader")
     encode.add_argument("--images", type=int, default=96, help="photos (default 96)")
     encode.add_argument("--size", type=int, default=256, help="pixels a side of the crop (default 256)")
-    encode.add_argument("--autoencoder", help="its folder (default: a small one with random weights)")
+    encode.add_argument("--autoencoder", help="its folder (default: one with random weights)")
+    encode.add_argument("--layout", choices=sorted(_LAYOUTS), default="small", help="of random weights (default small)")
+    encode.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the autoencoder (default fp32)"
+    )
     encode.add_argument("--batch-size", type=int, default=16, help="images at once (default 16)")
     encode.set_defaults(measure=measure_encode)
 
@@ -53,13 +62,18 @@ def main() -> None:
     loader.add_argument("--workers", type=int, help="processes that read (default: one a core)")
     loader.set_defaults(measure=measure_loader)
 
+    ready = commands.add_parser("ready", help="the training thread's time for a batch that workers made ready, or not")
+    ready.add_argument("--latents", choices=sorted(_LATENTS), default="kl16", help="their shape (default kl16)")
+    ready.add_argument("--samples", type=int, default=1024, help="latents in the shards (default 1024)")
+    ready.add_argument("--batch-size", type=int, default=64, help="latents of a micro-batch (default 64)")
+    ready.add_argument("--workers", type=int, default=1, help="processes that read (default 1)")
+    ready.set_defaults(measure=measure_ready)
+
     for command in commands.choices.values():
         command.add_argument("--pairs", type=int, default=5, help="runs of each side (default 5)")
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         measured = arguments.measure(arguments)
-    except UserError as error:
-        exit_with(error)
     machine = {"cpu_cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
     print(json.dumps({"measured": arguments.command, **measured, **machine}))
 
@@ -200,13 +214,23 @@ def plain_shards(photos: Path, out: Path, size: int, store: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # encode
 
-# Small, so that decoding counts beside it.
-_SMALL_AUTOENCODER = {
-    "block_out_channels": [8, 16, 32, 32],
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
+_LAYOUTS = {
+    # So small that decoding counts beside it.
+    "small": {
+        "block_out_channels": [8, 16, 32, 32],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    },
+    # MAR's KL-16.
+    "kl16": {
+        "block_out_channels": [128, 128, 256, 256, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D"] * 5,
+        "latent_channels": 16,
+        "layers_per_block": 2,
+    },
 }
 
 
@@ -215,6 +239,7 @@ def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
     with phase("loading torch, streaming and DALI"):
         import torch
 
+        from cfpretrain import runtime
         from cfpretrain.data.encoding import Encoding, encode
         from cfpretrain.data.images import Storing, list_images
         from cfpretrain.data.shard_writer import ShardWriter
@@ -230,10 +255,12 @@ def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
             how = Storing("lossless", arguments.size)
             store_images(listing, how, folder / "images", "photos", per_shard, num_threads)
         if arguments.autoencoder is None:
-            write_folder(folder / "autoencoder", make_network(_SMALL_AUTOENCODER, "small"))
-        autoencoder = KLAutoencoder.load(arguments.autoencoder or folder / "autoencoder", "cpu", key="--autoencoder")
+            write_folder(folder / "autoencoder", make_network(_LAYOUTS[arguments.layout], arguments.layout))
+        device, dtype = runtime.pick_device(), {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
+        where = arguments.autoencoder or folder / "autoencoder"
+        autoencoder = KLAutoencoder.load(where, device, dtype, key="--autoencoder")
         images = Shards(folder / "images", "images")
-        encoding = Encoding(images, autoencoder, torch.device("cpu"), "fp32", arguments.batch_size, with_mirror=True)
+        encoding = Encoding(images, autoencoder, device, arguments.precision, arguments.batch_size, with_mirror=True)
 
         def ours(out: Path) -> None:
             writer = ShardWriter(out, encoding.columns, encoding.plan())
@@ -243,7 +270,7 @@ def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
             writer.finish(encoding.describe(writer.records(num_shards)), num_shards)
 
         def plain(out: Path) -> None:
-            plain_latents(images, autoencoder, out, arguments.batch_size, num_threads)
+            plain_latents(images, autoencoder, device, out, arguments.batch_size, num_threads)
 
         return _alternate_writing({"encode_latents": ours, "plain loop": plain}, arguments, folder)
 
@@ -270,7 +297,7 @@ class _PilImages:
         return int(sample["id"]), int(sample["label"]), sample["caption"], pixels_CYX
 
 
-def plain_latents(images: Any, autoencoder: Any, out: Path, batch_size: int, num_threads: int) -> None:
+def plain_latents(images: Any, autoencoder: Any, device: Any, out: Path, batch_size: int, num_threads: int) -> None:
     """Latent shards as one would first write them: PIL in the workers of a DataLoader, one encoding loop."""
     import torch
     from streaming import MDSWriter
@@ -283,8 +310,9 @@ def plain_latents(images: Any, autoencoder: Any, out: Path, batch_size: int, num
     columns = {"id": "int64", "label": "int32", "caption": "str", **dict.fromkeys(names, array)}
     with MDSWriter(columns=columns, out=str(out), hashes=["blake2b"]) as writer:
         for ids, labels, captions, images_BCYX in DataLoader(_PilImages(images), batch_size, num_workers=num_threads):
+            images_BCYX = images_BCYX.to(device)
             moments = [*autoencoder.encode(images_BCYX), *autoencoder.encode(images_BCYX.flip(-1))]
-            arrays = [values.to(torch.float16).numpy() for values in moments]
+            arrays = [values.to(torch.float16).cpu().numpy() for values in moments]
             for i in range(len(ids)):
                 sample = {"id": int(ids[i]), "label": int(labels[i]), "caption": captions[i]}
                 writer.write(sample | {name: values[i] for name, values in zip(names, arrays, strict=True)})
@@ -298,7 +326,6 @@ _LATENTS = {
     "kl16": ((16, 16, 16), True, 8 * 250),  # 8 GPUs that train XL
     "demo": ((4, 4, 4), False, 700),  # 2 CPU cores
 }
-_SHARD_BYTES = 1 << 26
 
 
 def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -306,21 +333,14 @@ def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     with phase("loading torch and streaming"):
         from contextlib import closing
 
-        from cfpretrain.config import Config, DataConfig, ModelConfig, TrainConfig
         from cfpretrain.data.loader import Loader
-    shape, has_mirror, needed = _LATENTS[arguments.latents]
+    needed = _LATENTS[arguments.latents][2]
     batch_size = arguments.batch_size
     num_workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
     num_batches = 2 * arguments.samples // batch_size  # two epochs: the turn counts
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "latents"
-        with phase(f"writing {arguments.samples} latents"):
-            write_random_latents(folder, shape, has_mirror, arguments.samples)
-        config = Config(
-            model=ModelConfig(latent_size=shape[1], latent_channels=shape[0], num_classes=2),
-            data=DataConfig((str(folder),), latent_scale=(1.0,), mirror_prob=has_mirror / 2, num_workers=num_workers),
-            train=TrainConfig(global_batch_size=batch_size, micro_batch_size=batch_size),
-        )
+        config = _run_on_noise(arguments, num_workers, Path(temporary))
+        folder = Path(config.data.shards[0])
 
         def timed(batches: Any) -> float:
             for _ in range(num_workers + 1):  # the processes are up
@@ -347,38 +367,62 @@ def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**measured, **settings, "needed": needed, "cores_busy": num_busy}
 
 
+_MICRO_BATCHES_TIMED = 10
+_PAUSE_SECONDS = 0.5  # in which a device would compute, and workers read ahead
+
+
+def _run_on_noise(arguments: argparse.Namespace, num_workers: int, folder: Path) -> Any:
+    """The config of a run with the loader's options, and its latents, of noise."""
+    from cfpretrain.config import Config, DataConfig, ModelConfig, TrainConfig
+    from tools.measuring import on_noise
+
+    (channels, size, _), has_mirror, _ = _LATENTS[arguments.latents]
+    config = Config(
+        model=ModelConfig(latent_size=size, latent_channels=channels, num_classes=2),
+        data=DataConfig(latent_scale=(1.0,), mirror_prob=has_mirror / 2, num_workers=num_workers),
+        train=TrainConfig(global_batch_size=arguments.batch_size, micro_batch_size=arguments.batch_size),
+    )
+    with phase(f"writing {arguments.samples} latents"):
+        return on_noise(config, folder, arguments.samples)
+
+
+def measure_ready(arguments: argparse.Namespace) -> dict[str, Any]:
+    """CPU milliseconds of the training thread for a micro-batch, made by workers and made in that thread."""
+    with phase("loading torch and streaming"):
+        from contextlib import closing
+
+        from cfpretrain.build import make_prepare
+        from cfpretrain.data.loader import Loader
+
+    def milliseconds(folder: Path, num_workers: int) -> float:
+        config = _run_on_noise(arguments, num_workers, folder)
+        with closing(Loader(config, make_prepare(config), 0, 1)) as loader:
+            next(loader)
+            spent = []
+            for _ in range(_MICRO_BATCHES_TIMED):
+                time.sleep(_PAUSE_SECONDS)
+                begin = time.thread_time()
+                next(loader)
+                spent.append(1e3 * (time.thread_time() - begin))
+        return statistics.median(spent)
+
+    sides = {"made ready by workers": arguments.workers, "made in the training thread": 0}
+    turns = []
+    for _ in range(arguments.pairs):
+        with tempfile.TemporaryDirectory() as folder:
+            turns.append({name: milliseconds(Path(folder) / name, workers) for name, workers in sides.items()})
+    spent = {name: [turn[name] for turn in turns] for name in sides}
+    for name, values in spent.items():
+        print(
+            f"{name:28} {statistics.median(values):8.2f} ms of the training thread a micro-batch of "
+            f"{arguments.batch_size} ({min(values):.2f} to {max(values):.2f})"
+        )
+    return {"unit": "ms", "spent": spent, "latents": arguments.latents, "batch_size": arguments.batch_size}
+
+
 def _cpu_seconds() -> float:
     """Of this process and of those that it has ended."""
     return sum(os.times()[:4])
-
-
-def write_random_latents(folder: Path, shape: tuple[int, int, int], has_mirror: bool, num_samples: int) -> None:
-    """Latent shards of random moments, of the size that tools/encode_latents.py gives them."""
-    import numpy as np
-
-    from cfpretrain.data.shard_writer import ShardWriter
-    from cfpretrain.data.shards import LatentsInfo, columns_of
-
-    ones = (1.0,) * shape[0]
-    info = LatentsInfo(
-        "random", shape, (0.0,) * shape[0], ones, ("a", "b"), num_samples, "", has_posterior=True, has_mirror=has_mirror
-    )
-    columns = columns_of(info)
-    arrays = [name for name, encoding in columns.items() if encoding.startswith("ndarray")]
-    rng = np.random.default_rng(0)
-    writer = ShardWriter(folder, columns, {})
-    writer.begin()
-    per_shard = max(1, min(_SHARD_BYTES // (2 * len(arrays) * int(np.prod(shape))), num_samples // 8))
-    begins = range(0, num_samples, per_shard)
-    for number, begin in enumerate(begins):
-        ids = range(begin, min(begin + per_shard, num_samples))
-        moments = rng.standard_normal((len(ids), len(arrays), *shape), np.float32).astype(np.float16)
-        common = [{"id": id, "label": id % 2, "caption": ""} for id in ids]
-        writer.write(
-            number,
-            (sample | dict(zip(arrays, values, strict=True)) for sample, values in zip(common, moments, strict=True)),
-        )
-    writer.finish(info, len(begins))
 
 
 class _PlainLatents:

@@ -6,6 +6,7 @@
 scale: random features of the Inception's size. Their sums, the Frechet distance and precision and recall, each with its
 seconds, the seconds a thousand images at several numbers of images, and the most memory the process has held.
 ranks: images a second that one process of one thread, and two such processes, reduce to sums; the two take turns.
+one-rank: the same of one process, on a GPU where there is one. `--features inception` has random weights here.
 """
 
 import argparse
@@ -24,9 +25,9 @@ from typing import Any
 import torch
 
 from cfpretrain import runtime
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, phase, say
 from cfpretrain.evaluation.feature_sums import FeatureSums
-from cfpretrain.evaluation.features import Features, make_extractor
+from cfpretrain.evaluation.features import INCEPTION, FeatureExtractor, Features, make_extractor
 from cfpretrain.evaluation.frechet import frechet_distance
 from cfpretrain.evaluation.inception_score import splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
@@ -37,18 +38,16 @@ _BATCH = 250
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Measure evaluation.")
-    parser.add_argument("what", choices=("scale", "ranks", "one-rank"), help="one-rank: a process of ranks")
+    parser.add_argument("what", choices=("scale", "ranks", "one-rank"), help="one-rank: one process alone")
     parser.add_argument("--num-images", type=int, default=50_000, help="of scale, in each set (default 50000)")
     parser.add_argument("--num-features", type=int, default=2048, help="of scale (default 2048)")
-    parser.add_argument("--batches", type=int, default=20, help="of ranks, over all processes (default 20)")
-    parser.add_argument("--batch-size", type=int, default=32, help="of ranks (default 32)")
-    parser.add_argument("--features", default="effnet_lite0", help="of ranks (default effnet_lite0)")
+    parser.add_argument("--batches", type=int, default=20, help="of images, over all processes (default 20)")
+    parser.add_argument("--batch-size", type=int, default=32, help="images of a batch (default 32)")
+    parser.add_argument("--features", default="effnet_lite0", help="effnet_lite0 (default) or inception")
     parser.add_argument("--pairs", type=int, default=3, help="of ranks: turns of each (default 3)")
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         measured = {"scale": scale, "ranks": ranks, "one-rank": one_rank}[arguments.what](arguments)
-    except UserError as error:
-        exit_with(error)
     print(json.dumps(measured), flush=True)
 
 
@@ -131,9 +130,9 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     from cfpretrain.evaluation.scores import make_work, statistics_of, sum_up
 
     device = runtime.pick_device()
-    runtime.start(device)
-    try:
-        extractor = make_extractor(arguments.features, device)
+    with runtime.ranks_of_a_tool(device):
+        random = arguments.features == INCEPTION
+        extractor = _random_inception(device) if random else make_extractor(arguments.features, device)
         num_images = arguments.batches * arguments.batch_size
         shape = (arguments.batch_size, 3, 256, 256)
         images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -150,9 +149,14 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
         if runtime.rank() == 0:
             work.remove()
             os.rmdir(folder)
-        return {"images_per_second": num_images / seconds}
-    finally:
-        runtime.stop()
+        return {"features": arguments.features, "images_per_second": num_images / seconds}
+
+
+def _random_inception(device: torch.device) -> FeatureExtractor:
+    """The FID Inception with random weights: its published ones need a download."""
+    from cfpretrain.evaluation.inception import Inception
+
+    return FeatureExtractor("fd_inception_random", "random", Inception().to(device), device, "random")
 
 
 def _where() -> dict[str, str]:

@@ -1,10 +1,11 @@
 """What logging, EMA, guards and checkpoints cost beside the training step itself, measured in alternation.
 
     deepspeed --num_accelerators 2 tools/measure_overhead.py --config configs/tiny.yaml
+    python tools/measure_overhead.py --config configs/L.yaml --kinds full saving train.global_batch_size=64
 
 Blocks of steps take turns in one process group: bare (no EMA, no metrics, no exchange between ranks, no guard),
 unguarded (EMA and metrics), full (guard and exchange too) and saving (as full, and a checkpoint begins with each block,
-which is as long as `--block-steps`). wandb is off: it writes from a process of its own.
+which is as long as `--block-steps`). wandb is off: it writes from a process of its own. Latents are noise.
 
 A small difference wants short blocks in many turns, since a machine's speed wanders: what guards cost is seen best with
 `--kinds unguarded full --block-steps 2 --pairs 150`.
@@ -13,13 +14,18 @@ A small difference wants short blocks in many turns, since a machine's speed wan
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from cfpretrain.console import Progress, UserError, exit_with, phase, say
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
+
+from cfpretrain.console import Progress, ending_in_one_line, phase, say
 
 _KINDS = ("bare", "unguarded", "full", "saving")
 _ADDS = {
@@ -27,7 +33,6 @@ _ADDS = {
     "full": "guards and the ranks' exchange add",
     "saving": "a checkpoint a block adds",
 }
-_WARM_UP_STEPS = 50
 
 
 def main() -> None:
@@ -40,12 +45,11 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS, help="of blocks (default: all four)")
     parser.add_argument("--pairs", type=int, default=6, help="turns of the kinds (default 6)")
     parser.add_argument("--block-steps", type=int, default=50, help="steps of a block (default 50)")
+    parser.add_argument("--warm-up-steps", type=int, default=50, help="before the first block (default 50)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args()
-    try:
+    with ending_in_one_line():
         run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -53,30 +57,28 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("loading torch, deepspeed and streaming"):
         from cfpretrain import config as configs
         from cfpretrain import runtime, trainer
+        from tools.measuring import on_noise
     device = runtime.pick_device()
-    runtime.start(device)
-    try:
-        # Rank 0's folder serves all ranks; the others' stay empty.
-        with tempfile.TemporaryDirectory() as own:
-            shared = runtime.gather(own)[0]
-            overrides = [*arguments.overrides, f"run.folder={shared}", "metrics.wandb=disabled"]
-            config = configs.load(arguments.config, overrides)
-            configs.check(config, runtime.world_size())
-            trainer.prepare_folder(config, device)
-            measured = _measure(trainer.Trainer(config, device), arguments)
-            runtime.barrier()
-    finally:
-        runtime.stop()
+    # Rank 0's folder serves all ranks; the others' stay empty.
+    with runtime.ranks_of_a_tool(device), tempfile.TemporaryDirectory() as own:
+        config = configs.load(arguments.config, arguments.overrides)
+        configs.check(config, runtime.world_size())
+        config = on_noise(config, Path(runtime.gather(own)[0]))
+        trainer.prepare_folder(config, device)
+        measured = _measure(trainer.Trainer(config, device), arguments)
+        runtime.barrier()
     if runtime.rank() == 0:
-        _print(measured)
+        _print(*measured)
 
 
-def _measure(trainer: Any, arguments: argparse.Namespace) -> dict[str, list[float]]:
+def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, list[float]], list[float]]:
+    """Seconds of a step, by kind of block, and seconds that a save keeps the step after it waiting."""
     from cfpretrain import runtime
 
     progress = Progress(trainer.config.train.num_steps, 0)
     kinds = [kind for kind in _KINDS if kind in arguments.kinds]
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    stalls: list[float] = []
 
     def block(kind: str) -> None:
         with ExitStack() as stack:
@@ -86,6 +88,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> dict[str, list[floa
             begin = time.perf_counter()
             if kind == "saving":
                 trainer.save_checkpoint()
+                stalls.append(time.perf_counter() - begin)
             for _ in range(arguments.block_steps):
                 trainer.train_step()
                 if kind != "bare" and trainer.window_ends():
@@ -97,16 +100,17 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> dict[str, list[floa
         assert trainer.at.num_skipped == 0, f"a step of a {kind} block was skipped: its time says nothing"
 
     with phase("warming up"):
-        for _ in range(-(-_WARM_UP_STEPS // arguments.block_steps)):
+        for _ in range(-(-arguments.warm_up_steps // arguments.block_steps)):
             block(kinds[-1])
         seconds[kinds[-1]].clear()
+        stalls.clear()
     for turn in range(arguments.pairs):
         if turn % max(1, arguments.pairs // 10) == 0:
             say(f"turn {turn + 1} of {arguments.pairs}")
         for kind in kinds if turn % 2 == 0 else kinds[::-1]:
             block(kind)
     trainer.loader.close()
-    return seconds
+    return seconds, stalls
 
 
 def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
@@ -124,8 +128,8 @@ def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     return {"bare": bare, "unguarded": unguarded, "full": [], "saving": []}
 
 
-def _print(seconds: dict[str, list[float]]) -> None:
-    added = {}
+def _print(seconds: dict[str, list[float]], stalls: list[float]) -> None:
+    added: dict[str, float] = {}
     for kind, values in seconds.items():
         text = f"{kind:<10}{1e3 * statistics.median(values):8.1f} ms a step (median)"
         before = _KINDS[max(0, _KINDS.index(kind) - 1)]
@@ -135,7 +139,10 @@ def _print(seconds: dict[str, list[float]]) -> None:
             error = 1.25 * statistics.pstdev(ratios) / len(ratios) ** 0.5  # of a median, for a normal distribution
             text += f": {_ADDS[kind]} {added[kind]:+.1%} (standard error {error:.1%})"
         print(text)
-    print(json.dumps({"added": added, "seconds": seconds}))
+    stall = statistics.median(stalls) if stalls else None
+    if stall is not None:
+        print(f"{'a save':<10}{1e3 * stall:8.1f} ms until the next step begins (median)")
+    print(json.dumps({"added": added, "seconds": seconds, "stall_seconds": stall}))
 
 
 if __name__ == "__main__":

@@ -2,24 +2,29 @@
 
     OMP_NUM_THREADS=1 python tools/measure_start.py --config configs/XL.yaml --num-ranks 16
 
-It draws what the first of `--num-ranks` ranks holds under ZeRO-3, on the device that a run would take, and copies it to
-where it stays. The two sides take turns, parameter by parameter, and must draw the same numbers.
+It draws what the first of `--num-ranks` ranks holds under ZeRO-3, on the device that a run would take. The sides take
+turns, parameter by parameter, and must draw the same numbers.
 """
 
 import argparse
 import json
 import math
-import platform
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from torch import Tensor
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
+
 from cfpretrain import build, runtime, seeds
-from cfpretrain.console import UserError, exit_with
+from cfpretrain.console import ending_in_one_line
+from tools.measuring import positive, whereabouts
 
 _GAMMA, _FACTOR_1, _FACTOR_2 = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
@@ -29,14 +34,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure how fast a config's initial weights are drawn.")
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/XL.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--num-ranks", type=int, default=1, help="that share the weights (default 1)")
+    parser.add_argument("--num-ranks", type=positive, default=1, help="that share the weights (default 1)")
     arguments = parser.parse_intermixed_args()
-    try:
-        if arguments.num_ranks < 1:
-            raise UserError(f"--num-ranks: expected at least 1, got {arguments.num_ranks}")
+    with ending_in_one_line():
         print(json.dumps(measure(arguments.config, arguments.overrides, arguments.num_ranks)))
-    except UserError as error:
-        exit_with(error)
 
 
 # ---------------------------------------------------------------------------
@@ -109,11 +110,9 @@ def measure(path: str, overrides: Sequence[str], num_ranks: int) -> dict[str, ob
         "seconds": seconds,
         "million_values_per_second": rates,
         "num_values": num_values,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
         "command": {"config": path, "overrides": list(overrides), "num_ranks": num_ranks},
+        **whereabouts(device),
     }
 
 

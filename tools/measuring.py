@@ -1,0 +1,178 @@
+"""What the measuring tools share: a run on shards of noise, where it was measured, and the machine in one JSON line.
+
+    python tools/measuring.py
+
+prints the versions, the hardware and, on a GPU, what its matrix products reach.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cfpretrain import runtime
+from cfpretrain.config import Config
+from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.data.shards import LatentsInfo, columns_of
+from cfpretrain.metrics import peak_flops
+from cfpretrain.model.autoencoder import are_pixels
+
+_PACKAGES = ("cfpretrain", "torch", "triton", "deepspeed", "mosaicml-streaming", "flash-attn", "diffusers")
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+_SHARD_BYTES = 1 << 26
+_FEWEST_SAMPLES = 64
+_MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description="Say where measurements are made.")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    parser.parse_args()
+    device = runtime.pick_device()
+    print(json.dumps(whereabouts(device) | {"device": device.type, "matmul_tflops": _matmul_tflops(device)}))
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+# ---------------------------------------------------------------------------
+# Shards of noise
+
+
+def on_noise(config: Config, folder: Path, num_samples: int = 0) -> Config:
+    """Writes latent shards of noise that fit the config, and returns the config of a run on them; all ranks call it.
+
+    They hold what the recipe reads: pixels where its latents are taken for some, else the moments of a posterior, and
+    those of the mirrored image where images are mirrored. Nothing of such a run is seen outside of the folder.
+
+    Args:
+        config: of a run.
+        folder: gets the shards and the run folder.
+        num_samples: in the shards; 0: two global batches.
+    """
+    model, data = config.model, config.data
+    pixels = are_pixels(model.latent_channels)
+    info = LatentsInfo(
+        autoencoder="identity" if pixels else "noise",
+        latent_shape=(model.latent_channels, model.latent_size, model.latent_size),
+        latent_shift=_of_each_channel(data.latent_shift, model.latent_channels),
+        latent_scale=_of_each_channel(data.latent_scale, model.latent_channels),
+        class_names=tuple(map(str, range(model.num_classes))),
+        num_samples=num_samples or max(2 * config.train.global_batch_size, _FEWEST_SAMPLES),
+        source="noise",
+        has_posterior=not pixels,
+        has_mirror=not pixels and data.mirror_prob > 0,
+    )
+    if runtime.rank() == 0:
+        _write_noise(folder / "latents", info)
+    runtime.barrier()
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, folder=str(folder / "run")),
+        data=dataclasses.replace(data, shards=(str(folder / "latents"),), repeat=(1.0,), autoencoder=""),
+        evaluation=dataclasses.replace(config.evaluation, every_steps=0),
+        metrics=dataclasses.replace(config.metrics, wandb="disabled"),
+    )
+
+
+def _of_each_channel(values: tuple[float, ...], num_channels: int) -> tuple[float, ...]:
+    return values * num_channels if len(values) == 1 else values
+
+
+def _write_noise(folder: Path, info: LatentsInfo) -> None:
+    columns = columns_of(info)
+    arrays = [name for name, encoding in columns.items() if encoding.startswith("ndarray")]
+    rng = np.random.default_rng(0)
+    writer = ShardWriter(folder, columns, {})
+    writer.begin()
+    sample_bytes = 2 * len(arrays) * int(np.prod(info.latent_shape))
+    per_shard = max(1, min(_SHARD_BYTES // sample_bytes, info.num_samples // 8))
+    begins = range(0, info.num_samples, per_shard)
+    for number, begin in enumerate(begins):
+        ids = range(begin, min(begin + per_shard, info.num_samples))
+        moments = rng.standard_normal((len(ids), len(arrays), *info.latent_shape), np.float32).astype(np.float16)
+        common = [{"id": id, "label": id % len(info.class_names), "caption": ""} for id in ids]
+        writer.write(
+            number,
+            (sample | dict(zip(arrays, values, strict=True)) for sample, values in zip(common, moments, strict=True)),
+        )
+    writer.finish(info, len(begins))
+
+
+# ---------------------------------------------------------------------------
+# Seconds, and where they were measured
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Seconds of a call, the mean of `repeats` that follow each other after one that does not count."""
+    call()
+    synchronise(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - begin) / repeats
+
+
+def whereabouts(device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, for the last line of a tool."""
+    return {"versions": _versions(), "hardware": _hardware(device)}
+
+
+def _versions() -> dict[str, str | None]:
+    def find(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    return {"python": platform.python_version(), **{name: find(name) for name in _PACKAGES}}
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    found: dict[str, Any] = {
+        "cpu": fields.get("model name", platform.machine()),
+        "instruction_sets": [flag for flag in _CPU_FLAGS if flag in flags],
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        found |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "cuda": torch.version.cuda}
+        found["peak_tflops"] = (peak_flops(device, "bf16") or 0) / 1e12 or None
+    return found
+
+
+def _matmul_tflops(device: torch.device) -> float:
+    """What a matrix product of large bf16 matrices reaches (fp32 on a CPU)."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = _MATMUL_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / seconds_of(lambda: a @ b, 10, device) / 1e12
+
+
+if __name__ == "__main__":
+    main()
