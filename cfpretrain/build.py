@@ -1,6 +1,7 @@
 """From a config to what it describes (network, objective, autoencoder), and from a run folder to its model."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -16,12 +17,12 @@ from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
 from cfpretrain.data.loader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
-from cfpretrain.engine import ds_config
+from cfpretrain.engine import WriteInitialValues, ds_config
 from cfpretrain.loss import Batch, NoisePredictionLoss
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
 from cfpretrain.model.norm import has_apex
-from cfpretrain.model.transformer import BlockSettings, CausalFusion, initial_values
+from cfpretrain.model.transformer import BlockSettings, CausalFusion, initialise, write_initial_values
 from cfpretrain.noise import linear_schedule
 
 # What a run folder holds.
@@ -109,7 +110,7 @@ def choose_attention(config: Config, device_type: str) -> str:
     """The backend of attention in training on a device ("cpu" or "cuda"); raises as `choose_blocks` does."""
     engine, model = config.engine, config.model
     try:
-        return attention.choose(engine.attention, device_type, engine.compile_blocks, model.width // model.num_heads)
+        return attention.choose(engine.attention, device_type, model.width // model.num_heads)
     except ValueError as error:
         raise UserError(f"engine.attention: {error}") from error
 
@@ -135,14 +136,18 @@ def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFus
     )
 
 
+def initial_weights(config: Config) -> WriteInitialValues:
+    """What `Engine.initialise` gives a model of `make_model`, drawn on the device that holds it."""
+    return functools.partial(write_initial_values, config.run.seed, config.model.grid)
+
+
 def make_untrained(config: Config, device: torch.device) -> CausalFusion:
     """The model as a run begins with it, in fp32, for sampling: what any training must beat."""
-    model = make_model(config)
-    with torch.no_grad():
-        for name, values in model.named_parameters():
-            first = initial_values(config.run.seed, config.model.grid, name, values.shape, 0, values.numel())
-            values.copy_(first.view_as(values))
-    return model.to(device).eval().requires_grad_(False)
+    with torch.device("meta"):
+        model = make_model(config)
+    model.to_empty(device=device)
+    initialise(model, config.run.seed)
+    return model.eval().requires_grad_(False)
 
 
 def class_names(config: Config) -> tuple[str, ...]:

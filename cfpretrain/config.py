@@ -116,11 +116,13 @@ class TrainConfig:
 class EngineConfig:
     zero_stage: int = 3
     precision: Literal["bf16", "fp32"] = "bf16"
-    attention: Literal["auto", "sdpa", "flex", "triton"] = "auto"  # where the mask holds: in training
+    # Where the mask holds: in training. auto: our kernel (triton) on a GPU, else what runs there.
+    attention: Literal["auto", "sdpa", "flex", "triton"] = "auto"
     cached_attention: Literal["auto", "sdpa", "flash"] = "auto"  # where all is visible: in sampling
     compile_blocks: bool = False  # torch.compile; the first steps of each length take minutes
     # Clean tokens are padded up to a multiple of it, so that sequences have few lengths; 0 = at most 9 lengths where
-    # kernels are compiled for each (compile_blocks, or attention: flex), else no padding.
+    # kernels are compiled for each (compile_blocks, or attention: flex, which auto is on a GPU where heads are 16 or
+    # more wide and not 32, 64 or 128), else no padding.
     clean_token_multiple: int = 0
     activation_checkpointing: bool = False  # keep only the blocks' inputs, compute the rest twice
     ema_on_host: bool = False  # EMA in host memory
@@ -200,8 +202,14 @@ class Config:
         return self.train.global_batch_size // (self.micro_batch_size(world_size) * world_size)
 
     def compiles_lengths(self) -> bool:
-        """Whether kernels are compiled for each length of a sequence."""
-        return self.engine.compile_blocks or self.engine.attention == "flex"
+        """Whether kernels are compiled for each length of a sequence, on whatever device that is.
+
+        `attention.choose` takes FlexAttention for "auto" on a GPU, where our kernel lacks the head width. A config
+        means the same sequences on every device, so a CPU pads them too.
+        """
+        attention, head_width = self.engine.attention, self.model.width // self.model.num_heads
+        may_be_flex = head_width not in _TRITON_HEAD_WIDTHS and head_width >= _FLEX_MIN_HEAD_WIDTH
+        return self.engine.compile_blocks or attention == "flex" or (attention == "auto" and may_be_flex)
 
     def clean_token_multiple(self) -> int:
         """What the number of clean image tokens is padded up to a multiple of, resolved: 1 (no padding) to L."""

@@ -22,8 +22,8 @@ from cfpretrain.model.transformer import Block, BlockSettings
 # Elements of a communication bucket, at least (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
 _BUCKET_NUMEL = 50_000_000
 
-# (name, shape of the whole parameter, flat offset, numel) -> fp32 [numel]
-InitialValues = Callable[[str, tuple[int, ...], int, int], Tensor]
+# (name, shape of the whole parameter, flat offset, fp32 [numel]): writes the values from the offset on
+WriteInitialValues = Callable[[str, tuple[int, ...], int, Tensor], None]
 # (global norm of the gradient before clipping, a scalar on the device: infinite where a gradient is not finite) ->
 # whether to apply the update; alike on all ranks, and never where the norm is infinite
 Decide = Callable[[Tensor], bool]
@@ -507,15 +507,15 @@ class Engine:
         return self._fragments
 
     @torch.no_grad()
-    def initialise(self, initial_values: InitialValues) -> None:
+    def initialise(self, write_initial_values: WriteInitialValues) -> None:
         """Gives every weight its initial value, whatever the stage and the number of ranks.
 
         Args:
-            initial_values: (name, shape of the whole parameter, flat offset, numel) -> fp32 [numel]; the same
-                function on every rank.
+            write_initial_values: (name, shape of the whole parameter, flat offset, fp32 [numel]), writes into the last;
+                the same function on every rank.
         """
         for fragment in self._fragments:
-            fragment.values.copy_(initial_values(fragment.name, fragment.shape, fragment.offset, fragment.numel))
+            write_initial_values(fragment.name, fragment.shape, fragment.offset, fragment.values)
         self.refresh()
 
     @torch.no_grad()

@@ -5,12 +5,12 @@ The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), run on int64 
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-_GOLDEN_GAMMA = 0x9E3779B97F4A7C15
 _UNIT = 2.0**-53
 
 
@@ -20,15 +20,23 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
+_GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
+_FACTOR_1, _FACTOR_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+# Numbers of a chunk: on a CPU all passes over one stay in a core's cache (three times 256 KB), and what is longer torch
+# divides among its threads; on a GPU the kernels' launches do not count (three times 128 MB).
+_CPU_CHUNK, _GPU_CHUNK = 1 << 15, 1 << 24
+
+
+def _shift_right(x: Tensor, bits: int, out: Tensor | None) -> Tensor:
     # torch shifts int64 arithmetically; the hash wants zeros from the left.
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return torch.bitwise_right_shift(x, bits, out=out).bitwise_and_((1 << (64 - bits)) - 1)
 
 
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
+def _mix_(x: Tensor, spare: Tensor | None = None) -> Tensor:
+    """Hashes in place; `spare` is memory for as many numbers."""
+    x.bitwise_xor_(_shift_right(x, 30, spare)).mul_(_FACTOR_1)
+    x.bitwise_xor_(_shift_right(x, 27, spare)).mul_(_FACTOR_2)
+    return x.bitwise_xor_(_shift_right(x, 31, spare))
 
 
 def key(seed: int, purpose: str) -> Tensor:
@@ -47,9 +55,45 @@ def key(seed: int, purpose: str) -> Tensor:
 
 def fold(parent: Tensor, index: Tensor | int) -> Tensor:
     """The keys of `parent`'s children: one for each value of `index` (shapes broadcast, int64)."""
+    mixed = _mix_(parent.clone())
     if isinstance(index, int):
-        index = torch.tensor(index, device=parent.device)
-    return _mix(_mix(parent) + (index.to(torch.int64) + 1) * _signed(_GOLDEN_GAMMA))
+        return _mix_(mixed.add_(_signed((index + 1) * _GOLDEN_GAMMA)))
+    return _mix_(mixed + (index.to(torch.int64) + 1).mul_(_GOLDEN_GAMMA))
+
+
+def _steps(first: int, count: int, device: torch.device) -> Tensor:
+    return torch.arange(first + 1, first + count + 1, device=device).mul_(_GOLDEN_GAMMA)
+
+
+# What is made of hashes, in their memory or in that to spare.
+_Finish = Callable[[Tensor, Tensor | None], Tensor]
+
+
+def _draw(
+    keys: Tensor, shape: Sequence[int], first: int, dtype: torch.dtype, finish: _Finish, out: Tensor | None = None
+) -> Tensor:
+    """What `finish` makes of 64 random bits an element, as `dtype`; other arguments as for `bits` and `normal`."""
+    count, num_keys, device = math.prod(shape), keys.numel(), keys.device
+    chunk = _CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
+    if out is None and num_keys * count <= chunk:
+        step = _signed((first + 1) * _GOLDEN_GAMMA) if count == 1 else _steps(first, count, device)
+        drawn = finish(_mix_(keys.unsqueeze(-1) + step), None)
+        return drawn.to(dtype).reshape([*keys.shape, *shape])
+    out = torch.empty([*keys.shape, *shape], dtype=dtype, device=device) if out is None else out
+    out_KC, keys_K1 = out.view(num_keys, count), keys.reshape(-1, 1)
+    width = min(count, chunk)
+    height = min(num_keys, chunk // max(width, 1))
+    x, spare = torch.empty((2, height, width), dtype=torch.int64, device=device)
+    step_C = _steps(first, width, device)
+    for column in range(0, count, chunk):
+        for row in range(0, num_keys, max(height, 1)):
+            part = out_KC[row : row + height, column : column + width]
+            if part.shape != x.shape:  # the last ones
+                x, spare = (memory[: part.shape[0], : part.shape[1]] for memory in (x, spare))
+            torch.add(step_C[: part.shape[1]], keys_K1[row : row + height], out=x)
+            part.copy_(finish(_mix_(x, spare), spare))
+        keys_K1 = keys_K1 + _signed(width * _GOLDEN_GAMMA)
+    return out
 
 
 def bits(keys: Tensor, shape: Sequence[int], first: int = 0) -> Tensor:
@@ -60,22 +104,47 @@ def bits(keys: Tensor, shape: Sequence[int], first: int = 0) -> Tensor:
         shape: what each key draws.
         first: flat index of the first element, so that a slice of a large draw can be made alone.
     """
-    count = 1
-    for size in shape:
-        count *= size
-    counter = torch.arange(first + 1, first + count + 1, device=keys.device)
-    drawn = _mix(keys.unsqueeze(-1) + counter * _signed(_GOLDEN_GAMMA))
-    return drawn.reshape([*keys.shape, *shape])
+    return _draw(keys, shape, first, torch.int64, lambda drawn, _: drawn)
+
+
+def _to_halves(drawn: Tensor, spare: Tensor | None) -> Tensor:
+    """The first 53 bits as a number, plus 1/2: float64, in the memory of the bits."""
+    return drawn.view(torch.float64).copy_(_shift_right(drawn, 11, spare)).add_(0.5)
+
+
+def _to_unit(drawn: Tensor, spare: Tensor | None) -> Tensor:
+    return _to_halves(drawn, spare).mul_(_UNIT)
 
 
 def uniform(keys: Tensor, shape: Sequence[int] = (), first: int = 0) -> Tensor:
     """Uniform float64 numbers in the open interval (0, 1); arguments as for `bits`."""
-    return (_shift_right(bits(keys, shape, first), 11).double() + 0.5) * _UNIT
+    return _draw(keys, shape, first, torch.float64, _to_unit)
 
 
-def normal(keys: Tensor, shape: Sequence[int] = (), first: int = 0) -> Tensor:
-    """Standard normal float32 numbers; arguments as for `bits`."""
-    return torch.special.ndtri(uniform(keys, shape, first)).float()
+def uniform_within(
+    bound: float, keys: Tensor, shape: Sequence[int] = (), first: int = 0, out: Tensor | None = None
+) -> Tensor:
+    """Uniform float32 numbers from -bound to bound, (2 u - 1) bound of u as in `uniform`; arguments as for `normal`."""
+    # In float64 2 u - 1 is exact, and so is a factor that is a power of 2.
+    scale = 2 * _UNIT * bound
+    return _draw(keys, shape, first, torch.float32, lambda *drawn: _to_halves(*drawn).sub_(2.0**52).mul_(scale), out)
+
+
+def normal(keys: Tensor, shape: Sequence[int] = (), first: int = 0, out: Tensor | None = None) -> Tensor:
+    """Standard normal float32 numbers, whose last bit may differ between kinds of devices.
+
+    Args:
+        keys: as for `bits`.
+        shape: as for `bits`.
+        first: as for `bits`.
+        out: where to write them: contiguous, of the result's size and on the device of the keys.
+    """
+
+    def finish(drawn: Tensor, spare: Tensor | None) -> Tensor:
+        unit = _to_unit(drawn, spare)
+        return torch.special.ndtri(unit, out=unit)
+
+    return _draw(keys, shape, first, torch.float32, finish, out)
 
 
 def integers(keys: Tensor, high: int, shape: Sequence[int] = ()) -> Tensor:

@@ -18,6 +18,7 @@ from cfpretrain.build import (
     SAMPLES,
     SUMMARY_FILE,
     choose_blocks,
+    initial_weights,
     make_loss,
     make_model,
     make_prepare,
@@ -50,7 +51,7 @@ from cfpretrain.metrics import (
     read_metrics,
     training_flops,
 )
-from cfpretrain.model.transformer import BlockSettings, initial_values
+from cfpretrain.model.transformer import BlockSettings
 from cfpretrain.order import equal_sizes
 from cfpretrain.run_folder import finished_step, is_done, prepare_folder, remove_requeue, write_requeue
 from cfpretrain.sampler import Guidance
@@ -158,11 +159,7 @@ class Trainer:
         candidates = self._candidates()
         if not candidates:
             with phase("initialising the weights"):
-                self.engine.initialise(
-                    lambda name, shape, offset, count: initial_values(
-                        config.run.seed, config.model.grid, name, shape, offset, count
-                    )
-                )
+                self.engine.initialise(initial_weights(config))
         self.ema = ShardedEMA(self.engine.fragments(), config.train.ema_decay, config.engine.ema_on_host)
         saved = self._restore(candidates) if candidates else None
         self.saved_step = None if saved is None else saved.step

@@ -2,8 +2,7 @@
 
 import importlib.util
 import sys
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from cfpretrain.model import attention, block_causal
 from cfpretrain.model.attention import attend, choose, choose_cached, make_visibility
 from cfpretrain.model.transformer import Block, BlockSettings
 from tests.closeness import disagreement
+from tests.test_config import TINY
 
 HEAD_WIDTHS = (32, 64, 128)
 
@@ -236,13 +236,31 @@ def test_a_compiled_block_on_a_gpu(backend) -> None:
 
 
 def test_auto() -> None:
-    assert choose("auto", "cpu", compiled=True, head_width=64) == "sdpa"
-    assert choose("auto", "cuda", compiled=True, head_width=64) == "flex"
-    assert choose("auto", "cuda", compiled=True, head_width=16) == "flex"
-    assert choose("auto", "cuda", compiled=True, head_width=8) == "sdpa"
-    assert choose("auto", "cuda", compiled=False, head_width=64) == "sdpa"
-    assert choose("sdpa", "cuda", compiled=True, head_width=64) == "sdpa"
+    assert [choose("auto", "cuda", width) for width in (32, 64, 128)] == ["triton"] * 3
+    assert [choose("auto", "cuda", width) for width in (16, 48, 256)] == ["flex"] * 3
+    assert choose("auto", "cuda", 8) == "sdpa"
+    assert choose("sdpa", "cuda", 64) == "sdpa"
+    assert {choose("auto", "cpu", width) for width in (8, 16, 64)} == {"sdpa"}
     assert choose_cached("auto", "cpu", "bf16", 64) == "sdpa"
+
+
+def test_auto_without_triton(monkeypatch) -> None:
+    """Torch compiles FlexAttention with Triton."""
+    monkeypatch.setattr(block_causal, "is_available", lambda: False)
+    assert {choose("auto", "cuda", width) for width in (16, 64)} == {"sdpa"}
+    for name in ("flex", "triton"):
+        with pytest.raises(ValueError, match=f"{name} needs the package triton.*pip install triton, or use sdpa"):
+            choose(name, "cuda", 64)
+
+
+@pytest.mark.parametrize("name", ["auto", "sdpa", "flex", "triton"])
+def test_the_config_knows_what_is_compiled_for_each_length(name) -> None:
+    for width in (8, 16, 24, 32, 48, 64, 96, 128, 256):
+        overrides = ["model.num_heads=2", f"model.width={2 * width}", f"engine.attention={name}"]
+        config = configs.load(TINY, overrides)
+        is_flex = choose(name, "cuda", width) == "flex"
+        assert config.compiles_lengths() == is_flex, width
+        assert (config.clean_token_multiple() > 1) == is_flex, width
 
 
 def test_the_config_knows_what_the_kernels_can_do() -> None:
@@ -253,7 +271,7 @@ def test_the_config_knows_what_the_kernels_can_do() -> None:
 @pytest.mark.parametrize("name", ["flex", "triton"])
 def test_what_needs_a_gpu_is_refused_on_a_cpu(name) -> None:
     with pytest.raises(ValueError, match=f"{name} trains on a GPU only.*use sdpa"):
-        choose(name, "cpu", compiled=False, head_width=64)
+        choose(name, "cpu", 64)
 
 
 @pytest.fixture
@@ -267,19 +285,55 @@ def capability(monkeypatch) -> Callable[[int, int], None]:
     return set_to
 
 
-def test_missing_packages_are_named(monkeypatch, capability) -> None:
+@pytest.fixture
+def flash_attn(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
+    """Puts a package flash_attn of the given source where Python finds it first."""
+
+    def forget() -> None:
+        attention._load_flash.cache_clear()
+        attention._say_once.cache_clear()
+        monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
+
+    def install(source: str) -> None:
+        forget()
+        (tmp_path / "flash_attn").mkdir()
+        (tmp_path / "flash_attn" / "__init__.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield install
+    forget()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the real package is installed")
+def test_a_missing_flash_attn_is_named(capability, flash_attn, capsys) -> None:
     capability(9, 0)
-    monkeypatch.setattr(attention.block_causal, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="pip install triton"):
-        choose("triton", "cuda", compiled=True, head_width=64)
-    monkeypatch.setattr(attention, "_is_installed", lambda package: False)
-    with pytest.raises(ValueError, match=r"pip install 'flash-attn"):
+    with pytest.raises(ValueError, match=r"flash needs the package \(pip install 'flash-attn.*; or use sdpa"):
         choose_cached("flash", "cuda", "bf16", 64)
     assert choose_cached("auto", "cuda", "bf16", 64) == "sdpa"
+    assert "not by flash, which needs the package (pip install 'flash-attn>=2.8'" in capsys.readouterr().out
 
 
-def test_flash_needs_an_ampere_gpu_bf16_and_heads_that_are_not_too_wide(monkeypatch, capability) -> None:
-    monkeypatch.setattr(attention, "_is_installed", lambda package: True)
+@pytest.mark.parametrize(
+    "source",
+    ["raise ImportError('flash_attn_2_cuda.so:\\nundefined symbol: _ZN3c104cuda')", "1 / 0", "", "import flash_attn.x"],
+)
+def test_a_broken_flash_attn_is_found_when_it_is_chosen(source, capability, flash_attn, capsys) -> None:
+    """Not at the first sample; and said in one line, once, where a GPU could have used it."""
+    flash_attn(source)
+    capability(9, 0)
+    with pytest.raises(
+        ValueError, match=r"flash needs a package flash-attn that can be imported, got .*Error: "
+    ) as caught:
+        choose_cached("flash", "cuda", "bf16", 64)
+    assert "\n" not in str(caught.value)
+    for precision in ("fp32", "bf16", "bf16"):
+        assert choose_cached("auto", "cuda", precision, 64) == "sdpa"
+    [said] = capsys.readouterr().out.splitlines()
+    assert "sampling attends by torch's sdpa, not by flash, which needs a package flash-attn that can be imp" in said
+
+
+def test_flash_needs_an_ampere_gpu_bf16_and_heads_that_are_not_too_wide(capability, flash_attn) -> None:
+    flash_attn("def flash_attn_func(q, k, v): ...")
     capability(8, 0)
     assert choose_cached("auto", "cuda", "bf16", 256) == "flash"
     assert choose_cached("auto", "cuda", "fp32", 64) == "sdpa"
@@ -294,19 +348,14 @@ def test_flash_needs_an_ampere_gpu_bf16_and_heads_that_are_not_too_wide(monkeypa
         choose_cached("flash", "cuda", "bf16", 64)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="the real package is installed")
-def test_flash_is_called_with_tokens_before_heads(monkeypatch) -> None:
+def test_flash_is_called_with_tokens_before_heads(flash_attn) -> None:
     """The package builds on GPU machines only: a stand-in with its documented signature [B, M, H, E]."""
-    standin = types.ModuleType("flash_attn")
-
-    def flash_attn_func(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
-
-    standin.flash_attn_func = flash_attn_func
-    monkeypatch.setitem(sys.modules, "flash_attn", standin)
-    attention._flash.cache_clear()
+    flash_attn(
+        "from torch.nn.functional import scaled_dot_product_attention as attend\n"
+        "def flash_attn_func(q, k, v):\n"
+        "    return attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)"
+    )
     q = seeds.normal(seeds.key(0, "q"), (2, 3, 5, 8))
     k, v = seeds.normal(seeds.fold(seeds.key(0, "kv"), torch.arange(2)), (2, 3, 9, 8))
     out = attend(q, k, v, make_visibility(None, 9, "flash"))
-    attention._flash.cache_clear()
     assert disagreement(out, oracle(q, k, v, torch.ones(5, 9, dtype=torch.bool))) < 1e-5

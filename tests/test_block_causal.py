@@ -308,7 +308,8 @@ def test_tiles_that_no_row_sees_are_not_computed(interpret: Interpret) -> None:
     intervals_BMI = order.build_layout(segments).intervals_BMI
     executed = interpret(count_executed_tiles, intervals_BMI)
     assert executed == tiles_by_the_bounds(intervals_BMI[0])
-    assert executed == {"_attend_tile": 7, "_grad_q_tile": 7, "_grad_kv_tile": 7}  # dense: 9
+    # Tiles of 64 rows and 64 keys, 64 and 32, 128 and 64; dense: 9, 18 and 6.
+    assert executed == {"_attend_tile": 7, "_grad_q_tile": 13, "_grad_kv_tile": 4}
 
 
 @pytest.mark.parametrize(("num_tokens", "at_most"), [(256, 0.72), (1024, 0.50)])
@@ -483,6 +484,41 @@ def resource_usage(cubin: bytes, tmp_path: Path) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", listing)}
 
 
+class Recorder:
+    """In place of a kernel: what it is launched with."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.launches.append((args, kwargs))
+
+
+def test_kernels_are_compiled_once_for_all_lengths_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what Triton itself compiles anew for: types, numbers that are 1 and those that 16 divides."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernels = {name: getattr(block_causal, f"_{name}_kernel") for name in ("forward", "backward_q", "backward_kv")}
+    recorders = {name: Recorder() for name in kernels}
+    for name, recorder in recorders.items():
+        monkeypatch.setattr(block_causal, f"_{name}_kernel", recorder)
+    # Lengths and numbers of key tiles that 16 divides and that it does not, and masks of one and of all samples.
+    for num_rows, batch_size in ((98, 2), (101, 1), (320, 3), (1024, 1), (1008, 2), (1, 1)):
+        qkv = torch.zeros(batch_size, num_rows, 3, 2, 64, dtype=torch.bfloat16)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        tiles = block_causal.make_tiles(torch.zeros(batch_size, num_rows, 4, dtype=torch.int32), num_rows)
+        out, lse = block_causal._forward(q, k, v, *tiles)
+        block_causal._backward(out, q, k, v, out, lse, *tiles)
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    for name, kernel in kernels.items():
+        specialise = create_function_from_signature(kernel.signature, kernel.params, backend)
+        found = {str(specialise(*args, **kwargs)[1]) for args, kwargs in recorders[name].launches}
+        assert len(recorders[name].launches) == 6
+        assert len(found) == 1, found
+
+
 @pytest.mark.parametrize(
     ("name", "head_width", "value_bytes"),
     [
@@ -494,9 +530,11 @@ def test_compiled_for_an_h100_kernels_fit(name, head_width, value_bytes, tmp_pat
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     compiled = compile_for_sm90(name, head_width, value_bytes)
     usage = resource_usage(compiled.asm["cubin"], tmp_path)
-    # Four fp32 tiles of 64 keys and 128 values do not fit into the registers.
-    most_spilled = 128 if (name, head_width, value_bytes) == ("backward_kv", 128, 4) else 0
-    assert usage["STACK"] <= most_spilled
+    most_spilled = {
+        ("backward_kv", 128, 4): 128,  # four fp32 tiles of 64 keys and 128 values do not fit into the registers
+        ("backward_kv", 64, 2): 192,  # the fastest on an H200 all the same
+    }
+    assert usage["STACK"] <= most_spilled.get((name, head_width, value_bytes), 0)
     assert usage["LOCAL"] == 0
     assert 0 < usage["REG"] <= 255
     assert compiled.metadata.shared <= 227 * 1024

@@ -56,7 +56,9 @@ def check_stage(stage: int, precision: str) -> None:
         torch.testing.assert_close(applied[key], expected, rtol=1e-5, atol=1e-6)
     # The forward used the averages: it is that of an engine whose weights they are.
     other = toy_engine(stage, precision)
-    other.initialise(lambda name, shape, offset, numel: applied[f"{name}/values"][offset : offset + numel])
+    other.initialise(
+        lambda name, shape, offset, values: values.copy_(applied[f"{name}/values"][offset : offset + len(values)])
+    )
     assert torch.equal(averaged_prediction, predict(other))
     assert not torch.equal(averaged_prediction, prediction)
 

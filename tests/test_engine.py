@@ -1,6 +1,7 @@
 """The engine against plain torch, against itself at other ZeRO stages and numbers of ranks, and its refusals."""
 
 import contextlib
+import functools
 import importlib.util
 import io
 import math
@@ -23,7 +24,7 @@ from cfpretrain.config import load as load_config
 from cfpretrain.engine import Decide, Engine, Fragment, build_engine, ds_config
 from cfpretrain.loss import NoisePredictionLoss
 from cfpretrain.model.norm import has_apex
-from cfpretrain.model.transformer import BlockSettings, CausalFusion, initial_values
+from cfpretrain.model.transformer import BlockSettings, CausalFusion, write_initial_values
 from cfpretrain.noise import linear_schedule
 from tests.closeness import disagreement
 from tests.processes import REPOSITORY, run_in_processes
@@ -72,10 +73,17 @@ class Toy(nn.Module):
         return output
 
 
-def toy_values(name: str, shape: tuple[int, ...], offset: int, numel: int) -> Tensor:
+def write_toy_values(name: str, shape: tuple[int, ...], offset: int, values: Tensor) -> None:
     """Initial values: a pure function of the place."""
     del shape
-    return 0.3 * seeds.normal(seeds.key(0, name), (numel,), first=offset)
+    values.copy_(0.3 * seeds.normal(seeds.key(0, name), values.shape, first=offset))
+
+
+def toy_values(name: str, parameter: Tensor) -> Tensor:
+    """Those of a whole parameter."""
+    values = torch.empty(parameter.numel())
+    write_toy_values(name, tuple(parameter.shape), 0, values)
+    return values.view_as(parameter)
 
 
 def toy_config(stage: int, precision: str, micro_batch_size: int = 2, clip_grad_norm: float = CLIP) -> Config:
@@ -96,7 +104,7 @@ def toy_config(stage: int, precision: str, micro_batch_size: int = 2, clip_grad_
 
 def toy_engine(stage: int, precision: str, **options: Any) -> Engine:
     engine = build_engine(Toy, toy_config(stage, precision, **options), CPU)
-    engine.initialise(toy_values)
+    engine.initialise(write_toy_values)
     return engine
 
 
@@ -300,7 +308,7 @@ def check_unused(stage: int, precision: str) -> None:
     module = Toy()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(toy_values(name, tuple(parameter.shape), 0, parameter.numel()).view_as(parameter))
+            parameter.copy_(toy_values(name, parameter))
     module([tokens], head=True).square().mean().backward()
     expected = torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
     assert norms[1] == pytest.approx(float(expected), rel=1e-5 if precision == "fp32" else 2e-2)
@@ -446,7 +454,7 @@ def plain_torch(num_steps: int = 4) -> tuple[list[float], list[float], dict[str,
     module = Toy()
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(toy_values(name, tuple(parameter.shape), 0, parameter.numel()).view_as(parameter))
+            parameter.copy_(toy_values(name, parameter))
     betas = (train.adam_beta1, train.adam_beta2)
     optimizer = torch.optim.AdamW(
         module.parameters(), LEARNING_RATE, betas, train.adam_eps, train.weight_decay, foreach=False
@@ -489,7 +497,7 @@ def test_fragments_tile_every_parameter_once(kind: tuple[int, str], two: Any, on
 def test_initial_weights_depend_on_neither_stage_nor_ranks(kind: tuple[int, str], two: Any, one: Any) -> None:
     for run in (two[kind], one[kind]):
         for name, parameter in Toy().named_parameters():
-            expected = toy_values(name, tuple(parameter.shape), 0, parameter.numel())
+            expected = toy_values(name, parameter).flatten()
             assert torch.equal(run.initial[f"{name}/values"], expected)
             assert run.initial[f"{name}/exp_avg"].count_nonzero() == 0
         # The weights that forward uses, too.
@@ -636,7 +644,7 @@ def network_losses(stage: int, precision: str, blocks: BlockSettings) -> tuple[l
         config,
         CPU,
     )
-    engine.initialise(lambda name, shape, offset, count: initial_values(0, 3, name, shape, offset, count))
+    engine.initialise(functools.partial(write_initial_values, 0, 3))
     loss = NoisePredictionLoss(linear_schedule(), 1, 2, 5, 0.1, 0.9, "sample", 2.0, 1.0, "linear", seed=0)
     ids = torch.arange(4) + 4 * dist.get_rank()
     losses = []

@@ -1,6 +1,7 @@
 """tools/import_deepspeed.py on what DeepSpeed's own engines write: bit for bit what our checkpoint of them holds."""
 
 import contextlib
+import functools
 import io
 import os
 import pickle
@@ -26,7 +27,7 @@ from cfpretrain.console import UserError
 from cfpretrain.engine import Engine, build_engine, ds_config
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.official import our_name, to_official
-from cfpretrain.model.transformer import initial_values
+from cfpretrain.model.transformer import write_initial_values
 from tests.checkpoints import make_state
 from tests.processes import run_in_processes
 from tests.strictness import make_warnings_errors
@@ -154,7 +155,7 @@ def name_of(kind: Kind, which: object) -> str:
 def of_kind(folder: Path, kind: Kind, make: Callable[[Config], Engine]) -> Found:
     config = make_config(*kind)
     engine, model = make(config), config.model
-    engine.initialise(lambda name, shape, offset, count: initial_values(0, model.grid, name, shape, offset, count))
+    engine.initialise(functools.partial(write_initial_values, 0, model.grid))
     for step in range(NUM_STEPS):
         train_step(engine, config, step)
     engine._deepspeed.save_checkpoint(str(folder / "deepspeed"))

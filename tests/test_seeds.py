@@ -1,11 +1,19 @@
 """Stateless randomness: quality, independence of batching, and bits that never change."""
 
+import functools
+import math
+import multiprocessing
+import resource
+from concurrent.futures import ProcessPoolExecutor
+from unittest.mock import patch
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cfpretrain import seeds
+from tools import measure_start
 
 
 def test_uniform_and_normal_have_their_moments() -> None:
@@ -71,6 +79,77 @@ def test_bits_never_change() -> None:
     assert seeds.bits(keys, (2,)).tolist() == GOLDEN_BITS
 
 
+@given(
+    st.integers(0, 2**20),
+    st.lists(st.integers(0, 7), max_size=2),
+    st.lists(st.integers(0, 9), max_size=2),
+    st.integers(0, 100) | st.just(2**62),
+    st.integers(1, 40),
+)
+def test_numbers_do_not_depend_on_how_they_are_cut_into_chunks(seed, batch, shape, first, chunk) -> None:
+    """Bit for bit what the formulas give over the whole tensor at once."""
+    keys = measure_start.plain_mix(seed + torch.arange(math.prod(batch)).reshape(batch))
+    with patch.object(seeds, "_CPU_CHUNK", chunk):
+        for ours, plain in ((seeds.bits, measure_start.plain_bits), (seeds.uniform, measure_start.plain_uniform)):
+            drawn = ours(keys, shape, first)
+            assert drawn.is_contiguous()
+            assert torch.equal(drawn, plain(keys, shape, first))
+        expected = torch.empty([*batch, *shape])
+        for ours, plain in (
+            (seeds.normal, measure_start.plain_normal),
+            (functools.partial(seeds.uniform_within, 0.3), functools.partial(measure_start.plain_uniform_within, 0.3)),
+        ):
+            plain(keys, shape, first, expected)
+            out = torch.full_like(expected, torch.nan)
+            assert ours(keys, shape, first, out) is out
+            assert torch.equal(out, expected)
+            assert torch.equal(ours(keys, shape, first), expected)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_large_draws_are_those_of_the_formulas(num_threads) -> None:
+    key, count, threads = seeds.key(3, "large"), 3 * 2**16 + 5, torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        normal, uniform = seeds.normal(key, (count,)), seeds.uniform_within(0.02, key, (count,))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(normal, measure_start.plain_normal(key, (count,), 0, torch.empty(count)))
+    assert torch.equal(uniform, measure_start.plain_uniform_within(0.02, key, (count,), 0, torch.empty(count)))
+
+
+def test_folds_are_those_of_the_formula() -> None:
+    parents = torch.tensor([[5], [-(2**63)]])
+    index = torch.tensor([0, 7, 2**63 - 1])
+    mixed = measure_start.plain_mix(parents)
+    assert torch.equal(seeds.fold(parents, index), measure_start.plain_mix(mixed + (index + 1) * GAMMA))
+    for i in index.tolist():
+        assert torch.equal(seeds.fold(parents, i), measure_start.plain_mix(mixed + (torch.tensor(i) + 1) * GAMMA))
+    assert parents.tolist() == [[5], [-(2**63)]]
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def growth_of_a_large_draw() -> tuple[int, int]:
+    """Bytes that a draw needs beside its result, and those of the result as 64-bit numbers."""
+    key, out = seeds.key(0, "large"), torch.full((1 << 24,), torch.nan)
+    seeds.normal(key, (1 << 16,))
+    before = peak_bytes()
+    seeds.normal(key, out.shape, out=out)
+    growth = peak_bytes() - before
+    assert not out.isnan().any()
+    return growth, 8 * out.numel()
+
+
+def test_a_large_draw_takes_little_memory_beside_its_result() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        growth, whole = pool.submit(growth_of_a_large_draw).result(timeout=120)
+    assert growth < whole / 16
+
+
+GAMMA = 0x9E3779B97F4A7C15 - 2**64
 GOLDEN_BITS = [
     [-240596360036047365, 6081685146771228271],
     [7357054676109527850, -25755839938347048],

@@ -14,12 +14,13 @@ from cfpretrain.model.transformer import (
     BlockSettings,
     CausalFusion,
     ClassPart,
+    ImageEmbedder,
     ImagePart,
-    initial_values,
     initialise,
     patchify,
     sincos_positions,
     unpatchify,
+    write_initial_values,
 )
 from tests.closeness import disagreement
 
@@ -84,17 +85,50 @@ def test_initial_weights_follow_the_recipe() -> None:
             assert bound * 0.9 < float(parameter.abs().max()) <= bound, name
 
 
+def initial_values(seed: int, name: str, shape: tuple[int, ...], offset: int, count: int) -> torch.Tensor:
+    values = torch.full((count,), torch.nan)
+    write_initial_values(seed, 3, name, shape, offset, values)
+    return values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("learnable", [True, False])
+def test_positions_are_looked_up_as_if_by_index(learnable, dtype) -> None:
+    """Values and gradients, bit for bit; a place occurs in many samples, clean and noised."""
+    embedder = ImageEmbedder(3, 4, 16, learnable).to(dtype)
+    key = seeds.key(0, "positions")
+    with torch.no_grad():
+        for i, parameter in enumerate(embedder.parameters()):
+            parameter.copy_(seeds.normal(seeds.fold(key, i), parameter.shape))
+    clean, noised = seeds.normal(seeds.fold(key, torch.tensor([100, 101])), (6, 9, 4))
+    places_BL = seeds.permutation(seeds.fold(key, torch.arange(6)), 9)
+    out = torch.cat(embedder(ImagePart(clean, places_BL, noised, places_BL.flip(1), torch.arange(6))), 1)
+    direction = seeds.normal(seeds.fold(key, 200), out.shape).to(dtype)
+
+    values, places = torch.cat([clean, noised], 1).to(dtype), torch.cat([places_BL, places_BL.flip(1)], 1)
+    table = embedder.pos_embed[0] if learnable else sincos_positions(3, 16).to(dtype)
+    tokens = embedder.x_proj(values) + table[places]
+    expected = torch.cat([tokens[:, :9], tokens[:, 9:] + embedder.t_embedder(torch.arange(6))[:, None]], 1)
+    assert torch.equal(out, expected)
+    for got, want in zip(
+        torch.autograd.grad(out, list(embedder.parameters()), direction),
+        torch.autograd.grad(expected, list(embedder.parameters()), direction),
+        strict=True,
+    ):
+        assert torch.equal(got, want)
+
+
 @given(st.integers(0, 600), st.integers(0, 300))
 def test_initial_values_of_a_range_are_a_slice_of_the_whole(offset, count) -> None:
     for name, shape in (("trunk.blocks.0.mlp.fc1.weight", (64, 16)), ("class_embedder.cond_pos_embed", (1, 8, 128))):
-        whole = initial_values(1, 3, name, shape, 0, 1024)
+        whole = initial_values(1, name, shape, 0, 1024)
         count = min(count, 1024 - offset)
-        assert torch.equal(initial_values(1, 3, name, shape, offset, count), whole[offset : offset + count])
+        assert torch.equal(initial_values(1, name, shape, offset, count), whole[offset : offset + count])
 
 
 def test_different_parameters_and_seeds_begin_differently() -> None:
     def draw(seed: int, name: str) -> list[float]:
-        return initial_values(seed, 3, name, (8, 8), 0, 64).tolist()
+        return initial_values(seed, name, (8, 8), 0, 64).tolist()
 
     names = ["trunk.blocks.0.mlp.fc1.weight", "trunk.blocks.1.mlp.fc1.weight"]
     assert draw(0, names[0]) != draw(0, names[1])

@@ -278,12 +278,11 @@ def _prepare(config: "Config", device: "torch.device") -> Callable[[], Iterator[
     from cfpretrain import build, runtime
     from cfpretrain.ema import ShardedEMA
     from cfpretrain.engine import build_engine
-    from cfpretrain.model.transformer import initial_values
 
-    model, seed = config.model, config.run.seed
+    model = config.model
     blocks = build.choose_blocks(config, device.type)
     engine = build_engine(lambda: build.make_model(config, blocks), config, device)
-    engine.initialise(lambda name, shape, offset, count: initial_values(seed, model.grid, name, shape, offset, count))
+    engine.initialise(build.initial_weights(config))
     ema = ShardedEMA(engine.fragments(), config.train.ema_decay, config.engine.ema_on_host)
     loss = build.make_loss(config)
     B = config.micro_batch_size(runtime.world_size())

@@ -129,7 +129,7 @@ def backends(device: torch.device, head_width: int) -> tuple[list[str], dict[str
     run, missing = ["naive"], {}
     for name in _OURS:
         try:
-            run.append(attention.choose(name, device.type, compiled=True, head_width=head_width))
+            run.append(attention.choose(name, device.type, head_width))
         except ValueError as error:
             missing[name] = str(error)
     return [*run, *_DENSE], missing

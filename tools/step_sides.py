@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from cfpretrain import console, runtime
-from cfpretrain.build import choose_blocks, make_loss, make_model, make_prepare, make_scaling
+from cfpretrain.build import choose_blocks, initial_weights, make_loss, make_model, make_prepare, make_scaling
 from cfpretrain.config import Config
 from cfpretrain.console import Progress
 from cfpretrain.data.loader import Loader, Prepare, Samples
 from cfpretrain.loss import Batch, Draws
 from cfpretrain.metrics import training_flops
-from cfpretrain.model.transformer import initial_values
 from tools.measuring import synchronise
 from tools.plain_step import PlainTraining
 from tools.profile_step import profile
@@ -80,11 +79,7 @@ class BareSide:
         self._config, self._device, self._loss = config, device, make_loss(config)
         blocks = choose_blocks(config, device.type)
         self._engine = build_engine(lambda: make_model(config, blocks), config, device)
-        self._engine.initialise(
-            lambda name, shape, offset, count: initial_values(
-                config.run.seed, config.model.grid, name, shape, offset, count
-            )
-        )
+        self._engine.initialise(initial_weights(config))
         self._loader: Loader[Batch] = Loader(config, make_prepare(config), 0, 1)
         self._ready: list[list[Batch]] = []
 

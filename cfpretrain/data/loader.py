@@ -26,14 +26,13 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from streaming.base.partition import get_partitions
-from streaming.base.shuffle import get_shuffle
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from cfpretrain import seeds
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, phase, say
+from cfpretrain.data.mosaic import get_partitions, get_shuffle
 from cfpretrain.data.shards import Shards, check_infos, fingerprint, samples_an_epoch
 from cfpretrain.data.storage import CacheSettings, RemoteFolder, open_source
 from cfpretrain.lifeline import leave_signals_to_the_rank

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from streaming import MDSWriter
 
 from cfpretrain.console import UserError
+from cfpretrain.data.mosaic import MDSWriter
 from cfpretrain.data.shards import (
     HASH,
     INDEX_FILE,

@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from streaming.base.format.mds import MDSReader, encodings
 from torch import Tensor
 
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
+from cfpretrain.data.mosaic import MDSReader, encodings
 from cfpretrain.data.storage import LocalFolder, ShardFile, Source, open_source
 from cfpretrain.model.autoencoder import are_pixels
 

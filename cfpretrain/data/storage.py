@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from streaming.base.storage import CloudDownloader
-
 from cfpretrain.config import DataConfig
 from cfpretrain.console import UserError, one_line, say
+from cfpretrain.data.mosaic import CloudDownloader
 
 _READ_SECONDS = 60.0  # a storage that sends nothing for so long is away
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two questions to a storage that is away

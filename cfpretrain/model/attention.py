@@ -3,8 +3,8 @@
 | backend | under the intervals | without (all visible) | what it is |
 |---|---|---|---|
 | sdpa | yes | yes | torch's scaled dot product attention, under a dense mask; the oracle, and what runs on a CPU |
-| flex | on a GPU | no | torch's FlexAttention; its tiles come from the intervals |
-| triton | on a GPU | no | our kernel, driven by the intervals themselves (`block_causal.py`) |
+| flex | on a GPU | no | torch's FlexAttention, compiled for each length; its tiles come from the intervals |
+| triton | on a GPU, heads of 32, 64 or 128 | no | our kernel, driven by the intervals themselves (`block_causal.py`) |
 | flash | no | on a GPU from Ampere on, in bf16 | FlashAttention 2, for sampling with a cache |
 """
 
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from cfpretrain.console import say
 from cfpretrain.model import block_causal
 from cfpretrain.order import may_attend
 
@@ -33,13 +34,12 @@ _MOST_GRAPHS = 64  # of one function: shapes, with and without gradients
 # Choosing a backend
 
 
-def choose(name: str, device_type: str, compiled: bool, head_width: int) -> str:
+def choose(name: str, device_type: str, head_width: int) -> str:
     """The backend for attention under the intervals.
 
     Args:
         name: "auto" or a backend.
         device_type: "cpu" or "cuda".
-        compiled: blocks are compiled, and so sequences padded to few lengths.
         head_width: E; a backend asked for by name is taken to have it.
 
     Raises:
@@ -47,18 +47,24 @@ def choose(name: str, device_type: str, compiled: bool, head_width: int) -> str:
     """
     on_gpu = device_type == "cuda"
     if name == "auto":
-        # Not `triton`: until its speed is measured on a GPU, the kernel that others keep is the default. It is compiled
-        # for each length, so not for the many lengths of an eager run.
-        return "flex" if on_gpu and compiled and head_width >= FLEX_MIN_HEAD_WIDTH else "sdpa"
+        # Both take Triton: torch compiles FlexAttention with it.
+        if not on_gpu or not block_causal.is_available():
+            return "sdpa"
+        # `Config.compiles_lengths` knows where it is flex.
+        if head_width in block_causal.HEAD_WIDTHS:
+            return "triton"
+        return "flex" if head_width >= FLEX_MIN_HEAD_WIDTH else "sdpa"
     if name in ("flex", "triton") and not on_gpu:
         raise ValueError(f"{name} trains on a GPU only, and this run computes on the {device_type}; use sdpa")
-    if name == "triton" and not block_causal.is_available():
-        raise ValueError("triton is not installed; pip install triton, or use sdpa")
+    if name in ("flex", "triton") and not block_causal.is_available():
+        raise ValueError(f"{name} needs the package triton, which is not installed; pip install triton, or use sdpa")
     return name
 
 
 def choose_cached(name: str, device_type: str, precision: str, head_width: int) -> str:
     """The backend for attention without intervals, as in sampling with a cache.
+
+    "auto" says, once a process, what keeps it from flash where the run could use it.
 
     Args:
         name: "auto" or a backend.
@@ -69,31 +75,52 @@ def choose_cached(name: str, device_type: str, precision: str, head_width: int) 
     Raises:
         ValueError: it cannot run here; the message says what is missing and how to get it.
     """
+    if name == "sdpa":
+        return name
     missing = [
         reason
         for reason, absent in (
             ("a GPU from Ampere on (compute capability 8.0)", not _has_flash_gpu(device_type)),
             ("engine.precision=bf16", precision != "bf16"),
             (f"heads of width {FLASH_MAX_HEAD_WIDTH} at most", head_width > FLASH_MAX_HEAD_WIDTH),
-            ("the package (pip install 'flash-attn>=2.8', which builds with nvcc)", not _is_installed("flash_attn")),
         )
         if absent
     ]
+    if name == "auto" and missing:
+        return "sdpa"
+    # Imported now: a package that does not fit torch fails here, and not at the first sample, thousands of steps later.
+    _, problem = _load_flash()
+    if not missing and not problem:
+        return "flash"
     if name == "auto":
-        return "sdpa" if missing else "flash"
-    if name == "flash" and missing:
-        raise ValueError(f"flash needs {' and '.join(missing)}; or use sdpa")
-    return name
+        _say_once(f"sampling attends by torch's sdpa, not by flash, which needs {problem}")
+        return "sdpa"
+    raise ValueError(f"flash needs {' and '.join([*missing, *filter(None, [problem])])}; or use sdpa")
+
+
+@functools.cache
+def _load_flash() -> tuple[Callable[..., Any] | None, str]:
+    """FlashAttention's function and an empty text, or None and what it takes to have it."""
+    install = "pip install 'flash-attn>=2.8', which builds with nvcc"
+    if importlib.util.find_spec("flash_attn") is None:
+        return None, f"the package ({install})"
+    try:
+        from flash_attn import flash_attn_func
+    except Exception as error:  # whatever code built for another torch or GPU raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return None, f"a package flash-attn that can be imported, got {reason:.200} ({install})"
+    return flash_attn_func, ""
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    say(text)
 
 
 def _has_flash_gpu(device_type: str) -> bool:
     if device_type != "cuda" or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability() >= _FLASH_MIN_CAPABILITY
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 # ---------------------------------------------------------------------------
@@ -202,7 +229,9 @@ def attend(q_BHME: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, visibility: Visibilit
         return block_causal.block_causal_attention(q_BHME, k_BHKE, v_BHKE, mask)
     if backend == "flash":
         assert mask is None, "flash attends without intervals only"
-        return _flash()(q_BHME.transpose(1, 2), k_BHKE.transpose(1, 2), v_BHKE.transpose(1, 2)).transpose(1, 2)
+        flash, problem = _load_flash()
+        assert flash is not None, problem
+        return flash(q_BHME.transpose(1, 2), k_BHKE.transpose(1, 2), v_BHKE.transpose(1, 2)).transpose(1, 2)
     assert backend == "sdpa", backend
     assert not isinstance(mask, BlockMask | block_causal.Tiles), "sdpa attends under a dense mask"
     return F.scaled_dot_product_attention(q_BHME, k_BHKE, v_BHKE, attn_mask=mask)
@@ -220,10 +249,3 @@ def compile_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=False)
-
-
-@functools.cache
-def _flash() -> Callable[..., Any]:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func

@@ -184,7 +184,8 @@ class ImageEmbedder(nn.Module):
         values = torch.cat([part.clean_BLP, part.noised_BNP], dim=1)
         positions = torch.cat([part.clean_positions_BL, part.noised_positions_BN], dim=1)
         tokens: Tensor = self.x_proj(values.to(self.x_proj.weight.dtype))
-        tokens = tokens + self._position_table(tokens)[positions]
+        # Not by an index, whose gradient is slow on a GPU where places occur often.
+        tokens = tokens + F.embedding(positions, self._position_table(tokens))
         clean_BLD, noised_BND = tokens[:, :num_clean], tokens[:, num_clean:]
         if noised_BND.shape[1]:
             noised_BND = noised_BND + self.t_embedder(part.timesteps_B)[:, None]
@@ -192,7 +193,7 @@ class ImageEmbedder(nn.Module):
 
     def _position_table(self, like: Tensor) -> Tensor:
         if self.pos_embed is not None:
-            return self.pos_embed[0]
+            return self.pos_embed.squeeze(0)
         return sincos_positions(self.grid, self.width).to(like)
 
 
@@ -399,11 +400,11 @@ class CausalFusion(nn.Module):
 # Initial weights
 
 
-def initial_values(seed: int, grid: int, name: str, shape: Sequence[int], offset: int, count: int) -> Tensor:
-    """A range of a parameter's initial values: a function of the seed and the name alone, whoever holds the range.
+def write_initial_values(seed: int, grid: int, name: str, shape: Sequence[int], offset: int, values: Tensor) -> None:
+    """Writes a range of a parameter's initial values: functions of the seed and the name, whoever holds the range.
 
     Linear weights are Xavier uniform and biases 0, but the noise head is 0; embeddings are N(0, 0.02); learnable
-    positions begin as 2-d sin-cos.
+    positions begin as 2-d sin-cos. Beside `values`, it takes a bounded memory, on their device.
 
     Args:
         seed: the run's seed.
@@ -411,30 +412,29 @@ def initial_values(seed: int, grid: int, name: str, shape: Sequence[int], offset
         name: the parameter's name in `CausalFusion`.
         shape: its full shape.
         offset: flat index of the first value.
-        count: number of values.
-
-    Returns:
-        float32 [count].
+        values: float32 [number of values], contiguous.
     """
-    leaf = name.rsplit(".", 2)
+    leaf, count = name.rsplit(".", 2), len(values)
     if leaf[-1] == "pos_embed":
-        return sincos_positions(grid, shape[-1]).flatten()[offset : offset + count]
+        values.copy_(sincos_positions(grid, shape[-1]).flatten()[offset : offset + count])
+        return
     if leaf[-1] == "bias" or name == "noise_head.linear.weight":
-        return torch.zeros(count)
+        values.zero_()
+        return
     if leaf[-1] == "weight" and "norm" in leaf[-2]:
-        return torch.ones(count)
-    key = seeds.key(seed, f"initial/{name}")
+        values.fill_(1)
+        return
+    key = seeds.key(seed, f"initial/{name}").to(values.device)
     if leaf[-1] == "cond_pos_embed" or leaf[-2] == "embedding_table":
-        return _EMBEDDING_STD * seeds.normal(key, (count,), first=offset)
+        seeds.normal(key, (count,), offset, values).mul_(_EMBEDDING_STD)
+        return
     assert leaf[-1] == "weight", name
     assert len(shape) == 2, name
-    bound = math.sqrt(6 / (shape[0] + shape[1]))
-    return ((2 * seeds.uniform(key, (count,), first=offset) - 1) * bound).float()
+    seeds.uniform_within(math.sqrt(6 / (shape[0] + shape[1])), key, (count,), offset, values)
 
 
 def initialise(model: CausalFusion, seed: int) -> None:
-    """Fills an unsharded model with its initial weights."""
+    """Gives an unsharded model its initial weights, on its device."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            values = initial_values(seed, model.grid, name, parameter.shape, 0, parameter.numel())
-            parameter.copy_(values.reshape(parameter.shape))
+            write_initial_values(seed, model.grid, name, parameter.shape, 0, parameter.view(-1))
