@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 
 from cfpretrain import config as configs
+from cfpretrain import memory
 from cfpretrain.checkpoint import CheckpointStore, read_state, read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
 from cfpretrain.data.loader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
+from cfpretrain.engine import ds_config
 from cfpretrain.loss import Batch, NoisePredictionLoss
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
@@ -267,3 +269,13 @@ def load_run(
         reason = " ".join(str(error).split())
         raise UserError(f"checkpoint {checkpoint} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
     return config, model.to(device).eval().requires_grad_(False), found_step
+
+
+def plan_memory(config: Config, num_ranks: int, on_gpu: bool) -> tuple[memory.Network, memory.Plan]:
+    """The sizes of a config's network and the plan of its step, from which `memory.estimate` follows."""
+    with torch.device("meta"):
+        numels = [parameter.numel() for parameter in make_model(config).parameters()]
+    device = torch.device("cuda" if on_gpu else "cpu")
+    settings = ds_config(config, num_ranks, device)["zero_optimization"]
+    attention = choose_attention(config, device.type)
+    return memory.network_of(config, numels), memory.plan_of(config, num_ranks, settings, attention, on_gpu)

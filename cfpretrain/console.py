@@ -1,5 +1,6 @@
 """What rank 0 says to the person in front of it. Standard library only: it speaks before torch is imported."""
 
+import errno
 import os
 import signal
 import sys
@@ -20,6 +21,11 @@ _HEARTBEAT_SECONDS = 5.0
 # The launcher ends all ranks within a second of the first that ends: rank 0 gets the time to speak before.
 _LINGER_SECONDS = 5.0
 
+# In what a RuntimeError of torch, CUDA, its libraries or the C++ library says, in small letters.
+_SIGNS_OF_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
+_LONGEST_CAUSE = 300
+_LESS_MEMORY = "give a smaller --batch-size where the command has one, or end what else is in that memory (nvidia-smi)"
+
 
 class UserError(ValueError):
     """A mistake of the user's: shown as one line, without a traceback.
@@ -32,7 +38,7 @@ class SickRunError(RuntimeError):
     """Training that does not recover by itself: shown as one line, without a traceback."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error says, for a message of one line; the name of its class where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -44,6 +50,12 @@ def leave_with(reason: str) -> NoReturn:
         file=sys.stderr,
         flush=True,
     )
+    os._exit(EXIT_REQUEUE)
+
+
+def leave_before_training(*_: object) -> None:
+    """Ends this process at a signal that comes before training: there is nothing to finish and nothing to save."""
+    say("stopped before training began; the same command starts it")
     os._exit(EXIT_REQUEUE)
 
 
@@ -86,23 +98,72 @@ def printable(text: str) -> str:
 
 @contextmanager
 def ending_in_one_line() -> Iterator[None]:
-    """What a tool runs in: a mistake of the user's, or Ctrl-C, ends the process with one line."""
+    """What a command runs in: what its user can do something about, or Ctrl-C, ends the process with one line."""
     try:
         yield
-    except UserError as error:
+    except (UserError, SickRunError) as error:
         exit_with(error)
     except KeyboardInterrupt:
         if is_rank_zero():
             print("[cfpretrain] interrupted", file=sys.stderr, flush=True)
         sys.exit(EXIT_INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if error.name is None or "." in error.name:  # a package that is there, and lacks a part
+            raise
+        exit_with(
+            UserError(
+                f"{error.name} is not installed here; pip install cfpretrain, or --editable . in a checkout, brings "
+                "all that it needs"
+            )
+        )
+    except Exception as error:
+        explained = explain_no_memory(error)
+        if explained is None:
+            raise
+        exit_with(explained, speaks=True)
 
 
-def exit_with(error: UserError | SickRunError) -> None:
-    """Ends this process with what is wrong on one line, printed by rank 0 only."""
-    if is_rank_zero():
+def explain_no_memory(error: Exception) -> UserError | None:
+    """Of an error that comes of too little memory, on a GPU or the host: what a user can do; None for all others.
+
+    Args:
+        error: it, or one of its causes, may be torch's, CUDA's, Python's or the system's. Its notes
+            (`BaseException.add_note`) say what to change, where somebody knew.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not _says_no_memory(cause):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    # The rest is advice of torch's, about settings that are made already.
+    said = one_line(cause).partition(" If reserved but unallocated")[0][:_LONGEST_CAUSE]
+    advice = "; ".join(getattr(error, "__notes__", [])) or _LESS_MEMORY
+    return UserError(f"no memory left on rank {os.environ.get('RANK', '0')} ({said}); {advice}")
+
+
+def _says_no_memory(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS_OF_NO_MEMORY)
+    )
+
+
+def exit_with(error: UserError | SickRunError, speaks: bool | None = None) -> NoReturn:
+    """Ends this process with what is wrong on one line.
+
+    Args:
+        error: what is wrong.
+        speaks: this rank prints it, and ends first; None: rank 0 does.
+    """
+    if speaks is None:
+        speaks = is_rank_zero()
+    if speaks:
         sys.stdout.flush()
         print(f"[cfpretrain] error: {error}", file=sys.stderr, flush=True)
-    linger()
+    else:
+        time.sleep(_LINGER_SECONDS)
     sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_SICK)
 
 

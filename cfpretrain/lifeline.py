@@ -17,7 +17,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cfpretrain import runtime
-from cfpretrain.console import EXIT_REQUEUE
+from cfpretrain.console import EXIT_REQUEUE, leave_before_training
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
@@ -30,7 +30,7 @@ _STORE_TIMEOUT = timedelta(seconds=10)
 _WORKER_POLL_SECONDS = 2
 # Building the engine and reading a checkpoint: before the first step, ranks may wait at least as long.
 _START_SECONDS = 600.0
-_EXIT_FAILED = 1  # as after a traceback
+EXIT_FAILED = 1  # as after a traceback
 _LAST_WORDS_SECONDS = 5.0
 
 _rank_of_worker = 0
@@ -45,11 +45,16 @@ class StopRequest:
 
     The run then finishes its step, saves and ends. Signals within 2 s of the first count as one; a later one ends the
     process at once.
+
+    Attributes:
+        reason: what asked it to stop; None where nothing has.
+        has_begun: there is something to finish; before, the first request ends the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, has_begun: bool = True) -> None:
         """Takes the signals over, for the life of the process; on the main thread."""
         self.reason: str | None = None
+        self.has_begun = has_begun
         self._asked_at = 0.0
         self._launcher = Launcher()
         # Python runs handlers between its own instructions only; the pipe is written in the middle of a collective too.
@@ -70,6 +75,8 @@ class StopRequest:
 
     def _ask(self, reason: str, number: int) -> None:
         now = time.monotonic()
+        if not self.has_begun:  # the main thread may wait for other ranks, where no handler is called
+            leave_before_training()
         if self.reason is None:
             self.reason, self._asked_at = reason, now
             if runtime.rank() == 0:
@@ -188,18 +195,22 @@ class Watch:
         if self._world_size > 1:
             self._thread.join(5 * _POLL_SECONDS)
 
-    def leave_if_ranks_are_lost(self) -> None:
-        """After an exception: ends this process where its cause is that other ranks died; takes seconds.
+    def leave_if_ranks_are_lost(self, code: int = EXIT_FAILED) -> None:
+        """After an exception that ends this rank with `code`: ends it here where other ranks died; takes seconds.
 
-        Otherwise the failure is this rank's own, and the others are told, so that they do not take it for a machine's.
+        Otherwise the failure is this rank's own, and the others are told, so that they do not take it for a machine's;
+        or it comes of the failure of another, which speaks, and this process ends in silence.
         """
         if self._world_size == 1:
             return
+        # At once: a rank hears of another's failure only after that has come here. It takes seconds on rank 0, whose
+        # store the others ask.
+        first, code = runtime.first_to_fail(code)
         lost = self._find_lost()
         if lost:
             self._leave(EXIT_REQUEUE, f"{_name(lost)} died", speaker=min(set(range(self._world_size)) - set(lost)))
-        if self._rank == 0:
-            time.sleep(3 * _POLL_SECONDS)  # the others read from this process's store who failed
+        if first != self._rank:
+            runtime.leave_after_the_first(code)
 
     def _find_lost(self) -> list[int]:
         """The other ranks that say no longer that they live, and have not said that they failed by themselves."""
@@ -236,7 +247,7 @@ class Watch:
     def _judge_rank_zero(self, silence: float) -> tuple[int, str] | None:
         if self._rank_zero_failed:
             # It says why first: the launcher ends all ranks with the first that ends.
-            return (_EXIT_FAILED, "rank 0 failed") if silence > _LAST_WORDS_SECONDS else None
+            return (EXIT_FAILED, "rank 0 failed") if silence > _LAST_WORDS_SECONDS else None
         return (EXIT_REQUEUE, f"rank 0 has been silent for {silence:.0f} s") if silence > self._silence else None
 
     def _beat(self) -> None:
@@ -260,7 +271,7 @@ class Watch:
         silent = [rank for rank, (_, heard_at) in self._heard.items() if now - heard_at > self._silence]
         failed = [rank for rank in silent if self._has_failed(rank)]
         if failed:
-            verdict = _EXIT_FAILED, f"{_name(failed)} failed"
+            verdict = EXIT_FAILED, f"{_name(failed)} failed"
         elif silent:
             verdict = EXIT_REQUEUE, f"{_name(silent)} died or lost the network"
         elif (late := self._find_late(state, now)) is not None:

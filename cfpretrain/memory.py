@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cfpretrain.config import Config
+from cfpretrain.config import Config, can_checkpoint
 from cfpretrain.order import sequence_lengths, shares_split
 
 _FP32 = 4
@@ -386,6 +386,26 @@ def largest_micro_batch(network: Network, plan: Plan, budget: int) -> int | None
     share = plan.micro_batch_size * plan.accumulation_steps
     sizes = (size for size in range(share, 0, -1) if share % size == 0)
     return next((size for size in sizes if estimate(network, with_micro_batch(plan, size)).peak <= budget), None)
+
+
+def advise(network: Network, plan: Plan) -> str:
+    """What a step needs, and the knobs that would lower it, in a line."""
+    found = estimate(network, plan)
+    share = plan.micro_batch_size * plan.accumulation_steps
+    smaller = next((size for size in range(plan.micro_batch_size - 1, 0, -1) if share % size == 0), None)
+    may_recompute = not plan.checkpointing and can_checkpoint(plan.zero_stage, plan.precision)
+    knobs = {
+        f"train.micro_batch_size={smaller}": smaller is not None,
+        "engine.activation_checkpointing=true": may_recompute,
+        "engine.ema_on_host=true": plan.on_gpu and not plan.ema_on_host,
+        "engine.zero_stage=3": plan.num_ranks > 1 and plan.zero_stage < 3,
+        "more GPUs at engine.zero_stage=3": plan.num_ranks == 1 and plan.zero_stage < 3,
+        "more GPUs": plan.zero_stage == 3,
+    }
+    return (
+        f"by the estimate this config needs {found.peak / 1e9:.1f} GB on each rank ({found.worst_moment}); "
+        f"to lower it: {', '.join(knob for knob, helps in knobs.items() if helps)}"
+    )
 
 
 # ---------------------------------------------------------------------------

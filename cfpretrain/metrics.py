@@ -50,6 +50,20 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return next((peak for part, peak in _PEAK_BF16.items() if part in name), None)
 
 
+def peak_memory_gb(device: torch.device) -> tuple[float, ...]:
+    """The most memory of this process, in 1e9 bytes; it waits for no device.
+
+    Returns:
+        On a GPU, what tensors held there since the last call, and what torch had reserved for them: where the second is
+        near the GPU's memory and the first is not, memory is fragmented. On a CPU, what the process has ever held.
+    """
+    if device.type != "cuda":
+        return (runtime.peak_rss_mb() / 1e3,)
+    found = torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.max_memory_reserved(device) / 1e9
+    torch.cuda.reset_peak_memory_stats(device)
+    return found
+
+
 # ---------------------------------------------------------------------------
 # Steps and windows
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import importlib
 import os
 import resource
 import socket
@@ -12,16 +13,30 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from cfpretrain.console import UserError, leave_with, phase
+from cfpretrain import __version__
+from cfpretrain.console import (
+    EXIT_REQUEUE,
+    EXIT_USER_ERROR,
+    UserError,
+    exit_with,
+    explain_no_memory,
+    leave_with,
+    one_line,
+    phase,
+)
 
 # Longer than `guard.rank_timeout_seconds` usually is, which says more when it ends.
 _TIMEOUT = timedelta(minutes=15)
 _EXCHANGE_SECONDS = 5.0
+_STORE_TIMEOUT = timedelta(seconds=10)
+# Rank 0 keeps the store that the others ask who failed first; and who was not the first does not end first.
+_KEEP_STORE_SECONDS = 3.0
+_LET_SPEAK_SECONDS = 8.0
 
 _num_ticks = 0
 
@@ -47,12 +62,23 @@ def ranks_per_node() -> int | None:
     return here if len(set(gather(here))) == 1 else None
 
 
-def pick_device() -> torch.device:
-    """This rank's GPU where there is one, else the CPU.
+def pick_device(device_files: Path = Path("/dev")) -> torch.device:
+    """This rank's GPU where there is one, else the CPU; DS_ACCELERATOR=cpu chooses the CPU.
+
+    To be called before anything is on a GPU: memory there is then taken in segments that grow, which fragment less,
+    unless the user has settings of his own.
+
+    Args:
+        device_files: where the system shows its GPUs.
 
     Raises:
-        UserError: more ranks on this machine than GPUs.
+        UserError: more ranks on this machine than GPUs, or a GPU that torch cannot use: nobody wants days of training
+            on the CPUs beside it.
     """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch prefers
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        return torch.device("cpu")
     if torch.cuda.is_available():
         num_ranks, num_gpus = int(os.environ.get("LOCAL_SIZE", "1")), torch.cuda.device_count()
         if num_ranks > num_gpus:
@@ -61,13 +87,35 @@ def pick_device() -> torch.device:
                 "leave the option out to take all"
             )
         return torch.device("cuda", local_rank())
+    unusable = next(iter(sorted(device_files.glob("nvidia[0-9]*"))), None)
+    # Empty, -1 or Slurm's NoDevFiles hide them on purpose.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    is_hidden = visible is not None and not visible.strip()[:1].isalnum()
+    if unusable is not None and not is_hidden and visible != "NoDevFiles":
+        raise UserError(
+            f"this machine has a GPU ({unusable}) that torch {torch.__version__} cannot use: {_why_no_cuda()}; "
+            "to compute on the CPU all the same, set DS_ACCELERATOR=cpu"
+        )
     return torch.device("cpu")
+
+
+def _why_no_cuda() -> str:
+    if torch.version.cuda is None:
+        return "it is a build without CUDA; install one with CUDA (https://pytorch.org/get-started)"
+    try:
+        torch.cuda.init()
+    except RuntimeError as error:
+        return one_line(error)
+    return "its driver shows none; look at nvidia-smi"
 
 
 def start(device: torch.device) -> None:
     """Joins the process group (nccl with gloo for CPU tensors on a GPU, gloo on a CPU).
 
     Sets LOCAL_WORLD_SIZE, which mosaicml-streaming reads and the deepspeed launcher leaves unset.
+
+    Raises:
+        UserError: on rank 0: another process listens on the port where ranks meet.
     """
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         os.environ.setdefault(name, value)
@@ -76,7 +124,15 @@ def start(device: torch.device) -> None:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "MASTER_PORT" in os.environ:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        try:
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        except dist.DistNetworkError as error:
+            if "address already in use" not in str(error).lower():
+                raise
+            raise UserError(
+                f"--master_port: {os.environ['MASTER_PORT']} is in use on this machine, perhaps by another run; "
+                f"start this one with: deepspeed --master_port {_free_port()} ..."
+            ) from error
         return
     # One process without a launcher: a store inside this process, on a port that the system picks.
     store: Any = dist.TCPStore(  # type: ignore[attr-defined]
@@ -84,6 +140,12 @@ def start(device: torch.device) -> None:
     )
     os.environ["MASTER_PORT"] = str(store.port)
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def stop() -> None:
@@ -215,15 +277,61 @@ class LostRankError(RuntimeError):
     """Another rank is gone."""
 
 
+def first_to_fail(code: int) -> tuple[int, int]:
+    """The rank that called this first, and the exit code that it gave: it says what is wrong, the others fail with it.
+
+    Args:
+        code: with which this rank would end.
+    """
+    if not dist.is_initialized() or world_size() == 1:
+        return rank(), code
+    try:
+        # A connection of its own: the group's may be waiting inside a collective.
+        store: Any = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
+        )
+        first = store.compare_set("cfpretrain/first to fail", "", f"{rank()} {code}").decode()
+    except RuntimeError:  # rank 0, which keeps the store, is gone
+        return rank(), code
+    if rank() == 0:
+        time.sleep(_KEEP_STORE_SECONDS)
+    first_rank, first_code = map(int, first.split())
+    return first_rank, first_code
+
+
+def leave_after_the_first(code: int) -> NoReturn:
+    """Ends this rank in silence, once the one that failed first has said why and ended."""
+    time.sleep(_LET_SPEAK_SECONDS)
+    os._exit(code)
+
+
+def exit_without_memory(error: Exception) -> None:
+    """Ends this rank where the error comes of too little memory, with one line of the first rank to which it came."""
+    explained = explain_no_memory(error)
+    if explained is None:
+        return
+    first, code = first_to_fail(EXIT_USER_ERROR)
+    if first != rank():
+        leave_after_the_first(code)
+    exit_with(explained, speaks=True)
+
+
 @contextmanager
 def ranks_of_a_tool(device: torch.device) -> Iterator[None]:
-    """What a tool that goes on after a kill works in: all ranks begin together, and one that loses another leaves."""
+    """What a tool works in: all ranks begin together, and one that loses another leaves."""
     with phase("waiting for all ranks", announce=False):
         start(device)
     try:
         yield
     except LostRankError as error:
+        _, code = first_to_fail(EXIT_REQUEUE)
+        if code != EXIT_REQUEUE:
+            leave_after_the_first(code)
         leave_with(f"another rank is gone ({error})")
+    except Exception as error:
+        # Before the others hear that this rank has left the group.
+        exit_without_memory(error)
+        raise
     finally:
         stop()
 
@@ -321,6 +429,14 @@ class FolderLock:
     def _holder(self) -> str:
         self._file.seek(0)
         return self._file.read().strip() or "of an unknown process"
+
+
+def package_versions(*modules: str) -> dict[str, str]:
+    """Versions of cfpretrain and of the packages with these modules, as the modules say them.
+
+    A package on PYTHONPATH that was never installed has no metadata to ask.
+    """
+    return {"cfpretrain": __version__, **{name: str(importlib.import_module(name).__version__) for name in modules}}
 
 
 def peak_rss_mb() -> float:

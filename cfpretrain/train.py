@@ -7,7 +7,6 @@ after the first line is out, since that takes seconds.
 """
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,10 +14,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
-    # Started by its path, python puts this folder first: our modules would be importable under bare names as well.
-    del sys.path[0]
+    # Started by its path, python puts this folder first: our modules would be importable under bare names as well, and
+    # from a checkout that is not installed not at all under theirs.
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cfpretrain.console import EXIT_REQUEUE, SickRunError, UserError, exit_with, phase, say
+from cfpretrain.console import (
+    EXIT_REQUEUE,
+    SickRunError,
+    UserError,
+    ending_in_one_line,
+    leave_before_training,
+    phase,
+    say,
+)
 
 if TYPE_CHECKING:
     from cfpretrain.config import Config
@@ -46,13 +54,11 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """The command."""
     arguments = parse()
-    try:
+    with ending_in_one_line():
         if arguments.dry_run:
             dry_run(arguments)
         else:
             run(arguments)
-    except (UserError, SickRunError) as error:
-        exit_with(error)
 
 
 def dry_run(arguments: argparse.Namespace) -> None:
@@ -134,7 +140,7 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
 def run(arguments: argparse.Namespace) -> None:
     """Checks the config, then trains; ends the process with `EXIT_REQUEUE` where the same command should go on."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, _leave_before_training)
+        signal.signal(number, leave_before_training)
     with phase("loading torch"):
         from cfpretrain import config as configs
         from cfpretrain import runtime
@@ -145,15 +151,16 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("loading deepspeed and streaming"):
         from cfpretrain import run_folder, trainer
         from cfpretrain.lifeline import StopRequest
-    stop = StopRequest()
+    stop = StopRequest(has_begun=False)
     device = runtime.pick_device()
     problem = _take_folder(Path(config.run.folder))
     with phase("waiting for all ranks", announce=False):
         runtime.start(device)
+    stop.has_begun = True
     try:
         runtime.agree(problem)
         finished = trainer.run(config, device, stop)
-    except (UserError, SickRunError):
+    except (UserError, SickRunError, SystemExit):  # the last where memory ran out
         if problem is None:  # the folder is this run's
             run_folder.remove_requeue(Path(config.run.folder))
         raise
@@ -161,12 +168,6 @@ def run(arguments: argparse.Namespace) -> None:
         runtime.stop()
     if not finished:
         sys.exit(EXIT_REQUEUE)
-
-
-def _leave_before_training(*_: object) -> None:
-    """A signal before `StopRequest` takes them over: there is nothing to finish and nothing to save."""
-    say("stopped before training began; the same command starts it")
-    os._exit(EXIT_REQUEUE)
 
 
 def _take_folder(folder: Path) -> str | None:

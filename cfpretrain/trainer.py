@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from cfpretrain import runtime
 from cfpretrain.build import (
+    CONFIG_FILE,
     METRICS_FILE,
     SAMPLES,
     SUMMARY_FILE,
@@ -22,12 +22,13 @@ from cfpretrain.build import (
     make_model,
     make_prepare,
     make_store,
+    plan_memory,
     write_text,
 )
 from cfpretrain.checkpoint import Best, TrainingState, is_healthy, reason_of
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.config import Config, to_plain
-from cfpretrain.console import Progress, SickRunError, UserError, phase, say
+from cfpretrain.console import EXIT_USER_ERROR, Progress, SickRunError, UserError, explain_no_memory, phase, say
 from cfpretrain.data.loader import Loader, Position, open_folders
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
@@ -35,8 +36,9 @@ from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.evaluator import Evaluator
 from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_images, grid_title
 from cfpretrain.health import Guard
-from cfpretrain.lifeline import StopRequest, Watch
+from cfpretrain.lifeline import EXIT_FAILED, StopRequest, Watch
 from cfpretrain.loss import Batch, LossTerms
+from cfpretrain.memory import advise
 from cfpretrain.metrics import (
     MetricsFile,
     StepRecord,
@@ -44,6 +46,7 @@ from cfpretrain.metrics import (
     Window,
     finite_or_none,
     peak_flops,
+    peak_memory_gb,
     read_metrics,
     training_flops,
 )
@@ -53,7 +56,7 @@ from cfpretrain.run_folder import finished_step, is_done, prepare_folder, remove
 from cfpretrain.sampler import Guidance
 from cfpretrain.tensor_files import DamagedCheckpointError
 
-_PACKAGES = ("torch", "deepspeed", "mosaicml-streaming")
+_PACKAGES = ("torch", "deepspeed", "streaming")  # they decide numbers
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 _MOST_STEPS_LISTED = 1000
 _LONG_WAIT_SHARE = 0.05  # of a step's time: the loader is worth a look
@@ -437,7 +440,8 @@ class Trainer:
         """Sums the window over ranks and writes, logs and shows it."""
         num_steps = len(self.window.records)
         waited, self.waited_before = self.loader.waited_seconds - self.waited_before, self.loader.waited_seconds
-        waited = max(runtime.gather(waited))  # one slow rank keeps all waiting
+        # One slow rank keeps all waiting, and one without memory ends all.
+        waited, *peaks = map(max, zip(*runtime.gather((waited, *peak_memory_gb(self.device))), strict=True))
         rows, flops, (seconds, seconds_aside) = self.window.close(self.clock.read())
         self.at.train_seconds += seconds + seconds_aside
         images_per_second = num_steps * self.config.train.global_batch_size / seconds
@@ -447,6 +451,7 @@ class Trainer:
             "tflops_per_second": flops / seconds / 1e12,
             "mfu": flops / seconds / (peak * runtime.world_size()) if peak else None,
             "data_wait_share": waited / seconds,
+            **dict(zip(("peak_memory_gb", "peak_reserved_gb"), peaks, strict=False)),
             "train_seconds": self.at.train_seconds,
         }
         self.metrics.append(rows)
@@ -460,7 +465,8 @@ class Trainer:
         skipped = f"  skipped {self.at.num_skipped}" if self.at.num_skipped else ""
         shown = "not finite" if loss is None else f"{loss:.4f}"
         slow = f"  {waited / seconds:.0%} waiting for data" if waited > _LONG_WAIT_SHARE * seconds else ""
-        progress.show(self.at.step, f"loss {shown}  {images_per_second:.0f} images/s{skipped}{slow}", seconds_left)
+        speed = f"{images_per_second:.0f} images/s  {peaks[0]:.1f} GB"
+        progress.show(self.at.step, f"loss {shown}  {speed}{skipped}{slow}", seconds_left)
 
     def save_checkpoint(self) -> None:
         """Begins to write a checkpoint of the present step, once the one in flight is complete."""
@@ -480,7 +486,7 @@ class Trainer:
             model=to_plain(self.config)["model"],
             data_fingerprint=self.loader.fingerprint,
             wandb_run_id=self.tracker.run_id,
-            versions=package_versions(),
+            versions=runtime.package_versions(*_PACKAGES),
         )
         self.ema.wait()
         self.writer.begin(state)
@@ -650,7 +656,7 @@ class Trainer:
             "loss_first": losses[0] if losses else None,
             "loss_last": sum(tail) / len(tail) if losses else None,
             "peak_rss_mb": max(peak_rss_mb),
-            "versions": package_versions(),
+            "versions": runtime.package_versions(*_PACKAGES),
         }
 
 
@@ -674,8 +680,13 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
         return Trainer(config, device, stop, evaluator=evaluator).train()
     except (UserError, SickRunError):
         raise
-    except Exception:
-        watch.leave_if_ranks_are_lost()
+    except Exception as error:
+        code = EXIT_FAILED
+        if explain_no_memory(error) is not None:
+            code = EXIT_USER_ERROR
+            error.add_note(_advise_on_memory(config, device))
+        watch.leave_if_ranks_are_lost(code)
+        runtime.exit_without_memory(error)
         raise
     finally:
         watch.end()
@@ -694,14 +705,19 @@ def _writes_in(folder: Path) -> Iterator[None]:
             ) from error
 
 
+def _advise_on_memory(config: Config, device: torch.device) -> str:
+    """What a run that found too little memory needs, and what to change."""
+    num_ranks = runtime.world_size()
+    network, plan = plan_memory(config, num_ranks, device.type == "cuda")
+    file = Path(config.run.folder) / CONFIG_FILE
+    return (
+        f"{advise(network, plan)}; all choices: python tools/estimate_memory.py --config {file} --num-gpus {num_ranks}"
+    )
+
+
 def _describe(blocks: BlockSettings) -> str:
     ways = [f"attention {blocks.attention}, in sampling {blocks.cached_attention}"]
     ways += ["blocks compiled"] * blocks.compile
     ways += ["activations recomputed"] * blocks.checkpoint_activations
     ways += ["apex LayerNorm"] * blocks.fused_norm
     return "; ".join(ways)
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide numbers."""
-    return {name: version(name) for name in ("cfpretrain", *_PACKAGES)}

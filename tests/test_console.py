@@ -1,12 +1,16 @@
 """What people see: rank 0 alone speaks, phases stay alive, mistakes are one line."""
 
+import importlib
+import mmap
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from cfpretrain import console
 from tests.processes import REPOSITORY
@@ -108,3 +112,48 @@ def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
     ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     lines = ended.stdout.splitlines()
     assert lines.index("[cfpretrain] loading torch ...") < lines.index("torch begins")
+
+
+@pytest.mark.parametrize(
+    "allocate",
+    [
+        lambda: torch.empty(2**46),  # torch's RuntimeError
+        lambda: bytearray(2**50),  # Python's MemoryError
+        lambda: np.empty(2**50),  # NumPy's own
+        lambda: mmap.mmap(-1, 2**50),  # the system's OSError
+    ],
+)
+def test_memory_that_is_not_there_is_one_line(allocate, capsys) -> None:
+    def fail() -> None:
+        try:
+            allocate()
+        finally:
+            raise RuntimeError("what fails after it")
+
+    with pytest.raises(SystemExit) as caught, console.ending_in_one_line():
+        fail()
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert said.startswith("[cfpretrain] error: no memory left on rank 0 (")
+    assert "--batch-size" in said
+    assert said.count("\n") == 1
+
+
+def test_the_gpus_out_of_memory_is_one_line_with_the_notes_of_who_knows() -> None:
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is large try ..."
+    )
+    error.add_note("lower this")
+    said = str(console.explain_no_memory(error))
+    assert said == "no memory left on rank 0 (CUDA out of memory. Tried to allocate 2.00 GiB.); lower this"
+    assert console.explain_no_memory(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
+    assert console.explain_no_memory(OSError(28, "No space left on device")) is None
+
+
+def test_a_package_that_is_missing_is_one_line(capsys) -> None:
+    with pytest.raises(SystemExit), console.ending_in_one_line():
+        importlib.import_module("package_that_nobody_has")
+    said = capsys.readouterr().err
+    assert said.startswith("[cfpretrain] error: package_that_nobody_has is not installed here; pip install")
+    with pytest.raises(ModuleNotFoundError), console.ending_in_one_line():
+        importlib.import_module("cfpretrain.module_that_nobody_has")

@@ -12,9 +12,17 @@ import pytest
 import torch
 
 from cfpretrain import lifeline, runtime
-from cfpretrain.console import EXIT_REQUEUE, UserError
+from cfpretrain.console import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from tests.digits import small_config, small_run
-from tests.processes import REPOSITORY, Rank, run_in_processes, run_script, start_script
+from tests.processes import (
+    REPOSITORY,
+    Rank,
+    free_port,
+    launcher_environment,
+    run_in_processes,
+    run_script,
+    start_script,
+)
 
 TRAIN = "cfpretrain/train.py"
 # It would train on for long: what happens to it comes while it does.
@@ -124,6 +132,21 @@ def test_a_signal_while_it_loads_is_one_line() -> None:
     assert ended.returncode == EXIT_REQUEUE, ended.stderr
     assert ended.stdout.endswith("[cfpretrain] stopped before training began; the same command starts it\n")
     assert ended.stderr == ""
+
+
+def test_a_signal_while_it_waits_for_other_ranks_ends_it_at_once(shards: Path, tmp_path: Path) -> None:
+    """As where rank 0 has found its port in use, and the launcher ends the others."""
+    arguments = ["--local_rank=0", *small_run(shards, tmp_path / "run", *LONG)]
+    rank = Rank(TRAIN, arguments, launcher_environment(0, 2, free_port()))
+    deadline = time.monotonic() + 200
+    while "still waiting for all ranks" not in rank.said():
+        assert time.monotonic() < deadline
+        assert rank.poll() is None, rank.communicate()
+        time.sleep(0.05)
+    rank.send_signal(signal.SIGTERM)
+    [(code, said)] = end([rank])
+    assert code == EXIT_REQUEUE, said
+    assert said.endswith("[cfpretrain] stopped before training began; the same command starts it\n")
 
 
 SLEEPER = """
@@ -388,3 +411,45 @@ def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:
         _in_another_process(tmp_path)  # a worker that outlives its rank does not hold the lock
     finally:
         os.kill(worker, signal.SIGKILL)
+
+
+# ---------------------------------------------------------------------------
+# Ranks without memory
+
+# What is replaced only asks for memory that no machine has: the error is the allocator's, in the middle of a step.
+GREEDY = """
+import runpy, sys
+import torch
+from cfpretrain import runtime
+from cfpretrain.trainer import Trainer
+
+step_as_it_is = Trainer.train_step
+
+def train_step(self):
+    if self.at.step == 2 and runtime.rank() in {ranks}:
+        torch.empty(2**46)
+    step_as_it_is(self)
+
+Trainer.train_step = train_step
+sys.argv[0] = "cfpretrain/train.py"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("ranks", [{1}, {0, 1}])
+def test_a_rank_without_memory_ends_the_run_with_one_line(shards: Path, tmp_path: Path, ranks: set[int]) -> None:
+    folder, script, port = tmp_path / "run", tmp_path / "greedy.py", free_port()
+    script.write_text(GREEDY.format(ranks=ranks))
+    arguments = small_run(shards, folder)
+    started = [
+        Rank(str(script), [f"--local_rank={rank}", *arguments], launcher_environment(rank, 2, port))
+        for rank in range(2)
+    ]
+    outs = [rank.communicate(timeout=120) for rank in started]
+    assert [rank.returncode for rank in started] == [EXIT_USER_ERROR] * 2, outs
+    lines = "".join(err for _, err in outs).splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("[cfpretrain] error: no memory left on rank ")
+    assert "train.micro_batch_size=2" in lines[0]
+    assert f"tools/estimate_memory.py --config {folder}/config.yaml --num-gpus 2" in lines[0]
+    assert not (folder / "requeue").exists()

@@ -12,6 +12,7 @@ import torch
 from cfpretrain import build, memory, order, runtime
 from cfpretrain import config as configs
 from cfpretrain import engine as engine_module
+from cfpretrain.build import plan_memory
 from cfpretrain.config import Config
 from cfpretrain.loss import Draws
 from cfpretrain.memory import Network, Plan, TensorAccount
@@ -75,7 +76,7 @@ def measure(cases: list[Config]) -> list[tuple[int, int]]:
 
 def expect(config: Config, world_size: int) -> tuple[memory.Estimate, Plan]:
     with patch.object(engine_module, "_BUCKET_NUMEL", BUCKET_NUMEL):
-        network, plan = estimate_memory.describe(config, world_size, on_gpu=False)
+        network, plan = plan_memory(config, world_size, on_gpu=False)
     return memory.estimate(network, plan), plan
 
 
@@ -199,7 +200,7 @@ def test_more_ranks_and_higher_stages_never_need_more() -> None:
 
 
 def plan_of(*overrides: str, on_gpu: bool = True) -> Plan:
-    return estimate_memory.describe(load(*overrides), 1, on_gpu)[1]
+    return plan_memory(load(*overrides), 1, on_gpu)[1]
 
 
 def test_masks_are_those_of_the_backend_that_runs() -> None:
@@ -257,7 +258,7 @@ def test_the_longest_sequence_is_estimated_and_measured(overrides: list[str]) ->
         return order.build_layout(segments, loss.clean_multiple).step_BM.shape[1]
 
     drawn = [loss.draw(step, 0, torch.arange(2), torch.arange(2), num_tokens, 1) for step in range(200)]
-    network, _ = estimate_memory.describe(config, 1, on_gpu=False)
+    network, _ = plan_memory(config, 1, on_gpu=False)
     assert network.max_sequence == max(map(length, drawn)) == length(estimate_memory.longest(drawn[0], config))
 
 
@@ -349,3 +350,18 @@ def test_command_measures() -> None:
     report = json.loads(ended[0].out.splitlines()[-1])
     assert report["device"] == "cpu"
     assert report["held_bytes"]["estimated"] == pytest.approx(report["held_bytes"]["measured"], rel=0.02)
+
+
+def test_advice_names_what_is_not_done_yet() -> None:
+    """The line of a run that found too little memory."""
+    overrides = ("train.global_batch_size=64", "train.micro_batch_size=8", "engine.zero_stage=1")
+    network, plan = plan_memory(load(*overrides), 4, on_gpu=True)
+    first = memory.advise(network, plan)
+    assert f"needs {memory.estimate(network, plan).peak / 1e9:.1f} GB on each rank" in first
+    done = (
+        "train.micro_batch_size=4, engine.activation_checkpointing=true, engine.ema_on_host=true, engine.zero_stage=3"
+    )
+    assert first.partition("to lower it: ")[2] == done
+    assert memory.advise(network, dataclasses.replace(plan, num_ranks=1)).endswith("more GPUs at engine.zero_stage=3")
+    plan = dataclasses.replace(plan, micro_batch_size=1, checkpointing=True, ema_on_host=True, zero_stage=3)
+    assert memory.advise(network, plan).partition("to lower it: ")[2] == "more GPUs"

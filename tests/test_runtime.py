@@ -1,6 +1,10 @@
 """Ranks: agreement and sums over real processes, and a single process without a launcher."""
 
+import os
+import re
+import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +12,7 @@ import torch
 
 from cfpretrain import runtime
 from cfpretrain.console import UserError
-from tests.processes import run_in_processes
+from tests.processes import Rank, free_port, launcher_environment, run_in_processes
 
 
 def exchange() -> dict[str, object]:
@@ -78,8 +82,6 @@ def test_one_process_needs_no_others() -> None:
 
 
 def alone() -> list[object]:
-    import os
-
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     before = [runtime.rank(), runtime.world_size(), runtime.gather("x")]
@@ -91,6 +93,90 @@ def alone() -> list[object]:
 
 def test_one_process_needs_no_launcher() -> None:
     assert run_in_processes(alone, 1) == [[0, 1, ["x"], ["x"], 1, "1"]]
+
+
+def meet_where_another_listens() -> str:
+    with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):
+        with pytest.raises(UserError) as raised:
+            runtime.start(torch.device("cpu"))
+        return str(raised.value)
+
+
+def test_a_port_in_use_is_one_line_with_a_free_one() -> None:
+    [said] = run_in_processes(meet_where_another_listens, 1)
+    found = re.fullmatch(
+        r"--master_port: (\d+) is in use on this machine, .* start this one with: deepspeed --master_port (\d+) \.\.\.",
+        said,
+    )
+    assert found is not None, said
+    assert found[1] != found[2]
+    with socket.create_server(("127.0.0.1", int(found[2]))):
+        pass  # it is free
+
+
+TOOL = """
+import torch
+from cfpretrain import runtime
+from cfpretrain.console import ending_in_one_line
+
+with ending_in_one_line(), runtime.ranks_of_a_tool(torch.device("cpu")):
+    if runtime.rank() in {ranks}:
+        torch.empty(2**46)
+    runtime.barrier()
+"""
+
+
+@pytest.mark.parametrize("ranks", [{1}, {0, 1, 2}])
+def test_a_rank_without_memory_ends_a_tool_with_one_line(ranks, tmp_path: Path) -> None:
+    script = tmp_path / "tool.py"
+    script.write_text(TOOL.format(ranks=ranks))
+    started = [
+        Rank(str(script), [], launcher_environment(rank, 3, port)) for port in [free_port()] for rank in range(3)
+    ]
+    ended = [(*rank.communicate(120), rank.returncode) for rank in started]
+    assert [code for _, _, code in ended] == [2, 2, 2], ended
+    lines = "".join(out + err for out, err, _ in ended).splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("[cfpretrain] error: no memory left on rank ")
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused_unless_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # as on this machine, or with a wrong driver
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    (tmp_path / "nvidiactl").touch()  # of the driver, without any GPU
+    assert runtime.pick_device(tmp_path).type == "cpu"
+    (tmp_path / "nvidia0").touch()
+    with pytest.raises(UserError, match=r"has a GPU \(.*nvidia0\) that torch .* cannot use: .*DS_ACCELERATOR=cpu"):
+        runtime.pick_device(tmp_path)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")  # as the deepspeed launcher sets it
+    with pytest.raises(UserError, match="cannot use"):
+        runtime.pick_device(tmp_path)
+    for hidden in ("", "-1", "NoDevFiles"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert runtime.pick_device(tmp_path).type == "cpu"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert runtime.pick_device(tmp_path).type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("theirs", "want"),
+    [
+        ({}, (None, "expandable_segments:True")),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, (None, "max_split_size_mb:64")),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, ("max_split_size_mb:64", None)),
+    ],
+)
+def test_memory_of_gpus_is_taken_in_growing_segments_unless_set(theirs, want, monkeypatch) -> None:
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    for name in names:
+        monkeypatch.setenv(name, "")  # restored after the test, whatever the code sets
+        monkeypatch.delenv(name)
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    runtime.pick_device()
+    assert tuple(os.environ.get(name) for name in names) == want
 
 
 def test_without_a_group_a_process_agrees_with_itself() -> None:

@@ -57,6 +57,10 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     summary = json.loads((whole_run / "summary.json").read_text())
     assert (summary["world_size"], summary["zero_stage"], summary["num_steps"]) == (2, 3, 12)
     assert summary["loss_first"] == losses[0]
+    rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    peaks = [row["peak_memory_gb"] for row in rows]  # a window a step; without a GPU, of the process
+    assert peaks == sorted(peaks)
+    assert 0.05 < peaks[0] <= peaks[-1] <= summary["peak_rss_mb"] / 1e3
 
 
 def test_learning_rate_warms_up_stays_and_falls(whole_run: Path) -> None:

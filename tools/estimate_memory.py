@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, exit_with, say
+from cfpretrain.console import UserError, ending_in_one_line, say
 
 if TYPE_CHECKING:
     import torch
@@ -51,16 +51,15 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # a launcher adds it
     parser.add_argument("--measure", action="store_true", help="compare with a real step on this machine, on one rank")
     arguments = parser.parse_intermixed_args()
-    try:
+    with ending_in_one_line():
         fits = run(arguments)
-    except UserError as error:
-        exit_with(error)
     sys.exit(0 if fits else EXIT_DOES_NOT_FIT)
 
 
 def run(arguments: argparse.Namespace) -> bool:
     """Prints the tables; returns whether the config fits as it is written."""
     from cfpretrain import config as configs
+    from cfpretrain.build import plan_memory
 
     config = configs.load(arguments.config, arguments.overrides)
     _check_arguments(arguments)
@@ -69,7 +68,7 @@ def run(arguments: argparse.Namespace) -> bool:
         if arguments.num_gpus != 1:
             raise UserError(f"--measure: expected --num-gpus 1, since it runs one rank, got {arguments.num_gpus}")
         return _measure(config, arguments)
-    network, plan = describe(config, arguments.num_gpus, on_gpu=True)
+    network, plan = plan_memory(config, arguments.num_gpus, on_gpu=True)
     budget = int((arguments.gpu_memory_gb - arguments.reserve_gb) * GB)
     rows = [_row(network, other, plan, budget) for other in _alternatives(plan)]
     _print_table(network, plan, rows, arguments)
@@ -93,22 +92,6 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             f"--reserve-gb: expected 0 to less than --gpu-memory-gb = {arguments.gpu_memory_gb:g}, "
             f"got {arguments.reserve_gb:g}"
         )
-
-
-def describe(config: "Config", num_ranks: int, on_gpu: bool) -> tuple["Network", "Plan"]:
-    """The network's sizes and the plan of a step."""
-    import torch
-
-    from cfpretrain import memory
-    from cfpretrain.build import choose_attention, make_model
-    from cfpretrain.engine import ds_config
-
-    with torch.device("meta"):
-        numels = [parameter.numel() for parameter in make_model(config).parameters()]
-    device = torch.device("cuda" if on_gpu else "cpu")
-    settings = ds_config(config, num_ranks, device)["zero_optimization"]
-    attention = choose_attention(config, device.type)
-    return memory.network_of(config, numels), memory.plan_of(config, num_ranks, settings, attention, on_gpu)
 
 
 # ---------------------------------------------------------------------------
@@ -234,17 +217,15 @@ def _advise(network: "Network", plan: "Plan", budget: int) -> list[str]:
 
 def _measure(config: "Config", arguments: argparse.Namespace) -> bool:
     from cfpretrain import memory, runtime
+    from cfpretrain.build import plan_memory
 
     device = runtime.pick_device()
     on_gpu = device.type == "cuda"
-    network, plan = describe(config, 1, on_gpu)
+    network, plan = plan_memory(config, 1, on_gpu)
     found = memory.estimate(network, plan)
     say(f"a step on one {device.type} rank ...")
-    runtime.start(device)
-    try:
+    with runtime.ranks_of_a_tool(device):
         held, peak = measure_step(config, device)
-    finally:
-        runtime.stop()
     report = {
         "device": device.type,
         "held_bytes": {"estimated": found.between_micro_batches, "measured": held},

@@ -14,7 +14,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, phase, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,10 +32,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the images to train on")
     parser.add_argument("--held-out", type=Path, required=True, help="folder for the images kept from training")
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         run(arguments.source, arguments.out, arguments.held_out)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(source: str, out: Path, held_out: Path) -> None:

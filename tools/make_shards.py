@@ -21,20 +21,19 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cfpretrain.console import EXIT_REQUEUE, UserError, exit_with, phase, say
+from cfpretrain.console import EXIT_REQUEUE, UserError, ending_in_one_line, phase, say
 
 
 def main() -> None:
     """The command."""
     arguments = _parse()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        run(arguments)
-    except UserError as error:
-        exit_with(error)
-    except KeyboardInterrupt:
-        say("stopped; the same command goes on")
-        sys.exit(EXIT_REQUEUE)
+    with ending_in_one_line():
+        try:
+            run(arguments)
+        except KeyboardInterrupt:
+            say("stopped; the same command goes on")
+            sys.exit(EXIT_REQUEUE)
 
 
 def _parse() -> argparse.Namespace:

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain import runtime, seeds
-from cfpretrain.console import UserError, exit_with
+from cfpretrain.console import ending_in_one_line
 from cfpretrain.model import attention
 from cfpretrain.order import Condition, Image, build_layout, count_visible, draw_steps
 from tools.measuring import positive, seconds_of, whereabouts
@@ -55,11 +55,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, help="sequences (default: 1 on a CPU, 18432 tokens on a GPU)")
     parser.add_argument("--compile", action="store_true", help="run everything once, and time nothing")
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         device = runtime.pick_device()
         measured = measure(arguments, device)
-    except UserError as error:
-        exit_with(error)
     print(json.dumps(measured | {"threads": torch.get_num_threads()} | whereabouts(device)))
 
 

@@ -26,7 +26,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import ending_in_one_line, phase, say
 
 _PHOTO_SIDES = (300, 640)  # pixels, as those of ImageNet mostly are
 _PHOTO_QUALITY = 90
@@ -72,10 +72,8 @@ def main() -> None:
     for command in commands.choices.values():
         command.add_argument("--pairs", type=int, default=5, help="runs of each side (default 5)")
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         measured = arguments.measure(arguments)
-    except UserError as error:
-        exit_with(error)
     machine = {"cpu_cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
     print(json.dumps({"measured": arguments.command, **measured, **machine}))
 

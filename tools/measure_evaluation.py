@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from cfpretrain import runtime
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, phase, say
 from cfpretrain.evaluation.feature_sums import FeatureSums
 from cfpretrain.evaluation.features import INCEPTION, FeatureExtractor, Features, make_extractor
 from cfpretrain.evaluation.frechet import frechet_distance
@@ -46,10 +46,8 @@ def main() -> None:
     parser.add_argument("--features", default="effnet_lite0", help="effnet_lite0 (default) or inception")
     parser.add_argument("--pairs", type=int, default=3, help="of ranks: turns of each (default 3)")
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         measured = {"scale": scale, "ranks": ranks, "one-rank": one_rank}[arguments.what](arguments)
-    except UserError as error:
-        exit_with(error)
     print(json.dumps(measured), flush=True)
 
 
@@ -132,8 +130,7 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     from cfpretrain.evaluation.scores import make_work, statistics_of, sum_up
 
     device = runtime.pick_device()
-    runtime.start(device)
-    try:
+    with runtime.ranks_of_a_tool(device):
         random = arguments.features == INCEPTION
         extractor = _random_inception(device) if random else make_extractor(arguments.features, device)
         num_images = arguments.batches * arguments.batch_size
@@ -153,8 +150,6 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
             work.remove()
             os.rmdir(folder)
         return {"features": arguments.features, "images_per_second": num_images / seconds}
-    finally:
-        runtime.stop()
 
 
 def _random_inception(device: torch.device) -> FeatureExtractor:

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, phase, say
 
 _GB = 1e9
 _TINY = ["model.width=32", "model.depth=1", "model.num_heads=1", "model.num_classes=2", "model.num_cond_tokens=1"]
@@ -33,13 +33,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--export", type=Path, nargs=2, help=argparse.SUPPRESS)  # the process that is measured
     arguments = parser.parse_intermixed_args()
-    try:
+    with ending_in_one_line():
         if arguments.export:
             export(*arguments.export, arguments)
         else:
             print(json.dumps(measure(arguments)))
-    except UserError as error:
-        exit_with(error)
 
 
 def export(run: Path, out: Path, arguments: argparse.Namespace) -> None:

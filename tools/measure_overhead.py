@@ -25,7 +25,7 @@ from unittest.mock import patch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain.console import Progress, UserError, exit_with, phase, say
+from cfpretrain.console import Progress, ending_in_one_line, phase, say
 
 _KINDS = ("bare", "unguarded", "full", "saving")
 _ADDS = {
@@ -48,10 +48,8 @@ def main() -> None:
     parser.add_argument("--warm-up-steps", type=int, default=50, help="before the first block (default 50)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args()
-    try:
+    with ending_in_one_line():
         run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -61,18 +59,14 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain import runtime, trainer
         from tools.measuring import on_noise
     device = runtime.pick_device()
-    runtime.start(device)
-    try:
-        # Rank 0's folder serves all ranks; the others' stay empty.
-        with tempfile.TemporaryDirectory() as own:
-            config = configs.load(arguments.config, arguments.overrides)
-            configs.check(config, runtime.world_size())
-            config = on_noise(config, Path(runtime.gather(own)[0]))
-            trainer.prepare_folder(config, device)
-            measured = _measure(trainer.Trainer(config, device), arguments)
-            runtime.barrier()
-    finally:
-        runtime.stop()
+    # Rank 0's folder serves all ranks; the others' stay empty.
+    with runtime.ranks_of_a_tool(device), tempfile.TemporaryDirectory() as own:
+        config = configs.load(arguments.config, arguments.overrides)
+        configs.check(config, runtime.world_size())
+        config = on_noise(config, Path(runtime.gather(own)[0]))
+        trainer.prepare_folder(config, device)
+        measured = _measure(trainer.Trainer(config, device), arguments)
+        runtime.barrier()
     if runtime.rank() == 0:
         _print(*measured)
 

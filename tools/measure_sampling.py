@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, exit_with, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,14 +77,12 @@ def main() -> None:
         command.add_argument("--spacing", choices=("time", "log_snr"), default="log_snr", help="of its noise levels")
         command.add_argument("--seed", type=int, default=0, help="of noise and orders (default 0)")
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         _check(arguments)
         with phase("loading torch"):
             import torch
         what = {"speed": measure_speed, "quality": measure_quality, "edits": measure_edits}[arguments.command]
         measured = what(arguments)
-    except UserError as error:
-        exit_with(error)
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
     options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     print(json.dumps({**options, **measured, "torch": torch.__version__, "hardware": hardware}))

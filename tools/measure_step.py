@@ -34,7 +34,7 @@ from cfpretrain import config as configs
 from cfpretrain import memory, runtime
 from cfpretrain.build import choose_attention, choose_blocks, make_loss
 from cfpretrain.config import Config
-from cfpretrain.console import UserError, exit_with, say
+from cfpretrain.console import UserError, ending_in_one_line, say
 from cfpretrain.metrics import peak_flops
 from cfpretrain.order import Condition, Image, build_layout
 from tools.estimate_memory import describe
@@ -50,7 +50,7 @@ _MOST_STEPS_PLANNED = 1000
 def main() -> None:
     """The command."""
     arguments = _parse()
-    try:
+    with ending_in_one_line():
         device = runtime.pick_device()
         if runtime.world_size() != 1:
             raise UserError(f"measure_step measures one rank, got {runtime.world_size()}; start it with python alone")
@@ -67,8 +67,6 @@ def main() -> None:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 measured = measure(on_noise(config, Path(folder)), arguments, device)
-    except UserError as error:
-        exit_with(error)
     print(json.dumps(measured | whereabouts(device)))
 
 

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import SickRunError, UserError, exit_with, linger, phase, say
+from cfpretrain.console import SickRunError, UserError, ending_in_one_line, linger, phase, say
 
 if TYPE_CHECKING:
     from cfpretrain.config import Config
@@ -40,10 +40,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args()
-    try:
+    with ending_in_one_line():
         is_equal = run(arguments.run, arguments.step, arguments.overrides)
-    except (UserError, SickRunError) as error:
-        exit_with(error)
     if not is_equal:
         linger()
         raise SystemExit(_EXIT_UNEQUAL)
@@ -62,8 +60,7 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
     if not (folder / build.CONFIG_FILE).is_file():
         raise UserError(f"run folder {folder} holds no {build.CONFIG_FILE}; give one that cfpretrain/train.py wrote")
     device = runtime.pick_device()
-    runtime.start(device)
-    try:
+    with runtime.ranks_of_a_tool(device):
         rows, checkpoints = _look(folder / build.METRICS_FILE, folder / build.CHECKPOINTS, step)
         # Rank 0's folder serves all ranks; the others' stay empty.
         with tempfile.TemporaryDirectory() as own:
@@ -77,8 +74,6 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
             runtime.barrier()
             result = _write(folder / "replay" / f"step_{step:08d}", found, rows[step], config)
             return bool(runtime.gather(result)[0])
-    finally:
-        runtime.stop()
 
 
 def _look(metrics: Path, folder: Path, step: int) -> tuple[dict[int, dict[str, Any]], list[Path]]:

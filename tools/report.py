@@ -61,8 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
             say(f"nothing to do: {arguments.run} is scored at step {step}")
             _print_table(report, arguments.run)
         return
-    runtime.start(device)
-    try:
+    with runtime.ranks_of_a_tool(device):
         with runtime.together():
             extractor = make_extractor(EFFNET, device)
         generated = {
@@ -76,8 +75,6 @@ def run(arguments: argparse.Namespace) -> None:
         embedded = _score_embedded(arguments, config, made, num_embedded, extractor)
         if runtime.rank() == 0:
             _report(arguments, config, model, step, generated, embedded, settings)
-    finally:
-        runtime.stop()
 
 
 def _read_report(folder: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain import runtime
-from cfpretrain.console import UserError, exit_with, say
+from cfpretrain.console import UserError, ending_in_one_line, say
 from cfpretrain.model import block_causal
 from cfpretrain.model.block_causal import Launch
 from tools.measure_attention import full_intervals
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="a file that gets the best settings as JSON")
     parser.add_argument("--worker", type=int, nargs=2, help=argparse.SUPPRESS)  # which of how many: compiles alone
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         device = runtime.pick_device()
         if device.type == "cpu":
             raise UserError("sweep_launches times kernels of a GPU, and there is none here")
@@ -60,8 +60,6 @@ def main() -> None:
         end = time.monotonic() + arguments.seconds
         _compile_in_parallel(arguments, time.monotonic() + _COMPILE_SHARE * arguments.seconds)
         timed = sweep(arguments.head_widths, arguments.tokens, settings(), end, device)
-    except UserError as error:
-        exit_with(error)
     best = best_settings(timed)
     for line in lines_for_launches(best):
         print(line)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import Progress, UserError, exit_with, phase, say
+from cfpretrain.console import Progress, UserError, ending_in_one_line, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,10 +48,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3, help="after warm-up; falls to 0 (default 2e-3)")
     parser.add_argument("--seed", type=int, default=0, help="default 0")
     arguments = parser.parse_args()
-    try:
+    with ending_in_one_line():
         run(arguments)
-    except UserError as error:
-        exit_with(error)
 
 
 def run(arguments: argparse.Namespace) -> None:

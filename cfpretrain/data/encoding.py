@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-import cfpretrain
+from cfpretrain import runtime
 from cfpretrain.console import UserError
 from cfpretrain.data.pixels import PixelBatch, Sample, dali_version, decode_shards
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
@@ -107,8 +106,8 @@ class Encoding:
 
     def versions(self) -> dict[str, str]:
         """Of what decides the bits of latents."""
-        found = {"cfpretrain": cfpretrain.__version__, "torch": torch.__version__, "dali": dali_version()}
-        return found | ({"diffusers": version("diffusers")} if self.has_posterior else {})
+        names = ["torch", *["diffusers"] * self.has_posterior]
+        return runtime.package_versions(*names) | {"dali": dali_version()}
 
 
 def encode(

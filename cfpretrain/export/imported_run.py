@@ -5,12 +5,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cfpretrain import runtime
 from cfpretrain.build import CHECKPOINTS, CONFIG_FILE, make_model
 from cfpretrain.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, TrainingState, tensor_file, write_file
 from cfpretrain.config import Config, to_plain, to_yaml
@@ -152,7 +152,7 @@ def _make_state(config: Config, counters: Counters) -> TrainingState:
         data_fingerprint="",  # any data will do
         guard=Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row).to_plain(),
         wandb_run_id=None,
-        versions={name: version(name) for name in ("cfpretrain", "torch")},
+        versions=runtime.package_versions("torch"),
     )
 
 
