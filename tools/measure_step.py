@@ -32,12 +32,11 @@ if __name__ == "__main__":
 
 from cfpretrain import config as configs
 from cfpretrain import memory, runtime
-from cfpretrain.build import choose_attention, choose_blocks, make_loss
+from cfpretrain.build import choose_attention, choose_blocks, make_loss, plan_memory
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, ending_in_one_line, say
 from cfpretrain.metrics import peak_flops
 from cfpretrain.order import Condition, Image, build_layout
-from tools.estimate_memory import describe
 from tools.measuring import on_noise, positive, whereabouts
 from tools.profile_step import count_kernels
 from tools.step_sides import NAIVE, Measured, StepResult, Worker
@@ -93,7 +92,7 @@ def _constant_rate(config: Config) -> Config:
 
 
 def _estimated_bytes(config: Config, device: torch.device) -> int:
-    return memory.estimate(*describe(config, 1, on_gpu=device.type == "cuda")).peak
+    return memory.estimate(*plan_memory(config, 1, on_gpu=device.type == "cuda")).peak
 
 
 def _fitting(config: Config, device: torch.device) -> Config:
