@@ -133,7 +133,7 @@ def test_a_rank_without_memory_ends_a_tool_with_one_line(ranks, tmp_path: Path) 
     started = [
         Rank(str(script), [], launcher_environment(rank, 3, port)) for port in [free_port()] for rank in range(3)
     ]
-    ended = [(*rank.communicate(120), rank.returncode) for rank in started]
+    ended = [(*rank.communicate(300), rank.returncode) for rank in started]
     assert [code for _, _, code in ended] == [2, 2, 2], ended
     lines = "".join(out + err for out, err, _ in ended).splitlines()
     assert len(lines) == 1, lines
