@@ -93,6 +93,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
                 trainer.train_step()
                 if kind != "bare" and trainer.window_ends():
                     trainer.close_window(progress)
+            trainer.ema.wait()
             runtime.barrier()
             seconds[kind].append((time.perf_counter() - begin) / arguments.block_steps)
         trainer.writer.wait()
@@ -110,6 +111,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
         for kind in kinds if turn % 2 == 0 else kinds[::-1]:
             block(kind)
     trainer.loader.close()
+    trainer.ema.close()
     return seconds, stalls
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import cfpretrain
 from cfpretrain import runtime
 from cfpretrain.config import Config
 from cfpretrain.data.shard_writer import ShardWriter
@@ -26,7 +27,7 @@ from cfpretrain.data.shards import LatentsInfo, columns_of
 from cfpretrain.metrics import peak_flops
 from cfpretrain.model.autoencoder import are_pixels
 
-_PACKAGES = ("cfpretrain", "torch", "triton", "deepspeed", "mosaicml-streaming", "flash-attn", "diffusers")
+_PACKAGES = ("torch", "triton", "deepspeed", "mosaicml-streaming", "flash-attn", "diffusers")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 _SHARD_BYTES = 1 << 26
 _FEWEST_SAMPLES = 64
@@ -147,7 +148,8 @@ def _versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             return None
 
-    return {"python": platform.python_version(), **{name: find(name) for name in _PACKAGES}}
+    ours = {"python": platform.python_version(), "cfpretrain": cfpretrain.__version__}
+    return ours | {name: find(name) for name in _PACKAGES}
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:

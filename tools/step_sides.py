@@ -66,8 +66,10 @@ class TrainerSide:
         return record.row["loss"], record.flops
 
     def close(self) -> None:
-        """Ends the loader's workers."""
+        """Ends the loader's workers and the EMA's thread."""
         self._trainer.loader.close()
+        self._trainer.ema.wait()
+        self._trainer.ema.close()
 
 
 class BareSide:
