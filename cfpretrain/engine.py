@@ -171,10 +171,6 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
         config=settings,
         dist_init_required=False,
     )
-    if config.engine.zero_stage == 2:
-        # In bf16 it looks through the gradients of each parameter, and the host waits for the answer. Their norm, which
-        # comes next, says the same: it is finite where all of them are.
-        deepspeed_engine.optimizer.check_overflow = _say_nothing
     return Engine(deepspeed_engine, called, dict(module.named_parameters()), config.engine.zero_stage)
 
 
@@ -194,12 +190,11 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     deepspeed.ops.__compatible_ops__ = {}
     # Stage 1 with bf16 prints the memory in use, whatever the level of the log.
     bf16_optimizer.see_memory_usage = _say_nothing
-    bf16_optimizer.clip_tensors_by_global_norm = _clip
-    # They write -1 from the host over a norm that is no number; whoever asks below takes it as it is.
-    utils.mask_nan_or_inf_with_val_inplace = stage_1_and_2.mask_nan_or_inf_with_val_inplace = _say_nothing
     # It calls every step that is not applied an overflow; the caller knows better, and says so.
     loss_scaler.log_dist = _say_nothing
-    # Each of these waits for the device once more in a step. The norm shows what is not finite: `_Gate` looks.
+    # Each of these makes the host wait for the device in a step: a search for gradients that are not finite, which their
+    # norm shows as well; -1 written over a norm that is not finite, which `_Gate` takes as it is; the question whether
+    # to clip; the norm itself.
     for owner, name, double in (
         (stage_1_and_2.DeepSpeedZeroOptimizer, "check_overflow", _say_nothing),
         (stage_1_and_2, "mask_nan_or_inf_with_val_inplace", _say_nothing),
@@ -219,14 +214,14 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
 
 
 def _gradient_norm(optimizer: Any, gradients: list[Tensor], parameters: list[nn.Parameter], *_: Any) -> Tensor:
-    """In place of stage 3's `get_grad_norm_direct`, which waits for the device; where that one gives -1, no number."""
+    """In place of stage 3's `get_grad_norm_direct`; not finite where that one gives -1."""
     total = torch.stack(torch._foreach_norm(gradients, 2.0, torch.float64)).square().sum()
     torch.distributed.all_reduce(total, group=optimizer._get_param_partition_group(parameters[0]))
     return total.sqrt()
 
 
 def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu: None = None) -> None:
-    """In place of stage 1's `clip_tensors_by_global_norm`, which asks the device whether it has to."""
+    """In place of stage 1's `clip_tensors_by_global_norm`: scales by 1 where there is nothing to clip."""
     torch._foreach_mul_([tensor.detach() for tensor in input_tensors], (max_norm / (global_norm + 1e-6)).clamp(max=1))
 
 

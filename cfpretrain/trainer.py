@@ -337,7 +337,7 @@ class Trainer:
 
     def is_healthy(self, told: Tensor, grad_norm: Tensor) -> bool:
         """Reads back what the ranks told each other and the gradient's norm; whether the step may move the weights."""
-        values = runtime.read_back(torch.cat([told, grad_norm.double().reshape(1)]))
+        values = runtime.read_back(torch.cat([told, grad_norm.to(told, non_blocking=True).reshape(1)]))
         total, count, flops, *flags, norm = values
         self.exchanged = Exchanged(total / count, norm, flops, *(flag > 0 for flag in flags))
         return self._problem() is None
