@@ -157,7 +157,7 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
     has_blocks = any(isinstance(part, Block) for part in module.modules())
     if has_blocks and config.engine.zero_stage == 3 and (config.engine.compile_blocks or device.type == "cpu"):
         # A block's parameters are gathered at once. Else ZeRO's hooks would gather those of each linear layer inside
-        # the compiled graphs, which break there, and are compiled anew without end. On a CPU the hooks themselves
+        # the compiled graphs, which break there, and are recompiled again and again. On a CPU the hooks themselves
         # take time that a small model feels.
         deepspeed.utils.set_z3_leaf_modules(module, [Block])
     called = module
@@ -189,16 +189,16 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     # compiler), which only inference calls: DeepSpeed builds no op that is not in this table.
     deepspeed.ops.__compatible_ops__ = {}
     # Stage 1 with bf16 prints the memory in use, whatever the level of the log.
-    bf16_optimizer.see_memory_usage = _say_nothing
+    bf16_optimizer.see_memory_usage = _do_nothing
     # It calls every step that is not applied an overflow; the caller knows better, and says so.
-    loss_scaler.log_dist = _say_nothing
-    # Each of these makes the host wait for the device in a step: a search for gradients that are not finite, which their
-    # norm shows as well; -1 written over a norm that is not finite, which `_Gate` takes as it is; the question whether
-    # to clip; the norm itself.
+    loss_scaler.log_dist = _do_nothing
+    # Each of these makes the host wait for the device in a step: a search for gradients that are not finite, which
+    # their norm shows as well; -1 written over such a norm, which `_Gate` takes as it is; the question whether to clip;
+    # stage 3's norm.
     for owner, name, double in (
-        (stage_1_and_2.DeepSpeedZeroOptimizer, "check_overflow", _say_nothing),
-        (stage_1_and_2, "mask_nan_or_inf_with_val_inplace", _say_nothing),
-        (utils, "mask_nan_or_inf_with_val_inplace", _say_nothing),
+        (stage_1_and_2.DeepSpeedZeroOptimizer, "check_overflow", _do_nothing),
+        (stage_1_and_2, "mask_nan_or_inf_with_val_inplace", _do_nothing),
+        (utils, "mask_nan_or_inf_with_val_inplace", _do_nothing),
         (bf16_optimizer, "clip_tensors_by_global_norm", _clip),
         (stage3.DeepSpeedZeroOptimizer_Stage3, "get_grad_norm_direct", _gradient_norm),
     ):
@@ -225,8 +225,8 @@ def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu
     torch._foreach_mul_([tensor.detach() for tensor in input_tensors], (max_norm / (global_norm + 1e-6)).clamp(max=1))
 
 
-def _say_nothing(*_: Any, **__: Any) -> None:
-    """In place of a function of DeepSpeed's that has nothing to say to us."""
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """In place of a function of DeepSpeed's whose output is not used."""
 
 
 class _Gate:
@@ -465,9 +465,7 @@ class Engine:
         with _gate.asking(decide):
             self._deepspeed.step()
             applied = bool(self._deepspeed.was_step_applied())
-            assert _gate.was_asked or not applied, "DeepSpeed applied an update without asking"
-            if not _gate.was_asked:  # it found for itself that there is nothing to apply
-                _gate.refuses(math.inf)
+            assert _gate.was_asked, "DeepSpeed made a step without asking"
         self._num_backwards = 0
         self._grad_norm = _gate.norm
         if self._zero_stage == 3:
@@ -522,7 +520,7 @@ class Engine:
         if self._zero_stage < 3:
             optimizer.update_lp_params()
             return
-        # Small parameters stay gathered on every rank: released, they are gathered anew by the next forward.
+        # Small parameters stay gathered on every rank: released, they are gathered again by the next forward.
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)

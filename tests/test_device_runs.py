@@ -154,7 +154,6 @@ def count_read_backs(trainer: Any) -> int:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     trainer.loader.close()
-    trainer.ema.close()
     return num_calls
 
 
