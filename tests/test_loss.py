@@ -237,6 +237,16 @@ def test_a_batch_that_is_pickled_is_the_same(last: int) -> None:
     assert len({value.untyped_storage().data_ptr() for value in again.tensors().values()}) == 1
 
 
+@pytest.mark.gpu
+def test_a_batch_is_pinned_where_samples_share_their_rows() -> None:
+    loss = dataclasses.replace(LOSS, ar_split="batch", token_order="raster")
+    batch = loss.prepare(torch.zeros(4, 1, 6, 6), draw(loss))
+    assert batch.steps_BL.stride(0) == batch.positions_BL.stride(0) == 0
+    pinned = batch.pin_memory()
+    assert all(tensor.is_pinned() for tensor in pinned.tensors().values())
+    assert torch.equal(pinned.positions_BL, batch.positions_BL)
+
+
 def test_a_batch_moves_with_all_its_tensors() -> None:
     batch = LOSS.prepare(torch.zeros(4, 1, 6, 6), draw())
     moved = batch.to("meta")

@@ -80,12 +80,12 @@ def test_no_timed_step_is_the_first_of_its_length() -> None:
 
 
 def test_lengths_are_those_of_the_batches() -> None:
-    config = small_config("model.latent_size=8")
+    config = small_config("model.latent_size=8", "engine.clean_token_multiple=3")
     loss, ids_B = make_loss(config), torch.arange(100, 103)
+    latents_BCYX = torch.zeros(3, config.model.latent_channels, 8, 8)
     for step in range(5):
         draws = loss.draw(step, 1, ids_B, ids_B % 10, config.model.num_tokens, config.model.patch_values)
-        num_clean = int((draws.steps_BL[0] != draws.steps_BL[0, -1]).sum())
-        assert measure_step._length_of(config, loss, step) == 4 + num_clean + 64
+        assert measure_step._length_of(config, loss, step) == loss.prepare(latents_BCYX, draws).intervals_BMI.shape[1]
 
 
 def test_the_micro_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
