@@ -6,7 +6,6 @@ In the partial folder each rank leaves the hashes of its ranges (`ranges_00003.j
 
 import json
 import os
-import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain import runtime
+from cfpretrain.background import Task
 from cfpretrain.checkpoint import (
     CONTENTS,
     RANGES_FILE,
@@ -190,23 +190,6 @@ class Outcome:
     error: str | None
 
 
-class _Task(threading.Thread):
-    """Work beside training; what stopped it is in `error`."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        # A process that ends does not wait: what is half-written, the next run removes.
-        super().__init__(name="checkpoint", daemon=True)
-        self._work = work
-        self.error: BaseException | None = None
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._work()
-        except BaseException as error:
-            self.error = error
-
-
 class CheckpointWriter:
     """Writes checkpoints while training goes on: at most one in flight.
 
@@ -225,7 +208,7 @@ class CheckpointWriter:
         self._shapes = gather_shapes(fragments)
         self._snapshot = _Snapshot(fragments, ema_values, runtime.rank(), runtime.world_size())
         self._phase: Literal["idle", "writing", "publishing", "removing"] = "idle"
-        self._task: _Task | None = None
+        self._task: Task | None = None
         self._step, self._state_text = 0, ""
         self._error: str | None = None
         self._progress = 0  # whatever moves on this rank: a chunk, a file, a phase
@@ -333,7 +316,8 @@ class CheckpointWriter:
     ) -> None:
         self._phase = phase
         self._note_progress()
-        self._task = _Task(work) if all_ranks or runtime.rank() == 0 else None
+        # Where a process ends, what is half-written is removed by the next run.
+        self._task = Task(work, "checkpoint") if all_ranks or runtime.rank() == 0 else None
 
     def _note_progress(self) -> None:
         self._progress += 1

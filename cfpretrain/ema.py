@@ -1,13 +1,14 @@
 """Exponential moving average of the weights, in the shards that the engine holds: no communication, no gathering."""
 
+import functools
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from cfpretrain.background import Task
 from cfpretrain.engine import Engine, Fragment
 
 _STAGED_NUMEL = 16 * 2**20  # weights of one of the two loads on their way to the host: 64 MiB
@@ -55,11 +56,6 @@ class ShardedEMA:
         if self._thread is not None:
             self._thread.wait()
 
-    def close(self) -> None:
-        """Lets the thread end, after the update under way; for an EMA that is updated no more."""
-        if self._thread is not None:
-            self._thread.close()
-
     @contextmanager
     def applied(self, engine: Engine) -> Iterator[None]:
         """Exchanges weights and averages inside the block, so that forwards use the averages; all ranks together.
@@ -103,28 +99,22 @@ class _HostThread:
     def __init__(self, averages: Sequence[Tensor], weights: Sequence[Tensor], share: float) -> None:
         self._share = share
         self._loads = _make_loads(averages, weights)
-        device, self._stream = weights[0].device, None
-        self._executor = ThreadPoolExecutor(1, "ema")
-        if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device)
-            self._executor = ThreadPoolExecutor(1, "ema", initializer=torch.cuda.set_device, initargs=(device,))
-        self._under_way: Future[None] | None = None
+        device = weights[0].device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._under_way: Task | None = None
 
     def begin(self) -> None:
         """Begins an update from the present weights, those of the work that the current stream has queued."""
         self.wait()
         changed = None if self._stream is None else torch.cuda.current_stream().record_event()
-        self._under_way = self._executor.submit(self._update, changed)
+        self._under_way = Task(functools.partial(self._update, changed), "ema")
 
     def wait(self) -> None:
         """Until the update under way is complete; raises what stopped it, each time, since the averages are torn."""
         if self._under_way is not None:
-            self._under_way.result()
-
-    def close(self) -> None:
-        """Lets the thread end."""
-        # It may wait for a GPU that waits for a lost rank: nobody waits for it in turn.
-        self._executor.shutdown(wait=False)
+            self._under_way.join()
+            if self._under_way.error is not None:
+                raise self._under_way.error
 
     @torch.no_grad()
     def _update(self, changed: torch.cuda.Event | None) -> None:
@@ -140,7 +130,8 @@ class _HostThread:
 
     def _copy(self, load: _Load) -> torch.cuda.Event | None:
         """Begins to copy; the event is there once it is done (None: it is done)."""
-        with torch.cuda.stream(self._stream):
+        # A new thread does not know the stream's device; its context does.
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for staged, weights in zip(load.staged, load.weights, strict=True):
                 staged.copy_(weights, non_blocking=True)
         # Its waiter sleeps: cores are for the data.

@@ -157,7 +157,7 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
     has_blocks = any(isinstance(part, Block) for part in module.modules())
     if has_blocks and config.engine.zero_stage == 3 and (config.engine.compile_blocks or device.type == "cpu"):
         # A block's parameters are gathered at once. Else ZeRO's hooks would gather those of each linear layer inside
-        # the compiled graphs, which break there, and are compiled anew without end. On a CPU the hooks themselves
+        # the compiled graphs, which break there, and are recompiled again and again. On a CPU the hooks themselves
         # take time that a small model feels.
         deepspeed.utils.set_z3_leaf_modules(module, [Block])
     called = module
@@ -171,10 +171,6 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
         config=settings,
         dist_init_required=False,
     )
-    if config.engine.zero_stage == 2:
-        # In bf16 it looks through the gradients of each parameter, and the host waits for the answer. Their norm, which
-        # comes next, says the same: it is finite where all of them are.
-        deepspeed_engine.optimizer.check_overflow = _say_nothing
     return Engine(deepspeed_engine, called, dict(module.named_parameters()), config.engine.zero_stage)
 
 
@@ -193,17 +189,16 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     # compiler), which only inference calls: DeepSpeed builds no op that is not in this table.
     deepspeed.ops.__compatible_ops__ = {}
     # Stage 1 with bf16 prints the memory in use, whatever the level of the log.
-    bf16_optimizer.see_memory_usage = _say_nothing
-    bf16_optimizer.clip_tensors_by_global_norm = _clip
-    # They write -1 from the host over a norm that is no number; whoever asks below takes it as it is.
-    utils.mask_nan_or_inf_with_val_inplace = stage_1_and_2.mask_nan_or_inf_with_val_inplace = _say_nothing
+    bf16_optimizer.see_memory_usage = _do_nothing
     # It calls every step that is not applied an overflow; the caller knows better, and says so.
-    loss_scaler.log_dist = _say_nothing
-    # Each of these waits for the device once more in a step. The norm shows what is not finite: `_Gate` looks.
+    loss_scaler.log_dist = _do_nothing
+    # Each of these makes the host wait for the device in a step: a search for gradients that are not finite, which
+    # their norm shows as well; -1 written over such a norm, which `_Gate` takes as it is; the question whether to clip;
+    # stage 3's norm.
     for owner, name, double in (
-        (stage_1_and_2.DeepSpeedZeroOptimizer, "check_overflow", _say_nothing),
-        (stage_1_and_2, "mask_nan_or_inf_with_val_inplace", _say_nothing),
-        (utils, "mask_nan_or_inf_with_val_inplace", _say_nothing),
+        (stage_1_and_2.DeepSpeedZeroOptimizer, "check_overflow", _do_nothing),
+        (stage_1_and_2, "mask_nan_or_inf_with_val_inplace", _do_nothing),
+        (utils, "mask_nan_or_inf_with_val_inplace", _do_nothing),
         (bf16_optimizer, "clip_tensors_by_global_norm", _clip),
         (stage3.DeepSpeedZeroOptimizer_Stage3, "get_grad_norm_direct", _gradient_norm),
     ):
@@ -219,19 +214,19 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
 
 
 def _gradient_norm(optimizer: Any, gradients: list[Tensor], parameters: list[nn.Parameter], *_: Any) -> Tensor:
-    """In place of stage 3's `get_grad_norm_direct`, which waits for the device; where that one gives -1, no number."""
+    """In place of stage 3's `get_grad_norm_direct`; not finite where that one gives -1."""
     total = torch.stack(torch._foreach_norm(gradients, 2.0, torch.float64)).square().sum()
     torch.distributed.all_reduce(total, group=optimizer._get_param_partition_group(parameters[0]))
     return total.sqrt()
 
 
 def _clip(input_tensors: list[Tensor], max_norm: float, global_norm: Tensor, mpu: None = None) -> None:
-    """In place of stage 1's `clip_tensors_by_global_norm`, which asks the device whether it has to."""
+    """In place of stage 1's `clip_tensors_by_global_norm`: scales by 1 where there is nothing to clip."""
     torch._foreach_mul_([tensor.detach() for tensor in input_tensors], (max_norm / (global_norm + 1e-6)).clamp(max=1))
 
 
-def _say_nothing(*_: Any, **__: Any) -> None:
-    """In place of a function of DeepSpeed's that has nothing to say to us."""
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """In place of a function of DeepSpeed's whose output is not used."""
 
 
 class _Gate:
@@ -470,9 +465,7 @@ class Engine:
         with _gate.asking(decide):
             self._deepspeed.step()
             applied = bool(self._deepspeed.was_step_applied())
-            assert _gate.was_asked or not applied, "DeepSpeed applied an update without asking"
-            if not _gate.was_asked:  # it found for itself that there is nothing to apply
-                _gate.refuses(math.inf)
+            assert _gate.was_asked, "DeepSpeed made a step without asking"
         self._num_backwards = 0
         self._grad_norm = _gate.norm
         if self._zero_stage == 3:
@@ -527,7 +520,7 @@ class Engine:
         if self._zero_stage < 3:
             optimizer.update_lp_params()
             return
-        # Small parameters stay gathered on every rank: released, they are gathered anew by the next forward.
+        # Small parameters stay gathered on every rank: released, they are gathered again by the next forward.
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)

@@ -1,7 +1,7 @@
 """The training loss: order -> noise -> a ready batch, then model -> (sum, count).
 
-All that is random or derived is made by `draw` and `prepare`, on the CPU and ahead of the step (`data.loader`); what is
-left for the step is the network and its squared error.
+All that is random or derived is made by `draw` and `prepare`, on the CPU and ahead of the step (`data.loader`); the
+step itself computes the network and its squared error.
 """
 
 import dataclasses
@@ -103,7 +103,8 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """The batch with its tensors in pinned memory, from which copies to a GPU are asynchronous."""
-        return self._map(Tensor.pin_memory)
+        # Orders and splits that samples share are one row in memory, which cannot be written as many.
+        return self._map(lambda tensor: tensor.contiguous().pin_memory())
 
     def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple[Any, ...]]:
         # Each tensor that comes from a worker costs the training thread 0.2 ms, so all come as one.

@@ -1,19 +1,17 @@
 """Ranks and the device: who we are in the run, and how ranks agree."""
 
 import fcntl
-import functools
 import importlib
 import os
 import resource
 import socket
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Protocol, Self, TypeVar
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -228,51 +226,6 @@ def to_device(values: Sequence[float], device: torch.device) -> torch.Tensor:
     return on_host.to(device, non_blocking=True)
 
 
-class OnDevice(Protocol):
-    """What travels to the device: a collection of tensors."""
-
-    def to(self, device: torch.device, non_blocking: bool = False) -> Self: ...
-
-    def tensors(self) -> Mapping[str, torch.Tensor]: ...
-
-
-_T = TypeVar("_T", bound=OnDevice)
-
-
-def upload_ahead(batches: Iterable[_T], device: torch.device) -> Iterator[_T]:
-    """Batches on the device; each is copied from pinned memory while the device works on the one before.
-
-    Args:
-        batches: on the host.
-        device: on a CPU, batches are handed on as they are.
-    """
-    if device.type != "cuda":
-        yield from batches
-        return
-    compute, copying = torch.cuda.current_stream(device), _copy_stream(device)
-    ahead: deque[tuple[_T, torch.cuda.Event]] = deque()
-    for batch in batches:
-        with torch.cuda.stream(copying):
-            ahead.append((batch.to(device, non_blocking=True), copying.record_event()))
-        if len(ahead) > 1:
-            yield _arrived(*ahead.popleft(), compute)
-    while ahead:
-        yield _arrived(*ahead.popleft(), compute)
-
-
-def _arrived(batch: _T, copied: torch.cuda.Event, stream: torch.cuda.Stream) -> _T:
-    """Lets a stream work with what another has copied."""
-    stream.wait_event(copied)
-    for tensor in batch.tensors().values():
-        tensor.record_stream(stream)  # its memory, which is the other stream's, is free once this one is done with it
-    return batch
-
-
-@functools.cache
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
 class LostRankError(RuntimeError):
     """Another rank is gone."""
 
@@ -300,7 +253,7 @@ def first_to_fail(code: int) -> tuple[int, int]:
 
 
 def leave_after_the_first(code: int) -> NoReturn:
-    """Ends this rank in silence, once the one that failed first has said why and ended."""
+    """Ends this rank without a message, once the one that failed first has said why and ended."""
     time.sleep(_LET_SPEAK_SECONDS)
     os._exit(code)
 
@@ -432,7 +385,7 @@ class FolderLock:
 
 
 def package_versions(*modules: str) -> dict[str, str]:
-    """Versions of cfpretrain and of the packages with these modules, as the modules say them.
+    """Versions of cfpretrain and of the packages with these modules, which must be cheap to import.
 
     A package on PYTHONPATH that was never installed has no metadata to ask.
     """

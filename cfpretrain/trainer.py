@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain import runtime
+from cfpretrain.background import upload_ahead
 from cfpretrain.build import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -29,8 +30,18 @@ from cfpretrain.build import (
 from cfpretrain.checkpoint import Best, TrainingState, is_healthy, reason_of
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.config import Config, to_plain
-from cfpretrain.console import EXIT_USER_ERROR, Progress, SickRunError, UserError, explain_no_memory, phase, say
+from cfpretrain.console import (
+    EXIT_USER_ERROR,
+    Progress,
+    SickRunError,
+    UserError,
+    exit_with,
+    explain_no_memory,
+    phase,
+    say,
+)
 from cfpretrain.data.loader import Loader, Position, open_folders
+from cfpretrain.data.mosaic import __version__ as streaming_version
 from cfpretrain.ema import ShardedEMA
 from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
@@ -57,7 +68,6 @@ from cfpretrain.run_folder import finished_step, is_done, prepare_folder, remove
 from cfpretrain.sampler import Guidance
 from cfpretrain.tensor_files import DamagedCheckpointError
 
-_PACKAGES = ("torch", "deepspeed", "streaming")  # they decide numbers
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 _MOST_STEPS_LISTED = 1000
 _LONG_WAIT_SHARE = 0.05  # of a step's time: the loader is worth a look
@@ -270,7 +280,6 @@ class Trainer:
             raise
         finally:
             self.loader.close()
-            self.ema.close()
         return True
 
     def follow_step(self) -> None:
@@ -291,7 +300,7 @@ class Trainer:
         runtime.tick()
         batches = self.next_batches()
         terms = []
-        for batch in runtime.upload_ahead(batches, self.device):
+        for batch in upload_ahead(batches, self.device):
             terms.append(self.loss(self.engine, batch))
             self.engine.backward(terms[-1].total / terms[-1].count)
         if not self.is_asked_to_stop():
@@ -321,7 +330,7 @@ class Trainer:
         return batches
 
     def exchange(self, terms: Sequence[LossTerms], batches: Sequence[Batch]) -> Tensor:
-        """What all ranks must know before the update, as one sum over ranks on the device: the first of `Exchanged`."""
+        """What all ranks must know before the update, as one sum over ranks on the device: the loss, then `told`."""
         num_sequences, num_tokens = sum(map(len, batches)), sum(batch.num_tokens for batch in batches)
         num_visible = sum(batch.num_visible for batch in batches)
         told = [
@@ -337,7 +346,7 @@ class Trainer:
 
     def is_healthy(self, told: Tensor, grad_norm: Tensor) -> bool:
         """Reads back what the ranks told each other and the gradient's norm; whether the step may move the weights."""
-        values = runtime.read_back(torch.cat([told, grad_norm.double().reshape(1)]))
+        values = runtime.read_back(torch.cat([told, grad_norm.to(told, non_blocking=True).reshape(1)]))
         total, count, flops, *flags, norm = values
         self.exchanged = Exchanged(total / count, norm, flops, *(flag > 0 for flag in flags))
         return self._problem() is None
@@ -483,7 +492,7 @@ class Trainer:
             model=to_plain(self.config)["model"],
             data_fingerprint=self.loader.fingerprint,
             wandb_run_id=self.tracker.run_id,
-            versions=runtime.package_versions(*_PACKAGES),
+            versions=_versions(),
         )
         self.ema.wait()
         self.writer.begin(state)
@@ -653,7 +662,7 @@ class Trainer:
             "loss_first": losses[0] if losses else None,
             "loss_last": sum(tail) / len(tail) if losses else None,
             "peak_rss_mb": max(peak_rss_mb),
-            "versions": runtime.package_versions(*_PACKAGES),
+            "versions": _versions(),
         }
 
 
@@ -678,12 +687,12 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
     except (UserError, SickRunError):
         raise
     except Exception as error:
-        code = EXIT_FAILED
         if explain_no_memory(error) is not None:
-            code = EXIT_USER_ERROR
             error.add_note(_advise_on_memory(config, device))
-        watch.leave_if_ranks_are_lost(code)
-        runtime.exit_without_memory(error)
+        explained = explain_no_memory(error)
+        watch.leave_if_ranks_are_lost(EXIT_FAILED if explained is None else EXIT_USER_ERROR)
+        if explained is not None:  # this rank is the first that failed
+            exit_with(explained, speaks=True)
         raise
     finally:
         watch.end()
@@ -710,6 +719,11 @@ def _advise_on_memory(config: Config, device: torch.device) -> str:
     return (
         f"{advise(network, plan)}; all choices: python tools/estimate_memory.py --config {file} --num-gpus {num_ranks}"
     )
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that decide numbers."""
+    return runtime.package_versions("torch", "deepspeed") | {"streaming": streaming_version}
 
 
 def _describe(blocks: BlockSettings) -> str:

@@ -495,7 +495,7 @@ class Recorder:
 
 
 def test_kernels_are_compiled_once_for_all_lengths_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what Triton itself compiles anew for: types, numbers that are 1 and those that 16 divides."""
+    """By what Triton itself recompiles for: types, numbers that are 1 and those that 16 divides."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature

@@ -113,7 +113,6 @@ def test_rank_that_holds_nothing(on_host: bool) -> None:
     ema = ShardedEMA([], DECAY, on_host)
     ema.update()
     ema.wait()
-    ema.close()
     assert ema.values == []
 
 
@@ -162,7 +161,6 @@ def test_a_thread_gives_the_bits_of_one_average_after_another(sizes, staged_nume
         ema.update()
     ema.wait()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(ema.values, expected, strict=True))
-    ema.close()
 
 
 def test_an_update_returns_at_once_and_wait_ends_it(monkeypatch) -> None:
@@ -175,10 +173,6 @@ def test_an_update_returns_at_once_and_wait_ends_it(monkeypatch) -> None:
         may_copy.set()
         ema.wait()
     torch.testing.assert_close(ema.values[0], before[0] + (1 - DECAY))
-    assert ema_threads()
-    ema.close()
-    for thread in ema_threads():
-        thread.join(60)
     assert not ema_threads()
 
 
@@ -193,7 +187,6 @@ def test_what_stops_the_thread_reaches_the_trainer(monkeypatch) -> None:
     for reads in (ema.wait, ema.update, ema.wait):
         with pytest.raises(MemoryError, match="no memory for the copy"):
             reads()
-    ema.close()
 
 
 def train_with_late_copies(shards: Path, folder: Path, *overrides: str) -> None:

@@ -13,10 +13,9 @@ import torch
 
 from cfpretrain import config as configs
 from cfpretrain import memory, train
-from cfpretrain.build import make_loss
+from cfpretrain.build import make_loss, plan_memory
 from cfpretrain.console import UserError
 from tests.processes import REPOSITORY
-from tools import estimate_memory
 
 CONFIGS = REPOSITORY / "configs"
 PRESETS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if path.stem != "512px")
@@ -149,7 +148,7 @@ def test_a_header_says_the_memory_that_is_estimated(name) -> None:
     )
     assert found, comments
     config = configs.load([str(REPOSITORY / path) for path in found[2].replace("--config", "").split()])
-    peak = memory.estimate(*estimate_memory.describe(config, int(found[3]), on_gpu=True)).peak
+    peak = memory.estimate(*plan_memory(config, int(found[3]), on_gpu=True)).peak
     assert float(found[1]) == pytest.approx(peak / 1e9, abs=0.1)
 
 

@@ -45,9 +45,12 @@ def test_kernels_that_overlap_count_once() -> None:
     assert profile_step._union([]) == 0.0
 
 
-def event(name: str, begin: float, end: float, device: DeviceType = DeviceType.CPU, named: bool = False) -> Any:
+def event(
+    name: str, begin: float, end: float, device: DeviceType = DeviceType.CPU, named: bool = False, thread: int = 1
+) -> Any:
     return SimpleNamespace(
         name=name,
+        thread=thread,
         time_range=Interval(begin, end),
         device_type=device,
         is_user_annotation=named,
@@ -65,6 +68,7 @@ def test_events_of_a_gpu_are_summarised() -> None:
             event("## Call CompiledFxGraph", 20.0, 60.0, gpu, named=True),
             event("cudaLaunchKernel", 11.0, 12.0),
             event("cudaStreamSynchronize", 80.0, 99.0),
+            event("cudaEventSynchronize", 30.0, 60.0, thread=2),  # of an EMA in host memory
             event("cudaDeviceSynchronize", 101.0, 130.0),  # the profiler's own
             event("nvjet_tst_128x256", 20.0, 60.0, gpu),
             event("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 50.0, 70.0, gpu),

@@ -74,6 +74,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of a step, by kind of block, and seconds that a save keeps the step after it waiting."""
     from cfpretrain import runtime
+    from tools.measuring import synchronise
 
     progress = Progress(trainer.config.train.num_steps, 0)
     kinds = [kind for kind in _KINDS if kind in arguments.kinds]
@@ -84,6 +85,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
         with ExitStack() as stack:
             for owner, name, double in _left_out(trainer)[kind]:
                 stack.enter_context(patch.object(owner, name, double))
+            synchronise(trainer.device)
             runtime.barrier()
             begin = time.perf_counter()
             if kind == "saving":
@@ -94,6 +96,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
                 if kind != "bare" and trainer.window_ends():
                     trainer.close_window(progress)
             trainer.ema.wait()
+            synchronise(trainer.device)
             runtime.barrier()
             seconds[kind].append((time.perf_counter() - begin) / arguments.block_steps)
         trainer.writer.wait()
@@ -111,7 +114,6 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
         for kind in kinds if turn % 2 == 0 else kinds[::-1]:
             block(kind)
     trainer.loader.close()
-    trainer.ema.close()
     return seconds, stalls
 
 

@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from cfpretrain import build, runtime, seeds
 from cfpretrain.console import ending_in_one_line
-from tools.measuring import positive, whereabouts
+from tools.measuring import positive, synchronise, whereabouts
 
 _GAMMA, _FACTOR_1, _FACTOR_2 = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
@@ -94,11 +94,11 @@ def measure(path: str, overrides: Sequence[str], num_ranks: int) -> dict[str, ob
         drawn = {side: torch.full((count,), math.nan, device=device) for side in seconds}
         for side in sorted(seconds, reverse=bool(i % 2)):
             plainly = patch.multiple(seeds, normal=plain_normal, uniform_within=plain_uniform_within)
-            _wait(device)
+            synchronise(device)
             begin = time.perf_counter()
             with plainly if side == "plain" else nullcontext():
                 write(name, shape, 0, drawn[side])
-            _wait(device)
+            synchronise(device)
             seconds[side] += time.perf_counter() - begin
         assert torch.equal(drawn["ours"], drawn["plain"]), name
         num_values += count
@@ -114,11 +114,6 @@ def measure(path: str, overrides: Sequence[str], num_ranks: int) -> dict[str, ob
         "command": {"config": path, "overrides": list(overrides), "num_ranks": num_ranks},
         **whereabouts(device),
     }
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

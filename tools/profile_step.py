@@ -58,7 +58,8 @@ def profile(call: Callable[[], Any], device: torch.device) -> dict[str, Any]:
 def summarise(events: Iterable[Any], on_gpu: bool) -> dict[str, Any]:
     """What `profile` returns, from the events of the profiler."""
     events = list(events)
-    span = next(event.time_range for event in events if event.name == _RANGE and event.device_type == DeviceType.CPU)
+    whole = next(event for event in events if event.name == _RANGE and event.device_type == DeviceType.CPU)
+    span = whole.time_range
     # What the host has launched may begin later than the range ends.
     inside = [event for event in events if span.start <= event.time_range.start and event.name != _RANGE]
     if on_gpu:
@@ -68,7 +69,9 @@ def summarise(events: Iterable[Any], on_gpu: bool) -> dict[str, Any]:
     else:
         worked = [(event.name, event.self_cpu_time_total) for event in inside]
         busy = sum(microseconds for _, microseconds in worked)
-    waits = [e for e in inside if _SYNCHRONISES.match(e.name) and e.time_range.end <= span.end]
+    # An EMA in host memory waits too, in a thread of its own.
+    here = [event for event in inside if event.thread == whole.thread and event.time_range.end <= span.end]
+    waits = [event for event in here if _SYNCHRONISES.match(event.name)]
     return {
         "device_seconds": busy / 1e6,
         "shares": _shares(worked),

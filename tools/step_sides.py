@@ -5,7 +5,7 @@ import os
 import statistics
 import time
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ class TrainerSide:
     def __init__(self, config: Config, device: torch.device) -> None:
         from cfpretrain import trainer
 
+        # Each window counts the peak of memory from the start.
+        metrics = replace(config.metrics, log_every_steps=config.train.num_steps)
+        config = replace(config, metrics=metrics)
         trainer.prepare_folder(config, device)
         self._trainer = trainer.Trainer(config, device)
         self._progress = Progress(config.train.num_steps, 0)
@@ -66,10 +69,9 @@ class TrainerSide:
         return record.row["loss"], record.flops
 
     def close(self) -> None:
-        """Ends the loader's workers and the EMA's thread."""
+        """Ends the loader's workers and the EMA's update."""
         self._trainer.loader.close()
         self._trainer.ema.wait()
-        self._trainer.ema.close()
 
 
 class BareSide:
