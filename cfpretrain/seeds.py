@@ -7,6 +7,7 @@ The hash is the finaliser of SplitMix64 (Steele, Lea, Flood 2014), run on int64 
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -22,8 +23,8 @@ def _signed(value: int) -> int:
 
 _GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
 _FACTOR_1, _FACTOR_2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-# Numbers of a chunk: on a CPU all passes over one stay in a core's cache (three times 256 KB), and what is longer torch
-# divides among its threads; on a GPU the kernels' launches do not count (three times 128 MB).
+# Numbers of a chunk: on a CPU all passes over one stay in a core's cache (three times 256 KB), and are too short for
+# torch to divide them among its threads; on a GPU the kernels' launches do not count (three times 128 MB).
 _CPU_CHUNK, _GPU_CHUNK = 1 << 15, 1 << 24
 
 
@@ -74,25 +75,36 @@ def _draw(
 ) -> Tensor:
     """What `finish` makes of 64 random bits an element, as `dtype`; other arguments as for `bits` and `normal`."""
     count, num_keys, device = math.prod(shape), keys.numel(), keys.device
-    chunk = _CPU_CHUNK * torch.get_num_threads() if device.type == "cpu" else _GPU_CHUNK
+    chunk = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
     if out is None and num_keys * count <= chunk:
         step = _signed((first + 1) * _GOLDEN_GAMMA) if count == 1 else _steps(first, count, device)
         drawn = finish(_mix_(keys.unsqueeze(-1) + step), None)
         return drawn.to(dtype).reshape([*keys.shape, *shape])
     out = torch.empty([*keys.shape, *shape], dtype=dtype, device=device) if out is None else out
-    out_KC, keys_K1 = out.view(num_keys, count), keys.reshape(-1, 1)
-    width = min(count, chunk)
-    height = min(num_keys, chunk // max(width, 1))
-    x, spare = torch.empty((2, height, width), dtype=torch.int64, device=device)
+    out_KC, keys_K1 = out.detach().view(num_keys, count), keys.reshape(-1, 1)
+    width = max(1, min(count, chunk))
+    height = max(1, min(num_keys, chunk // width))
     step_C = _steps(first, width, device)
-    for column in range(0, count, chunk):
-        for row in range(0, num_keys, max(height, 1)):
-            part = out_KC[row : row + height, column : column + width]
-            if part.shape != x.shape:  # the last ones
-                x, spare = (memory[: part.shape[0], : part.shape[1]] for memory in (x, spare))
-            torch.add(step_C[: part.shape[1]], keys_K1[row : row + height], out=x)
-            part.copy_(finish(_mix_(x, spare), spare))
-        keys_K1 = keys_K1 + _signed(width * _GOLDEN_GAMMA)
+    places = [(row, column) for column in range(0, count, width) for row in range(0, num_keys, height)]
+    num_threads = max(1, min(len(places), torch.get_num_threads() if device.type == "cpu" else 1))
+    is_inference = torch.is_inference_mode_enabled()  # which other threads do not know
+
+    def fill(thread: int) -> None:
+        with torch.inference_mode(is_inference):
+            memory = torch.empty((2, height, width), dtype=torch.int64, device=device)
+            for row, column in places[thread::num_threads]:
+                part = out_KC[row : row + height, column : column + width]
+                x, spare = memory[:, : part.shape[0], : part.shape[1]]
+                key_K1 = keys_K1[row : row + height] + _signed(column * _GOLDEN_GAMMA)
+                torch.add(step_C[: part.shape[1]], key_K1, out=x)
+                part.copy_(finish(_mix_(x, spare), spare))
+
+    if num_threads == 1:
+        fill(0)
+    else:
+        # Not torch's own threads: they would wait for each other after each of twenty passes over a chunk.
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(fill, range(num_threads)))
     return out
 
 

@@ -106,12 +106,16 @@ def test_numbers_do_not_depend_on_how_they_are_cut_into_chunks(seed, batch, shap
             assert torch.equal(ours(keys, shape, first), expected)
 
 
-@pytest.mark.parametrize("num_threads", [1, 2])
-def test_large_draws_are_those_of_the_formulas(num_threads) -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("num_threads", [1, 2, 5])
+def test_large_draws_are_those_of_the_formulas(num_threads, mode) -> None:
     key, count, threads = seeds.key(3, "large"), 3 * 2**16 + 5, torch.get_num_threads()
     torch.set_num_threads(num_threads)
     try:
-        normal, uniform = seeds.normal(key, (count,)), seeds.uniform_within(0.02, key, (count,))
+        with mode():
+            normal, uniform = seeds.normal(key, (count,)), seeds.uniform_within(0.02, key, (count,))
+            # What comes out is of the mode's kind.
+            assert torch.equal(normal.mul_(1), normal)
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(normal, measure_start.plain_normal(key, (count,), 0, torch.empty(count)))

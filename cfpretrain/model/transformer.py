@@ -435,6 +435,5 @@ def write_initial_values(seed: int, grid: int, name: str, shape: Sequence[int], 
 
 def initialise(model: CausalFusion, seed: int) -> None:
     """Gives an unsharded model its initial weights, on its device."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            write_initial_values(seed, model.grid, name, parameter.shape, 0, parameter.view(-1))
+    for name, parameter in model.named_parameters():
+        write_initial_values(seed, model.grid, name, parameter.shape, 0, parameter.detach().view(-1))
