@@ -24,7 +24,7 @@ _LINGER_SECONDS = 5.0
 # In what a RuntimeError of torch, CUDA, its libraries or the C++ library says, in small letters.
 _SIGNS_OF_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
 _LONGEST_CAUSE = 300
-_LESS_MEMORY = "give a smaller --batch-size where the command has one, or end what else is in that memory (nvidia-smi)"
+_LESS_MEMORY = "give a smaller batch (--batch-size, train.micro_batch_size), or end what else is in that memory"
 
 
 class UserError(ValueError):
@@ -112,8 +112,8 @@ def ending_in_one_line() -> Iterator[None]:
             raise
         exit_with(
             UserError(
-                f"{error.name} is not installed here; pip install cfpretrain, or --editable . in a checkout, brings "
-                "all that it needs"
+                f"{error.name} is not installed here; pip install --editable . in a checkout of cfpretrain brings all "
+                "that it needs"
             )
         )
     except Exception as error:

@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Runs the sections and writes the report."""
     if not 0 < arguments.minutes < float("inf"):
         raise UserError(f"--minutes: expected a number above 0, got {arguments.minutes:g}")
+    _check_names(arguments.only or [], arguments.out)
     end = time.monotonic() + 60 * arguments.minutes
     # What is stopped writes no further, and leaves no process behind.
     for number in (signal.SIGTERM, signal.SIGHUP):
@@ -86,13 +87,25 @@ def run(arguments: argparse.Namespace) -> None:
     found = report.add(environment, run_section(environment, end, arguments.out))
     on_gpu = found.get("device") == "cuda"
     planned = sections(on_gpu, arguments.out)
-    for section in chosen(planned, arguments.only, arguments.sweep):
+    wanted = chosen(planned, arguments.only, arguments.sweep)
+    for section in wanted:
         why_not = reason_to_leave_out(section, on_gpu, end - time.monotonic())
         if why_not is None:
+            report.add(section, {"state": "interrupted"})  # unless it comes to its end
             report.add(section, run_section(section, end, arguments.out))
         else:
             report.add(section, {"state": "left out", "why": why_not})
     say(f"see {arguments.out / 'report.md'}")
+    if wanted and not report.has_measured(wanted):
+        raise UserError(f"no section was measured; {arguments.out / 'report.md'} says why")
+
+
+def _check_names(only: Sequence[str], out: Path) -> None:
+    """Before anything is written."""
+    known = {section.name for on_gpu in (False, True) for section in sections(on_gpu, out)}
+    for name in only:
+        if name not in known | {"environment"}:
+            raise UserError(f"--only: expected sections among environment, {', '.join(sorted(known))}, got {name!r}")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -195,10 +208,6 @@ def _on_a_cpu() -> list[Section]:
 
 def chosen(planned: Sequence[Section], only: Sequence[str] | None, sweep: bool) -> list[Section]:
     """Those that the command asks for."""
-    names = [section.name for section in planned]
-    for name in only or []:
-        if name not in [*names, "environment"]:
-            raise UserError(f"--only: expected sections among {', '.join(names)}, got {name!r}")
     if only is not None:
         return [section for section in planned if section.name in only]
     return [section for section in planned if sweep or not section.only_if_asked]
@@ -340,6 +349,8 @@ class Report:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._sections: dict[str, dict[str, Any]] = {}
+        if (folder / "report.json").exists():
+            raise UserError(f"--out: {folder} holds a report; choose another folder, or remove it")
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -350,9 +361,15 @@ class Report:
         self._sections[section.name] = {"state": found["state"], **found}
         _write(self._folder / "report.json", json.dumps({"sections": self._sections}, indent=1) + "\n")
         _write(self._folder / "report.md", to_markdown(self._sections))
+        if found["state"] == "interrupted":
+            return {}
         said = found["state"] if "seconds" not in found else f"{found['state']} in {found['seconds']:.0f} s"
         say(f"{section.name}: {said}{': ' + found['why'] if 'why' in found else ''}")
         return dict(found.get("results", [{}])[0]) if found.get("results") else {}
+
+    def has_measured(self, wanted: Sequence[Section]) -> bool:
+        """Whether there is a result of any of these sections."""
+        return any(self._sections[section.name]["state"] == "measured" for section in wanted)
 
 
 def _write(path: Path, text: str) -> None:

@@ -27,6 +27,7 @@ from packaging.utils import canonicalize_name, parse_wheel_filename
 from cfpretrain.console import UserError, ending_in_one_line, phase, say
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+_PYTHONS = ("3.11", "3.12", "3.13")
 # They are built against one torch, and torch against one CUDA: the machine's. (What torch alone requires, NVIDIA's
 # libraries above all, is not reached without it.)
 OF_THE_MACHINE = {"torch", "torchvision", "triton"}
@@ -54,8 +55,10 @@ def main() -> None:
 
 def run(python: str, out: Path) -> None:
     """Downloads and builds, from cfpretrain's requirements to theirs, and checks that all can be installed there."""
-    if not re.fullmatch(r"3\.\d+", python):
-        raise UserError(f"--python: expected a version, e.g. 3.12, got {python}")
+    if python not in _PYTHONS:
+        raise UserError(
+            f"--python: expected {', '.join(_PYTHONS)}, got {python}; with make: make wheelhouse PYTHON=3.12"
+        )
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"--out: expected a folder that is not there yet, or empty, got {out}; choose another")
     pins = read_pins(REPOSITORY / "constraints.txt")

@@ -26,7 +26,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain.console import ending_in_one_line, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, phase, say
 
 _PHOTO_SIDES = (300, 640)  # pixels, as those of ImageNet mostly are
 _PHOTO_QUALITY = 90
@@ -388,6 +388,10 @@ def _run_on_noise(arguments: argparse.Namespace, num_workers: int, folder: Path)
 
 def measure_ready(arguments: argparse.Namespace) -> dict[str, Any]:
     """CPU milliseconds of the training thread for a micro-batch, made by workers and made in that thread."""
+    if arguments.workers < 1:
+        raise UserError(f"--workers: expected at least 1, got {arguments.workers}")
+    if not 1 <= arguments.batch_size <= arguments.samples:
+        raise UserError(f"--batch-size: expected 1 to --samples = {arguments.samples}, got {arguments.batch_size}")
     with phase("loading torch and streaming"):
         from contextlib import closing
 
