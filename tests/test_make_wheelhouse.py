@@ -70,9 +70,7 @@ def test_only_wheels_that_fit_the_other_machine_pass() -> None:
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"--python: expected 3\.11, 3\.12, 3\.13, got python3; with make: make wheelhouse"
-    ):
+    with pytest.raises(UserError, match=r"--python: expected 3\.11, 3\.12, 3\.13, got python3; with make: make "):
         make_wheelhouse.run("python3", tmp_path / "out")
     (tmp_path / "a").touch()
     with pytest.raises(UserError, match="--out: expected a folder that is not there yet, or empty"):
