@@ -470,7 +470,9 @@ class Trainer:
         loss = rows[-1]["loss"]
         skipped = f"  skipped {self.at.num_skipped}" if self.at.num_skipped else ""
         shown = "not finite" if loss is None else f"{loss:.4f}"
-        slow = f"  {waited / seconds:.0%} waiting for data" if waited > _LONG_WAIT_SHARE * seconds else ""
+        # Without workers, what takes the time is making the batches.
+        doing = "waiting for data" if self.config.data.num_workers else "making batches"
+        slow = f"  {waited / seconds:.0%} {doing}" if waited > _LONG_WAIT_SHARE * seconds else ""
         speed = f"{images_per_second:.0f} images/s  {peaks[0]:.1f} GB"
         progress.show(self.at.step, f"loss {shown}  {speed}{skipped}{slow}", seconds_left)
 
