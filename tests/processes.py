@@ -46,6 +46,14 @@ def _environment(rank: int, world_size: int, port: int, device: str) -> dict[str
     return launcher_environment(rank, world_size, port) | {"DS_ACCELERATOR": device} | hidden
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits for what another process does; the clock ends a wait for one that hangs."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:

@@ -5,15 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from tests.processes import REPOSITORY
+from tests.processes import REPOSITORY, wait_until
 from tools import gpu_report
 from tools.gpu_report import Section
 from tools.gpu_report_tables import to_markdown
@@ -75,18 +75,17 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def test_time_that_is_over_ends_a_section_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "part_one.log"
 
+    def monotonic() -> float:
+        """A clock on which the time is over once the command has said who its child is."""
+        return 1e9 if log.exists() and log.read_text().endswith("\n") else 0.0
 
-def test_time_that_is_over_ends_a_section_with_its_children(tmp_path: Path) -> None:
-    found = run(section(HANGS), tmp_path, seconds=2.0)
+    monkeypatch.setattr(gpu_report, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+    found = gpu_report.run_section(section(HANGS), 1000.0, tmp_path)
     assert found["state"] == "out of time"
-    child = int((tmp_path / "part_one.log").read_text().split()[0])
-    wait_for(lambda: has_ended(child))
+    wait_until(lambda: has_ended(int(log.read_text().split()[0])))
 
 
 @pytest.mark.parametrize(("seconds_left", "wanted"), [(480.0, 240.0), (150.0, 100.0), (60.0, 60.0)])
@@ -97,7 +96,7 @@ def test_a_section_that_hangs_leaves_half_of_the_time_to_others(seconds_left: fl
 def test_what_a_child_left_running_is_ended(tmp_path: Path) -> None:
     found = run(section(HANGS.replace("; time.sleep(600)", "")), tmp_path)
     assert found["state"] == "measured"
-    wait_for(lambda: has_ended(int((tmp_path / "part_one.log").read_text().split()[0])))
+    wait_until(lambda: has_ended(int((tmp_path / "part_one.log").read_text().split()[0])))
 
 
 def test_tests_that_fail_are_a_result() -> None:
@@ -178,12 +177,12 @@ def test_time_that_is_over_ends_the_report_with_what_it_has(tmp_path: Path) -> N
 def test_who_stops_it_leaves_nothing_running(tmp_path: Path) -> None:
     process = start(tmp_path / "report")
     log = tmp_path / "report" / "environment.log"
-    wait_for(lambda: log.exists() and bool(children_of(process.pid)))
+    wait_until(lambda: log.exists() and bool(children_of(process.pid)))
     [child] = children_of(process.pid)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (130, "[cfpretrain] interrupted\n")
-    wait_for(lambda: has_ended(child))
+    wait_until(lambda: has_ended(child))
 
 
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
@@ -253,7 +252,7 @@ def gpu_step(**others: Any) -> dict[str, Any]:
             "imports": 9.1,
             "building": 30.0,
             "building the model, ZeRO stage 2": 2.0,
-            "waiting for the run that uses /tmp/x": 0.1,
+            "waiting for the run that uses runs/x": 0.1,
         },
         **others,
     }
@@ -286,7 +285,7 @@ def test_tables_of_a_gpu() -> None:
     assert "| XL bare | 64 x 4 | 2 | triton | 1.5 | 170.7 | 38.4% | 68.3 / 71 | - | - | - |" in lines
     assert "| building | 30.0 | 30.0 |" in lines
     assert "| building the model | 2.0 | 2.0 |" in lines
-    assert not any("/tmp/x" in line for line in lines)
+    assert not any("runs/x" in line for line in lines)
     assert "| attention | 10.0% |" in lines
     row_line = "| 576 / 64 | 32 | triton | 0.39 | 0.160 | 0.900 | 1.100 | 271 | 200 | 180 | 1.0e-03 |"
     assert row_line in lines

@@ -17,6 +17,7 @@ from cfpretrain.console import UserError
 from cfpretrain.data import storage
 from cfpretrain.data.storage import CacheSettings, LocalFolder, Patience, RemoteFolder, ShardFile, Source, open_source
 from tests.disks import mount, mounted_disk
+from tests.processes import wait_until
 
 ADDRESS = "s3://bucket/shards"
 NUM_BYTES = 1000
@@ -323,13 +324,6 @@ def start(function: Callable[..., None], *args: Any) -> Any:
     process = FORK.Process(target=function, args=args)
     process.start()
     return process
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def read_in_turn(source: RemoteFolder, numbers: list[int]) -> None:

@@ -4,6 +4,7 @@ import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -47,16 +48,16 @@ def watch_a_step(shards: Path, folder: Path, stage: int, precision: str) -> tupl
     trainers.prepare_folder(config, CPU)
     trainer = trainers.Trainer(config, CPU)
     read_backs = []
-    read_back = runtime.read_back
+    tolist = torch.Tensor.tolist
 
-    def counted(values: torch.Tensor) -> list[float]:
+    def counted(values: torch.Tensor) -> Any:
         read_backs.append(values)
-        return read_back(values)
+        return tolist(values)
 
     for _ in range(2):
         trainer.train_step()
-    trainers.runtime.read_back = counted
-    with Recorder() as recorder:
+    # `Recorder` does not see it. Whoever else in a step reads tensors so is counted too.
+    with Recorder() as recorder, patch.object(torch.Tensor, "tolist", counted):
         trainer.train_step()
     trainer.loader.close()
     return recorder.collectives, recorder.numbers_read, len(read_backs)
