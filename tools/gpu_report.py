@@ -91,7 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
     for section in wanted:
         why_not = reason_to_leave_out(section, on_gpu, end - time.monotonic())
         if why_not is None:
-            report.add(section, {"state": "interrupted"})  # unless it comes to its end
+            # Unless it comes to its end.
+            report.add(section, {"state": "interrupted", "why": "the report was stopped while it ran"})
             report.add(section, run_section(section, end, arguments.out))
         else:
             report.add(section, {"state": "left out", "why": why_not})
