@@ -1,5 +1,6 @@
 """What rank 0 says to the person in front of it. Standard library only: it speaks before torch is imported."""
 
+import argparse
 import errno
 import os
 import signal
@@ -8,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 # Exit codes besides 0.
@@ -73,6 +75,14 @@ def leave_on_signals() -> None:
     # A thread of its own, since no handler is called while the main thread waits for other ranks.
     signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     threading.Thread(target=wait, daemon=True).start()
+
+
+def path_argument(text: str) -> Path:
+    """A path of the command line, with `~` expanded: after `--out=` a shell does not."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
 def is_rank_zero() -> bool:

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfpretrain.console import UserError, exit_with
+from cfpretrain.console import UserError, exit_with, path_argument
 
 MOMENTS = ("start", "loader", "step", "step", "checkpoint", "checkpoint", "sampling")  # as often as they stand there
 TARGETS = ("rank", "ranks", "launcher", "node")
@@ -633,7 +633,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--config", required=True, action="append", metavar="FILE", help="a YAML file; of several, later ones win"
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--out", required=True, type=Path, help="a new folder for the runs and their output")
+    parser.add_argument("--out", required=True, type=path_argument, help="a new folder for the runs and their output")
     parser.add_argument("--kills", type=int, default=50, help="default 50, about 20 s each on two cores")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and targets (default 0)")
     parser.add_argument("--ranks", default="2", help="e.g. 2, or 2,1,4: one of them at each restart (default 2)")

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_picture, check_place, read_settings
 
 if TYPE_CHECKING:
@@ -39,15 +39,17 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(__doc__.splitlines()[1:]),
     )
-    parser.add_argument("source", type=Path, help="a run folder, or one that tools/export_hf.py wrote")
+    parser.add_argument("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
     given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--image", type=Path, metavar="FILE", help="an image of any size")
+    given.add_argument("--image", type=path_argument, metavar="FILE", help="an image of any size")
     given.add_argument("--generate", metavar="CLASS", help="an image that the model makes first")
     parser.add_argument("--region", required=True, help="what is made anew: see below")
     parser.add_argument("--class", dest="classes", nargs="+", required=True, metavar="CLASS", help="names or numbers")
     parser.add_argument("--num-seeds", type=int, default=4, help="edits of each class (default 4)")
-    parser.add_argument("--out", type=Path, default=Path("edit.png"), help="the picture (default edit.png)")
-    parser.add_argument("--images", type=Path, metavar="FOLDER", help="a new folder for the edited images alone")
+    parser.add_argument("--out", type=path_argument, default=Path("edit.png"), help="the picture (default edit.png)")
+    parser.add_argument(
+        "--images", type=path_argument, metavar="FOLDER", help="a new folder for the edited images alone"
+    )
     add_sampling_options(parser, batch_size=16)
     arguments = parser.parse_args()
     with ending_in_one_line():

@@ -9,10 +9,18 @@ that it writes depend on neither. Exit code 2: a mistake; 75: it was asked to st
 
 import argparse
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, leave_on_signals, leave_with, phase, say
+from cfpretrain.console import (
+    ItemProgress,
+    UserError,
+    ending_in_one_line,
+    leave_on_signals,
+    leave_with,
+    path_argument,
+    phase,
+    say,
+)
 
 if TYPE_CHECKING:
     from cfpretrain.data.encoding import Encoding
@@ -30,7 +38,7 @@ def main() -> None:
     parser.add_argument(
         "--autoencoder", required=True, help="a folder in diffusers' layout; or identity: latents are pixels"
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder for the latent shards")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for the latent shards")
     parser.add_argument(
         "--batch-size", type=int, default=32, help="images encoded at once, by a GPU or a core (default 32)"
     )

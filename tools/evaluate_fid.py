@@ -17,7 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, leave_on_signals, leave_with, phase, say
+from cfpretrain.console import (
+    ItemProgress,
+    UserError,
+    ending_in_one_line,
+    leave_on_signals,
+    leave_with,
+    path_argument,
+    phase,
+    say,
+)
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
@@ -37,22 +46,28 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(__doc__.splitlines()[1:]),
     )
-    parser.add_argument("generated", type=Path, help="a run or exported folder; or images: folder, shards, .npz")
-    parser.add_argument("--reference", type=Path, required=True, help="real images, or an .npz of statistics or both")
+    parser.add_argument(
+        "generated", type=path_argument, help="a run or exported folder; or images: folder, shards, .npz"
+    )
+    parser.add_argument(
+        "--reference", type=path_argument, required=True, help="real images, or an .npz of statistics or both"
+    )
     parser.add_argument(
         "--features", default="effnet_lite0", help="inception, effnet_lite0 or module:function (default effnet_lite0)"
     )
     parser.add_argument(
-        "--feature-weights", type=Path, help="of the FID Inception: pt_inception-2015-12-05-6726825d.pth"
+        "--feature-weights", type=path_argument, help="of the FID Inception: pt_inception-2015-12-05-6726825d.pth"
     )
     parser.add_argument("--feature-label", metavar="NAME", help="take other weights, and call the result by this name")
     parser.add_argument("--num-images", type=int, help=f"that a model makes (default {_DEFAULT_IMAGES})")
     parser.add_argument(
         "--labels", choices=("balanced", "random"), default="balanced", help="of a model's images (default balanced)"
     )
-    parser.add_argument("--out", type=Path, default=Path("scores.json"), help="where scores go (default scores.json)")
     parser.add_argument(
-        "--cache", type=Path, default=Path("evaluation_cache"), help="of references (default evaluation_cache)"
+        "--out", type=path_argument, default=Path("scores.json"), help="where scores go (default scores.json)"
+    )
+    parser.add_argument(
+        "--cache", type=path_argument, default=Path("evaluation_cache"), help="of references (default evaluation_cache)"
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="log the scores there, too")
     add_sampling_options(parser, batch_size=64, guidance=1.0)

@@ -14,7 +14,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfpretrain.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,8 +29,10 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Write real images that ship inside packages, in class folders.")
     parser.add_argument("source", choices=sorted(_SHARES), help="mnist: 5000 digits, 32x32; digits: 1797 digits, 8x8")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the images to train on")
-    parser.add_argument("--held-out", type=Path, required=True, help="folder for the images kept from training")
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for the images to train on")
+    parser.add_argument(
+        "--held-out", type=path_argument, required=True, help="folder for the images kept from training"
+    )
     arguments = parser.parse_args()
     with ending_in_one_line():
         run(arguments.source, arguments.out, arguments.held_out)

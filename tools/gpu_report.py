@@ -31,7 +31,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain.console import UserError, ending_in_one_line, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, say
 from tools.gpu_report_tables import to_markdown
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -66,7 +66,9 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Measure everything on one GPU.")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which it ends with what it has (default 8)")
-    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="folder of the report (gpu-report)")
+    parser.add_argument(
+        "--out", type=path_argument, default=Path("gpu-report"), help="folder of the report (gpu-report)"
+    )
     parser.add_argument("--only", nargs="+", metavar="SECTION", help="these sections alone, e.g. XL attention sweep")
     parser.add_argument("--sweep", action="store_true", help="sweep the launch settings of the attention kernels too")
     with ending_in_one_line():

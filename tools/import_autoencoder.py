@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, ending_in_one_line, one_line, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Convert a published autoencoder to a folder in diffusers' layout.")
-    parser.add_argument("file", type=Path, help="checkpoint: .safetensors, or a pickle (.ckpt, .pt, .pth, .bin)")
-    parser.add_argument("out", type=Path, help="folder to write")
+    parser.add_argument(
+        "file", type=path_argument, help="checkpoint: .safetensors, or a pickle (.ckpt, .pt, .pth, .bin)"
+    )
+    parser.add_argument("out", type=path_argument, help="folder to write")
     parser.add_argument(
         "--scaling-factor",
         type=float,

@@ -14,14 +14,16 @@ which makes data only: nothing in a file is run, not even DeepSpeed's code, and 
 import argparse
 from pathlib import Path
 
-from cfpretrain.console import ending_in_one_line, phase, say
+from cfpretrain.console import ending_in_one_line, path_argument, phase, say
 
 
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Convert a DeepSpeed checkpoint (ZeRO 1, 2 or 3) to a run folder.")
-    parser.add_argument("folder", type=Path, help="what save_checkpoint wrote: the folder with `latest`, or one step's")
-    parser.add_argument("run", type=Path, help="run folder to write; it must not be there yet")
+    parser.add_argument(
+        "folder", type=path_argument, help="what save_checkpoint wrote: the folder with `latest`, or one step's"
+    )
+    parser.add_argument("run", type=path_argument, help="run folder to write; it must not be there yet")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
     parser.add_argument(
         "--config",

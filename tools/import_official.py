@@ -12,7 +12,7 @@ holds more than tensors, numbers and texts is refused.
 import argparse
 from pathlib import Path
 
-from cfpretrain.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 
 _MOST_STEPS = 10**12
 
@@ -20,8 +20,10 @@ _MOST_STEPS = 10**12
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Convert an official checkpoint to a run folder.")
-    parser.add_argument("file", type=Path, help="the official .pt, or a bare state dict as .pt or .safetensors")
-    parser.add_argument("run", type=Path, help="run folder to write; it must not be there yet")
+    parser.add_argument(
+        "file", type=path_argument, help="the official .pt, or a bare state dict as .pt or .safetensors"
+    )
+    parser.add_argument("run", type=path_argument, help="run folder to write; it must not be there yet")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
     parser.add_argument(
         "--config",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.config import DataConfig
-from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, phase, say
+from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import check_picture
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Show what a shard folder holds; with --verify, read all of it.")
     parser.add_argument("shards", help="a folder of image or latent shards, or its address (s3://bucket/folder)")
     parser.add_argument("--verify", action="store_true", help="read everything: hashes, checksums, images, ids")
-    parser.add_argument("--grid", type=Path, metavar="PNG", help="draw samples from all over the folder")
+    parser.add_argument("--grid", type=path_argument, metavar="PNG", help="draw samples from all over the folder")
     parser.add_argument("--autoencoder", help="folder of the autoencoder that decodes latents for --grid")
     for name, (kind, text) in _CACHE_OPTIONS.items():
         default = getattr(DataConfig(), name)

@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cfpretrain.console import EXIT_REQUEUE, UserError, ending_in_one_line, phase, say
+from cfpretrain.console import EXIT_REQUEUE, UserError, ending_in_one_line, path_argument, phase, say
 
 
 def main() -> None:
@@ -38,16 +38,21 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Write shards of images, for tools/encode_latents.py.")
-    parser.add_argument("images", type=Path, help="a folder of class folders; or a table, .csv or .jsonl, with columns "
-                        "path and, where wanted, label and caption")  # fmt: skip
-    parser.add_argument("--out", type=Path, required=True, help="folder for the shards")
+    parser.add_argument(
+        "images",
+        type=path_argument,
+        help="folder of class folders; or a table, .csv or .jsonl, with columns path and, where wanted, label and caption",
+    )
+    parser.add_argument("--out", type=path_argument, required=True, help="folder for the shards")
     parser.add_argument(
         "--size", type=_from_one_to(8192), required=True, help="pixels a side of the centre crop, e.g. 256"
     )
     parser.add_argument("--store", choices=("lossless", "original"), default="lossless",
                         help="PNG of the crop (default), or the bytes of the files")  # fmt: skip
     parser.add_argument("--grey", action="store_true", help="one channel instead of RGB")
-    parser.add_argument("--root", type=Path, help="what a table's paths begin at (default: the table's folder)")
+    parser.add_argument(
+        "--root", type=path_argument, help="what a table's paths begin at (default: the table's folder)"
+    )
     parser.add_argument("--workers", type=_from_one_to(1024), help="processes (default: one a CPU core)")
     parser.add_argument("--images-per-shard", type=_from_one_to(1 << 20), default=1024, help="default 1024")
     parser.add_argument("--max-rejected-share", type=_share, default=0.01,

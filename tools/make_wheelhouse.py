@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from cfpretrain.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _PYTHONS = ("3.11", "3.12", "3.13")
@@ -47,7 +47,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Make a folder of wheels for machines without a network.")
     parser.add_argument("--python", required=True, metavar="3.12", help="version of Python there")
-    parser.add_argument("--out", type=Path, required=True, help="a folder that is not there yet, or empty")
+    parser.add_argument("--out", type=path_argument, required=True, help="a folder that is not there yet, or empty")
     arguments = parser.parse_args()
     with ending_in_one_line():
         run(arguments.python, arguments.out)

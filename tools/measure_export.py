@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cfpretrain.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 
 _GB = 1e9
 _TINY = ["model.width=32", "model.depth=1", "model.num_heads=1", "model.num_classes=2", "model.num_cond_tokens=1"]
@@ -30,8 +30,8 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/H.yaml")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the files (default fp32)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="GB of a file of weights (default 5)")
-    parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
-    parser.add_argument("--export", type=Path, nargs=2, help=argparse.SUPPRESS)  # the process that is measured
+    parser.add_argument("--folder", type=path_argument, help="where to work (default: the system's temporary folder)")
+    parser.add_argument("--export", type=path_argument, nargs=2, help=argparse.SUPPRESS)  # the process that is measured
     arguments = parser.parse_intermixed_args()
     with ending_in_one_line():
         if arguments.export:

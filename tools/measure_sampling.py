@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,9 +70,11 @@ def main() -> None:
         command.add_argument("--guidance", type=float, default=2.0, help="default 2")
         command.add_argument("--batch-size", type=int, default=batch_size, help=f"images (default {batch_size})")
     for command in (quality, edits):
-        command.add_argument("source", type=Path, help="a run folder, or one that tools/export_hf.py wrote")
-        command.add_argument("--images", type=Path, required=True, help="image shards that the latents were made of")
-        command.add_argument("--held-out", type=Path, required=True, help="image shards kept from training")
+        command.add_argument("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
+        command.add_argument(
+            "--images", type=path_argument, required=True, help="image shards that the latents were made of"
+        )
+        command.add_argument("--held-out", type=path_argument, required=True, help="image shards kept from training")
         command.add_argument("--solver", choices=("ddim", "dpm++", "sde-dpm++"), default="sde-dpm++")
         command.add_argument("--spacing", choices=("time", "log_snr"), default="log_snr", help="of its noise levels")
         command.add_argument("--seed", type=int, default=0, help="of noise and orders (default 0)")

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import SickRunError, UserError, ending_in_one_line, linger, phase, say
+from cfpretrain.console import SickRunError, UserError, ending_in_one_line, linger, path_argument, phase, say
 
 if TYPE_CHECKING:
     from cfpretrain.config import Config
@@ -35,7 +35,7 @@ _COLUMNS, _MOST_IMAGES = 8, 64
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Make one step of a run again and compare it with what was logged.")
-    parser.add_argument("run", type=Path, help="a run folder, e.g. runs/demo")
+    parser.add_argument("run", type=path_argument, help="a run folder, e.g. runs/demo")
     parser.add_argument("--step", type=int, required=True, help="the step, as in metrics.jsonl")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cfpretrain.console import UserError, ending_in_one_line, phase, printable, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, printable, say
 from cfpretrain.evaluation.sampling_options import check_guidance
 
 # For few denoising steps; tools/measure_sampling.py quality holds it against DDPM's.
@@ -26,9 +26,11 @@ _MOST_EMBEDDED = 500  # images of each set behind the distance in these features
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Sample and score a run; writes report.json into its folder.")
-    parser.add_argument("run", type=Path, help="a run folder, e.g. runs/demo")
-    parser.add_argument("--images", type=Path, required=True, help="image shards that the latents were made of")
-    parser.add_argument("--held-out", type=Path, required=True, help="image shards kept from training")
+    parser.add_argument("run", type=path_argument, help="a run folder, e.g. runs/demo")
+    parser.add_argument(
+        "--images", type=path_argument, required=True, help="image shards that the latents were made of"
+    )
+    parser.add_argument("--held-out", type=path_argument, required=True, help="image shards kept from training")
     parser.add_argument("--num-images", type=int, default=1000, help="images for each setting (default 1000)")
     parser.add_argument("--num-ar-steps", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
     parser.add_argument(

@@ -15,7 +15,16 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, leave_on_signals, leave_with, phase, say
+from cfpretrain.console import (
+    ItemProgress,
+    UserError,
+    ending_in_one_line,
+    leave_on_signals,
+    leave_with,
+    path_argument,
+    phase,
+    say,
+)
 from cfpretrain.evaluation.sampling_options import (
     add_sampling_options,
     check_picture,
@@ -43,12 +52,14 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="\n".join(__doc__.splitlines()[1:]),
     )
-    parser.add_argument("source", type=Path, help="a run folder, or one that tools/export_hf.py wrote")
+    parser.add_argument("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
     parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all, evenly)")
     parser.add_argument("--num-images", type=int, help="in all, evenly over the classes")
     parser.add_argument("--num-per-class", type=int, help=f"instead of --num-images (default {_PER_CLASS})")
-    parser.add_argument("--out", type=Path, help="NAME.png, NAME.npz, or a folder (default samples.png)")
-    parser.add_argument("--trajectory", type=Path, metavar="NAME.png", help="draw one image's way, and nothing else")
+    parser.add_argument("--out", type=path_argument, help="NAME.png, NAME.npz, or a folder (default samples.png)")
+    parser.add_argument(
+        "--trajectory", type=path_argument, metavar="NAME.png", help="draw one image's way, and nothing else"
+    )
     add_sampling_options(parser, batch_size=64)
     arguments = parser.parse_args()
     leave_on_signals()

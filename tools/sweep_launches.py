@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain import runtime
-from cfpretrain.console import UserError, ending_in_one_line, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, say
 from cfpretrain.model import block_causal
 from cfpretrain.model.block_causal import Launch
 from tools.measure_attention import full_intervals
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=positive, default=150, help="after which it ends with what it has (150)")
     parser.add_argument("--tokens", type=positive, nargs="+", default=[256, 1024], help="of an image (256 1024)")
     parser.add_argument("--head-widths", type=positive, nargs="+", default=[64, 128], help="default 64 128")
-    parser.add_argument("--out", type=Path, help="a file that gets the best settings as JSON")
+    parser.add_argument("--out", type=path_argument, help="a file that gets the best settings as JSON")
     parser.add_argument("--worker", type=int, nargs=2, help=argparse.SUPPRESS)  # which of how many: compiles alone
     arguments = parser.parse_args()
     with ending_in_one_line():

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import Progress, UserError, ending_in_one_line, phase, say
+from cfpretrain.console import Progress, UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,9 +28,13 @@ _NORM_GROUPS = 8
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Train a small KL autoencoder on image shards.")
-    parser.add_argument("images", type=Path, help="image shards, as tools/make_shards.py writes them (lossless)")
-    parser.add_argument("out", type=Path, help="folder to write; it must not be there yet")
-    parser.add_argument("--held-out", type=Path, required=True, help="image shards for the reconstruction error")
+    parser.add_argument(
+        "images", type=path_argument, help="image shards, as tools/make_shards.py writes them (lossless)"
+    )
+    parser.add_argument("out", type=path_argument, help="folder to write; it must not be there yet")
+    parser.add_argument(
+        "--held-out", type=path_argument, required=True, help="image shards for the reconstruction error"
+    )
     parser.add_argument(
         "--channels",
         type=int,
@@ -40,8 +44,11 @@ def main() -> None:
         "(default 16 32 40 40)",
     )
     parser.add_argument("--latent-channels", type=int, default=4, help="default 4")
-    parser.add_argument("--init", type=Path, help="folder of an autoencoder to go on from, in place of random weights "
-                        "and its sizes")  # fmt: skip
+    parser.add_argument(
+        "--init",
+        type=path_argument,
+        help="folder of an autoencoder to go on from, in place of random weights and its sizes",
+    )
     parser.add_argument("--kl-weight", type=float, default=0.003, help="default 0.003")
     parser.add_argument("--num-steps", type=int, default=4000, help="default 4000")
     parser.add_argument("--batch-size", type=int, default=64, help="default 64")
