@@ -59,7 +59,7 @@ def test_a_folder_of_png_is_a_table_of_images(tmp_path: Path) -> None:
     assert sorted(content(out)) == [*(f"{i:06d}.png" for i in range(5)), "labels.csv", "settings.json"]
     for i, expected in enumerate(expected_pixels()):
         assert (pixels(out / f"{i:06d}.png") == expected).all()
-    from cfpretrain.data.images import list_images
+    from cfpretrain.data.listing import list_images
 
     listing = list_images(out / "labels.csv")
     assert [listing.class_names[row.label] for row in listing.rows] == [NAMES[label] for label in LABELS]

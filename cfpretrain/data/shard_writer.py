@@ -9,6 +9,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from cfpretrain.data.shards import (
 )
 
 _PLAN_FILE, _LOCK_FILE, _RECORDS = "plan.json", "lock", "records"
+_NOT_SAID = "not said"  # of what a folder was made by
 _MAX_SHARD_BYTES = (1 << 32) - (1 << 24)  # MDS counts in 32 bits; the rest is left for its head
 
 Record = Mapping[str, Any]
@@ -267,8 +269,17 @@ def _locked(path: Path, folder: Path) -> int:
 
 
 def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
-    return ", ".join(f"{name}: {there.get(name)!r:.60} there, {wanted.get(name)!r:.60} now" for name in names)
+    """What differs between two plans, for people: of hashes only that they do."""
+    values, hashes = [], []
+    for name in sorted(there.keys() | wanted.keys()):
+        before, now = (plan.get(name, _NOT_SAID) for plan in (there, wanted))
+        if before != now:
+            is_hash = all(re.fullmatch("[0-9a-f]{24,}", str(value)) for value in (before, now))
+            if is_hash:
+                hashes.append(f"other {name}")
+            else:
+                values.append(f"{name}: {before!s:.60} there, {now!s:.60} now")
+    return ", ".join(values + hashes)
 
 
 def _write_durably(path: Path, text: str) -> None:
