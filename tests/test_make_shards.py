@@ -362,7 +362,7 @@ def test_a_share_of_each_class_goes_into_a_folder_of_its_own(tree: Path, tmp_pat
     assert said.count("already there: ") == 2
     message = refused(tree, "--out", out, "--held-out", held_out, *_HELD, "--hold-out", 0.3)
     assert (
-        "(images: 48 there, 42 now, part: all but 0.2 of each class there, all but 0.3 of each class now, " in message
+        "(images: 48 there, 41 now, part: all but 0.2 of each class there, all but 0.3 of each class now, " in message
     )
     message = refused(tree, "--out", held_out, *_HELD[:-2])
     assert "part: 0.2 of each class there, all now" in message
@@ -467,10 +467,7 @@ def test_changed_images_do_not_go_on_with_old_shards(tmp_path: Path) -> None:
     refused(*arguments)
     (root / "x" / "005.png").unlink()
     message = refused(*arguments)
-    assert (
-        "is the unfinished work of other settings (images: 6 there, 5 now, other captions, other file_sizes, "
-        in message
-    )
+    assert "is the unfinished work of other settings (images: 6 there, 5 now, other file_sizes, " in message
     shutil.rmtree(tmp_path / ".out.unfinished")
     made(*arguments)
 

@@ -111,6 +111,7 @@ def test_a_column_that_may_be_meant_for_the_label_is_refused(name: str, tmp_path
     [
         ("path,captions", "rename `captions` to `caption`, or"),
         ("path,text", "rename `text` to `caption`, or"),
+        (",path,label", r"got one without a name; leave out .* --ignore-columns ''$"),
         ("path,label,class", r"got `class`; leave out what is not to be read with --ignore-columns class$"),
         ("path,width,image height", r"got `width`, `image height`; leave .* --ignore-columns width 'image height'$"),
         ("path,label,label", "expected one column label, got 2"),
@@ -165,6 +166,9 @@ def test_one_class_in_all_is_warned_of(tmp_path: Path) -> None:
 
 def test_odd_rows_are_warned_of(tmp_path: Path) -> None:
     text = "path,label,caption\na.png,cat,x\na.png,cat,y\na.png,cat,x\nb.png,Cat,x\n"
+    assert list_images(table(tmp_path, "path,label\na.png,cat\nb.png,NaN\n")).warnings == (
+        "'NaN' is a class like the others; where it stands for no label, leave out its images",
+    )
     repeated, alike = list_images(table(tmp_path, text)).warnings
     assert repeated == "1 rows repeat an earlier one: their images count as often"
     assert alike.startswith("'Cat' and 'cat' are two classes, ") or alike.startswith(

@@ -115,7 +115,11 @@ def run(arguments: argparse.Namespace) -> None:
     parts = [(listing, arguments.out)]
     if arguments.hold_out is not None:
         rest, held_out = hold_out(listing, arguments.hold_out)
-        say(f"{len(rest.rows)} images for {arguments.out}, {len(held_out.rows)} held out for {arguments.held_out}")
+        alone = len(listing.class_names) - len({row.label for row in held_out.rows})
+        none = f", none of {alone} classes of a single image" if alone else ""
+        say(
+            f"{len(rest.rows)} images for {arguments.out}, {len(held_out.rows)} held out for {arguments.held_out}{none}"
+        )
         parts = [(rest, arguments.out), (held_out, arguments.held_out)]
     store_images(
         parts,

@@ -30,6 +30,7 @@ _OF_SYSTEMS = frozenset(
     )
 )
 _SPLITS = frozenset(("train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"))
+_NO_NAMES = frozenset(("nan", "none", "null", "na", "n/a", "<na>", "?"))
 _MOST_NAMED = 5
 
 
@@ -63,15 +64,12 @@ class Listing:
             "paths": _digest(row.path for row in self.rows),
             "file_sizes": _digest(row.num_bytes for row in self.rows),
             "labels": _digest(row.label for row in self.rows),
-            "captions": _digest(row.caption for row in self.rows),
+            "captions": _digest(f"{i} {row.caption}" for i, row in enumerate(self.rows) if row.caption),
         }
 
 
 def _digest(values: Iterable[str | int]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for value in values:
-        digest.update(json.dumps(value).encode() + b"\n")
-    return digest.hexdigest()
+    return hashlib.blake2b(json.dumps(list(values)).encode(), digest_size=16).hexdigest()
 
 
 def list_images(images: Path, root: Path | None = None, ignore_columns: Sequence[str] = ()) -> Listing:
@@ -100,7 +98,10 @@ def list_images(images: Path, root: Path | None = None, ignore_columns: Sequence
     if not os.path.exists(images):
         raise UserError(f"images: {images} does not exist; give a folder of class folders or a table (.csv, .jsonl)")
     if images.suffix.lower() not in TABLES or not images.is_file():
-        raise UserError(f"images: expected a folder of class folders or a table (.csv, .jsonl), got the file {images}")
+        raise UserError(
+            f"images: expected a folder of class folders or a table (.csv, .jsonl), got the file {images}; save it as "
+            "one of these"
+        )
     return _list_table(images, root or images.parent, ignore_columns)
 
 
@@ -163,9 +164,13 @@ class ImageFinder:
         Raises:
             UserError: a folder cannot be read, or links to one above itself.
         """
-        found = sorted(self._files_below(folder, prefix, ()))
-        self.leave_out(path for path, _ in found if _suffix(path) not in SUFFIXES)
-        return [(path, size) for path, size in found if _suffix(path) in SUFFIXES]
+        found: list[tuple[str, int]] = []
+        for path, size in self._files_below(folder, prefix, ()):
+            if _suffix(path) in SUFFIXES:
+                found.append((path, size))
+            else:
+                self.leave_out([path])
+        return sorted(found)
 
     def images_of_class(self, root: Path, name: str) -> list[tuple[str, int]]:
         """`images_below` of a class folder, which must hold some."""
@@ -229,7 +234,7 @@ def _by_kind(counts: Counter[str], show: Any = lambda suffix: suffix[1:].upper()
 
 
 def _suffix(name: str) -> str:
-    return Path(name).suffix.lower()
+    return os.path.splitext(name)[1].lower()
 
 
 def _size(path: "os.DirEntry[str] | Path") -> int:
@@ -288,6 +293,13 @@ def _odd_names(class_names: Sequence[str]) -> Iterator[str]:
             yield f"{other!r} and {name!r} are two classes, whose names differ in case, spaces or accents alone"
 
 
+def _missing_names(class_names: Sequence[str]) -> Iterator[str]:
+    """Classes that a program may have made of no label."""
+    for name in class_names:
+        if name.lower() in _NO_NAMES and len(class_names) > 1:
+            yield f"{name!r} is a class like the others; where it stands for no label, leave out its images"
+
+
 def _and_more(names: Sequence[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
@@ -314,6 +326,7 @@ def _odd_rows(rows: Sequence[Row], class_names: Sequence[str]) -> Iterator[str]:
     if num_repeated := len(rows) - len(set(rows)):
         yield f"{num_repeated} rows repeat an earlier one: their images count as often"
     yield from _odd_names(class_names)
+    yield from _missing_names(class_names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,7 +66,8 @@ def read_table(file: Path, ignore: Iterable[str] = ()) -> Table:
             raise UserError(f"images: {file}, line {line}: expected a path, got none; add it as `path`")
     labels, class_names = _classes(file, records)
     captions = [_text(file, line, record, "caption") for line, record in records]
-    return Table(paths, labels, captions, class_names, sorted(reader.ignored))
+    ignored = sorted(name.strip() or "without a name" for name in reader.ignored)
+    return Table(paths, labels, captions, class_names, ignored)
 
 
 class _Reader:
@@ -75,7 +76,7 @@ class _Reader:
     def __init__(self, file: Path, ignore: Iterable[str]) -> None:
         self._file, self._ignore = file, {_normal(name): name for name in ignore}
         self._checked: dict[tuple[str, ...], list[str]] = {}
-        self.ignored: set[str] = set()
+        self.ignored: set[str] = set()  # as they are written
         if "path" in self._ignore:
             raise UserError("--ignore-columns: expected columns other than path, which says where the images are")
 
@@ -181,12 +182,13 @@ class _Reader:
         if unknown:
             meant = {name: _meant(name) for name in unknown if _meant(name) and _meant(name) not in columns}
             renames = "".join(f"rename `{name}` to `{column}`, or " for name, column in meant.items())
+            named = ", ".join(f"`{name}`" if name else "one without a name" for name in unknown)
             raise UserError(
                 f"images: {self._file}{where}: expected the columns {', '.join(_COLUMNS)}, got "
-                f"{', '.join(f'`{name}`' for name in unknown):.300}; {renames}leave out what is not to be read with "
+                f"{named:.300}; {renames}leave out what is not to be read with "
                 f"--ignore-columns {' '.join(map(shlex.quote, unknown)):.300}"
             )
-        self.ignored.update(name.strip() for name in names if _normal(name) in self._ignore)
+        self.ignored.update(name for name in names if _normal(name) in self._ignore)
         return ["" if column in self._ignore else column for column in columns]
 
 
