@@ -338,7 +338,7 @@ def test_originals_keep_no_transparency_for_dali_to_drop(odd_tree: Path, tmp_pat
 # ---------------------------------------------------------------------------------------------------------------------
 # A part is held out
 
-_HELD = ("--size", 8, "--images-per-shard", 4, "--max-rejected-share", 0.5, "--hold-out", 0.2)
+_HELD = ("--size", 8, "--images-per-shard", 4, "--max-rejected-share", 0.04, "--hold-out", 0.2)  # 0.04: of both parts
 
 
 def test_a_share_of_each_class_goes_into_a_folder_of_its_own(tree: Path, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ _TURNS = {  # by its value, what makes the image upright
 _CHANGES = {
     "composited": "with transparency are composited on {background} (--background)",
     "turned": "are turned upright, as their EXIF rotation says",
-    "not turned": "have an EXIF rotation, which is ignored, as ADM does; --upright turns them",
+    "not turned": "have an EXIF rotation, which is ignored, as ADM does (make_shards.py --upright applies it)",
     "cut to 8 bits": "of more than 8 bits a channel are cut to 8",
     "of other colours": "in CMYK or CIELAB are converted to RGB without their colour profile",
     "of another profile": "have a colour profile that is not sRGB's, which is not applied",

@@ -38,6 +38,7 @@ from cfpretrain.data.listing import Listing
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, image_columns, read_info
 
+_REJECTED_FILE = "rejected.jsonl"
 _POLL_SECONDS = 0.25
 _NUM_SHOWN = 3  # rejected images named on the terminal
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
@@ -59,7 +60,7 @@ def store_images(
         source: where they come from, for people.
         images_per_shard: of the listing; rejected ones count.
         num_workers: processes.
-        max_rejected_share: of all images of a part.
+        max_rejected_share: of all images of all parts.
 
     Raises:
         UserError: too many images are rejected, a folder holds something else or cannot be written, or a worker died.
@@ -81,18 +82,19 @@ def store_images(
         if not is_complete:
             writer.begin()
         begun.append((listing, writer, is_complete))
+    rejected = _Rejected(sum(len(listing.rows) for listing, _ in parts), max_rejected_share)
     for listing, writer, is_complete in begun:
         if is_complete:
             _say_of(writer.folder, ": already there")
+            rejected.images += _rejected_in(writer.folder)
         else:
             slices = deal_images(len(listing.rows), images_per_shard)
-            _store(_Work(listing, how, writer, slices), source, num_workers, max_rejected_share)
+            _store(_Work(listing, how, writer, slices), source, num_workers, rejected)
 
 
-def _store(work: "_Work", source: str, num_workers: int, max_rejected_share: float) -> None:
+def _store(work: "_Work", source: str, num_workers: int, rejected: "_Rejected") -> None:
     """One of the folders."""
     writer, num_shards = work.writer, len(work.slices)
-    rejected = _Rejected(len(work.listing.rows), max_rejected_share)
     missing = writer.missing(num_shards)
     for number in sorted(set(range(num_shards)) - set(missing)):
         rejected.add(writer.record(number)["rejected"])
@@ -129,7 +131,7 @@ def _finish(work: "_Work", source: str) -> None:
         changes=dict(sorted(sum((Counter(record["changes"]) for record in records), Counter[str]()).items())),
     )
     lines = "".join(json.dumps(one) + "\n" for one in rejected)
-    writer.finish(info, num_shards, {"rejected.jsonl": lines} if rejected else {})
+    writer.finish(info, num_shards, {_REJECTED_FILE: lines} if rejected else {})
 
 
 def _say_of(folder: Path, before: str, behind: str = "") -> None:
@@ -139,12 +141,17 @@ def _say_of(folder: Path, before: str, behind: str = "") -> None:
     for line in describe_changes(info.changes, info.background, info.image_size):
         say(f"{folder}: {line}")
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    named = f" ({folder / 'rejected.jsonl'})" if info.num_rejected else ""
+    named = f" ({folder / _REJECTED_FILE})" if info.num_rejected else ""
     say(
         f"{folder}{before}: {info.num_samples} images of {len(info.class_names)} classes, {info.channels} x "
         f"{info.image_size} x {info.image_size}, {info.store}; {info.num_rejected} rejected{named}; "
         f"{megabytes:.1f} MB{behind}"
     )
+
+
+def _rejected_in(folder: Path) -> list[dict[str, Any]]:
+    file = folder / _REJECTED_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 class _Rejected:
