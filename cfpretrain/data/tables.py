@@ -29,7 +29,11 @@ _OTHER_NAMES = {
 _MEANT_BY = {name: column for column, names in _OTHER_NAMES.items() for name in (column, *names)}
 _LIKENESS = 0.75  # of two names, as difflib measures it, where one is taken for a typo of the other
 # What cannot be written as UTF-8; of a path, which need not be, what no file has in its name.
-_UNFIT = dict.fromkeys(_COLUMNS, re.compile("[\ud800-\udfff]")) | {"path": re.compile("[\0\ud800-\udc7f\udd00-\udfff]")}
+_UNFIT = {
+    "path": re.compile("[\0\ud800-\udc7f\udd00-\udfff]"),
+    "label": re.compile("[\0-\x1f\x7f\ud800-\udfff]"),  # it is shown in a line with others
+    "caption": re.compile("[\ud800-\udfff]"),
+}
 
 _Records = list[tuple[int, dict[str, Any]]]  # (line, value of each known column) of each row
 
