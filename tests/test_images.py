@@ -226,6 +226,10 @@ def frames(kind: str) -> bytes:
 def deep(kind: str) -> bytes:
     if kind == "PPM":
         return b"P6 20 20 65535\n" + bytes(20 * 20 * 6)
+    if kind == "JPEG2000":  # the depth of three components, in the marker SIZ of a codestream
+        data = bytearray(encoded(picture("RGB", (20, 20)), kind, no_jp2=True))
+        data[42:51:3] = bytes([15] * 3)
+        return bytes(data)
     if kind == "TIFF":  # one strip of 16-bit RGB, little-endian
         tags = {256: 20, 257: 20, 258: (16, 16, 16), 259: 1, 262: 2, 277: 3, 273: 200, 278: 20, 279: 2400}
         entries, extra = b"", struct.pack("<HHH", 16, 16, 16)
@@ -244,7 +248,7 @@ LOSSES: dict[str, list[tuple[str, Callable[[], bytes]]]] = {
     "of other colours": [
         *[(kind, lambda kind=kind: encoded(picture("CMYK", (20, 20)), kind)) for kind in ("JPEG", "TIFF")],
     ],
-    "cut to 8 bits": [(kind, lambda kind=kind: deep(kind)) for kind in ("PNG", "TIFF", "PPM")],
+    "cut to 8 bits": [(kind, lambda kind=kind: deep(kind)) for kind in ("PNG", "TIFF", "PPM", "JPEG2000")],
     "of another profile": [
         ("JPEG", lambda: encoded(picture("RGB", (20, 20)), "JPEG", icc_profile=b"Display P3")),
     ],
