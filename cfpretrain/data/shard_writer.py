@@ -9,7 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,9 +32,9 @@ from cfpretrain.data.shards import (
     info_text,
     read_plan,
 )
+from cfpretrain.plans import differences
 
 _PLAN_FILE, _LOCK_FILE, _RECORDS = "plan.json", "lock", "records"
-_NOT_SAID = "not said"  # of what a folder was made by
 _MAX_SHARD_BYTES = (1 << 32) - (1 << 24)  # MDS counts in 32 bits; the rest is left for its head
 
 Record = Mapping[str, Any]
@@ -75,7 +74,7 @@ class ShardWriter:
             raise UserError(
                 f"folder {self.folder} is not empty and holds no complete shards ({error}); {advice}"
             ) from error
-        different = _differences(read_plan(self.folder), self.plan)
+        different = differences(read_plan(self.folder), self.plan)
         if different:
             raise UserError(f"folder {self.folder} holds other shards already ({different}); {advice}")
         self._clean_up()
@@ -105,7 +104,7 @@ class ShardWriter:
             self._lock = _locked(self.unfinished / _LOCK_FILE, self.folder)
             plan_file = self.unfinished / _PLAN_FILE
             if plan_file.exists() and self._has_written():
-                different = _differences(self._read(plan_file), self.plan)
+                different = differences(self._read(plan_file), self.plan)
                 if different:
                     raise UserError(
                         f"{self.unfinished} is the unfinished work of other settings ({different}); give those, or "
@@ -266,20 +265,6 @@ def _locked(path: Path, folder: Path) -> int:
         os.close(descriptor)
         raise UserError(f"{folder} is being written by another process; wait for its end, or stop it") from error
     return descriptor
-
-
-def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """What differs between two plans, for people: of hashes only that they do."""
-    values, hashes = [], []
-    for name in sorted(there.keys() | wanted.keys()):
-        before, now = (plan.get(name, _NOT_SAID) for plan in (there, wanted))
-        if before != now:
-            is_hash = all(re.fullmatch("[0-9a-f]{24,}", str(value)) for value in (before, now))
-            if is_hash:
-                hashes.append(f"other {name}")
-            else:
-                values.append(f"{name}: {before!s:.60} there, {now!s:.60} now")
-    return ", ".join(values + hashes)
 
 
 def _write_durably(path: Path, text: str) -> None:
