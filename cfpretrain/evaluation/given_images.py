@@ -184,9 +184,10 @@ class _FromShards(_Files):
         if not isinstance(info, ImagesInfo):
             raise UserError(f"{key}: expected shards of images, got latents in {folder}; give those they were made of")
         super().__init__(str(folder), key, info.background)
-        self.size = (info.image_size, info.image_size)
         self._crop = info.image_size if info.store == "original" else None
         self.fingerprint = fingerprint(self._shards.source, key)
+        self.read([0])
+        self.changes.clear()
 
     def __len__(self) -> int:
         return len(self._shards)
