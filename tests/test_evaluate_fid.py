@@ -442,7 +442,7 @@ def bad_sets(folder: Path) -> dict[str, Path]:
         ("empty", "got 0; give more"),
         ("absent", "which is nothing: it does not exist"),
         ("keys.npz", "or mu and sigma (statistics), got "),
-        ("floats.npz", "got float32 [3, 8, 8, 3] in "),
+        ("floats.npz", "got float32 [3, 8, 8, 3]; write them so"),
         ("objects.npz", "Object arrays cannot be loaded when allow_pickle=False"),
         ("shapes.npz", "expected a finite vector mu and its square sigma in "),
         ("text.npz", "expected an .npz archive, got "),
