@@ -5,13 +5,14 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from cfpretrain.checkpoint import flush, reason_of
 from cfpretrain.console import UserError
+from cfpretrain.plans import differences as differences  # between plans, beside `parse_plan`
 
 LOCK_FILE = "lock"
 WRITING = ".writing."  # before the name of a file, until it is whole
@@ -115,12 +116,6 @@ def replace_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
         write(opened)
     flush(writing)
     os.replace(writing, file)
-
-
-def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Which settings of two plans differ, for a message; nothing where none does."""
-    names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
-    return ", ".join(f"{name}: {there.get(name)!r:.60} there, {wanted.get(name)!r:.60} now" for name in names)
 
 
 def parse_plan(text: str) -> dict[str, Any]:

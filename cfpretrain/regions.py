@@ -80,7 +80,7 @@ def token_region(tokens: Iterable[int], grid: int) -> Tensor:
 
 
 def mask_region(mask_YX: Tensor, grid: int, image_size: int) -> Tensor:
-    """The tokens that a mask touches: bool [L].
+    """The tokens that a mask touches, be it with one of their pixels: bool [L].
 
     Args:
         mask_YX: bool, true where the image is made anew: one value a token, or one a pixel of the image.

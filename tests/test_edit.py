@@ -13,8 +13,9 @@ from cfpretrain import config as configs
 from cfpretrain.console import EXIT_USER_ERROR, UserError
 from cfpretrain.evaluation.editing import encode_tokens, read_crop, read_region, seam_steps
 from cfpretrain.evaluation.pictures import grid_layout
+from cfpretrain.model.autoencoder import KLAutoencoder, LatentScaling
 from tests.digits import digits
-from tests.processes import Ended, run_script
+from tests.processes import REPOSITORY, Ended, run_script
 from tests.runs import write_run
 from tests.test_config import TINY
 
@@ -120,6 +121,62 @@ def test_masks_of_tokens_and_of_other_sizes(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UserError, match=r"--region: .*text\.png: no.* image of a known kind"):
         read_region(f"mask:{tmp_path / 'text.png'}", 4, 8, None)
+
+
+def test_an_image_is_edited_as_viewers_show_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Upright and without hidden colours; and a mask drawn over that fits."""
+    seen = np.full((40, 60, 4), (0, 200, 0, 0), np.uint8)
+    seen[:, :30] = (250, 0, 0, 255)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = Image.fromarray(seen, "RGBA").transpose(Image.Transpose.ROTATE_90)
+    lying.save(tmp_path / "photo.png", exif=exif)
+    image, size = read_crop(tmp_path / "photo.png", 8, False, (255, 255, 255))
+    assert size == (60, 40)
+    said = capsys.readouterr().out
+    assert "--image: 1 images with transparency are composited on white (--background)\n" in said
+    assert "--image: 1 images are turned upright, as their EXIF rotation says\n" in said
+    assert (image[0, :, :, 5:] > 0.98).all(), "the hidden green is white"
+    assert (image[0, 0, :, :3] > 0.95).all()
+    assert (image[0, 1:, :, :3] < 0.05).all()
+    assert (read_crop(tmp_path / "photo.png", 8, False, (0, 0, 0))[0][0, :, :, 5:] < 0.02).all()
+    mask = np.zeros((40, 60, 4), np.uint8)
+    mask[:20, 30:] = 255  # strokes on nothing
+    mask[20:, :, :3] = 255  # of which an eraser leaves the colour
+    Image.fromarray(mask, "RGBA").save(tmp_path / "mask.png")
+    region = read_region(f"mask:{tmp_path / 'mask.png'}", 4, 8, size)
+    assert region.reshape(4, 4).int().tolist() == [[0, 0, 1, 1]] * 2 + [[0] * 4] * 2
+
+
+def test_a_picture_shows_what_the_autoencoder_does_without_an_edit(tmp_path: Path, shards: Path) -> None:
+    folder = REPOSITORY / "configs" / "autoencoders" / "digits"
+    autoencoder = KLAutoencoder.load(folder, "cpu")
+    source = write_run(
+        tmp_path / "run",
+        shards,
+        *("model.latent_size=4", "model.latent_channels=4", "model.patch_size=1", f"data.autoencoder={folder}"),
+        *autoencoder.scaling_overrides().split(),
+    )
+    image = digits(1)[0][2].repeat(4, 1).repeat(4, 2)
+    Image.fromarray(np.uint8(image[0] * 255)).save(tmp_path / "digit.png")
+    command = [source, "--image", tmp_path / "digit.png", "--region", "top", "--class", "3", "--num-seeds", 1, *QUICK]
+    ended = run([*command, "--out", tmp_path / "edit.png"])
+    assert (ended.code, ended.err) == (0, "")
+    pixels_1CYX, _ = read_crop(tmp_path / "digit.png", 32, is_grey=True)
+    scaling = LatentScaling(autoencoder.shift, autoencoder.scale)
+    decoded = autoencoder.decode(scaling.to_model(autoencoder.encode(pixels_1CYX)[0]))
+    title = f"{source}, step 7, EMA weights, region top, guidance 2\nAR steps 1, denoising steps 2 (ddim)"
+    layout = grid_layout(4, 4, 32, ["-> 3"], 96, title, has_column_names=True)
+    shown = pixels(tmp_path / "edit.png")
+
+    def cell(column: int) -> np.ndarray:
+        y, x = layout.corner(0, column)
+        return shown[y : y + 96, x : x + 96][1::3, 1::3]
+
+    assert (cell(0) == pixels(tmp_path / "digit.png")[..., None]).all()
+    assert np.abs(cell(1)[..., 0] - decoded[0, 0].clamp(0, 1).numpy() * 255).max() <= 1
+    assert (cell(1) != cell(0)).any(), "an autoencoder changes any image"
+    assert (cell(2)[16:] == cell(0)[16:]).all(), "the region is shown on the original"
 
 
 def test_tokens_are_what_the_model_was_trained_on() -> None:

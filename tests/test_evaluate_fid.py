@@ -1,7 +1,9 @@
 """tools/evaluate_fid.py: the same scores on any ranks, from any kind of set, over kills; mistakes are one line."""
 
+import io
 import json
 import os
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from cfpretrain.evaluation import scores
 from cfpretrain.evaluation.feature_sums import Summing
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import frechet_between
-from cfpretrain.evaluation.given_images import open_images
+from cfpretrain.evaluation.given_images import open_images, say_sizes
 from cfpretrain.evaluation.inception_score import ClassSums, inception_score, splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
 from cfpretrain.evaluation.references import STATISTICS_FILE, load_reference
@@ -304,6 +306,108 @@ def test_shards_are_the_images_they_hold(tmp_path: Path, sets: Path) -> None:
     assert len(shards) == 333
 
 
+@pytest.mark.parametrize("name", ["images.npz", "IMAGES.NPZ"])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_archives_of_either_order_and_case(name: str, order: Any, channels: int, tmp_path: Path) -> None:
+    wanted = digits(0, 30, 16)[..., :channels].copy()
+    wanted[:, 3, 2] = 77  # not the same when rows and columns change places
+    with (tmp_path / name).open("wb") as file:
+        np.savez_compressed(file, arr_0=np.asarray(wanted, order=order))
+    images = open_images(tmp_path / name, "KEY")
+    assert (len(images), images.size) == (30, (16, 16))
+    found = images.read([29, 0, 7]).permute(0, 2, 3, 1).numpy()
+    np.testing.assert_array_equal(found, np.broadcast_to(wanted, (30, 16, 16, 3))[[29, 0, 7]])
+    assert load(tmp_path / name, tmp_path / "cache").image_size == (16, 16)
+
+
+def test_archives_that_are_cut_or_of_other_numbers_say_so(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "cut.npz", "w") as archive:
+        whole = io.BytesIO()
+        np.save(whole, digits(0, 4))
+        archive.writestr("arr_0.npy", whole.getvalue()[:-5])
+    with pytest.raises(UserError, match=r"expected 768 bytes of images \[4, 8, 8, 3\] as arr_0 of .*, got 763; get"):
+        open_images(tmp_path / "cut.npz", "KEY")
+    np.savez(tmp_path / "floats.npz", arr_0=digits(0, 4) / 255)
+    with pytest.raises(
+        UserError, match=r"expected uint8 images \[N, Y, X, 3\] as .*, got float64 \[4, 8, 8, 3\]; write"
+    ):
+        open_images(tmp_path / "floats.npz", "KEY")
+
+
+def test_half_of_given_statistics_is_refused(tmp_path: Path) -> None:
+    pair = {"mu": np.arange(24.0), "sigma": np.eye(24)}
+    for there, absent in (("mu", "sigma"), ("sigma", "mu"), ("mu_s", "sigma_s")):
+        arrays = pair | {"mu_s": pair["mu"], "sigma_s": pair["sigma"]}
+        del arrays[absent]
+        np.savez(tmp_path / "half.npz", arr_0=digits(0, 30), **arrays)
+        with pytest.raises(UserError, match=f"expected both .* in .*half.npz, got {there} alone; add the other"):
+            load(tmp_path / "half.npz", tmp_path / "cache")
+
+
+def test_what_is_transparent_is_scored_on_a_background(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of an image set, too: hidden colours would be scored."""
+    folder = write_folder(tmp_path / "images", digits(0, 30))
+    for i in range(4):
+        hidden = Image.new("RGBA", (8, 8), (0, 200, 0, 0))
+        hidden.save(folder / "all" / f"{i:05d}.png")
+    white, blue = open_images(folder, "KEY"), open_images(folder, "KEY", (0, 0, 255))
+    assert white.fingerprint != blue.fingerprint
+    assert white.read([0, 3]).eq(255).all()
+    assert torch.equal(blue.read([1])[0, :, 0, 0], torch.tensor([0, 0, 255], dtype=torch.uint8))
+    capsys.readouterr()
+    first, second = (
+        load_reference(folder, small_features.make(CPU, None), tmp_path / "cache", background=colour)
+        for colour in ((255, 255, 255), (0, 0, 0))
+    )
+    assert first.record["fingerprint"] != second.record["fingerprint"]
+    assert not torch.equal(first.statistics.pooled.mean_F, second.statistics.pooled.mean_F)
+    said = capsys.readouterr().out
+    for colour in ("white", "black"):
+        words = "--reference: of the images read now, 4 images with transparency are composited on"
+        assert f"{words} {colour} (--background)" in said
+
+
+def test_images_that_are_not_read_are_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = write_folder(tmp_path / "images", digits(0, 5))
+    for name in ("all/1.heic", "all/2.HEIC", "all/@eaDir/x.png", "labels.csv"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"1")
+    assert len(open_images(folder, "KEY")) == 5
+    assert capsys.readouterr().out == (
+        "[cfpretrain] WARNING: KEY: 2 images of a kind that is not read here (HEIC: 2) are left out: convert them, "
+        "e.g. to PNG\n"
+    )
+
+
+def test_images_of_another_size_than_the_references_are_warned_of(
+    sets: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert open_images(sets / "generated", "KEY").size == (8, 8)
+    for size, reference, words in (
+        ((8, 8), (16, 16), "16 x 16; for the features all are resized, and the scores"),
+        ((8, 8), (16, 8), "16 x 8; for the features all are resized and squeezed to one shape, and the scores"),
+    ):
+        say_sizes(size, reference)
+        said = capsys.readouterr().out
+        assert said.startswith("[cfpretrain] WARNING: the images to score are 8 x 8, those of the reference 16 x ")
+        assert words in said
+    say_sizes((8, 8), (8, 8))
+    say_sizes((8, 8), None)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_command_says_what_images_lose_and_that_sizes_differ(tmp_path: Path, sets: Path) -> None:
+    real = write_folder(tmp_path / "real", digits(700, 40, 16))
+    for i in range(3):
+        Image.new("RGBA", (16, 16), (0, 200, 0, 99)).save(real / "all" / f"{i:05d}.png")
+    places = ["--out", tmp_path / "scores.json", "--cache", tmp_path / "cache"]
+    ended = run([sets / "generated", "--reference", real, *SMALL, "--background", "#000", *places], world_size=2)
+    assert (ended.code, ended.err) == (0, "")
+    assert "--reference: of the images read now, 3 images with transparency are composited on black" in ended.out
+    assert ended.out.count("WARNING: the images to score are 8 x 8, those of the reference 16 x 16; ") == 1
+
+
 # ---------------------------------------------------------------------------
 # Mistakes
 
@@ -338,7 +442,7 @@ def bad_sets(folder: Path) -> dict[str, Path]:
         ("empty", "got 0; give more"),
         ("absent", "which is nothing: it does not exist"),
         ("keys.npz", "or mu and sigma (statistics), got "),
-        ("floats.npz", "got float32 [3, 8, 8, 3] in "),
+        ("floats.npz", "got float32 [3, 8, 8, 3]; write them so"),
         ("objects.npz", "Object arrays cannot be loaded when allow_pickle=False"),
         ("shapes.npz", "expected a finite vector mu and its square sigma in "),
         ("text.npz", "expected an .npz archive, got "),

@@ -10,6 +10,7 @@ from PIL import Image
 
 from cfpretrain import outputs
 from cfpretrain.console import UserError
+from cfpretrain.evaluation.given_images import open_images
 from cfpretrain.evaluation.image_set import ImageSet
 from tests.checkpoints import failing
 
@@ -59,7 +60,7 @@ def test_a_folder_of_png_is_a_table_of_images(tmp_path: Path) -> None:
     assert sorted(content(out)) == [*(f"{i:06d}.png" for i in range(5)), "labels.csv", "settings.json"]
     for i, expected in enumerate(expected_pixels()):
         assert (pixels(out / f"{i:06d}.png") == expected).all()
-    from cfpretrain.data.images import list_images
+    from cfpretrain.data.listing import list_images
 
     listing = list_images(out / "labels.csv")
     assert [listing.class_names[row.label] for row in listing.rows] == [NAMES[label] for label in LABELS]
@@ -73,6 +74,13 @@ def test_an_archive_is_what_adm_reads(tmp_path: Path) -> None:
         assert (archive["arr_0"].dtype, archive["arr_1"].tolist()) == (np.uint8, LABELS)
         assert (archive["arr_0"] == expected_pixels()).all()
     assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("out", ["out", "out.npz", "OUT.NPZ"])
+def test_what_is_written_is_read_for_scoring(out: str, tmp_path: Path) -> None:
+    images = open_images(write_all(tmp_path, out).out, "KEY")
+    assert (len(images), images.size) == (5, (4, 4))
+    np.testing.assert_array_equal(images.read(range(5)).permute(0, 2, 3, 1).numpy(), expected_pixels())
 
 
 @pytest.mark.parametrize("out", OUTS)

@@ -1,11 +1,12 @@
 """Which images there are, which are rejected and why, and the crop against a plain oracle."""
 
-import csv
 import io
-import json
 import os
 import random
+import struct
 import warnings
+import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from cfpretrain.console import UserError
 from cfpretrain.data import images
@@ -22,15 +23,17 @@ from cfpretrain.data.images import (
     RejectedImageError,
     Storing,
     centre_crop,
-    list_images,
+    describe_changes,
+    parse_background,
     read_all_images,
     read_file,
     read_image,
-    read_samples,
     stored_image,
 )
+from cfpretrain.data.listing import list_images
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, Shards, image_columns
+from cfpretrain.data.storing import Outcome, read_samples
 
 _ORIENTATION = 0x0112  # of EXIF
 
@@ -118,7 +121,9 @@ def test_the_crop_is_the_oracles_bit_for_bit() -> None:
             exif[_ORIENTATION] = rng.randint(2, 8)
             options["exif"] = exif
         if mode == "P" and kind == "PNG" and rng.random() < 0.5:
-            options["transparency"] = bytes(range(256))
+            options["transparency"] = b"\xff" * 256
+        if image.mode in ("RGBA", "LA"):
+            image.putalpha(255)  # nothing of it can be seen through
         data = encoded(image, kind, **options)
         is_grey = seed % 4 == 0
         stored = Image.open(io.BytesIO(stored_image(data, Storing("lossless", target, is_grey))))
@@ -129,11 +134,173 @@ def test_the_crop_is_the_oracles_bit_for_bit() -> None:
     assert len(modes) > 15
 
 
-def test_exif_rotation_is_ignored() -> None:
-    image, exif = picture("RGB", (40, 24)), Image.Exif()
-    exif[_ORIENTATION] = 6
-    turned = stored_image(encoded(image, "JPEG", exif=exif), Storing("lossless", 24))
-    assert turned == stored_image(encoded(image, "JPEG"), Storing("lossless", 24))
+def test_exif_rotation_is_ignored_but_where_it_is_asked_for() -> None:
+    """Upright, all eight are the one picture that their rotations say."""
+    image, seen = picture("RGB", (40, 24)), Image.Transpose
+    for orientation, undone in (
+        *((1, None), (2, seen.FLIP_LEFT_RIGHT), (3, seen.ROTATE_180), (4, seen.FLIP_TOP_BOTTOM), (5, seen.TRANSPOSE)),
+        *((6, seen.ROTATE_90), (7, seen.TRANSVERSE), (8, seen.ROTATE_270)),
+    ):
+        exif = Image.Exif()
+        exif[_ORIENTATION] = orientation
+        data = encoded(image if undone is None else image.transpose(undone), "PNG", exif=exif)
+        for store in ("lossless", "original"):
+            counts: Counter[str] = Counter()
+            stored = stored_image(data, Storing(store, 24, is_upright=True), counts)
+            pixels = centre_crop(read_image(stored), 24)
+            np.testing.assert_array_equal(np.array(pixels), oracle(encoded(image, "PNG"), 24, False))
+            assert counts == Counter([] if undone is None else ["turned"])
+        counts = Counter()
+        lying = stored_image(data, Storing("lossless", 24), counts)
+        np.testing.assert_array_equal(np.array(read_image(lying)), oracle(data, 24, False))
+        assert counts == Counter([] if undone is None else ["not turned"])
+
+
+def composited(rgba_YXC: np.ndarray, background: images.Colour) -> np.ndarray:
+    share = rgba_YXC[..., 3:] / 255
+    return np.asarray(rgba_YXC[..., :3] * share + np.array(background) * (1 - share))
+
+
+@pytest.mark.parametrize("background", [(255, 255, 255), (0, 0, 0), (37, 99, 168)])
+@pytest.mark.parametrize("store", ["lossless", "original"])
+def test_what_is_transparent_is_composited_on_the_background(background: images.Colour, store: str) -> None:
+    """Every way in which files say so; hidden colours never show. DALI would drop alpha, so no such file is kept."""
+    rgba = np.array(picture("RGBA", (24, 24)))
+    rgba[:8, :, 3], rgba[16:, :, 3] = 0, 255
+    grey = np.array(Image.fromarray(rgba[..., :3]).convert("L"))
+    of_grey = np.dstack([grey] * 3 + [rgba[..., 3]])
+    flat = Image.fromarray(rgba[..., :3]).quantize(16)
+    of_palette = np.dstack([np.array(flat.convert("RGB")), np.where(np.array(flat) == 3, 0, 255)])
+    keyed = np.full((24, 24, 3), (1, 2, 3), np.uint8)
+    keyed[12:] = 200
+    of_key = np.dstack([keyed, np.where((keyed == (1, 2, 3)).all(-1), 0, 255)])
+    files = {
+        **{kind: (encoded(Image.fromarray(rgba, "RGBA"), kind, **options), rgba)
+           for kind, options in {"PNG": {}, "WEBP": {"lossless": True, "exact": True}, "TIFF": {}}.items()},
+        "LA": (encoded(Image.merge("LA", [Image.fromarray(grey), Image.fromarray(rgba[..., 3])]), "PNG"), of_grey),
+        "palette": (encoded(flat, "PNG", transparency=3), of_palette),
+        "GIF": (encoded(flat, "GIF", transparency=3), of_palette),
+        "a colour": (encoded(Image.fromarray(keyed), "PNG", transparency=(1, 2, 3)), of_key),
+        "16 bits": (deep_png(rgba.astype(">u2") * 257), rgba),
+    }  # fmt: skip
+    for name, (data, wanted) in files.items():
+        counts: Counter[str] = Counter()
+        stored = stored_image(data, Storing(store, 24, background=background), counts)
+        found = Image.open(io.BytesIO(stored))
+        assert (found.mode, found.format) == ("RGB", "PNG"), name
+        assert np.abs(np.array(found) - composited(wanted, background)).max() <= 1, name
+        assert counts["composited"] == 1, name
+        in_grey = np.array(read_image(data, True, background)).astype(int)
+        assert np.abs(in_grey - np.array(found.convert("L"))).max() <= 1, name
+
+
+def deep_png(pixels_YXC: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, big-endian, which PIL does not write in colours."""
+    height, width, channels = pixels_YXC.shape
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels_YXC)
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        chunk(*one) for one in ((b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    )
+
+
+def test_an_opaque_alpha_changes_nothing() -> None:
+    for mode in ("RGBA", "LA"):
+        image = picture(mode, (20, 20))
+        image.putalpha(255)
+        data, counts = encoded(image, "PNG"), Counter[str]()
+        assert stored_image(data, Storing("original", 16, background=(9, 9, 9)), counts) == data
+        assert counts == Counter()
+
+
+def frames(kind: str) -> bytes:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    pictures = [picture("RGB", (20, 20), seed) for seed in range(3)]
+    return encoded(pictures[0], kind, save_all=True, append_images=pictures[1:], **options)
+
+
+def deep(kind: str) -> bytes:
+    if kind == "PPM":
+        return b"P6 20 20 65535\n" + bytes(20 * 20 * 6)
+    if kind == "JPEG2000":  # the depth of three components, in the marker SIZ of a codestream
+        data = bytearray(encoded(picture("RGB", (20, 20)), kind, no_jp2=True))
+        data[42:51:3] = bytes([15] * 3)
+        return bytes(data)
+    if kind == "TIFF":  # one strip of 16-bit RGB, little-endian
+        tags = {256: 20, 257: 20, 258: (16, 16, 16), 259: 1, 262: 2, 277: 3, 273: 200, 278: 20, 279: 2400}
+        entries, extra = b"", struct.pack("<HHH", 16, 16, 16)
+        for tag, value in sorted(tags.items()):
+            kind_and_count = (3, 3) if tag == 258 else (4, 1)
+            entries += struct.pack("<HHII", tag, *kind_and_count, 150 if tag == 258 else value)
+        body = b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + entries + bytes(4)
+        return body.ljust(150, b"\0") + extra.ljust(50, b"\0") + bytes(2400)
+    return deep_png(np.zeros((20, 20, 3), ">u2"))
+
+
+LOSSES: dict[str, list[tuple[str, Callable[[], bytes]]]] = {
+    "of several frames": [
+        *[(kind, lambda kind=kind: frames(kind)) for kind in ("GIF", "WEBP", "PNG", "TIFF", "MPO", "AVIF")],
+    ],
+    "of other colours": [
+        *[(kind, lambda kind=kind: encoded(picture("CMYK", (20, 20)), kind)) for kind in ("JPEG", "TIFF")],
+    ],
+    "cut to 8 bits": [(kind, lambda kind=kind: deep(kind)) for kind in ("PNG", "TIFF", "PPM", "JPEG2000")],
+    "of another profile": [
+        ("JPEG", lambda: encoded(picture("RGB", (20, 20)), "JPEG", icc_profile=b"Display P3")),
+    ],
+    "enlarged": [("PNG", lambda: png((15, 30)))],
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_loss_is_counted_and_said(loss: str) -> None:
+    for kind, make in LOSSES[loss]:
+        counts: Counter[str] = Counter()
+        assert stored_image(make(), Storing("lossless", 16), counts), kind
+        assert counts == Counter([loss]), kind
+    (line,) = describe_changes({loss: 3}, (0, 0, 0), 16)
+    assert line.startswith("3 images ")
+
+
+def test_what_loses_nothing_is_not_counted() -> None:
+    counts: Counter[str] = Counter()
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000"):
+        stored_image(encoded(picture("RGB", (20, 20)), kind, icc_profile=profile), Storing("lossless", 16), counts)
+        stored_image(encoded(picture("L", (20, 20)), kind), Storing("lossless", 16), counts)
+    assert counts == Counter()
+
+
+def test_a_rejected_image_loses_nothing() -> None:
+    counts: Counter[str] = Counter()
+    with pytest.raises(RejectedImageError):
+        stored_image(frames("GIF"), Storing("original", 16), counts)
+    assert counts == Counter()
+
+
+def test_backgrounds() -> None:
+    for text, colour in (
+        ("white", (255, 255, 255)),
+        (" Black ", (0, 0, 0)),
+        ("#2563a8", (37, 99, 168)),
+        ("#fff", (255,) * 3),
+    ):
+        assert parse_background(text) == colour
+    for text, words in (
+        ("wite", "perhaps white"),
+        ("", "got ''"),
+        ("#2563a880", "got '#2563a880'"),
+        ("12", "or '#2563a8'"),
+    ):
+        with pytest.raises(UserError, match=f"--background: expected a colour such as .*{words}"):
+            parse_background(text)
+    lines = describe_changes({"composited": 2, "enlarged": 1}, (37, 99, 168), 64)
+    assert lines[0] == "2 images with transparency are composited on #2563a8 (--background)"
+    assert lines[1] == "1 images have a side of fewer than 64 pixels and are enlarged"
 
 
 def test_only_pixels_are_stored() -> None:
@@ -181,8 +348,6 @@ def huge_png() -> bytes:
     """A PNG of a few bytes that claims 20000 x 20000 pixels."""
     data = bytearray(png())
     data[16:24] = (20000).to_bytes(4, "big") * 2
-    import zlib
-
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     return bytes(data)
 
@@ -229,7 +394,10 @@ def test_a_thin_image_does_not_fill_the_memory() -> None:
     ("kind", "mode"), [("GIF", "P"), ("AVIF", "RGB"), ("TIFF", "LA"), ("TIFF", "1"), ("JPEG2000", "LA")]
 )
 def test_what_dali_cannot_decode_is_not_stored_as_it_is(kind: str, mode: str) -> None:
-    data = encoded(picture(mode, (20, 20)), kind)
+    image = picture(mode, (20, 20))
+    if mode == "LA":
+        image.putalpha(255)
+    data = encoded(image, kind)
     with pytest.raises(RejectedImageError, match=f"DALI does not decode {kind} of mode {mode} as PIL does"):
         stored_image(data, Storing("original", 8))
     assert stored_image(data, Storing("lossless", 8))
@@ -319,230 +487,15 @@ def test_damage_is_rejected_for_the_same_reason_every_time(data: bytes, seed: in
 def test_samples_leave_gaps_where_images_were_rejected(tmp_path: Path) -> None:
     root = write_tree(tmp_path, cat=2, dog=3)
     (root / "cat" / "001.png").write_bytes(b"")
-    listing, begun, rejected = list_images(root), [], []
+    listing, begun, outcome = list_images(root), [], Outcome()
     (root / "dog" / "001.png").unlink()
-    samples = list(read_samples(listing, range(1, 5), Storing("lossless", 8), begun.append, rejected))
+    samples = list(read_samples(listing, range(1, 5), Storing("lossless", 8), begun.append, outcome))
     assert [(sample["id"], sample["label"], sample["caption"]) for sample in samples] == [(2, 1, ""), (4, 1, "")]
     assert begun == [1, 2, 3, 4]
-    assert rejected == [
+    assert outcome.rejected == [
         {"id": 1, "path": "cat/001.png", "reason": "the file is empty"},
         {"id": 3, "path": "dog/001.png", "reason": "the file cannot be read: No such file or directory"},
     ]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Listing a tree
-
-
-def test_a_tree(tmp_path: Path) -> None:
-    names = ["b/2.JPEG", "b/10.jpg", "b/sub/deep/1.png", "b/sub.png", "a/x.webp", "C/y.gif"]
-    ignored = ["b/.hidden.jpg", "b/.cache/z.jpg", ".git/z.jpg", "README.md", "b/notes.txt", "a/Thumbs.db"]
-    for name in names + ignored:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"1")
-    listing = list_images(tmp_path)
-    assert listing.class_names == ("C", "a", "b")
-    assert [row.path for row in listing.rows] == sorted(names)
-    assert [row.label for row in listing.rows] == [0, 1, 2, 2, 2, 2]
-    assert {row.caption for row in listing.rows} == {""}
-    assert listing.ignored == "2 files without an image's suffix"
-    assert listing.root == tmp_path
-
-
-def test_names_that_are_not_utf8(tmp_path: Path) -> None:
-    folder = os.fsencode(tmp_path) + b"/caf\xe9"
-    os.mkdir(folder)
-    with open(folder + b"/\xff.png", "wb") as file:
-        file.write(png())
-    listing = list_images(tmp_path)
-    assert read_image(read_file(listing.root / listing.rows[0].path)).size == (12, 9)
-    assert json.loads(json.dumps(listing.rows[0].path)) == listing.rows[0].path
-
-
-def test_links_are_followed_but_not_in_a_circle(tmp_path: Path) -> None:
-    elsewhere = write_tree(tmp_path / "elsewhere", cat=2)
-    root = tmp_path / "root"
-    root.mkdir()
-    (root / "cat").symlink_to(elsewhere / "cat")
-    (elsewhere / "cat" / "broken.png").symlink_to(tmp_path / "nowhere")
-    (elsewhere / "cat" / "loop.png").symlink_to("loop.png")
-    names = ["cat/000.png", "cat/001.png", "cat/broken.png", "cat/loop.png"]
-    assert [row.path for row in list_images(root).rows] == names
-    (elsewhere / "cat" / "again").symlink_to(elsewhere)
-    with pytest.raises(UserError, match="links to a folder above itself"):
-        list_images(root)
-
-
-def test_the_digest_is_of_everything_that_decides_the_shards(tmp_path: Path) -> None:
-    def listed(name: str, change: Callable[[Path], object] = lambda root: None) -> str:
-        root = write_tree(tmp_path / name, cat=2, dog=1)
-        change(root)
-        return list_images(root).digest
-
-    same = listed("one")
-    assert listed("two", lambda root: os.utime(root / "cat" / "000.png", (1, 1))) == same
-    changes: list[Callable[[Path], object]] = [
-        lambda root: (root / "cat" / "000.png").rename(root / "cat" / "0000.png"),
-        lambda root: (root / "cat" / "000.png").rename(root / "dog" / "001.png"),
-        lambda root: (root / "cat").rename(root / "kitten"),
-        lambda root: (root / "cat" / "000.png").write_bytes(b""),
-        lambda root: (root / "cat" / "001.png").unlink(),
-    ]
-    digests = {listed(f"changed{i}", change) for i, change in enumerate(changes)}
-    assert len(digests | {same}) == len(changes) + 1
-
-
-TREE_MISTAKES: list[tuple[Callable[[Path], object], str]] = [
-    (lambda root: (root / "stray.jpg").write_bytes(b""), r"class folders, got .*stray\.jpg in no class folder"),
-    (lambda root: (root / "empty").mkdir(), "class folder .*empty holds no images; fill or remove it"),
-    (lambda root: [(root / "cat" / f"00{i}.png").unlink() for i in range(2)], "class folder .*cat holds no images"),
-]
-
-
-@pytest.mark.parametrize(("spoil", "message"), TREE_MISTAKES)
-def test_mistakes_in_a_tree(spoil: Callable[[Path], object], message: str, tmp_path: Path) -> None:
-    spoil(write_tree(tmp_path, cat=2))
-    with pytest.raises(UserError, match=message) as raised:
-        list_images(tmp_path)
-    assert "\n" not in str(raised.value)
-
-
-def test_what_is_no_listing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"expected class folders in .*, got none"):
-        list_images(tmp_path)
-    with pytest.raises(UserError, match="does not exist; give a folder of class folders or a table"):
-        list_images(tmp_path / "nowhere")
-    (tmp_path / "list.txt").write_text("a.png\n")
-    with pytest.raises(UserError, match=r"or a table \(\.csv, \.jsonl\), got the file"):
-        list_images(tmp_path / "list.txt")
-    with pytest.raises(UserError, match="--root: expected only with a table"):
-        list_images(write_tree(tmp_path / "tree", cat=1), tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Listing a table
-
-_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12)
-
-
-@given(
-    rows=st.lists(st.tuples(_TEXT, st.from_regex("[a-z][a-z0-9]{0,3}", fullmatch=True), _TEXT), min_size=1, max_size=8)
-)
-def test_both_kinds_of_table_list_the_same(
-    rows: list[tuple[str, str, str]], tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    folder = tmp_path_factory.mktemp("tables")
-    with (folder / "t.csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerows([("path", "label", "caption"), *rows])
-    with (folder / "t.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"caption": c, "label": l, "path": p}) + "\n" for p, l, c in rows)
-    from_csv, from_jsonl = list_images(folder / "t.csv"), list_images(folder / "t.jsonl")
-    assert from_csv == from_jsonl
-    assert from_csv.class_names == tuple(sorted({label for _, label, _ in rows}))
-    found = [(row.path, from_csv.class_names[row.label], row.caption) for row in from_csv.rows]
-    assert found == rows
-
-
-def table(folder: Path, text: str, name: str = "t.csv") -> Path:
-    (folder / name).write_text(text, encoding="utf-8")
-    return folder / name
-
-
-def test_labels_that_are_numbers_are_kept(tmp_path: Path) -> None:
-    rows = "".join(f"{label},{label}.png\n" for label in range(10))
-    listing = list_images(table(tmp_path, f"label,path\n10,a.png\n{rows}010,c.png\n"))
-    assert listing.class_names == tuple(map(str, range(11)))
-    assert [row.label for row in listing.rows] == [10, *range(10), 10]
-    lines = '{"path": "a.png", "label": 1}\n\n{"path": "b.png", "label": "0"}\n'
-    assert [row.label for row in list_images(table(tmp_path, lines, "t.jsonl")).rows] == [1, 0]
-    names = list_images(table(tmp_path, "path,label\na.png,10\nb.png,9\nc.png,cat\n"))
-    assert names.class_names == ("10", "9", "cat")
-
-
-def test_a_table_without_labels_has_one_class(tmp_path: Path) -> None:
-    for text in ("path\na.png\nb.png\n", "path,label,caption\na.png,,\nb.png,,\n"):
-        listing = list_images(table(tmp_path, text))
-        assert listing.class_names == ("unlabelled",)
-        assert [row.label for row in listing.rows] == [0, 0]
-    lines = '{"path": "a.png", "label": null, "caption": null}\n{"path": "b.png"}\n'
-    assert list_images(table(tmp_path, lines, "t.jsonl")).rows == listing.rows
-
-
-def test_where_a_tables_paths_begin(tmp_path: Path) -> None:
-    write_tree(tmp_path / "pictures", cat=1)
-    (tmp_path / "lists").mkdir()
-    absolute = tmp_path / "pictures" / "cat" / "000.png"
-    for text, root in (
-        ("path\n../pictures/cat/000.png\n", None),
-        ("path\ncat/000.png\n", tmp_path / "pictures"),
-        (f"path\n{absolute}\n", None),
-    ):
-        listing = list_images(table(tmp_path / "lists", text), root)
-        assert read_file(listing.root / listing.rows[0].path) == absolute.read_bytes()
-
-
-def test_columns_that_nobody_reads_are_named(tmp_path: Path) -> None:
-    listing = list_images(table(tmp_path, "\ufeffpath,width,Label\na.png,3,cat\n"))
-    assert listing.ignored == "columns Label, width"
-    assert listing.class_names == ("unlabelled",)
-
-
-def test_the_digest_of_a_table(tmp_path: Path) -> None:
-    texts = ["path,label,caption\na.png,a,x\n", "path,label,caption\na.png,b,x\n", "path,label,caption\na.png,a,y\n"]
-    digests = [list_images(table(tmp_path, text)).digest for text in texts]
-    (tmp_path / "a.png").write_bytes(b"1")
-    digests.append(list_images(table(tmp_path, texts[0])).digest)
-    assert len(set(digests)) == 4
-
-
-TABLE_MISTAKES = [
-    ("t.csv", "", "expected a first line that names the column path, got nothing"),
-    ("t.csv", "file,label\na.png,1\n", "names the column path, got file, label"),
-    ("t.csv", "path,label\n", "expected a row for each image in .*, got none"),
-    ("t.csv", "path,caption\na.png,one, two\n", "line 2: expected 2 values, .* got more; .*quote"),
-    ("t.csv", "path,caption\na.png,one\nb.png\n", "line 3: expected 2 values, .* got fewer"),
-    ("t.csv", 'path\n"a.png\n', "line .*: expected CSV"),
-    ("t.csv", "path,label\na.png,cat\n,cat\n", "line 3: expected a path, got none"),
-    ("t.csv", "path,label\na.png,cat\nb.png,\n", "line 3: expected a label, as in other rows, got none"),
-    ("t.csv", "path,label\na.png,-1\n", "line 2: expected a name or a number from 0 on as label, got '-1'"),
-    (
-        "t.csv",
-        "path,label\na.png,0\nb.png,2\n",
-        "class from 0 to 2, since all labels are numbers, got none of 1; ",
-    ),
-    ("t.csv", "path,label\na.png,7\nb.png,3\n", "class from 0 to 7, .* got none of 0 and 5 more; .* such as class7"),
-    ("t.csv", f"path,label\na.png,0\nb.png,{10**15}\n", "got none of 1 and 999999999999998 more"),
-    ("t.jsonl", "", "expected a row for each image in .*, got none"),
-    ("t.jsonl", '{"path": "a.png"}\n{"path"\n', "line 2: expected one JSON object"),
-    ("t.jsonl", '["a.png"]\n', "line 1: expected one JSON object, got"),
-    ("t.jsonl", '{"file": "a.png"}\n', "line 1: expected a path, got none"),
-    ("t.jsonl", '{"path": 7}\n', "line 1: expected a text as path, got 7"),
-    ("t.jsonl", '{"path": "a.png", "caption": ["x"]}\n', r"line 1: expected a text as caption, got \['x'\]"),
-    ("t.jsonl", '{"path": "a.png", "label": 1.5}\n', "from 0 on as label, got 1.5"),
-    ("t.jsonl", '{"path": "a.png", "label": true}\n', "from 0 on as label, got True"),
-    ("t.csv", "path\na\0.png\n", "line 2: expected a text as path, got 'a.x00.png'"),
-    ("t.csv", f"path,label\na.png,{'9' * 5000}\n", "line 2: expected a name or a number from 0 on as label, got '999"),
-    ("t.jsonl", '{"path": "a.png", "caption": "\\ud800"}\n', "line 1: expected a text as caption, got '.ud800'"),
-    ("t.jsonl", '{"path": "a.png", "label": "\\ud800"}\n', "from 0 on as label, got '.ud800'"),
-    ("t.jsonl", "[" * 100_000 + "\n", "line 1: expected one JSON object .maximum recursion depth"),
-]
-
-
-@pytest.mark.parametrize(("name", "text", "message"), TABLE_MISTAKES)
-def test_mistakes_in_a_table(name: str, text: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message) as raised:
-        list_images(table(tmp_path, text, name))
-    assert "\n" not in str(raised.value)
-    assert str(tmp_path / name) in str(raised.value)
-
-
-def test_a_table_of_another_encoding_and_another_root(tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_bytes(b"path\ncaf\xe9.png\n")
-    with pytest.raises(UserError, match=r"t\.csv: expected UTF-8 text"):
-        list_images(tmp_path / "t.csv")
-    with pytest.raises(UserError, match=r"--root: expected the folder that paths in .*t\.csv begin at, got"):
-        list_images(tmp_path / "t.csv", tmp_path / "nowhere")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -553,7 +506,7 @@ def write_shards(folder: Path, root: Path, how: Storing) -> None:
     listing = list_images(root)
     writer = ShardWriter(folder, image_columns(), {})
     writer.begin()
-    writer.write(0, read_samples(listing, range(len(listing.rows)), how, lambda id: None, []))
+    writer.write(0, read_samples(listing, range(len(listing.rows)), how, lambda id: None, Outcome()))
     info = ImagesInfo(
         listing.class_names, len(listing.rows), 0, how.store, how.image_size, how.channels, "test", images.versions()
     )

@@ -1,5 +1,6 @@
 """tools/inspect_shards.py: what it shows, and what its --verify finds."""
 
+import dataclasses
 import io
 from pathlib import Path
 
@@ -10,7 +11,9 @@ from PIL import Image
 from cfpretrain import config as configs
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, check_infos, image_columns, read_latents_info
+from cfpretrain.model.autoencoder import KLAutoencoder
 from tests.digits import digits_info, write_digits, write_latents
+from tests.processes import REPOSITORY
 from tools import inspect_shards
 
 REJECTED = '{"id": 9, "path": "a.png", "reason": "the file is empty"}'
@@ -66,6 +69,52 @@ def test_latents_are_described_drawn_and_verified(
     picture = Image.open(tmp_path / "pictures" / "grid.png")
     assert picture.width > 8 * 64
     assert len(np.unique(np.asarray(picture))) > 10
+
+
+def test_the_config_names_the_autoencoder_that_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = REPOSITORY / "configs" / "autoencoders" / "digits"
+    autoencoder = KLAutoencoder.load(folder, "cpu")
+    info = dataclasses.replace(
+        digits_info(20),
+        autoencoder=autoencoder.fingerprint,
+        latent_shape=(4, 4, 4),
+        latent_shift=autoencoder.shift,
+        latent_scale=autoencoder.scale,
+        image_size=32,
+    )
+    latents = write_latents(tmp_path / "latents", info, [(i, i % 10, np.zeros((4, 4, 4))) for i in range(20)])
+    inspect(monkeypatch, latents)
+    assert '"autoencoder": "FOLDER"' in capsys.readouterr().out
+    inspect(monkeypatch, latents, "--autoencoder", folder)
+    shown = capsys.readouterr().out
+    said = "\n".join(line.strip() for line in shown.splitlines() if line.startswith(("  model: {", "  data: {")))
+    (tmp_path / "mine.yaml").write_text(said)
+    overrides = ["train.global_batch_size=16", "data.mirror_prob=0", "model.patch_size=1"]
+    assert configs.load(tmp_path / "mine.yaml", overrides).data.autoencoder == str(folder)
+    other = write_latents(
+        tmp_path / "other", dataclasses.replace(info, autoencoder="0" * 32), [(0, 0, np.zeros((4, 4, 4)))] * 20
+    )
+    message = refused(monkeypatch, capsys, other, "--autoencoder", folder)
+    assert "--autoencoder: expected the autoencoder that made the latents, of fingerprint 000" in message
+    digits = write_digits(tmp_path / "digits", 20)
+    assert "expected none for shards of images or pixels" in refused(monkeypatch, capsys, digits, "--autoencoder", "x")
+
+
+def test_what_images_lost_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = ShardWriter(tmp_path / "images", image_columns(), {})
+    writer.begin()
+    writer.write(0, [{"id": 0, "label": 0, "caption": "", "image": png(16)}])
+    changes = {"composited": 1, "enlarged": 1}
+    info = ImagesInfo(("cat",), 1, 0, "lossless", 16, 3, "a test", background=(0, 0, 0), changes=changes)
+    writer.finish(info, 1)
+    inspect(monkeypatch, tmp_path / "images")
+    shown = capsys.readouterr().out
+    assert "of these: 1 images with transparency are composited on black (--background)\n" in shown
+    assert ": 1 images have a side of fewer than 16 pixels and are enlarged\n" in shown
 
 
 def test_images_are_described_and_verified(

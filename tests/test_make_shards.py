@@ -1,11 +1,13 @@
 """tools/make_shards.py as a command: same images, same shards, whatever happens on the way."""
 
+import io
 import json
 import os
 import random
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,14 +16,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from cfpretrain.console import EXIT_REQUEUE
-from cfpretrain.data.images import list_images, read_all_images, read_file, read_image
+from cfpretrain.data.images import read_all_images, read_file, read_image
+from cfpretrain.data.listing import list_images
 from cfpretrain.data.shards import ImagesInfo, Shards, read_info
 from cfpretrain.data.storing import deal_images
 from tests.disks import mounted_disk
 from tests.processes import Ended, Rank
-from tests.test_images import encoded, oracle, picture, table, write_tree
+from tests.test_images import encoded, oracle, picture, write_tree
+from tests.test_tables import table
 from tools import measure_data
 
 _WAIT_SECONDS = 120
@@ -200,8 +205,11 @@ def test_a_table_becomes_shards(tmp_path: Path) -> None:
 
 def test_columns_that_nobody_reads_are_said(tmp_path: Path) -> None:
     write_tree(tmp_path, x=1)
-    said = made(table(tmp_path, "path,width\nx/000.png,3\n"), "--out", tmp_path / "out", "--size", 6)
+    arguments = (table(tmp_path, "path,width\nx/000.png,3\n"), "--out", tmp_path / "out", "--size", 6)
+    assert "--ignore-columns width" in refused(*arguments)
+    said = made(*arguments, "--ignore-columns", "width")
     assert "ignored: columns width" in said
+    assert "WARNING: no row has a label: all 1 images are of one class, unlabelled" in said
 
 
 def test_a_shard_of_rejected_images_alone(tmp_path: Path) -> None:
@@ -235,6 +243,173 @@ def test_the_plain_loop_that_it_is_measured_against_makes_the_same(tmp_path: Pat
         sample = ours.sample(i)
         del sample["checksum"]
         assert plain[i] == sample
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What images lose
+
+
+@pytest.fixture(scope="module")
+def odd_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 images: 12 half transparent, in three ways, 4 of CMYK, 2 animations, 3 small ones."""
+    root = write_tree(tmp_path_factory.mktemp("images") / "odd", ant=9, bee=0)
+    for i in range(12):
+        shape = Image.new("RGBA", (20, 20), (0, 200, 0, 0))
+        shape.paste((200, 0, 0, 255), (0, 0, 20, 10))
+        kind = ("PNG", "WEBP", "TIFF")[i % 3]
+        (root / "bee" / f"{i:02d}.{kind.lower()}").write_bytes(encoded(shape, kind))
+    for i in range(4):
+        (root / "bee" / f"c{i}.jpg").write_bytes(encoded(picture("CMYK", (20, 20), i), "JPEG"))
+    frames = [picture("RGB", (20, 20), i) for i in range(2)]
+    for i in range(2):
+        (root / "bee" / f"g{i}.gif").write_bytes(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    for i in range(3):
+        (root / "ant" / f"small{i}.png").write_bytes(encoded(picture("RGB", (7, 30), i), "PNG"))
+    return root
+
+
+_ODD = ("--size", 8, "--images-per-shard", 4)
+_LOST = [
+    "12 images with transparency are composited on white (--background)",
+    "4 images in CMYK or CIELAB are converted to RGB without their colour profile",
+    "2 images of several frames or pictures give their first",
+    "3 images have a side of fewer than 8 pixels and are enlarged",
+]
+
+
+def test_what_images_lose_is_counted_over_workers_and_runs(odd_tree: Path, tmp_path: Path) -> None:
+    for workers in (1, 3):
+        said = made(odd_tree, "--out", tmp_path / str(workers), *_ODD, "--workers", workers)
+        assert [line for line in said.splitlines() if line.endswith(tuple(_LOST))] == [
+            f"[cfpretrain] {tmp_path / str(workers)}: {line}" for line in _LOST
+        ]
+    assert content(tmp_path / "1") == content(tmp_path / "3")
+    shards, listing = Shards(tmp_path / "1", "--out"), list_images(odd_tree)
+    for sample in map(shards.sample, range(len(shards))):
+        if listing.rows[sample["id"]].path[:5] in {"bee/0", "bee/1"}:
+            pixels = np.array(read_image(sample["image"]))
+            assert (pixels[-1] == 255).all(), "what is transparent is white"
+            assert (pixels[0] == (200, 0, 0)).all()
+    # Stopped at a damaged image, and gone on: the counts are of both runs.
+    out, root = tmp_path / "out", shutil.copytree(odd_tree, tmp_path / "tree")
+    last = list_images(root).rows[deal_images(30, 4)[-1][-1]].path
+    num_bytes = (root / last).stat().st_size
+    before = (root / last).read_bytes()
+    (root / last).write_bytes(bytes(num_bytes))
+    refused(root, "--out", out, *_ODD, "--workers", 1)
+    assert num_written(out) == 8
+    (tmp_path / ".out.unfinished" / "records" / "00007.json").unlink()
+    (root / last).write_bytes(before)
+    said = made(root, "--out", out, *_ODD)
+    assert all(f"{out}: {line}\n" in said for line in _LOST)
+    assert all(f"{out}: {line}\n" in made(root, "--out", out, *_ODD) for line in _LOST), "said of what is there, too"
+
+
+def test_the_background_is_a_part_of_what_shards_are(odd_tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    said = made(odd_tree, "--out", out, *_ODD, "--background", "black")
+    assert "12 images with transparency are composited on black (--background)" in said
+    info = read_info(out, "--out")
+    assert isinstance(info, ImagesInfo)
+    assert (info.background, info.changes["composited"]) == ((0, 0, 0), 12)
+    message = refused(odd_tree, "--out", out, *_ODD)
+    assert "holds other shards already (background: black there, white now)" in message
+    message = refused(odd_tree, "--out", out, *_ODD, "--background", "#000000", "--upright")
+    assert "holds other shards already (upright: False there, True now)" in message
+    assert "perhaps white" in refused(odd_tree, "--out", tmp_path / "other", *_ODD, "--background", "whit")
+
+
+def test_originals_keep_no_transparency_for_dali_to_drop(odd_tree: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = (odd_tree, "--out", out, *_ODD, "--store", "original", "--max-rejected-share", 0.3)
+    assert "12 images with transparency are composited on white" in made(*arguments)
+    shards, listing = Shards(out, "--out"), list_images(odd_tree)
+    composited = 0
+    for sample in map(shards.sample, range(len(shards))):
+        path = odd_tree / listing.rows[sample["id"]].path
+        stored = Image.open(io.BytesIO(sample["image"]))
+        assert not stored.has_transparency_data
+        if sample["image"] != path.read_bytes():
+            assert (stored.format, stored.mode, stored.size) == ("PNG", "RGB", (20, 20))
+            composited += 1
+    assert composited == 12
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A part is held out
+
+_HELD = ("--size", 8, "--images-per-shard", 4, "--max-rejected-share", 0.04, "--hold-out", 0.2)  # 0.04: of both parts
+
+
+def test_a_share_of_each_class_goes_into_a_folder_of_its_own(tree: Path, tmp_path: Path) -> None:
+    out, held_out = tmp_path / "out", tmp_path / "held"
+    said = made(tree, "--out", out, "--held-out", held_out, *_HELD)
+    assert f"48 images for {out}, 12 held out for {held_out}" in said
+    infos = [read_info(folder, "--out") for folder in (out, held_out)]
+    assert [info.class_names for info in infos] == [("ant", "bee", "cat")] * 2
+    assert [info.source for info in infos] == [f"{tree}, all but 0.2 of each class", f"{tree}, 0.2 of each class"]
+    assert sum(info.num_samples for info in infos) == 58
+    found = Counter[bytes]()
+    for folder in (out, held_out):
+        shards = Shards(folder, "--out")
+        found.update(sample["image"] for sample in map(shards.sample, range(len(shards))))
+    made(tree, "--out", tmp_path / "all", *_TREE)
+    shards = Shards(tmp_path / "all", "--out")
+    assert found == Counter(sample["image"] for sample in map(shards.sample, range(len(shards))))
+
+    before = content(tmp_path)
+    said = made(tree, "--out", out, "--held-out", held_out, *_HELD)
+    assert said.count("already there: ") == 2
+    message = refused(tree, "--out", out, "--held-out", held_out, *_HELD, "--hold-out", 0.3)
+    assert (
+        "(images: 48 there, 41 now, part: all but 0.2 of each class there, all but 0.3 of each class now, " in message
+    )
+    message = refused(tree, "--out", held_out, *_HELD[:-2])
+    assert "part: 0.2 of each class there, all now" in message
+    assert content(tmp_path) == before
+
+
+def test_both_folders_are_checked_before_the_first_is_written(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "todo.txt").write_text("milk")
+    message = refused(tree, "--out", tmp_path / "out", "--held-out", tmp_path / "held", *_HELD)
+    assert "held is not empty and holds no complete shards" in message
+    assert num_written(tmp_path / "out") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--hold-out", 0.1), "--hold-out and --held-out: expected a share and a folder for it, got one of them"),
+        (("--held-out", "held"), "--hold-out and --held-out: expected a share and a folder for it, got one of them"),
+        (("--hold-out", 0, "--held-out", "held"), "--hold-out: expected a share between 0 and 1, got 0"),
+        (("--hold-out", 1, "--held-out", "held"), "--hold-out: expected a share between 0 and 1, got 1"),
+        (("--hold-out", 0.1, "--held-out", "out"), "--held-out: expected a folder outside of the images and of --out"),
+        (("--hold-out", 0.1, "--held-out", "out/held"), "--held-out: expected a folder outside of the images and of"),
+    ],
+)
+def test_mistakes_in_holding_out(options: tuple[object, ...], message: str, tree: Path, tmp_path: Path) -> None:
+    places = [tmp_path / str(option) if str(option).startswith(("held", "out")) else option for option in options]
+    assert message in refused(tree, "--out", tmp_path / "out", "--size", 8, *places)
+    assert not list(tmp_path.iterdir())
+
+
+def test_kills_change_neither_folder(big_tree: Path, tmp_path: Path) -> None:
+    wanted, folder = tmp_path / "wanted", tmp_path / "made"
+
+    def command(where: Path) -> tuple[object, ...]:
+        return (big_tree, "--out", where / "out", "--held-out", where / "held", *_BIG, "--hold-out", 0.4)
+
+    made(*command(wanted))
+    rng, kills = random.Random(3), 0
+    while kills < 4:
+        kills += kill_at_a_random_moment(start(*command(folder)), folder / rng.choice(("out", "held")), rng)
+        if (folder / "held").exists():
+            made(*command(folder))
+            assert content(folder) == content(wanted)
+            shutil.rmtree(folder)
+    made(*command(folder))
+    assert content(folder) == content(wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -292,7 +467,7 @@ def test_changed_images_do_not_go_on_with_old_shards(tmp_path: Path) -> None:
     refused(*arguments)
     (root / "x" / "005.png").unlink()
     message = refused(*arguments)
-    assert "is the unfinished work of other settings (images: " in message
+    assert "is the unfinished work of other settings (images: 6 there, 5 now, other file_sizes, " in message
     shutil.rmtree(tmp_path / ".out.unfinished")
     made(*arguments)
 

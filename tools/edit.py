@@ -4,12 +4,15 @@
     python tools/edit.py runs/demo --generate 7 --region box:1,0,3,4 --class 2 --num-seeds 6 --out edit.png
 
 No training is needed for it: what stays is clean context, like the tokens of an earlier AR step. These tokens come back
-bit for bit; pixels beside the region may change a little, since an autoencoder's decoder looks past a token's border.
+bit for bit; pixels beside the region may change a little, since an autoencoder's decoder looks past a token's border,
+and all of an image file change as much as the autoencoder changes any image: the picture's column "decoded" shows it
+encoded and decoded without an edit.
 
 A region is centre, top, bottom, outside, box:Y0,X0,Y1,X1 (rows and columns of tokens, the ends left out), tokens:0,1,17
-(row * columns + column), or mask:FILE, a picture that is white where the image is made anew (alpha does not count): of
-the size of the image file, of its centre crop, or with one pixel a token. Image files may have any size: they are
-cropped as for training.
+(row * columns + column), or mask:FILE, a picture that is white where the image is made anew; what is black, or
+transparent, stays. It has the size of the image file, of its centre crop, or one pixel a token. A token of which the
+mask touches a single pixel is made anew as a whole: a mask grows to the borders of its tokens. Image files may have any
+size: they are turned upright as their EXIF rotation says, and cropped as for training.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from cfpretrain.evaluation.sampling_options import add_sampling_options, check_p
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfpretrain.data.images import Colour
     from cfpretrain.evaluation.generation import GenerationSettings
     from cfpretrain.source import Source
 
@@ -45,6 +49,8 @@ def main() -> None:
     given.add_argument("--generate", metavar="CLASS", help="an image that the model makes first")
     parser.add_argument("--region", required=True, help="what is made anew: see below")
     parser.add_argument("--class", dest="classes", nargs="+", required=True, metavar="CLASS", help="names or numbers")
+    parser.add_argument("--background", metavar="COLOUR", default="white",
+                        help="behind what is transparent in --image: a name or '#rrggbb' (default white)")  # fmt: skip
     parser.add_argument("--num-seeds", type=int, default=4, help="edits of each class (default 4)")
     parser.add_argument("--out", type=path_argument, default=Path("edit.png"), help="the picture (default edit.png)")
     parser.add_argument(
@@ -61,12 +67,14 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     with phase("loading torch"):
         from cfpretrain import runtime
+        from cfpretrain.data.images import parse_background
         from cfpretrain.evaluation.editing import read_region
         from cfpretrain.evaluation.generation import edit_tokens
         from cfpretrain.model.transformer import unpatchify
         from cfpretrain.source import load_source
     if runtime.world_size() != 1:
         raise UserError(f"edit.py edits on one rank, got {runtime.world_size()}; start it with python alone")
+    background = parse_background(arguments.background)
     device = runtime.pick_device()
     with phase(f"loading {arguments.source}"):
         source = load_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
@@ -74,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
     config, model = source.config, source.config.model
     labels = [source.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]
     image_size = model.latent_size * autoencoder.stride
-    given = _read_image(arguments.image, source, autoencoder, image_size) if arguments.image else None
+    given = _read_image(arguments.image, source, autoencoder, image_size, background) if arguments.image else None
     region_L = read_region(arguments.region, model.grid, image_size, given.file_size if given else None)
     settings = read_settings(arguments, config, int(region_L.sum()))
     original = given or _make_image(source, source.label_of(arguments.generate), autoencoder, settings)
@@ -86,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
         # The original, where it was generated, has id 0.
         edited = edit_tokens(config, source.model, tokens_BLP, region_L, labels, settings, device, first_id=1)
         images = autoencoder.decode(unpatchify(edited, model.patch_size)).cpu()
-    _draw(arguments, source, original.image, region_L, images, settings)
+    _draw(arguments, source, original, region_L, images, settings)
     say(f"{len(labels)} edits: {arguments.out}")
 
 
@@ -109,16 +117,22 @@ def _check(arguments: argparse.Namespace) -> None:
 class _Original:
     image: "Tensor"  # [1, C, Y, X]
     tokens: "Tensor"  # [1, L, P]
+    decoded: "Tensor | None" = None  # [1, C, Y, X]: what an autoencoder makes of the image, where it does
     file_size: tuple[int, int] | None = None  # (width, height) of what the image was cropped from
 
 
-def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int) -> _Original:
+def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int, background: "Colour") -> _Original:
     from cfpretrain.evaluation.editing import encode_tokens, read_crop
+    from cfpretrain.model.transformer import unpatchify
 
     config = source.config
     channels = autoencoder.image_channels if config.data.autoencoder else config.model.latent_channels
-    image, file_size = read_crop(path, image_size, is_grey=channels == 1)
-    return _Original(image, encode_tokens(config, autoencoder, image.to(source.device)), file_size)
+    image, file_size = read_crop(path, image_size, channels == 1, background)
+    tokens = encode_tokens(config, autoencoder, image.to(source.device))
+    decoded = None
+    if config.data.autoencoder:
+        decoded = autoencoder.decode(unpatchify(tokens, config.model.patch_size)).cpu()
+    return _Original(image, tokens, decoded, file_size)
 
 
 def _make_image(source: "Source", label: int, autoencoder: Any, settings: "GenerationSettings") -> _Original:
@@ -141,7 +155,7 @@ def _make_image(source: "Source", label: int, autoencoder: Any, settings: "Gener
 def _draw(
     arguments: argparse.Namespace,
     source: "Source",
-    original: "Tensor",
+    original: _Original,
     region_L: "Tensor",
     images: "Tensor",
     settings: "GenerationSettings",
@@ -154,17 +168,21 @@ def _draw(
     from cfpretrain.outputs import whole_or_nothing
 
     names = [source.class_names[source.label_of(text)] for text in arguments.classes]
-    left = [original.expand(-1, 3, -1, -1), pictures.tinted(original, region_L[None], _REGION_COLOUR, _REGION_SHARE)]
+    image = original.image
+    left = {"original": image.expand(-1, 3, -1, -1)}
+    if original.decoded is not None:
+        left["decoded"] = original.decoded.expand(-1, 3, -1, -1)
+    left["region"] = pictures.tinted(image, region_L[None], _REGION_COLOUR, _REGION_SHARE)
     by_class = images.expand(-1, 3, -1, -1).split(arguments.num_seeds)
     with whole_or_nothing(arguments.out, "--out") as picture:
         pictures.sample_grid(
             picture,
-            torch.cat([one for edits in by_class for one in (*left, edits)]),
+            torch.cat([one for edits in by_class for one in (*left.values(), edits)]),
             [f"-> {name}" for name in names],
             title=grid_title(f"{source.title}, region {arguments.region}", settings),
             value_range=(0.0, 1.0),
             cell_size=_CELL_SIZE,
-            column_names=["original", "region", *(f"edit {i + 1}" for i in range(arguments.num_seeds))],
+            column_names=[*left, *(f"edit {i + 1}" for i in range(arguments.num_seeds))],
         )
     if arguments.images is not None:
         with whole_or_nothing(arguments.images, "--images") as folder:

@@ -14,6 +14,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,9 @@ from cfpretrain.evaluation.sampling_options import add_sampling_options, check_p
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfpretrain.data.images import Colour
     from cfpretrain.evaluation.features import FeatureExtractor
+    from cfpretrain.evaluation.given_images import GivenImages
     from cfpretrain.evaluation.references import Reference
     from cfpretrain.evaluation.scores import Batches
 
@@ -69,6 +72,12 @@ def main() -> None:
     parser.add_argument(
         "--cache", type=path_argument, default=Path("evaluation_cache"), help="of references (default evaluation_cache)"
     )
+    parser.add_argument(
+        "--background",
+        metavar="COLOUR",
+        default="white",
+        help="behind what is transparent in folders of images: a name or '#rrggbb' (default white)",
+    )
     parser.add_argument("--wandb", metavar="PROJECT", help="log the scores there, too")
     add_sampling_options(parser, batch_size=64, guidance=1.0)
     arguments = parser.parse_args()
@@ -84,23 +93,39 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out: expected a file, got the folder {arguments.out}; give NAME.json")
     with phase("loading torch"):
         from cfpretrain import runtime
+        from cfpretrain.data.images import parse_background
         from cfpretrain.evaluation.features import make_extractor
+        from cfpretrain.evaluation.given_images import say_sizes
         from cfpretrain.evaluation.references import load_reference
         from cfpretrain.evaluation.scores import check_enough
+    background = parse_background(arguments.background)
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
         with runtime.together(), phase(f"loading {arguments.features}", announce=False):
             extractor = make_extractor(arguments.features, device, arguments.feature_weights, arguments.feature_label)
-        batches, plan, num_images = _generated(arguments, device)
+        generated = _generated(arguments, device, background)
         with runtime.together():
-            check_enough(num_images, extractor, "GENERATED" if "images" in plan else "--num-images")
+            check_enough(generated.num_images, extractor, "--num-images" if generated.given is None else "GENERATED")
         with _Progress("reading the reference") as progress:
-            reference = load_reference(arguments.reference, extractor, arguments.cache, progress.begin, progress.show)
-        _score(arguments, extractor, reference, batches, plan, num_images)
+            reference = load_reference(
+                arguments.reference, extractor, arguments.cache, progress.begin, progress.show, background
+            )
+        say_sizes(generated.size, reference.image_size)
+        _score(arguments, extractor, reference, generated)
 
 
-def _generated(arguments: argparse.Namespace, device: Any) -> tuple["Batches", dict[str, Any], int]:
-    """What gives the images, all that they depend on, and how many they are."""
+@dataclass(frozen=True)
+class _Generated:
+    """What is scored."""
+
+    batches: "Batches"
+    plan: dict[str, Any]  # all that the images depend on
+    num_images: int
+    size: tuple[int, int]  # width and height
+    given: "GivenImages | None" = None  # where they are there already
+
+
+def _generated(arguments: argparse.Namespace, device: Any, background: "Colour") -> _Generated:
     from cfpretrain import runtime
     from cfpretrain.build import CONFIG_FILE, INDEX_FILE
 
@@ -111,16 +136,16 @@ def _generated(arguments: argparse.Namespace, device: Any) -> tuple["Batches", d
     from cfpretrain.evaluation.scores import BATCH_SIZE, given_batches
 
     with runtime.together():
-        images = open_images(path, "GENERATED")
+        images = open_images(path, "GENERATED", background)
         if arguments.num_images not in (None, len(images)):
             raise UserError(
                 f"--num-images: expected {len(images)}, the images of {path}, got {arguments.num_images}; leave it out"
             )
     plan = {"images": images.fingerprint, "num_images": len(images), "batch_size": BATCH_SIZE}
-    return given_batches(images), plan, len(images)
+    return _Generated(given_batches(images), plan, len(images), images.size, images)
 
 
-def _from_model(arguments: argparse.Namespace, device: Any) -> tuple["Batches", dict[str, Any], int]:
+def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
     import torch
 
     from cfpretrain import runtime, seeds
@@ -157,25 +182,26 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> tuple["Batches", 
         "precision": arguments.precision,
         **plan_of(source.config, weights, autoencoder.fingerprint, settings),
     }
-    return batches, plan, num_images
+    side = source.config.model.latent_size * autoencoder.stride
+    return _Generated(batches, plan, num_images, (side, side))
 
 
 def _score(
     arguments: argparse.Namespace,
     extractor: "FeatureExtractor",
     reference: "Reference",
-    batches: "Batches",
-    plan: dict[str, Any],
-    num_images: int,
+    generated: _Generated,
 ) -> None:
     import torch
 
     import cfpretrain
     from cfpretrain import runtime
+    from cfpretrain.evaluation.given_images import say_changes
     from cfpretrain.evaluation.scores import NUM_NEIGHBOURS, compare, make_work, statistics_of, sum_up
 
     out: Path = arguments.out
-    plan = {**plan, "features": extractor.fingerprint}
+    num_images = generated.num_images
+    plan = {**generated.plan, "features": extractor.fingerprint}
     settings = {**plan, "reference": reference.record["fingerprint"]}
     work = make_work(out.absolute(), "--out", plan, num_images, plan["batch_size"])
     with runtime.together():
@@ -187,7 +213,9 @@ def _score(
         say(_line({name: found[name] for name in found["scores"]}, found["floor"], found["floor_num_images"]))
         return
     with _Progress("scoring") as progress:
-        sum_up(work, batches, extractor, lambda done: progress.begin(done, num_images), progress.show)
+        sum_up(work, generated.batches, extractor, lambda done: progress.begin(done, num_images), progress.show)
+    if generated.given is not None:
+        say_changes(generated.given, "GENERATED")
     with phase("comparing"):
         scored = statistics_of(work)
         scores = compare(scored, reference.statistics, extractor.name, together=True)

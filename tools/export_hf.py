@@ -62,7 +62,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks, writes, and uploads where asked to."""
-    if arguments.out.suffix in _OF_FILES:
+    if arguments.out.suffix.lower() in _OF_FILES:
         raise UserError(f"OUT: expected the name of a folder, got {arguments.out}; for a file give --format official")
     if not 0 < arguments.max_shard_gb <= _MOST_GB:
         raise UserError(f"--max-shard-gb: expected more than 0, up to {_MOST_GB}, got {arguments.max_shard_gb:g}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfpretrain.data.shards import Shards
+    from cfpretrain.model.autoencoder import KLAutoencoder
 
 _COLUMNS, _MOST_ROWS = 8, 6
 _MOST_NAMES = 10
@@ -53,7 +54,9 @@ def main() -> None:
     parser.add_argument("shards", help="a folder of image or latent shards, or its address (s3://bucket/folder)")
     parser.add_argument("--verify", action="store_true", help="read everything: hashes, checksums, images, ids")
     parser.add_argument("--grid", type=path_argument, metavar="PNG", help="draw samples from all over the folder")
-    parser.add_argument("--autoencoder", help="folder of the autoencoder that decodes latents for --grid")
+    parser.add_argument(
+        "--autoencoder", type=path_argument, help="folder of the autoencoder, which decodes latents for --grid"
+    )
     for name, (kind, text) in _CACHE_OPTIONS.items():
         default = getattr(DataConfig(), name)
         option, shown = f"--{name.replace('_', '-')}", f"{text} (default {default})"
@@ -72,14 +75,29 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.data.storage import CacheSettings, open_source
     cache = CacheSettings.of(DataConfig(**{name: getattr(arguments, name) for name in _CACHE_OPTIONS}))
     shards = Shards(arguments.shards, "shards", open_source(arguments.shards, "shards", cache))
-    _print_description(shards)
+    decoder = None if arguments.autoencoder is None else _load(shards, arguments.autoencoder)
+    _print_description(shards, arguments.autoencoder)
     if arguments.grid is not None:
-        _draw(shards, arguments.grid, arguments.autoencoder)
+        _draw(shards, arguments.grid, decoder)
     if arguments.verify:
         _verify(shards)
 
 
-def _print_description(shards: "Shards") -> None:
+def _load(shards: "Shards", folder: Path) -> "KLAutoencoder":
+    """The autoencoder of latents; UserError where it is another."""
+    from cfpretrain.data.shards import ImagesInfo, check_autoencoder
+    from cfpretrain.model.autoencoder import KLAutoencoder
+
+    info = shards.info
+    if isinstance(info, ImagesInfo) or info.autoencoder == "identity":
+        raise UserError(f"--autoencoder: expected none for shards of images or pixels, got {folder}; leave it out")
+    decoder = KLAutoencoder.load(folder, "cpu", key="--autoencoder")
+    check_autoencoder(info, decoder.fingerprint, decoder.shift, decoder.scale, "--autoencoder")
+    return decoder
+
+
+def _print_description(shards: "Shards", autoencoder: Path | None) -> None:
+    from cfpretrain.data.images import describe_changes
     from cfpretrain.data.shards import ImagesInfo, columns_of, config_lines, fingerprint, kind_of
 
     info = shards.info
@@ -95,6 +113,8 @@ def _print_description(shards: "Shards") -> None:
     if isinstance(info, ImagesInfo):
         lines["images"] = f"{info.store}, {info.image_size} x {info.image_size} x {info.channels}"
         lines["rejected"] = f"{info.num_rejected}" + ", see rejected.jsonl" * bool(info.num_rejected)
+        changes = describe_changes(info.changes, info.background, info.image_size)
+        lines |= {"of these" if i == 0 else " " * (i + 1): text for i, text in enumerate(changes)}
     else:
         lines["latents"] = " x ".join(map(str, info.latent_shape)) + f" of {info.image_size} px, crop {info.crop}"
         lines["autoencoder"] = info.autoencoder
@@ -106,7 +126,8 @@ def _print_description(shards: "Shards") -> None:
     for name, text in lines.items():
         print(f"{name:>12}: {text}", flush=True)
     if not isinstance(info, ImagesInfo):
-        print("a config for them says", *config_lines(info, shards.source.address), sep="\n  ", flush=True)
+        folder = None if autoencoder is None else str(autoencoder)
+        print("a config for them says", *config_lines(info, shards.source.address, folder), sep="\n  ", flush=True)
 
 
 def _short(values: Any) -> str:
@@ -118,7 +139,7 @@ def _short(values: Any) -> str:
 # A look at some
 
 
-def _draw(shards: "Shards", path: Path, autoencoder: str | None) -> None:
+def _draw(shards: "Shards", path: Path, decoder: "KLAutoencoder | None") -> None:
     import numpy as np
     import torch
 
@@ -129,7 +150,7 @@ def _draw(shards: "Shards", path: Path, autoencoder: str | None) -> None:
     places = np.linspace(0, len(shards) - 1, num_rows * columns).round().astype(int).tolist()
     with phase(f"drawing {path}", announce=False):
         samples = [shards.sample(place) for place in places]
-        images, note = _look_at(shards, samples, autoencoder)
+        images, note = _look_at(shards, samples, decoder)
         names = shards.info.class_names
         captions = [sample["caption"] or names[sample["label"]] for sample in samples]
         title = f"{shards.source.address}: {len(shards):,} samples\n{len(places)} from all over it{note}"
@@ -144,15 +165,15 @@ def _draw(shards: "Shards", path: Path, autoencoder: str | None) -> None:
     say(f"see {path}")
 
 
-def _look_at(shards: "Shards", samples: list[dict[str, Any]], autoencoder: str | None) -> "tuple[Tensor, str]":
+def _look_at(shards: "Shards", samples: list[dict[str, Any]], decoder: "KLAutoencoder | None") -> "tuple[Tensor, str]":
     """Images of samples, 0 black and 1 white, and what the title must say of them."""
     import numpy as np
     import torch
 
     from cfpretrain.data.images import centre_crop, read_image
-    from cfpretrain.data.shards import ImagesInfo, check_autoencoder
+    from cfpretrain.data.shards import ImagesInfo
     from cfpretrain.evaluation.pictures import false_colours
-    from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
+    from cfpretrain.model.autoencoder import IdentityAutoencoder, LatentScaling
 
     info = shards.info
     if isinstance(info, ImagesInfo):
@@ -163,10 +184,8 @@ def _look_at(shards: "Shards", samples: list[dict[str, Any]], autoencoder: str |
     latents_BCYX = scaling.to_model(torch.from_numpy(np.stack([sample["mean"] for sample in samples])))
     if info.autoencoder == "identity":
         return IdentityAutoencoder(scaling).decode(latents_BCYX), ""
-    if autoencoder is None:
+    if decoder is None:
         return false_colours(latents_BCYX), ", latents in false colours (give --autoencoder)"
-    decoder = KLAutoencoder.load(autoencoder, "cpu", key="--autoencoder")
-    check_autoencoder(info, decoder.fingerprint, decoder.shift, decoder.scale, "--autoencoder")
     return decoder.decode(latents_BCYX), ", decoded"
 
 

@@ -162,7 +162,8 @@ def _photos() -> list[Path]:
 def measure_make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of tools/make_shards.py, without its start, against `plain_shards`."""
     with phase("loading torch and streaming"):
-        from cfpretrain.data.images import Storing, list_images
+        from cfpretrain.data.images import Storing
+        from cfpretrain.data.listing import list_images
         from cfpretrain.data.storing import store_images
     num_workers = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
@@ -174,7 +175,7 @@ def measure_make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
             # So small that all workers have something to do to the end, as they have with a large set.
             per_shard = max(1, arguments.images // (8 * num_workers))
             how = Storing(arguments.store, arguments.size)
-            store_images(listing, how, out, "photos", per_shard, num_workers)
+            store_images([(listing, out)], how, "photos", per_shard, num_workers)
 
         def plain(out: Path) -> None:
             plain_shards(photos, out, arguments.size, arguments.store)
@@ -241,7 +242,8 @@ def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
 
         from cfpretrain import runtime
         from cfpretrain.data.encoding import Encoding, encode
-        from cfpretrain.data.images import Storing, list_images
+        from cfpretrain.data.images import Storing
+        from cfpretrain.data.listing import list_images
         from cfpretrain.data.shard_writer import ShardWriter
         from cfpretrain.data.shards import Shards
         from cfpretrain.data.storing import store_images
@@ -253,7 +255,7 @@ def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
             listing = list_images(write_photos(folder / "photos", arguments.images))
             per_shard = max(1, arguments.images // 4)
             how = Storing("lossless", arguments.size)
-            store_images(listing, how, folder / "images", "photos", per_shard, num_threads)
+            store_images([(listing, folder / "images")], how, "photos", per_shard, num_threads)
         if arguments.autoencoder is None:
             write_folder(folder / "autoencoder", make_network(_LAYOUTS[arguments.layout], arguments.layout))
         device, dtype = runtime.pick_device(), {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]

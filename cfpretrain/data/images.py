@@ -1,302 +1,80 @@
-"""Image files: which there are, whether they decode, and the crop that is stored. The door to PIL in the data plane.
+"""Image files: whether they decode, what is lost by it, and the crop that is stored. The door to PIL in the data plane.
 
 The crop is ADM's: of the RGB image, PIL's box filter halves it while its short side is at least twice the wanted one,
-the bicubic filter does the rest, and the middle is cut out. EXIF rotation and alpha are ignored, as ADM does.
+the bicubic filter does the rest, and the middle is cut out. As ADM does, EXIF rotation is ignored where it is not asked
+for. What is transparent is composited on a background; of that, and of all else that an image loses, there are counts.
 """
 
-import csv
 import errno
-import hashlib
 import io
-import json
-import os
-import re
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 import cfpretrain
 from cfpretrain.console import UserError, one_line
 from cfpretrain.data.shards import ImagesInfo, Shards
 
+Colour = tuple[int, int, int]  # red, green and blue, 0 to 255
+
 PNG_LEVEL = 2  # of photos: a third of the time of PIL's own choice, and a tenth more bytes
-UNLABELLED = "unlabelled"  # the one class of a table without labels
+WHITE: Colour = (255, 255, 255)
+BLACK: Colour = (0, 0, 0)
 
 # What is decoded, with the suffixes under which a folder tree is searched for it. PIL knows more kinds, one of which
 # runs an interpreter on the file.
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "PNG": (".png",),
+    "PNG": (".png", ".apng"),
     "WEBP": (".webp",),
-    "BMP": (".bmp",),
+    "BMP": (".bmp", ".dib"),
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "JPEG2000": (".jp2", ".j2k"),
+    "JPEG2000": (".jp2", ".j2k", ".jpf", ".jpx", ".j2c"),
     "GIF": (".gif",),
     "AVIF": (".avif",),
 }
 Image.init()  # else PIL knows a kind by name only after it met a file of it
 _KINDS = [kind for kind in _SUFFIXES if kind in Image.OPEN]
+SUFFIXES = frozenset(suffix for kind in _KINDS for suffix in _SUFFIXES[kind])  # in small letters
 # What DALI decodes as PIL does, within 2 of 255, where that is not every mode of a kind.
 _DALI_MODES = {"GIF": (), "AVIF": (), "TIFF": ("L", "RGB", "RGBA"), "JPEG2000": ("L", "RGB", "RGBA")}
 _OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-_TABLES = (".csv", ".jsonl")
-_COLUMNS = ("path", "label", "caption")
-# What cannot be written as UTF-8; of a path, which need not be, what no file has in its name.
-_UNFIT = dict.fromkeys(_COLUMNS, re.compile("[\ud800-\udfff]")) | {"path": re.compile("[\0\ud800-\udc7f\udd00-\udfff]")}
 # PIL converts others, 16-bit grey among them, by cutting off what exceeds 255: to white.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 _MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # where PIL refuses to decode
+_ORIENTATION = 0x0112  # of EXIF
+_TURNS = {  # by its value, what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which images there are
-
-
-class Row(NamedTuple):
-    """An image to store; its id is its place in the listing."""
-
-    path: str  # below the listing's root, or absolute
-    label: int
-    caption: str
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The images of a folder tree or a table, in a fixed order."""
-
-    root: Path
-    rows: Sequence[Row]
-    class_names: tuple[str, ...]
-    digest: str  # of paths, sizes of the files, labels, captions and class names
-    ignored: str  # what was left out, for people; "" where nothing was
-
-
-def list_images(images: Path, root: Path | None = None) -> Listing:
-    """Lists a tree of class folders, or a table.
-
-    A tree: each visible folder directly below `images` is a class, in the order of their names; its images are all
-    visible files with an image's suffix, however deep, in the order of their paths. A table, .csv or .jsonl: the column
-    `path` and, where wanted, `label` (a name or a number) and `caption`; the order is its own, and classes are in the
-    order of their names; where all are numbers, these are the classes' places, from 0 on.
-
-    Args:
-        images: the tree's folder, or the table.
-        root: what paths in a table are relative to; None: the table's folder.
-
-    Raises:
-        UserError: there is nothing of the kind, or it is not clear what an image's class is.
-    """
-    if os.path.isdir(images):
-        if root is not None:
-            raise UserError(f"--root: expected only with a table, got {root} with the folder {images}; leave it out")
-        return _list_tree(images)
-    if not os.path.exists(images):
-        raise UserError(f"images: {images} does not exist; give a folder of class folders or a table (.csv, .jsonl)")
-    if images.suffix.lower() not in _TABLES or not images.is_file():
-        raise UserError(f"images: expected a folder of class folders or a table (.csv, .jsonl), got the file {images}")
-    return _list_table(images, root or images.parent)
-
-
-def _list_tree(root: Path) -> Listing:
-    visible = sorted(entry.name for entry in _scan(root) if not entry.name.startswith("."))
-    class_names = tuple(name for name in visible if (root / name).is_dir())
-    stray = [name for name in visible if name not in set(class_names) and is_image_name(name)]
-    if stray:
-        raise UserError(
-            f"images: expected images in class folders, got {root / stray[0]}{_and_more(stray)} in no class folder; "
-            "move it into one, or give a table"
-        )
-    rows, sizes, num_ignored = [], [], 0
-    for label, name in enumerate(class_names):
-        found = sorted(files_below(root / name, f"{name}/"))
-        of_class = [(path, size) for path, size in found if is_image_name(path)]
-        if not of_class:
-            raise UserError(f"images: class folder {root / name} holds no images; fill or remove it")
-        rows += [Row(path, label, "") for path, _ in of_class]
-        sizes += [size for _, size in of_class]
-        num_ignored += len(found) - len(of_class)
-    if not rows:
-        raise UserError(f"images: expected class folders in {root}, got none; make one folder a class, or give a table")
-    ignored = f"{num_ignored} files without an image's suffix" if num_ignored else ""
-    return Listing(root, rows, class_names, _digest(rows, sizes, class_names), ignored)
-
-
-def _scan(folder: Path) -> list[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise UserError(f"images: folder {folder} cannot be read ({error.strerror}); mend or remove it") from error
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file is taken for an image, by its suffix."""
-    return any(Path(name).suffix.lower() in known for known in _SUFFIXES.values())
-
-
-def files_below(folder: Path, prefix: str = "", above: tuple[tuple[int, int], ...] = ()) -> Iterator[tuple[str, int]]:
-    """(path with the prefix, bytes) of the visible files below a folder; links are followed.
-
-    Raises:
-        UserError: a folder cannot be read, or links to one above itself.
-    """
-    status = folder.stat()
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        raise UserError(f"images: {folder} links to a folder above itself; remove the link")
-    for entry in _scan(folder):
-        if entry.name.startswith("."):
-            continue
-        is_link = entry.is_symlink()  # perhaps to itself, of which os.DirEntry.is_dir raises
-        if os.path.isdir(entry) if is_link else entry.is_dir():
-            yield from files_below(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
-        elif is_link or entry.is_file():  # a broken link is an image that cannot be read
-            yield prefix + entry.name, _size(entry)
-
-
-def _size(entry: "os.DirEntry[str] | Path") -> int:
-    try:
-        return entry.stat().st_size
-    except OSError:
-        return -1
-
-
-def _list_table(table: Path, root: Path) -> Listing:
-    if not root.is_dir():
-        raise UserError(f"--root: expected the folder that paths in {table} begin at, got {root}; correct it")
-    records = list(_read_table(table))
-    if not records:
-        raise UserError(f"images: expected a row for each image in {table}, got none")
-    columns = sorted({name for _, record in records for name in record})
-    paths = [_text(table, line, record, "path") for line, record in records]
-    for (line, _), path in zip(records, paths, strict=True):
-        if not path:
-            raise UserError(f"images: {table}, line {line}: expected a path, got none; add the column `path`")
-    labels, class_names = _classes(table, records)
-    captions = [_text(table, line, record, "caption") for line, record in records]
-    rows = list(map(Row, paths, labels, captions))
-    ignored = [name for name in columns if name not in _COLUMNS]
-    return Listing(
-        root,
-        rows,
-        class_names,
-        _digest(rows, [_size(root / path) for path in paths], class_names),
-        f"columns {', '.join(ignored)}" if ignored else "",
-    )
-
-
-def _read_table(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line, columns) of each row."""
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            yield from _read_csv(table, file) if table.suffix.lower() == ".csv" else _read_jsonl(table, file)
-    except OSError as error:
-        raise UserError(f"images: {table} cannot be read ({error.strerror}); mend it") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"images: {table}: expected UTF-8 text ({error}); save it so") from error
-
-
-def _read_csv(table: Path, file: io.TextIOBase) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(file, strict=True)
-    try:
-        if "path" not in (reader.fieldnames or ()):
-            got = ", ".join(reader.fieldnames or ()) or "nothing"
-            raise UserError(f"images: {table}: expected a first line that names the column path, got {got:.80}; add it")
-        for record in reader:
-            if None in record or None in record.values():
-                wanted = len(reader.fieldnames or ())
-                raise UserError(
-                    f"images: {table}, line {reader.line_num}: expected {wanted} values, as the first line names, "
-                    f"got {'more' if None in record else 'fewer'}; mend it (quote texts that hold commas)"
-                )
-            yield reader.line_num, record
-    except csv.Error as error:
-        raise UserError(f"images: {table}, line {reader.line_num}: expected CSV ({error}); mend it") from error
-
-
-def _read_jsonl(table: Path, file: io.TextIOBase) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, text in enumerate(file, start=1):
-        if not text.strip():
-            continue
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"images: {table}, line {line}: expected one JSON object ({error}); mend it") from error
-        if not isinstance(record, dict):
-            raise UserError(f"images: {table}, line {line}: expected one JSON object, got {text.strip():.40}; mend it")
-        yield line, record
-
-
-def _text(table: Path, line: int, record: dict[str, Any], column: str) -> str:
-    value = record.get(column)
-    if not isinstance(value, str | None) or _UNFIT[column].search(value or ""):
-        raise UserError(f"images: {table}, line {line}: expected a text as {column}, got {value!r:.40}; mend it")
-    return value or ""
-
-
-def _classes(table: Path, records: list[tuple[int, dict[str, Any]]]) -> tuple[list[int], tuple[str, ...]]:
-    """The label of each row, and the class names."""
-    given = [_label(table, line, record) for line, record in records]
-    if not any(given):
-        return [0] * len(given), (UNLABELLED,)
-    if not all(given):
-        line = records[given.index("")][0]
-        raise UserError(f"images: {table}, line {line}: expected a label, as in other rows, got none; add it")
-    if all(re.fullmatch("[0-9]+", label) for label in given):
-        labels = list(map(int, given))
-        return labels, _numbered(table, labels)
-    class_names = sorted(set(given))
-    number_of = {name: number for number, name in enumerate(class_names)}
-    return [number_of[label] for label in given], tuple(class_names)
-
-
-def _numbered(table: Path, labels: Sequence[int]) -> tuple[str, ...]:
-    """The names of classes that are numbered; UserError where a number is left out, since all would move up."""
-    num_classes, found = max(labels) + 1, set(labels)
-    if len(found) < num_classes:
-        missing = next(number for number in range(num_classes) if number not in found)
-        more = num_classes - len(found) - 1
-        raise UserError(
-            f"images: {table}: expected images of every class from 0 to {num_classes - 1}, since all labels are "
-            f"numbers, got none of {missing}{f' and {more} more' if more else ''}; number the classes from 0 on "
-            f"without gaps, or give them names, such as class{num_classes - 1}"
-        )
-    return tuple(map(str, range(num_classes)))
-
-
-def _label(table: Path, line: int, record: dict[str, Any]) -> str:
-    value = record.get("label")
-    if value is None:
-        return ""
-    is_number = isinstance(value, int) and not isinstance(value, bool)
-    text = str(value)
-    is_wrong = re.fullmatch("-[0-9]+|[0-9]{1000,}", text) or _UNFIT["label"].search(text)
-    if not (isinstance(value, str) or is_number) or is_wrong:
-        raise UserError(
-            f"images: {table}, line {line}: expected a name or a number from 0 on as label, got {value!r:.40}; mend it"
-        )
-    return text
-
-
-def _digest(rows: Sequence[Row], sizes: Sequence[int], class_names: Sequence[str]) -> str:
-    digest = hashlib.blake2b(json.dumps(class_names).encode(), digest_size=16)
-    for row, size in zip(rows, sizes, strict=True):
-        digest.update(json.dumps([*row, size]).encode())
-    return digest.hexdigest()
-
-
-def _and_more(names: Sequence[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""
+# What an image may lose or be changed by, as it is said of a number of them.
+_CHANGES = {
+    "composited": "with transparency are composited on {background} (--background)",
+    "turned": "are turned upright, as their EXIF rotation says",
+    "not turned": "have an EXIF rotation, which is ignored, as ADM does (make_shards.py --upright applies it)",
+    "cut to 8 bits": "of more than 8 bits a channel are cut to 8",
+    "of other colours": "in CMYK or CIELAB are converted to RGB without their colour profile",
+    "of another profile": "have a colour profile that is not sRGB's, which is not applied",
+    "of several frames": "of several frames or pictures give their first",
+    "enlarged": "have a side of fewer than {size} pixels and are enlarged",
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,14 +90,19 @@ class Storing:
     """How images are stored.
 
     Attributes:
-        store: "lossless", a PNG of the crop, or "original", the bytes of the file, which DALI decodes and crops later.
+        store: "lossless", a PNG of the crop, or "original", the bytes of the file, which DALI decodes and crops later;
+            where that would look otherwise, for transparency or a rotation, a PNG of all of its pixels.
         image_size: pixels a side of the crop.
         is_grey: of one channel instead of RGB.
+        background: behind what is transparent.
+        is_upright: whether EXIF rotation is applied.
     """
 
     store: str
     image_size: int
     is_grey: bool = False
+    background: Colour = WHITE
+    is_upright: bool = False
 
     @property
     def channels(self) -> int:
@@ -327,27 +110,39 @@ class Storing:
         return 1 if self.is_grey else 3
 
 
-def read_samples(
-    listing: Listing, ids: Iterable[int], how: Storing, on_image: Callable[[int], None], rejected: list[dict[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """The samples of image shards, without their checksums.
+def parse_background(text: str) -> Colour:
+    """A colour as people write it: a name that PIL knows, or #rrggbb; UserError where it is none, or is transparent."""
+    try:
+        red, green, blue, *alpha = ImageColor.getrgb(text.strip())
+        if alpha:
+            raise ValueError("transparent")
+        return red, green, blue
+    except ValueError as error:
+        near = get_close_matches(text.strip().lower(), ImageColor.colormap, 1)
+        hint = f"; perhaps {near[0]}" if near else ""
+        raise UserError(
+            f"--background: expected a colour such as white, black or '#2563a8', got {text!r:.40}{hint}"
+        ) from error
+
+
+def colour_name(colour: Colour) -> str:
+    """white, black or #rrggbb."""
+    return {WHITE: "white", BLACK: "black"}.get(colour, "#{:02x}{:02x}{:02x}".format(*colour))
+
+
+def describe_changes(counts: Mapping[str, int], background: Colour, image_size: int) -> list[str]:
+    """What was changed in images, a line for each kind.
 
     Args:
-        listing: the images.
-        ids: which of them.
-        how: how they are stored.
-        on_image: called with the id of each image before it is read.
-        rejected: id, path and reason of each image that cannot be stored are added here.
+        counts: of images, by kind, as `stored_image` and `read_image` count them.
+        background: behind what was transparent.
+        image_size: pixels a side of the crop.
     """
-    for id in ids:
-        row = listing.rows[id]
-        on_image(id)
-        try:
-            stored = stored_image(read_file(listing.root / row.path), how)
-        except RejectedImageError as error:
-            rejected.append({"id": id, "path": row.path, "reason": str(error)})
-            continue
-        yield {"id": id, "label": row.label, "caption": row.caption, "image": stored}
+    return [
+        f"{counts[change]} images {text.format(background=colour_name(background), size=image_size)}"
+        for change, text in _CHANGES.items()
+        if counts.get(change)
+    ]
 
 
 def read_file(path: Path) -> bytes:
@@ -371,32 +166,72 @@ def read_file(path: Path) -> bytes:
         raise RejectedImageError(f"the file cannot be read: {reason}") from error
 
 
-def stored_image(data: bytes, how: Storing) -> bytes:
+def stored_image(data: bytes, how: Storing, changes: Counter[str] | None = None) -> bytes:
     """What is stored of an image file, which is decoded in any case.
+
+    Args:
+        data: the file.
+        how: it is stored.
+        changes: what the image loses is counted here; see `describe_changes`.
 
     Raises:
         RejectedImageError: it cannot be decoded, or DALI could not decode or crop it later.
     """
-    image, kind, mode = _decode(data, how.is_grey)
+    decoded = _decode(data, how.is_grey, how.background, how.is_upright)
+    image, found = decoded.image, list(decoded.changes)
+    if min(image.size) < how.image_size:
+        found.append("enlarged")
     if how.store == "lossless":
-        return _png(centre_crop(image, how.image_size))
-    _scaled(image, how.image_size)
-    if mode not in _DALI_MODES.get(kind, _EIGHT_BIT_MODES):
-        raise RejectedImageError(f"DALI does not decode {kind} of mode {mode} as PIL does; --store lossless stores it")
-    return data
+        stored = _png(centre_crop(image, how.image_size))
+    else:
+        _scaled(image, how.image_size)
+        if not decoded.changes.isdisjoint(("composited", "turned")):
+            stored = _png(image)
+        elif decoded.mode in _DALI_MODES.get(decoded.kind, _EIGHT_BIT_MODES):
+            stored = data
+        else:
+            raise RejectedImageError(
+                f"DALI does not decode {decoded.kind} of mode {decoded.mode} as PIL does; --store lossless stores it"
+            )
+    if changes is not None:
+        changes.update(found)
+    return stored
 
 
-def read_image(data: bytes, is_grey: bool = False) -> Image.Image:
+def read_image(
+    data: bytes,
+    is_grey: bool = False,
+    background: Colour = WHITE,
+    is_upright: bool = False,
+    changes: Counter[str] | None = None,
+) -> Image.Image:
     """Decodes the bytes of an image file: its first frame, in mode RGB, or of that the grey values in mode L.
+
+    Args:
+        data: the file.
+        is_grey: of one channel instead of RGB.
+        background: behind what is transparent.
+        is_upright: whether EXIF rotation is applied.
+        changes: what the image loses is counted here; see `describe_changes`.
 
     Raises:
         RejectedImageError: it is empty, cut short, damaged, of an unknown kind, or too large for PIL.
     """
-    return _decode(data, is_grey)[0]
+    decoded = _decode(data, is_grey, background, is_upright)
+    if changes is not None:
+        changes.update(decoded.changes)
+    return decoded.image
 
 
-def _decode(data: bytes, is_grey: bool) -> tuple[Image.Image, str, str]:
-    """The image, its kind, and its mode in the file."""
+@dataclass(frozen=True)
+class _Decoded:
+    image: Image.Image
+    kind: str
+    mode: str  # in the file
+    changes: frozenset[str]  # keys of _CHANGES
+
+
+def _decode(data: bytes, is_grey: bool, background: Colour, is_upright: bool) -> _Decoded:
     if not data:
         raise RejectedImageError("the file is empty")
     try:
@@ -405,7 +240,11 @@ def _decode(data: bytes, is_grey: bool) -> tuple[Image.Image, str, str]:
             with Image.open(io.BytesIO(data), formats=_KINDS) as file:
                 if file.mode not in _EIGHT_BIT_MODES:
                     raise ValueError(f"its values (mode {file.mode}) do not fit 8 bits; scale them first")
-                image, kind, mode = file.convert("RGB"), str(file.format), file.mode
+                num_bits = _num_bits(file, data)  # before it is loaded
+                image, is_composited = _opaque(file, background)
+                turn = _turn(file)
+                changes = frozenset(_losses(file, num_bits, is_composited, turn, is_upright))
+                kind, mode = str(file.format), file.mode
     except MemoryError:
         raise
     except UnidentifiedImageError as error:
@@ -415,7 +254,71 @@ def _decode(data: bytes, is_grey: bool) -> tuple[Image.Image, str, str]:
         raise RejectedImageError(f"it cannot be decoded: {one_line(error):.200}") from error
     if not min(image.size):
         raise RejectedImageError(f"it has no pixels: {image.width} x {image.height}")
-    return image.convert("L") if is_grey else image, kind, mode
+    if is_upright and turn is not None:
+        image = image.transpose(turn)
+    return _Decoded(image.convert("L") if is_grey else image, kind, mode, changes)
+
+
+def _opaque(file: Image.Image, background: Colour) -> tuple[Image.Image, bool]:
+    """In RGB, on a background where some of it is transparent; whether it is."""
+    if file.has_transparency_data:
+        image = file.convert("RGBA")
+        if image.getchannel("A").getextrema()[0] != 255:
+            canvas = Image.new("RGBA", image.size, (*background, 255))
+            return Image.alpha_composite(canvas, image).convert("RGB"), True
+    return file.convert("RGB"), False
+
+
+def _losses(
+    file: Image.Image, num_bits: int, is_composited: bool, turn: Image.Transpose | None, is_upright: bool
+) -> Iterator[str]:
+    """Keys of _CHANGES."""
+    profile = file.info.get("icc_profile") or b""
+    if is_composited:
+        yield "composited"
+    if turn is not None:
+        yield "turned" if is_upright else "not turned"
+    if num_bits > 8:
+        yield "cut to 8 bits"
+    if file.mode in ("CMYK", "LAB"):
+        yield "of other colours"
+    elif profile and b"sRGB" not in profile.replace(b"\0", b""):  # its name may be in UTF-16
+        yield "of another profile"
+    if _has_more_frames(file):
+        yield "of several frames"
+
+
+def _has_more_frames(file: Image.Image) -> bool:
+    try:
+        return bool(getattr(file, "is_animated", False))
+    except Exception:  # something lies behind the first, and is damaged
+        return True
+
+
+def _turn(file: Image.Image) -> Image.Transpose | None:
+    try:
+        return _TURNS.get(file.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF, which viewers ignore too
+        return None
+
+
+def _num_bits(file: Image.Image, data: bytes) -> int:
+    """Of a channel in the file; PIL gives 8 and does not say."""
+    if file.format == "PNG":
+        return data[24]
+    if file.format == "TIFF":
+        bits = getattr(file, "tag_v2", {}).get(258, 8)
+        return int(max(bits)) if isinstance(bits, tuple) else int(bits)
+    if file.format == "PPM" and isinstance(file, ImageFile.ImageFile):
+        arguments = file.tile[0].args  # (raw mode, largest value) where that is not 255
+        return int(arguments[1]).bit_length() if isinstance(arguments, tuple) else 8
+    if file.format == "JPEG2000":  # of the first component, in the marker SIZ behind SOC
+        place = data.find(b"\xff\x4f\xff\x51") + 42
+        return (data[place] & 0x7F) + 1 if 42 <= place < len(data) else 8
+    if file.format == "AVIF":  # box pixi: version and flags, number of channels, bits of each
+        place = data.find(b"pixi") + 9
+        return data[place] if 9 <= place < len(data) else 8
+    return 8
 
 
 def centre_crop(image: Image.Image, image_size: int) -> Image.Image:

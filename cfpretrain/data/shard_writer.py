@@ -32,6 +32,7 @@ from cfpretrain.data.shards import (
     info_text,
     read_plan,
 )
+from cfpretrain.plans import differences
 
 _PLAN_FILE, _LOCK_FILE, _RECORDS = "plan.json", "lock", "records"
 _MAX_SHARD_BYTES = (1 << 32) - (1 << 24)  # MDS counts in 32 bits; the rest is left for its head
@@ -73,7 +74,7 @@ class ShardWriter:
             raise UserError(
                 f"folder {self.folder} is not empty and holds no complete shards ({error}); {advice}"
             ) from error
-        different = _differences(read_plan(self.folder), self.plan)
+        different = differences(read_plan(self.folder), self.plan)
         if different:
             raise UserError(f"folder {self.folder} holds other shards already ({different}); {advice}")
         self._clean_up()
@@ -103,7 +104,7 @@ class ShardWriter:
             self._lock = _locked(self.unfinished / _LOCK_FILE, self.folder)
             plan_file = self.unfinished / _PLAN_FILE
             if plan_file.exists() and self._has_written():
-                different = _differences(self._read(plan_file), self.plan)
+                different = differences(self._read(plan_file), self.plan)
                 if different:
                     raise UserError(
                         f"{self.unfinished} is the unfinished work of other settings ({different}); give those, or "
@@ -264,11 +265,6 @@ def _locked(path: Path, folder: Path) -> int:
         os.close(descriptor)
         raise UserError(f"{folder} is being written by another process; wait for its end, or stop it") from error
     return descriptor
-
-
-def _differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    names = sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name))
-    return ", ".join(f"{name}: {there.get(name)!r:.60} there, {wanted.get(name)!r:.60} now" for name in names)
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -65,6 +65,8 @@ class ImagesInfo:
     channels: int  # 1 grey, 3 RGB
     source: str  # where the images came from, for people
     versions: dict[str, str] = field(default_factory=dict)  # of what wrote them
+    background: tuple[int, int, int] = (255, 255, 255)  # RGB behind what was transparent
+    changes: dict[str, int] = field(default_factory=dict)  # images that lost something, by what: see images.py
 
 
 @dataclass(frozen=True)
@@ -303,11 +305,11 @@ def _check_alike(first: LatentsInfo, info: LatentsInfo, address: str) -> Iterabl
             yield f"data.shards: {address}: expected {name} as in the first folder, {expected!r:.80}, got {got!r:.80}"
 
 
-def config_lines(info: LatentsInfo, address: str) -> list[str]:
-    """What a config for these shards must say, in YAML; the folder of the autoencoder is yet to be filled in."""
+def config_lines(info: LatentsInfo, address: str, autoencoder: str | None = None) -> list[str]:
+    """What a config for these shards must say, in YAML; the autoencoder's folder is yet to be filled in without one."""
     data: dict[str, Any] = {"shards": address}
     if info.autoencoder != "identity":
-        data["autoencoder"] = "FOLDER"
+        data["autoencoder"] = autoencoder or "FOLDER"
     data |= {"latent_shift": list(info.latent_shift), "latent_scale": list(info.latent_scale)}
     if info.has_posterior and not info.has_mirror:
         data["mirror_prob"] = 0.0

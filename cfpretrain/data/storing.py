@@ -1,7 +1,7 @@
 """Images -> image shards, by worker processes: same images, same shards, whatever their number and whatever is killed.
 
-A worker makes whole shards, one at a time. What cannot be stored is rejected with a reason, which the shard's record
-keeps; the parent counts, shows and ends the workers.
+A worker makes whole shards, one at a time. What cannot be stored is rejected with a reason, and what is changed by it
+is counted; the shard's record keeps both, so that they are of all runs. The parent counts, shows and ends the workers.
 """
 
 import ctypes
@@ -12,9 +12,10 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
@@ -24,61 +25,84 @@ from numpy.typing import NDArray
 
 from cfpretrain import seeds
 from cfpretrain.console import ItemProgress, UserError, say
-from cfpretrain.data.images import Listing, Storing, read_samples, versions
+from cfpretrain.data.images import (
+    RejectedImageError,
+    Storing,
+    colour_name,
+    describe_changes,
+    read_file,
+    stored_image,
+    versions,
+)
+from cfpretrain.data.listing import Listing
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, image_columns, read_info
 
+_REJECTED_FILE = "rejected.jsonl"
 _POLL_SECONDS = 0.25
 _NUM_SHOWN = 3  # rejected images named on the terminal
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def store_images(
-    listing: Listing,
+    parts: Sequence[tuple[Listing, Path]],
     how: Storing,
-    out: Path,
     source: str,
     images_per_shard: int = 1024,
     num_workers: int = 1,
     max_rejected_share: float = 0.01,
 ) -> None:
-    """Writes a folder of image shards with worker processes, or the rest of it.
+    """Writes folders of image shards with worker processes, or the rest of them.
 
     Args:
-        listing: the images.
-        how: how they are stored.
-        out: the folder.
+        parts: the images of each folder, and the folder; all are checked before the first is written.
+        how: they are stored.
         source: where they come from, for people.
         images_per_shard: of the listing; rejected ones count.
         num_workers: processes.
-        max_rejected_share: of all images.
+        max_rejected_share: of all images of all parts.
 
     Raises:
-        UserError: too many images are rejected, the folder holds something else or cannot be written, or a worker died.
+        UserError: too many images are rejected, a folder holds something else or cannot be written, or a worker died.
     """
-    plan = {
-        "images": listing.digest,
-        "store": how.store,
-        "image_size": how.image_size,
-        "channels": how.channels,
-        "images_per_shard": images_per_shard,
-        "dealt": "by hash",
-    }
-    writer = ShardWriter(out, image_columns(), plan)
-    if writer.is_complete():
-        say(f"{out}: already there: {_describe(out)}")
-        return
-    writer.begin()
-    slices = deal_images(len(listing.rows), images_per_shard)
-    rejected = _Rejected(len(listing.rows), max_rejected_share)
-    missing = writer.missing(len(slices))
-    for number in sorted(set(range(len(slices))) - set(missing)):
+    begun = []
+    for listing, out in parts:
+        plan = {
+            **listing.identity(),
+            "store": how.store,
+            "image_size": how.image_size,
+            "channels": how.channels,
+            "background": colour_name(how.background),
+            "upright": how.is_upright,
+            "images_per_shard": images_per_shard,
+            "dealt": "by hash",
+        }
+        writer = ShardWriter(out, image_columns(), plan)
+        is_complete = writer.is_complete()
+        if not is_complete:
+            writer.begin()
+        begun.append((listing, writer, is_complete))
+    rejected = _Rejected(sum(len(listing.rows) for listing, _ in parts), max_rejected_share)
+    for listing, writer, is_complete in begun:
+        if is_complete:
+            _say_of(writer.folder, ": already there")
+            rejected.images += _rejected_in(writer.folder)
+        else:
+            slices = deal_images(len(listing.rows), images_per_shard)
+            _store(_Work(listing, how, writer, slices), source, num_workers, rejected)
+
+
+def _store(work: "_Work", source: str, num_workers: int, rejected: "_Rejected") -> None:
+    """One of the folders."""
+    writer, num_shards = work.writer, len(work.slices)
+    missing = writer.missing(num_shards)
+    for number in sorted(set(range(num_shards)) - set(missing)):
         rejected.add(writer.record(number)["rejected"])
     begin = time.monotonic()
-    num_missing = _write_missing(_Work(listing, how, writer, slices), missing, num_workers, rejected)
+    num_missing = _write_missing(work, missing, num_workers, rejected)
     rate = num_missing / max(time.monotonic() - begin, 1e-3)
-    _finish(writer, listing, how, source, len(slices))
-    say(f"{out}: {_describe(out)}, {rate:.0f} images/s")
+    _finish(work, source)
+    _say_of(writer.folder, "", f", {rate:.0f} images/s")
 
 
 def deal_images(num_images: int, images_per_shard: int) -> list[list[int]]:
@@ -90,7 +114,8 @@ def deal_images(num_images: int, images_per_shard: int) -> list[list[int]]:
     return [sorted(dealt[begin : begin + images_per_shard]) for begin in range(0, num_images, images_per_shard)]
 
 
-def _finish(writer: ShardWriter, listing: Listing, how: Storing, source: str, num_shards: int) -> None:
+def _finish(work: "_Work", source: str) -> None:
+    writer, listing, how, num_shards = work.writer, work.listing, work.how, len(work.slices)
     records = writer.records(num_shards)
     rejected = sorted((one for record in records for one in record["rejected"]), key=lambda one: one["id"])
     info = ImagesInfo(
@@ -100,22 +125,33 @@ def _finish(writer: ShardWriter, listing: Listing, how: Storing, source: str, nu
         store=how.store,
         image_size=how.image_size,
         channels=how.channels,
-        source=source,
+        source=source if listing.part == "all" else f"{source}, {listing.part}",
         versions=merged_versions(records),
+        background=how.background,
+        changes=dict(sorted(sum((Counter(record["changes"]) for record in records), Counter[str]()).items())),
     )
     lines = "".join(json.dumps(one) + "\n" for one in rejected)
-    writer.finish(info, num_shards, {"rejected.jsonl": lines} if rejected else {})
+    writer.finish(info, num_shards, {_REJECTED_FILE: lines} if rejected else {})
 
 
-def _describe(folder: Path) -> str:
+def _say_of(folder: Path, before: str, behind: str = "") -> None:
+    """What a finished folder holds, and what its images lost."""
     info = read_info(folder, str(folder))
     assert isinstance(info, ImagesInfo)
+    for line in describe_changes(info.changes, info.background, info.image_size):
+        say(f"{folder}: {line}")
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    named = f" ({folder / 'rejected.jsonl'})" if info.num_rejected else ""
-    return (
-        f"{info.num_samples} images of {len(info.class_names)} classes, {info.channels} x {info.image_size} x "
-        f"{info.image_size}, {info.store}; {info.num_rejected} rejected{named}; {megabytes:.1f} MB"
+    named = f" ({folder / _REJECTED_FILE})" if info.num_rejected else ""
+    say(
+        f"{folder}{before}: {info.num_samples} images of {len(info.class_names)} classes, {info.channels} x "
+        f"{info.image_size} x {info.image_size}, {info.store}; {info.num_rejected} rejected{named}; "
+        f"{megabytes:.1f} MB{behind}"
     )
+
+
+def _rejected_in(folder: Path) -> list[dict[str, Any]]:
+    file = folder / _REJECTED_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 class _Rejected:
@@ -148,6 +184,37 @@ class _Rejected:
 # Worker processes
 
 
+@dataclass
+class Outcome:
+    """What became of images that were not stored as they are."""
+
+    rejected: list[dict[str, Any]] = field(default_factory=list)  # id, path and reason of each
+    changes: Counter[str] = field(default_factory=Counter)  # images, by what they lose: see `describe_changes`
+
+
+def read_samples(
+    listing: Listing, ids: Iterable[int], how: Storing, on_image: Callable[[int], None], outcome: Outcome
+) -> Iterator[dict[str, Any]]:
+    """The samples of image shards, without their checksums.
+
+    Args:
+        listing: the images.
+        ids: which of them.
+        how: they are stored.
+        on_image: called with the id of each image before it is read.
+        outcome: of the images read is added here.
+    """
+    for id in ids:
+        row = listing.rows[id]
+        on_image(id)
+        try:
+            stored = stored_image(read_file(listing.root / row.path), how, outcome.changes)
+        except RejectedImageError as error:
+            outcome.rejected.append({"id": id, "path": row.path, "reason": str(error)})
+            continue
+        yield {"id": id, "label": row.label, "caption": row.caption, "image": stored}
+
+
 @dataclass(frozen=True)
 class _Work:
     """What workers are forked with."""
@@ -159,14 +226,18 @@ class _Work:
 
     def make(self, number: int, state: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Writes a shard, and notes in `state` how many images were begun and which is being read; the rejected."""
-        rejected: list[dict[str, Any]] = []
+        outcome = Outcome()
 
         def note(id: int) -> None:
             state[:] = state[0] + 1, id
 
-        samples = read_samples(self.listing, self.slices[number], self.how, note, rejected)
-        self.writer.write(number, samples, lambda: {"rejected": rejected, "versions": versions()})
-        return rejected
+        samples = read_samples(self.listing, self.slices[number], self.how, note, outcome)
+        self.writer.write(
+            number,
+            samples,
+            lambda: {"rejected": outcome.rejected, "changes": outcome.changes, "versions": versions()},
+        )
+        return outcome.rejected
 
 
 class _Worker:

@@ -1,6 +1,7 @@
 """What is edited, and where: image and mask files -> tokens and regions; and whether an edit shows a seam."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,30 +10,43 @@ from torch import Tensor
 
 from cfpretrain.build import Autoencoder, make_scaling
 from cfpretrain.config import Config
-from cfpretrain.console import UserError
-from cfpretrain.data.images import RejectedImageError, centre_crop, read_file, read_image
+from cfpretrain.console import UserError, say
+from cfpretrain.data.images import (
+    BLACK,
+    WHITE,
+    Colour,
+    RejectedImageError,
+    centre_crop,
+    describe_changes,
+    read_file,
+    read_image,
+)
 from cfpretrain.model.transformer import patchify
 from cfpretrain.regions import mask_region, parse_region
 
 _WHITE = 128  # of 255; from here on a mask's pixel is taken for white
 
 
-def read_crop(path: Path, image_size: int, is_grey: bool) -> tuple[Tensor, tuple[int, int]]:
-    """ADM's centre crop of an image file, and the size of the file's image.
+def read_crop(path: Path, image_size: int, is_grey: bool, background: Colour = WHITE) -> tuple[Tensor, tuple[int, int]]:
+    """ADM's centre crop of an image file as viewers show it, and its size; says what it loses.
 
     Args:
         path: of any kind and size that shards are made of.
         image_size: pixels a side of the crop.
         is_grey: of one channel instead of RGB.
+        background: behind what is transparent.
 
     Returns:
-        float32 [1, C, Y, X] in [0, 1], and (width, height).
+        float32 [1, C, Y, X] in [0, 1], and (width, height); upright, where EXIF says that it is not.
 
     Raises:
         UserError: it cannot be read, decoded or cropped.
     """
     try:
-        image = read_image(read_file(path), is_grey)
+        changes: Counter[str] = Counter()
+        image = read_image(read_file(path), is_grey, background, is_upright=True, changes=changes)
+        for line in describe_changes(changes, background, image_size):
+            say(f"--image: {line}")
         pixels = np.asarray(centre_crop(image, image_size), np.float32) / 255
     except RejectedImageError as error:
         raise UserError(f"--image: {path}: {error}; give an image file such as PNG or JPEG") from error
@@ -69,7 +83,8 @@ def read_region(text: str, grid: int, image_size: int, file_size: tuple[int, int
 def _read_mask(path: Path, image_size: int, file_size: tuple[int, int] | None) -> Tensor:
     """bool [Y, X]."""
     try:
-        mask = read_image(read_file(path), is_grey=True)
+        # What is transparent stays as it is, whatever colour an editor keeps below.
+        mask = read_image(read_file(path), is_grey=True, background=BLACK, is_upright=True)
         if mask.size == file_size:
             mask = centre_crop(mask, image_size)
     except RejectedImageError as error:

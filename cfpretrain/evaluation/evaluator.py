@@ -17,6 +17,7 @@ from cfpretrain.console import UserError, one_line, phase
 from cfpretrain.evaluation.feature_sums import FeatureSums
 from cfpretrain.evaluation.features import make_extractor
 from cfpretrain.evaluation.generation import Decode, GenerationSettings, generate_batches, to_pixels
+from cfpretrain.evaluation.given_images import say_sizes
 from cfpretrain.evaluation.inception_score import splits_of
 from cfpretrain.evaluation.references import load_reference
 from cfpretrain.evaluation.sampling_options import usual_spacing
@@ -80,6 +81,7 @@ class Evaluator:
             del self.measured_by[key]
         # Precision and recall of so few images say little, and their features are large.
         self._reference = dataclasses.replace(reference.statistics, neighbours_KF=None)
+        self._real_size = reference.image_size  # until it was held against that of the model's images
         self._config, self._device = config, device
         self._labels = [i % config.model.num_classes for i in range(asked.num_images)]
         self._splits_N = splits_of(asked.num_images)
@@ -111,6 +113,8 @@ class Evaluator:
         for ids_B, images_BCYX in generate_batches(
             self._config, model, self._labels, self._settings, self._device, decode, on_step=on_step
         ):
+            say_sizes((images_BCYX.shape[3], images_BCYX.shape[2]), self._real_size)
+            self._real_size = None
             features = self._extractor(to_pixels(images_BCYX))
             sums = sums + FeatureSums.of(features, self._splits_N[ids_B])
         sums = sums.over_ranks()

@@ -1,6 +1,7 @@
 """Images that are there already, for scoring: a folder of files, image shards, or an `.npz` as ADM's evaluation reads.
 
-All of a set have one size; they are read in a fixed order, as they are, in RGB: nothing is cropped or resized.
+All of a set have one size; they are read in a fixed order, as they are, in RGB: nothing is cropped or resized. What is
+transparent is composited on a background.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import io
 import math
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,8 +20,18 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cfpretrain.console import UserError, one_line
-from cfpretrain.data.images import RejectedImageError, centre_crop, files_below, is_image_name, read_file, read_image
+from cfpretrain import runtime
+from cfpretrain.console import UserError, one_line, say
+from cfpretrain.data.images import (
+    WHITE,
+    Colour,
+    RejectedImageError,
+    centre_crop,
+    describe_changes,
+    read_file,
+    read_image,
+)
+from cfpretrain.data.listing import ImageFinder
 from cfpretrain.data.shards import INFO_FILE, ImagesInfo, Shards, fingerprint
 
 IMAGES, MEAN = "arr_0", "mu"  # keys of archives
@@ -32,10 +44,16 @@ class GivenImages(Protocol):
     Attributes:
         name: where they come from, for people.
         fingerprint: changes when they do.
+        size: width and height of each.
+        background: behind what is transparent.
+        changes: images read by this process that lost something, by what; see `describe_changes`.
     """
 
     name: str
     fingerprint: str
+    size: tuple[int, int]
+    background: Colour
+    changes: Counter[str]
 
     def __len__(self) -> int:
         """How many."""
@@ -44,29 +62,53 @@ class GivenImages(Protocol):
         """Some of them, uint8 [B, 3, Y, X]; UserError where one cannot be read or has another size."""
 
 
-def open_images(path: Path, key: str) -> GivenImages:
-    """Opens a set of images.
+def is_archive(path: Path) -> bool:
+    """Whether a path is called as an .npz."""
+    return path.suffix.lower() == ".npz"
+
+
+def open_images(path: Path, key: str, background: Colour = WHITE) -> GivenImages:
+    """Opens a set of images; says it where a folder holds others that are not read.
 
     Args:
         path: a folder of image files, one of image shards, or an archive with `arr_0`, uint8 [N, Y, X, 3].
         key: option that gave it, for messages.
+        background: behind what is transparent in a folder of image files.
 
     Raises:
         UserError: it is none of these, or holds fewer than two images.
     """
     images: GivenImages
-    if path.is_file() and path.suffix == ".npz":
+    if path.is_file() and is_archive(path):
         images = _Archive(path, key)
     elif (path / INFO_FILE).is_file():
         images = _FromShards(path, key)
     elif path.is_dir():
-        images = _Folder(path, key)
+        images = _Folder(path, key, background)
     else:
         got = "another file" if path.is_file() else "nothing: it does not exist"
         raise UserError(f"{key}: expected a folder of images, image shards or an .npz, got {path}, which is {got}")
     if len(images) < 2:
         raise UserError(f"{key}: expected at least 2 images in {path}, got {len(images)}; give more")
     return images
+
+
+def say_changes(images: GivenImages, key: str) -> None:
+    """Says what the images that all ranks have read lost; all ranks call it."""
+    counts = sum(runtime.gather(images.changes), Counter[str]())
+    for line in describe_changes(counts, images.background, min(images.size)):
+        say(f"{key}: of the images read now, {line}")
+
+
+def say_sizes(size: tuple[int, int], reference: tuple[int, int] | None) -> None:
+    """Says it where scored images have another size, [width, height], than those of the reference."""
+    if reference is not None and size != reference:
+        scored, real = (f"{width} x {height}" for width, height in (size, reference))
+        shape = "" if size[0] * reference[1] == size[1] * reference[0] else " and squeezed to one shape"
+        say(
+            f"WARNING: the images to score are {scored}, those of the reference {real}; for the features all are "
+            f"resized{shape}, and the scores show that, too"
+        )
 
 
 def _as_tensor(images_BYXC: npt.NDArray[np.uint8]) -> Tensor:
@@ -76,35 +118,39 @@ def _as_tensor(images_BYXC: npt.NDArray[np.uint8]) -> Tensor:
 class _Files:
     """What folders and shards share: images that are decoded one by one."""
 
-    def __init__(self, name: str, key: str) -> None:
-        self.name, self._key = name, key
-        self._size: tuple[int, int] | None = None
+    def __init__(self, name: str, key: str, background: Colour) -> None:
+        self.name, self._key, self.background = name, key, background
+        self.size: tuple[int, int] = (0, 0)  # of none read yet
+        self.changes: Counter[str] = Counter()
 
     def _decode(self, data: bytes, image_name: str, crop: int | None = None) -> npt.NDArray[np.uint8]:
         try:
-            image = read_image(data)
+            image = read_image(data, background=self.background, changes=self.changes)
             if crop is not None:
                 image = centre_crop(image, crop)
         except RejectedImageError as error:
             raise UserError(f"{self._key}: {image_name}: {error}; remove it or get it again") from error
-        self._size = self._size or image.size
-        if image.size != self._size:
+        if not any(self.size):
+            self.size = image.size
+        if image.size != self.size:
             raise UserError(
                 f"{self._key}: expected images of one size, got {image.width} x {image.height} in {image_name} and "
-                f"{self._size[0]} x {self._size[1]} in others; tools/make_shards.py crops them to one"
+                f"{self.size[0]} x {self.size[1]} in others; tools/make_shards.py crops them to one"
             )
         return np.asarray(image, np.uint8)
 
 
 class _Folder(_Files):
-    def __init__(self, folder: Path, key: str) -> None:
-        super().__init__(str(folder), key)
+    def __init__(self, folder: Path, key: str, background: Colour) -> None:
+        super().__init__(str(folder), key, background)
+        finder = ImageFinder()
         try:
-            found = sorted(name for name, _ in files_below(folder))
+            self._paths = [folder / name for name, _ in finder.images_below(folder)]
         except UserError as error:
             raise UserError(str(error).replace("images:", f"{key}:", 1)) from error
-        self._paths = [folder / name for name in found if is_image_name(name)]
-        digest = hashlib.blake2b(digest_size=16)
+        for text in finder.warnings():
+            say(f"WARNING: {key}: {text}")
+        digest = hashlib.blake2b(f"{background}\0".encode(), digest_size=16)
         for path in self._paths:
             try:
                 status = path.stat()
@@ -116,6 +162,7 @@ class _Folder(_Files):
         self.fingerprint = digest.hexdigest()
         if self._paths:  # whichever rank reads an image holds it against the same size
             self.read([0])
+            self.changes.clear()  # it is read again
 
     def __len__(self) -> int:
         return len(self._paths)
@@ -132,13 +179,15 @@ class _Folder(_Files):
 
 class _FromShards(_Files):
     def __init__(self, folder: Path, key: str) -> None:
-        super().__init__(str(folder), key)
         self._shards = Shards(folder, key)
         info = self._shards.info
         if not isinstance(info, ImagesInfo):
             raise UserError(f"{key}: expected shards of images, got latents in {folder}; give those they were made of")
+        super().__init__(str(folder), key, info.background)
         self._crop = info.image_size if info.store == "original" else None
         self.fingerprint = fingerprint(self._shards.source, key)
+        self.read([0])
+        self.changes.clear()
 
     def __len__(self) -> int:
         return len(self._shards)
@@ -151,10 +200,17 @@ class _FromShards(_Files):
 
 
 class _Archive:
-    """Reads the images it is asked for, never the whole array: 50,000 of 256 pixels would be 10 GB in memory."""
+    """Reads the images it is asked for, never the whole array: 50,000 of 256 pixels would be 10 GB in memory.
+
+    In Fortran's order the bytes of an image lie apart; such an array is read whole.
+    """
+
+    background = WHITE  # of nothing
 
     def __init__(self, file: Path, key: str) -> None:
         self.name, self._key = str(file), key
+        self._whole: npt.NDArray[np.uint8] | None = None
+        self.changes: Counter[str] = Counter()
         with ExitStack() as stack:
             self._open(stack.enter_context(_opened(file, key)), file, stack)
             stack.pop_all()  # nothing was wrong: they stay open
@@ -177,13 +233,24 @@ class _Archive:
             self._shape, is_fortran, dtype = read_header(self._member)
         except _DAMAGE as error:
             raise UserError(f"{self._key}: {file} is damaged ({one_line(error)}); get it again") from error
-        is_whole = self._member.tell() + math.prod(self._shape) * dtype.itemsize == info.file_size
-        if dtype != np.uint8 or is_fortran or len(self._shape) != 4 or self._shape[3] not in (1, 3) or not is_whole:
+        if dtype != np.uint8 or len(self._shape) != 4 or self._shape[3] not in (1, 3):
             raise UserError(
                 f"{self._key}: expected uint8 images [N, Y, X, 3] as {IMAGES} of {file}, got {dtype} "
-                f"{list(self._shape)} in {info.file_size} bytes; write them so"
+                f"{list(self._shape)}; write them so"
             )
         self._begin = self._member.tell()
+        num_bytes = info.file_size - self._begin
+        if num_bytes != math.prod(self._shape):
+            raise UserError(
+                f"{self._key}: expected {math.prod(self._shape)} bytes of images {list(self._shape)} as {IMAGES} of "
+                f"{file}, got {num_bytes}; get it again"
+            )
+        if is_fortran:
+            try:
+                self._whole = np.frombuffer(self._member.read(), np.uint8).reshape(self._shape, order="F")
+            except _DAMAGE as error:
+                raise UserError(f"{self._key}: {file} is damaged ({one_line(error)}); get it again") from error
+        self.size = (int(self._shape[2]), int(self._shape[1]))
         self.fingerprint = hashlib.blake2b(f"{info.CRC} {info.file_size}".encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
@@ -192,9 +259,12 @@ class _Archive:
     def read(self, places: Sequence[int]) -> Tensor:
         shape = self._shape[1:]
         num_bytes = int(np.prod(shape))
-        images = []
+        images: list[npt.NDArray[np.uint8]] = []
         try:
             for place in places:
+                if self._whole is not None:
+                    images.append(self._whole[place])
+                    continue
                 self._member.seek(self._begin + place * num_bytes)
                 images.append(np.frombuffer(self._member.read(num_bytes), np.uint8).reshape(shape))
         except _DAMAGE as error:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cfpretrain import checkpoint, outputs
 from cfpretrain.console import UserError
+from cfpretrain.evaluation.given_images import is_archive
 from cfpretrain.evaluation.pictures import to_rgb, write_png
 
 _PLAN_FILE, _TABLE_FILE = "settings.json", "labels.csv"
@@ -48,7 +49,7 @@ class ImageSet:
         self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as it will be read
         self.unfinished = out.parent / f".{out.name}.unfinished"
         self._is_damaged = False
-        self._is_archive = out.suffix.lower() == ".npz"
+        self._is_archive = is_archive(out)
 
     def is_complete(self) -> bool:
         """Whether the result is there, made by the same plan, and no file of it is missing or cut short.

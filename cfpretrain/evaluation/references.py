@@ -22,10 +22,19 @@ from torch import Tensor
 
 from cfpretrain import outputs, runtime, seeds
 from cfpretrain.console import UserError, one_line
+from cfpretrain.data.images import WHITE, Colour
 from cfpretrain.evaluation.feature_sums import Work
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian
-from cfpretrain.evaluation.given_images import IMAGES, GivenImages, has_array, open_images, read_arrays
+from cfpretrain.evaluation.given_images import (
+    IMAGES,
+    GivenImages,
+    has_array,
+    is_archive,
+    open_images,
+    read_arrays,
+    say_changes,
+)
 from cfpretrain.evaluation.inception_score import NUM_SPLITS, splits_of
 from cfpretrain.evaluation.scores import (
     BATCH_SIZE,
@@ -52,11 +61,13 @@ class Reference:
         floor: scores of one random half against the other, what a perfect model of half as many images would get; its
             Inception Score is that of both. None where there are statistics alone, or too few images.
         record: where the statistics come from, JSON-able; its `fingerprint` changes when they do.
+        image_size: width and height; None where there are no images.
     """
 
     statistics: ImageStatistics
     floor: dict[str, float] | None
     record: dict[str, Any]
+    image_size: tuple[int, int] | None = None
 
     @property
     def floor_num_images(self) -> int:
@@ -70,6 +81,7 @@ def load_reference(
     cache: Path,
     on_begin: Callable[[int, int], None] = lambda *_: None,
     on_done: Callable[[int], None] = lambda _: None,
+    background: Colour = WHITE,
 ) -> Reference:
     """The statistics of a reference: from the cache where they are there; all ranks call it.
 
@@ -79,13 +91,14 @@ def load_reference(
         cache: folder in which statistics of images are kept, by data, features and code; all ranks see it.
         on_begin: called on every rank with how many images are done, of how many, where there is work to do.
         on_done: called every few seconds with how many images are done.
+        background: behind what is transparent in a folder of images.
 
     Raises:
         UserError: there is no such thing, it is of other features, or the cache cannot be written.
     """
     with runtime.together():
-        given = _given_statistics(path, extractor) if path.is_file() and path.suffix == ".npz" else None
-        images = open_images(path, _KEY) if given is None or given.has_images else None
+        given = _given_statistics(path, extractor) if path.is_file() and is_archive(path) else None
+        images = open_images(path, _KEY, background) if given is None or given.has_images else None
     if images is None:
         assert given is not None
         assert given.statistics is not None
@@ -101,7 +114,8 @@ def load_reference(
     both = replace(given.statistics, neighbours_KF=reference.statistics.neighbours_KF)
     floor = {name: value for name, value in (reference.floor or {}).items() if name in ("precision", "recall")}
     fingerprint = f"{reference.record['fingerprint']} {given.fingerprint}"
-    return Reference(both, floor or None, {**reference.record, "statistics": "given", "fingerprint": fingerprint})
+    record = {**reference.record, "statistics": "given", "fingerprint": fingerprint}
+    return Reference(both, floor or None, record, images.size)
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,13 @@ class _Given:
 def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
     arrays = read_arrays(file, _KEY, ["mu", "sigma", "mu_s", "sigma_s", _OWN_KEY])
     has_images = has_array(file, _KEY, IMAGES)
-    if "mu" not in arrays or "sigma" not in arrays:
+    for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        there = [name for name in (mean, covariance) if name in arrays]
+        if len(there) == 1:
+            raise UserError(
+                f"{_KEY}: expected both {mean} and {covariance} in {file}, got {there[0]} alone; add the other"
+            )
+    if "mu" not in arrays:
         return _Given(None, True)  # `open_images` says what is missing
     num_images = None
     if _OWN_KEY in arrays:
@@ -134,7 +154,7 @@ def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
             "the FID Inception or of unknown features; give the images, or --features inception and its weights"
         )
     pooled = _gaussian(file, arrays, "mu", "sigma")
-    spatial = _gaussian(file, arrays, "mu_s", "sigma_s") if "mu_s" in arrays and "sigma_s" in arrays else None
+    spatial = _gaussian(file, arrays, "mu_s", "sigma_s") if "mu_s" in arrays else None
     shapes = extractor.none()
     for gaussian, none in ((pooled, shapes.pooled_BF), (spatial, shapes.spatial_BF)):
         if gaussian is not None and none is not None and len(gaussian.mean_F) != none.shape[1]:
@@ -212,6 +232,7 @@ def _make_entry(
     is_kept_N[order_N[num_images // 2 : num_images // 2 + (kept if num_images > MOST_KEPT else num_images)]] = True
     work = Work(entry, "--cache", plan, BATCH_SIZE, groups_N, splits_of(num_images), is_kept_N)
     sum_up(work, given_batches(images), extractor, lambda done: on_begin(done, num_images), on_done)
+    say_changes(images, _KEY)
     halves, kept_KF = work.total(), work.kept()
     group_K = groups_N[is_kept_N]
     whole = ImageStatistics.of(halves[0] + halves[1], kept_KF)
@@ -279,4 +300,4 @@ def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extracto
         raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")
     statistics = replace(given, neighbours_KF=neighbours_KF, inception_score=None if score is None else tuple(score))
     record = {**record, "reference": images.name, "cache": str(entry), "fingerprint": entry.name}
-    return Reference(statistics, floor, record)
+    return Reference(statistics, floor, record, images.size)

@@ -53,7 +53,7 @@ def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any
 
 
 def _read(file: Path, placeholders: Sequence[str]) -> Any:
-    if file.suffix == ".safetensors":
+    if file.suffix.lower() == ".safetensors":
         return load_file(file)
     allowed: Any = [(Placeholder, name) for name in placeholders]
     with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):

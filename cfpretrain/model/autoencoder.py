@@ -23,6 +23,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
 _CLASS = "AutoencoderKL"
 _PIXELS_AT_ONCE = 1 << 19  # decoded together: 8 images of 256 px
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _NUM_NAMED = 3  # tensors that a message names before it says how many more there are
 # Folders that older diffusers wrote, as most of Stable Diffusion's are, name the attention's matrices otherwise.
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -287,7 +288,7 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
 def _read_tensors(folder: Path, key: str) -> dict[str, Tensor]:
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        pickles = sorted(file.name for file in folder.iterdir() if file.suffix in (".bin", ".ckpt", ".pt", ".pth"))
+        pickles = sorted(file.name for file in folder.iterdir() if file.suffix.lower() in _PICKLES)
         raise UserError(
             f"{key}: expected {path}, which is not there"
             + (

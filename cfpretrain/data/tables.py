@@ -1,0 +1,264 @@
+"""Tables of images: .csv or .jsonl, a row for each image, with the columns `path`, `label` and `caption`.
+
+The names of columns are compared without case and outer spaces. A column that is not known is refused, unless it is
+named to be ignored: a model trained without its labels for a typo would not say so.
+"""
+
+import csv
+import io
+import json
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from cfpretrain.console import UserError
+
+TABLES = (".csv", ".jsonl")
+UNLABELLED = "unlabelled"  # the one class of a table without labels
+
+_COLUMNS = ("path", "label", "caption")
+_OTHER_NAMES = {
+    "path": ("file", "filename", "filepath", "image", "imagepath", "imagefile", "img", "imgpath"),
+    "label": ("class", "classname", "classid", "classlabel", "labelid", "category", "target", "species", "tag", "y"),
+    "caption": ("text", "prompt", "description", "title"),
+}
+_MEANT_BY = {name: column for column, names in _OTHER_NAMES.items() for name in (column, *names)}
+_LIKENESS = 0.75  # of two names, as difflib measures it, where one is taken for a typo of the other
+# What cannot be written as UTF-8; of a path, which need not be, what no file has in its name.
+_UNFIT = {
+    "path": re.compile("[\0\ud800-\udc7f\udd00-\udfff]"),
+    "label": re.compile("[\0-\x1f\x7f\ud800-\udfff]"),  # it is shown in a line with others
+    "caption": re.compile("[\ud800-\udfff]"),
+}
+
+_Records = list[tuple[int, dict[str, Any]]]  # (line, value of each known column) of each row
+
+
+@dataclass(frozen=True)
+class Table:
+    """The rows of a table, in its order; `ignored` are columns that were left out because it was asked for."""
+
+    paths: Sequence[str]
+    labels: Sequence[int]
+    captions: Sequence[str]
+    class_names: tuple[str, ...]
+    ignored: Sequence[str]
+
+
+def read_table(file: Path, ignore: Iterable[str] = ()) -> Table:
+    """Reads a table.
+
+    Args:
+        file: .csv with a first line that names the columns, or .jsonl with an object a line.
+        ignore: names of columns that are left out.
+
+    Raises:
+        UserError: names the file and, where there is one, the line.
+    """
+    reader = _Reader(file, ignore)
+    records = list(reader.records())
+    reader.check_ignored()
+    if not records:
+        raise UserError(f"images: expected a row for each image in {file}, got none")
+    paths = [_text(file, line, record, "path") for line, record in records]
+    for (line, _), path in zip(records, paths, strict=True):
+        if not path:
+            raise UserError(f"images: {file}, line {line}: expected a path, got none; add it as `path`")
+    labels, class_names = _classes(file, records)
+    captions = [_text(file, line, record, "caption") for line, record in records]
+    ignored = sorted(name.strip() or "without a name" for name in reader.ignored)
+    return Table(paths, labels, captions, class_names, ignored)
+
+
+class _Reader:
+    """Reads records, and notes in `ignored` which columns were left out."""
+
+    def __init__(self, file: Path, ignore: Iterable[str]) -> None:
+        self._file, self._ignore = file, {_normal(name): name for name in ignore}
+        self._checked: dict[tuple[str, ...], list[str]] = {}
+        self.ignored: set[str] = set()  # as they are written
+        if "path" in self._ignore:
+            raise UserError("--ignore-columns: expected columns other than path, which says where the images are")
+
+    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(line at which it begins, value of each known column) of each row."""
+        file = self._file
+        try:
+            with file.open(encoding="utf-8-sig", newline="") as text:
+                yield from self._csv(text) if file.suffix.lower() == ".csv" else self._jsonl(text)
+        except OSError as error:
+            raise UserError(f"images: {file} cannot be read ({error.strerror}); mend it") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"images: {file}: expected UTF-8 text ({error}); save it so") from error
+
+    def check_ignored(self) -> None:
+        """Refuses columns to ignore that the table has not."""
+        absent = [name for normal, name in self._ignore.items() if normal not in map(_normal, self.ignored)]
+        if absent:
+            there = ", ".join(dict.fromkeys(name for names in self._checked for name in names))
+            raise UserError(
+                f"--ignore-columns: expected columns of {self._file} ({there:.200}), got {', '.join(absent)}; "
+                "correct or leave out"
+            )
+
+    def _csv(self, text: io.TextIOBase) -> Iterator[tuple[int, dict[str, Any]]]:
+        reader, lines_before = csv.reader(text, strict=True), 0
+        columns: list[str] | None = None
+        begin = 1  # of a record; the reader's own count is where it ends
+        try:
+            while (values := next(reader, None)) is not None:
+                if columns is None and values:
+                    self._check_has_path(values)
+                    columns = self._columns(values, "")
+                    if any(name[:1].isspace() for name in values):
+                        # Whoever writes `path, label` means no value to begin with a space either.
+                        lines_before = reader.line_num
+                        reader = csv.reader(text, strict=True, skipinitialspace=True)
+                elif columns is not None and values:
+                    if len(values) != len(columns):
+                        raise UserError(
+                            f"images: {self._file}, line {begin}: expected {len(columns)} values, as the first line "
+                            f"names, got {'more' if len(values) > len(columns) else 'fewer'}; mend it (quote texts "
+                            "that hold commas)"
+                        )
+                    yield begin, {name: value for name, value in zip(columns, values, strict=True) if name}
+                begin = lines_before + reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(
+                f"images: {self._file}, line {begin}: expected CSV ({error}); close its quotes, or shorten it"
+            ) from error
+        if columns is None:
+            self._check_has_path([])
+
+    def _check_has_path(self, names: Sequence[str]) -> None:
+        if "path" in map(_normal, names):
+            return
+        meant = [name for name in names if _meant(name) == "path"]
+        got, advice = ", ".join(names) or "nothing", "add it"
+        if meant:
+            advice = f"rename `{meant[0].strip()}`"
+        elif len(names) == 1 and re.search("[;\t]", names[0]):
+            advice = "separate columns by commas"
+        raise UserError(
+            f"images: {self._file}: expected a first line that names the column path, got {got:.80}; {advice}"
+        )
+
+    def _jsonl(self, text: io.TextIOBase) -> Iterator[tuple[int, dict[str, Any]]]:
+        for line, content in enumerate(text, start=1):
+            if not content.strip():
+                continue
+            where = f", line {line}"
+            try:
+                # Pairs: of a key that comes twice a dict would keep the last.
+                record = json.loads(content, object_pairs_hook=tuple)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"images: {self._file}{where}: expected one JSON object ({error}); mend it") from error
+            if not isinstance(record, tuple):
+                got = content.strip()
+                raise UserError(f"images: {self._file}{where}: expected one JSON object, got {got:.40}; mend it")
+            columns = self._columns([name for name, _ in record], where)
+            yield line, {name: value for name, (_, value) in zip(columns, record, strict=True) if name}
+
+    def _columns(self, names: Sequence[str], where: str) -> list[str]:
+        """The known column that each name stands for; "" of what is left out."""
+        key = tuple(names)
+        if key not in self._checked:
+            self._checked[key] = self._check_columns(names, where)
+        return self._checked[key]
+
+    def _check_columns(self, names: Sequence[str], where: str) -> list[str]:
+        columns = [_normal(name) for name in names]
+        for column in _COLUMNS:
+            if columns.count(column) > 1 and column not in self._ignore:
+                raise UserError(
+                    f"images: {self._file}{where}: expected one column {column}, got {columns.count(column)} "
+                    f"({', '.join(names)!r:.80}); remove or rename the others"
+                )
+        unknown = [
+            name.strip()
+            for name, column in zip(names, columns, strict=True)
+            if column not in (*_COLUMNS, *self._ignore)
+        ]
+        if unknown:
+            meant = {name: _meant(name) for name in unknown if _meant(name) and _meant(name) not in columns}
+            renames = "".join(f"rename `{name}` to `{column}`, or " for name, column in meant.items())
+            named = ", ".join(f"`{name}`" if name else "one without a name" for name in unknown)
+            raise UserError(
+                f"images: {self._file}{where}: expected the columns {', '.join(_COLUMNS)}, got "
+                f"{named:.300}; {renames}leave out what is not to be read with "
+                f"--ignore-columns {' '.join(map(shlex.quote, unknown)):.300}"
+            )
+        self.ignored.update(name for name in names if _normal(name) in self._ignore)
+        return ["" if column in self._ignore else column for column in columns]
+
+
+def _normal(name: str) -> str:
+    return name.strip().casefold()
+
+
+def _meant(name: str) -> str:
+    """The known column that a name which is not known is taken for; "" where it is like none."""
+    letters = re.sub("[^a-z0-9]", "", _normal(name))
+    near = get_close_matches(letters, _MEANT_BY, 1, _LIKENESS)
+    return _MEANT_BY[near[0]] if near else ""
+
+
+def _text(file: Path, line: int, record: dict[str, Any], column: str) -> str:
+    value = record.get(column)
+    if not isinstance(value, str | None) or _UNFIT[column].search(value or ""):
+        raise UserError(f"images: {file}, line {line}: expected a text as {column}, got {value!r:.40}; mend it")
+    return value or ""
+
+
+def _classes(file: Path, records: _Records) -> tuple[list[int], tuple[str, ...]]:
+    """The label of each row, and the class names."""
+    given = [_label(file, line, record) for line, record in records]
+    if not any(given):
+        return [0] * len(given), (UNLABELLED,)
+    if not all(given):
+        line = records[given.index("")][0]
+        raise UserError(f"images: {file}, line {line}: expected a label, as in other rows, got none; add it")
+    if all(re.fullmatch("[0-9]+", label) for label in given):
+        labels = list(map(int, given))
+        return labels, _numbered(file, labels)
+    if all(re.fullmatch(r"[0-9]+(\.[0-9]*)?", label) for label in given):
+        place = next(i for i, label in enumerate(given) if "." in label)
+        raise UserError(
+            f"images: {file}, line {records[place][0]}: expected whole numbers as labels, got {given[place]:.40}; "
+            "write them without a point"
+        )
+    class_names = sorted(set(given))
+    number_of = {name: number for number, name in enumerate(class_names)}
+    return [number_of[label] for label in given], tuple(class_names)
+
+
+def _numbered(file: Path, labels: Sequence[int]) -> tuple[str, ...]:
+    """The names of classes that are numbered; UserError where a number is left out, since all would move up."""
+    num_classes, found = max(labels) + 1, set(labels)
+    if len(found) < num_classes:
+        missing = next(number for number in range(num_classes) if number not in found)
+        more = num_classes - len(found) - 1
+        raise UserError(
+            f"images: {file}: expected images of every class from 0 to {num_classes - 1}, since all labels are "
+            f"numbers, got none of {missing}{f' and {more} more' if more else ''}; number the classes from 0 on "
+            f"without gaps, or give them names, such as class{num_classes - 1}"
+        )
+    return tuple(map(str, range(num_classes)))
+
+
+def _label(file: Path, line: int, record: dict[str, Any]) -> str:
+    value = record.get("label")
+    if value is None:
+        return ""
+    is_number = isinstance(value, int) and not isinstance(value, bool)
+    text = str(value).strip()
+    is_wrong = re.fullmatch("-[0-9]+|[0-9]{1000,}", text) or _UNFIT["label"].search(text)
+    if not (isinstance(value, str) or is_number) or is_wrong:
+        raise UserError(
+            f"images: {file}, line {line}: expected a name or a number from 0 on as label, got {value!r:.40}; mend it"
+        )
+    return text
