@@ -90,7 +90,6 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.lifeline import StopRequest
         from cfpretrain.model import autoencoder
     autoencoder.refuse_existing(arguments.out)
-    stop = StopRequest(has_begun=False)
     device = runtime.pick_device()
     images = _read_images(arguments)
     if arguments.init is None:
@@ -106,7 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         training = Training(network.to(device), images.train, images.held_out, settings, hidden)
         training.settle(_NUM_STEPS, 60 * arguments.max_minutes)
         say(f"originals beside reconstructions, drawn with each saved state: {hidden / PICTURE_FILE}")
-        stop.has_begun = True
+        stop = StopRequest()
         try:
             training.run(stop, arguments.save_seconds, 60 * arguments.max_minutes)
             _finish(training, images, stop)
