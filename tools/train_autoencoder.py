@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from cfpretrain.autoencoder_training import Training
     from cfpretrain.lifeline import StopRequest
 
-_MOST_MEASURED = 5000  # images behind the latents' mean and deviation, and behind each error
+_MOST_MEASURED = 1000  # images behind the latents' mean and deviation, and behind each error
 _NORM_GROUPS = 8
 _NUM_STEPS = 4000
 _HELD_OUT_EVERY = 20  # where no held-out images are given
