@@ -8,6 +8,9 @@ import signal
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +110,7 @@ def saved(out: Path) -> int:
     return state.stat().st_mtime_ns if state.exists() else 0
 
 
-def wait_for_a_state(out: Path, process: Rank | subprocess.Popen[str]) -> None:
+def wait_for_a_state(out: Path, process: Rank | subprocess.Popen[bytes]) -> None:
     before = saved(out)
     wait_until(lambda: saved(out) != before or process.poll() is not None)
 
@@ -141,20 +144,31 @@ def first_step(said: str) -> int:
     return int(found[1]) if found else 0
 
 
-@pytest.mark.parametrize("moment", ["loading", "training"])
-def test_ctrl_c_in_a_terminal_ends_it_with_a_state(images, tmp_path, moment) -> None:
-    out = tmp_path / "out"
+@dataclass
+class Terminal:
+    """A process in a terminal of its own."""
+
+    process: subprocess.Popen[bytes]
+    master: int  # the end at which a person sits
+
+    def read(self) -> str:
+        """What it shows until nobody writes to it any more."""
+        said = b""
+        while True:
+            try:
+                part = os.read(self.master, 4096)
+            except OSError:  # so Linux says it
+                part = b""
+            if not part:
+                return said.decode()
+            said += part
+
+
+@contextmanager
+def in_a_terminal(arguments: list[str]) -> Iterator[Terminal]:
     master, terminal = os.openpty()
-    command = [
-        sys.executable,
-        str(REPOSITORY / "tools" / "train_autoencoder.py"),
-        images[0],
-        str(out),
-        *images[1:],
-        *LONG,
-    ]
     process = subprocess.Popen(
-        command,
+        [sys.executable, str(REPOSITORY / "tools" / "train_autoencoder.py"), *arguments],
         stdin=terminal,
         stdout=terminal,
         stderr=terminal,
@@ -164,34 +178,44 @@ def test_ctrl_c_in_a_terminal_ends_it_with_a_state(images, tmp_path, moment) -> 
     )
     os.close(terminal)
     try:
-        said = os.read(master, 4096).decode()
-        assert "loading torch" in said
-        if moment == "training":
-            wait_for_a_state(out, process)
-        os.write(master, b"\x03")
-        said = _read_to_the_end(master)
-        assert process.wait(60) == 75
-        assert "Traceback" not in said
-        lines = ["stopped at step ", "stopped before training began; the same command starts it"]
-        assert lines[moment == "loading"] in said
-        assert (saved(out) > 0) == (moment == "training")
+        yield Terminal(process, master)
     finally:
         process.kill()
         process.wait()
-        os.close(master)
+        with suppress(OSError):  # a test may have closed it
+            os.close(master)
 
 
-def _read_to_the_end(master: int) -> str:
-    """What a terminal shows until nobody writes to it any more."""
-    said = b""
-    while True:
-        try:
-            part = os.read(master, 4096)
-        except OSError:  # so Linux says it
-            part = b""
-        if not part:
-            return said.decode()
-        said += part
+def test_ctrl_c_in_a_terminal_while_it_loads(images, tmp_path) -> None:
+    out = tmp_path / "out"
+    with in_a_terminal([images[0], str(out), *images[1:], *LONG]) as terminal:
+        assert "loading torch" in os.read(terminal.master, 4096).decode()
+        os.write(terminal.master, b"\x03")
+        said = terminal.read()
+        assert terminal.process.wait(60) == 75
+    assert "stopped before training began; the same command starts it" in said
+    assert "Traceback" not in said
+    assert not saved(out)
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "closed"])
+def test_a_terminal_s_ctrl_c_or_end_leaves_a_state(images, tmp_path, how) -> None:
+    out = tmp_path / "out"
+    with in_a_terminal([images[0], str(out), *images[1:], *LONG]) as terminal:
+        wait_for_a_state(out, terminal.process)
+        before = saved(out)
+        if how == "Ctrl-C":
+            os.write(terminal.master, b"\x03")
+            said = terminal.read()
+            assert "stopped at step " in said
+            assert "Traceback" not in said
+        else:
+            os.close(terminal.master)
+        assert terminal.process.wait(60) == 75
+    assert saved(out) > before
+    said = train(images, out, *LONG)
+    assert first_step(said) > 0
+    assert out.is_dir()
 
 
 def test_another_setting_does_not_go_on_with_an_unfinished_training(images, tmp_path) -> None:

@@ -36,6 +36,7 @@ from cfpretrain.console import (
     path_argument,
     phase,
     say,
+    stop_signals,
 )
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Trains, measures, reads back what was written, and gives it its name; or saves, and ends with exit code 75."""
     _check(arguments)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in stop_signals():
         signal.signal(number, leave_before_training)
     with phase("loading torch and diffusers"):
         from cfpretrain import outputs, runtime
