@@ -132,6 +132,10 @@ def test_killed_and_stopped_training_gives_the_weights_of_an_unstopped_one(image
             [stopped_at] = re.findall(r"stopped at step ([0-9]+) of 100; the same command goes on\n$", said)
             assert int(stopped_at) >= num_done
             num_done = int(stopped_at)
+    # A kill while OUT is written leaves a part of it.
+    part_of_out = tmp_path / ".out.partial" / "made"
+    part_of_out.mkdir()
+    (part_of_out / WEIGHTS_FILE).write_bytes(b"")
     assert first_step(train(images, out, *LONG)) == num_done
     for file in (WEIGHTS_FILE, "config.json", PICTURE_FILE):
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()

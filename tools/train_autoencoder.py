@@ -109,14 +109,15 @@ def run(arguments: argparse.Namespace) -> None:
         stop = StopRequest()
         try:
             training.run(stop, arguments.save_seconds, 60 * arguments.max_minutes)
-            _finish(training, images, stop)
+            overrides = _finish(training, images, stop)
         except StoppedError:
             say(f"stopped at step {training.step} of {training.num_steps}; the same command goes on")
             sys.exit(EXIT_REQUEUE)
         os.rename(hidden / _MADE, arguments.out)
         outputs.remove_hidden(hidden)
         os.close(lock)
-    say(f"{arguments.out} is written; originals and reconstructions: {arguments.out / PICTURE_FILE}")
+    say(f"{arguments.out} is written; originals beside reconstructions: {arguments.out / PICTURE_FILE}")
+    say(f"in a config: {overrides}")
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -254,8 +255,8 @@ def read_network(folder: Path, image_channels: int) -> Any:
 # The end
 
 
-def _finish(training: "Training", images: Images, stop: "StopRequest") -> None:
-    """Measures, writes OUT under another name, reads it back, and says its errors."""
+def _finish(training: "Training", images: Images, stop: "StopRequest") -> str:
+    """Measures, writes OUT under another name, reads it back, and says its errors; returns what a config needs."""
     from cfpretrain.autoencoder_training import PICTURE_FILE, check, evenly, measure_latents
     from cfpretrain.checkpoint import flush
     from cfpretrain.evaluation.reconstruction import reconstruction_error
@@ -278,7 +279,7 @@ def _finish(training: "Training", images: Images, stop: "StopRequest") -> None:
         training.draw(file, made)
     for path in (*folder.iterdir(), folder):
         flush(path)
-    say(f"in a config: {made.scaling_overrides()}")
+    return made.scaling_overrides()
 
 
 if __name__ == "__main__":
