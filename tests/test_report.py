@@ -204,4 +204,7 @@ def test_a_run_is_scored_beside_floor_cheat_and_an_untrained_model(shards: Path,
     ranks[0].communicate(60)
     [last] = run_script("tools/report.py", [str(other), *given, "--num-ar-steps", "2", "1"])
     assert "are there already" in last.out
-    assert json.loads((other / "report.json").read_text()) == report
+    found = json.loads((other / "report.json").read_text())
+    # Two ranks add up features in another order.
+    assert found.pop("fd_effnet_lite0") == pytest.approx(report.pop("fd_effnet_lite0"), rel=1e-9)
+    assert found == report
