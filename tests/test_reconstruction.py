@@ -1,9 +1,14 @@
 """What an autoencoder loses of images: held against errors that are known."""
 
+import io
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from cfpretrain.evaluation.reconstruction import reconstruction_error
+from cfpretrain.evaluation.pictures import grid_layout
+from cfpretrain.evaluation.reconstruction import draw_reconstructions, reconstruction_error
 from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling, make_network
 from tests.test_autoencoder import SMALL
 
@@ -41,3 +46,24 @@ def test_latents_are_decoded_as_they_were_encoded(images: torch.Tensor) -> None:
     assert expected > 0.01
     found = reconstruction_error(KLAutoencoder(network, "", "test"), images, CPU)
     assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("num", "num_columns", "num_rows"), [(1, 1, 1), (7, 7, 1), (17, 8, 2)])
+def test_originals_stand_above_what_is_made_of_them(images: torch.Tensor, num, num_columns, num_rows) -> None:
+    """Crisp: each pixel of an image is a square of picture pixels."""
+    network = make_network(SMALL, "test")
+    torch.nn.init.zeros_(network.decoder.conv_out.weight)
+    torch.nn.init.zeros_(network.decoder.conv_out.bias)
+    file = io.BytesIO()
+    draw_reconstructions(file, KLAutoencoder(network, "", "test"), images[:num], CPU, "A title")
+    picture = np.asarray(Image.open(file))
+    names = ["original", "reconstruction"] * num_rows
+    layout = grid_layout(2 * num_rows * num_columns, 8, 8, names, 128, "A title\nand a line")
+    assert layout.zoom == 16
+    for place in range(num_rows * num_columns):
+        row, column = divmod(place, num_columns)
+        y, x = layout.corner(2 * row, column)
+        expected = images[place, 0].numpy().repeat(16, 0).repeat(16, 1)[..., None].repeat(3, 2)
+        assert (picture[y : y + 128, x : x + 128] == expected).all()
+        y, x = layout.corner(2 * row + 1, column)
+        assert (picture[y : y + 128, x : x + 128] == 128).all()

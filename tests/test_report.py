@@ -1,8 +1,11 @@
 """tools/report.py: what it refuses before it takes any time, and a small run scored whole."""
 
 import argparse
+import dataclasses
 import io
 import json
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ from cfpretrain import config as configs
 from cfpretrain.console import UserError
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, image_columns
-from tests.processes import run_script
+from tests.digits import digits, digits_info, write_latents
+from tests.processes import Rank, run_script, start_script, wait_until
 from tests.runs import write_run
 from tests.test_config import TINY
 from tools import report
@@ -104,21 +108,103 @@ def write_digits(folder: Path, first: int, count: int) -> Path:
     return folder
 
 
+def test_too_few_classes_or_images_are_refused_before_sampling(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = tuple(map(str, range(10)))
+    few = write_images(tmp_path / "few", 8, names)
+    message = refused(monkeypatch, tmp_path, f"data.shards={shards}", few, few)
+    assert message == "--images, --held-out: expected at least 18 images together for 10 classes, got 2; give more"
+    one = dataclasses.replace(digits_info(4), class_names=("0",))
+    alike = write_latents(tmp_path / "latents", one, [(i, 0, pixels) for i, _, pixels in digits(4)])
+    few = write_images(tmp_path / "one", 8, ("0",))
+    message = refused(monkeypatch, tmp_path, f"data.shards={alike}", few, few)
+    assert message == "RUN: expected at least 2 classes, which the scores tell apart, got 1"
+
+
+def test_help_tells_every_limit(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["report.py", "--help"])
+    with pytest.raises(SystemExit):
+        report.main()
+    said = " ".join(capsys.readouterr().out.split())
+    for text in ("100 to 1000000", "1 to the run's number of tokens", "2 to the run's noise.num_timesteps",
+                 "0 to 1000 but 1", "at least 2 classes", "at least 8 images more than classes"):  # fmt: skip
+        assert text in said
+
+
+def test_the_order_of_settings_and_the_place_of_images_make_no_other_report() -> None:
+    settings = {"num_ar_steps": [1, 4, 16], "num_scored": 100, "images": "data/images"}
+    for there in ({"num_ar_steps": [16, 4, 1]}, {"images": "/elsewhere/images"}, {"precision": 0.5}):
+        assert report._is_of(settings | there, settings)
+    for there in ({"num_ar_steps": [1, 4]}, {"num_ar_steps": "1"}, {"num_scored": 200}):
+        assert not report._is_of(settings | there, settings)
+    assert not report._is_of({}, settings)
+
+
+def options(folder: Path) -> list[str]:
+    """Of a report on the digits that are written there."""
+    images, held_out = write_digits(folder / "images", 0, 500), write_digits(folder / "held_out", 500, 200)
+    given = ["--images", str(images), "--held-out", str(held_out), "--num-images", "100", "--num-ar-steps", "1", "2"]
+    return [*given, "--num-denoising-steps", "3", "--batch-size", "20"]
+
+
+def num_kept(run: Path) -> int:
+    """Batches that are kept: 25 in all."""
+    return len(list(run.glob(".report.partial/*/batch_*.npy")))
+
+
+def wait_for_a_batch(run: Path, ranks: list[Rank]) -> None:
+    before = num_kept(run)
+    wait_until(lambda: num_kept(run) > before or ranks[0].poll() is not None)
+
+
+def test_a_report_that_is_cut_off_keeps_its_samples(shards: Path, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", shards)
+    arguments, kept = [str(run), *options(tmp_path)], 0
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
+        [rank] = start_script("tools/report.py", arguments, 1)
+        wait_for_a_batch(run, [rank])
+        rank.send_signal(number)
+        said, err = rank.communicate(60)
+        assert err == ""
+        if number == signal.SIGKILL:
+            assert rank.returncode == -signal.SIGKILL
+        else:
+            assert rank.returncode == 75
+            assert said.endswith("stopped; the same command goes on\n")
+        if kept:
+            assert f"; {20 * kept} of 500 are there already" in said
+        assert num_kept(run) > kept
+        kept = num_kept(run)
+    assert not (run / "report.json").exists()
+
+
 @pytest.mark.slow
 def test_a_run_is_scored_beside_floor_cheat_and_an_untrained_model(shards: Path, tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", shards)
-    images, held_out = write_digits(tmp_path / "images", 0, 500), write_digits(tmp_path / "held_out", 500, 200)
-    options = ["--num-images", "100", "--num-ar-steps", "1", "2"]
-    options += ["--num-denoising-steps", "3", "--batch-size", "50"]
-    arguments = [str(run), "--images", str(images), "--held-out", str(held_out), *options]
-    first, second = run_script("tools/report.py", arguments, 2)
+    given = options(tmp_path)
+    first, second = run_script("tools/report.py", [str(run), *given], 2)
     assert (first.code, second.code) == (0, 0), first.err
+    assert not list(run.glob(".report*"))
     report = json.loads((run / "report.json").read_text())
     embedded = report["fd_effnet_lite0"]
     # Neither of these models has learned anything.
     assert 0 < embedded["real_against_real"] < min(embedded["value"], embedded["untrained"]) / 2
     assert report["num_embedded"] == 100
     assert f"{embedded['untrained']:.3f}" in first.out
-    [again] = run_script("tools/report.py", arguments)
+    [again] = run_script("tools/report.py", [str(run), *given, "--num-ar-steps", "2", "1", "1"])
     assert "nothing to do" in again.out
     assert f"{embedded['untrained']:.3f}" in again.out
+
+    # One that was cut off, on another number of ranks, is the same.
+    other = write_run(tmp_path / "other", shards)
+    ranks = start_script("tools/report.py", [str(other), *given], 1)
+    wait_for_a_batch(other, ranks)
+    ranks[0].kill()
+    ranks[0].communicate(60)
+    [last] = run_script("tools/report.py", [str(other), *given, "--num-ar-steps", "2", "1"])
+    assert "are there already" in last.out
+    found = json.loads((other / "report.json").read_text())
+    # Two ranks add up features in another order.
+    assert found.pop("fd_effnet_lite0") == pytest.approx(report.pop("fd_effnet_lite0"), rel=1e-9)
+    assert found == report

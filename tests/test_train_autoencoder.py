@@ -1,8 +1,16 @@
 """tools/train_autoencoder.py, on small real digits; and the autoencoder that the demo uses."""
 
+import fcntl
 import io
+import os
 import re
+import signal
+import subprocess
 import sys
+import termios
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +20,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from cfpretrain.autoencoder_training import PICTURE_FILE
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, image_columns
 from cfpretrain.evaluation.reconstruction import reconstruction_error
 from cfpretrain.model.autoencoder import WEIGHTS_FILE, KLAutoencoder
-from tests.processes import REPOSITORY
+from tests.processes import REPOSITORY, Rank, wait_until
 from tools import example_images, train_autoencoder
 
+LONG = ["--channels", "8", "8", "--num-steps", "100", "--batch-size", "16", "--save-seconds", "0"]
 STEPS = ["--channels", "8", "16", "--num-steps", "60", "--batch-size", "32", "--learning-rate", "0.004"]
 
 
@@ -45,17 +55,35 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [str(write_images(folder / "train", 0, 400)), "--held-out", str(write_images(folder / "held-out", 400, 100))]
 
 
-def train(monkeypatch: pytest.MonkeyPatch, out: Path, arguments: list[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["train_autoencoder.py", str(out), *arguments])
-    # The first positional argument is the images.
-    sys.argv[1], sys.argv[2] = sys.argv[2], sys.argv[1]
-    train_autoencoder.main()
+def start(images: list[str], out: Path, *options: str) -> Rank:
+    arguments = [images[0], str(out), *images[1:], *options]
+    return Rank("tools/train_autoencoder.py", arguments, {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
 
 
-def test_it_learns_says_its_error_and_writes_what_it_measured(images, tmp_path, monkeypatch, capsys) -> None:
-    train(monkeypatch, tmp_path / "out", [*images, *STEPS])
-    said = capsys.readouterr().out
-    error = float(re.search(r"held-out images on \[-1, 1\]: ([0-9.]+)", said)[1])
+def train(images: list[str], out: Path, *options: str) -> str:
+    """Trains in a process of its own, which takes its signals over; returns what it says."""
+    process = start(images, out, *options)
+    said, err = process.communicate(120)
+    assert process.returncode == 0, err
+    return said
+
+
+def refused(images: list[str], out: Path, *options: str) -> str:
+    process = start(images, out, *options)
+    _, err = process.communicate(120)
+    assert process.returncode == 2
+    assert err.startswith("[cfpretrain] error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def held_out_error(said: str) -> float:
+    return float(re.search(r"held-out images on \[-1, 1\]: ([0-9.]+)", said)[1])
+
+
+def test_it_learns_says_its_error_and_writes_what_it_measured(images, tmp_path) -> None:
+    said = train(images, tmp_path / "out", *STEPS)
+    error = held_out_error(said)
     pixels = torch.from_numpy(load_digits().images[400:500, None]).float() / 16 * 2 - 1
     assert error < 0.5 * float(pixels.var())
     autoencoder = KLAutoencoder.load(tmp_path / "out", "cpu")
@@ -76,24 +104,157 @@ def test_it_learns_says_its_error_and_writes_what_it_measured(images, tmp_path, 
     assert f"data.latent_shift=[{','.join(f'{value:.9g}' for value in autoencoder.shift)}]" in said
 
 
-def test_the_same_seed_gives_the_same_weights(images, tmp_path, monkeypatch) -> None:
-    short = [*images, "--channels", "8", "8", "--num-steps", "3"]
-    for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
-        train(monkeypatch, tmp_path / name, [*short, "--seed", seed])
-    a, b, c = (KLAutoencoder.load(tmp_path / name, "cpu").fingerprint for name in "abc")
-    assert a == b != c
-    assert (tmp_path / "a" / WEIGHTS_FILE).read_bytes() == (tmp_path / "b" / WEIGHTS_FILE).read_bytes()
+def saved(out: Path) -> int:
+    """A number that changes with each saved state."""
+    state = out.with_name(f".{out.name}.partial") / "state.safetensors"
+    return state.stat().st_mtime_ns if state.exists() else 0
 
 
-def test_it_goes_on_from_an_autoencoder(images, tmp_path, monkeypatch, capsys) -> None:
-    errors = []
-    for name, options in (("a", STEPS), ("b", ["--init", str(tmp_path / "a"), "--num-steps", "20"])):
-        train(monkeypatch, tmp_path / name, [*images, *options])
-        errors.append(float(re.search(r"held-out images on \[-1, 1\]: ([0-9.]+)", capsys.readouterr().out)[1]))
+def wait_for_a_state(out: Path, process: Rank | subprocess.Popen[bytes]) -> None:
+    before = saved(out)
+    wait_until(lambda: saved(out) != before or process.poll() is not None)
+
+
+def test_killed_and_stopped_training_gives_the_weights_of_an_unstopped_one(images, tmp_path) -> None:
+    out, num_done = tmp_path / "out", 0
+    train(images, tmp_path / "whole", *LONG)
+    for number in (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT):
+        part = start(images, out, *LONG)
+        wait_for_a_state(out, part)
+        part.send_signal(number)
+        said, err = part.communicate(60)
+        assert part.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 75), said
+        assert err == ""
+        assert not out.exists()
+        assert first_step(said) >= num_done
+        num_done = first_step(said) + 1  # a state is saved after the first step here
+        if number != signal.SIGKILL:
+            [stopped_at] = re.findall(r"stopped at step ([0-9]+) of 100; the same command goes on\n$", said)
+            assert int(stopped_at) >= num_done
+            num_done = int(stopped_at)
+    # A kill while OUT is written leaves a part of it.
+    part_of_out = tmp_path / ".out.partial" / "made"
+    part_of_out.mkdir()
+    (part_of_out / WEIGHTS_FILE).write_bytes(b"")
+    assert first_step(train(images, out, *LONG)) == num_done
+    for file in (WEIGHTS_FILE, "config.json", PICTURE_FILE):
+        assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def first_step(said: str) -> int:
+    """The number of steps that were done as a start began."""
+    found = re.search(r"going on at step ([0-9]+) of", said)
+    return int(found[1]) if found else 0
+
+
+@dataclass
+class Terminal:
+    """A process in a terminal of its own."""
+
+    process: subprocess.Popen[bytes]
+    master: int  # the end at which a person sits
+
+    def read(self) -> str:
+        """What it shows until nobody writes to it any more."""
+        said = b""
+        while True:
+            try:
+                part = os.read(self.master, 4096)
+            except OSError:  # so Linux says it
+                part = b""
+            if not part:
+                return said.decode()
+            said += part
+
+
+@contextmanager
+def in_a_terminal(arguments: list[str]) -> Iterator[Terminal]:
+    master, terminal = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(REPOSITORY / "tools" / "train_autoencoder.py"), *arguments],
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+    )
+    os.close(terminal)
+    try:
+        yield Terminal(process, master)
+    finally:
+        process.kill()
+        process.wait()
+        with suppress(OSError):  # a test may have closed it
+            os.close(master)
+
+
+def test_ctrl_c_in_a_terminal_while_it_loads(images, tmp_path) -> None:
+    out = tmp_path / "out"
+    with in_a_terminal([images[0], str(out), *images[1:], *LONG]) as terminal:
+        assert "loading torch" in os.read(terminal.master, 4096).decode()
+        os.write(terminal.master, b"\x03")
+        said = terminal.read()
+        assert terminal.process.wait(60) == 75
+    assert "stopped before training began; the same command starts it" in said
+    assert "Traceback" not in said
+    assert not saved(out)
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "closed"])
+def test_a_terminal_s_ctrl_c_or_end_leaves_a_state(images, tmp_path, how) -> None:
+    out = tmp_path / "out"
+    with in_a_terminal([images[0], str(out), *images[1:], *LONG]) as terminal:
+        wait_for_a_state(out, terminal.process)
+        before = saved(out)
+        if how == "Ctrl-C":
+            os.write(terminal.master, b"\x03")
+            said = terminal.read()
+            assert "stopped at step " in said
+            assert "Traceback" not in said
+        else:
+            os.close(terminal.master)
+        assert terminal.process.wait(60) == 75
+    assert saved(out) > before
+    said = train(images, out, *LONG)
+    assert first_step(said) > 0
+    assert out.is_dir()
+
+
+def test_another_setting_does_not_go_on_with_an_unfinished_training(images, tmp_path) -> None:
+    out = tmp_path / "out"
+    part = start(images, out, *LONG)
+    wait_for_a_state(out, part)
+    part.kill()
+    part.communicate(60)
+    message = refused(images, out, *LONG, "--batch-size", "8", "--seed", "1")
+    assert "other settings (--batch-size: 16 there, 8 now, --seed: 0 there, 1 now)" in message
+
+
+def test_a_time_limit_ends_it_with_what_it_has(images, tmp_path) -> None:
+    said = train(images, tmp_path / "out", "--channels", "8", "8", "--max-minutes", "1e-6", "--num-steps", "50")
+    assert "give fewer --num-steps" in said
+    assert "the time is over (--max-minutes): 49 of 50 steps are missing" in said
+    assert KLAutoencoder.load(tmp_path / "out", "cpu").latent_channels == 4
+
+
+def test_as_many_steps_as_fit_and_images_held_out_where_none_are_given(images, tmp_path) -> None:
+    said = train([images[0]], tmp_path / "out", "--channels", "8", "8", "--max-minutes", "1e-6")
+    assert "a step takes" in said
+    assert ", 1 steps about" in said
+    assert "the time is over" not in said
+    assert f"20 of 400 images are held out: every 20th of {images[0]} from the first on" in said
+    assert "380 images of 1 x 8 x 8" in said
+
+
+def test_it_goes_on_from_an_autoencoder(images, tmp_path) -> None:
+    before = held_out_error(train(images, tmp_path / "a", *STEPS))
+    after = held_out_error(train(images, tmp_path / "b", "--init", str(tmp_path / "a"), "--num-steps", "20"))
     a, b = (KLAutoencoder.load(tmp_path / name, "cpu") for name in "ab")
     assert a.fingerprint != b.fingerprint
     assert a.latent_shape((1, 8, 8)) == b.latent_shape((1, 8, 8))
-    assert errors[1] < 1.1 * errors[0]  # 20 steps from random weights would be far above
+    assert after < 1.1 * before  # 20 steps from random weights would be far above
 
 
 @pytest.mark.parametrize(
@@ -103,24 +264,22 @@ def test_it_goes_on_from_an_autoencoder(images, tmp_path, monkeypatch, capsys) -
         (["--channels", "8", "12"], "--channels: expected multiples of 8"),
         (["--channels", "8", "8", "8", "8", "8"], "--channels: expected levels that halve images of 8 pixels"),
         (["--num-steps", "0"], "--num-steps: expected at least 1, got 0"),
+        (["--max-minutes", "0"], "--max-minutes: expected more than 0, got 0.0"),
+        (["--save-seconds", "-1"], "--save-seconds: expected at least 0, got -1.0"),
         (["--batch-size", "0"], "--batch-size: expected at least 1, got 0"),
         (["--kl-weight", "nan"], "--kl-weight: expected at least 0, got nan"),
         (["--learning-rate", "0"], "--learning-rate: expected a number between 0 and 1"),
     ],
 )
-def test_mistakes_are_one_line(images, tmp_path, monkeypatch, capsys, options, message) -> None:
-    with pytest.raises(SystemExit) as ended:
-        train(monkeypatch, tmp_path / "out", [*images, *options])
-    assert ended.value.code == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_are_one_line(images, tmp_path, options, message) -> None:
+    assert message in refused(images, tmp_path / "out", *options)
     assert not list(tmp_path.iterdir())
 
 
-def test_held_out_images_of_another_size_are_refused(images, tmp_path, monkeypatch, capsys) -> None:
+def test_held_out_images_of_another_size_are_refused(images, tmp_path) -> None:
     other = write_images(tmp_path / "other", 0, 3, size=16)
-    with pytest.raises(SystemExit):
-        train(monkeypatch, tmp_path / "out", [images[0], "--held-out", str(other)])
-    assert "--held-out: expected images of shape [1, 8, 8]" in capsys.readouterr().err
+    message = refused([images[0], "--held-out", str(other)], tmp_path / "out")
+    assert "--held-out: expected images of shape [1, 8, 8]" in message
 
 
 def test_the_demo_s_autoencoder_is_small_and_makes_digits_again() -> None:

@@ -5,19 +5,39 @@
 
 Samples are decoded and held against real images, not against what the autoencoder makes of those. The scores are those
 of small images judged in pixel space, as the demo's digits are.
+
+It may be stopped or killed at any moment; the same command goes on with the samples that are there, and so does one
+with other settings where they share some: until the report is complete they lie in RUN/.report.partial.
+Exit code 2: a mistake; 75: it was asked to stop.
 """
 
 import argparse
 import json
+import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, printable, say
+from cfpretrain.console import (
+    UserError,
+    ending_in_one_line,
+    leave_on_signals,
+    path_argument,
+    phase,
+    printable,
+    say,
+)
 from cfpretrain.evaluation.sampling_options import check_guidance
+
+if TYPE_CHECKING:
+    from cfpretrain.evaluation.sample_sets import SampleSet
 
 # For few denoising steps; tools/measure_sampling.py quality holds it against DDPM's.
 _SOLVER, _SPACING = "sde-dpm++", "log_snr"
 _REPORT_FILE = "report.json"
+_LEAST_SCORED, _MOST_SCORED = 100, 10**6
+_LEAST_COMPARED = 4  # images of each set: one more than the neighbours behind precision and recall
 _MOST_MAPPED = 1500  # latents behind the loss map
 _FEATURES = "fd_effnet_lite0"
 _MOST_EMBEDDED = 500  # images of each set behind the distance in these features
@@ -25,21 +45,26 @@ _MOST_EMBEDDED = 500  # images of each set behind the distance in these features
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Sample and score a run; writes report.json into its folder.")
-    parser.add_argument("run", type=path_argument, help="a run folder, e.g. runs/demo")
-    parser.add_argument(
-        "--images", type=path_argument, required=True, help="image shards that the latents were made of"
+    parser = argparse.ArgumentParser(
+        description="Sample and score a run; writes report.json into its folder. Stopped or killed, the same command "
+        "goes on."
     )
-    parser.add_argument("--held-out", type=path_argument, required=True, help="image shards kept from training")
-    parser.add_argument("--num-images", type=int, default=1000, help="images for each setting (default 1000)")
-    parser.add_argument("--num-ar-steps", type=int, nargs="+", default=[1, 4, 16], help="default 1 4 16")
-    parser.add_argument(
-        "--num-denoising-steps", type=int, default=25, help=f"of each AR step, by {_SOLVER} (default 25)"
-    )
-    parser.add_argument("--guidance", type=float, default=2.0, help="beside unguided samples (default 2)")
-    parser.add_argument("--batch-size", type=int, default=250, help="images a forward on one rank (default 250)")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    add = parser.add_argument
+    add("run", type=path_argument, help="a run folder of at least 2 classes, e.g. runs/demo")
+    add("--images", type=path_argument, required=True, help="image shards that the latents were made of")
+    add("--held-out", type=path_argument, required=True, help="image shards kept from training; with --images at least "
+        f"{2 * _LEAST_COMPARED} images more than classes")  # fmt: skip
+    add("--num-images", type=int, default=1000,
+        help=f"images for each setting, {_LEAST_SCORED} to {_MOST_SCORED} (default 1000)")  # fmt: skip
+    add("--num-ar-steps", type=int, nargs="+", default=[1, 4, 16], help="settings, each from 1 to the run's number of "
+        "tokens, in any order (default 1 4 16)")  # fmt: skip
+    add("--num-denoising-steps", type=int, default=25, help=f"of each AR step, by {_SOLVER}; 2 to the run's "
+        "noise.num_timesteps (default 25)")  # fmt: skip
+    add("--guidance", type=float, default=2.0, help="beside unguided samples; 0 to 1000 but 1 (default 2)")
+    add("--batch-size", type=int, default=250, help=f"images a forward on one rank, 1 to {_MOST_SCORED} (default 250)")
+    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_args()
+    leave_on_signals()
     with ending_in_one_line():
         run(arguments)
 
@@ -47,8 +72,9 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Samples on all ranks; rank 0 scores and writes."""
     with phase("loading torch"):
-        from cfpretrain import build, runtime
+        from cfpretrain import build, outputs, runtime
         from cfpretrain.evaluation.features import EFFNET, make_extractor
+        from cfpretrain.evaluation.sample_sets import make_missing
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
     _check(arguments, config.model.num_tokens, len(build.make_loss(config).schedule))
@@ -58,7 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     num_embedded = min(_MOST_EMBEDDED, arguments.num_images, num_real // 2)
     settings = _settings(arguments, step, num_embedded)
     report = _read_report(arguments.run)
-    if settings.items() <= report.items():
+    if _is_of(report, settings):
         if runtime.rank() == 0:
             say(f"nothing to do: {arguments.run} is scored at step {step}")
             _print_table(report, arguments.run)
@@ -66,17 +92,16 @@ def run(arguments: argparse.Namespace) -> None:
     with runtime.ranks_of_a_tool(device):
         with runtime.together():
             extractor = make_extractor(EFFNET, device)
-        generated = {
-            guidance: {
-                num_ar_steps: _generate(arguments, config, model, num_ar_steps, guidance, device)
-                for num_ar_steps in arguments.num_ar_steps
-            }
-            for guidance in (arguments.guidance, 1.0)
-        }
-        made = generated[1.0][min(arguments.num_ar_steps)]
-        embedded = _score_embedded(arguments, config, made, num_embedded, extractor)
-        if runtime.rank() == 0:
-            _report(arguments, config, model, step, generated, embedded, settings)
+            lock = _begin(arguments.run) if runtime.rank() == 0 else None
+        sets = _plan(arguments, config, model, num_embedded, device)
+        make_missing(config, list(sets.values()), device)
+        made = _judged(sets, arguments)
+        with phase(f"comparing {num_embedded} images by {extractor.name}"):
+            embedded = _score_embedded(arguments, made, num_embedded, extractor)
+        if lock is not None:
+            _report(arguments, config, model, step, sets, embedded, settings)
+            outputs.remove_hidden(_kept(arguments.run))
+            os.close(lock)
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
@@ -88,8 +113,23 @@ def _read_report(folder: Path) -> dict[str, Any]:
     return report if isinstance(report, dict) else {}
 
 
+def _is_of(report: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a report is of these settings; where the real images lie does not matter."""
+    there = dict(report)
+    if isinstance(there.get("num_ar_steps"), list):
+        there["num_ar_steps"] = sorted(there["num_ar_steps"], key=str)
+    wanted = settings | {"num_ar_steps": sorted(settings["num_ar_steps"], key=str)}
+    return all(there.get(name) == value for name, value in wanted.items() if name not in ("images", "held_out"))
+
+
 def _settings(arguments: argparse.Namespace, step: int, num_embedded: int) -> dict[str, Any]:
     """What a report is of; a run that was scored so needs no second scoring."""
+    from cfpretrain.data.shards import fingerprint
+    from cfpretrain.data.storage import open_source
+
+    def content(folder: Path, key: str) -> str:
+        return fingerprint(open_source(folder, key), key)
+
     return {
         "scored_step": step,
         "num_scored": arguments.num_images,
@@ -99,15 +139,17 @@ def _settings(arguments: argparse.Namespace, step: int, num_embedded: int) -> di
         "solver": _SOLVER,
         "guidance": arguments.guidance,
         "images": str(arguments.images),
+        "images_fingerprint": content(arguments.images, "--images"),
         "held_out": str(arguments.held_out),
+        "held_out_fingerprint": content(arguments.held_out, "--held-out"),
     }
 
 
 def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> None:
     for name, value, low, high in (
-        ("--num-images", arguments.num_images, 100, 10**6),
+        ("--num-images", arguments.num_images, _LEAST_SCORED, _MOST_SCORED),
         ("--num-denoising-steps", arguments.num_denoising_steps, 2, num_levels),
-        ("--batch-size", arguments.batch_size, 1, 10**6),
+        ("--batch-size", arguments.batch_size, 1, _MOST_SCORED),
         *(("--num-ar-steps", value, 1, num_tokens) for value in arguments.num_ar_steps),
     ):
         if not low <= value <= high:
@@ -115,6 +157,7 @@ def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> N
     check_guidance(arguments.guidance)
     if arguments.guidance == 1:
         raise UserError("--guidance: expected another scale than 1, which is measured anyway; e.g. 2")
+    arguments.num_ar_steps = sorted(set(arguments.num_ar_steps))
 
 
 def _check_decodes(run: Path, config: Any) -> None:
@@ -140,56 +183,108 @@ def _check_images(arguments: argparse.Namespace, config: Any) -> int:
             expected, got = getattr(latents, name), getattr(images, name)
             if expected != got:
                 raise UserError(f"{key}: expected {name} {expected} as of {config.data.shards[0]}, got {got}")
+    num_classes, num_real = len(latents.class_names), sum(images.num_samples for images in infos.values())
+    if num_classes < 2:
+        raise UserError(f"RUN: expected at least 2 classes, which the scores tell apart, got {num_classes}")
+    # Halves of each class are compared.
+    if num_real < num_classes + 2 * _LEAST_COMPARED:
+        raise UserError(
+            f"--images, --held-out: expected at least {num_classes + 2 * _LEAST_COMPARED} images together for "
+            f"{num_classes} classes, got {num_real}; give more"
+        )
     return infos["--images"].num_samples
 
 
-def _generate(
-    arguments: argparse.Namespace, config: Any, model: Any, num_ar_steps: int, guidance: float, device: Any
-) -> Any:
-    """Images [N, C, Y, X] with pixels in [-1, 1] and the classes asked for, and how they were made."""
-    import torch
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
 
-    from cfpretrain.evaluation.generation import GenerationSettings, generate_images
-    from cfpretrain.evaluation.summary import LabelledImages
+
+def _kept(run: Path) -> Path:
+    return run / ".report.partial"
+
+
+def _begin(run: Path) -> int:
+    """Takes the folder of the samples, so that no second report works there; returns its lock."""
+    from cfpretrain import outputs
+    from cfpretrain.checkpoint import reason_of
+
+    try:
+        return outputs.take_hidden(_kept(run), run / _REPORT_FILE, "RUN")
+    except OSError as error:
+        raise UserError(f"RUN: {run} cannot be written ({reason_of(error)}); mend that") from error
+
+
+def _plan(
+    arguments: argparse.Namespace, config: Any, model: Any, num_embedded: int, device: Any
+) -> "dict[tuple[int, float] | None, SampleSet]":
+    """The sets to sample, by AR steps and guidance; None: of the model before training."""
+    from cfpretrain import build
+    from cfpretrain.config import to_plain
+    from cfpretrain.evaluation.generation import GenerationSettings, plan_of
+    from cfpretrain.evaluation.sample_sets import SampleSet
+    from cfpretrain.model.autoencoder import fingerprint
     from cfpretrain.order import equal_sizes
     from cfpretrain.sampler import Guidance
 
     labels = [i % config.model.num_classes for i in range(arguments.num_images)]
-    settings = GenerationSettings(
-        equal_sizes(config.model.num_tokens, num_ar_steps),
-        arguments.num_denoising_steps,
-        Guidance(guidance),
-        arguments.batch_size,
-        config.run.seed,
-        _SOLVER,
-        _SPACING,
+    decoder, weights = build.make_autoencoder(config, device).fingerprint, fingerprint(model.state_dict())
+    untrained = json.dumps([config.run.seed, to_plain(config)["model"]])
+
+    def settings(num_ar_steps: int, guidance: float) -> Any:
+        return GenerationSettings(
+            equal_sizes(config.model.num_tokens, num_ar_steps),
+            arguments.num_denoising_steps,
+            Guidance(guidance),
+            arguments.batch_size,
+            config.run.seed,
+            _SOLVER,
+            _SPACING,
+        )
+
+    sets: dict[tuple[int, float] | None, SampleSet] = {}
+    for key in [(num, guidance) for guidance in (arguments.guidance, 1.0) for num in arguments.num_ar_steps]:
+        name, how = f"AR steps {key[0]}, guidance {key[1]:g}", settings(*key)
+        plan = plan_of(config, weights, decoder, how)
+        sets[key] = SampleSet(name, lambda: model, labels, how, _kept(arguments.run), plan)
+    how = settings(min(arguments.num_ar_steps), 1.0)
+    plan = plan_of(config, untrained, decoder, how)
+    make_untrained = partial(build.make_untrained, config, device)
+    sets[None] = SampleSet(
+        "the untrained model", make_untrained, labels[:num_embedded], how, _kept(arguments.run), plan
     )
-    with phase(f"sampling {len(labels)} images, AR steps {num_ar_steps}, guidance {guidance:g}"):
-        images = generate_images(config, model, labels, settings, device)
-    return LabelledImages(images * 2 - 1, torch.tensor(labels)), settings
+    return sets
+
+
+def _judged(sets: "dict[tuple[int, float] | None, SampleSet]", arguments: argparse.Namespace) -> dict[str, Any]:
+    """uint8 images to be compared by features, on all ranks: of the model, and of the one before training."""
+    from cfpretrain import runtime
+    from cfpretrain.evaluation.generation import to_pixels
+
+    chosen = {"value": sets[min(arguments.num_ar_steps), 1.0], "untrained": sets[None]}
+    num_images = len(chosen["untrained"].labels)
+    return runtime.gather(
+        {name: to_pixels(one.read()[:num_images]) for name, one in chosen.items()} if runtime.rank() == 0 else None
+    )[0]
 
 
 def _score_embedded(
-    arguments: argparse.Namespace, config: Any, made: Any, num_images: int, extractor: Any
+    arguments: argparse.Namespace, candidates: dict[str, Any], num_images: int, extractor: Any
 ) -> dict[str, float]:
     """Distances to real images of generated ones, other real ones, and those of the model before training."""
     import numpy as np
 
-    from cfpretrain import build, runtime
-    from cfpretrain.evaluation.generation import generate_images, to_pixels
+    from cfpretrain import runtime
     from cfpretrain.evaluation.given_images import open_images
     from cfpretrain.evaluation.scores import distances_beside_floor
 
-    images, settings = made
     with runtime.together():
         real = open_images(arguments.images, "--images")
         real_NCYX = real.read(np.linspace(0, len(real) - 1, 2 * num_images).round().astype(int))
-    labels, device = images.labels_N[:num_images].tolist(), extractor.device
-    with phase(f"sampling {num_images} images of the untrained model"):
-        untrained = generate_images(config, build.make_untrained(config, device), labels, settings, device)
-    candidates = {"value": to_pixels((images.images[:num_images] + 1) / 2), "untrained": to_pixels(untrained)}
-    with phase(f"comparing {num_images} images by {extractor.name}"):
-        return distances_beside_floor(real_NCYX, candidates, extractor)
+    return distances_beside_floor(real_NCYX, candidates, extractor)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
 
 
 def _report(
@@ -197,7 +292,7 @@ def _report(
     config: Any,
     model: Any,
     step: int,
-    generated: dict[float, Any],
+    sets: "dict[tuple[int, float] | None, SampleSet]",
     embedded: dict[str, float],
     settings: dict[str, Any],
 ) -> None:
@@ -208,7 +303,6 @@ def _report(
     from cfpretrain.data.images import read_all_images
     from cfpretrain.data.loader import open_folders
     from cfpretrain.evaluation import pictures
-    from cfpretrain.evaluation.generation import grid_title
     from cfpretrain.evaluation.loss_map import measure_loss_map
     from cfpretrain.evaluation.reconstruction import reconstruction_error
     from cfpretrain.evaluation.summary import LabelledImages, summarise
@@ -233,33 +327,41 @@ def _report(
                 (held_out_pixels, held_out_labels),
             )
         )
+        generated = {
+            key: (LabelledImages(one.read() * 2 - 1, torch.tensor(one.labels)), one.settings)
+            for key, one in sets.items()
+            if key is not None
+        }
         guided, unguided = (
-            {num: made for num, (made, _) in generated[guidance].items()} for guidance in (arguments.guidance, 1.0)
+            {num: made for (num, scale), (made, _) in generated.items() if scale == wanted}
+            for wanted in (arguments.guidance, 1.0)
         )
         scores = summarise(train, held_out, guided, unguided, config.run.seed, num_splits=2)
         autoencoder = build.make_autoencoder(config, device)
         scores[_FEATURES] = embedded
         scores["autoencoder_reconstruction_mse"] = reconstruction_error(autoencoder, held_out_pixels, device)
-    names = shards.info.class_names[: config.sample.max_classes]
-    samples = folder / build.SAMPLES
-    samples.mkdir(exist_ok=True)
-    for guidance, by_ar_steps in generated.items():
-        for num_ar_steps, (made, how) in by_ar_steps.items():
-            rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
-            path = samples / f"report_ar_steps_{num_ar_steps:04d}_guidance_{guidance:g}.png"
-            pictures.sample_grid(
-                path,
-                torch.cat(rows),
-                names,
-                title=grid_title(f"step {step}, EMA weights", how),
-                value_range=(-1.0, 1.0),
-            )
+    _draw_grids(folder, generated, shards.info.class_names[: config.sample.max_classes], step)
     summary = build.read_summary(folder)
     if summary is None or summary["num_steps"] != step:
         summary = {}  # a run that has not ended, or goes on
     report = {**summary, **scores, **settings}
     build.write_text(folder / _REPORT_FILE, json.dumps(report, indent=2) + "\n")
     _print_table(report, folder)
+
+
+def _draw_grids(folder: Path, generated: dict[tuple[int, float], Any], names: Sequence[str], step: int) -> None:
+    import torch
+
+    from cfpretrain import build
+    from cfpretrain.evaluation import pictures
+    from cfpretrain.evaluation.generation import grid_title
+
+    (folder / build.SAMPLES).mkdir(exist_ok=True)
+    for (num_ar_steps, guidance), (made, how) in generated.items():
+        rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
+        path = folder / build.SAMPLES / f"report_ar_steps_{num_ar_steps:04d}_guidance_{guidance:g}.png"
+        title = grid_title(f"step {step}, EMA weights", how)
+        pictures.sample_grid(path, torch.cat(rows), names, title=title, value_range=(-1.0, 1.0))
 
 
 def _print_table(report: dict[str, Any], folder: Path) -> None:

@@ -89,7 +89,7 @@ def grid_layout(
 
 
 def sample_grid(
-    path: Path,
+    path: Path | IO[bytes],
     images_BCYX: Tensor,
     class_names: Sequence[str],
     title: str = "",
@@ -104,7 +104,7 @@ def sample_grid(
     Values outside the range are clamped, values that are not finite are magenta.
 
     Args:
-        path: the PNG; its folder must exist.
+        path: the PNG, whose folder must exist; or where its bytes go.
         images_BCYX: float [B, C, Y, X], the rows of the grid one after the other; C is 1 (grey) or 3 (RGB).
         class_names: one for each row; B is a multiple of their number.
         title: lines above the grid, e.g. step, guidance, AR steps and denoising steps.

@@ -9,11 +9,11 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cfpretrain.console import UserError, one_line
@@ -356,3 +356,26 @@ def refuse_existing(folder: Path) -> None:
     """Raises UserError where something is at this path."""
     if folder.exists() or folder.is_symlink():
         raise UserError(f"{folder}: expected a folder that is not there yet; remove it or give another")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a training, in one file
+
+
+def write_state(file: IO[bytes], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Writes safetensors whose header carries a JSON-able state, and a hash of the tensors."""
+    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    file.write(save(held, {"state": json.dumps({**state, "fingerprint": fingerprint(held)})}))
+
+
+def read_state(file: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of `write_state`; UserError, with what to do about it, where a byte is another."""
+    try:
+        with safe_open(file, "pt") as opened:
+            state: dict[str, Any] = json.loads(opened.metadata()["state"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if state.pop("fingerprint") != fingerprint(tensors):
+            raise ValueError("its values are not those that were written")
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error):.200}); {fix}") from error
+    return tensors, state
