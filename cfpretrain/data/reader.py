@@ -5,7 +5,6 @@ Workers are handed the indices of a micro-batch and need no state; they also mak
 
 import functools
 import multiprocessing
-import pickle
 import shutil
 import signal
 import threading
@@ -61,14 +60,15 @@ class _Failure(str):
 class _Handed(Generic[T]):
     """A micro-batch on its way out of a worker, its tensors in shared memory.
 
-    Pickled where it is made: where that memory is full, torch's queue would print a traceback and deliver nothing.
+    It goes through `multiprocessing` where it is made: where that memory is full, torch's queue would print a traceback
+    and deliver nothing.
     """
 
     def __init__(self, batch: T) -> None:
         self._pickled = bytes(ForkingPickler.dumps(batch))
 
     def open(self) -> T:
-        batch: T = pickle.loads(self._pickled)
+        batch: T = ForkingPickler.loads(self._pickled)
         return batch
 
     def pin_memory(self) -> Any:
@@ -102,7 +102,7 @@ class MicroBatches(Dataset[T | _Handed[T] | _Failure]):
         try:
             return _Handed(batch)
         except (OSError, RuntimeError) as error:
-            return _Failure(_describe_full_memory(error, len(pickle.dumps(batch)) * _PREFETCH * worker.num_workers))
+            return _Failure(_describe_full_memory(error, _num_bytes(batch) * _PREFETCH * worker.num_workers))
 
     def _samples(self, epoch: int, visits: NDArray[np.int64]) -> Samples:
         samples, ids_B = self._read(visits)
@@ -197,6 +197,10 @@ class Reader(Generic[T]):
     def close(self) -> None:
         """Ends the workers."""
         del self._batches  # torch ends them with its iterator, which an error's traceback must not keep
+
+
+def _num_bytes(batch: object) -> int:
+    return sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
 
 
 def _describe_full_memory(error: Exception, num_bytes: int) -> str:
