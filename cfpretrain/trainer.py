@@ -27,7 +27,7 @@ from cfpretrain.build import (
     plan_memory,
     write_text,
 )
-from cfpretrain.checkpoint import Best, TrainingState, is_healthy, reason_of
+from cfpretrain.checkpoint import Best, is_healthy
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.config import Config, to_plain
 from cfpretrain.console import (
@@ -64,9 +64,18 @@ from cfpretrain.metrics import (
 )
 from cfpretrain.model.transformer import BlockSettings
 from cfpretrain.order import equal_sizes
-from cfpretrain.run_folder import finished_step, is_done, prepare_folder, remove_requeue, write_requeue
+from cfpretrain.run_folder import (
+    finished_step,
+    is_done,
+    prepare_folder,
+    record_config,
+    remove_requeue,
+    tracker_run_id,
+    write_requeue,
+)
 from cfpretrain.sampler import Guidance
-from cfpretrain.tensor_files import DamagedCheckpointError
+from cfpretrain.tensor_files import DamagedCheckpointError, reason_of
+from cfpretrain.training_state import TrainingState
 
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 _MOST_STEPS_LISTED = 1000
@@ -154,7 +163,7 @@ class Trainer:
         self.folder = Path(config.run.folder)
         self.store = make_store(config)
         with runtime.together():
-            self.class_names = open_folders(config)[0].latents_info.class_names
+            self.latents_info = open_folders(config)[0].latents_info
             self.decode, self.decode_note = decode_to_look_at(config, device)
         self.loss = make_loss(config)
         guard = config.guard
@@ -173,6 +182,7 @@ class Trainer:
         self.ema = ShardedEMA(self.engine.fragments(), config.train.ema_decay, config.engine.ema_on_host)
         saved = self._restore(candidates) if candidates else None
         self.saved_step = None if saved is None else saved.step
+        self.history = saved.history_with(to_plain(config)) if saved is not None else []
         if saved is not None:
             self.at = Progression(saved.step, saved.num_skipped, saved.num_rewinds, saved.train_seconds)
             if resume_from is None:
@@ -200,7 +210,7 @@ class Trainer:
                 config.metrics.wandb,
                 config.metrics.wandb_project,
                 self.folder,
-                saved.wandb_run_id if saved else None,
+                tracker_run_id(saved, self.folder),
                 to_plain(config),
             )
         self.window = Window()
@@ -221,9 +231,7 @@ class Trainer:
         for checkpoint in candidates:
             try:
                 with phase(f"resuming from {checkpoint}"):
-                    saved = self.store.load(
-                        checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config)["model"]
-                    )
+                    saved = self.store.load(checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config))
             except DamagedCheckpointError as error:
                 say(f"WARNING: {checkpoint} is damaged and left out: {error}")
                 self.damaged.append(checkpoint)
@@ -491,7 +499,11 @@ class Trainer:
             samples_in_epoch=position.samples_in_epoch,
             train_seconds=self.at.train_seconds,
             seed=self.config.run.seed,
-            model=to_plain(self.config)["model"],
+            config=to_plain(self.config),
+            history=self.history,
+            class_names=list(self.latents_info.class_names),
+            autoencoder=self.latents_info.autoencoder,
+            working_folder=str(Path.cwd()),
             data_fingerprint=self.loader.fingerprint,
             wandb_run_id=self.tracker.run_id,
             versions=_versions(),
@@ -539,7 +551,7 @@ class Trainer:
     def draw_samples(self) -> None:
         """Writes a labelled grid of EMA samples for each number of AR steps of `config.sample`."""
         sample = self.config.sample
-        names = self.class_names[: sample.max_classes]
+        names = self.latents_info.class_names[: sample.max_classes]
         labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
         batch_size = -(-len(labels) // runtime.world_size())
         grids = []
@@ -680,6 +692,7 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
         limit = "num_steps" if step >= config.train.num_steps else "max_train_seconds"
         say(f"nothing to do: {config.run.folder} is complete at step {step}; raise train.{limit} to train on")
         return True
+    record_config(config)
     folder = Path(config.run.folder)
     watch = Watch(config.guard.rank_timeout_seconds, lambda reason: write_requeue(folder, reason))
     try:

@@ -1,6 +1,7 @@
 """Run folders with random weights, for tools that read one."""
 
 from pathlib import Path
+from typing import Any
 
 from cfpretrain import build, checkpoint_writer, seeds
 from cfpretrain.config import to_plain, to_yaml
@@ -10,8 +11,15 @@ from tests.digits import small_config
 STEP = 7
 
 
-def write_run(folder: Path, shards: Path, *overrides: str) -> Path:
-    """A run of the tiny preset made tinier at step 7; its average and its weights are different random values."""
+def write_run(folder: Path, shards: Path, *overrides: str, **state: Any) -> Path:
+    """A run of the tiny preset made tinier at step 7; its average and its weights are different random values.
+
+    Args:
+        folder: of the run.
+        shards: latents of digits.
+        overrides: of the config.
+        state: of the checkpoint, where it is to be another.
+    """
     config = small_config(shards, folder, *overrides)
     folder.mkdir(parents=True)
     (folder / build.CONFIG_FILE).write_text(to_yaml(config))
@@ -23,6 +31,15 @@ def write_run(folder: Path, shards: Path, *overrides: str) -> Path:
         }
         for content in checkpoints.CONTENTS
     }
-    state = checkpoints.make_state(STEP, model=to_plain(config)["model"])
+    state = checkpoints.make_state(
+        STEP,
+        **{
+            "config": to_plain(config),
+            "class_names": list(map(str, range(10))),
+            "autoencoder": "identity",
+            "working_folder": str(Path.cwd()),
+            **state,
+        },
+    )
     checkpoint_writer.save(build.make_store(config), state, *checkpoints.whole(full))
     return folder

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from cfpretrain import build
 from cfpretrain import config as configs
-from cfpretrain.checkpoint import read_state, read_tensors
+from cfpretrain.checkpoint import read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.data.loader import Loader
 from cfpretrain.export import imported_run
 from cfpretrain.export.official import our_name, to_official, write_official
 from cfpretrain.model.transformer import sincos_positions
+from cfpretrain.training_state import read_state
 from tests.checkpoints import same_bits
 from tests.digits import small_config, small_run, write_digits
 from tests.golden_cases import CASES, load

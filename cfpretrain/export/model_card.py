@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfpretrain.build import CONFIG_FILE
-from cfpretrain.checkpoint import TrainingState
 from cfpretrain.config import Config
+from cfpretrain.training_state import TrainingState
 
 _MOST_NAMES = 20  # of classes that are listed
+_TRAINING = ("order", "data", "train", "guard")  # sections of a config that decide what is trained
+_PLACES = ("data.shards", "data.autoencoder", "data.cache_folder", "data.num_workers")  # keys of them that do not
 
 
 def text(
@@ -27,7 +29,7 @@ def text(
 
     Args:
         name: of the model.
-        config: of the run.
+        config: that the checkpoint was trained with.
         state: of the checkpoint.
         summary: what the run says of its end (`build.read_summary`); None where it has not ended.
         weights: "ema" or "raw".
@@ -50,7 +52,7 @@ def text(
             *_usage(class_names, config),
             *_table("Model", _model_rows(config, weights, dtype, class_names, num_parameters)),
             *_table("Training", _training_rows(config, state, summary)),
-            f"The whole config of the run is in [{CONFIG_FILE}]({CONFIG_FILE}).",
+            f"The whole config, as it was at this step, is in [{CONFIG_FILE}]({CONFIG_FILE}).",
             "",
             *_licence_words(licence),
         ]
@@ -125,6 +127,14 @@ def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, A
         "Data fingerprint": f"`{state.data_fingerprint}`" if state.data_fingerprint else "not known",
         "Written by": ", ".join(f"{package} {version}" for package, version in sorted(state.versions.items())),
     }
+    changed = [
+        f"{key} {before} up to step {resume['step']:,}, then {after}"
+        for resume in state.history
+        for key, (before, after) in resume["changed"].items()
+        if key.split(".")[0] in _TRAINING and key not in _PLACES
+    ]
+    if changed:
+        rows["Changed on the way"] = "; ".join(changed)
     if summary is not None and summary["num_steps"] == state.step:
         rows["Loss"] = f"{summary['loss_first']:.4f} at first, {summary['loss_last']:.4f} at last"
         rows["Speed"] = f"{summary['images_per_second']:,.1f} images/s, ranks: {summary['world_size']}"
