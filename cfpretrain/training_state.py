@@ -127,8 +127,7 @@ class TrainingState:
 
     def contradictions(self, config: Mapping[str, Any]) -> list[str]:
         """Where a config, of plain values, says otherwise what the past training means: each key with both values."""
-        # Through JSON and back, since a tuple of the config is a list in the file.
-        ours, theirs = _fixed(self.config), _fixed(json.loads(json.dumps(dict(config))))
+        ours, theirs = _fixed(self.config), _fixed(config)
         both = {
             path: (ours.get(path, "absent"), theirs.get(path, "absent"))
             for path in sorted(ours.keys() | theirs.keys())
@@ -143,11 +142,11 @@ class TrainingState:
 
 def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
     """What two configs of plain values set differently, {key: [before, after]}; where the run lies does not count."""
+    then, now = _flat(before), _flat(after)
     return {
-        f"{section}.{key}": [before[section][key], value]
-        for section, knobs in after.items()
-        for key, value in knobs.items()
-        if key in before.get(section, {}) and before[section][key] != value and (section, key) != ("run", "folder")
+        path: [then[path], value]
+        for path, value in now.items()
+        if path in then and then[path] != value and path != "run.folder"
     }
 
 
@@ -173,8 +172,14 @@ def read_state(path: Path) -> TrainingState:
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
     """The keys that nobody may change, with their values."""
-    flat = {f"{section}.{key}": value for section, knobs in config.items() for key, value in knobs.items()}
+    flat = _flat(config)
     return {path: v for path, v in flat.items() if path in _FIXED_KEYS or path.split(".")[0] in _FIXED_SECTIONS}
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by their whole keys, as a file has them: a tuple of a config is a list there."""
+    as_in_file = json.loads(json.dumps(dict(config)))
+    return {f"{section}.{key}": value for section, knobs in as_in_file.items() for key, value in knobs.items()}
 
 
 def means_the_same(one: Any, other: Any) -> bool:

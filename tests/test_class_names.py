@@ -15,7 +15,6 @@ WORDS = ("tench, Tinca", "Goldfish", "crane", "crane", "7", "caf\u00e9", "Nut", 
     [
         ("goldfish", 1),
         ("2", 2),
-        ("7", 4),  # the name of one class, and the number of another
         ("name:7", 4),
         ("index:7", 7),
         ("index:2", 2),
@@ -25,13 +24,7 @@ WORDS = ("tench, Tinca", "Goldfish", "crane", "crane", "7", "caf\u00e9", "Nut", 
     ],
 )
 def test_names_and_numbers(text: str, label: int) -> None:
-    if text == "7":
-        with pytest.raises(
-            ValueError, match="'7' is the name of class 4, and class 7 is 'nut'; give name:7 or index:7"
-        ):
-            label_of(text, WORDS)
-    else:
-        assert label_of(text, WORDS) == label
+    assert label_of(text, WORDS) == label
 
 
 def test_a_number_that_is_also_the_name_of_another_class_is_refused_with_both_readings() -> None:
@@ -60,7 +53,7 @@ def test_a_number_that_is_also_the_name_of_another_class_is_refused_with_both_re
     ],
 )
 def test_words_that_mean_no_class_or_several(text: str, message: str) -> None:
-    with pytest.raises(ValueError, match="expected|name of") as raised:
+    with pytest.raises(ValueError, match=r"expected|name of") as raised:
         label_of(text, WORDS)
     assert message in str(raised.value)
 

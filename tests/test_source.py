@@ -250,7 +250,7 @@ def test_another_autoencoder_is_refused(tmp_path: Path, latent_run: Path) -> Non
 def test_an_autoencoder_that_scales_otherwise_is_refused(tmp_path: Path, latent_run: Path) -> None:
     config = Path("ae/config.json")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.7}))
-    with pytest.raises(UserError, match="data.autoencoder: expected the autoencoder behind .*, of scale .*, got "):
+    with pytest.raises(UserError, match=r"data.autoencoder: expected the autoencoder behind .*, of scale .*, got "):
         load_source(latent_run, CPU).make_autoencoder()
 
 
