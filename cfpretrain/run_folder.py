@@ -129,6 +129,8 @@ def _unwritable(folder: Path, reason: str) -> UserError:
 def _check_inputs(config: Config) -> None:
     for address in config.data.shards:
         check_relative("data.shards", address)
+    if config.evaluation.every_steps:
+        check_relative("evaluation.reference", config.evaluation.reference)
     infos = [folder.latents_info for folder in open_folders(config)]
     check_infos(infos, config)
     if runtime.rank() == 0:
