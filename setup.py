@@ -29,6 +29,7 @@ setup(
         "scikit-learn",  # the classifier that scores the demo
         "matplotlib",
         "pillow",
+        "psutil",
         "tqdm",
         "wandb",
     ],

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -17,8 +17,6 @@ EXIT_USER_ERROR = 2  # a mistake of the user's: a bad config, missing shards, an
 EXIT_SICK = 3  # training that does not recover by itself: the same command would not help
 EXIT_REQUEUE = 75  # stopped to be continued by the same command: asked to stop, or a rank was lost (EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # by Ctrl-C, where the same command begins anew (128 + SIGINT)
-
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _HEARTBEAT_SECONDS = 5.0
 # The launcher ends all ranks within a second of the first that ends: rank 0 gets the time to speak before.
 _LINGER_SECONDS = 5.0
@@ -47,33 +45,36 @@ def one_line(error: BaseException) -> str:
 
 def leave_with(reason: str) -> NoReturn:
     """Ends a rank whose command is to be given again, without a farewell to the others, which may not answer."""
-    print(
-        f"[cfpretrain] rank {os.environ.get('RANK', '0')}: {reason}; the same command goes on",
-        file=sys.stderr,
-        flush=True,
-    )
+    _print_to_stderr(f"rank {os.environ.get('RANK', '0')}: {reason}; the same command goes on")
     os._exit(EXIT_REQUEUE)
 
 
-def leave_before_training(*_: object) -> None:
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a run to stop, that of a closed terminal among them unless `nohup` has it ignored."""
+    always = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    return always if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*always, signal.SIGHUP)
+
+
+def leave_before_training(*_: object) -> NoReturn:
     """Ends this process at a signal that comes before training: there is nothing to finish and nothing to save."""
     say("stopped before training began; the same command starts it")
     os._exit(EXIT_REQUEUE)
 
 
 def leave_on_signals() -> None:
-    """From here on SIGTERM, SIGINT and SIGUSR1 end this process: what is written stays, the rest is cheap to do again.
+    """From here on `stop_signals` end this process: what is written stays, the rest is cheap to do again.
 
     To be called while the process has one thread.
     """
+    signals = stop_signals()
 
     def wait() -> None:
-        signal.sigwait(_STOP_SIGNALS)
+        signal.sigwait(signals)
         say("stopped; the same command goes on")
         os._exit(EXIT_REQUEUE)
 
     # A thread of its own, since no handler is called while the main thread waits for other ranks.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -100,6 +101,12 @@ def say(text: str) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _print_to_stderr(text: str) -> None:
+    with suppress(OSError):  # nobody reads it any more
+        sys.stdout.flush()
+        print(printable(f"[cfpretrain] {text}"), file=sys.stderr, flush=True)
+
+
 def printable(text: str) -> str:
     """A text as stdout takes it: the name of a file need not be in its encoding."""
     encoding = sys.stdout.encoding or "utf-8"
@@ -115,7 +122,7 @@ def ending_in_one_line() -> Iterator[None]:
         exit_with(error)
     except KeyboardInterrupt:
         if is_rank_zero():
-            print("[cfpretrain] interrupted", file=sys.stderr, flush=True)
+            _print_to_stderr("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except ModuleNotFoundError as error:
         if error.name is None or "." in error.name:  # a package that is there, and lacks a part
@@ -170,8 +177,7 @@ def exit_with(error: UserError | SickRunError, speaks: bool | None = None) -> No
     if speaks is None:
         speaks = is_rank_zero()
     if speaks:
-        sys.stdout.flush()
-        print(f"[cfpretrain] error: {error}", file=sys.stderr, flush=True)
+        _print_to_stderr(f"error: {error}")
     else:
         time.sleep(_LINGER_SECONDS)
     sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_SICK)
@@ -239,8 +245,11 @@ class Progress:
         """Shows the step reached, with `text` (loss, speed) and the time left."""
         left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left"
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{text}, {left}", refresh=False)
-            self._bar.update(step - self._bar.n)
+            try:
+                self._bar.set_postfix_str(f"{text}, {left}", refresh=False)
+                self._bar.update(step - self._bar.n)
+            except OSError:  # the terminal is gone
+                self._bar = None
         elif time.monotonic() - self._said_at >= _HEARTBEAT_SECONDS:
             self._said_at = time.monotonic()
             say(f"{self._unit} {step}/{self._num_steps}  {text}  {left}")
@@ -248,7 +257,8 @@ class Progress:
     def close(self) -> None:
         """Leaves the terminal as it was."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
 
 class ItemProgress:

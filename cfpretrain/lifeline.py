@@ -5,6 +5,7 @@ Threads of their own watch, since the main thread may be inside a collective tha
 
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -17,9 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cfpretrain import runtime
-from cfpretrain.console import EXIT_REQUEUE, leave_before_training
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from cfpretrain.console import EXIT_REQUEUE, stop_signals
 
 # A launcher turns one Ctrl-C into SIGINT and, milliseconds later, SIGTERM.
 _ONE_REQUEST_SECONDS = 2.0
@@ -28,6 +27,9 @@ _POLL_SECONDS = 1.0
 _SILENCE_SECONDS = 30.0
 _STORE_TIMEOUT = timedelta(seconds=10)
 _WORKER_POLL_SECONDS = 2
+# How long a rank may keep the others from finishing their last step, where no step has taken so long.
+_STOP_SECONDS = 10.0
+_STEPS_TO_STOP = 3
 # Building the engine and reading a checkpoint: before the first step, ranks may wait at least as long.
 _START_SECONDS = 600.0
 EXIT_FAILED = 1  # as after a traceback
@@ -41,54 +43,68 @@ _rank_of_worker = 0
 
 
 class StopRequest:
-    """Whether this rank was asked to stop: by SIGTERM, SIGINT or SIGUSR1, or because its launcher is gone.
+    """Whether the run was asked to stop: by a signal to any rank, or because this rank's launcher is gone.
 
     The run then finishes its step, saves and ends. Signals within 2 s of the first count as one; a later one ends the
     process at once.
 
     Attributes:
         reason: what asked it to stop; None where nothing has.
-        has_begun: there is something to finish; before, the first request ends the process.
+        leave: ends the process at the first request, as long as there is nothing to save; None once there is.
+        end_waiting: called at the first request, from a thread: the main thread may wait for what is needed no longer.
+        is_in_step: ranks are on their way to the end of a step, where they agree to stop, and none writes to a disk.
     """
 
-    def __init__(self, has_begun: bool = True) -> None:
+    def __init__(self, leave: Callable[[], None] | None = None) -> None:
         """Takes the signals over, for the life of the process; on the main thread."""
         self.reason: str | None = None
-        self.has_begun = has_begun
-        self._asked_at = 0.0
+        self.leave = leave
+        self.end_waiting: Callable[[], None] | None = None
+        self.is_in_step = False
+        self._first_signal_at: float | None = None
+        self._signals = stop_signals()
         self._launcher = Launcher()
         # Python runs handlers between its own instructions only; the pipe is written in the middle of a collective too.
         self._read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
-        for number in STOP_SIGNALS:
+        for number in self._signals:
             signal.signal(number, _do_nothing)
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=_leave_signals_to_the_rank)
         threading.Thread(target=self._read_signals, name="signals", daemon=True).start()
         threading.Thread(target=self._watch_launcher, name="launcher", daemon=True).start()
 
+    def ask(self, reason: str) -> None:
+        """Asks this rank to stop, unless it was asked before."""
+        if self.leave is not None:  # the main thread may wait for other ranks, where no handler is called
+            self.leave()
+        if self.reason is None:
+            self.reason = reason
+            if self.end_waiting is not None:
+                self.end_waiting()
+            if runtime.rank() == 0:
+                _write_line(f"{reason}: stopping after this step, with a checkpoint; a further signal ends it at once")
+
     def _read_signals(self) -> None:
         while True:
             for number in os.read(self._read_end, 64):
-                if number in STOP_SIGNALS:
-                    self._ask(signal.Signals(number).name, number)
+                if number in self._signals:
+                    self._follow(signal.Signals(number))
 
-    def _ask(self, reason: str, number: int) -> None:
+    def _follow(self, number: signal.Signals) -> None:
         now = time.monotonic()
-        if not self.has_begun:  # the main thread may wait for other ranks, where no handler is called
-            leave_before_training()
-        if self.reason is None:
-            self.reason, self._asked_at = reason, now
-            if runtime.rank() == 0:
-                _write_line(f"{reason}: stopping after this step, with a checkpoint; a further signal ends it at once")
-        elif now - self._asked_at > _ONE_REQUEST_SECONDS:
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        self.ask(number.name)
+        if self._first_signal_at is None:
+            self._first_signal_at = now
+        elif now - self._first_signal_at > _ONE_REQUEST_SECONDS:
             os._exit(128 + number)
 
     def _watch_launcher(self) -> None:
         while self._launcher.is_there():
             time.sleep(_POLL_SECONDS)
-        if self.reason is None:  # a run that is stopping anyway goes on with that
-            self._ask("the launcher is gone", signal.SIGTERM)
+        self.ask("the launcher is gone")
 
 
 class Launcher:
@@ -123,6 +139,13 @@ def _parent_of(process: int) -> int:
     return int(fields[1]) if len(fields) > 1 else 0
 
 
+def _leave_terminal() -> None:
+    """Writes nowhere what a terminal would get that was closed: each write to it would fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _do_nothing(*_: object) -> None:
     """A handler in python, without which the pipe is not written."""
 
@@ -132,8 +155,8 @@ def _leave_signals_to_the_rank() -> None:
     global _rank_of_worker
     _rank_of_worker = os.getppid()
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
 
 
@@ -159,20 +182,23 @@ class Watch:
     """Ends the run when a rank died, or keeps the others waiting for too long.
 
     Every rank says each second that it lives, and how far it is (`runtime.tick`), in the store of the process group.
-    Rank 0 reads that of all; what it finds, or its own silence, ends every rank with `EXIT_REQUEUE`.
+    Rank 0 reads that of all; what it finds, or its own silence, ends every rank with `EXIT_REQUEUE`. A rank that was
+    asked to stop says so there as well: another may wait for data, and never come to where ranks agree.
 
     Args:
-        timeout_seconds: the longest that a rank may keep the others waiting.
+        timeout_seconds: the longest that a rank may keep the others waiting; less once the run was asked to stop.
         on_lost: called with the reason before this rank ends.
+        stop: this rank's request.
     """
 
-    def __init__(self, timeout_seconds: float, on_lost: Callable[[str], None]) -> None:
-        self._timeout, self._on_lost = timeout_seconds, on_lost
+    def __init__(self, timeout_seconds: float, on_lost: Callable[[str], None], stop: StopRequest | None = None) -> None:
+        self._timeout, self._on_lost, self._stop = timeout_seconds, on_lost, stop
         self._silence = min(_SILENCE_SECONDS, timeout_seconds)
         self._rank, self._world_size = runtime.rank(), runtime.world_size()
         self._ended = threading.Event()
         self._beats = 0
         self._ticks = (runtime.num_ticks(), time.monotonic())
+        self._longest_wait = 0.0  # that ended well
         self._heard: dict[int, tuple[int, float]] = {}
         self._rank_zero_failed = False
         if self._world_size == 1:
@@ -237,6 +263,7 @@ class Watch:
         while not self._ended.wait(_POLL_SECONDS):
             try:
                 self._beat()
+                self._share_request()
                 verdict = self._judge() if self._rank == 0 else self._verdict()
                 self._answered_at = time.monotonic()
             except RuntimeError:
@@ -248,11 +275,28 @@ class Watch:
         if self._rank_zero_failed:
             # It says why first: the launcher ends all ranks with the first that ends.
             return (EXIT_FAILED, "rank 0 failed") if silence > _LAST_WORDS_SECONDS else None
-        return (EXIT_REQUEUE, f"rank 0 has been silent for {silence:.0f} s") if silence > self._silence else None
+        if silence > self._longest_silence():
+            return EXIT_REQUEUE, f"rank 0 has been silent for {silence:.0f} s"
+        return None
+
+    def _is_finishing_a_step(self) -> bool:
+        return self._stop is not None and self._stop.reason is not None and self._stop.is_in_step
+
+    def _longest_silence(self) -> float:
+        return min(self._silence, _STOP_SECONDS) if self._is_finishing_a_step() else self._silence
 
     def _beat(self) -> None:
         self._beats += 1
         self._store.set(_key("alive", self._rank), f"{self._beats} {runtime.num_ticks()}")
+
+    def _share_request(self) -> None:
+        if self._stop is None:
+            return
+        key = _key("stop", 0)
+        if self._stop.reason is not None:
+            self._store.set(key, self._stop.reason)
+        elif self._store.check([key]):
+            self._stop.ask(self._store.get(key).decode())
 
     def _read(self, ranks: list[int]) -> dict[int, tuple[int, int]]:
         """(beats, ticks) of each rank."""
@@ -268,7 +312,7 @@ class Watch:
         for rank, (beats, _) in state.items():
             if self._heard.get(rank, (-1, 0.0))[0] != beats:
                 self._heard[rank] = (beats, now)
-        silent = [rank for rank, (_, heard_at) in self._heard.items() if now - heard_at > self._silence]
+        silent = [rank for rank, (_, heard_at) in self._heard.items() if now - heard_at > self._longest_silence()]
         failed = [rank for rank in silent if self._has_failed(rank)]
         if failed:
             verdict = EXIT_FAILED, f"{_name(failed)} failed"
@@ -283,15 +327,20 @@ class Watch:
 
     def _find_late(self, state: dict[int, tuple[int, int]], now: float) -> str | None:
         ticks = {rank: ticks for rank, (_, ticks) in state.items()}
+        has_begun, waited = min(ticks.values()) > 0, now - self._ticks[1]
         if sum(ticks.values()) != self._ticks[0]:
-            self._ticks = (sum(ticks.values()), now)
-        waited = now - self._ticks[1]
-        if waited <= (self._timeout if min(ticks.values()) else max(self._timeout, _START_SECONDS)):
+            if has_begun:
+                self._longest_wait = max(self._longest_wait, waited)
+            self._ticks, waited = (sum(ticks.values()), now), 0.0
+        limit, why = self._timeout if has_begun else max(self._timeout, _START_SECONDS), "guard.rank_timeout_seconds"
+        if self._is_finishing_a_step():
+            limit, why = min(limit, max(_STOP_SECONDS, _STEPS_TO_STOP * self._longest_wait)), "asked to stop"
+        if waited <= limit:
             return None
         late = [rank for rank in ticks if ticks[rank] == min(ticks.values())]
         if len(late) == self._world_size:
-            return f"no rank has gone on for {waited:.0f} s (guard.rank_timeout_seconds)"
-        return f"{_name(late)} did not arrive for {waited:.0f} s (guard.rank_timeout_seconds)"
+            return f"no rank has gone on for {waited:.0f} s ({why})"
+        return f"{_name(late)} did not arrive for {waited:.0f} s ({why})"
 
     def _verdict(self) -> tuple[int, str] | None:
         self._rank_zero_failed |= self._has_failed(0)

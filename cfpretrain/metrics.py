@@ -1,14 +1,13 @@
-"""Numbers a person will plot: one JSON line a step, windows summed over ranks, FLOPs, and the door to wandb."""
+"""Numbers a person will plot: one JSON line a step, windows summed over ranks, and FLOPs."""
 
 import json
 import math
-import netrc
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -229,71 +228,3 @@ def _to_row(line: bytes) -> dict[str, Any] | None:
     except ValueError:  # not UTF-8, or not JSON
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-# ---------------------------------------------------------------------------
-# wandb
-
-
-class Tracker:
-    """The door to wandb; every method does nothing on ranks but 0 and where `mode` is "disabled".
-
-    Args:
-        mode: "online", "offline", "disabled", or "auto": online where a key is found, else offline.
-        project: the project's name.
-        folder: where its files go.
-        run_id: the run to go on with; None begins one.
-        config: the resolved config, logged with the run.
-    """
-
-    def __init__(self, mode: str, project: str, folder: Path, run_id: str | None, config: Mapping[str, Any]) -> None:
-        self.run_id = run_id
-        self._run: Any = None
-        if mode == "disabled" or runtime.rank() != 0:
-            return
-        import wandb
-
-        self._wandb = wandb
-        self._run = wandb.init(
-            mode=_resolve_mode(mode),
-            project=project,
-            dir=str(folder),
-            id=run_id,
-            resume="allow" if run_id else None,
-            config=dict(config),
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
-        )
-        self.run_id = self._run.id
-
-    def log(self, row: Mapping[str, Any]) -> None:
-        """Logs the numbers of a row at its step."""
-        if self._run is not None:
-            numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
-            self._run.log(numbers, step=row["step"])
-
-    def log_picture(self, name: str, path: Path, step: int) -> None:
-        """Logs a PNG."""
-        if self._run is not None:
-            self._run.log({name: self._wandb.Image(str(path))}, step=step)
-
-    def close(self) -> None:
-        """Ends the run and waits for its files."""
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
-
-
-def _resolve_mode(mode: str) -> Literal["online", "offline"]:
-    if mode == "online":
-        return "online"
-    if mode == "offline":
-        return "offline"
-    assert mode == "auto", mode
-    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_key() else "offline"
-
-
-def _has_netrc_key() -> bool:
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

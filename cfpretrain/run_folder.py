@@ -3,6 +3,7 @@
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -22,7 +23,7 @@ from cfpretrain.build import (
 from cfpretrain.checkpoint import CheckpointStore
 from cfpretrain.config import Config, to_plain, to_yaml
 from cfpretrain.config import load as load_config
-from cfpretrain.console import UserError, phase, say
+from cfpretrain.console import UserError, leave_before_training, phase, say
 from cfpretrain.data.loader import open_folders, order_fingerprint
 from cfpretrain.data.shards import LatentsInfo, check_autoencoder, check_infos
 from cfpretrain.tensor_files import DamagedCheckpointError
@@ -36,6 +37,14 @@ def write_requeue(folder: Path, reason: str) -> None:
     temporary = folder / f"{REQUEUE_FILE}.{runtime.rank()}"
     temporary.write_text(f"{reason}\n")
     os.replace(temporary, folder / REQUEUE_FILE)
+
+
+def leave_at_start(folder: Path) -> NoReturn:
+    """Ends this process at a request to stop before the first step, where what it would save is saved already."""
+    with suppress(OSError):
+        if folder.is_dir():
+            write_requeue(folder, "stopped before its first step")
+    leave_before_training()
 
 
 def remove_requeue(folder: Path) -> None:

@@ -10,6 +10,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +27,7 @@ from cfpretrain.console import (
     leave_before_training,
     phase,
     say,
+    stop_signals,
 )
 
 if TYPE_CHECKING:
@@ -139,7 +141,7 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks the config, then trains; ends the process with `EXIT_REQUEUE` where the same command should go on."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in stop_signals():
         signal.signal(number, leave_before_training)
     with phase("loading torch"):
         from cfpretrain import config as configs
@@ -151,7 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("loading deepspeed and streaming"):
         from cfpretrain import run_folder, trainer
         from cfpretrain.lifeline import StopRequest
-    stop = StopRequest(has_begun=False)
+    stop = StopRequest(leave_before_training)
     device = runtime.pick_device()
     problem = _take_folder(Path(config.run.folder))
     with phase("waiting for all ranks", announce=False):
@@ -159,7 +161,7 @@ def run(arguments: argparse.Namespace) -> None:
     try:
         runtime.agree(problem)
         # Not before: where rank 0 found its port in use, the others have met that other run and wait for it in vain.
-        stop.has_begun = True
+        stop.leave = partial(run_folder.leave_at_start, Path(config.run.folder))
         finished = trainer.run(config, device, stop)
     except (UserError, SickRunError, SystemExit):  # the last where memory ran out
         if problem is None:  # the folder is this run's

@@ -54,7 +54,6 @@ from cfpretrain.memory import advise
 from cfpretrain.metrics import (
     MetricsFile,
     StepRecord,
-    Tracker,
     Window,
     finite_or_none,
     peak_flops,
@@ -75,6 +74,7 @@ from cfpretrain.run_folder import (
 )
 from cfpretrain.sampler import Guidance
 from cfpretrain.tensor_files import DamagedCheckpointError, reason_of
+from cfpretrain.tracker import Tracker
 from cfpretrain.training_state import TrainingState
 
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
@@ -112,6 +112,10 @@ class Exchanged:
     is_writing: bool
     has_failed: bool
     lacks_data: bool
+
+
+class _LostDataError(UserError):
+    """Data that cannot be read any more, on all ranks at once, between two steps."""
 
 
 class _AskedToStopError(Exception):
@@ -200,19 +204,20 @@ class Trainer:
                 ranks_per_node,
                 pinned=device.type == "cuda",
             )
+        if stop is not None:
+            stop.end_waiting = self.loader.end_waiting
         self.lacks_data = True  # until a step is read ahead, and where a rank could not read its share of it
         self.writer = CheckpointWriter(self.store, self.engine.fragments(), self.ema.values)
         self.num_failed_checkpoints = 0
         self.metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
         self.scored_step = self._last_scored_step()
-        with phase("starting wandb", announce=False):
-            self.tracker = Tracker(
-                config.metrics.wandb,
-                config.metrics.wandb_project,
-                self.folder,
-                tracker_run_id(saved, self.folder),
-                to_plain(config),
-            )
+        self.tracker = Tracker(
+            config.metrics.wandb,
+            config.metrics.wandb_project,
+            self.folder,
+            tracker_run_id(saved, self.folder),
+            to_plain(config),
+        )
         self.window = Window()
         self.clock = Clock()
         self.waited_before = 0.0  # seconds that the loader had kept training waiting when the last window closed
@@ -283,12 +288,19 @@ class Trainer:
                 self._finish()
             if self.must_stop:
                 return self._pause()
-        except SickRunError:
-            self.close_window(progress)  # whose rows say why
+        except (SickRunError, _LostDataError) as error:
+            self._close_early(progress, saves=isinstance(error, _LostDataError))
             raise
         finally:
             self.loader.close()
         return True
+
+    def _close_early(self, progress: Progress, saves: bool) -> None:
+        """Before an error between two steps ends the run: the rows that say why, and what was trained, if `saves`."""
+        if self.window.records:
+            self.close_window(progress)
+        if saves and self.at.step:
+            self._complete_checkpoint()
 
     def follow_step(self) -> None:
         """What happens every n steps, where it is this step's turn."""
@@ -306,6 +318,8 @@ class Trainer:
     def train_step(self) -> None:
         """One optimizer step: the batches of a global batch become a loss, which moves the engine."""
         runtime.tick()
+        if self.stop is not None:
+            self.stop.is_in_step = True
         batches = self.next_batches()
         terms = []
         for batch in upload_ahead(batches, self.device):
@@ -332,7 +346,10 @@ class Trainer:
         """The step's micro-batches; UserError on all ranks where one of them cannot be read."""
         if self.lacks_data:
             self.loader.read_ahead()
-            runtime.agree(self.loader.problem)
+            try:
+                runtime.agree(self.loader.problem)
+            except UserError as error:
+                raise _LostDataError(str(error)) from error
         batches = next(self.loader)
         assert all(batch.step == self.at.step for batch in batches)
         return batches
@@ -402,6 +419,8 @@ class Trainer:
     def obey(self) -> None:
         """Follows what the step's exchange and the guard ask for."""
         self.must_stop |= self.exchanged.must_stop
+        if self.stop is not None:
+            self.stop.leave, self.stop.is_in_step = None, False  # from here on there is something to save
         self.lacks_data = self.exchanged.lacks_data
         self._note_checkpoint(self.writer.advance(self.exchanged.is_writing, self.exchanged.has_failed))
         if self.guard.must_rewind:
@@ -694,7 +713,7 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
         return True
     record_config(config)
     folder = Path(config.run.folder)
-    watch = Watch(config.guard.rank_timeout_seconds, lambda reason: write_requeue(folder, reason))
+    watch = Watch(config.guard.rank_timeout_seconds, lambda reason: write_requeue(folder, reason), stop)
     try:
         # Its mistakes are found before the engine is built.
         evaluator = Evaluator(config, device) if config.evaluation.every_steps else None

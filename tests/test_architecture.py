@@ -12,7 +12,7 @@ PACKAGE = REPOSITORY / "cfpretrain"
 DOORS = {
     "deepspeed": {"engine.py"},
     "streaming": {"data/mosaic.py"},
-    "wandb": {"metrics.py"},
+    "wandb": {"tracker.py"},
     "omegaconf": {"config.py"},
     # tensor_files.py reads and writes its format by ranges.
     "safetensors": {"model/autoencoder.py", "export/foreign_files.py"},

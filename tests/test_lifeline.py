@@ -102,7 +102,7 @@ def test_a_closed_terminal_does_not_cost_the_checkpoint(shards: Path, tmp_path: 
     with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
-            while not (folder / "metrics.jsonl").exists():
+            while not ((folder / "metrics.jsonl").exists() and rows(folder)):
                 assert process.poll() is None
                 time.sleep(0.01)
             process.stdout.close()
@@ -246,7 +246,8 @@ def test_a_rank_notices_that_its_launcher_is_gone(tmp_path: Path, moment: str) -
 def test_a_launcher_that_goes_is_no_second_signal(tmp_path: Path) -> None:
     """It ends once its ranks were told to stop, while they still write their checkpoint."""
     stop = object.__new__(lifeline.StopRequest)
-    stop.reason, stop._asked_at = "SIGUSR1", time.monotonic() - 10 * lifeline._ONE_REQUEST_SECONDS
+    stop.reason, stop.leave = "SIGUSR1", None
+    stop._first_signal_at = time.monotonic() - 10 * lifeline._ONE_REQUEST_SECONDS
 
     class Gone:
         def is_there(self) -> bool:

@@ -1,4 +1,4 @@
-"""Metrics: FLOPs against published figures, windows, the file across a resume, wandb offline."""
+"""Metrics: FLOPs against published figures, windows, the file across a resume."""
 
 import errno
 import json
@@ -169,39 +169,3 @@ def test_what_could_not_be_taken_back_is_overwritten(tmp_path: Path, monkeypatch
 def test_a_file_that_cannot_be_begun_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics.jsonl cannot be written: No such file or directory; free some space"):
         metrics.MetricsFile(tmp_path / "gone" / "metrics.jsonl", resume_step=0)
-
-
-def test_wandb_offline_keeps_numbers_and_goes_on_with_its_run(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    tracker = metrics.Tracker("auto", "cfpretrain-test", tmp_path, None, {"train": {"num_steps": 3}})
-    assert tracker.run_id
-    tracker.log({"step": 1, "loss": 0.5, "mfu": None})
-    tracker.close()
-    again = metrics.Tracker("offline", "cfpretrain-test", tmp_path, tracker.run_id, {})
-    assert again.run_id == tracker.run_id
-    again.close()
-    files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{tracker.run_id}.wandb"))
-    assert len(files) == 2
-    assert any(b"loss" in file.read_bytes() for file in files)
-
-
-def test_disabled_tracking_writes_nothing(tmp_path: Path) -> None:
-    tracker = metrics.Tracker("disabled", "x", tmp_path, None, {})
-    tracker.log({"step": 1, "loss": 0.5})
-    tracker.close()
-    assert tracker.run_id is None
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_mode_is_online_only_where_a_key_is(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("NETRC", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert metrics._resolve_mode("auto") == "offline"
-    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
-    (tmp_path / ".netrc").chmod(0o600)
-    assert metrics._resolve_mode("auto") == "online"
-    monkeypatch.setenv("WANDB_API_KEY", "key")
-    assert metrics._resolve_mode("auto") == "online"
-    assert metrics._resolve_mode("offline") == "offline"

@@ -246,7 +246,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
 
 
 def _log(arguments: argparse.Namespace, scores: dict[str, float], result: dict[str, Any]) -> None:
-    from cfpretrain.metrics import Tracker
+    from cfpretrain.tracker import Tracker
 
     tracker = Tracker("auto", arguments.wandb, arguments.out.absolute().parent, None, result)
     tracker.log({"step": 0, **scores})

@@ -41,7 +41,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "images",
         type=path_argument,
-        help="folder of class folders; or a table, .csv or .jsonl, with columns path and, where wanted, label and caption",
+        help="folder of class folders; or a table, .csv or .jsonl, with column path (and label, caption if wanted)",
     )
     parser.add_argument("--out", type=path_argument, required=True, help="folder for the shards")
     parser.add_argument(

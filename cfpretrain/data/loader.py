@@ -15,26 +15,30 @@ workers are handed the indices of a micro-batch and need no state; they read ahe
 
 import functools
 import multiprocessing
+import os
+import pickle
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cfpretrain import seeds
 from cfpretrain.config import Config
-from cfpretrain.console import UserError, phase, say
+from cfpretrain.console import UserError, one_line, phase, say
 from cfpretrain.data.mosaic import get_partitions, get_shuffle
 from cfpretrain.data.shards import Shards, check_infos, fingerprint, samples_an_epoch
-from cfpretrain.data.storage import CacheSettings, RemoteFolder, open_source
+from cfpretrain.data.storage import CacheSettings, Patience, RemoteFolder, open_source
 from cfpretrain.lifeline import leave_signals_to_the_rank
 
 # The optimizer step, the epoch, and visits (see `epoch_visits`): one micro-batch.
@@ -42,6 +46,10 @@ _Request = tuple[int, int, NDArray[np.int64]]
 
 # What an id says besides the sample's own, which is smaller: noise differs between the visits of an epoch.
 _FOLDER_BIT, _REPETITION_BIT = 40, 56
+
+_SHARED_MEMORY = "/dev/shm"
+_PREFETCH = 2  # micro-batches a worker makes ahead
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,8 @@ class Loader(Generic[T]):
         self.problem: str | None = None
         self._next: list[T] | None = None
         dataset = _MicroBatches(folders, config, prepare)
-        self._reader: _Reader[T] | None = _Reader(dataset, self._requests(step), config.data.num_workers, pinned)
+        num_workers = config.data.num_workers
+        self._reader: _Reader[T] | None = _Reader(dataset, self._requests(step), num_workers, pinned, self._patience)
 
     @property
     def position(self) -> Position:
@@ -162,9 +171,13 @@ class Loader(Generic[T]):
                 self.problem = str(error)
             self.waited_seconds += time.perf_counter() - begin
 
+    def end_waiting(self) -> None:
+        """From here on, what is not at hand is a `problem`: nobody waits for it. Any thread may call it."""
+        self._patience.end()
+
     def close(self) -> None:
         """Ends the worker processes; the position stays readable."""
-        self._patience.end()
+        self.end_waiting()
         if self._reader is not None:
             self._reader.close()
             self._reader = None
@@ -305,7 +318,26 @@ class _Failure(str):
     """Why a micro-batch could not be read: an exception would leave the worker as a traceback."""
 
 
-class _MicroBatches(Dataset[T | _Failure]):
+class _Handed(Generic[T]):
+    """A micro-batch on its way out of a worker, its tensors in shared memory.
+
+    Pickled where it is made: where that memory is full, torch's queue would print a traceback and deliver nothing.
+    """
+
+    def __init__(self, batch: T) -> None:
+        self._pickled = bytes(ForkingPickler.dumps(batch))
+
+    def open(self) -> T:
+        batch: T = pickle.loads(self._pickled)
+        return batch
+
+    def pin_memory(self) -> Any:
+        """What torch's thread that pins asks for."""
+        batch: Any = self.open()
+        return batch.pin_memory()
+
+
+class _MicroBatches(Dataset[T | _Handed[T] | _Failure]):
     """Reads and prepares a requested micro-batch; runs in the worker processes."""
 
     def __init__(self, folders: Sequence[Shards], config: Config, prepare: Prepare[T]) -> None:
@@ -318,12 +350,19 @@ class _MicroBatches(Dataset[T | _Failure]):
         self._epoch_key = functools.lru_cache(lambda purpose, epoch: seeds.fold(seeds.key(seed, purpose), epoch))
         self._mirror_prob = config.data.mirror_prob
 
-    def __getitem__(self, request: _Request) -> T | _Failure:
+    def __getitem__(self, request: _Request) -> T | _Handed[T] | _Failure:
         step, epoch, visits = request
         try:
-            return self._prepare(self._samples(epoch, visits), step)
+            batch = self._prepare(self._samples(epoch, visits), step)
         except UserError as error:
             return _Failure(error)
+        worker = get_worker_info()
+        if worker is None:
+            return batch
+        try:
+            return _Handed(batch)
+        except (OSError, RuntimeError) as error:
+            return _Failure(_describe_full_memory(error, len(pickle.dumps(batch)) * _PREFETCH * worker.num_workers))
 
     def _samples(self, epoch: int, visits: NDArray[np.int64]) -> Samples:
         samples, ids_B = self._read(visits)
@@ -364,12 +403,22 @@ class _MicroBatches(Dataset[T | _Failure]):
 class _Reader(Generic[T]):
     """Reads requests in order, in worker processes that read ahead, or in this process where there are none."""
 
-    def __init__(self, dataset: _MicroBatches[T], requests: Iterator[_Request], num_workers: int, pinned: bool) -> None:
+    def __init__(
+        self,
+        dataset: _MicroBatches[T],
+        requests: Iterator[_Request],
+        num_workers: int,
+        pinned: bool,
+        patience: Patience,
+    ) -> None:
+        self._patience = patience
         data_loader = DataLoader(
             dataset,
             sampler=_Requests(requests),
             batch_size=None,  # a request is a whole micro-batch
             num_workers=num_workers,
+            prefetch_factor=_PREFETCH if num_workers else None,
+            timeout=_POLL_SECONDS if num_workers else 0,
             # A fork starts in milliseconds; any other way imports torch and streaming again in every worker.
             multiprocessing_context="fork" if num_workers else None,
             worker_init_fn=leave_signals_to_the_rank,
@@ -377,7 +426,7 @@ class _Reader(Generic[T]):
             generator=torch.Generator(),  # else torch would draw from the global one
         )
         on_child_death, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
-        self._batches: Iterator[T | _Failure] = iter(data_loader)
+        self._batches: Iterator[T | _Handed[T] | _Failure] = iter(data_loader)
         self._workers: set[BaseProcess] = set(multiprocessing.active_children()) - others
         if threading.current_thread() is threading.main_thread():
             # Torch would raise in whatever the main thread does when a worker dies; `read` finds it as well.
@@ -387,22 +436,37 @@ class _Reader(Generic[T]):
         """The next micro-batch.
 
         Raises:
-            UserError: it cannot be read, or a worker is dead.
+            UserError: it cannot be read, a worker is dead, or nobody needs it any more.
         """
-        try:
-            batch = next(self._batches)
-        except RuntimeError:
-            dead = [worker for worker in self._workers if not worker.is_alive()]
-            if not dead:
-                raise
-            batch = _Failure(_describe_death(dead[0].exitcode))
+        while True:
+            try:
+                batch = next(self._batches)
+                break
+            except RuntimeError as error:
+                dead = [worker for worker in self._workers if not worker.is_alive()]
+                if dead:
+                    batch = _Failure(_describe_death(dead[0].exitcode))
+                    break
+                if "timed out" not in str(error):
+                    raise
+                self._patience.check()
         if isinstance(batch, _Failure):
             raise UserError(str(batch))
-        return batch
+        return batch.open() if isinstance(batch, _Handed) else batch
 
     def close(self) -> None:
         """Ends the workers."""
         del self._batches  # torch ends them with its iterator, which an error's traceback must not keep
+
+
+def _describe_full_memory(error: Exception, num_bytes: int) -> str:
+    size = shutil.disk_usage(_SHARED_MEMORY)
+    return (
+        f"data.num_workers: {_SHARED_MEMORY} ({size.total / 1e6:.4g} MB, of which {size.free / 1e6:.4g} free) cannot "
+        f"take the batches of {os.environ.get('LOCAL_WORLD_SIZE', '1')} ranks, each up to {num_bytes / 1e6:.4g} MB "
+        f"({one_line(error):.120}); start the container with more (docker run --shm-size=8g, or --ipc=host), or set "
+        "data.num_workers=0"
+    )
 
 
 def _describe_death(exit_code: int | None) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from cfpretrain.background import Task
 from cfpretrain.config import DataConfig
 from cfpretrain.console import UserError, one_line, say
 from cfpretrain.data.mosaic import CloudDownloader
@@ -29,6 +30,7 @@ from cfpretrain.data.mosaic import CloudDownloader
 _READ_SECONDS = 60.0  # a storage that sends nothing for so long is away
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two questions to a storage that is away
 _POLL_SECONDS = 0.05
+_STOP_POLL_SECONDS = 0.5
 _MOST_WRONG_COPIES = 3
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EMFILE}
 _COPY = re.compile(r"[0-9a-f]{128}")
@@ -241,6 +243,8 @@ class RemoteFolder:
                 local.unlink(missing_ok=True)  # the client would take it for whole
                 self._download(what, local)
                 break
+            except UserError:
+                raise
             except Exception as error:  # whatever the clients of the storages raise
                 self._client = None
                 reason = _reason(error)
@@ -263,7 +267,14 @@ class RemoteFolder:
         os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")
         if self._client is None or self._client[0] != os.getpid():  # a fork must not share connections
             self._client = os.getpid(), CloudDownloader.get(what)
-        self._client[1].download(what, str(local), max(1.0, min(_READ_SECONDS, self._cache.patience.seconds)))
+        client, seconds = self._client[1], max(1.0, min(_READ_SECONDS, self._cache.patience.seconds))
+        # In a thread, which a process that ends does not wait for: a storage may keep silent for a minute.
+        transfer = Task(lambda: client.download(what, str(local), seconds), "transfer")
+        while transfer.is_alive():
+            transfer.join(_STOP_POLL_SECONDS)
+            self._cache.patience.check()
+        if transfer.error is not None:
+            raise transfer.error
 
     def _raise_if_final(self, what: str, error: Exception, reason: str) -> None:
         """Raises where asking again would not help."""

@@ -1,0 +1,153 @@
+"""The door to wandb, which may fail or hang at any moment without ending or delaying a run."""
+
+import netrc
+import os
+import queue
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+
+from cfpretrain import runtime
+from cfpretrain.background import Task
+from cfpretrain.console import one_line, phase, say
+
+_ID_BYTES = 8
+_MOST_WAITING = 100_000  # rows
+_START_SECONDS = 5.0
+_END_SECONDS = 10.0
+_SERVICE = "wandb-core"
+
+
+class Tracker:
+    """What a run tells wandb, from a thread: nobody waits for it, and what goes wrong there is said once.
+
+    Every method does nothing on ranks but 0 and where `mode` is "disabled".
+
+    Attributes:
+        run_id: of wandb's run; None where there is none.
+
+    Args:
+        mode: "online", "offline", "disabled", or "auto": online where a key is found, else offline.
+        project: the project's name.
+        folder: where its files go.
+        run_id: the run to go on with; None begins one.
+        config: the resolved config, logged with the run.
+    """
+
+    def __init__(self, mode: str, project: str, folder: Path, run_id: str | None, config: Mapping[str, Any]) -> None:
+        self.run_id = run_id
+        self._task: Task | None = None
+        if mode == "disabled" or runtime.rank() != 0:
+            return
+        import wandb
+
+        self._wandb, self._folder = wandb, folder
+        self._is_over = False
+        # Known before wandb's service answers, so that the first checkpoint holds it.
+        self.run_id = run_id or secrets.token_hex(_ID_BYTES)
+        self._options: dict[str, Any] = {
+            "mode": _resolve_mode(mode),
+            "project": project,
+            "dir": str(folder),
+            "id": self.run_id,
+            "resume": "allow" if run_id else None,
+            "config": dict(config),
+            "settings": wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+        }
+        # What to do with wandb's run; None: end it.
+        self._jobs: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_MOST_WAITING)
+        self._has_begun = False
+        self._task = Task(self._work, "wandb")
+        with phase("starting wandb", announce=False):
+            # Usually it has its threads before the loader forks; a service that does not answer is not waited for.
+            _wait(_START_SECONDS, lambda: self._has_begun or not self._works)
+
+    def log(self, row: Mapping[str, Any]) -> None:
+        """Logs the numbers of a row at its step."""
+        numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+        self._hand_over(lambda run: run.log(numbers, step=row["step"]))
+
+    def log_picture(self, name: str, path: Path, step: int) -> None:
+        """Logs a PNG."""
+        self._hand_over(lambda run: run.log({name: self._wandb.Image(str(path))}, step=step))
+
+    def close(self, seconds: float = _END_SECONDS) -> None:
+        """Ends wandb's run; what has not ended after `seconds` is left to `wandb sync`."""
+        if self._task is None:
+            return
+        self._hand_over(None)
+        with phase("waiting for wandb", announce=False):
+            self._task.join(seconds)
+            if self._task.is_alive():
+                self._report(f"has not ended in {seconds:g} s")
+                _end_service()  # which the end of this process would wait for
+                self._task.join(seconds)
+        self._task = None
+
+    @property
+    def _works(self) -> bool:
+        return self._task is not None and self._task.is_alive() and not self._is_over
+
+    def _hand_over(self, job: Callable[[Any], None] | None) -> None:
+        if not self._works:
+            return
+        try:
+            self._jobs.put_nowait(job)
+        except queue.Full:
+            self._report("does not take any more")
+
+    def _work(self) -> None:
+        try:
+            run = self._wandb.init(**self._options)
+            self._has_begun = True
+            while (job := self._jobs.get()) is not None:
+                job(run)
+            run.finish()
+        except ConnectionError:  # a launcher that is told to stop ends all processes below it
+            self._report("has lost its process")
+        except Exception as error:  # of wandb's many
+            self._report(f"failed ({one_line(error):.200})")
+        with suppress(Exception):
+            self._wandb.teardown()  # here, since at the end of the process its errors are printed
+
+    def _report(self, what: str) -> None:
+        if not self._is_over:
+            self._is_over = True
+            say(
+                f"WARNING: wandb {what}; all goes on without it, and `wandb sync` sends what it has left in "
+                f"{self._folder / 'wandb'}"
+            )
+
+
+def _wait(seconds: float, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def _end_service() -> None:
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.name() == _SERVICE:
+                child.kill()
+
+
+def _resolve_mode(mode: str) -> Literal["online", "offline"]:
+    if mode == "online":
+        return "online"
+    if mode == "offline":
+        return "offline"
+    assert mode == "auto", mode
+    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_key() else "offline"
+
+
+def _has_netrc_key() -> bool:
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False

@@ -1,0 +1,95 @@
+"""The door to wandb: real runs offline, with a service that dies, stops or does not start."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cfpretrain import tracker
+from cfpretrain.tracker import Tracker
+from tests.processes import REPOSITORY
+
+
+def test_wandb_offline_keeps_numbers_and_goes_on_with_its_run(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    door = Tracker("auto", "cfpretrain-test", tmp_path, None, {"train": {"num_steps": 3}})
+    assert door.run_id
+    door.log({"step": 1, "loss": 0.5, "mfu": None})
+    door.close()
+    again = Tracker("offline", "cfpretrain-test", tmp_path, door.run_id, {})
+    assert again.run_id == door.run_id
+    again.close()
+    files = list((tmp_path / "wandb").glob(f"offline-run-*/run-{door.run_id}.wandb"))
+    assert len(files) == 2
+    assert any(b"loss" in file.read_bytes() for file in files)
+
+
+def test_disabled_tracking_writes_nothing(tmp_path: Path) -> None:
+    door = Tracker("disabled", "x", tmp_path, None, {})
+    door.log({"step": 1, "loss": 0.5})
+    door.close()
+    assert door.run_id is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mode_is_online_only_where_a_key_is(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("NETRC", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert tracker._resolve_mode("auto") == "offline"
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password key\n")
+    (tmp_path / ".netrc").chmod(0o600)
+    assert tracker._resolve_mode("auto") == "online"
+    monkeypatch.setenv("WANDB_API_KEY", "key")
+    assert tracker._resolve_mode("auto") == "online"
+    assert tracker._resolve_mode("offline") == "offline"
+
+
+# A service that gets a signal after the first row; then rows, a picture and the end.
+AILING = """
+import signal, sys, time
+from pathlib import Path
+import psutil
+from cfpretrain.tracker import Tracker
+
+door = Tracker("offline", "cfpretrain-test", Path(sys.argv[1]), None, {})
+door.log({"step": 1, "loss": 0.5})
+service = next(child for child in psutil.Process().children() if child.name() == "wandb-core")
+service.send_signal(int(sys.argv[2]))
+slowest = 0.0
+for step in range(2, 8):
+    begin = time.perf_counter()
+    door.log({"step": step, "loss": 0.5})
+    door.log_picture("samples", Path("no such picture.png"), step)
+    slowest = max(slowest, time.perf_counter() - begin)
+    time.sleep(0.1)
+door.close(2.0)
+print("closed", slowest < 1.0, flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP], ids=lambda n: n.name)
+def test_a_service_that_fails_is_said_once_and_keeps_nobody(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-c", AILING, str(tmp_path), str(int(number))]
+    ended = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=True
+    )
+    warning, closed = ended.stdout.strip().splitlines()
+    assert "WARNING: wandb " in warning
+    assert str(tmp_path / "wandb") in warning
+    assert closed == "closed True"
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_service_that_cannot_start_is_said_once(tmp_path: Path, monkeypatch, capsys) -> None:
+    """A folder in which wandb cannot write, and no service: init raises."""
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-nobody-listens")
+    door = Tracker("offline", "cfpretrain-test", tmp_path, None, {})
+    assert door.run_id
+    door.log({"step": 1, "loss": 0.5})
+    door.close()
+    assert capsys.readouterr().out.count("WARNING: wandb failed") == 1
