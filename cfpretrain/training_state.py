@@ -22,6 +22,7 @@ from cfpretrain.tensor_files import DamagedCheckpointError, read_text, remedy, u
 SCHEMA_VERSION = 3
 STATE_FILE = "state.json"
 
+TRAINING_SECTIONS = ("order", "data", "train", "guard")  # of a config: other values train otherwise from there on
 # What the past training means: with other values the weights are those of another model. The rest may change.
 _FIXED_SECTIONS, _FIXED_KEYS = ("model", "noise"), ("data.latent_shift", "data.latent_scale")
 

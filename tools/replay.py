@@ -85,10 +85,32 @@ def _look(folder: Path, step: int) -> "tuple[dict[int, dict[str, Any]], list[Pat
     with runtime.together():
         if runtime.rank() == 0:
             config = build.config_at(folder, step)
+            rows = _read_rows(folder / build.METRICS_FILE, step)
             checkpoints = _find_checkpoints(folder / build.CHECKPOINTS, step)
-            found = _read_rows(folder / build.METRICS_FILE, step), checkpoints, config
+            _check_unchanged(folder, _step_of(checkpoints[0]), step)
+            found = rows, checkpoints, config
     agreed: tuple[dict[int, dict[str, Any]], list[Path], Config] = runtime.gather(found)[0]
     return agreed
+
+
+def _check_unchanged(folder: Path, begin: int, step: int) -> None:
+    """Refuses a step that was trained with other knobs than those between it and the checkpoint at `begin`."""
+    from cfpretrain import build
+    from cfpretrain.config import to_plain
+    from cfpretrain.training_state import TRAINING_SECTIONS, changes
+
+    there, here = (to_plain(build.config_at(folder, at)) for at in (begin + 1, step))
+    changed = [
+        f"{key} from {before} to {after}"
+        for key, (before, after) in changes(there, here).items()
+        if key.split(".")[0] in TRAINING_SECTIONS and not f"{key}=".startswith(_MAY_DIFFER)
+    ]
+    if changed:
+        raise UserError(
+            f"--step: between the checkpoint of step {begin} and step {step} the run was resumed with other knobs "
+            f"({', '.join(changed):.300}), and the checkpoint that it was resumed from is gone; replay a step before "
+            "that, or one after the next checkpoint"
+        )
 
 
 def _read_rows(metrics: Path, step: int) -> dict[int, dict[str, Any]]:

@@ -5,11 +5,15 @@ from typing import Any
 
 from cfpretrain.build import CONFIG_FILE
 from cfpretrain.config import Config
-from cfpretrain.training_state import TrainingState
+from cfpretrain.training_state import TRAINING_SECTIONS, TrainingState
 
 _MOST_NAMES = 20  # of classes that are listed
-_TRAINING = ("order", "data", "train", "guard")  # sections of a config that decide what is trained
-_PLACES = ("data.shards", "data.autoencoder", "data.cache_folder", "data.num_workers")  # keys of them that do not
+_PLACES = (
+    "data.shards",
+    "data.autoencoder",
+    "data.cache_folder",
+    "data.num_workers",
+)  # of sections that decide what is trained
 
 
 def text(
@@ -131,7 +135,7 @@ def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, A
         f"{key} {before} up to step {resume['step']:,}, then {after}"
         for resume in state.history
         for key, (before, after) in resume["changed"].items()
-        if key.split(".")[0] in _TRAINING and key not in _PLACES
+        if key.split(".")[0] in TRAINING_SECTIONS and key not in _PLACES
     ]
     if changed:
         rows["Changed on the way"] = "; ".join(changed)
