@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cfpretrain import build, checkpoint_writer, seeds
 from cfpretrain.config import to_plain, to_yaml
 from tests import checkpoints
@@ -36,7 +38,7 @@ def write_run(folder: Path, shards: Path, *overrides: str, **state: Any) -> Path
         **{
             "config": to_plain(config),
             "class_names": list(map(str, range(10))),
-            "autoencoder": "identity",
+            "autoencoder": build.make_autoencoder(config, torch.device("cpu")).fingerprint,
             "working_folder": str(Path.cwd()),
             **state,
         },

@@ -212,12 +212,7 @@ def latent_run(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) ->
     decoder = KLAutoencoder.load(write_autoencoder(Path("ae")), CPU)
     scaling = decoder.scaling_overrides().split()
     sizes = ["model.latent_size=8", f"model.latent_channels={decoder.latent_channels}", "model.patch_size=1"]
-    return write_run(
-        tmp_path / "project" / "runs" / "run",
-        shards,
-        *("data.autoencoder=ae", *scaling, *sizes),
-        autoencoder=decoder.fingerprint,
-    )
+    return write_run(tmp_path / "project" / "runs" / "run", shards, "data.autoencoder=ae", *scaling, *sizes)
 
 
 def test_a_relative_autoencoder_is_found_from_any_directory(
