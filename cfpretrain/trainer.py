@@ -1,6 +1,7 @@
 """The training loop: one step on one screen, and what happens every n steps."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -164,7 +165,7 @@ class Trainer:
     ) -> None:
         self.config, self.device, self.stop, self.resume_from = config, device, stop, resume_from
         self.evaluator = evaluator
-        self.folder = Path(config.run.folder)
+        self.folder, self.working_folder = Path(config.run.folder), os.getcwd()
         self.store = make_store(config)
         with runtime.together():
             self.latents_info = open_folders(config)[0].latents_info
@@ -522,7 +523,7 @@ class Trainer:
             history=self.history,
             class_names=list(self.latents_info.class_names),
             autoencoder=self.latents_info.autoencoder,
-            working_folder=str(Path.cwd()),
+            working_folder=self.working_folder,
             data_fingerprint=self.loader.fingerprint,
             wandb_run_id=self.tracker.run_id,
             versions=_versions(),

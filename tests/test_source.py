@@ -1,7 +1,9 @@
 """Models to sample from: a run folder and its export give the same; what is neither, or damaged, is said."""
 
+import csv
 import dataclasses
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from cfpretrain import build
 from cfpretrain.checkpoint import Best
 from cfpretrain.console import UserError
+from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.model.autoencoder import KLAutoencoder
 from cfpretrain.source import Source, load_source
@@ -198,6 +201,26 @@ def test_names_and_weights_are_the_same_from_any_directory(
     assert here.class_names == there.class_names == tuple("0123456789")
     assert same_weights(here, there)
     assert "WARNING" not in capsys.readouterr().out
+
+
+ODD_NAMES = ["a|b", "new\nline", "caf\udce9", '","', "\u540d\u524d", "10", "name:3", " ", "-1", "7"]
+
+
+def test_names_with_odd_characters(tmp_path: Path, shards: Path) -> None:
+    """They go with the run and its export, each can be asked for, and no table or card is broken by them."""
+    run = write_run(tmp_path / "run", shards, class_names=ODD_NAMES)
+    export(run, tmp_path / "exported", ExportSettings())
+    for path in (run, tmp_path / "exported"):
+        source = load_source(path, CPU)
+        assert list(source.class_names) == ODD_NAMES
+        assert [source.label_of(f"name:{name}") for name in ODD_NAMES] == list(range(10))
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert '| Classes | 10: a b, new line, caf , ",", \u540d\u524d, 10, name:3,  , -1, 7 |' in card
+    # "7" is the number of another class: the card's example must run.
+    assert "pipe([0, 9], num_ar_steps=4" in card
+    table = ImageSet(tmp_path / "out", list(range(10)), ODD_NAMES, 2, {})._table()
+    rows = list(csv.DictReader(io.StringIO(table.decode(errors="surrogateescape"), newline="")))
+    assert [(row["label"], int(row["index"])) for row in rows] == [(name, i) for i, name in enumerate(ODD_NAMES)]
 
 
 # ---------------------------------------------------------------------------

@@ -187,7 +187,7 @@ class ImageSet:
         # The number too: several classes may have one name, and a name may look like the number of another.
         writer.writerow(["path", "label", "index"])
         writer.writerows((_png_name(i), self.class_names[label], label) for i, label in enumerate(self.labels))
-        return text.getvalue().encode()
+        return text.getvalue().encode(errors="surrogateescape")  # names of folders need not be UTF-8
 
     def _join(self, file: Path) -> None:
         """All batches as one array, through a bounded buffer."""

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfpretrain.build import CONFIG_FILE
+from cfpretrain.class_names import label_of
 from cfpretrain.config import Config
 from cfpretrain.training_state import TRAINING_SECTIONS, TrainingState
 
@@ -78,6 +79,11 @@ def _front_matter(licence: str) -> list[str]:
 
 def _usage(class_names: Sequence[str], config: Config) -> list[str]:
     last = len(class_names) - 1
+    try:
+        is_plain = label_of(class_names[last], class_names) == last and class_names[last].isprintable()
+    except ValueError:
+        is_plain = False
+    example = repr(class_names[last]) if is_plain else str(last)
     ar_steps = min(4, config.model.num_tokens)
     return [
         "## Use",
@@ -86,7 +92,7 @@ def _usage(class_names: Sequence[str], config: Config) -> list[str]:
         "from diffusers import DiffusionPipeline",
         "",
         'pipe = DiffusionPipeline.from_pretrained("FOLDER_OR_REPOSITORY", trust_remote_code=True)',
-        f"images = pipe([0, {class_names[last]!r}], num_ar_steps={ar_steps}, solver='sde-dpm++').images",
+        f"images = pipe([0, {example}], num_ar_steps={ar_steps}, solver='sde-dpm++').images",
         f"edited = pipe.edit([{last}], region='top', image=images[:1], solver='sde-dpm++').images",
         "```",
         "",
@@ -108,7 +114,8 @@ def _model_rows(
     config: Config, weights: str, dtype: str, class_names: Sequence[str], num_parameters: int
 ) -> dict[str, Any]:
     model, noise = config.model, config.noise
-    names = ", ".join(class_names[:_MOST_NAMES]) + " ..." * (len(class_names) > _MOST_NAMES)
+    shown = ["".join(c if c.isprintable() and c != "|" else " " for c in name) for name in class_names[:_MOST_NAMES]]
+    names = ", ".join(shown) + " ..." * (len(class_names) > _MOST_NAMES)
     return {
         "Parameters": f"{num_parameters:,}, {'averaged (EMA)' if weights == 'ema' else 'as trained'}, {dtype}",
         "Depth, width, heads": f"{model.depth}, {model.width}, {model.num_heads}",
@@ -116,7 +123,7 @@ def _model_rows(
         "Tokens": f"{model.num_tokens}, patches of {model.patch_size} x {model.patch_size}",
         "Condition": f"{model.num_cond_tokens} tokens a class",
         "Noise": f"{noise.num_timesteps} levels, linear betas {noise.beta_first:g} to {noise.beta_last:g}",
-        "Classes": f"{len(class_names)}: {names.replace('|', ' ')}",
+        "Classes": f"{len(class_names)}: {names}",
     }
 
 
