@@ -2,7 +2,6 @@
 
 import csv
 import dataclasses
-import hashlib
 import io
 import json
 import shutil
@@ -18,7 +17,7 @@ from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.model.autoencoder import KLAutoencoder
 from cfpretrain.source import Source, load_source
-from tests.runs import write_run
+from tests.runs import as_older, write_run
 from tests.test_autoencoder import write as write_autoencoder
 
 CPU = torch.device("cpu")
@@ -111,18 +110,6 @@ def test_a_word_that_is_no_class_is_a_mistake_of_the_user(run: Path) -> None:
     assert source.label_of("bass") == source.label_of("1") == 1
     with pytest.raises(UserError, match=r"class: expected a name, or a number from 0 to 1, got 'base'; did you mean"):
         source.label_of("base")
-
-
-def as_older(run: Path) -> Path:
-    """Turns a run's checkpoint into one of schema 2, which recorded nothing but the model."""
-    file = run / "checkpoints" / "step_00000007" / "state.json"
-    plain = json.loads(file.read_text())
-    for key in ("sha256", "history", "class_names", "autoencoder", "working_folder"):
-        del plain[key]
-    plain |= {"schema_version": 2, "model": plain.pop("config")["model"]}
-    sha256 = hashlib.sha256((json.dumps(plain, indent=2, sort_keys=True) + "\n").encode()).hexdigest()
-    file.write_text(json.dumps(plain | {"sha256": sha256}))
-    return run
 
 
 def edit_config(run: Path, old: str, new: str) -> None:

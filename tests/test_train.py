@@ -22,6 +22,7 @@ from cfpretrain.run_folder import prepare_folder
 from cfpretrain.training_state import read_state
 from tests.digits import small_config, small_run, write_digits
 from tests.processes import REPOSITORY, Ended, run_script, start_script
+from tests.runs import as_older
 
 TRAIN = "cfpretrain/train.py"
 
@@ -349,6 +350,22 @@ def test_each_checkpoint_says_what_it_was_trained_with(shards: Path, whole_run: 
     assert "learning rate 0.5," in card
     assert "train.learning_rate 0.001 up to step 12, then 0.5" in card
     assert "train.num_steps 12 up to step 12, then 13" in card
+
+
+def test_an_older_checkpoint_goes_on(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    """Its record begins where it goes on; to the same numbers, bit by bit."""
+    folder = as_older(shutil.copytree(whole_run, tmp_path / "older"))
+    (folder / "summary.json").unlink()
+    (folder / "checkpoints" / "latest").write_text("step_00000008\n")
+    refuse(small_config(shards, folder, "model.depth=3"), "another model: model.depth is 2 there and 3 in the config")
+    ended, _ = run_script(TRAIN, small_run(shards, folder), 2)
+    assert ended.code == 0, ended.err
+    assert "training from step 8 to 12" in ended.out
+    assert "changed since" not in ended.out
+    assert numbers(folder) == numbers(whole_run)
+    state = read_state(folder / "checkpoints" / "step_00000012")
+    assert (state.schema_version, state.history, state.class_names) == (3, [], list("0123456789"))
+    assert state.config["noise"]["beta_last"] == 0.02
 
 
 def test_relative_shards_say_what_they_are_relative_to(
