@@ -193,9 +193,9 @@ class CausalFusionPipeline(DiffusionPipeline):
         return label
 
     def _number(self, name: str) -> int:
-        names = self.config.id2label or {}
+        names = {int(number): known for number, known in (self.config.id2label or {}).items()}
         try:
-            return label_of(name, [names.get(str(i), str(i)) for i in range(self.transformer.num_classes)])
+            return label_of(name, [names.get(i, str(i)) for i in range(self.transformer.num_classes)])
         except ValueError as error:
             raise ValueError(f"class_labels: {error}") from None
 
