@@ -17,7 +17,7 @@ from cfpretrain import memory
 from cfpretrain.checkpoint import CheckpointStore, read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
-from cfpretrain.data.loader import Prepare, Samples
+from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.engine import WriteInitialValues, ds_config
 from cfpretrain.loss import Batch, NoisePredictionLoss

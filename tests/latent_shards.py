@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from cfpretrain.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
-from cfpretrain.data.loader import Samples
+from cfpretrain.data.reader import Samples
 from cfpretrain.data.shards import LatentsInfo, columns_of
 from tests.digits import write_latents
 

@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from cfpretrain import seeds
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
-from cfpretrain.data.loader import Loader, Position, Samples, epoch_order, epoch_visits
+from cfpretrain.data.loader import Loader, Position, epoch_order, epoch_visits
+from cfpretrain.data.reader import Samples
 from cfpretrain.data.shards import fingerprint
 from cfpretrain.data.storage import LocalFolder
 from tests.latent_shards import as_read, config_for, id_of, moment_of, write_samples

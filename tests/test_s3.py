@@ -18,7 +18,8 @@ import torch
 
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
-from cfpretrain.data.loader import Loader, Position, Samples, order_fingerprint
+from cfpretrain.data.loader import Loader, Position, order_fingerprint
+from cfpretrain.data.reader import Samples
 from tests.digits import digits, digits_info, small_run, write_latents
 from tests.latent_shards import as_read, config_for, write_samples
 from tests.object_store import BUCKET, ObjectStore, running_store

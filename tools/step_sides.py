@@ -16,7 +16,8 @@ from cfpretrain import console, runtime
 from cfpretrain.build import choose_blocks, initial_weights, make_loss, make_model, make_prepare, make_scaling
 from cfpretrain.config import Config
 from cfpretrain.console import Progress
-from cfpretrain.data.loader import Loader, Prepare, Samples
+from cfpretrain.data.loader import Loader
+from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.loss import Batch, Draws
 from cfpretrain.metrics import training_flops
 from tools.measuring import synchronise

@@ -1,0 +1,231 @@
+"""Reading micro-batches: in worker processes that read ahead, or in the process that asks.
+
+Workers are handed the indices of a micro-batch and need no state; they also make its samples into what the step needs.
+"""
+
+import functools
+import multiprocessing
+import pickle
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from cfpretrain import seeds
+from cfpretrain.config import Config
+from cfpretrain.console import UserError, one_line
+from cfpretrain.data.shards import Shards
+from cfpretrain.data.storage import Patience
+from cfpretrain.lifeline import leave_signals_to_the_rank
+
+# The optimizer step, the epoch, and visits (see `loader.epoch_visits`): one micro-batch.
+Request = tuple[int, int, NDArray[np.int64]]
+
+# What an id says besides the sample's own, which is smaller: noise differs between the visits of an epoch.
+FOLDER_BIT, REPETITION_BIT = 40, 56
+
+_SHARED_MEMORY = "/dev/shm"
+_PREFETCH = 2  # micro-batches a worker makes ahead
+_POLL_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A micro-batch of one rank as it is read."""
+
+    ids_B: Tensor  # int64: a sample's id in its folder, + folder << 40, + repetition in the epoch << 56
+    epoch: int
+    latents_BCYX: Tensor  # float32, drawn from the posterior, raw: shift and scale are the model's
+    labels_B: Tensor  # int64
+
+
+T = TypeVar("T")
+# What makes of samples, and of the optimizer step that they are for, what `next` of a loader gives.
+Prepare = Callable[[Samples, int], T]
+
+
+class _Failure(str):
+    """Why a micro-batch could not be read: an exception would leave the worker as a traceback."""
+
+
+class _Handed(Generic[T]):
+    """A micro-batch on its way out of a worker, its tensors in shared memory.
+
+    Pickled where it is made: where that memory is full, torch's queue would print a traceback and deliver nothing.
+    """
+
+    def __init__(self, batch: T) -> None:
+        self._pickled = bytes(ForkingPickler.dumps(batch))
+
+    def open(self) -> T:
+        batch: T = pickle.loads(self._pickled)
+        return batch
+
+    def pin_memory(self) -> Any:
+        """What torch's thread that pins asks for."""
+        batch: Any = self.open()
+        return batch.pin_memory()
+
+
+class MicroBatches(Dataset[T | _Handed[T] | _Failure]):
+    """Reads and prepares a requested micro-batch; runs in the worker processes, where there are any."""
+
+    def __init__(self, folders: Sequence[Shards], config: Config, prepare: Prepare[T]) -> None:
+        self._folders, self._prepare = folders, prepare
+        self._ends = np.cumsum([len(folder) for folder in folders])
+        info = folders[0].latents_info
+        self._has_posterior, self._has_mirror = info.has_posterior, info.has_mirror
+        seed = config.run.seed
+        # The same for a whole epoch, and as much work as the rest of a small draw.
+        self._epoch_key = functools.lru_cache(lambda purpose, epoch: seeds.fold(seeds.key(seed, purpose), epoch))
+        self._mirror_prob = config.data.mirror_prob
+
+    def __getitem__(self, request: Request) -> T | _Handed[T] | _Failure:
+        step, epoch, visits = request
+        try:
+            batch = self._prepare(self._samples(epoch, visits), step)
+        except UserError as error:
+            return _Failure(error)
+        worker = get_worker_info()
+        if worker is None:
+            return batch
+        try:
+            return _Handed(batch)
+        except (OSError, RuntimeError) as error:
+            return _Failure(_describe_full_memory(error, len(pickle.dumps(batch)) * _PREFETCH * worker.num_workers))
+
+    def _samples(self, epoch: int, visits: NDArray[np.int64]) -> Samples:
+        samples, ids_B = self._read(visits)
+        mirrored_B = self._draw_mirrored(epoch, ids_B)
+        latents_BCYX = self._stack(samples, "mean", mirrored_B)
+        if self._mirror_prob > 0 and not self._has_mirror:
+            latents_BCYX = torch.where(mirrored_B[:, None, None, None], latents_BCYX.flip(-1), latents_BCYX)
+        if self._has_posterior:
+            keys_B = seeds.fold(self._epoch_key("posterior", epoch), ids_B)
+            deviation_BCYX = (0.5 * self._stack(samples, "log_variance", mirrored_B)).exp_()
+            latents_BCYX += deviation_BCYX * seeds.normal(keys_B, latents_BCYX.shape[1:])
+        return Samples(ids_B, epoch, latents_BCYX, torch.tensor([int(sample["label"]) for sample in samples]))
+
+    def _read(self, visits: NDArray[np.int64]) -> tuple[list[dict[str, Any]], Tensor]:
+        places, repetitions = visits & ((1 << REPETITION_BIT) - 1), visits >> REPETITION_BIT
+        folders = np.searchsorted(self._ends, places, side="right")
+        found: dict[int, dict[str, Any]] = {}
+        for folder in set(folders.tolist()):
+            (positions,) = np.nonzero(folders == folder)
+            indices = places[positions] - self._ends[folder] + len(self._folders[folder])
+            found.update(zip(positions.tolist(), self._folders[folder].samples(indices.tolist()), strict=True))
+        samples = [found[position] for position in range(len(visits))]
+        ids = np.array([sample["id"] for sample in samples], np.int64)
+        return samples, torch.from_numpy(ids + (folders << FOLDER_BIT) + (repetitions << REPETITION_BIT))
+
+    def _draw_mirrored(self, epoch: int, ids_B: Tensor) -> Tensor:
+        if self._mirror_prob == 0:
+            return torch.zeros_like(ids_B, dtype=torch.bool)
+        keys_B = seeds.fold(self._epoch_key("mirror", epoch), ids_B)
+        return seeds.uniform(keys_B) < self._mirror_prob
+
+    def _stack(self, samples: Sequence[dict[str, Any]], name: str, mirrored_B: Tensor) -> Tensor:
+        names = [f"mirror_{name}" if mirrored and self._has_mirror else name for mirrored in mirrored_B.tolist()]
+        stacked = np.stack([sample[name] for sample, name in zip(samples, names, strict=True)])
+        return torch.from_numpy(stacked.astype(np.float32))
+
+
+class Reader(Generic[T]):
+    """Reads requests in order, in worker processes that read ahead, or in this process where there are none."""
+
+    def __init__(
+        self,
+        dataset: MicroBatches[T],
+        requests: Iterator[Request],
+        num_workers: int,
+        pinned: bool,
+        patience: Patience,
+    ) -> None:
+        self._patience = patience
+        data_loader = DataLoader(
+            dataset,
+            sampler=_Requests(requests),
+            batch_size=None,  # a request is a whole micro-batch
+            num_workers=num_workers,
+            prefetch_factor=_PREFETCH if num_workers else None,
+            timeout=_POLL_SECONDS if num_workers else 0,
+            # A fork starts in milliseconds; any other way imports torch and streaming again in every worker.
+            multiprocessing_context="fork" if num_workers else None,
+            worker_init_fn=leave_signals_to_the_rank,
+            pin_memory=pinned,
+            generator=torch.Generator(),  # else torch would draw from the global one
+        )
+        on_child_death, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+        self._batches: Iterator[T | _Handed[T] | _Failure] = iter(data_loader)
+        self._workers: set[BaseProcess] = set(multiprocessing.active_children()) - others
+        if threading.current_thread() is threading.main_thread():
+            # Torch would raise in whatever the main thread does when a worker dies; `read` finds it as well.
+            signal.signal(signal.SIGCHLD, on_child_death)
+
+    def read(self) -> T:
+        """The next micro-batch.
+
+        Raises:
+            UserError: it cannot be read, a worker is dead, or nobody needs it any more.
+        """
+        while True:
+            try:
+                batch = next(self._batches)
+                break
+            except RuntimeError as error:
+                dead = [worker for worker in self._workers if not worker.is_alive()]
+                if dead:
+                    batch = _Failure(_describe_death(dead[0].exitcode))
+                    break
+                if "timed out" not in str(error):
+                    raise
+                self._patience.check()
+        if isinstance(batch, _Failure):
+            raise UserError(str(batch))
+        return batch.open() if isinstance(batch, _Handed) else batch
+
+    def close(self) -> None:
+        """Ends the workers."""
+        del self._batches  # torch ends them with its iterator, which an error's traceback must not keep
+
+
+def _describe_full_memory(error: Exception, num_bytes: int) -> str:
+    size = shutil.disk_usage(_SHARED_MEMORY)
+    return (
+        f"data.num_workers: {_SHARED_MEMORY} ({size.total / 1e6:.4g} MB, of which {size.free / 1e6:.4g} free) cannot "
+        f"take what the workers of each rank hand over, up to {num_bytes / 1e6:.4g} MB ({one_line(error):.120}); "
+        "start the container with more (docker run --shm-size=8g, or --ipc=host), or set data.num_workers=0"
+    )
+
+
+def _describe_death(exit_code: int | None) -> str:
+    killer = signal.Signals(-exit_code) if exit_code is not None and exit_code < 0 else None
+    how = f"with exit code {exit_code}" if killer is None else f"by {killer.name}"
+    if killer is signal.SIGKILL:
+        how += ", as the system does where memory is short"
+    if killer is signal.SIGBUS:
+        how += ", as where /dev/shm is full"
+    return (
+        f"data.num_workers: a process that reads data ended {how}; set fewer, or give the machine more memory, then "
+        "give the same command again"
+    )
+
+
+class _Requests:
+    """An iterable of requests, which is all that torch asks of a sampler."""
+
+    def __init__(self, requests: Iterator[Request]) -> None:
+        self._requests = requests
+
+    def __iter__(self) -> Iterator[Request]:
+        return self._requests

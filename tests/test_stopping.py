@@ -1,0 +1,258 @@
+"""Runs that are asked to stop as people ask: Ctrl-C in a terminal, a closed one, in the middle of a wait."""
+
+import os
+import pty
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from cfpretrain import lifeline, runtime
+from cfpretrain.console import EXIT_REQUEUE, EXIT_USER_ERROR
+from tests.digits import digits, digits_info, small_config, small_run, write_latents
+from tests.object_store import ObjectStore, running_store
+from tests.processes import REPOSITORY, Rank, free_port, run_in_processes, start_script, wait_until
+from tests.test_lifeline import LONG, TRAIN, end, rows, wait_for_steps
+
+
+def latest_step(folder: Path) -> int:
+    return int((folder / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
+
+
+def assert_nothing_is_lost(folder: Path) -> None:
+    """The checkpoint is of the last step that was made, and the same command should be given again."""
+    assert latest_step(folder) == rows(folder)[-1]["step"]
+    assert not list((folder / "checkpoints").glob("*.partial"))
+    assert (folder / "requeue").exists()
+
+
+# ---------------------------------------------------------------------------
+# In a terminal
+
+
+class Terminal:
+    """The deepspeed launcher with a run on two ranks, wandb among them, in a pseudo-terminal of its own."""
+
+    def __init__(self, shards: Path, folder: Path) -> None:
+        options = ["--num_accelerators", "2", "--master_port", str(free_port()), TRAIN]
+        arguments = small_run(shards, folder, *LONG, "metrics.wandb=auto", "data.num_workers=1")
+        launcher = str(Path(sys.executable).with_name("deepspeed"))
+        self.folder, self.said = folder, b""
+        self.pid, self._end = pty.fork()
+        if self.pid == 0:
+            os.chdir(REPOSITORY)
+            home = {"HOME": str(folder.parent), "WANDB_API_KEY": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+            os.execve(launcher, [launcher, *options, *arguments], os.environ | home)
+
+    def wait_for_a_step(self, after: int) -> None:
+        """Until the metrics have a step behind `after`."""
+        metrics = self.folder / "metrics.jsonl"
+        wait_until(
+            lambda: self._is_open() and metrics.exists() and any(row["step"] > after for row in rows(self.folder))
+        )
+
+    def close(self) -> None:
+        os.close(self._end)
+
+    def press_ctrl_c(self) -> None:
+        os.write(self._end, b"\x03")
+
+    def wait(self) -> str:
+        """Waits for the end of the launcher and all below it; what they said."""
+        below = self.below()
+        wait_until(lambda: not self._is_open())
+        os.waitpid(self.pid, 0)
+        wait_until(lambda: not [process for process in below if process.is_running() and process.status() != "zombie"])
+        return self.said.decode()
+
+    def below(self) -> list[psutil.Process]:
+        return psutil.Process(self.pid).children(recursive=True)
+
+    def end(self) -> None:
+        for process in [*self.below(), psutil.Process(self.pid)] if psutil.pid_exists(self.pid) else []:
+            process.kill()
+
+    def _is_open(self) -> bool:
+        """Reads what is there, so that nobody waits to write."""
+        try:
+            while select.select([self._end], [], [], 0)[0]:
+                self.said += os.read(self._end, 1 << 16)
+        except OSError:  # nobody has it open any more, or we have closed it
+            return False
+        return True
+
+
+def stop_in_a_terminal(shards: Path, folder: Path, how: str, pause: float, after: int = 0) -> str:
+    """Starts a run, asks it to stop `pause` seconds after its first step behind `after`, and waits for its end."""
+    terminal = Terminal(shards, folder)
+    try:
+        terminal.wait_for_a_step(after)
+        time.sleep(pause)
+        if how == "Ctrl-C":
+            terminal.press_ctrl_c()
+        elif how == "SIGTERM":  # to what starts the ranks
+            launcher = next(one for one in terminal.below() if "deepspeed.launcher.launch" in one.cmdline())
+            launcher.terminate()
+        elif how == "SIGHUP":
+            os.kill(terminal.pid, signal.SIGHUP)
+        else:
+            terminal.close()
+        return terminal.wait()
+    finally:
+        terminal.end()
+
+
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "a closed terminal"])
+def test_a_stop_in_a_terminal_loses_no_step(shards: Path, tmp_path: Path, how: str) -> None:
+    said = stop_in_a_terminal(shards, tmp_path / "run", how, pause=0.5)
+    assert_nothing_is_lost(tmp_path / "run")
+    assert "cfpretrain/" not in said.partition("stopping after this step")[2], said  # of a traceback of ours
+    assert "Traceback" not in said.partition("stopped at step")[2]
+
+
+@pytest.mark.slow
+def test_stops_at_random_moments_lose_no_step(shards: Path, tmp_path: Path) -> None:
+    """One run, stopped and started again; CFPRETRAIN_STOPS says how often."""
+    chance, folder, step = random.Random(0), tmp_path / "run", 0
+    for _ in range(int(os.environ.get("CFPRETRAIN_STOPS", "4"))):
+        how = chance.choice(["Ctrl-C", "SIGTERM", "SIGHUP", "a closed terminal"])
+        said = stop_in_a_terminal(shards, folder, how, chance.uniform(0, 3), after=step)
+        assert_nothing_is_lost(folder)
+        assert latest_step(folder) > step, said
+        step = latest_step(folder)
+        print(f"{how}: stopped at step {step}")
+    assert [row["step"] for row in rows(folder)] == list(range(1, step + 1))
+
+
+# ---------------------------------------------------------------------------
+# While it waits
+
+
+@pytest.fixture
+def store() -> Iterator[ObjectStore]:
+    with running_store() as store:
+        yield store
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_request_to_one_rank_ends_the_others_wait_for_data(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    """The storage is away for good, and patience and the ranks' timeout are long."""
+    for name, value in store.environment().items():
+        monkeypatch.setenv(name, value)
+    shards = write_latents(tmp_path / "shards", digits_info(100), digits(100), samples_per_shard=20)
+    smallest_cache = 2.5 * max(path.stat().st_size for path in shards.glob("*.mds")) / 1e9
+    arguments = small_run(
+        shards,
+        tmp_path / "run",
+        *LONG,
+        f"data.shards={store.upload(shards, f'waiting{num_workers}')}",
+        f"data.cache_folder={tmp_path / 'cache'}",
+        f"data.cache_limit_gb={smallest_cache}",
+        "data.download_patience_seconds=600",
+        f"data.num_workers={num_workers}",
+        "data.shuffle_block_size=27",
+    )
+    ranks = start_script(TRAIN, arguments, 2)
+    wait_for_steps(tmp_path / "run", 2, ranks)
+    store.kill()
+    wait_until(lambda: "still waiting for data" in ranks[0].said() or "asking again" in ranks[0].said())
+    ranks[1].send_signal(signal.SIGTERM)
+    ended = end(ranks)
+    assert [code for code, _ in ended] == [EXIT_REQUEUE] * 2, ended
+    assert_nothing_is_lost(tmp_path / "run")
+    assert (tmp_path / "run" / "requeue").read_text() == "SIGTERM\n"
+
+
+def train_with_a_sleeper(shards: Path, folder: Path) -> None:
+    from cfpretrain import trainer
+
+    config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=600")
+    stop = lifeline.StopRequest()
+    runtime.start(torch.device("cpu"))
+    real = trainer.Trainer.train_step
+
+    def train_step(self: trainer.Trainer) -> None:
+        if self.at.step == 3:
+            if runtime.rank() == 1:
+                time.sleep(200)
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self)
+
+    trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
+    trainer.run(config, torch.device("cpu"), stop)
+
+
+def test_a_rank_that_hangs_keeps_nobody_who_was_asked_to_stop(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=f"died with exit code {EXIT_REQUEUE}"):
+        run_in_processes(train_with_a_sleeper, 2, shards, tmp_path / "run", timeout_s=120)
+    assert (tmp_path / "run" / "requeue").read_text().startswith("rank 1 did not arrive for ")
+    assert "asked to stop" in (tmp_path / "run" / "requeue").read_text()
+
+
+def test_a_request_before_the_first_step_ends_it_at_once(shards: Path, tmp_path: Path) -> None:
+    """While the engine is built, or the first step compiles, there is nothing to save."""
+    [rank] = start_script(TRAIN, small_run(shards, tmp_path / "run", *LONG), 1)
+    wait_until(lambda: "building the model" in rank.said())
+    rank.send_signal(signal.SIGTERM)
+    [(code, said)] = end([rank])
+    assert code == EXIT_REQUEUE, said
+    assert "stopped before training began; the same command starts it" in said
+    assert "stopping after this step" not in said
+    assert (tmp_path / "run" / "requeue").exists()
+
+
+# ---------------------------------------------------------------------------
+# Faults that would come again
+
+
+def test_shards_that_vanish_cost_no_step(tmp_path: Path) -> None:
+    shards = write_latents(tmp_path / "shards", digits_info(100), digits(100), samples_per_shard=20)
+    folder = tmp_path / "run"
+    ranks: list[Rank] = start_script(TRAIN, small_run(shards, folder, *LONG), 2)
+    wait_for_steps(folder, 4, ranks)
+    shutil.rmtree(shards)
+    ended = end(ranks)
+    assert [code for code, _ in ended] == [EXIT_USER_ERROR] * 2, ended
+    assert "data.shards: " in ended[0][1]
+    assert latest_step(folder) == rows(folder)[-1]["step"] >= 4
+    assert not (folder / "requeue").exists()
+
+
+SMALL_MEMORY = """
+import ctypes, os, runpy, subprocess, sys
+libc = ctypes.CDLL(None, use_errno=True)
+if libc.unshare(0x00020000) or subprocess.run(["mount", "--make-rprivate", "/"]).returncode:
+    sys.exit(99)
+if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"]).returncode:
+    sys.exit(99)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_shared_memory_that_is_too_small_is_one_line(shards: Path, tmp_path: Path) -> None:
+    """As docker gives it, in the proportions of a small model."""
+    if os.geteuid() != 0:
+        pytest.skip("a small /dev/shm needs root")
+    arguments = small_run(shards, tmp_path / "run", *LONG, "data.num_workers=2", "train.micro_batch_size=16")
+    command = [sys.executable, "-c", SMALL_MEMORY, TRAIN, *arguments]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
+    if ended.returncode == 99:
+        pytest.skip(f"mounting a small /dev/shm was refused: {ended.stderr}")
+    assert ended.returncode == EXIT_USER_ERROR, ended.stderr
+    [line] = ended.stderr.strip().splitlines()
+    assert line.startswith("[cfpretrain] error: data.num_workers: /dev/shm (0.06554 MB")
+    assert "--shm-size" in line
+    assert "--ipc=host" in line
+    assert not (tmp_path / "run" / "requeue").exists()
