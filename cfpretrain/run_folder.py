@@ -1,6 +1,7 @@
 """The run folder around training: who may write in it, what in it fits the config, what it tells job scripts."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -52,6 +53,27 @@ def remove_requeue(folder: Path) -> None:
     if runtime.rank() == 0:
         with suppress(OSError):  # a disk that became read-only has more to say elsewhere
             (folder / REQUEUE_FILE).unlink(missing_ok=True)
+
+
+def check_moved(paths: Sequence[str], config: Config) -> None:
+    """Refuses the config of a moved or copied run that still says where it was: the original would train, or a new run.
+
+    Args:
+        paths: files that the config was read from.
+        config: as it was read from them and the command line.
+
+    Raises:
+        UserError: names the folder that was hardly meant.
+    """
+    for file in map(Path, paths):
+        is_of_run = file.name == CONFIG_FILE and (file.parent / CHECKPOINTS).is_dir()
+        if not is_of_run or load_config(file).run.folder != config.run.folder:
+            continue  # the command line may say where
+        if os.path.realpath(config.run.folder) != os.path.realpath(file.parent):
+            raise UserError(
+                f"run.folder: {file} is of the run in {file.parent}, which was moved or copied, and says "
+                f"{config.run.folder} in {Path.cwd()}; give run.folder={file.parent} to train this one, or another"
+            )
 
 
 def prepare_folder(config: Config, device: torch.device) -> None:

@@ -1,5 +1,6 @@
 """Whole runs of `cfpretrain/train.py` on real ranks: resume, world sizes, and mistakes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from cfpretrain import config as configs
 from cfpretrain.console import UserError
 from cfpretrain.data.loader import Loader
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.run_folder import prepare_folder
+from cfpretrain.run_folder import check_moved, prepare_folder
 from cfpretrain.training_state import read_state
 from tests.digits import small_config, small_run, write_digits
 from tests.processes import REPOSITORY, Ended, run_script, start_script
@@ -350,6 +351,19 @@ def test_each_checkpoint_says_what_it_was_trained_with(shards: Path, whole_run: 
     assert "learning rate 0.5," in card
     assert "train.learning_rate 0.001 up to step 12, then 0.5" in card
     assert "train.num_steps 12 up to step 12, then 13" in card
+
+
+def test_the_config_of_a_copied_run_does_not_train_the_original(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    before = contents(whole_run)
+    copy = shutil.copytree(whole_run, tmp_path / "copy")
+    command = ["--config", str(copy / "config.yaml"), "train.num_steps=13", "train.decay_steps=3"]
+    assert_refused(run_script(TRAIN, command, 2), f"moved or copied, and says {whole_run} in ", f"run.folder={copy} to")
+    config = configs.load(copy / "config.yaml")
+    check_moved([str(whole_run / "config.yaml")], config)
+    for folder in (copy, tmp_path / "new"):
+        moved = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
+        check_moved([str(copy / "config.yaml")], moved)
+    assert contents(whole_run) == before
 
 
 def test_an_older_checkpoint_goes_on(shards: Path, whole_run: Path, tmp_path: Path) -> None:
