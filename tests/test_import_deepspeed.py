@@ -434,6 +434,17 @@ def test_a_damaged_checkpoint_is_refused(
     assert message in found
 
 
+def test_values_that_are_no_numbers_are_refused(copy: Path, config_file: list[str]) -> None:
+    """Also in the moments, of which no loss tells."""
+
+    def spoil(content: Any) -> None:
+        content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg_sq"][5] = float("nan")
+
+    edit(files(copy, "*optim_states.pt")[0], spoil)
+    assert ": expected finite numbers, got NaN or infinity in 1 of " in (said := refusal(copy, config_file))
+    assert said.startswith(f"FOLDER: {copy}: exp_avg_sq of ")
+
+
 def test_another_model_is_refused_by_its_keys(copy: Path, config_file: list[str]) -> None:
     message = refusal(copy, config_file, ("model.depth=4", "model.num_classes=7"))
     assert f"FOLDER: {copy} does not fit the config: model.depth: expected 4, got 2 | model.num_classes: " in message
