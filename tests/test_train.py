@@ -382,12 +382,14 @@ def test_an_older_checkpoint_goes_on(shards: Path, whole_run: Path, tmp_path: Pa
     assert state.config["noise"]["beta_last"] == 0.02
 
 
-def test_relative_shards_say_what_they_are_relative_to(
+def test_relative_paths_say_what_they_are_relative_to(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     message = f"data.shards: data/mine does not exist in {tmp_path}, the working directory"
     refuse(small_config(Path("data/mine"), tmp_path / "run"), message)
+    scored = small_config(shards, tmp_path / "run", "evaluation.every_steps=4", "evaluation.reference=real")
+    refuse(scored, f"evaluation.reference: real does not exist in {tmp_path}, the working directory")
     assert not (tmp_path / "run").exists()
 
 
