@@ -25,10 +25,18 @@ from cfpretrain.class_names import label_of
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.export import foreign_files
-from cfpretrain.export.diffusers_layout import TRANSFORMER, VAE, WEIGHTS_STEM
+from cfpretrain.export.diffusers_layout import (
+    SCHEDULER,
+    SCHEDULER_FILE,
+    TRANSFORMER,
+    VAE,
+    WEIGHTS_STEM,
+    scheduler_config,
+)
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import BlockSettings, CausalFusion
+from cfpretrain.training_state import means_the_same
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -148,8 +156,28 @@ def _no_source(path: Path) -> str:
 
 def _export_config(folder: Path) -> Config:
     config = load_config(folder / CONFIG_FILE)
+    _check_export(folder, config)
     autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else ""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))
+
+
+def _check_export(folder: Path, config: Config) -> None:
+    """Refuses a config that was edited: the pipeline of the export would make other pixels than we do."""
+    files = [folder / TRANSFORMER / "config.json", folder / SCHEDULER / SCHEDULER_FILE]
+    found = {key: value for file in files for key, value in _read_json(file).items()}
+    data, order = config.data, config.order
+    expected: dict[str, Any] = {"latent_shift": data.latent_shift, "latent_scale": data.latent_scale}
+    expected |= {"token_order": order.token_order, "block_size": order.block_size, **scheduler_config(config)}
+    differing = [
+        f"{key} is {found.get(key)} there and {value} by {CONFIG_FILE}"
+        for key, value in expected.items()
+        if not means_the_same(found.get(key), value)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder / CONFIG_FILE} contradicts {files[0]} and {files[1].name}: {', '.join(differing)}; set it as "
+            "they say, or export the run again"
+        )
 
 
 def _load_export(folder: Path, config: Config) -> CausalFusion:

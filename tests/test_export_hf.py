@@ -283,7 +283,7 @@ def test_a_killed_export_is_not_there_and_the_next_one_is_whole(
         shutil.copytree(tmp_path / ".digits.partial", tmp_path / "seen")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    in_layout = [(diffusers_layout, place) for place in ("_shard_header", "_scheduler_config", "_newest_samples")]
+    in_layout = [(diffusers_layout, place) for place in ("_shard_header", "scheduler_config", "_newest_samples")]
     for module, place in (*in_layout, (outputs, "flush")):
         with monkeypatch.context() as patch:
             patch.setattr(module, place, dies)

@@ -163,6 +163,20 @@ def test_an_edited_config_that_contradicts_the_checkpoint_is_refused(
     assert not (tmp_path / "exported").exists()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("beta_last: 0.02", "beta_last: 0.5", "beta_end is 0.02 there and 0.5 by config.yaml"),
+        ("latent_scale:\n  - 2.0", "latent_scale:\n  - 1.0", "latent_scale is .2.0. there and .1.0"),
+        ("token_order: random", "token_order: raster", "token_order is random there and raster by"),
+    ],
+)
+def test_an_export_with_an_edited_config_is_refused(exported: Path, old: str, new: str, said: str) -> None:
+    edit_config(exported, old, new)
+    with pytest.raises(UserError, match=rf"config\.yaml contradicts .*scheduler_config\.json: {said}"):
+        load_source(exported, CPU)
+
+
 def test_what_may_change_is_taken_from_the_checkpoint(tmp_path: Path, run: Path) -> None:
     edited = shutil.copytree(run, tmp_path / "run")
     edit_config(edited, "learning_rate: 0.001", "learning_rate: 0.5")

@@ -38,7 +38,7 @@ from cfpretrain.training_state import TrainingState
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 TRANSFORMER, VAE, SCHEDULER = "transformer", "vae", "scheduler"
-SAMPLES_FILE = "samples.png"
+SCHEDULER_FILE, SAMPLES_FILE = "scheduler_config.json", "samples.png"
 
 _DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
 
@@ -121,7 +121,7 @@ class _Source:
         _write_text(folder / f"{pipeline_name}.py", pipeline)
         _write_text(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
         _write_json(folder / TRANSFORMER / "config.json", self._transformer_config())
-        _write_json(folder / SCHEDULER / "scheduler_config.json", _scheduler_config(self.config))
+        _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler_config(self.config))
         index = {
             "_class_name": [pipeline_name, "CausalFusionPipeline"],
             TRANSFORMER: [transformer_name, "CausalFusionTransformer"],
@@ -206,7 +206,8 @@ def _newest_samples(run: Path, step: int) -> Path | None:
     return by_step[newest][0] if newest else None
 
 
-def _scheduler_config(config: Config) -> dict[str, Any]:
+def scheduler_config(config: Config) -> dict[str, Any]:
+    """The noise schedule that the model was trained with, as diffusers' DDPMScheduler has it."""
     noise = config.noise
     scale = 1000 / noise.num_timesteps  # as in `noise.linear_schedule`
     return {
