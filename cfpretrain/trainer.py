@@ -38,6 +38,7 @@ from cfpretrain.console import (
     UserError,
     exit_with,
     explain_no_memory,
+    one_line,
     phase,
     say,
 )
@@ -589,11 +590,9 @@ class Trainer:
                 )
                 grids.append((settings, images))
         for settings, images in grids if runtime.rank() == 0 else []:
-            try:
+            with _not_worth_a_run("drawing samples"):
                 title = grid_title(f"step {self.at.step}, EMA weights", settings, self.decode_note)
                 self._draw_grid(images, names, settings, title)
-            except OSError as error:  # a picture is not worth a run
-                say(f"WARNING: {error.filename or self.folder} cannot be written: {error.strerror or error}")
 
     @contextmanager
     def _sampling(self) -> Iterator[Any]:
@@ -627,9 +626,10 @@ class Trainer:
         self._note_checkpoint(self.writer.wait())
         begin, name = time.perf_counter(), self.evaluator.name
         num_images, scores = self.config.evaluation.num_images, {}
-        with phase(f"scoring {num_images} images at step {self.at.step}"), self._sampling() as module:
+        doing = phase(f"scoring {num_images} images at step {self.at.step}")
+        with doing, _not_worth_a_run("scoring", UserError), self._sampling() as module:
             scores = self.evaluator(module, self.decode, self._leave_if_asked)
-        if self.must_stop:
+        if not scores:  # asked to stop, or impossible: the next score may be
             return
         seconds = time.perf_counter() - begin
         is_best = self.saved_step == self.at.step and runtime.rank() == 0 and self._keep_if_best(scores[name])
@@ -672,9 +672,10 @@ class Trainer:
             if runtime.rank() == 0:
                 self.metrics.append([])  # what a full disk kept waiting
                 rows = read_metrics(self.folder / METRICS_FILE)
-                title = f"{self.config.run.folder}, step {self.at.step}"
-                score = (self.evaluator.name, self.evaluator.floor) if self.evaluator else None
-                pictures.curves(self.folder / "curves.png", rows, title, score)
+                with _not_worth_a_run("drawing curves"):
+                    title = f"{self.config.run.folder}, step {self.at.step}"
+                    score = (self.evaluator.name, self.evaluator.floor) if self.evaluator else None
+                    pictures.curves(self.folder / "curves.png", rows, title, score)
                 write_text(self.folder / SUMMARY_FILE, json.dumps(self._summary(rows, peak_rss_mb), indent=2) + "\n")
                 remove_requeue(self.folder)
             self.tracker.close()
@@ -731,6 +732,15 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
         raise
     finally:
         watch.end()
+
+
+@contextmanager
+def _not_worth_a_run(what: str, of_kind: type[Exception] = Exception) -> Iterator[None]:
+    """An error in a picture or a score is said, and the run goes on; on all ranks where they work together."""
+    try:
+        yield
+    except of_kind as error:
+        say(f"WARNING: {what} failed, and the run goes on: {one_line(error):.300}")
 
 
 @contextmanager

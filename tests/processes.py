@@ -46,9 +46,9 @@ def _environment(rank: int, world_size: int, port: int, device: str) -> dict[str
     return launcher_environment(rank, world_size, port) | {"DS_ACCELERATOR": device} | hidden
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
     """Waits for what another process does; the clock ends a wait for one that hangs."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.01)

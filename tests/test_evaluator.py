@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from cfpretrain.evaluation.references import STATISTICS_FILE
 from cfpretrain.metrics import read_metrics
 from tests.digits import small_config, small_run
 from tests.image_files import digits, write_folder
-from tests.processes import run_script, start_script
+from tests.processes import run_in_processes, run_script, start_script
 
 TRAIN = "cfpretrain/train.py"
 CPU = torch.device("cpu")
@@ -176,3 +177,38 @@ def test_statistics_that_are_there_are_a_reference(shards: Path, real: Path, run
     _, model, _ = build.load_run(run, CPU)
     scores = evaluator(model, build.make_autoencoder(config, CPU).decode)
     assert scores["fd_small"] == pytest.approx(scores_of(run)[12], rel=1e-3)
+
+
+def train_where_side_work_fails(shards: Path, folder: Path, real: Path) -> tuple[bool, str]:
+    """Pictures, curves and scores fail on rank 0, each in a way of its own."""
+    import contextlib
+    import io
+
+    from cfpretrain import runtime, trainer
+    from cfpretrain.evaluation import evaluator
+    from cfpretrain.lifeline import StopRequest
+
+    def fail(error: Exception) -> Callable[..., None]:
+        def function(*_: object, **__: object) -> None:
+            raise error
+
+        return function
+
+    trainer.pictures.sample_grid = fail(ZeroDivisionError("no width"))
+    trainer.pictures.curves = fail(MemoryError("no room"))
+    evaluator.compare = fail(torch.linalg.LinAlgError("no eigenvalues"))
+    runtime.start(CPU)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        config = small_config(shards, folder, *scored(real), "train.num_steps=4", "sample.every_steps=4")
+        return trainer.run(config, CPU, StopRequest()), said.getvalue()
+
+
+def test_pictures_and_scores_that_fail_do_not_end_a_run(shards: Path, real: Path, tmp_path: Path) -> None:
+    (done, said), other = run_in_processes(train_where_side_work_fails, 2, shards, tmp_path / "run", real)
+    assert (done, other) == (True, (True, "")), said
+    assert "WARNING: drawing samples failed, and the run goes on: no width" in said
+    assert "WARNING: drawing curves failed, and the run goes on: no room" in said
+    assert "WARNING: scoring failed, and the run goes on: scores cannot be computed: no eigenvalues" in said
+    assert scores_of(tmp_path / "run") == {}
+    assert (tmp_path / "run" / "summary.json").exists()

@@ -57,7 +57,8 @@ class Terminal:
         """Until the metrics have a step behind `after`."""
         metrics = self.folder / "metrics.jsonl"
         wait_until(
-            lambda: self._is_open() and metrics.exists() and any(row["step"] > after for row in rows(self.folder))
+            lambda: self._is_open() and metrics.exists() and any(row["step"] > after for row in rows(self.folder)),
+            timeout_s=240,
         )
 
     def close(self) -> None:
@@ -159,7 +160,7 @@ def test_a_request_to_one_rank_ends_the_others_wait_for_data(
         f"data.shards={store.upload(shards, f'waiting{num_workers}')}",
         f"data.cache_folder={tmp_path / 'cache'}",
         f"data.cache_limit_gb={smallest_cache}",
-        "data.download_patience_seconds=600",
+        "data.download_patience_seconds=500",
         f"data.num_workers={num_workers}",
         "data.shuffle_block_size=27",
     )

@@ -13,7 +13,7 @@ import torch
 
 from cfpretrain import runtime
 from cfpretrain.config import Config
-from cfpretrain.console import UserError, phase
+from cfpretrain.console import UserError, one_line, phase
 from cfpretrain.evaluation.feature_sums import FeatureSums
 from cfpretrain.evaluation.features import make_extractor
 from cfpretrain.evaluation.generation import Decode, GenerationSettings, generate_batches, to_pixels
@@ -103,6 +103,9 @@ class Evaluator:
             model: predicts epsilon; called alike on all ranks.
             decode: makes images of its latents.
             on_step: called after every denoising step, on all ranks at once.
+
+        Raises:
+            UserError: on all ranks: such images have no scores.
         """
         sums = self._none
         for ids_B, images_BCYX in generate_batches(
@@ -114,7 +117,14 @@ class Evaluator:
         scores: dict[str, float] = {}
         with runtime.together():
             if runtime.rank() == 0:
-                scores = compare(ImageStatistics.of(sums, None), self._reference, self.name)
+                try:
+                    scores = compare(ImageStatistics.of(sums, None), self._reference, self.name)
+                except (
+                    ArithmeticError,
+                    RuntimeError,
+                    ValueError,
+                ) as error:  # of eigenvalues that are not found, for example
+                    raise UserError(f"scores cannot be computed: {one_line(error)}") from error
         # One rank's digits decide which checkpoint stays.
         agreed: dict[str, float] = runtime.gather(scores)[0]
         return agreed
