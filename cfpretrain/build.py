@@ -5,6 +5,8 @@ import functools
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ import torch
 
 from cfpretrain import config as configs
 from cfpretrain import memory
-from cfpretrain.checkpoint import CheckpointStore, read_state, read_tensors
+from cfpretrain.checkpoint import CheckpointStore, read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
 from cfpretrain.data.reader import Prepare, Samples
@@ -24,6 +26,8 @@ from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, Lat
 from cfpretrain.model.norm import has_apex
 from cfpretrain.model.transformer import BlockSettings, CausalFusion, initialise, write_initial_values
 from cfpretrain.noise import linear_schedule
+from cfpretrain.tensor_files import DamagedCheckpointError
+from cfpretrain.training_state import TrainingState, means_the_same, read_state
 
 # What a run folder holds.
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
@@ -150,15 +154,15 @@ def make_untrained(config: Config, device: torch.device) -> CausalFusion:
     return model.eval().requires_grad_(False)
 
 
-def class_names(config: Config) -> tuple[str, ...]:
+def _names_of_shards(config: Config) -> tuple[str, ...]:
     """The names of the classes, from the latents trained on; their numbers where those are not at hand."""
     numbers = tuple(map(str, range(config.model.num_classes)))
     try:
         names = read_latents_info(config.data.shards[0]).class_names
     except UserError as error:
         say(
-            "WARNING: classes go by their numbers, since their names are read from the latents trained on, which are "
-            f"not at hand; a relative data.shards is sought from where the run was started: {error}"
+            "WARNING: classes go by their numbers, since this checkpoint does not say their names, and the latents "
+            f"trained on are not at hand in {Path.cwd()}: {error}"
         )
         return numbers
     return names if len(names) == len(numbers) else numbers
@@ -203,11 +207,46 @@ def make_scaling(config: Config) -> LatentScaling:
     return LatentScaling(config.data.latent_shift, config.data.latent_scale)
 
 
-def make_autoencoder(config: Config, device: torch.device) -> Autoencoder:
-    """What turns the network's latents into images; UserError where `data.autoencoder` cannot be loaded."""
-    if config.data.autoencoder:
-        return KLAutoencoder.load(config.data.autoencoder, device)
-    return IdentityAutoencoder(make_scaling(config))
+def make_autoencoder(config: Config, device: torch.device, fingerprint: str = "") -> Autoencoder:
+    """What turns the network's latents into images.
+
+    Args:
+        config: its section `data` says which.
+        device: where it will compute.
+        fingerprint: of the autoencoder behind the latents that were trained on; empty where it is not known.
+
+    Raises:
+        UserError: `data.autoencoder` cannot be loaded, or is another than that one.
+    """
+    if not config.data.autoencoder:
+        return IdentityAutoencoder(make_scaling(config))
+    check_relative("data.autoencoder", config.data.autoencoder)
+    found = KLAutoencoder.load(config.data.autoencoder, device)
+    if fingerprint:
+        _check_decodes(found, fingerprint, make_scaling(config), config.data.autoencoder)
+    return found
+
+
+def _check_decodes(found: KLAutoencoder, fingerprint: str, trained: LatentScaling, path: str) -> None:
+    for name, expected, got in (
+        ("fingerprint", fingerprint, found.fingerprint),
+        ("shift", trained.shift, found.shift),
+        ("scale", trained.scale, found.scale),
+    ):
+        if not means_the_same(expected, got):
+            raise UserError(
+                f"data.autoencoder: expected the autoencoder behind the latents that were trained on, of {name} "
+                f"{expected}, got {got} in {path}; give that one"
+            )
+
+
+def check_relative(key: str, path: str) -> None:
+    """UserError where a relative path of a config leads nowhere from here: it says what it is relative to."""
+    if "://" not in path and not os.path.isabs(path) and not os.path.lexists(path):
+        raise UserError(
+            f"{key}: {path} does not exist in {Path.cwd()}, the working directory, to which a relative path is "
+            "relative; give the command where it exists, or write it as an absolute path"
+        )
 
 
 def make_store(config: Config) -> CheckpointStore:
@@ -220,19 +259,43 @@ def make_store(config: Config) -> CheckpointStore:
 Step = int | Literal["best"] | None
 
 
-def find_checkpoint(run: Path, step: Step = None) -> tuple[Config, Path]:
-    """The config of a run, and a checkpoint of it.
+@dataclass(frozen=True)
+class RunCheckpoint:
+    """A checkpoint of a run, and what it was trained with.
+
+    Attributes:
+        config: in force when it was written, but that data and autoencoder lie where the run folder's config says.
+        path: of its folder.
+        state: its counters and record.
+    """
+
+    config: Config
+    path: Path
+    state: TrainingState
+
+    def class_names(self) -> tuple[str, ...]:
+        """One for each class; their numbers where names are not known."""
+        return tuple(self.state.class_names) or _names_of_shards(self.config)
+
+    def make_autoencoder(self, device: torch.device) -> Autoencoder:
+        """What turns its latents into images; UserError where it cannot be loaded, or is another than trained with."""
+        return make_autoencoder(self.config, device, self.state.autoencoder)
+
+
+def find_checkpoint(run: Path, step: Step = None) -> RunCheckpoint:
+    """A checkpoint of a run.
 
     Raises:
-        UserError: the folder is no run's, or it holds no such checkpoint.
+        UserError: the folder is no run's, it holds no such checkpoint, or its config.yaml was edited so that it
+            contradicts the checkpoint.
     """
-    config = load_run_config(run)
-    store = make_store(config)
+    current = load_run_config(run)
+    store = make_store(current)
     there = store.candidates()
     if not there:
         raise UserError(f"run folder {run} holds no complete checkpoint yet; train until checkpoint.every_steps")
     if step is None:
-        return config, there[0]
+        return _with_its_config(there[0], read_state(there[0]), current)
     if step == "best":
         best = store.best()
         if best is None:
@@ -244,7 +307,52 @@ def find_checkpoint(run: Path, step: Step = None) -> tuple[Config, Path]:
     if found is None:
         steps = ", ".join(str(int(one.name.removeprefix("step_"))) for one in reversed(there))
         raise UserError(f"--step: expected a checkpoint of {run} (steps {steps}), got {step}")
-    return config, found
+    return _with_its_config(found, read_state(found), current)
+
+
+def config_at(run: Path, step: int) -> Config:
+    """The config in force when a run made a step, be it that of the last start where no later checkpoint says it.
+
+    Raises:
+        UserError: the folder is no run's, or its config.yaml was edited so that it contradicts the checkpoint.
+    """
+    current = load_run_config(run)
+    for path in reversed(make_store(current).candidates()):  # the oldest first
+        with suppress(DamagedCheckpointError):
+            state = read_state(path)
+            if state.step >= step:
+                at_step = dataclasses.replace(state, config=state.config_at(step))
+                return _with_its_config(path, at_step, current).config
+    return current
+
+
+def _with_its_config(path: Path, state: TrainingState, current: Config) -> RunCheckpoint:
+    """A checkpoint with the config that it says; an older one says little of it, and `current` is taken."""
+    file = Path(current.run.folder) / CONFIG_FILE
+    contradictions = state.contradictions(configs.to_plain(current))
+    if contradictions:
+        raise UserError(
+            f"{file} contradicts checkpoint {path}, whose weights mean nothing under it: {', '.join(contradictions)}; "
+            "set it as the checkpoint says"
+        )
+    if not state.has_record:
+        return RunCheckpoint(current, path, state)
+    trained = configs.from_plain(state.config, str(path))
+    data = dataclasses.replace(
+        trained.data,
+        shards=current.data.shards,
+        repeat=current.data.repeat,
+        cache_folder=current.data.cache_folder,
+        autoencoder=_find_autoencoder(current.data.autoencoder or trained.data.autoencoder, state.working_folder),
+    )
+    return RunCheckpoint(dataclasses.replace(trained, run=current.run, data=data), path, state)
+
+
+def _find_autoencoder(folder: str, working_folder: str) -> str:
+    """Where the autoencoder is: a relative path is first looked for where the run was trained, and then here."""
+    there = os.path.join(working_folder, folder)
+    is_elsewhere = folder and working_folder and os.path.realpath(working_folder) != os.path.realpath(".")
+    return there if is_elsewhere and os.path.isdir(there) else folder
 
 
 def load_run(
@@ -259,21 +367,28 @@ def load_run(
         step: of the checkpoint; see `find_checkpoint`.
 
     Returns:
-        The run's config, the model in fp32 on `device`, and the checkpoint's step.
+        The config that it was trained with, the model in fp32 on `device`, and the checkpoint's step.
 
     Raises:
-        UserError: the folder is not a run's, or holds no such checkpoint.
+        UserError: the folder is not a run's, holds no such checkpoint, or names another autoencoder than it had.
     """
-    config, checkpoint = find_checkpoint(folder, step)
-    found_step = read_state(checkpoint).step
+    found = find_checkpoint(folder, step)
+    if found.config.data.autoencoder:
+        found.make_autoencoder(torch.device("cpu"))  # for its checks
+    return found.config, load_weights(found, which).to(device).eval().requires_grad_(False), found.state.step
+
+
+def load_weights(found: RunCheckpoint, which: Literal["ema", "weights"]) -> CausalFusion:
+    """The model of a checkpoint in fp32 on the CPU; arguments and errors as `load_run`."""
     with torch.device("meta"):
-        model = make_model(config)
+        model = make_model(found.config)
     try:
-        model.load_state_dict(read_tensors(checkpoint, which), assign=True)
+        model.load_state_dict(read_tensors(found.path, which), assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"checkpoint {checkpoint} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
-    return config, model.to(device).eval().requires_grad_(False), found_step
+        config_file = Path(found.config.run.folder) / CONFIG_FILE
+        raise UserError(f"checkpoint {found.path} does not fit {config_file}: {reason:.300}") from error
+    return model
 
 
 def plan_memory(config: Config, num_ranks: int, on_gpu: bool) -> tuple[memory.Network, memory.Plan]:

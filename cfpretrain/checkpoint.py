@@ -2,7 +2,8 @@
 
 A complete checkpoint is a folder `step_00000500/` of four safetensors files (`weights`, `ema`, `exp_avg`,
 `exp_avg_sq`: every parameter in fp32 and full shape, sorted by name), `ranges.json`, a hash for every range of them
-({content: {name: [[begin, end, sha256], ...]}}, in values), and `state.json`, the counters, with a hash of their own.
+({content: {name: [[begin, end, sha256], ...]}}, in values), and `state.json`, the counters and the record of what was
+trained, with a hash of their own (`training_state`).
 Anyone reads the files with safetensors. Each rank writes the flat ranges it owns straight to their place in the files
 and reads the ranges it needs, so resuming on other ranks or another ZeRO stage is reading other slices.
 
@@ -18,14 +19,12 @@ The last two stay until a person deletes them; nothing resumes from them.
 
 import dataclasses
 import errno
-import hashlib
 import itertools
 import json
 import math
 import os
 import re
 import shutil
-import typing
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,164 +44,26 @@ from cfpretrain.tensor_files import (
     hashes_from_plain,
     opened,
     read_header,
+    read_text,
     read_values,
     read_whole,
+    reason_of,
     remedy,
+    unreadable,
     verify_ranges,
     write_fully,
 )
+from cfpretrain.training_state import STATE_FILE, TrainingState, dump, read_state
 
 if TYPE_CHECKING:
     from cfpretrain.engine import Fragment
 
-SCHEMA_VERSION = 2  # 1 had no hashes, and neither `guard` nor `num_rewinds`
-
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
-_STATE_FILE = "state.json"
 RANGES_FILE = "ranges.json"
 _LATEST_FILE, BEST_FILE = "latest", "best.json"
 _COMPLETE_NAME = re.compile(r"step_(\d{8,})")
 _LEFTOVER_NAME = re.compile(r"(step_\d{8,})\.(partial|deleted|replaced)")
 _NUM_NAMES_SHOWN = 5
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The counters
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """What a run needs besides its tensors to go on as if it had never stopped."""
-
-    step: int  # optimizer steps taken or skipped = global batches consumed
-    optimizer_step: int  # steps Adam has applied: its bias correction
-    num_skipped: int  # steps that the weights know nothing of: skipped, or gone back behind
-    num_rewinds: int
-    epoch: int
-    samples_in_epoch: int  # samples of this epoch consumed, over all ranks
-    train_seconds: float
-    seed: int
-    model: dict[str, Any]  # the model's part of the config
-    data_fingerprint: str
-    guard: dict[str, Any]  # the window of losses and gradient norms that says what is usual
-    wandb_run_id: str | None
-    versions: dict[str, str]  # of the packages that wrote it
-    schema_version: int = SCHEMA_VERSION
-
-    def to_json(self) -> str:
-        """The state as JSON text, one key a line, and a hash of it."""
-        plain = json.loads(_dump(dataclasses.asdict(self)))
-        return _dump(plain | {"sha256": _hash(plain)})
-
-    @classmethod
-    def from_json(cls, text: str, source: Path) -> "TrainingState":
-        """Reads what `to_json` wrote.
-
-        Args:
-            text: the JSON.
-            source: the file it came from, for messages.
-
-        Raises:
-            DamagedCheckpointError: not JSON; keys missing, unknown or of another type, all in one message; or not
-                what was written.
-            UserError: of another schema.
-        """
-        try:
-            plain = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise DamagedCheckpointError(f"{source}: expected JSON, got {error}; {remedy(source)}") from error
-        if not isinstance(plain, dict):
-            raise DamagedCheckpointError(f"{source}: expected keys with values, got {plain!r:.40}; {remedy(source)}")
-        _check_schema(plain, source)
-        sha256 = plain.pop("sha256", None)
-        problems = _state_problems(plain)
-        if problems:
-            raise DamagedCheckpointError(f"{source}: {' | '.join(problems)}; {remedy(source)}")
-        if sha256 is None or sha256 != _hash(plain):
-            raise DamagedCheckpointError(
-                f"{source}: its contents are not those that were written (sha256); {remedy(source)}"
-            )
-        return cls(**plain)
-
-    def check_model(self, model: Mapping[str, Any], source: str) -> None:
-        """Refuses to continue another model.
-
-        Args:
-            model: the model's part of the config, as plain values.
-            source: the checkpoint, for the message.
-
-        Raises:
-            UserError: names each key that differs, with both values.
-        """
-        # Through JSON and back, since a tuple of the config is a list in the file.
-        wanted = json.loads(json.dumps(dict(model)))
-        absent = "absent"
-        differing = [
-            f"model.{key} is {self.model.get(key, absent)} there and {wanted.get(key, absent)} in the config"
-            for key in sorted(self.model.keys() | wanted.keys())
-            if self.model.get(key, absent) != wanted.get(key, absent)
-        ]
-        if differing:
-            raise UserError(
-                f"checkpoint {source} is of another model: {', '.join(differing)}; "
-                "set these keys alike or choose another run.folder"
-            )
-
-
-def _dump(plain: dict[str, Any]) -> str:
-    return json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n"
-
-
-def _hash(plain: dict[str, Any]) -> str | None:
-    try:
-        return hashlib.sha256(_dump(plain).encode(), usedforsecurity=False).hexdigest()
-    except ValueError:  # a number that is not finite: we wrote none
-        return None
-
-
-def _check_schema(plain: dict[str, Any], source: Path) -> None:
-    version = plain.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise UserError(
-            f"{source}: schema_version {version} was written by a newer cfpretrain; this one reads {SCHEMA_VERSION}: "
-            f"install the version that wrote it ({plain.get('versions')!r:.80})"
-        )
-    if version == 1 and isinstance(version, int):
-        raise UserError(
-            f"{source}: schema_version 1 was written by an older cfpretrain, without hashes; this one reads "
-            f"{SCHEMA_VERSION}: install the version that wrote it ({plain.get('versions')!r:.80}), or choose another "
-            "run.folder"
-        )
-
-
-def _state_problems(plain: dict[str, Any]) -> list[str]:
-    hints = typing.get_type_hints(TrainingState)
-    problems = [f"{key}: missing" for key in hints if key not in plain]
-    if plain.get("schema_version") == 0:
-        problems.append(f"schema_version: expected {SCHEMA_VERSION}, got 0")
-    for key, value in plain.items():
-        if key not in hints:
-            problems.append(f"{key}: unknown key")
-        elif not _has_type(value, hints[key]):
-            problems.append(f"{key}: expected {_describe(hints[key])}, got {value!r:.40}")
-    return problems
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a field's type; every number of a state counts something, so none is negative."""
-    if isinstance(value, bool):
-        return False
-    if hint in (int, float):
-        return isinstance(value, hint | int) and math.isfinite(value) and value >= 0
-    if typing.get_origin(hint) is dict:
-        texts_only = typing.get_args(hint)[1] is str
-        return isinstance(value, dict) and not (texts_only and any(not isinstance(v, str) for v in value.values()))
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    names: dict[Any, str] = {int: "a whole number of at least 0", float: "a number of at least 0", str: "a text"}
-    return names.get(hint, "a text or null" if hint == str | None else "keys with values")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -258,12 +119,6 @@ def write_file(file: Path, data: bytes) -> None:
         os.fsync(descriptor)
 
 
-def read_text(file: Path) -> str:
-    """A small file; a link is refused."""
-    with open(file, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file_opened:
-        return file_opened.read()
-
-
 def flush(path: Path) -> None:
     """Brings a file, or the names in a folder, down to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -298,20 +153,6 @@ def _move(path: Path, target: Path) -> bool:
     return True
 
 
-def reason_of(error: BaseException) -> str:
-    """What went wrong, in a few words, with the file."""
-    if not isinstance(error, OSError):
-        return str(error)
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"
-
-
-def _unreadable(task: str, error: Exception, fix: str) -> UserError:
-    # Where a permission is missing, an earlier checkpoint is no answer.
-    kind = UserError if isinstance(error, PermissionError) else DamagedCheckpointError
-    return kind(f"{task}: {reason_of(error)}; {fix}")
-
-
 @contextmanager
 def _reading_on_all_ranks(path: Path) -> Iterator[None]:
     """Runs a block on each rank; where it fails on one, all ranks raise the same error."""
@@ -322,7 +163,7 @@ def _reading_on_all_ranks(path: Path) -> Iterator[None]:
         problem = error
     except OSError as error:
         fix = "mend this, or delete the folder to resume from an earlier checkpoint"
-        problem = _unreadable(f"checkpoint {path} cannot be read", error, fix)
+        problem = unreadable(f"checkpoint {path} cannot be read", error, fix)
     told = None if problem is None else (str(problem), isinstance(problem, DamagedCheckpointError))
     for found in runtime.gather(told):
         if found is not None:
@@ -393,7 +234,7 @@ class CheckpointStore:
 
     @staticmethod
     def load(
-        path: Path, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor], model: Mapping[str, Any]
+        path: Path, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor], config: Mapping[str, Any]
     ) -> TrainingState:
         """Fills fragments and averages from a checkpoint, whatever ranks and ZeRO stage wrote it.
 
@@ -404,10 +245,10 @@ class CheckpointStore:
             path: the checkpoint's folder.
             fragments: this rank's ranges; values and moments are overwritten.
             ema_values: the averages, aligned with the fragments; overwritten.
-            model: the model's part of the config, as plain values.
+            config: the run's, as plain values.
 
         Returns:
-            The counters.
+            The counters and the record.
 
         Raises:
             DamagedCheckpointError: on all ranks: it is not what was written; an earlier one may be whole.
@@ -416,7 +257,7 @@ class CheckpointStore:
         shapes = gather_shapes(fragments)
         with _reading_on_all_ranks(path):
             state = read_state(path)
-            state.check_model(model, str(path))
+            state.check_config(config, str(path))
             hashes = read_hashes(path)
             contents = {content: check_file(path, content, state.step, hashes) for content in CONTENTS}
             for content, (header, _) in contents.items():
@@ -452,7 +293,7 @@ class CheckpointStore:
         Raises:
             OSError: it cannot be written.
         """
-        write_file(partial / _STATE_FILE, state_text.encode())
+        write_file(partial / STATE_FILE, state_text.encode())
         flush(partial)
         replaced = final.with_name(f"{final.name}.replaced")
         if final.exists():
@@ -501,7 +342,7 @@ class CheckpointStore:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             say(f"WARNING: {file} is damaged and left out: {reason_of(error)}")
             return None
-        return best if (self.folder / _name_of(best.step) / _STATE_FILE).is_file() else None
+        return best if (self.folder / _name_of(best.step) / STATE_FILE).is_file() else None
 
     def keep_if_best(self, new: Best) -> bool:
         """Names a complete checkpoint the best where none has a better score; it stays. Rank 0 calls it.
@@ -515,7 +356,7 @@ class CheckpointStore:
         is_rival = old is not None and old.step != new.step and old.measured_by == new.measured_by
         if old is not None and is_rival and old.score <= new.score:
             return False
-        self._replace(BEST_FILE, _dump({"checkpoint": _name_of(new.step), **dataclasses.asdict(new)}))
+        self._replace(BEST_FILE, dump({"checkpoint": _name_of(new.step), **dataclasses.asdict(new)}))
         return True
 
     def set_aside(self, resumed_step: int, damaged: Sequence[Path]) -> None:
@@ -591,33 +432,13 @@ class CheckpointStore:
             return complete
         for path in sorted(self.folder.iterdir(), reverse=True):  # step_X comes after step_X.replaced: it wins
             match = _COMPLETE_NAME.fullmatch(path.name.removesuffix(".replaced"))
-            if match and not path.is_symlink() and (path / _STATE_FILE).is_file():
+            if match and not path.is_symlink() and (path / STATE_FILE).is_file():
                 complete[int(match[1])] = path
         return complete
 
 
 def _name_of(step: int) -> str:
     return f"step_{step:08d}"
-
-
-def read_state(path: Path) -> TrainingState:
-    """The counters of a complete checkpoint.
-
-    Raises:
-        DamagedCheckpointError: its state.json is not what was written.
-        UserError: `path` is not the folder of a complete checkpoint, or it is of another schema.
-    """
-    file = path / _STATE_FILE
-    try:
-        text = read_text(file)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{path} is not a complete checkpoint: expected a folder such as checkpoints/step_00000500 "
-            f"with {_STATE_FILE} in it; give the path of one"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise _unreadable(f"{file} cannot be read", error, remedy(file)) from error
-    return TrainingState.from_json(text, file)
 
 
 def is_healthy(path: Path) -> bool:
@@ -648,7 +469,7 @@ def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tens
         header, ranges = check_file(path, which, state.step, read_hashes(path))
         return read_whole(file, header, ranges)
     except OSError as error:
-        raise _unreadable(f"{file} cannot be read", error, remedy(file)) from error
+        raise unreadable(f"{file} cannot be read", error, remedy(file)) from error
 
 
 def read_hashes(path: Path) -> dict[str, Any]:

@@ -23,10 +23,7 @@ from cfpretrain.checkpoint import (
     CONTENTS,
     RANGES_FILE,
     CheckpointStore,
-    TrainingState,
     gather_shapes,
-    read_text,
-    reason_of,
     remove,
     tensor_file,
     tensors_by_content,
@@ -44,9 +41,12 @@ from cfpretrain.tensor_files import (
     make_header,
     opened,
     read_header,
+    read_text,
+    reason_of,
     write_fully,
     write_ranges,
 )
+from cfpretrain.training_state import TrainingState
 
 if TYPE_CHECKING:
     from cfpretrain.engine import Fragment

@@ -10,9 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from cfpretrain.checkpoint import flush, reason_of
+from cfpretrain.checkpoint import flush
 from cfpretrain.console import UserError
 from cfpretrain.plans import differences as differences  # between plans, beside `parse_plan`
+from cfpretrain.tensor_files import reason_of
 
 LOCK_FILE = "lock"
 WRITING = ".writing."  # before the name of a file, until it is whole

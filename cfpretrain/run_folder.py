@@ -1,6 +1,7 @@
 """The run folder around training: who may write in it, what in it fits the config, what it tells job scripts."""
 
 import os
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
@@ -9,22 +10,25 @@ import torch
 
 from cfpretrain import runtime
 from cfpretrain.build import (
+    CHECKPOINTS,
     CONFIG_FILE,
     LOCK_FILE,
     REQUEUE_FILE,
+    check_relative,
     choose_blocks,
     make_autoencoder,
     make_store,
     read_summary,
     write_text,
 )
-from cfpretrain.checkpoint import CheckpointStore, TrainingState, read_state
+from cfpretrain.checkpoint import CheckpointStore
 from cfpretrain.config import Config, to_plain, to_yaml
 from cfpretrain.config import load as load_config
 from cfpretrain.console import UserError, leave_before_training, phase, say
 from cfpretrain.data.loader import open_folders, order_fingerprint
 from cfpretrain.data.shards import LatentsInfo, check_autoencoder, check_infos
 from cfpretrain.tensor_files import DamagedCheckpointError
+from cfpretrain.training_state import TrainingState, changes, read_state
 
 _LOCK_SECONDS = 60.0  # a run that was asked to stop ends within it
 
@@ -51,10 +55,31 @@ def remove_requeue(folder: Path) -> None:
             (folder / REQUEUE_FILE).unlink(missing_ok=True)
 
 
-def prepare_folder(config: Config, device: torch.device) -> None:
-    """Checks what a run reads and where it writes, then puts the resolved config into the run folder.
+def check_moved(paths: Sequence[str], config: Config) -> None:
+    """Refuses the config of a moved or copied run that still says where it was: the original would train, or a new run.
 
-    It takes no seconds of building an engine, and where it refuses, the run folder is as it was. All ranks call it.
+    Args:
+        paths: files that the config was read from.
+        config: as it was read from them and the command line.
+
+    Raises:
+        UserError: names the folder that was hardly meant.
+    """
+    for file in map(Path, paths):
+        is_of_run = file.name == CONFIG_FILE and (file.parent / CHECKPOINTS).is_dir()
+        if not is_of_run or load_config(file).run.folder != config.run.folder:
+            continue  # the command line may say where
+        if os.path.realpath(config.run.folder) != os.path.realpath(file.parent):
+            raise UserError(
+                f"run.folder: {file} is of the run in {file.parent}, which was moved or copied, and says "
+                f"{config.run.folder} in {Path.cwd()}; give run.folder={file.parent} to train this one, or another"
+            )
+
+
+def prepare_folder(config: Config, device: torch.device) -> None:
+    """Checks what a run reads and where it writes, and takes the run folder; what is recorded in it stays as it was.
+
+    It takes no seconds of building an engine. All ranks call it.
 
     Raises:
         UserError: on all ranks: the shards do not fit the config, the latest checkpoint is of another run, the
@@ -69,25 +94,40 @@ def prepare_folder(config: Config, device: torch.device) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             take(folder)
             remove_requeue(folder)
-            if runtime.rank() == 0:
-                _say_changes(folder, config)
-                write_text(folder / CONFIG_FILE, to_yaml(config))
         except OSError as error:
             raise _unwritable(folder, error.strerror or str(error)) from error
 
 
+def record_config(config: Config) -> None:
+    """Puts the resolved config into the run folder and says what it changes: what follows trains. All ranks call it.
+
+    Raises:
+        UserError: on all ranks: it cannot be written.
+    """
+    folder = Path(config.run.folder)
+    with runtime.together():
+        if runtime.rank() == 0:
+            _say_changes(folder, config)
+            try:
+                write_text(folder / CONFIG_FILE, to_yaml(config))
+            except OSError as error:
+                raise _unwritable(folder, error.strerror or str(error)) from error
+
+
 def _say_changes(folder: Path, config: Config) -> None:
-    """Names the knobs that are set otherwise than when the run was last started."""
-    if not (folder / CONFIG_FILE).is_file():
+    """Names the knobs that are set otherwise than when the latest checkpoint was written."""
+    latest = _newest_readable(make_store(config))
+    if latest is not None and latest[1].has_record:
+        since, before = f"step {latest[1].step}", latest[1].config
+    elif (folder / CONFIG_FILE).is_file():
+        try:
+            since, before = "the last start", to_plain(load_config(folder / CONFIG_FILE))
+        except UserError:  # of an older version, or damaged: it is written anew
+            return
+    else:
         return
-    try:
-        before = to_plain(load_config(folder / CONFIG_FILE))
-    except UserError:  # of an older version, or damaged: it is written anew
-        return
-    for section, knobs in to_plain(config).items():
-        for name, value in knobs.items():
-            if before[section][name] != value and (section, name) != ("run", "folder"):
-                say(f"changed since the last start: {section}.{name} from {before[section][name]} to {value}")
+    for key, (was, value) in changes(before, to_plain(config)).items():
+        say(f"changed since {since}: {key} from {was} to {value}")
 
 
 _locks: dict[Path, runtime.FolderLock] = {}
@@ -118,6 +158,10 @@ def _unwritable(folder: Path, reason: str) -> UserError:
 
 
 def _check_inputs(config: Config) -> None:
+    for address in config.data.shards:
+        check_relative("data.shards", address)
+    if config.evaluation.every_steps:
+        check_relative("evaluation.reference", config.evaluation.reference)
     infos = [folder.latents_info for folder in open_folders(config)]
     check_infos(infos, config)
     if runtime.rank() == 0:
@@ -126,7 +170,12 @@ def _check_inputs(config: Config) -> None:
     if found is None:
         return
     latest, saved = found
-    saved.check_model(to_plain(config)["model"], str(latest))
+    saved.check_config(to_plain(config), str(latest))
+    if saved.autoencoder not in ("", infos[0].autoencoder):
+        raise UserError(
+            f"data.shards: expected latents of the autoencoder {saved.autoencoder}, as checkpoint {latest} was trained "
+            f"on, got those of {infos[0].autoencoder}; set data.shards as it was or choose another run.folder"
+        )
     # An imported checkpoint has none: it stands at the beginning of an epoch of any data.
     if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config):
         raise UserError(
@@ -174,3 +223,21 @@ def is_done(config: Config, step: int, train_seconds: float) -> bool:
     """Whether training has come to the end that the config sets."""
     limit = config.train.max_train_seconds
     return step >= config.train.num_steps or (limit > 0 and train_seconds >= limit)
+
+
+def tracker_run_id(saved: TrainingState | None, folder: Path) -> str | None:
+    """The wandb run to go on with; None begins one: a new run has none yet, and a copy of a run leaves that one alone.
+
+    Args:
+        saved: what the run goes on from, where it does.
+        folder: of the run.
+    """
+    if saved is None or saved.wandb_run_id is None or not saved.working_folder or runtime.rank() != 0:
+        return saved.wandb_run_id if saved else None
+    run_id, before = saved.wandb_run_id, Path(saved.working_folder, saved.config["run"]["folder"])
+    with suppress(OSError, UserError):  # what cannot be read at its earlier place is no run that goes on there
+        theirs = _newest_readable(CheckpointStore(before / CHECKPOINTS, keep_last=1, keep_every_steps=0))
+        if theirs is not None and theirs[1].wandb_run_id == run_id and not before.samefile(folder):
+            say(f"{folder} is a copy of {before}, to which wandb run {run_id} belongs: it begins one of its own")
+            return None
+    return run_id

@@ -1,7 +1,6 @@
 """A model to sample from, wherever it comes from: a run folder, or a folder in diffusers' layout that we exported."""
 
 import dataclasses
-import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,67 +9,91 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import build
 from cfpretrain.build import (
     CONFIG_FILE,
     INDEX_FILE,
     Autoencoder,
+    RunCheckpoint,
     Step,
+    find_checkpoint,
     load_config,
-    load_run,
+    load_weights,
     make_autoencoder,
     make_model,
 )
+from cfpretrain.class_names import label_of
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.export import foreign_files
-from cfpretrain.export.diffusers_layout import TRANSFORMER, VAE, WEIGHTS_STEM
+from cfpretrain.export.diffusers_layout import (
+    SCHEDULER,
+    SCHEDULER_FILE,
+    TRANSFORMER,
+    VAE,
+    WEIGHTS_STEM,
+    scheduler_config,
+)
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import BlockSettings, CausalFusion
+from cfpretrain.training_state import means_the_same
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_NUM_NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
+    """Where a model to sample from is, and what is known of it before its weights are read.
+
+    Attributes:
+        path: a run folder, or an exported one.
+        config: that the weights were trained with.
+        class_names: one for each class; their numbers where names are not known.
+        title: whose weights they are, for people.
+        checkpoint: of a run; None: an export.
+        weights: of a run: "ema" or "raw".
+    """
+
+    path: Path
+    config: Config
+    class_names: tuple[str, ...]
+    title: str
+    checkpoint: RunCheckpoint | None
+    weights: str
+
+    def label_of(self, text: str) -> int:
+        """The class that a word means (see `class_names.label_of`); UserError where it means none, or several."""
+        try:
+            return label_of(text, self.class_names)
+        except ValueError as error:
+            raise UserError(f"class: {error}") from error
+
+    def load(self, device: torch.device, precision: str = "fp32") -> "Source":
+        """Reads the weights; arguments and errors as `load_source`."""
+        if self.checkpoint is None:
+            model = _load_export(self.path, self.config)
+        else:
+            model = load_weights(self.checkpoint, "ema" if self.weights == "ema" else "weights")
+        head_width = self.config.model.width // self.config.model.num_heads
+        cached = attention.choose_cached("auto", device.type, precision, head_width)
+        model.trunk.settings = BlockSettings(cached_attention=cached)
+        model = model.to(device=device, dtype=_DTYPES[precision]).eval().requires_grad_(False)
+        return Source(
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, model=model, device=device
+        )
+
+
+@dataclass(frozen=True)
+class Source(Origin):
     """A model to sample from.
 
     Attributes:
-        config: of the model.
         model: on `device`, for sampling alone.
         device: where it computes.
-        class_names: one for each class; their numbers where names are not known.
-        title: whose weights they are, for people.
     """
 
-    config: Config
     model: CausalFusion
     device: torch.device
-    class_names: tuple[str, ...]
-    title: str
-
-    def label_of(self, text: str) -> int:
-        """The class of this name, or number; UserError where there is none, or several have the name."""
-        found = [i for i, name in enumerate(self.class_names) if name.casefold() == text.casefold()]
-        if not found and text.isdecimal() and int(text) < len(self.class_names):
-            found = [int(text)]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise UserError(f"class: {text!r} is the name of classes {', '.join(map(str, found))}; give a number")
-        by_folded = {name.casefold(): name for name in self.class_names}
-        # "tench" is far from "tench, Tinca tinca" by the letters that differ.
-        holding = [name for name in by_folded if text.casefold() in name]
-        near = [
-            by_folded[name] for name in holding or difflib.get_close_matches(text.casefold(), by_folded, cutoff=0.5)
-        ]
-        some = ", ".join(self.class_names[:_NUM_NAMES_SHOWN]) + ", ..." * (len(self.class_names) > _NUM_NAMES_SHOWN)
-        raise UserError(
-            f"class: expected a name, or a number from 0 to {len(self.class_names) - 1}, got {text!r}; "
-            + (f"did you mean {' or '.join(map(repr, near[:3]))}?" if near else f"names are {some}")
-        )
 
     def make_autoencoder(self) -> Autoencoder:
         """What decodes its latents; UserError where it names none and its latents are no pixels."""
@@ -79,6 +102,8 @@ class Source:
                 f"{self.title}: expected a model that names its autoencoder (data.autoencoder), so that its latents "
                 f"become images, got none; write the autoencoder's folder into its {CONFIG_FILE}"
             )
+        if self.checkpoint is not None:
+            return self.checkpoint.make_autoencoder(self.device)
         return make_autoencoder(self.config, self.device)
 
 
@@ -97,23 +122,25 @@ def load_source(
     Raises:
         UserError: it is neither, or not complete.
     """
+    return open_source(path, weights, step).load(device, precision)
+
+
+def open_source(path: Path, weights: str = "ema", step: Step = None) -> Origin:
+    """Finds a model to sample from, in milliseconds; arguments and errors as `load_source`."""
     if (path / INDEX_FILE).is_file():
         if weights != "ema":
             raise UserError(f"--weights: {path} is an export, which holds the weights it was made of; leave it out")
         if step is not None:
             raise UserError(f"--step: {path} is an export, of one step; leave it out")
-        config, model, class_names = _load_export(path)
-        title = f"{path}"
-    elif (path / CONFIG_FILE).is_file():
-        config, model, of_step = load_run(path, torch.device("cpu"), "ema" if weights == "ema" else "weights", step)
-        class_names = build.class_names(config)
-        title = f"{path}, step {of_step}, {'EMA' if weights == 'ema' else 'raw'} weights"
-    else:
-        raise UserError(_no_source(path))
-    cached = attention.choose_cached("auto", device.type, precision, config.model.width // config.model.num_heads)
-    model.trunk.settings = BlockSettings(cached_attention=cached)
-    model = model.to(device=device, dtype=_DTYPES[precision]).eval().requires_grad_(False)
-    return Source(config, model, device, class_names, title)
+        config = _export_config(path)
+        names = _read_json(path / INDEX_FILE).get("id2label") or {}
+        class_names = tuple(names.get(str(i), str(i)) for i in range(config.model.num_classes))
+        return Origin(path, config, class_names, f"{path}", None, weights)
+    if (path / CONFIG_FILE).is_file():
+        found = find_checkpoint(path, step)
+        title = f"{path}, step {found.state.step}, {'EMA' if weights == 'ema' else 'raw'} weights"
+        return Origin(path, found.config, found.class_names(), title, found, weights)
+    raise UserError(_no_source(path))
 
 
 def _no_source(path: Path) -> str:
@@ -127,10 +154,33 @@ def _no_source(path: Path) -> str:
 # Exported folders
 
 
-def _load_export(folder: Path) -> tuple[Config, CausalFusion, tuple[str, ...]]:
+def _export_config(folder: Path) -> Config:
     config = load_config(folder / CONFIG_FILE)
+    _check_export(folder, config)
     autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else ""
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))
+
+
+def _check_export(folder: Path, config: Config) -> None:
+    """Refuses a config that was edited: the pipeline of the export would make other pixels than we do."""
+    files = [folder / TRANSFORMER / "config.json", folder / SCHEDULER / SCHEDULER_FILE]
+    found = {key: value for file in files for key, value in _read_json(file).items()}
+    data, order = config.data, config.order
+    expected: dict[str, Any] = {"latent_shift": data.latent_shift, "latent_scale": data.latent_scale}
+    expected |= {"token_order": order.token_order, "block_size": order.block_size, **scheduler_config(config)}
+    differing = [
+        f"{key} is {found.get(key)} there and {value} by {CONFIG_FILE}"
+        for key, value in expected.items()
+        if not means_the_same(found.get(key), value)
+    ]
+    if differing:
+        raise UserError(
+            f"{folder / CONFIG_FILE} contradicts {files[0]} and {files[1].name}: {', '.join(differing)}; set it as "
+            "they say, or export the run again"
+        )
+
+
+def _load_export(folder: Path, config: Config) -> CausalFusion:
     with torch.device("meta"):
         model = make_model(config)
     try:
@@ -138,8 +188,7 @@ def _load_export(folder: Path) -> tuple[Config, CausalFusion, tuple[str, ...]]:
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / TRANSFORMER} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
-    names = _read_json(folder / INDEX_FILE).get("id2label") or {}
-    return config, model, tuple(names.get(str(i), str(i)) for i in range(config.model.num_classes))
+    return model
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

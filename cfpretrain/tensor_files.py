@@ -40,6 +40,27 @@ def remedy(file: Path) -> str:
     return f"restore it, or delete {file.parent} to resume from an earlier checkpoint"
 
 
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in a few words, with the file."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
+def unreadable(task: str, error: Exception, fix: str) -> UserError:
+    """The error for a file of a checkpoint that cannot be read; a damaged one where another may be whole."""
+    # Where a permission is missing, an earlier checkpoint is no answer.
+    kind = UserError if isinstance(error, PermissionError) else DamagedCheckpointError
+    return kind(f"{task}: {reason_of(error)}; {fix}")
+
+
+def read_text(file: Path) -> str:
+    """A small file; a link is refused."""
+    with open(file, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file_opened:
+        return file_opened.read()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Headers
 

@@ -153,6 +153,7 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("loading deepspeed and streaming"):
         from cfpretrain import run_folder, trainer
         from cfpretrain.lifeline import StopRequest
+    run_folder.check_moved(arguments.config, config)
     stop = StopRequest(leave_before_training)
     device = runtime.pick_device()
     problem = _take_folder(Path(config.run.folder))

@@ -1,6 +1,7 @@
 """The training loop: one step on one screen, and what happens every n steps."""
 
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,7 +28,7 @@ from cfpretrain.build import (
     plan_memory,
     write_text,
 )
-from cfpretrain.checkpoint import Best, TrainingState, is_healthy, reason_of
+from cfpretrain.checkpoint import Best, is_healthy
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.config import Config, to_plain
 from cfpretrain.console import (
@@ -64,10 +65,19 @@ from cfpretrain.metrics import (
 )
 from cfpretrain.model.transformer import BlockSettings
 from cfpretrain.order import equal_sizes
-from cfpretrain.run_folder import finished_step, is_done, prepare_folder, remove_requeue, write_requeue
+from cfpretrain.run_folder import (
+    finished_step,
+    is_done,
+    prepare_folder,
+    record_config,
+    remove_requeue,
+    tracker_run_id,
+    write_requeue,
+)
 from cfpretrain.sampler import Guidance
-from cfpretrain.tensor_files import DamagedCheckpointError
+from cfpretrain.tensor_files import DamagedCheckpointError, reason_of
 from cfpretrain.tracker import Tracker
+from cfpretrain.training_state import TrainingState
 
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 _MOST_STEPS_LISTED = 1000
@@ -156,10 +166,10 @@ class Trainer:
     ) -> None:
         self.config, self.device, self.stop, self.resume_from = config, device, stop, resume_from
         self.evaluator = evaluator
-        self.folder = Path(config.run.folder)
+        self.folder, self.working_folder = Path(config.run.folder), os.getcwd()
         self.store = make_store(config)
         with runtime.together():
-            self.class_names = open_folders(config)[0].latents_info.class_names
+            self.latents_info = open_folders(config)[0].latents_info
             self.decode, self.decode_note = decode_to_look_at(config, device)
         self.loss = make_loss(config)
         guard = config.guard
@@ -178,6 +188,7 @@ class Trainer:
         self.ema = ShardedEMA(self.engine.fragments(), config.train.ema_decay, config.engine.ema_on_host)
         saved = self._restore(candidates) if candidates else None
         self.saved_step = None if saved is None else saved.step
+        self.history = saved.history_with(to_plain(config)) if saved is not None else []
         if saved is not None:
             self.at = Progression(saved.step, saved.num_skipped, saved.num_rewinds, saved.train_seconds)
             if resume_from is None:
@@ -206,7 +217,7 @@ class Trainer:
             config.metrics.wandb,
             config.metrics.wandb_project,
             self.folder,
-            saved.wandb_run_id if saved else None,
+            tracker_run_id(saved, self.folder),
             to_plain(config),
         )
         self.window = Window()
@@ -227,9 +238,7 @@ class Trainer:
         for checkpoint in candidates:
             try:
                 with phase(f"resuming from {checkpoint}"):
-                    saved = self.store.load(
-                        checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config)["model"]
-                    )
+                    saved = self.store.load(checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config))
             except DamagedCheckpointError as error:
                 say(f"WARNING: {checkpoint} is damaged and left out: {error}")
                 self.damaged.append(checkpoint)
@@ -511,7 +520,11 @@ class Trainer:
             samples_in_epoch=position.samples_in_epoch,
             train_seconds=self.at.train_seconds,
             seed=self.config.run.seed,
-            model=to_plain(self.config)["model"],
+            config=to_plain(self.config),
+            history=self.history,
+            class_names=list(self.latents_info.class_names),
+            autoencoder=self.latents_info.autoencoder,
+            working_folder=self.working_folder,
             data_fingerprint=self.loader.fingerprint,
             wandb_run_id=self.tracker.run_id,
             versions=_versions(),
@@ -559,7 +572,7 @@ class Trainer:
     def draw_samples(self) -> None:
         """Writes a labelled grid of EMA samples for each number of AR steps of `config.sample`."""
         sample = self.config.sample
-        names = self.class_names[: sample.max_classes]
+        names = self.latents_info.class_names[: sample.max_classes]
         labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
         batch_size = -(-len(labels) // runtime.world_size())
         grids = []
@@ -700,6 +713,7 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
         limit = "num_steps" if step >= config.train.num_steps else "max_train_seconds"
         say(f"nothing to do: {config.run.folder} is complete at step {step}; raise train.{limit} to train on")
         return True
+    record_config(config)
     folder = Path(config.run.folder)
     watch = Watch(config.guard.rank_timeout_seconds, lambda reason: write_requeue(folder, reason), stop)
     try:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from cfpretrain import checkpoint_writer
-from cfpretrain.checkpoint import CheckpointStore, TrainingState
+from cfpretrain.checkpoint import CheckpointStore
 from cfpretrain.console import UserError
+from cfpretrain.training_state import TrainingState
 
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
-MODEL = {"width": 32, "depth": 2, "position_embedding": "sincos"}
+CONFIG = {"model": {"width": 32, "depth": 2, "position_embedding": "sincos"}}
 SHAPES = {"blocks.0.w": (4, 6), "blocks.0.b": (6,), "scale": (), "empty": (0, 3)}
 
 Full = dict[str, dict[str, Tensor]]  # content -> name -> full tensor
@@ -100,7 +101,11 @@ def make_state(step: int, **changes: Any) -> TrainingState:
         "samples_in_epoch": 24,
         "train_seconds": 1.5,
         "seed": 0,
-        "model": MODEL,
+        "config": CONFIG,
+        "history": [],
+        "class_names": [],
+        "autoencoder": "",
+        "working_folder": "",
         "data_fingerprint": "f00d",
         "guard": {"losses": [0.1, 2.5e-17]},
         "wandb_run_id": None,
@@ -121,7 +126,7 @@ def save(store: CheckpointStore, step: int, shapes: dict[str, tuple[int, ...]] =
 
 def load(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> tuple[TrainingState, Rank]:
     rank = whole(zero_like(random_bits(shapes, 0)))
-    state = CheckpointStore.load(path, *rank, model=MODEL)
+    state = CheckpointStore.load(path, *rank, config=CONFIG)
     return state, rank
 
 

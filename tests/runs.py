@@ -1,6 +1,11 @@
 """Run folders with random weights, for tools that read one."""
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from cfpretrain import build, checkpoint_writer, seeds
 from cfpretrain.config import to_plain, to_yaml
@@ -10,8 +15,15 @@ from tests.digits import small_config
 STEP = 7
 
 
-def write_run(folder: Path, shards: Path, *overrides: str) -> Path:
-    """A run of the tiny preset made tinier at step 7; its average and its weights are different random values."""
+def write_run(folder: Path, shards: Path, *overrides: str, **state: Any) -> Path:
+    """A run of the tiny preset made tinier at step 7; its average and its weights are different random values.
+
+    Args:
+        folder: of the run.
+        shards: latents of digits.
+        overrides: of the config.
+        state: of the checkpoint, where it is to be another.
+    """
     config = small_config(shards, folder, *overrides)
     folder.mkdir(parents=True)
     (folder / build.CONFIG_FILE).write_text(to_yaml(config))
@@ -23,6 +35,27 @@ def write_run(folder: Path, shards: Path, *overrides: str) -> Path:
         }
         for content in checkpoints.CONTENTS
     }
-    state = checkpoints.make_state(STEP, model=to_plain(config)["model"])
+    state = checkpoints.make_state(
+        STEP,
+        **{
+            "config": to_plain(config),
+            "class_names": list(map(str, range(10))),
+            "autoencoder": build.make_autoencoder(config, torch.device("cpu")).fingerprint,
+            "working_folder": str(Path.cwd()),
+            **state,
+        },
+    )
     checkpoint_writer.save(build.make_store(config), state, *checkpoints.whole(full))
     return folder
+
+
+def as_older(run: Path) -> Path:
+    """Turns a run's checkpoints into those of schema 2, which recorded nothing of the config but the model."""
+    for file in run.glob("checkpoints/step_*/state.json"):
+        plain = json.loads(file.read_text())
+        for key in ("sha256", "history", "class_names", "autoencoder", "working_folder"):
+            del plain[key]
+        plain |= {"schema_version": 2, "model": plain.pop("config")["model"]}
+        sha256 = hashlib.sha256((json.dumps(plain, indent=2, sort_keys=True) + "\n").encode()).hexdigest()
+        file.write_text(json.dumps(plain | {"sha256": sha256}))
+    return run

@@ -27,17 +27,16 @@ from cfpretrain.checkpoint import (
     Best,
     CheckpointStore,
     DamagedCheckpointError,
-    TrainingState,
     is_healthy,
-    read_state,
     read_tensors,
 )
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.console import UserError
 from cfpretrain.tensor_files import HashedRange
+from cfpretrain.training_state import TrainingState, read_state
 from tests.checkpoints import (
+    CONFIG,
     CONTENTS,
-    MODEL,
     SHAPES,
     Full,
     KilledError,
@@ -123,7 +122,7 @@ def test_weights_that_require_gradients(tmp_path: Path):
     full = save(store, 1)
     fragments, ema = whole(zero_like(full))
     fragments = [dataclasses.replace(f, values=f.values.requires_grad_()) for f in fragments]
-    store.load(tmp_path / "step_00000001", fragments, ema, model=MODEL)
+    store.load(tmp_path / "step_00000001", fragments, ema, config=CONFIG)
     checkpoint_writer.save(store, make_state(2), fragments, ema)
     assert holds(load(tmp_path / "step_00000002")[1], full)
 
@@ -635,7 +634,7 @@ def _damage(path: Path, full: Full, file: Path) -> str:
     """How loading takes a checkpoint one of whose files was changed."""
     rank = whole(zero_like(full))
     try:
-        state = CheckpointStore.load(path, *rank, model=MODEL)
+        state = CheckpointStore.load(path, *rank, config=CONFIG)
     except UserError as error:
         if not holds(rank, zero_like(full)):
             return "read before all was verified"
@@ -722,7 +721,10 @@ def test_a_state_that_is_no_text_is_refused(saved: Path):
         ("step", "1"),
         ("train_seconds", math.nan),
         ("train_seconds", math.inf),
-        ("model", []),
+        ("config", []),
+        ("history", {}),
+        ("class_names", [1]),
+        ("autoencoder", None),
         ("versions", {"torch": 2}),
         ("data_fingerprint", None),
         ("wandb_run_id", 3),
@@ -742,26 +744,26 @@ def test_each_key_of_the_state_is_checked(key: str, value: Any):
     step=st.integers(0, 10**9),
     seconds=st.floats(0, 1e12),
     run=st.none() | st.text(max_size=5),
-    model=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.lists(st.floats(-9, 9))),
+    config=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.lists(st.floats(-9, 9))),
 )
-def test_the_state_survives_json(step: int, seconds: float, run: str | None, model: dict[str, Any]):
-    state = make_state(step, train_seconds=seconds, wandb_run_id=run, model=model)
+def test_the_state_survives_json(step: int, seconds: float, run: str | None, config: dict[str, Any]):
+    state = make_state(step, train_seconds=seconds, wandb_run_id=run, config=config)
     assert TrainingState.from_json(state.to_json(), Path("here")) == state
 
 
 def test_a_newer_schema_is_refused_by_that_name(saved: Path):
-    plain = {"schema_version": 3, "versions": {"cfpretrain": "9.1"}, "new_key": 1}
+    plain = {"schema_version": 4, "versions": {"cfpretrain": "9.1"}, "new_key": 1}
     (saved / "state.json").write_text(json.dumps(plain))
-    with pytest.raises(UserError, match=r"schema_version 3 was written by a newer cfpretrain.*9\.1") as raised:
+    with pytest.raises(UserError, match=r"schema_version 4 was written by a newer cfpretrain.*9\.1") as raised:
         load(saved)
     assert raised.type is UserError
 
 
 def test_another_model_is_refused_with_its_keys(saved: Path):
     rank = whole(random_bits(SHAPES, 5))
-    other = {"width": 64, "depth": 2, "num_heads": 4}
+    other = {"model": {"width": 64, "depth": 2, "num_heads": 4}}
     with pytest.raises(UserError) as raised:
-        CheckpointStore.load(saved, *rank, model=other)
+        CheckpointStore.load(saved, *rank, config=other)
     assert "model.width is 32 there and 64 in the config" in str(raised.value)
     assert "model.num_heads is absent there and 4 in the config" in str(raised.value)
     assert "model.position_embedding is sincos there and absent in the config" in str(raised.value)
@@ -770,7 +772,7 @@ def test_another_model_is_refused_with_its_keys(saved: Path):
 
 
 def test_tuples_of_the_config_are_lists_in_the_file():
-    make_state(1, model={"sizes": [1, 2]}).check_model({"sizes": (1, 2)}, "here")
+    make_state(1, config={"model": {"sizes": [1, 2]}}).check_config({"model": {"sizes": (1, 2)}}, "here")
 
 
 def test_other_tensors_are_refused_by_name(saved: Path):

@@ -21,13 +21,13 @@ from cfpretrain import checkpoint_writer, lifeline, runtime
 from cfpretrain.checkpoint import (
     CheckpointStore,
     DamagedCheckpointError,
-    read_state,
 )
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.console import EXIT_REQUEUE, UserError
+from cfpretrain.training_state import read_state
 from tests.checkpoints import (
+    CONFIG,
     CONTENTS,
-    MODEL,
     SHAPES,
     Full,
     KilledError,
@@ -105,7 +105,7 @@ def _two_ranks(folder: Path) -> dict[str, Any]:
     checkpoint_writer.save(store, make_state(2), *whole(second, replicated=True))
     path = folder / "step_00000002"
     other = _share(zero_like(second), 1 - rank)
-    state = store.load(path, *other, model=MODEL)
+    state = store.load(path, *other, config=CONFIG)
     found: dict[str, Any] = {"state": state.step, "bits": holds(other, second)}
     pwrite, preadv = os.pwrite, os.preadv
     if rank == 1:
@@ -115,17 +115,17 @@ def _two_ranks(folder: Path) -> dict[str, Any]:
     found["after_full_disk"] = (store.latest() == path, sorted(names_in(folder)))
     if rank == 1:
         os.preadv = failing
-    found["bad_read"] = message(lambda: store.load(path, *other, model=MODEL))
+    found["bad_read"] = message(lambda: store.load(path, *other, config=CONFIG))
     os.preadv = preadv
     fewer = [f for f in other[0] if f.name != "scale"]
     fewer_ema = [e for f, e in zip(*other, strict=True) if f.name != "scale"]
-    found["other_tensors"] = _kind_and_message(lambda: store.load(path, fewer, fewer_ema, model=MODEL))
+    found["other_tensors"] = _kind_and_message(lambda: store.load(path, fewer, fewer_ema, config=CONFIG))
     runtime.barrier()
     if rank == 0:
         flip_byte(path / "exp_avg_sq.safetensors", -5)  # in the share that rank 1 verifies
     runtime.barrier()
     untouched = _share(first, rank)
-    found["flipped"] = _kind_and_message(lambda: store.load(path, *untouched, model=MODEL))
+    found["flipped"] = _kind_and_message(lambda: store.load(path, *untouched, config=CONFIG))
     found["untouched"] = holds(untouched, first)
     checkpoint_writer.save(store, make_state(3), *_share(first, rank))
     runtime.barrier()  # rank 0 deletes the old ones while the others go on
@@ -428,7 +428,7 @@ def _kill_rounds(folder: Path, num_rounds: int) -> list[int]:
         path = store.latest()
         assert path is not None
         rank = whole({c: {"p": torch.zeros(64, 1024)} for c in CONTENTS})
-        step = store.load(path, *rank, model=MODEL).step
+        step = store.load(path, *rank, config=CONFIG).step
         assert holds(rank, {c: {"p": torch.full((64, 1024), float(step + i))} for i, c in enumerate(CONTENTS)})
         found.append(step)
     return found

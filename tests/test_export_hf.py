@@ -283,7 +283,7 @@ def test_a_killed_export_is_not_there_and_the_next_one_is_whole(
         shutil.copytree(tmp_path / ".digits.partial", tmp_path / "seen")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    in_layout = [(diffusers_layout, place) for place in ("_shard_header", "_scheduler_config", "_newest_samples")]
+    in_layout = [(diffusers_layout, place) for place in ("_shard_header", "scheduler_config", "_newest_samples")]
     for module, place in (*in_layout, (outputs, "flush")):
         with monkeypatch.context() as patch:
             patch.setattr(module, place, dies)
@@ -559,9 +559,9 @@ def test_classes_go_by_name(results: Results) -> None:
 
 def test_mistakes_elsewhere_are_named(results: Results) -> None:
     expected = [
-        "class_labels: expected a name or a number, got 'eight'; pipe.config.id2label has the names",
-        "class_labels: 'bass' is the name of classes [1, 2]; give a number",
-        "class_labels: expected a name or a number, got 'owll'; did you mean 'owl'?",
+        "class_labels: expected a name, or a number from 0 to 9, got 'eight'; names are ",
+        "class_labels: 'bass' is the name of classes 1, 2; give index:1 or index:2",
+        "class_labels: expected a name, or a number from 0 to 9, got 'owll'; did you mean 'owl'?",
         "class_labels: expected 0 to 9, got 10",
         "class_labels: expected at least one class, got none",
         f"solver: expected one of {', '.join(SOLVERS)}, got 'euler'",

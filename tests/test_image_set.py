@@ -67,6 +67,16 @@ def test_a_folder_of_png_is_a_table_of_images(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_the_table_tells_classes_of_one_name_apart(tmp_path: Path) -> None:
+    images = ImageSet(tmp_path / "out", [0, 2, 1], ("crane", "2", "crane"), 2, {})
+    assert images._table().decode().splitlines() == [
+        "path,label,index",
+        "000000.png,crane,0",
+        "000001.png,crane,2",
+        "000002.png,2,1",
+    ]
+
+
 def test_an_archive_is_what_adm_reads(tmp_path: Path) -> None:
     out = write_all(tmp_path, "out.npz").out
     with np.load(out) as archive:

@@ -296,6 +296,18 @@ def test_safetensors_and_pickle_give_the_same_folder(tmp_path, capsys) -> None:
     assert f"fingerprint {made[0].fingerprint}" in capsys.readouterr().out
 
 
+def test_values_that_are_no_numbers_are_refused(tmp_path) -> None:
+    tensors = random_tensors(SMALL)
+    tensors["encoder.mid.block_1.conv1.bias"][:3] = torch.tensor([float("nan"), float("inf"), float("-inf")])
+    save_file(tensors, tmp_path / "a.safetensors")
+    message = (
+        r"FILE: .*a\.safetensors: encoder\.mid.*conv1\.bias: expected finite numbers, got NaN .* in 3 of 64 values"
+    )
+    with pytest.raises(UserError, match=message):
+        import_autoencoder.run(tmp_path / "a.safetensors", tmp_path / "out", 0.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_command_again_leaves_what_is_there(tmp_path, capsys) -> None:
     file, out = tmp_path / "a.safetensors", tmp_path / "out"
     save_file(random_tensors(SMALL), file)

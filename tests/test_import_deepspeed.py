@@ -21,13 +21,14 @@ from torch import nn
 from cfpretrain import build, checkpoint_writer, seeds
 from cfpretrain import config as configs
 from cfpretrain import engine as engine_module
-from cfpretrain.checkpoint import CheckpointStore, TrainingState, read_state, read_tensors
+from cfpretrain.checkpoint import CheckpointStore, read_tensors
 from cfpretrain.config import Config, to_plain
 from cfpretrain.console import UserError
 from cfpretrain.engine import Engine, build_engine, ds_config
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.official import our_name, to_official
 from cfpretrain.model.transformer import write_initial_values
+from cfpretrain.training_state import TrainingState, read_state
 from tests.checkpoints import make_state
 from tests.processes import run_in_processes
 from tests.strictness import make_warnings_errors
@@ -120,7 +121,7 @@ def train_step(engine: Engine, config: Config, step: int) -> float:
 def restore(engine: Engine, path: Path, config: Config) -> TrainingState:
     """As the trainer resumes."""
     ema = [fragment.values.clone() for fragment in engine.fragments()]
-    state = CheckpointStore.load(path, engine.fragments(), ema, to_plain(config)["model"])
+    state = CheckpointStore.load(path, engine.fragments(), ema, to_plain(config))
     engine.optimizer_step = state.optimizer_step
     engine.refresh()
     return state
@@ -160,7 +161,7 @@ def of_kind(folder: Path, kind: Kind, make: Callable[[Config], Engine]) -> Found
         train_step(engine, config, step)
     engine._deepspeed.save_checkpoint(str(folder / "deepspeed"))
     if make is make_engine:
-        state = make_state(NUM_STEPS, model=to_plain(config)["model"])
+        state = make_state(NUM_STEPS, config=to_plain(config))
         ema = [fragment.values.clone() for fragment in engine.fragments()]
         checkpoint_writer.save(CheckpointStore(folder / "ours", 1, 0), state, engine.fragments(), ema)
     further = range(NUM_STEPS, NUM_STEPS + NUM_FURTHER)
@@ -431,6 +432,17 @@ def test_a_damaged_checkpoint_is_refused(
     found = refusal(copy, config_file)
     assert found.startswith("FOLDER: ")
     assert message in found
+
+
+def test_values_that_are_no_numbers_are_refused(copy: Path, config_file: list[str]) -> None:
+    """Also in the moments, of which no loss tells."""
+
+    def spoil(content: Any) -> None:
+        content["optimizer_state_dict"]["base_optimizer_state"]["state"][0]["exp_avg_sq"][5] = float("nan")
+
+    edit(files(copy, "*optim_states.pt")[0], spoil)
+    assert ": expected finite numbers, got NaN or infinity in 1 of " in (said := refusal(copy, config_file))
+    assert said.startswith(f"FOLDER: {copy}: exp_avg_sq of ")
 
 
 def test_another_model_is_refused_by_its_keys(copy: Path, config_file: list[str]) -> None:

@@ -1,6 +1,7 @@
 """tools/import_official.py and the export back: bit for bit, trainable, and nothing in a file is run."""
 
 import argparse
+import dataclasses
 import json
 import os
 import pickle
@@ -18,13 +19,15 @@ from torch import Tensor
 
 from cfpretrain import build
 from cfpretrain import config as configs
-from cfpretrain.checkpoint import read_state, read_tensors
+from cfpretrain.checkpoint import read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.data.loader import Loader
 from cfpretrain.export import imported_run
 from cfpretrain.export.official import our_name, to_official, write_official
 from cfpretrain.model.transformer import sincos_positions
+from cfpretrain.run_folder import prepare_folder
+from cfpretrain.training_state import read_state
 from tests.checkpoints import same_bits
 from tests.digits import small_config, small_run, write_digits
 from tests.golden_cases import CASES, load
@@ -204,6 +207,45 @@ def test_half_precision_widens_exactly(tmp_path: Path, empty_config: list[str]) 
         assert equal(
             of_run(tmp_path / "run", content), {our_name(n): v.detach().resolve_neg().float() for n, v in there.items()}
         )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("content", ["model", "ema"])
+def test_values_that_are_no_numbers_are_refused(
+    content: str, value: float, tmp_path: Path, empty_config: list[str]
+) -> None:
+    sick = {key: {name: tensor.clone() for name, tensor in small_state().items()} for key in ("model", "ema")}
+    sick[content]["blocks.0.attn.qkv.weight"].view(-1)[[3, 7]] = value
+    size = sick[content]["blocks.0.attn.qkv.weight"].numel()
+    torch.save(sick, tmp_path / "a.pt")
+    which = {"model": "weights", "ema": "ema"}[content]
+    message = f"FILE: .*a.pt: {which} of trunk.blocks.0.attn.qkv.weight: expected finite .* in 2 of {size:,} values"
+    with pytest.raises(UserError, match=message):
+        import_official.run(tmp_path / "a.pt", tmp_path / "run", empty_config, overrides())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_the_record_of_an_imported_run(tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its config says, with names and autoencoder where its data is at hand; it cannot be trained on otherwise."""
+    monkeypatch.chdir(tmp_path)
+    _, path, *rest = small_run(shards, tmp_path / "elsewhere")
+    torch.save(official_state(configs.load(path, rest), 0), "a.pt")
+    import_official.run(Path("a.pt"), Path("known"), [path], rest, step=5)
+    import_official.run(Path("a.pt"), Path("unknown"), [path], [*rest, "data.shards=gone"])
+    known = read_state(Path("known/checkpoints/step_00000005"))
+    assert (known.class_names, known.autoencoder) == (list("0123456789"), "identity")
+    assert known.working_folder == str(tmp_path)
+    assert known.config["noise"]["beta_last"] == 0.02
+    unknown = read_state(Path("unknown/checkpoints/step_00000000"))
+    assert (unknown.class_names, unknown.autoencoder) == ([], "")
+    for overrides in (["noise.beta_last=0.03"], ["data.latent_shift=0.25", "data.latent_scale=4"]):
+        config = configs.load("known/config.yaml", [*overrides, "run.folder=known"])
+        with pytest.raises(UserError, match=r"is of another model: |do not fit the config"):
+            prepare_folder(config, torch.device("cpu"))
+    state = dataclasses.replace(known, autoencoder="0123456789abcdef")
+    Path("known/checkpoints/step_00000005/state.json").write_text(state.to_json())
+    with pytest.raises(UserError, match=r"expected latents of the autoencoder 0123.*, got those of identity"):
+        prepare_folder(configs.load("known/config.yaml"), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from cfpretrain import build
-from cfpretrain.checkpoint import CheckpointStore, read_state, read_tensors
+from cfpretrain.checkpoint import CheckpointStore, read_tensors
 from cfpretrain.config import load as load_config
 from cfpretrain.config import to_plain
 from cfpretrain.console import UserError
@@ -26,6 +26,7 @@ from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.metrics import read_metrics
 from cfpretrain.source import load_source
+from cfpretrain.training_state import read_state
 from tests.checkpoints import random_bits, whole, zero_like
 from tests.digits import write_digits
 from tests.latent_shards import as_read
@@ -78,7 +79,7 @@ def resume(run: Path) -> None:
     config = load_config(run / build.CONFIG_FILE)
     shapes = {name: tuple(value.shape) for name, value in build.make_model(config).named_parameters()}
     path = build.make_store(config).candidates()[0]
-    CheckpointStore.load(path, *whole(zero_like(random_bits(shapes, 0))), model=to_plain(config)["model"])
+    CheckpointStore.load(path, *whole(zero_like(random_bits(shapes, 0))), config=to_plain(config))
 
 
 def read_run(run: Path) -> list[Callable[[], Any]]:

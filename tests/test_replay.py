@@ -97,6 +97,37 @@ def test_a_step_is_the_logged_one_bit_by_bit(run: Path) -> None:
     assert digests[0] == digests[1] != []
 
 
+def test_a_step_is_made_again_with_the_config_of_its_time(run: Path, tmp_path: Path) -> None:
+    """A run that goes on with other knobs: steps before the change and after it, between the same checkpoints."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    shards = run.parent / "digits"
+    shutil.rmtree(folder / "checkpoints" / "step_00000012")
+    (folder / "checkpoints" / "latest").write_text("step_00000008\n")
+    (folder / "summary.json").unlink()
+    changed = ["train.learning_rate=0.01", "train.decay_steps=0", "order.ar_step_decay=0.5", "train.num_steps=15"]
+    kept = ["metrics.log_sample_ids=true", "checkpoint.keep_last=10", "checkpoint.every_steps=7"]
+    for overrides in ([], changed):
+        for ended in run_script("cfpretrain/train.py", small_run(shards, folder, *kept, *overrides), 2):
+            assert ended.code == 0, ended.err
+    # Steps 9 to 12 were made with the old knobs, 13 to 15 with the new ones.
+    shutil.rmtree(folder / "checkpoints" / "step_00000012")
+    assert {path.name for path in (folder / "checkpoints").glob("step_*")} == {
+        "step_00000004",
+        "step_00000008",
+        "step_00000014",
+        "step_00000015",
+    }
+    for step in (11, 15):
+        first, _ = run_script(TOOL, [str(folder), "--step", str(step)], 2)
+        assert first.code == 0, first.out + first.err
+        assert first.out.count(" logged: equal") == 2
+    [refused] = run_script(TOOL, [str(folder), "--step", "13"])
+    assert refused.code == 2
+    assert "between the checkpoint of step 8 and step 13 the run was resumed with other knobs (" in refused.err
+    assert "train.learning_rate from 0.001 to 0.01" in refused.err
+
+
 def test_a_spike(sick_run: Path) -> None:
     rows = [row for row in all_rows(sick_run) if "deviations above" in row.get("skipped", "")]
     assert_equal(sick_run, next(row["step"] for row in rows if "rewound_to_step" not in row))

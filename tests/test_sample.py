@@ -1,6 +1,9 @@
 """tools/sample.py on real processes: any ranks and any kills, the same bytes; mistakes end all ranks with one line."""
 
+import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cfpretrain.console import EXIT_REQUEUE, EXIT_USER_ERROR
-from tests.processes import Ended, run_script, start_script
+from tests.processes import REPOSITORY, Ended, run_script, start_script
 from tests.runs import write_run
 
 SCRIPT = "tools/sample.py"
@@ -59,7 +62,11 @@ def test_folder_and_archive_hold_the_same_images_of_all_classes(whole, tmp_path:
     for i, image in enumerate(images):
         (tmp_path / "one.png").write_bytes(whole["out"][f"{i:06d}.png"])
         assert (pixels(tmp_path / "one.png") == image).all()
-    assert whole["out"]["labels.csv"].decode().splitlines()[:3] == ["path,label", "000000.png,0", "000001.png,1"]
+    assert whole["out"]["labels.csv"].decode().splitlines()[:3] == [
+        "path,label,index",
+        "000000.png,0,0",
+        "000001.png,1,1",
+    ]
 
 
 @pytest.mark.parametrize("name", ["out", "out.npz"])
@@ -182,6 +189,43 @@ def test_mistakes(source: Path, options, message) -> None:
     assert ended.code == EXIT_USER_ERROR
     assert f"[cfpretrain] error: {message}" in ended.err
     assert ended.err.count("\n") == 1
+
+
+def test_names_that_are_numbers_of_others(tmp_path: Path, shards: Path) -> None:
+    """Classes 0 to 11 in the order of text: the same words give the same bytes from any directory, or are refused."""
+    names = sorted(map(str, range(12)))
+    source = write_run(tmp_path / "run", shards, "model.num_classes=12", class_names=names)
+    edit = ["tools/edit.py", source, "--generate", "10", "--class", "0", "--region", "top"]
+    for script, *arguments in ([SCRIPT, source, "--classes", "10"], edit):
+        [ended] = run_script(script, list(map(str, arguments)))
+        assert ended.code == EXIT_USER_ERROR
+        said = "class: '10' is the name of class 2, and class 10 is '8'; give name:10 or index:10"
+        assert ended.err == f"[cfpretrain] error: {said}\n"
+    made = {}
+    for word, folder in (("name:10", tmp_path), ("index:2", tmp_path), ("name:10", tmp_path / "run")):
+        out = tmp_path / f"{len(made)}"
+        arguments = [os.path.relpath(source, folder), "--out", str(out), "--classes", word, "--num-images", "2", *QUICK]
+        command = [sys.executable, str(REPOSITORY / SCRIPT), *arguments]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+        made[out] = content(out)
+    first, *others = made.values()
+    assert all(other == first for other in others)
+    assert first["labels.csv"].decode().splitlines()[1:] == ["000000.png,10,2", "000001.png,10,2"]
+
+
+@pytest.mark.parametrize("script", [SCRIPT, "tools/edit.py"])
+def test_a_class_with_a_typo_is_found_before_the_weights_are_read(tmp_path: Path, shards: Path, script: str) -> None:
+    source = write_run(tmp_path / "run", shards)
+    for file in source.glob("checkpoints/step_*/*.safetensors"):
+        file.unlink()
+    words = ["--classes", "sevn"] if script == SCRIPT else ["--generate", "1", "--region", "top", "--class", "sevn"]
+    [ended] = run_script(script, [str(source), *words])
+    assert ended.code == EXIT_USER_ERROR
+    assert "error: class: expected a name, or a number from 0 to 9, got 'sevn'" in ended.err
+    [ended] = run_script(script, [str(source), *(word.replace("sevn", "7") for word in words)])
+    assert ended.code == EXIT_USER_ERROR
+    assert "ema.safetensors" in ended.err
 
 
 def test_what_no_source_is(tmp_path: Path) -> None:

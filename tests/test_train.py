@@ -1,5 +1,6 @@
 """Whole runs of `cfpretrain/train.py` on real ranks: resume, world sizes, and mistakes."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,12 +14,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cfpretrain import build
 from cfpretrain import config as configs
 from cfpretrain.console import UserError
 from cfpretrain.data.loader import Loader
-from cfpretrain.run_folder import prepare_folder
+from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.run_folder import check_moved, prepare_folder
+from cfpretrain.training_state import read_state
 from tests.digits import small_config, small_run, write_digits
 from tests.processes import REPOSITORY, Ended, run_script, start_script
+from tests.runs import as_older
 
 TRAIN = "cfpretrain/train.py"
 
@@ -98,12 +103,37 @@ def test_a_killed_run_goes_on_bit_by_bit(shards: Path, whole_run: Path, tmp_path
     assert not any(torch.equal(weights[name], ema[name]) for name in weights if weights[name].std() > 0)
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files of a run but the lock, which names the last process that looked at it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != "lock"}
+
+
 def test_a_complete_run_says_so(shards: Path, whole_run: Path) -> None:
-    before = (whole_run / "metrics.jsonl").read_bytes()
-    [ended] = run_script(TRAIN, small_run(shards, whole_run))
-    assert ended.code == 0
-    assert f"nothing to do: {whole_run} is complete at step 12; raise train.num_steps" in ended.out
-    assert (whole_run / "metrics.jsonl").read_bytes() == before
+    """Nothing is trained, and so nothing is written, whatever the command says."""
+    before = contents(whole_run)
+    for overrides in ([], ["train.learning_rate=0.5", "order.ar_step_decay=0.5"], ["sample.guidance=3"]):
+        [ended] = run_script(TRAIN, small_run(shards, whole_run, *overrides))
+        assert ended.code == 0
+        assert f"nothing to do: {whole_run} is complete at step 12; raise train.num_steps" in ended.out
+        assert contents(whole_run) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("noise.beta_last=0.5", "noise.beta_last is 0.02 there and 0.5 in the config"),
+        ("noise.num_timesteps=900", "noise.num_timesteps is 1000 there and 900 in the config"),
+        ("model.position_embedding=sincos", "model.position_embedding is learnable there and sincos in the config"),
+    ],
+)
+def test_what_the_past_training_means_may_not_change(shards: Path, whole_run: Path, override: str, said: str) -> None:
+    before = contents(whole_run)
+    overrides = [override, "train.learning_rate=0.5", "train.num_steps=13"]
+    for dry_run in ([], ["--dry-run"]):
+        [ended] = run_script(TRAIN, [*small_run(shards, whole_run, *overrides), *dry_run])
+        if not dry_run:
+            assert_refused([ended], "step_00000012 is of another model: ", said)
+        assert contents(whole_run) == before
 
 
 def test_one_rank_trains_on_the_same_numbers(shards: Path, whole_run: Path, tmp_path: Path) -> None:
@@ -286,8 +316,81 @@ def test_changed_knobs_are_named(shards: Path, whole_run: Path, tmp_path: Path) 
     shutil.copytree(whole_run, folder)
     [ended] = run_script(TRAIN, small_run(shards, folder, "train.num_steps=13", "order.ar_step_decay=0.8"))
     assert ended.code == 0, ended.err
-    assert "changed since the last start: order.ar_step_decay from 0.9 to 0.8" in ended.out
-    assert "changed since the last start: train.num_steps from 12 to 13" in ended.out
+    assert "changed since step 12: order.ar_step_decay from 0.9 to 0.8" in ended.out
+    assert "changed since step 12: train.num_steps from 12 to 13" in ended.out
+    assert "run.folder" not in ended.out
+
+
+def test_each_checkpoint_says_what_it_was_trained_with(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    """Two changes on the way, one of them by a start that is killed: only what was trained is in the record."""
+    folder = tmp_path / "changed"
+    shutil.copytree(whole_run, folder)
+    for ended in run_script(TRAIN, small_run(shards, folder, "train.num_steps=13", "train.learning_rate=0.5"), 2):
+        assert ended.code == 0, ended.err
+    # This one gets no checkpoint.
+    shutil.copytree(folder, tmp_path / "copy")
+    (folder / "config.yaml").write_text(configs.to_yaml(small_config(shards, folder, "train.learning_rate=7")))
+    last = small_run(shards, folder, "train.num_steps=15", "train.learning_rate=0.25", "checkpoint.every_steps=1")
+    for ended in run_script(TRAIN, last, 2):
+        assert ended.code == 0, ended.err
+    state = read_state(folder / "checkpoints" / "step_00000015")
+    changed = [(resume["step"], resume["changed"]["train.learning_rate"]) for resume in state.history]
+    assert changed == [(12, [0.001, 0.5]), (13, [0.5, 0.25])]
+    assert state.history[0]["changed"].keys() == {"train.num_steps", "train.learning_rate"}
+    assert state.class_names == list("0123456789")
+    assert state.autoencoder == "identity"
+    for step, learning_rate in ((1, 1e-3), (12, 1e-3), (13, 0.5), (14, 0.25), (15, 0.25)):
+        assert build.config_at(folder, step).train.learning_rate == learning_rate
+        if step > 12:
+            logged = json.loads((folder / "metrics.jsonl").read_text().splitlines()[step - 1])["learning_rate"]
+            fall = min(1.0, ({13: 13}.get(step, 15) - step + 1) / 3)
+            assert logged == pytest.approx(learning_rate * fall)
+    assert build.find_checkpoint(folder, 14).config.train.learning_rate == 0.25
+    export(tmp_path / "copy", tmp_path / "exported", ExportSettings())
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "learning rate 0.5," in card
+    assert "train.learning_rate 0.001 up to step 12, then 0.5" in card
+    assert "train.num_steps 12 up to step 12, then 13" in card
+
+
+def test_the_config_of_a_copied_run_does_not_train_the_original(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    before = contents(whole_run)
+    copy = shutil.copytree(whole_run, tmp_path / "copy")
+    command = ["--config", str(copy / "config.yaml"), "train.num_steps=13", "train.decay_steps=3"]
+    assert_refused(run_script(TRAIN, command, 2), f"moved or copied, and says {whole_run} in ", f"run.folder={copy} to")
+    config = configs.load(copy / "config.yaml")
+    check_moved([str(whole_run / "config.yaml")], config)
+    for folder in (copy, tmp_path / "new"):
+        moved = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
+        check_moved([str(copy / "config.yaml")], moved)
+    assert contents(whole_run) == before
+
+
+def test_an_older_checkpoint_goes_on(shards: Path, whole_run: Path, tmp_path: Path) -> None:
+    """Its record begins where it goes on; to the same numbers, bit by bit."""
+    folder = as_older(shutil.copytree(whole_run, tmp_path / "older"))
+    (folder / "summary.json").unlink()
+    (folder / "checkpoints" / "latest").write_text("step_00000008\n")
+    refuse(small_config(shards, folder, "model.depth=3"), "another model: model.depth is 2 there and 3 in the config")
+    ended, _ = run_script(TRAIN, small_run(shards, folder), 2)
+    assert ended.code == 0, ended.err
+    assert "training from step 8 to 12" in ended.out
+    assert "changed since" not in ended.out
+    assert numbers(folder) == numbers(whole_run)
+    state = read_state(folder / "checkpoints" / "step_00000012")
+    assert (state.schema_version, state.history, state.class_names) == (3, [], list("0123456789"))
+    assert state.config["noise"]["beta_last"] == 0.02
+
+
+def test_relative_paths_say_what_they_are_relative_to(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = f"data.shards: data/mine does not exist in {tmp_path}, the working directory"
+    refuse(small_config(Path("data/mine"), tmp_path / "run"), message)
+    scored = small_config(shards, tmp_path / "run", "evaluation.every_steps=4", "evaluation.reference=real")
+    refuse(scored, f"evaluation.reference: real does not exist in {tmp_path}, the working directory")
+    assert not (tmp_path / "run").exists()
 
 
 def test_secrets_stay_out_of_the_run_folder(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,14 @@ def main() -> None:
     given.add_argument("--image", type=path_argument, metavar="FILE", help="an image of any size")
     given.add_argument("--generate", metavar="CLASS", help="an image that the model makes first")
     parser.add_argument("--region", required=True, help="what is made anew: see below")
-    parser.add_argument("--class", dest="classes", nargs="+", required=True, metavar="CLASS", help="names or numbers")
+    parser.add_argument(
+        "--class",
+        dest="classes",
+        nargs="+",
+        required=True,
+        metavar="CLASS",
+        help="names or numbers (name:10 or index:10 where a word is both)",
+    )
     parser.add_argument("--background", metavar="COLOUR", default="white",
                         help="behind what is transparent in --image: a name or '#rrggbb' (default white)")  # fmt: skip
     parser.add_argument("--num-seeds", type=int, default=4, help="edits of each class (default 4)")
@@ -71,21 +78,24 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.evaluation.editing import read_region
         from cfpretrain.evaluation.generation import edit_tokens
         from cfpretrain.model.transformer import unpatchify
-        from cfpretrain.source import load_source
+        from cfpretrain.source import open_source
     if runtime.world_size() != 1:
         raise UserError(f"edit.py edits on one rank, got {runtime.world_size()}; start it with python alone")
     background = parse_background(arguments.background)
     device = runtime.pick_device()
     with phase(f"loading {arguments.source}"):
-        source = load_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
+        # Mistakes in names are found before the weights are read.
+        origin = open_source(arguments.source, arguments.weights, arguments.step)
+        labels = [origin.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]
+        generated = None if arguments.generate is None else origin.label_of(arguments.generate)
+        source = origin.load(device, arguments.precision)
         autoencoder = source.make_autoencoder()
     config, model = source.config, source.config.model
-    labels = [source.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]
     image_size = model.latent_size * autoencoder.stride
     given = _read_image(arguments.image, source, autoencoder, image_size, background) if arguments.image else None
     region_L = read_region(arguments.region, model.grid, image_size, given.file_size if given else None)
     settings = read_settings(arguments, config, int(region_L.sum()))
-    original = given or _make_image(source, source.label_of(arguments.generate), autoencoder, settings)
+    original = given or _make_image(source, generated, autoencoder, settings)
     ar_steps, levels = settings.num_ar_steps, settings.num_denoising_steps
     num_made = f"{int(region_L.sum())} of {model.num_tokens} tokens are made anew"
     say(f"{num_made}: AR steps {ar_steps}, denoising steps {levels} ({settings.solver})")

@@ -58,6 +58,8 @@ def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float
         from cfpretrain.model import autoencoder
     with phase(f"reading {file}"):
         tensors = pick_tensors(foreign_files.read(file, "FILE"))
+        for name, values in tensors.items():
+            foreign_files.check_finite(values, f"FILE: {file}: {name}")
     config, state = _convert(file, tensors, scaling_factor)
     config |= {} if shift_factor is None else {"shift_factor": shift_factor}
     network = autoencoder.fill_network(config, state, str(file))

@@ -64,7 +64,7 @@ def run(source: Path, folder: Path, paths: list[str], overrides: list[str]) -> N
         return found.tensor("weights" if content == "ema" else content, theirs[name])
 
     with phase(f"writing {folder}"):
-        imported_run.write_run(folder, config, found.counters, read_tensor)
+        imported_run.write_run(folder, config, found.counters, read_tensor, f"FOLDER: {source}")
     counters, num_parameters = found.counters, sum(map(torch.Size.numel, map(torch.Size, shapes.values())))
     say(
         f"{folder}: {num_parameters:,} parameters with moments at step {counters.step} "

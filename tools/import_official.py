@@ -60,7 +60,9 @@ def run(file: Path, folder: Path, paths: list[str], overrides: list[str], step: 
         return tensors[content][name] if content in tensors else torch.zeros(tensors["weights"][name].shape)
 
     with phase(f"writing {folder}"):
-        imported_run.write_run(folder, config, imported_run.Counters(step, optimizer_step=0), read_tensor)
+        imported_run.write_run(
+            folder, config, imported_run.Counters(step, optimizer_step=0), read_tensor, f"FILE: {file}"
+        )
     num_parameters = sum(value.numel() for value in tensors["weights"].values())
     say(f"{folder}: {num_parameters:,} parameters at step {step}; train on with")
     say(f"    deepspeed cfpretrain/train.py --config {folder}/config.yaml")

@@ -57,17 +57,15 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
     with phase("loading torch, deepspeed and streaming"):
         from cfpretrain import build, runtime, trainer
         from cfpretrain import config as configs
-    if not (folder / build.CONFIG_FILE).is_file():
-        raise UserError(f"run folder {folder} holds no {build.CONFIG_FILE}; give one that cfpretrain/train.py wrote")
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
-        rows, checkpoints = _look(folder / build.METRICS_FILE, folder / build.CHECKPOINTS, step)
-        # Rank 0's folder serves all ranks; the others' stay empty.
+        rows, checkpoints, in_force = _look(folder, step)
+        # Rank 0's folder serves all ranks; the others' hold the config alone.
         with tempfile.TemporaryDirectory() as own:
             scratch = Path(runtime.gather(own)[0])
-            config = configs.load(
-                folder / build.CONFIG_FILE, [*overrides, f"run.folder={scratch}", "metrics.wandb=disabled"]
-            )
+            as_it_was = Path(own) / build.CONFIG_FILE
+            as_it_was.write_text(configs.to_yaml(in_force))
+            config = configs.load(as_it_was, [*overrides, f"run.folder={scratch}", "metrics.wandb=disabled"])
             configs.check(config, runtime.world_size())
             trainer.prepare_folder(config, device)
             found = _replay(trainer.Trainer(config, device, resume_from=checkpoints), checkpoints, step, rows)
@@ -76,16 +74,43 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
             return bool(runtime.gather(result)[0])
 
 
-def _look(metrics: Path, folder: Path, step: int) -> tuple[dict[int, dict[str, Any]], list[Path]]:
-    """The run's rows up to the step, and the checkpoints of before it, newest first; rank 0 looks for all."""
-    from cfpretrain import runtime
+def _look(folder: Path, step: int) -> "tuple[dict[int, dict[str, Any]], list[Path], Config]":
+    """The run's rows up to the step, the checkpoints of before it, newest first, and the config that it was made with.
+
+    Rank 0 looks for all.
+    """
+    from cfpretrain import build, runtime
 
     found = None
     with runtime.together():
         if runtime.rank() == 0:
-            found = _read_rows(metrics, step), _find_checkpoints(folder, step)
-    agreed: tuple[dict[int, dict[str, Any]], list[Path]] = runtime.gather(found)[0]
+            config = build.config_at(folder, step)
+            rows = _read_rows(folder / build.METRICS_FILE, step)
+            checkpoints = _find_checkpoints(folder / build.CHECKPOINTS, step)
+            _check_unchanged(folder, _step_of(checkpoints[0]), step)
+            found = rows, checkpoints, config
+    agreed: tuple[dict[int, dict[str, Any]], list[Path], Config] = runtime.gather(found)[0]
     return agreed
+
+
+def _check_unchanged(folder: Path, begin: int, step: int) -> None:
+    """Refuses a step that was trained with other knobs than those between it and the checkpoint at `begin`."""
+    from cfpretrain import build
+    from cfpretrain.config import to_plain
+    from cfpretrain.training_state import TRAINING_SECTIONS, changes
+
+    there, here = (to_plain(build.config_at(folder, at)) for at in (begin + 1, step))
+    changed = [
+        f"{key} from {before} to {after}"
+        for key, (before, after) in changes(there, here).items()
+        if key.split(".")[0] in TRAINING_SECTIONS and not f"{key}=".startswith(_MAY_DIFFER)
+    ]
+    if changed:
+        raise UserError(
+            f"--step: between the checkpoint of step {begin} and step {step} the run was resumed with other knobs "
+            f"({', '.join(changed):.300}), and the checkpoint that it was resumed from is gone; replay a step before "
+            "that, or one after the next checkpoint"
+        )
 
 
 def _read_rows(metrics: Path, step: int) -> dict[int, dict[str, Any]]:

@@ -36,7 +36,7 @@ from cfpretrain.evaluation.sampling_options import (
 if TYPE_CHECKING:
     from cfpretrain.evaluation.generation import GenerationSettings
     from cfpretrain.evaluation.image_set import ImageSet
-    from cfpretrain.source import Source
+    from cfpretrain.source import Origin, Source
 
 _MOST_ROWS = 10  # of a grid where no classes are asked for
 _PER_CLASS = 8
@@ -53,7 +53,12 @@ def main() -> None:
         epilog="\n".join(__doc__.splitlines()[1:]),
     )
     parser.add_argument("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
-    parser.add_argument("--classes", nargs="+", metavar="CLASS", help="names or numbers (default: all, evenly)")
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="CLASS",
+        help="names or numbers, name:10 or index:10 where a word is both (default: all, evenly)",
+    )
     parser.add_argument("--num-images", type=int, help="in all, evenly over the classes")
     parser.add_argument("--num-per-class", type=int, help=f"instead of --num-images (default {_PER_CLASS})")
     parser.add_argument("--out", type=path_argument, help="NAME.png, NAME.npz, or a folder (default samples.png)")
@@ -72,13 +77,15 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     with phase("loading torch"):
         from cfpretrain import runtime
-        from cfpretrain.source import load_source
+        from cfpretrain.source import open_source
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
         with runtime.together(), phase(f"loading {arguments.source}"):
-            source = load_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
-            settings = read_settings(arguments, source.config, source.config.model.num_tokens)
-            labels = _labels(arguments, source)
+            # Mistakes in names and settings are found before the weights are read.
+            origin = open_source(arguments.source, arguments.weights, arguments.step)
+            settings = read_settings(arguments, origin.config, origin.config.model.num_tokens)
+            labels = _labels(arguments, origin)
+            source = origin.load(device, arguments.precision)
         ar_steps, levels = settings.num_ar_steps, settings.num_denoising_steps
         say(f"{source.title}: AR steps {ar_steps}, denoising steps {levels} ({settings.solver})")
         if arguments.trajectory is not None:
@@ -108,11 +115,11 @@ def _check(arguments: argparse.Namespace) -> None:
         check_place("--out", arguments.out, must_be_new=is_picture(arguments.out))
 
 
-def _labels(arguments: argparse.Namespace, source: "Source") -> list[int]:
+def _labels(arguments: argparse.Namespace, origin: "Origin") -> list[int]:
     """The class of each image: the classes in turn, so that image i has the same whatever the number of images."""
-    names = source.class_names
+    names = origin.class_names
     if arguments.classes:
-        classes = [source.label_of(text) for text in arguments.classes]
+        classes = [origin.label_of(text) for text in arguments.classes]
     elif is_picture(arguments.out):
         num_rows = min(len(names), _MOST_ROWS)
         classes = [i * len(names) // num_rows for i in range(num_rows)]
@@ -134,7 +141,7 @@ def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "Gener
     from cfpretrain.outputs import whole_or_nothing
 
     config, device = source.config, source.device
-    decode, note = decode_to_look_at(config, device)
+    decode, note = decode_to_look_at(config, device, source.make_autoencoder)
     with _Progress(len(labels), 0, settings.num_batches(len(labels)), settings) as progress:
         images = generate_images(config, source.model, labels, settings, device, decode, progress.step)
     classes = list(dict.fromkeys(labels))
@@ -156,7 +163,7 @@ def _draw_trajectory(path: Path, source: "Source", label: int, settings: "Genera
     from cfpretrain.outputs import whole_or_nothing
 
     config, device = source.config, source.device
-    decode, colours = decode_to_look_at(config, device)
+    decode, colours = decode_to_look_at(config, device, source.make_autoencoder)
     note = ", ".join(filter(None, ("grey: not made yet", colours)))
     with phase("following one image on its way"):
         way = follow(config, source.model, label, settings, device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain import runtime
-from cfpretrain.build import make_autoencoder, make_loss
+from cfpretrain.build import Autoencoder, make_autoencoder, make_loss
 from cfpretrain.config import Config
 from cfpretrain.evaluation.pictures import false_colours, to_rgb
 from cfpretrain.model.autoencoder import are_pixels
@@ -76,10 +76,18 @@ def plan_of(config: Config, weights: str, autoencoder: str, settings: Generation
 Decode = Callable[[Tensor], Tensor]
 
 
-def decode_to_look_at(config: Config, device: torch.device) -> tuple[Decode, str]:
-    """How latents become a picture, whether or not an autoencoder is at hand, and what its title must say of it."""
+def decode_to_look_at(
+    config: Config, device: torch.device, make: Callable[[], Autoencoder] | None = None
+) -> tuple[Decode, str]:
+    """How latents become a picture, whether or not an autoencoder is at hand, and what its title must say of it.
+
+    Args:
+        config: says whether it is.
+        device: where it computes.
+        make: makes it; None: `build.make_autoencoder`.
+    """
     if config.data.autoencoder or are_pixels(config.model.latent_channels):
-        return make_autoencoder(config, device).decode, ""
+        return (make() if make else make_autoencoder(config, device)).decode, ""
     return false_colours, "false colours"
 
 

@@ -185,9 +185,10 @@ class ImageSet:
     def _table(self) -> bytes:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["path", "label"])
-        writer.writerows((_png_name(i), self.class_names[label]) for i, label in enumerate(self.labels))
-        return text.getvalue().encode()
+        # The number too: several classes may have one name, and a name may look like the number of another.
+        writer.writerow(["path", "label", "index"])
+        writer.writerows((_png_name(i), self.class_names[label], label) for i, label in enumerate(self.labels))
+        return text.getvalue().encode(errors="surrogateescape")  # names of folders need not be UTF-8
 
     def _join(self, file: Path) -> None:
         """All batches as one array, through a bounded buffer."""

@@ -26,7 +26,6 @@ from torch import Tensor
 
 from cfpretrain import build, outputs, tensor_files
 from cfpretrain import config as configs
-from cfpretrain.checkpoint import TrainingState, read_state
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
 from cfpretrain.export import model_card
@@ -35,10 +34,11 @@ from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
 from cfpretrain.export.run_checkpoint import CheckpointTensors
 from cfpretrain.model import autoencoder
+from cfpretrain.training_state import TrainingState
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 TRANSFORMER, VAE, SCHEDULER = "transformer", "vae", "scheduler"
-SAMPLES_FILE = "samples.png"
+SCHEDULER_FILE, SAMPLES_FILE = "scheduler_config.json", "samples.png"
 
 _DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
 
@@ -102,13 +102,14 @@ class _Source:
 
     @classmethod
     def open(cls, run: Path, settings: ExportSettings) -> "_Source":
-        config, checkpoint = build.find_checkpoint(run, settings.step)
-        state = read_state(checkpoint)
-        state.check_model(configs.to_plain(config)["model"], str(checkpoint))
-        tensors = CheckpointTensors.open(checkpoint, "ema" if settings.weights == "ema" else "weights", state.step)
+        found = build.find_checkpoint(run, settings.step)
+        config, state = found.config, found.state
+        tensors = CheckpointTensors.open(found.path, "ema" if settings.weights == "ema" else "weights", state.step)
         check_shapes(tensors.shapes, config, str(tensors.file))
-        vae, shift, scale = _read_autoencoder(config)
-        return cls(run, settings, config, state, tensors, vae, shift, scale, build.class_names(config))
+        vae = Path(config.data.autoencoder) if config.data.autoencoder else None
+        # Loaded for its checks, and for exact values; it is small beside a model of any size.
+        loaded = found.make_autoencoder(torch.device("cpu"))
+        return cls(run, settings, config, state, tensors, vae, loaded.shift, loaded.scale, found.class_names())
 
     def write(self, folder: Path, name: str) -> None:
         """All files; `name` is what the model card calls the model."""
@@ -120,7 +121,7 @@ class _Source:
         _write_text(folder / f"{pipeline_name}.py", pipeline)
         _write_text(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
         _write_json(folder / TRANSFORMER / "config.json", self._transformer_config())
-        _write_json(folder / SCHEDULER / "scheduler_config.json", _scheduler_config(self.config))
+        _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler_config(self.config))
         index = {
             "_class_name": [pipeline_name, "CausalFusionPipeline"],
             TRANSFORMER: [transformer_name, "CausalFusionTransformer"],
@@ -196,16 +197,6 @@ class _Source:
         )
 
 
-def _read_autoencoder(config: Config) -> tuple[Path | None, Sequence[float], Sequence[float]]:
-    """Its folder, and the shift and scale of latents."""
-    folder = config.data.autoencoder
-    if not folder:
-        return None, config.data.latent_shift, config.data.latent_scale
-    # Loaded for its checks; it is small beside a model of any size.
-    loaded = autoencoder.KLAutoencoder.load(folder, "cpu")
-    return Path(folder), loaded.shift, loaded.scale
-
-
 def _newest_samples(run: Path, step: int) -> Path | None:
     """The grid of samples nearest to a step, not beyond it; of several, the one of the fewest AR steps."""
     by_step: dict[str, list[Path]] = {}
@@ -215,7 +206,8 @@ def _newest_samples(run: Path, step: int) -> Path | None:
     return by_step[newest][0] if newest else None
 
 
-def _scheduler_config(config: Config) -> dict[str, Any]:
+def scheduler_config(config: Config) -> dict[str, Any]:
+    """The noise schedule that the model was trained with, as diffusers' DDPMScheduler has it."""
     noise = config.noise
     scale = 1000 / noise.num_timesteps  # as in `noise.linear_schedule`
     return {

@@ -52,6 +52,16 @@ def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any
     return content
 
 
+def check_finite(values: Tensor, what: str) -> None:
+    """UserError where a tensor holds NaN or infinities, which training and sampling would only spread."""
+    num_wrong = values.numel() - int(torch.isfinite(values).sum())
+    if num_wrong:
+        raise UserError(
+            f"{what}: expected finite numbers, got NaN or infinity in {num_wrong:,} of {values.numel():,} values; take "
+            "an earlier checkpoint of that training"
+        )
+
+
 def _read(file: Path, placeholders: Sequence[str]) -> Any:
     if file.suffix.lower() == ".safetensors":
         return load_file(file)

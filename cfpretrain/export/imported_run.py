@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +13,16 @@ from torch import Tensor
 
 from cfpretrain import runtime
 from cfpretrain.build import CHECKPOINTS, CONFIG_FILE, make_model
-from cfpretrain.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, TrainingState, tensor_file, write_file
+from cfpretrain.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, tensor_file, write_file
 from cfpretrain.config import Config, to_plain, to_yaml
 from cfpretrain.console import UserError
+from cfpretrain.data.shards import read_latents_info
+from cfpretrain.export.foreign_files import check_finite
 from cfpretrain.health import Guard
+from cfpretrain.model.autoencoder import KLAutoencoder
 from cfpretrain.outputs import whole_or_nothing
 from cfpretrain.tensor_files import bytes_of, hashes_to_plain, make_header, opened, write_fully, write_ranges
+from cfpretrain.training_state import TrainingState
 
 Shapes = Mapping[str, tuple[int, ...]]
 # (one of checkpoint.CONTENTS, name of a parameter) -> its values, in full shape, of at most 32 bits
@@ -116,7 +121,7 @@ def _differences(found: Shapes, expected: Shapes) -> list[str]:
 # Writing
 
 
-def write_run(folder: Path, config: Config, counters: Counters, read_tensor: ReadTensor) -> None:
+def write_run(folder: Path, config: Config, counters: Counters, read_tensor: ReadTensor, source: str) -> None:
     """Writes a run folder with one complete checkpoint: it is there whole or not at all.
 
     Host memory is bounded by the largest tensor.
@@ -126,19 +131,22 @@ def write_run(folder: Path, config: Config, counters: Counters, read_tensor: Rea
         config: of the run; `run.folder` becomes `folder`.
         counters: where training goes on.
         read_tensor: asked for each parameter of the config's model and each content, one at a time.
+        source: where they are from, for messages.
 
     Raises:
-        UserError: something is there already, or it cannot be written.
+        UserError: something is there already, it cannot be written, or a value is no finite number.
     """
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
     with whole_or_nothing(folder, "RUN") as unfinished:
         unfinished.mkdir()
         write_file(unfinished / CONFIG_FILE, to_yaml(config).encode())
-        _write_checkpoint(unfinished / CHECKPOINTS, _make_state(config, counters), expected_shapes(config), read_tensor)
+        state = _make_state(config, counters)
+        _write_checkpoint(unfinished / CHECKPOINTS, state, expected_shapes(config), read_tensor, source)
 
 
 def _make_state(config: Config, counters: Counters) -> TrainingState:
     guard = config.guard
+    class_names, autoencoder = _latents_of(config)
     return TrainingState(
         step=counters.step,
         optimizer_step=counters.optimizer_step,
@@ -148,7 +156,11 @@ def _make_state(config: Config, counters: Counters) -> TrainingState:
         samples_in_epoch=0,
         train_seconds=0.0,
         seed=config.run.seed,
-        model=to_plain(config)["model"],
+        config=to_plain(config),
+        history=[],
+        class_names=class_names,
+        autoencoder=autoencoder,
+        working_folder=str(Path.cwd()),
         data_fingerprint="",  # any data will do
         guard=Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row).to_plain(),
         wandb_run_id=None,
@@ -156,7 +168,19 @@ def _make_state(config: Config, counters: Counters) -> TrainingState:
     )
 
 
-def _write_checkpoint(folder: Path, state: TrainingState, shapes: Shapes, read_tensor: ReadTensor) -> None:
+def _latents_of(config: Config) -> tuple[list[str], str]:
+    """The names of the classes and the autoencoder's fingerprint, where the config's data or autoencoder is at hand."""
+    if Path(config.data.shards[0]).is_dir():
+        with suppress(UserError):  # said where training on is asked for
+            info = read_latents_info(config.data.shards[0])
+            is_of_them = len(info.class_names) == config.model.num_classes
+            return list(info.class_names) if is_of_them else [], info.autoencoder
+    if Path(config.data.autoencoder).is_dir() and config.data.autoencoder:
+        return [], KLAutoencoder.load(config.data.autoencoder, "cpu").fingerprint
+    return [], ""
+
+
+def _write_checkpoint(folder: Path, state: TrainingState, shapes: Shapes, read_tensor: ReadTensor, source: str) -> None:
     final = folder / f"step_{state.step:08d}"
     partial = folder / f"{final.name}.partial"
     partial.mkdir(parents=True)
@@ -166,12 +190,17 @@ def _write_checkpoint(folder: Path, state: TrainingState, shapes: Shapes, read_t
         with opened(tensor_file(partial, content), os.O_WRONLY | os.O_CREAT) as descriptor:
             os.ftruncate(descriptor, header.num_bytes)
             write_fully(descriptor, first_bytes, 0)
-            whole = ((name, 0, bytes_of(_as_stored(read_tensor(content, name)))) for name in header.shapes)
+            whole = (
+                (name, 0, bytes_of(_as_stored(read_tensor(content, name), f"{source}: {content} of {name}")))
+                for name in header.shapes
+            )
             hashes[content] = hashes_to_plain(write_ranges(descriptor, header, whole), shapes)
             os.fsync(descriptor)
     write_file(partial / RANGES_FILE, json.dumps(hashes, separators=(",", ":")).encode())
     CheckpointStore(folder, keep_last=1, keep_every_steps=0).publish(partial, final, state.to_json())
 
 
-def _as_stored(values: Tensor) -> Tensor:
-    return values.detach().resolve_neg().float().contiguous()
+def _as_stored(values: Tensor, what: str) -> Tensor:
+    stored = values.detach().resolve_neg().float().contiguous()
+    check_finite(stored, what)
+    return stored

@@ -4,10 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfpretrain.build import CONFIG_FILE
-from cfpretrain.checkpoint import TrainingState
+from cfpretrain.class_names import label_of
 from cfpretrain.config import Config
+from cfpretrain.training_state import TRAINING_SECTIONS, TrainingState
 
 _MOST_NAMES = 20  # of classes that are listed
+_PLACES = (
+    "data.shards",
+    "data.autoencoder",
+    "data.cache_folder",
+    "data.num_workers",
+)  # of sections that decide what is trained
 
 
 def text(
@@ -27,7 +34,7 @@ def text(
 
     Args:
         name: of the model.
-        config: of the run.
+        config: that the checkpoint was trained with.
         state: of the checkpoint.
         summary: what the run says of its end (`build.read_summary`); None where it has not ended.
         weights: "ema" or "raw".
@@ -50,7 +57,7 @@ def text(
             *_usage(class_names, config),
             *_table("Model", _model_rows(config, weights, dtype, class_names, num_parameters)),
             *_table("Training", _training_rows(config, state, summary)),
-            f"The whole config of the run is in [{CONFIG_FILE}]({CONFIG_FILE}).",
+            f"The whole config, as it was at this step, is in [{CONFIG_FILE}]({CONFIG_FILE}).",
             "",
             *_licence_words(licence),
         ]
@@ -72,6 +79,11 @@ def _front_matter(licence: str) -> list[str]:
 
 def _usage(class_names: Sequence[str], config: Config) -> list[str]:
     last = len(class_names) - 1
+    try:
+        is_plain = label_of(class_names[last], class_names) == last and class_names[last].isprintable()
+    except ValueError:
+        is_plain = False
+    example = repr(class_names[last]) if is_plain else str(last)
     ar_steps = min(4, config.model.num_tokens)
     return [
         "## Use",
@@ -80,7 +92,7 @@ def _usage(class_names: Sequence[str], config: Config) -> list[str]:
         "from diffusers import DiffusionPipeline",
         "",
         'pipe = DiffusionPipeline.from_pretrained("FOLDER_OR_REPOSITORY", trust_remote_code=True)',
-        f"images = pipe([0, {class_names[last]!r}], num_ar_steps={ar_steps}, solver='sde-dpm++').images",
+        f"images = pipe([0, {example}], num_ar_steps={ar_steps}, solver='sde-dpm++').images",
         f"edited = pipe.edit([{last}], region='top', image=images[:1], solver='sde-dpm++').images",
         "```",
         "",
@@ -102,7 +114,8 @@ def _model_rows(
     config: Config, weights: str, dtype: str, class_names: Sequence[str], num_parameters: int
 ) -> dict[str, Any]:
     model, noise = config.model, config.noise
-    names = ", ".join(class_names[:_MOST_NAMES]) + " ..." * (len(class_names) > _MOST_NAMES)
+    shown = ["".join(c if c.isprintable() and c != "|" else " " for c in name) for name in class_names[:_MOST_NAMES]]
+    names = ", ".join(shown) + " ..." * (len(class_names) > _MOST_NAMES)
     return {
         "Parameters": f"{num_parameters:,}, {'averaged (EMA)' if weights == 'ema' else 'as trained'}, {dtype}",
         "Depth, width, heads": f"{model.depth}, {model.width}, {model.num_heads}",
@@ -110,7 +123,7 @@ def _model_rows(
         "Tokens": f"{model.num_tokens}, patches of {model.patch_size} x {model.patch_size}",
         "Condition": f"{model.num_cond_tokens} tokens a class",
         "Noise": f"{noise.num_timesteps} levels, linear betas {noise.beta_first:g} to {noise.beta_last:g}",
-        "Classes": f"{len(class_names)}: {names.replace('|', ' ')}",
+        "Classes": f"{len(class_names)}: {names}",
     }
 
 
@@ -125,6 +138,14 @@ def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, A
         "Data fingerprint": f"`{state.data_fingerprint}`" if state.data_fingerprint else "not known",
         "Written by": ", ".join(f"{package} {version}" for package, version in sorted(state.versions.items())),
     }
+    changed = [
+        f"{key} {before} up to step {resume['step']:,}, then {after}"
+        for resume in state.history
+        for key, (before, after) in resume["changed"].items()
+        if key.split(".")[0] in TRAINING_SECTIONS and key not in _PLACES
+    ]
+    if changed:
+        rows["Changed on the way"] = "; ".join(changed)
     if summary is not None and summary["num_steps"] == state.step:
         rows["Loss"] = f"{summary['loss_first']:.4f} at first, {summary['loss_last']:.4f} at last"
         rows["Speed"] = f"{summary['images_per_second']:,.1f} images/s, ranks: {summary['world_size']}"

@@ -184,12 +184,12 @@ def write_official(run: Path, out: Path) -> None:
         UserError: the folder is no run's, or holds no whole checkpoint, or `out` is there already.
     """
     outputs.refuse_existing(out, "OUT")
-    config, checkpoint = build.find_checkpoint(run)
-    grid = config.model.grid
+    found = build.find_checkpoint(run)
+    grid = found.config.model.grid
     foreign_files.write(
         out,
         {
-            "model": to_official(read_tensors(checkpoint, "weights"), grid),
-            "ema": to_official(read_tensors(checkpoint, "ema"), grid),
+            "model": to_official(read_tensors(found.path, "weights"), grid),
+            "ema": to_official(read_tensors(found.path, "ema"), grid),
         },
     )

@@ -7,7 +7,6 @@
 It stands alone: torch and diffusers are all that it needs.
 """
 
-import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +15,8 @@ import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
+
+from cfpretrain.class_names import label_of
 
 # Noise levels and their spacing, where none are asked for.
 _BY_SOLVER = {
@@ -83,7 +84,7 @@ class CausalFusionPipeline(DiffusionPipeline):
         """Makes one image for each class; with a region, makes that of given images anew.
 
         Args:
-            class_labels: classes by number, or by name.
+            class_labels: classes by number, or by name; `name:` or `index:` before a text says which it is.
             num_ar_steps: from 1 (a diffusion transformer) to the number of tokens made (pure autoregression).
             num_inference_steps: noise levels that each AR step runs through; left out, 250 for "ddpm", 50 for "ddim",
                 25 for the others.
@@ -192,19 +193,11 @@ class CausalFusionPipeline(DiffusionPipeline):
         return label
 
     def _number(self, name: str) -> int:
-        names = self.config.id2label or {}
-        numbers = [int(number) for number, known in names.items() if known.casefold() == name.casefold()]
-        if not numbers and name.isdecimal():
-            return self._checked(int(name))
-        if len(numbers) == 1:
-            return numbers[0]
-        if numbers:
-            raise ValueError(f"class_labels: {name!r} is the name of classes {numbers}; give a number")
-        near = difflib.get_close_matches(name, names.values(), n=3, cutoff=0.5)
-        raise ValueError(
-            f"class_labels: expected a name or a number, got {name!r}; "
-            + (f"did you mean {' or '.join(map(repr, near))}?" if near else "pipe.config.id2label has the names")
-        )
+        names = {int(number): known for number, known in (self.config.id2label or {}).items()}
+        try:
+            return label_of(name, [names.get(i, str(i)) for i in range(self.transformer.num_classes)])
+        except ValueError as error:
+            raise ValueError(f"class_labels: {error}") from None
 
     def _given(self, image: Any, latents: Tensor | None, num_images: int) -> Tensor:
         """The latents to keep tokens of: float32 [B, C, Y, X] in the network's scale."""

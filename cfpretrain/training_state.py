@@ -1,0 +1,269 @@
+"""What a run is besides its tensors: the counters, and the record of what was trained; a checkpoint's `state.json`.
+
+The record is the resolved config in force when the checkpoint was written, how it was changed on the way, and what the
+config only points to: the names of the classes and the autoencoder behind the latents. Whoever samples, scores, exports
+or replays a checkpoint takes them from here, so that no later edit of a config changes what its weights mean.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cfpretrain.console import UserError
+from cfpretrain.tensor_files import DamagedCheckpointError, read_text, remedy, unreadable
+
+# 1 had no hashes, and neither `guard` nor `num_rewinds`; 2 had `model`, a section of the config, and no other record.
+SCHEMA_VERSION = 3
+STATE_FILE = "state.json"
+
+TRAINING_SECTIONS = ("order", "data", "train", "guard")  # of a config: other values train otherwise from there on
+# What the past training means: with other values the weights are those of another model. The rest may change.
+_FIXED_SECTIONS, _FIXED_KEYS = ("model", "noise"), ("data.latent_shift", "data.latent_scale")
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """What a run needs besides its tensors to go on as if it had never stopped, and others to know what was trained."""
+
+    step: int  # optimizer steps taken or skipped = global batches consumed
+    optimizer_step: int  # steps Adam has applied: its bias correction
+    num_skipped: int  # steps that the weights know nothing of: skipped, or gone back behind
+    num_rewinds: int
+    epoch: int
+    samples_in_epoch: int  # samples of this epoch consumed, over all ranks
+    train_seconds: float
+    seed: int
+    config: dict[str, Any]  # resolved, as plain values; of a checkpoint of schema 2 its section model alone
+    history: list[Any]  # {"step": of a resume, "changed": {key: [before, after]}}, in their order
+    class_names: list[str]  # by number; none where they are not known
+    autoencoder: str  # fingerprint of the one behind the latents, or "identity"; empty where it is not known
+    working_folder: str  # what relative paths of the config are relative to; empty where it is not known
+    data_fingerprint: str
+    guard: dict[str, Any]  # the window of losses and gradient norms that says what is usual
+    wandb_run_id: str | None
+    versions: dict[str, str]  # of the packages that wrote it
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The state as JSON text, one key a line, and a hash of it."""
+        plain = json.loads(dump(dataclasses.asdict(self)))
+        return dump(plain | {"sha256": _hash(plain)})
+
+    @classmethod
+    def from_json(cls, text: str, source: Path) -> "TrainingState":
+        """Reads what `to_json` wrote, of this schema or of schema 2.
+
+        Args:
+            text: the JSON.
+            source: the file it came from, for messages.
+
+        Raises:
+            DamagedCheckpointError: not JSON; keys missing, unknown or of another type, all in one message; or not
+                what was written.
+            UserError: of another schema.
+        """
+        try:
+            plain = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise DamagedCheckpointError(f"{source}: expected JSON, got {error}; {remedy(source)}") from error
+        if not isinstance(plain, dict):
+            raise DamagedCheckpointError(f"{source}: expected keys with values, got {plain!r:.40}; {remedy(source)}")
+        _check_schema(plain, source)
+        sha256 = plain.pop("sha256", None)
+        is_what_was_written = sha256 is not None and sha256 == _hash(plain)
+        if plain.get("schema_version") == 2:
+            plain = _from_schema_2(plain)
+        problems = _state_problems(plain)
+        if problems:
+            raise DamagedCheckpointError(f"{source}: {' | '.join(problems)}; {remedy(source)}")
+        if not is_what_was_written:
+            raise DamagedCheckpointError(
+                f"{source}: its contents are not those that were written (sha256); {remedy(source)}"
+            )
+        return cls(**plain)
+
+    @property
+    def has_record(self) -> bool:
+        """Whether it holds a whole config; one of schema 2 does not."""
+        return "noise" in self.config
+
+    def config_at(self, step: int) -> dict[str, Any]:
+        """The config in force when an earlier step was made, or this one; steps count from 1."""
+        config = {section: dict(knobs) for section, knobs in self.config.items()}
+        for resume in reversed(self.history):
+            if resume["step"] < step:
+                break
+            for path, (before, _) in resume["changed"].items():
+                section, key = path.split(".")
+                config[section][key] = before
+        return config
+
+    def history_with(self, config: Mapping[str, Any]) -> list[Any]:
+        """The history of a run that goes on from here under this config, of plain values."""
+        changed = changes(self.config, config) if self.has_record else {}
+        return [*self.history, {"step": self.step, "changed": changed}] if changed else self.history
+
+    def check_config(self, config: Mapping[str, Any], source: str) -> None:
+        """Refuses to continue another model: another network, noise schedule, or scale of latents.
+
+        Args:
+            config: the whole config, as plain values.
+            source: the checkpoint, for the message.
+
+        Raises:
+            UserError: names each key that differs, with both values.
+        """
+        differing = self.contradictions(config)
+        if differing:
+            raise UserError(
+                f"checkpoint {source} is of another model: {', '.join(differing)}; "
+                "set these keys alike or choose another run.folder"
+            )
+
+    def contradictions(self, config: Mapping[str, Any]) -> list[str]:
+        """Where a config, of plain values, says otherwise what the past training means: each key with both values."""
+        ours, theirs = _fixed(self.config), _fixed(config)
+        both = {
+            path: (ours.get(path, "absent"), theirs.get(path, "absent"))
+            for path in sorted(ours.keys() | theirs.keys())
+            if path.split(".")[0] in self.config
+        }
+        return [
+            f"{path} is {one} there and {other} in the config"
+            for path, (one, other) in both.items()
+            if not means_the_same(one, other)
+        ]
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """What two configs of plain values set differently, {key: [before, after]}; where the run lies does not count."""
+    then, now = _flat(before), _flat(after)
+    return {
+        path: [then[path], value]
+        for path, value in now.items()
+        if path in then and then[path] != value and path != "run.folder"
+    }
+
+
+def read_state(path: Path) -> TrainingState:
+    """The counters and the record of a complete checkpoint.
+
+    Raises:
+        DamagedCheckpointError: its state.json is not what was written.
+        UserError: `path` is not the folder of a complete checkpoint, or it is of another schema.
+    """
+    file = path / STATE_FILE
+    try:
+        text = read_text(file)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{path} is not a complete checkpoint: expected a folder such as checkpoints/step_00000500 "
+            f"with {STATE_FILE} in it; give the path of one"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(f"{file} cannot be read", error, remedy(file)) from error
+    return TrainingState.from_json(text, file)
+
+
+def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that nobody may change, with their values."""
+    flat = _flat(config)
+    return {path: v for path, v in flat.items() if path in _FIXED_KEYS or path.split(".")[0] in _FIXED_SECTIONS}
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by their whole keys, as a file has them: a tuple of a config is a list there."""
+    as_in_file = json.loads(json.dumps(dict(config)))
+    return {f"{section}.{key}": value for section, knobs in as_in_file.items() for key, value in knobs.items()}
+
+
+def means_the_same(one: Any, other: Any) -> bool:
+    """Equality; one value for all channels is the same as that value for each, and numbers may be rounded."""
+    if not all(isinstance(values, list | tuple) and values for values in (one, other)):
+        return bool(one == other)
+    size = max(len(one), len(other))
+    full = [values * size if len(values) == 1 else values for values in (one, other)]
+    return len(full[0]) == len(full[1]) and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(*full, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+
+
+def dump(plain: Mapping[str, Any]) -> str:
+    """JSON text, one key a line; ValueError where a number is not finite."""
+    return json.dumps(plain, indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _hash(plain: Mapping[str, Any]) -> str | None:
+    try:
+        return hashlib.sha256(dump(plain).encode(), usedforsecurity=False).hexdigest()
+    except ValueError:  # a number that is not finite: we wrote none
+        return None
+
+
+def _check_schema(plain: Mapping[str, Any], source: Path) -> None:
+    version = plain.get("schema_version")
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UserError(
+            f"{source}: schema_version {version} was written by a newer cfpretrain; this one reads {SCHEMA_VERSION}: "
+            f"install the version that wrote it ({plain.get('versions')!r:.80})"
+        )
+    if version == 1 and isinstance(version, int):
+        raise UserError(
+            f"{source}: schema_version 1 was written by an older cfpretrain, without hashes; this one reads "
+            f"{SCHEMA_VERSION}: install the version that wrote it ({plain.get('versions')!r:.80}), or choose another "
+            "run.folder"
+        )
+
+
+def _from_schema_2(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of this schema."""
+    rest = {key: value for key, value in plain.items() if key != "model"}
+    config = {"config": {"model": plain["model"]}} if isinstance(plain.get("model"), dict) else {}
+    empty: dict[str, Any] = {"history": [], "class_names": [], "autoencoder": "", "working_folder": ""}
+    return empty | rest | config | {"schema_version": SCHEMA_VERSION}
+
+
+def _state_problems(plain: Mapping[str, Any]) -> list[str]:
+    hints = typing.get_type_hints(TrainingState)
+    problems = [f"{key}: missing" for key in hints if key not in plain]
+    if plain.get("schema_version") == 0:
+        problems.append(f"schema_version: expected {SCHEMA_VERSION}, got 0")
+    for key, value in plain.items():
+        if key not in hints:
+            problems.append(f"{key}: unknown key")
+        elif not _has_type(value, hints[key]):
+            problems.append(f"{key}: expected {_describe(hints[key])}, got {value!r:.40}")
+    return problems
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a field's type; every number of a state counts something, so none is negative."""
+    if isinstance(value, bool):
+        return False
+    if hint in (int, float):
+        return isinstance(value, hint | int) and math.isfinite(value) and value >= 0
+    kind, inner = typing.get_origin(hint), typing.get_args(hint)
+    if kind in (dict, list):
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, kind) and (inner[-1] is not str or all(isinstance(item, str) for item in items))
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    names: dict[Any, str] = {
+        int: "a whole number of at least 0",
+        float: "a number of at least 0",
+        str: "a text",
+        str | None: "a text or null",
+        list[str]: "a list of texts",
+        list[Any]: "a list",
+    }
+    return names.get(hint, "keys with values")
