@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from cfpretrain import outputs, runtime
-from cfpretrain.checkpoint import reason_of
 from cfpretrain.config import Config
 from cfpretrain.console import ItemProgress, UserError, leave_with, say
 from cfpretrain.evaluation.generation import GenerationSettings, generate_batches
 from cfpretrain.lifeline import Launcher
 from cfpretrain.sampler import Model
+from cfpretrain.tensor_files import reason_of
 
 
 @dataclasses.dataclass(frozen=True)
