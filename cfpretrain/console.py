@@ -86,8 +86,9 @@ def path_argument(text: str) -> Path:
 
 
 def is_rank_zero() -> bool:
-    """Whether this process speaks for the run; true outside a launcher."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process speaks for the run; true outside a launcher, and where its variables make no sense."""
+    rank, world_size = (os.environ.get(name, "").strip() for name in ("RANK", "WORLD_SIZE"))
+    return not (rank.isdecimal() and world_size.isdecimal() and 0 < int(rank) < int(world_size))
 
 
 def say(text: str) -> None:

@@ -18,6 +18,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # from a checkout that is not installed not at all under theirs.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from cfpretrain import launch
 from cfpretrain.console import (
     EXIT_REQUEUE,
     SickRunError,
@@ -54,6 +55,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """The command."""
     arguments = parse()
+    launch.check()
     with ending_in_one_line():
         if arguments.dry_run:
             dry_run(arguments)

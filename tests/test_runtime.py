@@ -96,6 +96,7 @@ def test_one_process_needs_no_launcher() -> None:
 
 
 def meet_where_another_listens() -> str:
+    os.environ["WORLD_SIZE"] = "2"  # the other would come later
     with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):
         with pytest.raises(UserError) as raised:
             runtime.start(torch.device("cpu"))

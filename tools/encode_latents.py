@@ -11,6 +11,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain import launch
 from cfpretrain.console import (
     ItemProgress,
     UserError,
@@ -48,6 +49,7 @@ def main() -> None:
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_args()
+    launch.check()
     leave_on_signals()
     with ending_in_one_line():
         run(arguments)

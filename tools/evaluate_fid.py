@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain import launch
 from cfpretrain.console import (
     ItemProgress,
     UserError,
@@ -72,6 +73,7 @@ def main() -> None:
     parser.add_argument("--wandb", metavar="PROJECT", help="log the scores there, too")
     add_sampling_options(parser, batch_size=64, guidance=1.0)
     arguments = parser.parse_args()
+    launch.check()
     leave_on_signals()
     with ending_in_one_line():
         run(arguments)

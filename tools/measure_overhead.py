@@ -25,6 +25,7 @@ from unittest.mock import patch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
+from cfpretrain import launch
 from cfpretrain.console import Progress, ending_in_one_line, phase, say
 
 _KINDS = ("bare", "unguarded", "full", "saving")
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--warm-up-steps", type=int, default=50, help="before the first block (default 50)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args()
+    launch.check()
     with ending_in_one_line():
         run(arguments)
 

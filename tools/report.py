@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cfpretrain import launch
 from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, printable, say
 from cfpretrain.evaluation.sampling_options import check_guidance
 
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=250, help="images a forward on one rank (default 250)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_args()
+    launch.check()
     with ending_in_one_line():
         run(arguments)
 
