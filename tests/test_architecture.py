@@ -13,7 +13,8 @@ DOORS = {
     "deepspeed": {"engine.py"},
     "streaming": {"data/mosaic.py"},
     "wandb": {"metrics.py"},
-    "omegaconf": {"config.py"},
+    "omegaconf": {"config_files.py"},
+    "yaml": {"config_files.py"},
     # tensor_files.py reads and writes its format by ranges.
     "safetensors": {"model/autoencoder.py", "export/foreign_files.py"},
     # The templates are what an export carries.
