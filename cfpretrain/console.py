@@ -85,6 +85,11 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
+def address_argument(text: str) -> str:
+    """As `path_argument`, of what may also be an address such as s3://bucket/folder."""
+    return text if "://" in text else str(path_argument(text))
+
+
 def is_rank_zero() -> bool:
     """Whether this process speaks for the run; true outside a launcher, and where its variables make no sense."""
     rank, world_size = (os.environ.get(name, "").strip() for name in ("RANK", "WORLD_SIZE"))

@@ -170,7 +170,7 @@ def test_short_writes_and_reads_are_continued(tmp_path: Path, monkeypatch: pytes
     ],
 )
 def test_ranges_must_cover_each_parameter_once(rows: list[Any], what: str):
-    with pytest.raises(AssertionError, match=what):
+    with pytest.raises(RuntimeError, match=what):
         checkpoint._join_ranges(rows)
 
 

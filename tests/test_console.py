@@ -1,5 +1,6 @@
 """What people see: rank 0 alone speaks, phases stay alive, mistakes are one line."""
 
+import argparse
 import importlib
 import mmap
 import subprocess
@@ -14,6 +15,16 @@ import torch
 
 from cfpretrain import console
 from tests.processes import REPOSITORY
+
+
+def test_paths_are_expanded_and_addresses_are_not(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert console.path_argument("~/a b/../c/") == Path("/home/me/a b/../c")
+    assert console.address_argument("~/latents/") == "/home/me/latents"
+    assert console.address_argument("s3://bucket/~/latents/") == "s3://bucket/~/latents/"
+    assert console.address_argument("identity") == "identity"
+    with pytest.raises(argparse.ArgumentTypeError, match="~nobody-of-this-name"):
+        console.address_argument("~nobody-of-this-name/x")
 
 
 @pytest.mark.parametrize(("rank", "want"), [("0", "[cfpretrain] hello\n"), ("1", "")])

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.config import DataConfig
-from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.console import ItemProgress, UserError, address_argument, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import check_picture
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _from_zero(text: str) -> float:
 
 # Named as in the section data of a config.
 _CACHE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "cache_folder": (str, "for copies of shards from an address"),
+    "cache_folder": (address_argument, "for copies of shards from an address"),
     "cache_limit_gb": (_from_zero, "the most that they fill; 0 = no limit"),
     "download_patience_seconds": (_from_zero, "how long a storage that is away is asked again"),
 }
@@ -50,10 +50,14 @@ _CACHE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Show what a shard folder holds; with --verify, read all of it.")
-    parser.add_argument("shards", help="a folder of image or latent shards, or its address (s3://bucket/folder)")
+    parser.add_argument(
+        "shards", type=address_argument, help="a folder of image or latent shards, or its address (s3://bucket/folder)"
+    )
     parser.add_argument("--verify", action="store_true", help="read everything: hashes, checksums, images, ids")
     parser.add_argument("--grid", type=path_argument, metavar="PNG", help="draw samples from all over the folder")
-    parser.add_argument("--autoencoder", help="folder of the autoencoder that decodes latents for --grid")
+    parser.add_argument(
+        "--autoencoder", type=path_argument, help="folder of the autoencoder that decodes latents for --grid"
+    )
     for name, (kind, text) in _CACHE_OPTIONS.items():
         default = getattr(DataConfig(), name)
         option, shown = f"--{name.replace('_', '-')}", f"{text} (default {default})"
@@ -118,7 +122,7 @@ def _short(values: Any) -> str:
 # A look at some
 
 
-def _draw(shards: "Shards", path: Path, autoencoder: str | None) -> None:
+def _draw(shards: "Shards", path: Path, autoencoder: Path | None) -> None:
     import numpy as np
     import torch
 
@@ -144,7 +148,7 @@ def _draw(shards: "Shards", path: Path, autoencoder: str | None) -> None:
     say(f"see {path}")
 
 
-def _look_at(shards: "Shards", samples: list[dict[str, Any]], autoencoder: str | None) -> "tuple[Tensor, str]":
+def _look_at(shards: "Shards", samples: list[dict[str, Any]], autoencoder: Path | None) -> "tuple[Tensor, str]":
     """Images of samples, 0 black and 1 white, and what the title must say of them."""
     import numpy as np
     import torch
