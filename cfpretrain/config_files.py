@@ -41,7 +41,7 @@ class Problem(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{'.'.join(map(str, self.key)) or 'the file'}: {self.text}"
+        return f"{'.'.join(map(str, self.key)) if self.key else 'the file'}: {self.text}"
 
 
 def load(
@@ -64,6 +64,9 @@ def load(
     trees = [(str(path), _read(path)) for path in files]
     if overrides:
         trees.append((COMMAND_LINE, _parse_overrides(overrides)))
+    for name, tree in trees:  # omegaconf would not say which key holds what cannot be merged
+        parts: Any = OmegaConf.to_container(tree)
+        _raise_all([(name, _no_keys((key,), part)) for key, part in parts.items() if isinstance(part, list)])
     try:
         plain = OmegaConf.to_container(OmegaConf.merge(*(tree for _, tree in trees)), resolve=True)
     except Exception as error:  # omegaconf raises errors of its own classes
@@ -188,8 +191,7 @@ def _origin(key: tuple[Any, ...], origins: Mapping[tuple[Any, ...], Origin]) -> 
 
 def _build(kind: type, plain: Any, key: tuple[Any, ...], problems: list[Problem]) -> Any:
     if not isinstance(plain, dict):
-        got = "nothing; leave the key out" if plain is None else repr(plain)
-        problems.append(Problem(key, f"expected keys with values, got {got}"))
+        problems.append(_no_keys(key, plain))
         return None
     hints = typing.get_type_hints(kind, include_extras=True)
     values = {}
@@ -202,6 +204,11 @@ def _build(kind: type, plain: Any, key: tuple[Any, ...], problems: list[Problem]
         else:
             values[name] = _convert(value, hint, path, problems)
     return kind(**values)
+
+
+def _no_keys(key: tuple[Any, ...], value: Any) -> Problem:
+    got = "nothing; leave the key out" if value is None else repr(value)
+    return Problem(key, f"expected keys with values, got {got}")
 
 
 def _suggest(name: str, known: Mapping[str, Any], key: tuple[Any, ...]) -> str:
@@ -245,7 +252,8 @@ def _choice(value: Any, choices: Iterable[Any]) -> Any:
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise _refusal("a text", value, "; put it in quotes")
+        quoted = f"""; put it in quotes, on a command line in both kinds: "'{value}'\""""
+        raise _refusal("a text", value, quoted if isinstance(value, int | float) else "")
     return value
 
 
@@ -254,6 +262,8 @@ def _path(text: str) -> str:
         return text
     if _SHELL_VARIABLE.search(text):
         raise ValueError(f"expected a path, got {text!r}: only a shell replaces variables; write ~ or ${{oc.env:NAME}}")
+    if "\0" in text:
+        raise _refusal("a path", text)
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise ValueError(f"expected a path, got {text!r}: there is no such user; a folder of that name is ./{text}")
