@@ -75,7 +75,13 @@ def pick_device(device_files: Path = Path("/dev")) -> torch.device:
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch prefers
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
+    asked = os.environ.get("DS_ACCELERATOR")
+    if asked not in (None, "cpu", "cuda"):
+        raise UserError(
+            f"DS_ACCELERATOR in the environment: expected cpu or cuda, got {asked!r}; unset it to take the GPU where "
+            "there is one"
+        )
+    if asked == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
         num_ranks, num_gpus = launch.read().local_size, torch.cuda.device_count()
@@ -93,6 +99,10 @@ def pick_device(device_files: Path = Path("/dev")) -> torch.device:
         raise UserError(
             f"this machine has a GPU ({unusable}) that torch {torch.__version__} cannot use: {_why_no_cuda()}; "
             "to compute on the CPU all the same, set DS_ACCELERATOR=cpu"
+        )
+    if asked == "cuda":
+        raise UserError(
+            "DS_ACCELERATOR in the environment: cuda, and torch finds no GPU; unset it to compute on the CPU"
         )
     return torch.device("cpu")
 
