@@ -150,7 +150,7 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
             raise UserError(f"argument {text!r} is not understood; overrides look like train.num_steps=100")
         try:
             traps += _traps(yaml.compose(value, Loader=yaml.SafeLoader), tuple(key.split(".")))
-        except yaml.YAMLError as error:
+        except Exception as error:  # as in `_read`
             raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {_one_line(error)}") from error
     _raise_all([(COMMAND_LINE, problem) for problem in traps])
     try:

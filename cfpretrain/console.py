@@ -90,10 +90,18 @@ def address_argument(text: str) -> str:
     return text if "://" in text else str(path_argument(text))
 
 
+_rank = 0
+
+
+def speak_as(rank: int) -> None:
+    """Says which rank of a run this process is, so that rank 0 alone speaks; a tool that runs alone need not."""
+    global _rank
+    _rank = rank
+
+
 def is_rank_zero() -> bool:
-    """Whether this process speaks for the run; true outside a launcher, and where its variables make no sense."""
-    rank, world_size = (os.environ.get(name, "").strip() for name in ("RANK", "WORLD_SIZE"))
-    return not (rank.isdecimal() and world_size.isdecimal() and 0 < int(rank) < int(world_size))
+    """Whether this process speaks for the run."""
+    return _rank == 0
 
 
 def say(text: str) -> None:

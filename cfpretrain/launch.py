@@ -7,7 +7,7 @@ and LOCAL_SIZE or LOCAL_WORLD_SIZE. Standard library only: it is read before tor
 import os
 from dataclasses import dataclass
 
-from cfpretrain.console import UserError, exit_with
+from cfpretrain.console import UserError, exit_with, speak_as
 
 _MEND = (
     "start with a launcher, which sets RANK, WORLD_SIZE and what goes with them (deepspeed, torchrun, a script of "
@@ -64,9 +64,12 @@ def read() -> Launch:
 
 
 def check() -> None:
-    """Ends this process with one line where the environment is no launcher's; to be called before torch is imported."""
+    """Takes this process for a rank; ends it with one line where the environment is no launcher's.
+
+    To be called by what runs on ranks, before it says a word or imports torch.
+    """
     try:
-        read()
+        speak_as(read().rank)
     except UserError as error:
         exit_with(error, speaks=True)  # which rank speaks for the others is what cannot be told
 

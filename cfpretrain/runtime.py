@@ -26,6 +26,7 @@ from cfpretrain.console import (
     leave_with,
     one_line,
     phase,
+    speak_as,
 )
 
 # Longer than `guard.rank_timeout_seconds` usually is, which says more when it ends.
@@ -126,6 +127,7 @@ def start(device: torch.device) -> None:
         UserError: on rank 0: another process listens on the port where ranks meet.
     """
     found = launch.read()
+    speak_as(found.rank)
     os.environ["LOCAL_WORLD_SIZE"] = str(found.local_size)
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed takes it over LOCAL_RANK, or refuses both
     if device.type == "cuda":

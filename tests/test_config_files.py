@@ -145,6 +145,13 @@ def test_broken_files_are_named(text, parts, tmp_path: Path) -> None:
         assert part in said
 
 
+@pytest.mark.parametrize(
+    "override", ["run.seed=[1", "run.seed=&a [*a]", "run.seed=*x", "run.folder=%d", "run.folder=@x"]
+)
+def test_broken_overrides_are_named(override) -> None:
+    assert refusal(TINY, [override]).startswith(f"the overrides {override} cannot be read: ")
+
+
 def test_files_that_are_no_text_are_named(tmp_path: Path) -> None:
     (tmp_path / "picture.yaml").write_bytes(b"\x89PNG\xff\xfe")
     assert refusal(tmp_path / "picture.yaml").startswith(f"config file {tmp_path / 'picture.yaml'} cannot be read: ")

@@ -27,22 +27,11 @@ def test_paths_are_expanded_and_addresses_are_not(monkeypatch) -> None:
         console.address_argument("~nobody-of-this-name/x")
 
 
-@pytest.mark.parametrize(("rank", "want"), [("0", "[cfpretrain] hello\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "want"), [(0, "[cfpretrain] hello\n"), (1, "")])
 def test_rank_zero_alone_speaks(rank, want, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(console, "_rank", rank)
     console.say("hello")
     assert capsys.readouterr().out == want
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [("", "2"), ("one", "2"), ("3", ""), ("3", "3"), ("-1", "2")])
-def test_what_is_no_rank_speaks(rank, world_size, monkeypatch) -> None:
-    """A tool that runs alone does not care, and one on ranks has to say what is wrong."""
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", world_size)
-    assert console.is_rank_zero()
-    monkeypatch.delenv("WORLD_SIZE")
-    assert console.is_rank_zero()
 
 
 def test_names_that_are_no_text_are_said(capsys) -> None:
@@ -56,10 +45,9 @@ def test_ctrl_c_is_one_line(capsys) -> None:
     assert (caught.value.code, capsys.readouterr().err) == (130, "[cfpretrain] interrupted\n")
 
 
-@pytest.mark.parametrize(("rank", "want"), [("0", "[cfpretrain] error: no such key\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "want"), [(0, "[cfpretrain] error: no such key\n"), (1, "")])
 def test_a_mistake_ends_every_rank_with_one_line(rank, want, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(console, "_rank", rank)
     monkeypatch.setattr(console, "_LINGER_SECONDS", 0.0)
     with pytest.raises(SystemExit) as caught:
         console.exit_with(console.UserError("no such key"))

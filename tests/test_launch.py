@@ -149,6 +149,19 @@ def test_every_command_on_ranks_ends_with_one_line(command, variables, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_command_that_runs_alone_does_not_mind(tmp_path: Path) -> None:
+    """Nor is it silent, as a rank other than the first would be."""
+    ended = subprocess.run(
+        [sys.executable, REPOSITORY / "tools" / "inspect_shards.py", "latents", "--grid", "grid.tar"],
+        cwd=tmp_path,
+        env=os.environ | PAIR | {"WORLD_SIZE": "8", "LOCAL_SIZE": "many"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("[cfpretrain] error: --grid: "), ended.stderr
+
+
 def test_no_command_on_ranks_is_left_out() -> None:
     """Who asks for the number of ranks, or starts together with others, has checked the environment."""
     for path in [REPOSITORY / "cfpretrain" / "train.py", *(REPOSITORY / "tools").glob("*.py")]:
