@@ -86,8 +86,8 @@ def path_argument(text: str) -> Path:
 
 
 def address_argument(text: str) -> str:
-    """As `path_argument`, of what may also be an address such as s3://bucket/folder."""
-    return text if "://" in text else str(path_argument(text))
+    """As `path_argument`, of what may also be an address such as s3://bucket/folder; the empty name stays empty."""
+    return text if "://" in text or not text else str(path_argument(text))
 
 
 _rank = 0

@@ -23,6 +23,7 @@ def test_paths_are_expanded_and_addresses_are_not(monkeypatch) -> None:
     assert console.address_argument("~/latents/") == "/home/me/latents"
     assert console.address_argument("s3://bucket/~/latents/") == "s3://bucket/~/latents/"
     assert console.address_argument("identity") == "identity"
+    assert console.address_argument("") == ""
     with pytest.raises(argparse.ArgumentTypeError, match="~nobody-of-this-name"):
         console.address_argument("~nobody-of-this-name/x")
 
