@@ -23,6 +23,7 @@ setup(
         "deepspeed>=0.19.8",
         "mosaicml-streaming>=0.13",
         "omegaconf>=2.3",
+        "pyyaml",
         "safetensors>=0.5",
         "diffusers>=0.35",  # the autoencoder's network
         "numpy",

@@ -81,7 +81,8 @@ def tensors_by_content(fragments: Sequence["Fragment"], ema_values: Sequence[Ten
     for content, values in tensors.items():
         for fragment, value in zip(fragments, values, strict=True):
             found = (value.dtype, tuple(value.shape))
-            assert found == (torch.float32, (fragment.values.numel(),)), f"{content} of {fragment.name}: {found}"
+            if found != (torch.float32, (fragment.values.numel(),)):
+                raise RuntimeError(f"{content} of {fragment.name}: {found}")
     return tensors
 
 
@@ -549,15 +550,18 @@ def gather_shapes(fragments: Sequence["Fragment"]) -> dict[str, tuple[int, ...]]
 
 
 def _join_ranges(rows: Sequence[tuple[str, tuple[int, ...], int, int]]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name from all ranks' (name, shape, begin, end); asserts that each parameter is covered exactly once."""
+    """Shapes by name from all ranks' (name, shape, begin, end); each parameter is covered exactly once."""
     shapes = {name: shape for name, shape, _, _ in rows}
     covered = dict.fromkeys(shapes, 0)
     for name, shape, begin, end in sorted(rows):
-        assert shape == shapes[name], f"{name} has shape {shape} on one rank and {shapes[name]} on another"
+        if shape != shapes[name]:
+            raise RuntimeError(f"{name} has shape {shape} on one rank and {shapes[name]} on another")
         if begin == end:
             continue
-        assert begin == covered[name], f"ranges of {name}: one ends at {covered[name]}, the next begins at {begin}"
+        if begin != covered[name]:
+            raise RuntimeError(f"ranges of {name}: one ends at {covered[name]}, the next begins at {begin}")
         covered[name] = end
     for name, shape in shapes.items():
-        assert covered[name] == math.prod(shape), f"{name}: {covered[name]} of {math.prod(shape)} values are covered"
+        if covered[name] != math.prod(shape):
+            raise RuntimeError(f"{name}: {covered[name]} of {math.prod(shape)} values are covered")
     return shapes

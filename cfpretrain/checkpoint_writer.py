@@ -255,7 +255,8 @@ class CheckpointWriter:
         Args:
             state: the counters; `state.step` names the folder. Rank 0's are written.
         """
-        assert not self.is_busy, "one checkpoint at a time: wait for the one in flight"
+        if self.is_busy:
+            raise RuntimeError("one checkpoint at a time: wait for the one in flight")
         self._step, self._state_text, self._error = state.step, state.to_json(), None
         self._snapshot.take()
         self._enter("writing", self._write, all_ranks=True)

@@ -1,19 +1,17 @@
 """Every knob of a run, typed: dataclasses <- YAML <- `key.sub=value`, checked once, never mutated."""
 
 import dataclasses
-import difflib
 import math
+import os
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from omegaconf import OmegaConf
-
+from cfpretrain import config_files
+from cfpretrain.config_files import FilePath, Origin
 from cfpretrain.console import UserError
-
-_ABSENT = object()
 
 # What kernels can do; `model.block_causal` and `model.attention` say it too.
 _TRITON_HEAD_WIDTHS = (32, 64, 128)
@@ -26,7 +24,7 @@ _MOST_COMPILED_LENGTHS = 16
 
 @dataclass(frozen=True)
 class RunConfig:
-    folder: str = "runs/run"  # everything a run writes lies here
+    folder: FilePath = "runs/run"  # everything a run writes lies here
     seed: int = 0
 
 
@@ -80,16 +78,16 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: tuple[str, ...] = ("data/latents",)  # folders of latent shards, or addresses: s3://bucket/folder
+    shards: tuple[FilePath, ...] = ("data/latents",)  # folders of latent shards, or addresses: s3://bucket/folder
     repeat: tuple[float, ...] = (1.0,)  # how often an epoch goes through each; one value, or one a folder
-    autoencoder: str = ""  # folder of the autoencoder behind the latents, to decode samples; none: pixels
+    autoencoder: FilePath = ""  # folder of the autoencoder behind the latents, to decode samples; none: pixels
     latent_shift: tuple[float, ...] = (0.0,)  # model sees (raw - shift) * scale; one value, or C
     latent_scale: tuple[float, ...] = (0.2325,)
     mirror_prob: float = 0.5  # 0 for digits and text
     num_workers: int = 4  # loader processes a rank; 0 loads in the training process
     num_canonical_nodes: int = 1  # fixes the shuffle whatever the number of nodes
     shuffle_block_size: int = 262144  # samples shuffled together
-    cache_folder: str = "data/cache"  # copies of shards from addresses; may be shared by runs
+    cache_folder: FilePath = "data/cache"  # copies of shards from addresses; may be shared by runs
     cache_limit_gb: float = 0.0  # 0 = none; the least recently used make place
     download_patience_seconds: float = 300.0  # a storage that is away is asked again for so long
 
@@ -159,9 +157,9 @@ class SampleConfig:
 @dataclass(frozen=True)
 class EvaluationConfig:
     every_steps: int = 0  # a score of the EMA weights beside real images, and one at the end; 0 = none at all
-    reference: str = ""  # real images: a folder of files, image shards or an .npz; or an .npz of their statistics
+    reference: FilePath = ""  # real images: a folder of files, image shards or an .npz; or an .npz of their statistics
     features: str = "effnet_lite0"  # or inception, or module:function
-    feature_weights: str = ""  # file of the FID Inception's weights, for features: inception
+    feature_weights: FilePath = ""  # file of the FID Inception's weights, for features: inception
     feature_label: str = ""  # takes other weights of it, and names their score
     num_images: int = 5000  # generated for a score, over all ranks; classes evenly spread
     guidance: float = 1.0  # 1 = none
@@ -236,143 +234,29 @@ def load(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()
     Raises:
         UserError: a file is missing or not YAML; unknown keys and wrong types, all in one message.
     """
-    files = [paths] if isinstance(paths, str | Path) else list(paths)
-    assert files, "a config needs a file"
-    trees = [(str(path), _read(path)) for path in files]
-    if overrides:
-        trees.append(("command line", _parse_overrides(overrides)))
-    source = " + ".join(str(path) for path in files)
-    try:
-        plain = OmegaConf.to_container(OmegaConf.merge(*(tree for _, tree in trees)), resolve=True)
-    except Exception as error:  # omegaconf raises errors of its own classes
-        raise UserError(f"config file {source} cannot be read: {_one_line(error)}") from error
-    problems: list[str] = []
-    config = _build(Config, plain, "", problems)
-    if len(trees) > 1:
-        problems = [problem + _where(problem.partition(":")[0], trees) for problem in problems]
-    _raise_all(problems, source)
-    return typing.cast(Config, config)
+    return load_with_origins(paths, overrides)[0]
 
 
-def _read(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise UserError(f"config file {path} does not exist; give the path of a YAML file, e.g. configs/tiny.yaml")
-    try:
-        tree = OmegaConf.load(path)
-    except Exception as error:  # omegaconf and yaml raise errors of their own classes
-        raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from error
-    if not OmegaConf.is_dict(tree):
-        raise UserError(f"{path}: the file: expected keys with values, got {OmegaConf.to_container(tree)!r}")
-    return tree
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def _where(key: str, trees: Sequence[tuple[str, Any]]) -> str:
-    """Names the last of `trees` that sets the key."""
-    for source, tree in reversed(trees):
-        value = OmegaConf.to_container(tree)
-        for name in key.split("."):
-            value = value.get(name, _ABSENT) if isinstance(value, dict) else _ABSENT
-        if value is not _ABSENT:
-            return f" ({source})"
-    return ""
-
-
-def _parse_overrides(overrides: Sequence[str]) -> Any:
-    for text in overrides:
-        if "=" not in text or text.startswith("-"):
-            raise UserError(f"argument {text!r} is not understood; overrides look like train.num_steps=100")
-    try:
-        return OmegaConf.from_dotlist(list(overrides))
-    except Exception as error:  # as in `_read`
-        raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {_one_line(error)}") from error
+def load_with_origins(
+    paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()
+) -> tuple[Config, dict[str, Origin]]:
+    """As `load`, and for each key that is set ("train.num_steps") the file that it came from, or the command line."""
+    return config_files.load(Config, paths, overrides)
 
 
 def from_plain(plain: Any, source: str) -> Config:
     """Builds a config from nested dicts; raises UserError with every unknown key and wrong type."""
-    problems: list[str] = []
-    config = _build(Config, plain, "", problems)
-    _raise_all(problems, source)
-    return typing.cast(Config, config)
+    return typing.cast(Config, config_files.from_plain(Config, plain, source))
 
 
 def to_plain(config: Config) -> dict[str, Any]:
     """The config as nested dicts of plain values, tuples as lists: what YAML and JSON can hold."""
-    plain = OmegaConf.to_container(OmegaConf.create(dataclasses.asdict(config)))
-    return typing.cast(dict[str, Any], plain)
+    return config_files.to_plain(config)
 
 
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML, loadable again."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
-
-
-def _build(kind: type, plain: Any, prefix: str, problems: list[str]) -> Any:
-    if not isinstance(plain, dict):
-        problems.append(f"{prefix.rstrip('.') or 'the file'}: expected keys with values, got {plain!r}")
-        return None
-    hints = typing.get_type_hints(kind)
-    for name in plain:
-        if name not in hints:
-            problems.append(f"{prefix}{name}: unknown key{_suggest(str(name), hints, prefix)}")
-    values = {}
-    for name, value in plain.items():
-        if name not in hints:
-            continue
-        path, hint = f"{prefix}{name}", hints[name]
-        if dataclasses.is_dataclass(hint):
-            values[name] = _build(typing.cast(type, hint), value, f"{path}.", problems)
-        else:
-            values[name] = _convert(value, hint, path, problems)
-    return kind(**values)
-
-
-def _suggest(name: str, known: Iterable[str], prefix: str) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(known)}"
-
-
-def _convert(value: Any, hint: Any, path: str, problems: list[str]) -> Any:
-    """`value` as the type `hint`; appends to `problems` where it is not of that type."""
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        choices = typing.get_args(hint)
-        if value not in choices:
-            problems.append(f"{path}: expected one of {', '.join(map(str, choices))}; got {value!r}")
-        return value
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(item, typing.get_args(hint)[0], path, problems) for item in items)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str):
-        # YAML 1.1 reads 1e-4 as a string, since it has no dot.
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if not isinstance(value, hint) or isinstance(value, bool) != (hint is bool):
-        problems.append(f"{path}: expected {_type_name(hint)}, got {value!r}")
-    return value
-
-
-def _type_name(hint: Any) -> str:
-    names: dict[Any, str] = {
-        int: "a whole number",
-        float: "a number",
-        str: "a text",
-        bool: "true or false",
-    }
-    return names.get(hint, str(hint))
-
-
-def _raise_all(problems: Sequence[str], source: str) -> None:
-    if problems:
-        count = "" if len(problems) == 1 else f"{len(problems)} problems: "
-        raise UserError(f"{source}: {count}{' | '.join(problems)}")
+    return config_files.to_yaml(config)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -393,7 +277,9 @@ def check(config: Config, world_size: int) -> None:
     ]
     if not _wrong_sizes(config.model):
         problems += [*_check_order(config), *_check_engine(config), *_check_sampling(config)]
-    _raise_all(problems, "config")
+    if problems:
+        count = "" if len(problems) == 1 else f"{len(problems)} problems: "
+        raise UserError(f"config: {count}{' | '.join(problems)}")
 
 
 def _in_range(path: str, value: float, low: float, high: float = math.inf) -> Iterable[str]:
@@ -451,7 +337,7 @@ def _check_ranges(config: Config) -> Iterable[str]:
     for path, (low, high) in bounds.items():
         section, name = path.split(".")
         yield from _in_range(path, getattr(getattr(config, section), name), low, high)
-    if not config.run.folder:
+    if not config.run.folder.strip():
         yield "run.folder: expected the path of a folder, got an empty text; give one, e.g. run.folder=runs/mine"
     if not 0 <= config.train.decay_steps <= config.train.num_steps:
         yield (
@@ -472,8 +358,13 @@ def _check_ranges(config: Config) -> Iterable[str]:
         )
 
 
-def doubts(config: Config) -> list[str]:
-    """What is allowed and hardly ever meant, a line for each."""
+def doubts(config: Config, origins: Mapping[str, Origin]) -> list[str]:
+    """What is allowed and hardly ever meant, a line for each.
+
+    Args:
+        config: passed the check.
+        origins: of `load_with_origins`.
+    """
     train, found = config.train, []
     if train.warmup_steps > train.num_steps:
         found.append(
@@ -486,7 +377,19 @@ def doubts(config: Config) -> list[str]:
             f"train.ema_decay: at the end {initial_share:.0%} of the averaged weights, which make the samples, are "
             f"still the initial ones; for {train.num_steps} steps set about {max(0.0, 1 - 10 / train.num_steps):.3g}"
         )
-    return found
+    return [*found, *_doubt_mirrors(config.data, origins)]
+
+
+def _doubt_mirrors(data: DataConfig, origins: Mapping[str, Origin]) -> Iterable[str]:
+    """A preset for digits under a config for photos: nothing else would tell that they are never mirrored."""
+    shards, mirrors = origins.get("data.shards"), origins.get("data.mirror_prob")
+    if data.mirror_prob > 0 or shards is None or mirrors is None or shards.name == config_files.COMMAND_LINE:
+        return
+    if mirrors < shards:
+        yield (
+            f"data.mirror_prob: 0 in {mirrors.name} also holds for data.shards of {shards.name}, so no image is "
+            f"mirrored; set it in {shards.name} too: 0.5 where a mirrored image is as good, else 0"
+        )
 
 
 def _check_model(model: ModelConfig) -> Iterable[str]:
@@ -573,9 +476,10 @@ def _check_data(config: Config) -> Iterable[str]:
     data, patience = config.data, config.data.download_patience_seconds
     if not data.shards or "" in data.shards:
         yield f"data.shards: expected folders or addresses, got {list(data.shards)}"
-    twice = sorted({address for address in data.shards if data.shards.count(address) > 1})
+    places = [one.rstrip("/") if "://" in one else os.path.realpath(one) for one in data.shards]
+    twice = [one for one, place in zip(data.shards, places, strict=True) if places.count(place) > 1]
     if twice:
-        yield f"data.shards: expected each folder once, got {twice[0]} twice; set data.repeat to see it more often"
+        yield f"data.shards: expected each folder once, got {' and '.join(twice)}; set data.repeat to see it more often"
     if len(data.repeat) not in (1, len(data.shards)):
         yield f"data.repeat: expected 1 or {len(data.shards)} values (one a folder), got {len(data.repeat)}"
     for value in data.repeat:

@@ -86,9 +86,23 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text}: {error}") from error
 
 
+def address_argument(text: str) -> str:
+    """As `path_argument`, of what may also be an address such as s3://bucket/folder; the empty name stays empty."""
+    return text if "://" in text or not text else str(path_argument(text))
+
+
+_rank = 0
+
+
+def speak_as(rank: int) -> None:
+    """Says which rank of a run this process is, so that rank 0 alone speaks; a tool that runs alone need not."""
+    global _rank
+    _rank = rank
+
+
 def is_rank_zero() -> bool:
-    """Whether this process speaks for the run; true outside a launcher."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Whether this process speaks for the run."""
+    return _rank == 0
 
 
 def say(text: str) -> None:

@@ -153,7 +153,8 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
     settings = ds_config(config, torch.distributed.get_world_size(), device)
     module = _construct(deepspeed, make_module, config, settings, device)
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
-    assert not frozen, f"frozen tensors must be buffers: {frozen}"
+    if frozen:
+        raise RuntimeError(f"frozen tensors must be buffers: {frozen}")
     has_blocks = any(isinstance(part, Block) for part in module.modules())
     if has_blocks and config.engine.zero_stage == 3 and (config.engine.compile_blocks or device.type == "cpu"):
         # A block's parameters are gathered at once. Else ZeRO's hooks would gather those of each linear layer inside
@@ -184,7 +185,8 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
     found = get_accelerator().device_name()
-    assert found == device.type, f"DeepSpeed computes on {found}, the run on {device.type}"
+    if found != device.type:
+        raise RuntimeError(f"DeepSpeed computes on {found}, the run on {device.type}")
     # Otherwise `init_distributed` compiles a shared-memory all-reduce on the CPU (up to a minute, needs a C++
     # compiler), which only inference calls: DeepSpeed builds no op that is not in this table.
     deepspeed.ops.__compatible_ops__ = {}
@@ -202,12 +204,15 @@ def _load_deepspeed(device: torch.device) -> ModuleType:
         (bf16_optimizer, "clip_tensors_by_global_norm", _clip),
         (stage3.DeepSpeedZeroOptimizer_Stage3, "get_grad_norm_direct", _gradient_norm),
     ):
-        assert hasattr(owner, name), f"{owner.__name__} of DeepSpeed {deepspeed.__version__} has no {name}"
+        if not hasattr(owner, name):
+            raise RuntimeError(f"{owner.__name__} of DeepSpeed {deepspeed.__version__} has no {name}")
         setattr(owner, name, double)
     # All that optimizers of ZeRO ask before they apply an update; when refused, they discard the gradients.
     for optimizers in (bf16_optimizer, stage_1_and_2, stage3):
-        asked = hasattr(optimizers, "is_invalid_grad_norm")
-        assert asked, f"{optimizers.__name__} of DeepSpeed {deepspeed.__version__} does not ask is_invalid_grad_norm"
+        if not hasattr(optimizers, "is_invalid_grad_norm"):
+            raise RuntimeError(
+                f"{optimizers.__name__} of DeepSpeed {deepspeed.__version__} asks no is_invalid_grad_norm"
+            )
         optimizers.is_invalid_grad_norm = _gate.refuses
     deepspeed.init_distributed(dist_backend=torch.distributed.get_backend(), verbose=False)
     return deepspeed
@@ -440,7 +445,8 @@ class Engine:
         Args:
             loss: scalar, computed from the output of the latest `engine(...)`.
         """
-        assert self._num_backwards < self.accumulation_steps, "a step has as many backwards as micro-batches"
+        if self._num_backwards >= self.accumulation_steps:
+            raise RuntimeError("a step has as many backwards as micro-batches")
         self._deepspeed.backward(loss)
         self._num_backwards += 1
         if self._num_backwards < self.accumulation_steps:
@@ -459,13 +465,15 @@ class Engine:
             Whether the update was applied; false on all ranks alike where `decide` refused, and then neither weights
             nor moments nor the step count have changed.
         """
-        assert self._num_backwards == self.accumulation_steps, "a step has as many backwards as micro-batches"
+        if self._num_backwards != self.accumulation_steps:
+            raise RuntimeError("a step has as many backwards as micro-batches")
         for group in self._deepspeed.basic_optimizer.param_groups:
             group["lr"] = learning_rate
         with _gate.asking(decide):
             self._deepspeed.step()
             applied = bool(self._deepspeed.was_step_applied())
-            assert _gate.was_asked, "DeepSpeed made a step without asking"
+            if not _gate.was_asked:
+                raise RuntimeError("DeepSpeed made a step without asking")
         self._num_backwards = 0
         self._grad_norm = _gate.norm
         if self._zero_stage == 3:

@@ -164,7 +164,8 @@ def plan_of(config: Config, num_ranks: int, zero_settings: dict[str, Any], atten
 def with_micro_batch(plan: Plan, micro_batch_size: int) -> Plan:
     """The same global batch in other micro-batches; `micro_batch_size` divides a rank's share."""
     share = plan.micro_batch_size * plan.accumulation_steps
-    assert share % micro_batch_size == 0, (share, micro_batch_size)
+    if share % micro_batch_size:
+        raise RuntimeError(f"micro-batches of {micro_batch_size} do not divide a rank's share of {share}")
     return replace(plan, micro_batch_size=micro_batch_size, accumulation_steps=share // micro_batch_size)
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from cfpretrain import __version__
+from cfpretrain import __version__, launch
 from cfpretrain.console import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
@@ -26,6 +26,7 @@ from cfpretrain.console import (
     leave_with,
     one_line,
     phase,
+    speak_as,
 )
 
 # Longer than `guard.rank_timeout_seconds` usually is, which says more when it ends.
@@ -41,23 +42,23 @@ _num_ticks = 0
 
 def rank() -> int:
     """This process's rank; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
+    return launch.read().rank
 
 
 def local_rank() -> int:
     """This process's rank on its node; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    return launch.read().local_rank
 
 
 def world_size() -> int:
     """Number of ranks of the run; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return launch.read().world_size
 
 
 def ranks_per_node() -> int | None:
     """Ranks on each machine; None where machines hold unequal numbers."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return here if len(set(gather(here))) == 1 else None
+    here = launch.read().local_size
+    return here if len(set(gather(here))) == 1 and world_size() % here == 0 else None
 
 
 def pick_device(device_files: Path = Path("/dev")) -> torch.device:
@@ -75,10 +76,16 @@ def pick_device(device_files: Path = Path("/dev")) -> torch.device:
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch prefers
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if os.environ.get("DS_ACCELERATOR") == "cpu":
+    asked = os.environ.get("DS_ACCELERATOR")
+    if asked not in (None, "cpu", "cuda"):
+        raise UserError(
+            f"DS_ACCELERATOR in the environment: expected cpu or cuda, got {asked!r}; unset it to take the GPU where "
+            "there is one"
+        )
+    if asked == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        num_ranks, num_gpus = int(os.environ.get("LOCAL_SIZE", "1")), torch.cuda.device_count()
+        num_ranks, num_gpus = launch.read().local_size, torch.cuda.device_count()
         if num_ranks > num_gpus:
             raise UserError(
                 f"--num_accelerators: expected at most {num_gpus}, the GPUs of this machine, got {num_ranks}; "
@@ -93,6 +100,10 @@ def pick_device(device_files: Path = Path("/dev")) -> torch.device:
         raise UserError(
             f"this machine has a GPU ({unusable}) that torch {torch.__version__} cannot use: {_why_no_cuda()}; "
             "to compute on the CPU all the same, set DS_ACCELERATOR=cpu"
+        )
+    if asked == "cuda":
+        raise UserError(
+            "DS_ACCELERATOR in the environment: cuda, and torch finds no GPU; unset it to compute on the CPU"
         )
     return torch.device("cpu")
 
@@ -115,13 +126,14 @@ def start(device: torch.device) -> None:
     Raises:
         UserError: on rank 0: another process listens on the port where ranks meet.
     """
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1"))
+    found = launch.read()
+    speak_as(found.rank)
+    os.environ["LOCAL_WORLD_SIZE"] = str(found.local_size)
+    os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed takes it over LOCAL_RANK, or refuses both
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "MASTER_PORT" in os.environ:
+    if found.world_size > 1:
         try:
             dist.init_process_group(backend, timeout=_TIMEOUT)
         except dist.DistNetworkError as error:
@@ -132,11 +144,12 @@ def start(device: torch.device) -> None:
                 f"start this one with: deepspeed --master_port {_free_port()} ..."
             ) from error
         return
-    # One process without a launcher: a store inside this process, on a port that the system picks.
+    # One rank has nobody to meet: a store inside this process, on a port that the system picks.
     store: Any = dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", 0, 1, is_master=True
     )
-    os.environ["MASTER_PORT"] = str(store.port)
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(found.local_rank)}  # DeepSpeed reads them
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
     dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
 
 

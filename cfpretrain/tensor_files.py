@@ -28,7 +28,8 @@ CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _PRODUCER = "cfpretrain"
 
-assert sys.byteorder == "little", "safetensors files are little-endian"
+if sys.byteorder != "little":
+    raise RuntimeError("safetensors files are little-endian, and this machine is not")
 
 
 class DamagedCheckpointError(UserError):

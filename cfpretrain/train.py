@@ -9,7 +9,7 @@ after the first line is out, since that takes seconds.
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # from a checkout that is not installed not at all under theirs.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from cfpretrain import launch
 from cfpretrain.console import (
     EXIT_REQUEUE,
     SickRunError,
@@ -32,6 +33,7 @@ from cfpretrain.console import (
 
 if TYPE_CHECKING:
     from cfpretrain.config import Config
+    from cfpretrain.config_files import Origin
 
 
 def parse() -> argparse.Namespace:
@@ -56,6 +58,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """The command."""
     arguments = parse()
+    launch.check()
     with ending_in_one_line():
         if arguments.dry_run:
             dry_run(arguments)
@@ -68,8 +71,10 @@ def dry_run(arguments: argparse.Namespace) -> None:
     from cfpretrain import config as configs
     from cfpretrain import runtime
 
-    config = configs.load(arguments.config, arguments.overrides)
-    world_size = arguments.num_ranks or runtime.world_size()
+    config, origins = configs.load_with_origins(arguments.config, arguments.overrides)
+    world_size = runtime.world_size() if arguments.num_ranks is None else arguments.num_ranks
+    if world_size < 1:
+        raise UserError(f"--num-ranks: expected at least 1, got {world_size}")
     configs.check(config, world_size)
     if runtime.rank() != 0:
         return
@@ -82,23 +87,42 @@ def dry_run(arguments: argparse.Namespace) -> None:
         f"{config.accumulation_steps(world_size)} micro-batches x {world_size} ranks"
     )
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
-    for line in _describe_sequences(config):
+    for line in (*_describe_sequences(config), *_describe_inputs(config), *_describe_origins(origins)):
         print(line)
-    print(_describe_shards(config))
-    for doubt in configs.doubts(config):
+    for doubt in configs.doubts(config, origins):
         print(f"WARNING: {doubt}")
 
 
-def _describe_shards(config: "Config") -> str:
-    """How many samples the shards hold, and that they fit the config, where they lie on this machine."""
-    from cfpretrain.data.shards import check_infos, read_latents_info
+def _describe_inputs(config: "Config") -> Iterator[str]:
+    """How many samples the shards hold, and that they and the autoencoder fit, where they lie on this machine."""
+    import torch
 
-    elsewhere = [address for address in config.data.shards if not Path(address).is_dir()]
-    if elsewhere:
-        return f"shards: not looked at, since {elsewhere[0]} is no folder of this machine"
-    infos = [read_latents_info(folder) for folder in config.data.shards]
-    check_infos(infos, config)
-    return f"shards: {sum(info.num_samples for info in infos):,} samples, which fit the config"
+    from cfpretrain.build import make_autoencoder
+    from cfpretrain.data.shards import check_autoencoder, check_infos, read_latents_info
+
+    folder, elsewhere = config.data.autoencoder, [one for one in config.data.shards if not Path(one).is_dir()]
+    infos = [] if elsewhere else [read_latents_info(one) for one in config.data.shards]
+    if infos:
+        check_infos(infos, config)
+        yield f"shards: {sum(info.num_samples for info in infos):,} samples, which fit the config"
+    else:
+        yield f"shards: not looked at, since {elsewhere[0]} is no folder of this machine"
+    if not folder:
+        return
+    if elsewhere and not Path(folder).is_dir():
+        yield f"autoencoder: not looked at, since {folder} is no folder of this machine"
+        return
+    found = make_autoencoder(config, torch.device("cpu"))
+    for info in infos:
+        check_autoencoder(info, found.fingerprint, found.shift, found.scale, "data.autoencoder")
+    yield f"autoencoder: {folder}, which {'made the latents' if infos else 'can be read'}"
+
+
+def _describe_origins(origins: "Mapping[str, Origin]") -> Iterator[str]:
+    """Which keys come from where, of several files."""
+    sources = sorted(set(origins.values()))
+    for source in sources if len(sources) > 1 else ():
+        yield f"set by {source.name}: {', '.join(key for key, origin in origins.items() if origin == source)}"
 
 
 def _num_parameters(config: "Config") -> int:
@@ -146,9 +170,9 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("loading torch"):
         from cfpretrain import config as configs
         from cfpretrain import runtime
-    config = configs.load(arguments.config, arguments.overrides)
+    config, origins = configs.load_with_origins(arguments.config, arguments.overrides)
     configs.check(config, runtime.world_size())
-    for doubt in configs.doubts(config):
+    for doubt in configs.doubts(config, origins):
         say(f"WARNING: {doubt}")
     with phase("loading deepspeed and streaming"):
         from cfpretrain import run_folder, trainer

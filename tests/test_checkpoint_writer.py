@@ -206,7 +206,7 @@ def test_one_in_flight_and_one_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sizes == [31] * 4  # the values of SHAPES
     with held_back():
         writer.begin(make_state(1))
-        with pytest.raises(AssertionError, match="one checkpoint at a time"):
+        with pytest.raises(RuntimeError, match="one checkpoint at a time"):
             writer.begin(make_state(2))
     assert writer.wait() == Outcome(1, tmp_path / "step_00000001", None)
     for step in (2, 3):

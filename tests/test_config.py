@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import typing
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from cfpretrain import config as configs
 from cfpretrain import order
+from cfpretrain.config_files import FilePath
 from cfpretrain.console import UserError
 from tests.processes import REPOSITORY
 
@@ -48,29 +50,6 @@ def test_later_files_win_and_overrides_win_over_all(tmp_path: Path) -> None:
     assert configs.load([TINY]) == configs.load(str(TINY)) == configs.load(TINY)
 
 
-def test_a_problem_names_the_file_that_it_comes_from(tmp_path: Path) -> None:
-    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
-    first.write_text("train: {num_steps: many, learning_rat: 1.0}\nengine: {precision: fp8}")
-    second.write_text("engine: {precision: fp4}\nmodle: {}")
-    with pytest.raises(UserError) as caught:
-        configs.load([first, second], ["run.seed=x"])
-    message = str(caught.value)
-    assert message.startswith(f"{first} + {second}: 5 problems")
-    for part in (
-        f"train.num_steps: expected a whole number, got 'many' ({first})",
-        f"did you mean train.learning_rate? ({first})",
-        f"got 'fp4' ({second})",
-        f"modle: unknown key; did you mean model? ({second})",
-        "run.seed: expected a whole number, got 'x' (command line)",
-    ):
-        assert part in message
-    second.write_text("- a list")
-    with pytest.raises(UserError, match=r"second\.yaml: .*expected keys with values, got \['a list'\]"):
-        configs.load([first, second])
-    with pytest.raises(UserError, match=r"third\.yaml does not exist"):
-        configs.load([TINY, tmp_path / "third.yaml"])
-
-
 def test_all_wrong_keys_and_types_in_one_message() -> None:
     plain = {"train": {"learning_rat": 1.0, "num_steps": 1.5}, "modle": {}, "engine": {"precision": "fp8"}, "run": 3}
     with pytest.raises(UserError) as caught:
@@ -89,7 +68,22 @@ def test_all_wrong_keys_and_types_in_one_message() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "key"), [(True, "train.num_steps"), ("x", "train.learning_rate"), (1, "run.folder"), ([1], "run.seed")]
+    ("value", "key"),
+    [
+        (True, "train.num_steps"),
+        (1.5, "train.num_steps"),
+        (math.inf, "train.num_steps"),
+        ("0100", "train.num_steps"),
+        ("1.5", "train.num_steps"),
+        ("x", "train.learning_rate"),
+        (True, "train.learning_rate"),
+        (1, "run.folder"),
+        (None, "run.folder"),
+        ([1], "run.seed"),
+        (1, "engine.compile_blocks"),
+        ("y", "engine.compile_blocks"),
+        (None, "data.latent_scale"),
+    ],
 )
 def test_types_are_not_bent(value, key) -> None:
     section, name = key.split(".")
@@ -115,7 +109,7 @@ def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
 
 WRONG = [
     ("data.shards=[]", "data.shards: expected folders or addresses, got []"),
-    ("data.shards=[a,b,a]", "data.shards: expected each folder once, got a twice; set data.repeat"),
+    ("data.shards=[a,b,a]", "data.shards: expected each folder once, got a and a; set data.repeat"),
     ("data.repeat=[1.0,2.0]", "data.repeat: expected 1 or 1 values (one a folder), got 2"),
     ("data.repeat=0", "data.repeat: expected between 1e-09 and 127, got 0"),
     ("data.cache_limit_gb=-1", "data.cache_limit_gb: expected at least 0"),
@@ -154,6 +148,9 @@ WRONG = [
     ("data.latent_scale=[1.0,2.0]", "data.latent_scale: expected 1 or 1 values"),
     ("data.latent_scale=0", "data.latent_scale: expected non-zero"),
     ("data.mirror_prob=1.5", "data.mirror_prob: expected between 0 and 1"),
+    ("data.shards=[a,b/../a/]", "data.shards: expected each folder once, got a and b/../a/; set data.repeat"),
+    ("data.shards=[s3://b/a/,s3://b/a]", "data.shards: expected each folder once, got s3://b/a/ and s3://b/a;"),
+    ("run.folder=' '", "run.folder: expected the path of a folder, got an empty text"),
 ]
 
 
@@ -322,9 +319,93 @@ def test_batch_arithmetic(global_batch, micro_batch, world_size) -> None:
 
 def test_what_is_hardly_ever_meant_is_said() -> None:
     config = configs.load(TINY, ["train.num_steps=30", "train.decay_steps=0", "train.warmup_steps=300"])
-    assert configs.doubts(configs.load(TINY)) == []
-    assert configs.doubts(config) == [
+    assert configs.doubts(*configs.load_with_origins(TINY)) == []
+    assert configs.doubts(config, {}) == [
         "train.warmup_steps: 300 are more than train.num_steps = 30: the learning rate never exceeds 0.0003; set fewer",
         "train.ema_decay: at the end 74% of the averaged weights, which make the samples, are still the initial ones; "
         "for 30 steps set about 0.667",
     ]
+
+
+@pytest.mark.parametrize(
+    ("mine", "overrides", "is_doubtful"),
+    [
+        ("data: {shards: photos}", [], True),
+        ("data: {shards: photos, mirror_prob: 0}", [], False),
+        ("data: {shards: photos, mirror_prob: 0.5}", [], False),
+        ("data: {shards: photos}", ["data.mirror_prob=0"], False),
+        ("data: {latent_scale: 1.0}", [], False),
+        # The preset's own data in another place.
+        ("train: {num_steps: 1250}", ["data.shards=elsewhere"], False),
+    ],
+)
+def test_mirroring_that_is_off_for_other_data_is_said(mine, overrides, is_doubtful, tmp_path: Path) -> None:
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text(mine)
+    want = [
+        f"data.mirror_prob: 0 in {TINY} also holds for data.shards of {overlay}, so no image is mirrored; set it in "
+        f"{overlay} too: 0.5 where a mirrored image is as good, else 0"
+    ]
+    assert configs.doubts(*configs.load_with_origins([TINY, overlay], overrides)) == (want if is_doubtful else [])
+
+
+PATHS = [
+    "run.folder",
+    "data.shards",
+    "data.autoencoder",
+    "data.cache_folder",
+    "evaluation.reference",
+    "evaluation.feature_weights",
+]
+
+
+def test_every_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file and on the command line, so that no folder of the name ~ is ever made."""
+    monkeypatch.setenv("HOME", "/home/me")
+
+    def texts(config: configs.Config) -> set[str]:
+        values = (getattr(getattr(config, section), name) for section, name in (key.split(".") for key in PATHS))
+        return {text for value in values for text in ([value] if isinstance(value, str) else value)}
+
+    (tmp_path / "paths.yaml").write_text(
+        "\n".join(
+            f"{section}: {{{', '.join(f'{name}: ~/a b/../c/' for name in names)}}}"
+            for section, names in (
+                ("run", ["folder"]),
+                ("data", ["shards", "autoencoder", "cache_folder"]),
+                ("evaluation", ["reference", "feature_weights"]),
+            )
+        )
+    )
+    want = {"/home/me/a b/../c/"}
+    assert texts(configs.load(tmp_path / "paths.yaml")) == want
+    assert texts(configs.load(TINY, [f"{key}=~/a b/../c/" for key in PATHS])) == want
+    assert texts(configs.load(TINY, [f"{key}=${{oc.env:HOME}}/a b/../c/" for key in PATHS])) == want
+    assert configs.load(TINY, ["data.shards=['~',s3://bucket/~/x,./~/x]"]).data.shards == (
+        "/home/me",
+        "s3://bucket/~/x",
+        "./~/x",
+    )
+    (tmp_path / ".yaml").write_text(f"run: {{folder: {tmp_path}}}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert configs.load("~/.yaml") == configs.load(tmp_path / ".yaml")
+
+
+def test_every_key_that_is_a_path_is_known_as_one() -> None:
+    """A new text of the config is a path, and stands in `PATHS`, or it is named here."""
+    found: dict[str, list[str]] = {"path": [], "text": []}
+    for section, kind in typing.get_type_hints(configs.Config).items():
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            of_item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+            if of_item in (str, FilePath):
+                found["path" if of_item == FilePath else "text"].append(f"{section}.{name}")
+    assert found["path"] == PATHS
+    assert found["text"] == ["evaluation.features", "evaluation.feature_label", "metrics.wandb_project"]
+
+
+@pytest.mark.parametrize("text", ["$HOME/x", "runs/$SLURM_JOB_ID", "~nobody-of-this-name/x"])
+def test_what_a_path_cannot_hold_is_refused(text) -> None:
+    with pytest.raises(
+        UserError, match=r"command line: run\.folder: expected a path, got '.*': .*(only a shell|no such user)"
+    ):
+        configs.load(TINY, [f"run.folder={text}"])

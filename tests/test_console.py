@@ -1,5 +1,6 @@
 """What people see: rank 0 alone speaks, phases stay alive, mistakes are one line."""
 
+import argparse
 import importlib
 import mmap
 import subprocess
@@ -16,9 +17,20 @@ from cfpretrain import console
 from tests.processes import REPOSITORY
 
 
-@pytest.mark.parametrize(("rank", "want"), [("0", "[cfpretrain] hello\n"), ("1", "")])
+def test_paths_are_expanded_and_addresses_are_not(monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert console.path_argument("~/a b/../c/") == Path("/home/me/a b/../c")
+    assert console.address_argument("~/latents/") == "/home/me/latents"
+    assert console.address_argument("s3://bucket/~/latents/") == "s3://bucket/~/latents/"
+    assert console.address_argument("identity") == "identity"
+    assert console.address_argument("") == ""
+    with pytest.raises(argparse.ArgumentTypeError, match="~nobody-of-this-name"):
+        console.address_argument("~nobody-of-this-name/x")
+
+
+@pytest.mark.parametrize(("rank", "want"), [(0, "[cfpretrain] hello\n"), (1, "")])
 def test_rank_zero_alone_speaks(rank, want, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(console, "_rank", rank)
     console.say("hello")
     assert capsys.readouterr().out == want
 
@@ -34,9 +46,9 @@ def test_ctrl_c_is_one_line(capsys) -> None:
     assert (caught.value.code, capsys.readouterr().err) == (130, "[cfpretrain] interrupted\n")
 
 
-@pytest.mark.parametrize(("rank", "want"), [("0", "[cfpretrain] error: no such key\n"), ("1", "")])
+@pytest.mark.parametrize(("rank", "want"), [(0, "[cfpretrain] error: no such key\n"), (1, "")])
 def test_a_mistake_ends_every_rank_with_one_line(rank, want, monkeypatch, capsys) -> None:
-    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(console, "_rank", rank)
     monkeypatch.setattr(console, "_LINGER_SECONDS", 0.0)
     with pytest.raises(SystemExit) as caught:
         console.exit_with(console.UserError("no such key"))

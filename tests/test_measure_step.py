@@ -138,7 +138,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     ("arguments", "message"),
     [
         (["--config", "nowhere.yaml"], "error: config file nowhere.yaml does not exist"),
-        (["--config", "configs/tiny.yaml", "train.nothing=1"], "error: configs/tiny.yaml: train.nothing: unknown key"),
+        (["--config", "configs/tiny.yaml", "train.nothing=1"], "error: command line: train.nothing: unknown key"),
     ],
 )
 def test_mistakes_are_one_line(

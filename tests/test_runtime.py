@@ -96,6 +96,7 @@ def test_one_process_needs_no_launcher() -> None:
 
 
 def meet_where_another_listens() -> str:
+    os.environ["WORLD_SIZE"] = "2"  # the other would come later
     with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):
         with pytest.raises(UserError) as raised:
             runtime.start(torch.device("cpu"))
@@ -155,6 +156,12 @@ def test_a_gpu_that_torch_cannot_use_is_refused_unless_hidden(tmp_path: Path, mo
     for hidden in ("", "-1", "NoDevFiles"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert runtime.pick_device(tmp_path).type == "cpu"
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(UserError, match="DS_ACCELERATOR in the environment: cuda, and torch finds no GPU"):
+        runtime.pick_device(tmp_path)
+    monkeypatch.setenv("DS_ACCELERATOR", "tpu")
+    with pytest.raises(UserError, match="DS_ACCELERATOR in the environment: expected cpu or cuda, got 'tpu'"):
+        runtime.pick_device(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert runtime.pick_device(tmp_path).type == "cpu"

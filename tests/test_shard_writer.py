@@ -1,5 +1,6 @@
 """Shard folders in the making: any writers, any order, any kills, the same bytes; all of it or nothing."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -122,6 +123,22 @@ def test_nothing_at_all_is_refused(tmp_path: Path) -> None:
     writer.write(0, [])
     with pytest.raises(UserError, match="expected some samples, got none"):
         writer.finish(info(0), 1)
+
+
+def test_shards_that_are_not_all_that_was_announced_get_no_name(tmp_path: Path) -> None:
+    """A mistake of ours; under `python -O`, too."""
+    writer = make(tmp_path / "shards")
+    writer.begin()
+    (sample, *others) = samples(0)
+    with pytest.raises(RuntimeError, match=r"sample 0 has columns .*'width'"):
+        writer.write(0, [{**sample, "width": 3}, *others])
+    write_missing(writer)
+    with pytest.raises(RuntimeError, match=f"{NUM_SHARDS * EACH} samples were written and 1000 announced"):
+        writer.finish(info(1000), NUM_SHARDS)
+    few = dataclasses.replace(info(), class_names=("only",))
+    with pytest.raises(RuntimeError, match="a label is beyond the 1 classes"):
+        writer.finish(few, NUM_SHARDS)
+    assert not (tmp_path / "shards").exists()
 
 
 def test_a_writer_that_fails_leaves_the_shard_unwritten(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,11 +21,13 @@ from cfpretrain import config as configs
 from cfpretrain.console import UserError
 from cfpretrain.data.loader import Loader
 from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.model.autoencoder import KLAutoencoder
 from cfpretrain.run_folder import check_moved, prepare_folder
 from cfpretrain.training_state import read_state
-from tests.digits import small_config, small_run, write_digits
+from tests.digits import digits_info, small_config, small_run, write_digits, write_latents
 from tests.processes import REPOSITORY, Ended, run_script, start_script
 from tests.runs import as_older
+from tests.test_encoding import write_autoencoder
 
 TRAIN = "cfpretrain/train.py"
 
@@ -253,6 +257,53 @@ def test_dry_run_prints_config_arithmetic_and_parameters(shards: Path, tmp_path:
     assert "num_steps: 12" in ended.out
     assert "shards: 100 samples, which fit the config" in ended.out
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("num_ranks", ["0", "-2"])
+def test_a_dry_run_assumes_at_least_a_rank(num_ranks, shards: Path, tmp_path: Path) -> None:
+    command = [*small_run(shards, tmp_path / "run"), "--dry-run", "--num-ranks", num_ranks]
+    assert_refused(run_script(TRAIN, command), f"--num-ranks: expected at least 1, got {num_ranks}")
+
+
+def test_a_dry_run_holds_the_autoencoder_against_the_shards(tmp_path: Path) -> None:
+    """Where both lie on this machine; elsewhere it says what it has not looked at."""
+    right = write_autoencoder(tmp_path / "right")
+    found = KLAutoencoder.load(right, "cpu")
+    wrong = write_autoencoder(tmp_path / "wrong", scaling_factor=0.25)
+    info = dataclasses.replace(
+        digits_info(100),
+        autoencoder=found.fingerprint,
+        latent_shape=(4, 8, 8),
+        latent_shift=tuple(found.shift),
+        latent_scale=tuple(found.scale),
+    )
+    shards = write_latents(tmp_path / "latents", info, ((i, i % 10, np.zeros((4, 8, 8))) for i in range(100)))
+    latents = [
+        "model.latent_channels=4",
+        f"data.latent_shift={list(info.latent_shift)}",
+        f"data.latent_scale={list(info.latent_scale)}",
+    ]
+
+    def dry_run(shards: Path, autoencoder: str | Path) -> list[Ended]:
+        command = [*small_run(shards, tmp_path / "run"), *latents, f"data.autoencoder={autoencoder}", "--dry-run"]
+        return run_script(TRAIN, command)
+
+    assert f"autoencoder: {right}, which made the latents" in dry_run(shards, right)[0].out
+    assert_refused(dry_run(shards, "FOLDER"), "data.autoencoder: expected an autoencoder's folder", "FOLDER")
+    assert_refused(dry_run(shards, wrong), "data.autoencoder: expected the autoencoder that made the latents")
+    assert f"autoencoder: {right}, which can be read" in dry_run(tmp_path / "elsewhere", right)[0].out
+    assert "autoencoder: not looked at, since FOLDER is no" in dry_run(tmp_path / "elsewhere", "FOLDER")[0].out
+
+
+def test_a_dry_run_says_where_values_come_from(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(f"data: {{shards: {shards}}}\ntrain: {{num_steps: 2e3}}")
+    mine = ["--config", str(tmp_path / "mine.yaml"), "train.num_steps='3000'", "--dry-run"]
+    [ended] = run_script(TRAIN, ["--config", "configs/tiny.yaml", *mine])
+    assert ended.code == 0, ended.err
+    assert re.search(r"^set by configs/tiny.yaml: run.folder, .*data.mirror_prob", ended.out, re.MULTILINE)
+    assert f"\nset by {tmp_path / 'mine.yaml'}: data.shards\n" in ended.out
+    assert "\nset by command line: train.num_steps\n" in ended.out
+    assert "WARNING: data.mirror_prob: 0 in configs/tiny.yaml also holds for data.shards of" in ended.out
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain import launch
 from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_picture, check_place, read_settings
 
@@ -65,6 +66,7 @@ def main() -> None:
     )
     add_sampling_options(parser, batch_size=16)
     arguments = parser.parse_args()
+    launch.check()
     with ending_in_one_line():
         run(arguments)
 

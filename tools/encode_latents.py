@@ -11,9 +11,11 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain import launch
 from cfpretrain.console import (
     ItemProgress,
     UserError,
+    address_argument,
     ending_in_one_line,
     leave_on_signals,
     leave_with,
@@ -34,9 +36,12 @@ _MOST_IN_A_BATCH = 4096
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Encode image shards into latent shards; the same command resumes.")
-    parser.add_argument("images", help="a folder of image shards, as make_shards.py writes them")
+    parser.add_argument("images", type=address_argument, help="a folder of image shards, as make_shards.py writes them")
     parser.add_argument(
-        "--autoencoder", required=True, help="a folder in diffusers' layout; or identity: latents are pixels"
+        "--autoencoder",
+        type=address_argument,
+        required=True,
+        help="a folder in diffusers' layout; or identity: latents are pixels",
     )
     parser.add_argument("--out", type=path_argument, required=True, help="folder for the latent shards")
     parser.add_argument(
@@ -48,6 +53,7 @@ def main() -> None:
     )
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_args()
+    launch.check()
     leave_on_signals()
     with ending_in_one_line():
         run(arguments)

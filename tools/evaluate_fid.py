@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain import launch
 from cfpretrain.console import (
     ItemProgress,
     UserError,
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--wandb", metavar="PROJECT", help="log the scores there, too")
     add_sampling_options(parser, batch_size=64, guidance=1.0)
     arguments = parser.parse_args()
+    launch.check()
     leave_on_signals()
     with ending_in_one_line():
         run(arguments)

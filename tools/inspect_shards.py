@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.config import DataConfig
-from cfpretrain.console import ItemProgress, UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.console import ItemProgress, UserError, address_argument, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import check_picture
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def _from_zero(text: str) -> float:
 
 # Named as in the section data of a config.
 _CACHE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "cache_folder": (str, "for copies of shards from an address"),
+    "cache_folder": (address_argument, "for copies of shards from an address"),
     "cache_limit_gb": (_from_zero, "the most that they fill; 0 = no limit"),
     "download_patience_seconds": (_from_zero, "how long a storage that is away is asked again"),
 }
@@ -51,7 +51,9 @@ _CACHE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Show what a shard folder holds; with --verify, read all of it.")
-    parser.add_argument("shards", help="a folder of image or latent shards, or its address (s3://bucket/folder)")
+    parser.add_argument(
+        "shards", type=address_argument, help="a folder of image or latent shards, or its address (s3://bucket/folder)"
+    )
     parser.add_argument("--verify", action="store_true", help="read everything: hashes, checksums, images, ids")
     parser.add_argument("--grid", type=path_argument, metavar="PNG", help="draw samples from all over the folder")
     parser.add_argument(

@@ -26,7 +26,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 
 _PHOTO_SIDES = (300, 640)  # pixels, as those of ImageNet mostly are
 _PHOTO_QUALITY = 90
@@ -47,7 +47,7 @@ def main() -> None:
     encode = commands.add_parser("encode", help="tools/encode_latents.py against PIL in a DataLoader")
     encode.add_argument("--images", type=int, default=96, help="photos (default 96)")
     encode.add_argument("--size", type=int, default=256, help="pixels a side of the crop (default 256)")
-    encode.add_argument("--autoencoder", help="its folder (default: one with random weights)")
+    encode.add_argument("--autoencoder", type=path_argument, help="its folder (default: one with random weights)")
     encode.add_argument("--layout", choices=sorted(_LAYOUTS), default="small", help="of random weights (default small)")
     encode.add_argument(
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of the autoencoder (default fp32)"

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from cfpretrain import runtime
+from cfpretrain import launch, runtime
 from cfpretrain.console import UserError, ending_in_one_line, phase, say
 from cfpretrain.evaluation.feature_sums import FeatureSums
 from cfpretrain.evaluation.features import INCEPTION, FeatureExtractor, Features, make_extractor
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--features", default="effnet_lite0", help="effnet_lite0 (default) or inception")
     parser.add_argument("--pairs", type=int, default=3, help="of ranks: turns of each (default 3)")
     arguments = parser.parse_args()
+    launch.check()
     with ending_in_one_line():
         measured = {"scale": scale, "ranks": ranks, "one-rank": one_rank}[arguments.what](arguments)
     print(json.dumps(measured), flush=True)

@@ -430,7 +430,8 @@ def _edit(
 
     with phase(f"making {len(edits)} edits"):
         edited_NLP = make(region_L)
-    assert torch.equal(edited_NLP[:, ~region_L], tokens_NLP[:, ~region_L]), "kept tokens came back changed"
+    if not torch.equal(edited_NLP[:, ~region_L], tokens_NLP[:, ~region_L]):
+        raise RuntimeError("kept tokens came back changed")
     with phase("making whole images of the new classes"):
         others_NLP = make(torch.ones(num_tokens, dtype=torch.bool))
     put_together_NLP = torch.where(region_L.to(device)[:, None], others_NLP, tokens_NLP)

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain import config as configs
-from cfpretrain import memory, runtime
+from cfpretrain import launch, memory, runtime
 from cfpretrain.build import choose_attention, choose_blocks, make_loss, plan_memory
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, ending_in_one_line, say
@@ -49,6 +49,7 @@ _MOST_STEPS_PLANNED = 1000
 def main() -> None:
     """The command."""
     arguments = _parse()
+    launch.check()
     with ending_in_one_line():
         device = runtime.pick_device()
         if runtime.world_size() != 1:

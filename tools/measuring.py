@@ -91,6 +91,12 @@ def on_noise(config: Config, folder: Path, num_samples: int = 0) -> Config:
     )
 
 
+def refuse_skipped(trainer: Any) -> None:
+    """Ends a measurement in which a step was skipped: such a step does less, and a rewind much more."""
+    if trainer.at.num_skipped:
+        raise RuntimeError(f"a step before {trainer.at.step} was skipped: the times say nothing")
+
+
 def _of_each_channel(values: tuple[float, ...], num_channels: int) -> tuple[float, ...]:
     return values * num_channels if len(values) == 1 else values
 

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain import launch
 from cfpretrain.console import SickRunError, UserError, ending_in_one_line, linger, path_argument, phase, say
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_intermixed_args()
+    launch.check()
     with ending_in_one_line():
         is_equal = run(arguments.run, arguments.step, arguments.overrides)
     if not is_equal:

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain import launch
 from cfpretrain.console import (
     UserError,
     ending_in_one_line,
@@ -64,6 +65,7 @@ def main() -> None:
     add("--batch-size", type=int, default=250, help=f"images a forward on one rank, 1 to {_MOST_SCORED} (default 250)")
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_args()
+    launch.check()
     leave_on_signals()
     with ending_in_one_line():
         run(arguments)

@@ -15,6 +15,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain import launch
 from cfpretrain.console import (
     ItemProgress,
     UserError,
@@ -67,6 +68,7 @@ def main() -> None:
     )
     add_sampling_options(parser, batch_size=64)
     arguments = parser.parse_args()
+    launch.check()
     leave_on_signals()
     with ending_in_one_line():
         run(arguments)

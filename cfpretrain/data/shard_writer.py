@@ -151,8 +151,8 @@ class ShardWriter:
         num_samples, num_bytes, max_label = 0, 0, -1
         try:
             for sample in samples:
-                assert sample.keys() == self.columns.keys() - {"checksum"}, sample.keys()
-                assert 0 <= sample["id"] < MAX_ID, sample["id"]
+                if sample.keys() != self.columns.keys() - {"checksum"} or not 0 <= sample["id"] < MAX_ID:
+                    raise RuntimeError(f"shard {number}: sample {sample['id']} has columns {sorted(sample)}")
                 writer.write({**sample, "checksum": np.uint32(checksum(sample))})
                 num_samples, max_label = num_samples + 1, max(max_label, int(sample["label"]))
                 num_bytes += len(writer.new_samples[-1])
@@ -200,10 +200,12 @@ class ShardWriter:
         """
         kept = [self._kept(number) for number in range(num_shards)]
         num_samples = sum(one["num_samples"] for one in kept)
-        assert num_samples == info.num_samples, (num_samples, info.num_samples)
+        if num_samples != info.num_samples:
+            raise RuntimeError(f"{self.folder}: {num_samples} samples were written and {info.num_samples} announced")
         if not num_samples:
             raise UserError(f"{self.folder}: expected some samples, got none")
-        assert max(one["max_label"] for one in kept) < len(info.class_names)
+        if max(one["max_label"] for one in kept) >= len(info.class_names):
+            raise RuntimeError(f"{self.folder}: a label is beyond the {len(info.class_names)} classes")
         description = info_text(info, self.plan)
         index = {
             "version": 2,

@@ -74,7 +74,9 @@ def read_region(text: str, grid: int, image_size: int, file_size: tuple[int, int
     try:
         if not text.startswith("mask:"):
             return parse_region(text, grid)
-        return mask_region(_read_mask(Path(text.removeprefix("mask:")), image_size, file_size), grid, image_size)
+        return mask_region(
+            _read_mask(Path(text.removeprefix("mask:")).expanduser(), image_size, file_size), grid, image_size
+        )
     except ValueError as error:
         other = "" if text.startswith("mask:") else "; a mask is given as mask:FILE"
         raise UserError(f"--region: {error}{other}") from error

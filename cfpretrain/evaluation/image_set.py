@@ -162,7 +162,11 @@ class ImageSet:
         Raises:
             UserError: the disk is full or cannot be written.
         """
-        assert not self.missing()
+        missing = self.missing()
+        if missing:
+            raise RuntimeError(
+                f"{self.out}: batches {missing[:5]} of {len(missing)} that are missing: it is not finished"
+            )
         with self._writing():
             if self._is_archive:
                 writing = self.unfinished / f"{outputs.WRITING}npz"

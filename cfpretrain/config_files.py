@@ -1,0 +1,302 @@
+"""Typed dataclasses from YAML files and `key.sub=value` overrides, with the file that each value came from.
+
+It knows no key: what there is, of which type, the dataclass says. A text is a path where its type is `FilePath`.
+"""
+
+import dataclasses
+import difflib
+import io
+import os
+import re
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+
+from cfpretrain.console import UserError
+
+FilePath = Annotated[str, "path"]  # of this machine, with `~` for a home; or an address such as s3://bucket/folder
+
+COMMAND_LINE = "command line"
+# YAML 1.1 reads 0100 as 64, and 1:30 as 90.
+_OCTAL, _SEXAGESIMAL = re.compile(r"[-+]?0[0-9_]+"), re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_SHELL_VARIABLE = re.compile(r"\$[A-Za-z_]\w*")
+_TRUE_OR_FALSE = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
+
+
+class Origin(NamedTuple):
+    """Where a value came from: later places win."""
+
+    place: int
+    name: str
+
+
+class Problem(NamedTuple):
+    """What is wrong with a key, or with what stands in its place."""
+
+    key: tuple[Any, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return f"{'.'.join(map(str, self.key)) if self.key else 'the file'}: {self.text}"
+
+
+def load(
+    kind: type, paths: str | Path | Sequence[str | Path], overrides: Sequence[str]
+) -> tuple[Any, dict[str, Origin]]:
+    """Reads YAML files and overrides into a dataclass of dataclasses.
+
+    Args:
+        kind: the dataclass.
+        paths: one file or several; where two set the same key, the later one wins.
+        overrides: win over all files.
+
+    Returns:
+        The dataclass, and for each key that is set ("section.name") where its value came from.
+
+    Raises:
+        UserError: a file is missing or not YAML; unknown keys and wrong types, all in one message.
+    """
+    files = [paths] if isinstance(paths, str | Path) else list(paths)
+    trees = [(str(path), _read(path)) for path in files]
+    if overrides:
+        trees.append((COMMAND_LINE, _parse_overrides(overrides)))
+    for name, tree in trees:  # omegaconf would not say which key holds what cannot be merged
+        parts: Any = OmegaConf.to_container(tree)
+        _raise_all([(name, _no_keys((key,), part)) for key, part in parts.items() if isinstance(part, list)])
+    try:
+        plain = OmegaConf.to_container(OmegaConf.merge(*(tree for _, tree in trees)), resolve=True)
+    except Exception as error:  # omegaconf raises errors of its own classes
+        hint = (
+            "; it refers to a key of these files, or as ${oc.env:NAME} to the environment"
+            if "Interpolation" in str(error)
+            else ""
+        )
+        named = " + ".join(str(path) for path in files)
+        raise UserError(f"config file {named} cannot be read: {_one_line(error)}{hint}") from error
+    origins: dict[tuple[Any, ...], Origin] = {}
+    for place, (name, tree) in enumerate(trees):
+        origins |= dict.fromkeys(_keys_of(OmegaConf.to_container(tree)), Origin(place, name))
+    problems: list[Problem] = []
+    loaded = _build(kind, plain, (), problems)
+    _raise_all([(_origin(problem.key, origins).name, problem) for problem in problems])
+    return loaded, {".".join(key): origin for key, origin in origins.items() if len(key) > 1}
+
+
+def from_plain(kind: type, plain: Any, source: str) -> Any:
+    """Builds the dataclass from nested dicts; raises UserError with every unknown key and wrong type."""
+    problems: list[Problem] = []
+    built = _build(kind, plain, (), problems)
+    _raise_all([(source, problem) for problem in problems])
+    return built
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """The dataclass as nested dicts of plain values, tuples as lists: what YAML and JSON can hold."""
+    plain = OmegaConf.to_container(OmegaConf.create(dataclasses.asdict(config)))
+    return typing.cast(dict[str, Any], plain)
+
+
+def to_yaml(config: Any) -> str:
+    """The dataclass as YAML, loadable again."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+
+
+def _raise_all(problems: Sequence[tuple[str, Problem]]) -> None:
+    sources = {source for source, _ in problems}
+    count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+    if len(sources) == 1:
+        raise UserError(f"{sources.pop()}: {count}{' | '.join(str(problem) for _, problem in problems)}")
+    if problems:
+        raise UserError(f"{count}{' | '.join(f'{source}: {problem}' for source, problem in problems)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Texts
+
+
+def _read(path: str | Path) -> Any:
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (FileNotFoundError, RuntimeError) as error:  # the latter of ~somebody
+        raise UserError(
+            f"config file {path} does not exist; give the path of a YAML file, e.g. configs/tiny.yaml"
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from error
+    try:
+        traps = list(_traps(yaml.compose(text, Loader=yaml.SafeLoader), ()))
+        tree = OmegaConf.load(io.StringIO(text))
+    except Exception as error:  # omegaconf and yaml raise errors of their own classes
+        raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from error
+    _raise_all([(str(path), problem) for problem in traps])
+    if not OmegaConf.is_dict(tree):
+        raise UserError(f"{path}: the file: expected keys with values, got {OmegaConf.to_container(tree)!r}")
+    return tree
+
+
+def _parse_overrides(overrides: Sequence[str]) -> Any:
+    traps: list[Problem] = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip() or text.startswith("-"):
+            raise UserError(f"argument {text!r} is not understood; overrides look like train.num_steps=100")
+        try:
+            traps += _traps(yaml.compose(value, Loader=yaml.SafeLoader), tuple(key.split(".")))
+        except Exception as error:  # as in `_read`
+            raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {_one_line(error)}") from error
+    _raise_all([(COMMAND_LINE, problem) for problem in traps])
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except Exception as error:  # as in `_read`
+        raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {_one_line(error)}") from error
+
+
+def _traps(node: yaml.Node | None, key: tuple[Any, ...]) -> Iterator[Problem]:
+    """Numbers that YAML reads as others than stand there."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield from _traps(value, (*key, name.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _traps(item, key)
+    elif isinstance(node, yaml.ScalarNode) and node.style is None:
+        if _OCTAL.fullmatch(node.value):
+            yield Problem(key, f"expected a number without a leading 0 (octal to YAML), got {node.value}; quote a text")
+        elif _SEXAGESIMAL.fullmatch(node.value):
+            yield Problem(key, f"expected a number, got {node.value}, which YAML counts in sixties; quote it if a text")
+
+
+def _keys_of(plain: Any, key: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield key
+    for name, value in plain.items() if isinstance(plain, dict) else ():
+        yield from _keys_of(value, (*key, name))
+
+
+def _origin(key: tuple[Any, ...], origins: Mapping[tuple[Any, ...], Origin]) -> Origin:
+    # What an interpolation brought has the place of the key that holds it.
+    return next(origins[key[:end]] for end in range(len(key), -1, -1) if key[:end] in origins)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types
+
+
+def _build(kind: type, plain: Any, key: tuple[Any, ...], problems: list[Problem]) -> Any:
+    if not isinstance(plain, dict):
+        problems.append(_no_keys(key, plain))
+        return None
+    hints = typing.get_type_hints(kind, include_extras=True)
+    values = {}
+    for name, value in plain.items():
+        path, hint = (*key, name), hints.get(name)
+        if hint is None:
+            problems.append(Problem(path, f"unknown key{_suggest(str(name), hints, key)}"))
+        elif dataclasses.is_dataclass(hint):
+            values[name] = _build(typing.cast(type, hint), value, path, problems)
+        else:
+            values[name] = _convert(value, hint, path, problems)
+    return kind(**values)
+
+
+def _no_keys(key: tuple[Any, ...], value: Any) -> Problem:
+    got = "nothing; leave the key out" if value is None else repr(value)
+    return Problem(key, f"expected keys with values, got {got}")
+
+
+def _suggest(name: str, known: Mapping[str, Any], key: tuple[Any, ...]) -> str:
+    section, _, rest = name.partition(".")
+    if rest and not key and section in known:
+        return f"; in a file, write {section}: and {rest}: below it, two spaces further in"
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {'.'.join((*key, near[0]))}?" if near else f"; known here: {', '.join(known)}"
+
+
+def _convert(value: Any, hint: Any, key: tuple[Any, ...], problems: list[Problem]) -> Any:
+    """`value` as the type `hint`; appends to `problems` where it is not of that type."""
+    origin = typing.get_origin(hint)
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(_convert(item, typing.get_args(hint)[0], key, problems) for item in items)
+    try:
+        if origin is Literal:
+            return _choice(value, typing.get_args(hint))
+        if hint == FilePath:
+            return _path(_text(value))
+        return {int: _whole, float: _number, bool: _true_or_false, str: _text}[hint](value)
+    except ValueError as error:
+        problems.append(Problem(key, str(error)))
+        return value
+
+
+def _refusal(expected: str, value: Any, hint: str = "") -> ValueError:
+    if value is None:
+        return ValueError(
+            f"expected {expected}, got nothing, as YAML also reads ~ and null; leave the key out for its default"
+        )
+    return ValueError(f"expected {expected}, got {value!r}{hint}")
+
+
+def _choice(value: Any, choices: Iterable[Any]) -> Any:
+    if value not in choices:
+        raise ValueError(f"expected one of {', '.join(map(str, choices))}; got {value!r}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        quoted = f"""; put it in quotes, on a command line in both kinds: "'{value}'\""""
+        raise _refusal("a text", value, quoted if isinstance(value, int | float) else "")
+    return value
+
+
+def _path(text: str) -> str:
+    if "://" in text:
+        return text
+    if _SHELL_VARIABLE.search(text):
+        raise ValueError(f"expected a path, got {text!r}: only a shell replaces variables; write ~ or ${{oc.env:NAME}}")
+    if "\0" in text:
+        raise _refusal("a path", text)
+    expanded = os.path.expanduser(text)
+    if expanded.startswith("~"):
+        raise ValueError(f"expected a path, got {text!r}: there is no such user; a folder of that name is ./{text}")
+    return expanded
+
+
+def _number(value: Any) -> float:
+    """Of a number, or of a text that is one: a number in quotes is the same number."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number or (isinstance(value, str) and not _OCTAL.match(value.strip())):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise _refusal("a number", value)
+
+
+def _whole(value: Any) -> int:
+    """Of a whole number however it is written: 100, 1e2, 100.0, "100"."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        number = _number(value)
+    except ValueError:
+        raise _refusal("a whole number", value) from None
+    if not number.is_integer():
+        raise _refusal("a whole number", value)
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else int(number)
+
+
+def _true_or_false(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in _TRUE_OR_FALSE:
+        return _TRUE_OR_FALSE[value.lower()]
+    raise _refusal("true or false", value)

@@ -1,0 +1,116 @@
+"""The launch environment, read in one place and checked as a whole: who we are among the ranks that were started.
+
+The deepspeed launcher, torchrun and the scripts of cluster/ set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
+and LOCAL_SIZE or LOCAL_WORLD_SIZE. Standard library only: it is read before torch is imported.
+"""
+
+import os
+from dataclasses import dataclass
+
+from cfpretrain.console import UserError, exit_with, speak_as
+
+_MEND = (
+    "start with a launcher, which sets RANK, WORLD_SIZE and what goes with them (deepspeed, torchrun, a script of "
+    "cluster/), or unset both for one rank"
+)
+# What starts several tasks without telling them in our names, and how many. SLURM_NTASKS would not do: a job script and
+# the shell of salloc have it too.
+_TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher"}
+_LAST_PORT = 65535
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher said; without one, the only rank.
+
+    Attributes:
+        rank, world_size: of the run.
+        local_rank: on this machine.
+        local_size: ranks on this machine; 1 where the launcher does not say.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def read() -> Launch:
+    """The launch environment.
+
+    Raises:
+        UserError: it is no launcher's: a variable is missing, no number, or contradicts another.
+    """
+    world_size = _number("WORLD_SIZE", 1)
+    rank = _number("RANK", 0)
+    if rank is None:
+        if world_size not in (None, 1):
+            raise _error("WORLD_SIZE", f"{world_size} ranks, but RANK is not set, so this process is none of them")
+        _refuse_tasks()
+        return Launch()  # the other variables are of nobody
+    world_size = world_size or 1
+    if rank >= world_size:
+        raise _error(
+            "RANK", f"expected less than WORLD_SIZE = {os.environ.get('WORLD_SIZE', '1 (not set)')}, got {rank}"
+        )
+    local_rank, local_size = _number("LOCAL_RANK", 0), _local_size()
+    if local_size is not None and local_size > world_size:
+        raise _error("LOCAL_SIZE", f"expected at most WORLD_SIZE = {world_size}, got {local_size}")
+    if local_size is not None and local_rank is not None and local_rank >= local_size:
+        raise _error("LOCAL_RANK", f"expected less than the {local_size} ranks of this machine, got {local_rank}")
+    if world_size > 1:
+        _check_meeting(world_size)
+    return Launch(rank, world_size, local_rank or 0, local_size or 1)
+
+
+def check() -> None:
+    """Takes this process for a rank; ends it with one line where the environment is no launcher's.
+
+    To be called by what runs on ranks, before it says a word or imports torch.
+    """
+    try:
+        speak_as(read().rank)
+    except UserError as error:
+        exit_with(error, speaks=True)  # which rank speaks for the others is what cannot be told
+
+
+def _number(name: str, least: int) -> int | None:
+    """The value of a variable; None where it is not set."""
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not text.strip().isdecimal() or int(text) < least:
+        raise _error(name, f"expected a whole number, at least {least}, got {text!r}")
+    return int(text)
+
+
+def _local_size() -> int | None:
+    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE")  # the deepspeed launcher's, and torchrun's
+    found = {name: size for name in names if (size := _number(name, 1)) is not None}
+    if len(set(found.values())) > 1:
+        raise _error(names[0], f"expected the same as LOCAL_WORLD_SIZE = {found[names[1]]}, got {found[names[0]]}")
+    return next(iter(found.values()), None)
+
+
+def _check_meeting(world_size: int) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        if not os.environ.get(name):
+            raise _error(name, f"expected to be set where WORLD_SIZE = {world_size}, got nothing")
+    port = _number("MASTER_PORT", 1)
+    if port is not None and port > _LAST_PORT:
+        raise _error("MASTER_PORT", f"expected a port, 1 to {_LAST_PORT}, got {port}")
+
+
+def _refuse_tasks() -> None:
+    for name, launcher in _TASKS.items():
+        text = os.environ.get(name, "")
+        if text.isdecimal() and int(text) > 1:
+            raise UserError(
+                f"{name}: {launcher} has started {text} tasks and RANK and WORLD_SIZE are not set, so each would run "
+                "alone in the same folder; start training with cluster/slurm.sbatch or cluster/hostfile.sh, or set "
+                "RANK, LOCAL_RANK and WORLD_SIZE in each task as they do (RANK=0 WORLD_SIZE=1 for runs of their own)"
+            )
+
+
+def _error(name: str, problem: str) -> UserError:
+    return UserError(f"{name} in the environment: {problem}; {_MEND}")
