@@ -59,7 +59,7 @@ def _advice(text: str, names: Sequence[str]) -> str:
     wanted = _folded(text.removeprefix(_BY_NAME))
     by_folded = {_folded(name): name for name in names}
     # "tench" is far from "tench, Tinca tinca" by the letters that differ.
-    holding = [folded for folded in by_folded if wanted in folded]
+    holding = [folded for folded in by_folded if wanted and wanted in folded]
     near = [by_folded[folded] for folded in holding or difflib.get_close_matches(wanted, by_folded, cutoff=0.5)]
     if near:
         return f"did you mean {' or '.join(map(repr, near[:3]))}?"

@@ -49,7 +49,7 @@ def test_a_number_that_is_also_the_name_of_another_class_is_refused_with_both_re
         ("1.0", "got '1.0'"),
         ("\u0662", "got"),  # a digit, and no number that a command line has
         ("9" * 5000, "got"),
-        ("", "expected a name, or a number"),
+        ("", "expected a name, or a number from 0 to 7, got ''; names are tench, Tinca"),
     ],
 )
 def test_words_that_mean_no_class_or_several(text: str, message: str) -> None:
