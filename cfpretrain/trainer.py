@@ -353,7 +353,8 @@ class Trainer:
             except UserError as error:
                 raise _LostDataError(str(error)) from error
         batches = next(self.loader)
-        assert all(batch.step == self.at.step for batch in batches)
+        if any(batch.step != self.at.step for batch in batches):
+            raise RuntimeError(f"the loader gave batches of step {batches[0].step} at step {self.at.step}")
         return batches
 
     def exchange(self, terms: Sequence[LossTerms], batches: Sequence[Batch]) -> Tensor:
@@ -680,6 +681,13 @@ class Trainer:
                 remove_requeue(self.folder)
             self.tracker.close()
         say(f"done: step {self.at.step} after {self.at.train_seconds:.0f} s of training; see {self.folder}")
+        train = self.config.train
+        if self.at.step < train.num_steps:
+            fall = " and the learning rate's fall (train.decay_steps)" if train.decay_steps else ""
+            say(
+                f"WARNING: train.max_train_seconds = {train.max_train_seconds:g} were over before train.num_steps = "
+                f"{train.num_steps}{fall}; raise it and give the same command to train on"
+            )
 
     def _summary(self, rows: list[dict[str, Any]], peak_rss_mb: list[float]) -> dict[str, Any]:
         losses = [row["loss"] for row in rows if row.get("loss") is not None]

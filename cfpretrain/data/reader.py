@@ -5,9 +5,11 @@ Workers are handed the indices of a micro-batch and need no state; they also mak
 
 import functools
 import multiprocessing
+import os
 import shutil
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -22,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cfpretrain import seeds
 from cfpretrain.config import Config
-from cfpretrain.console import UserError, one_line
+from cfpretrain.console import UserError, one_line, say
 from cfpretrain.data.shards import Shards
 from cfpretrain.data.storage import Patience
 from cfpretrain.lifeline import leave_signals_to_the_rank
@@ -152,7 +154,10 @@ class Reader(Generic[T]):
         patience: Patience,
     ) -> None:
         self._patience = patience
-        data_loader = DataLoader(
+        num_cores = len(os.sched_getaffinity(0))
+        if num_workers > num_cores:
+            say(f"WARNING: data.num_workers: expected at most {num_cores}, the cores of a rank, got {num_workers}")
+        data_loader = _data_loader(
             dataset,
             sampler=_Requests(requests),
             batch_size=None,  # a request is a whole micro-batch
@@ -210,6 +215,12 @@ def _describe_full_memory(error: Exception, num_bytes: int) -> str:
         f"take what the workers of each rank hand over, up to {num_bytes / 1e6:.4g} MB ({one_line(error):.120}); "
         "start the container with more (docker run --shm-size=8g, or --ipc=host), or set data.num_workers=0"
     )
+
+
+def _data_loader(*args: Any, **options: Any) -> "DataLoader[Any]":
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # said by us, on one line
+        return DataLoader(*args, **options)
 
 
 def _describe_death(exit_code: int | None) -> str:

@@ -21,6 +21,7 @@ TABLES = (".csv", ".jsonl")
 UNLABELLED = "unlabelled"  # the one class of a table without labels
 
 _COLUMNS = ("path", "label", "caption")
+_UNREAD = ("index",)  # of the tables that tools/sample.py writes: the number of the class beside its name
 _OTHER_NAMES = {
     "path": ("file", "filename", "filepath", "image", "imagepath", "imagefile", "img", "imgpath"),
     "label": ("class", "classname", "classid", "classlabel", "labelid", "category", "target", "species", "tag", "y"),
@@ -181,7 +182,7 @@ class _Reader:
         unknown = [
             name.strip()
             for name, column in zip(names, columns, strict=True)
-            if column not in (*_COLUMNS, *self._ignore)
+            if column not in (*_COLUMNS, *_UNREAD, *self._ignore)
         ]
         if unknown:
             meant = {name: _meant(name) for name in unknown if _meant(name) and _meant(name) not in columns}
@@ -193,7 +194,7 @@ class _Reader:
                 f"--ignore-columns {' '.join(map(shlex.quote, unknown)):.300}"
             )
         self.ignored.update(name for name in names if _normal(name) in self._ignore)
-        return ["" if column in self._ignore else column for column in columns]
+        return ["" if column in (*_UNREAD, *self._ignore) else column for column in columns]
 
 
 def _normal(name: str) -> str:
