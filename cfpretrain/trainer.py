@@ -299,6 +299,8 @@ class Trainer:
 
     def _close_early(self, progress: Progress, saves: bool) -> None:
         """Before an error between two steps ends the run: the rows that say why, and what was trained, if `saves`."""
+        if self.stop is not None:
+            self.stop.is_in_step = False
         if self.window.records:
             self.close_window(progress)
         if saves and self.at.step:
