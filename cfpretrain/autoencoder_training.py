@@ -20,7 +20,7 @@ from cfpretrain import outputs, seeds
 from cfpretrain.console import Progress, SickRunError, UserError, phase, say
 from cfpretrain.evaluation.reconstruction import draw_reconstructions
 from cfpretrain.lifeline import StopRequest
-from cfpretrain.model.autoencoder import KLAutoencoder, read_state, write_state
+from cfpretrain.model.autoencoder import PIXELS_AT_ONCE, KLAutoencoder, read_state, write_state
 
 PICTURE_FILE = "reconstructions.png"
 NUM_STEPS = "--num-steps"  # of the settings
@@ -274,7 +274,9 @@ def measure_latents(network: Any, images_BCYX: Tensor, seed: int, stop: StopRequ
     """
     key, device, samples = seeds.key(seed, "autoencoder latents"), next(network.parameters()).device, []
     with torch.no_grad():
-        for number, batch_BCYX in enumerate(images_BCYX.split(_BATCH)):
+        # Of large images fewer: their activations take hundreds of times the memory of the images.
+        num_at_once = min(_BATCH, max(1, PIXELS_AT_ONCE // (images_BCYX.shape[-2] * images_BCYX.shape[-1])))
+        for number, batch_BCYX in enumerate(images_BCYX.split(num_at_once)):
             check(stop)
             posterior = network.encode(to_network(batch_BCYX, device)).latent_dist
             samples.append(_sample(posterior, seeds.fold(key, number)).cpu())

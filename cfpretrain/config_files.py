@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-from cfpretrain.console import UserError
+from cfpretrain.console import UserError, one_line
 
 FilePath = Annotated[str, "path"]  # of this machine, with `~` for a home; or an address such as s3://bucket/folder
 
@@ -76,7 +76,7 @@ def load(
             else ""
         )
         named = " + ".join(str(path) for path in files)
-        raise UserError(f"config file {named} cannot be read: {_one_line(error)}{hint}") from error
+        raise UserError(f"config file {named} cannot be read: {one_line(error)}{hint}") from error
     origins: dict[tuple[Any, ...], Origin] = {}
     for place, (name, tree) in enumerate(trees):
         origins |= dict.fromkeys(_keys_of(OmegaConf.to_container(tree)), Origin(place, name))
@@ -114,10 +114,6 @@ def _raise_all(problems: Sequence[tuple[str, Problem]]) -> None:
         raise UserError(f"{count}{' | '.join(f'{source}: {problem}' for source, problem in problems)}")
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Texts
 
@@ -130,12 +126,12 @@ def _read(path: str | Path) -> Any:
             f"config file {path} does not exist; give the path of a YAML file, e.g. configs/tiny.yaml"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"config file {path} cannot be read: {one_line(error)}") from error
     try:
         traps = list(_traps(yaml.compose(text, Loader=yaml.SafeLoader), ()))
         tree = OmegaConf.load(io.StringIO(text))
     except Exception as error:  # omegaconf and yaml raise errors of their own classes
-        raise UserError(f"config file {path} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"config file {path} cannot be read: {one_line(error)}") from error
     _raise_all([(str(path), problem) for problem in traps])
     if not OmegaConf.is_dict(tree):
         raise UserError(f"{path}: the file: expected keys with values, got {OmegaConf.to_container(tree)!r}")
@@ -151,12 +147,12 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
         try:
             traps += _traps(yaml.compose(value, Loader=yaml.SafeLoader), tuple(key.split(".")))
         except Exception as error:  # as in `_read`
-            raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {_one_line(error)}") from error
+            raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {one_line(error)}") from error
     _raise_all([(COMMAND_LINE, problem) for problem in traps])
     try:
         return OmegaConf.from_dotlist(list(overrides))
     except Exception as error:  # as in `_read`
-        raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {_one_line(error)}") from error
+        raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {one_line(error)}") from error
 
 
 def _traps(node: yaml.Node | None, key: tuple[Any, ...]) -> Iterator[Problem]:

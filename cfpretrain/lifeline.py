@@ -53,6 +53,7 @@ class StopRequest:
         leave: ends the process at the first request, as long as there is nothing to save; None once there is.
         end_waiting: called at the first request, from a thread: the main thread may wait for what is needed no longer.
         is_in_step: ranks are on their way to the end of a step, where they agree to stop, and none writes to a disk.
+        longest_step: in seconds, without the first.
     """
 
     def __init__(self, leave: Callable[[], None] | None = None) -> None:
@@ -61,6 +62,9 @@ class StopRequest:
         self.leave = leave
         self.end_waiting: Callable[[], None] | None = None
         self.is_in_step = False
+        self.longest_step = 0.0
+        self._step_began: float | None = None
+        self._lock = threading.Lock()
         self._first_signal_at: float | None = None
         self._signals = stop_signals()
         self._launcher = Launcher()
@@ -75,15 +79,28 @@ class StopRequest:
         threading.Thread(target=self._watch_launcher, name="launcher", daemon=True).start()
 
     def ask(self, reason: str) -> None:
-        """Asks this rank to stop, unless it was asked before."""
-        if self.leave is not None:  # the main thread may wait for other ranks, where no handler is called
-            self.leave()
-        if self.reason is None:
+        """Asks this rank to stop, unless it was asked before; from any thread."""
+        leave = self.leave
+        if leave is not None:  # the main thread may wait for other ranks, where no handler is called
+            leave()
+        with self._lock:
+            if self.reason is not None:
+                return
             self.reason = reason
-            if self.end_waiting is not None:
-                self.end_waiting()
-            if runtime.rank() == 0:
-                _write_line(f"{reason}: stopping after this step, with a checkpoint; a further signal ends it at once")
+        if self.end_waiting is not None:
+            self.end_waiting()
+        if runtime.rank() == 0:
+            _write_line(f"{reason}: stopping after this step, with a checkpoint; a further signal ends it at once")
+
+    def begin_step(self) -> None:
+        """Notes that a step begins."""
+        self.is_in_step, self._step_began = True, time.monotonic()
+
+    def end_step(self) -> None:
+        """Notes that the ranks stand together behind a step."""
+        if self.is_in_step and self.leave is None and self._step_began is not None:
+            self.longest_step = max(self.longest_step, time.monotonic() - self._step_began)
+        self.is_in_step = False
 
     def _read_signals(self) -> None:
         while True:
@@ -93,9 +110,9 @@ class StopRequest:
 
     def _follow(self, number: signal.Signals) -> None:
         now = time.monotonic()
+        self.ask(number.name)
         if number == signal.SIGHUP:
             _leave_terminal()
-        self.ask(number.name)
         if self._first_signal_at is None:
             self._first_signal_at = now
         elif now - self._first_signal_at > _ONE_REQUEST_SECONDS:
@@ -141,9 +158,10 @@ def _parent_of(process: int) -> int:
 
 def _leave_terminal() -> None:
     """Writes nowhere what a terminal would get that was closed: each write to it would fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if stat.S_ISCHR(os.fstat(stream.fileno()).st_mode):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    for descriptor in (1, 2):
+        with suppress(OSError):  # it may be closed
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def _do_nothing(*_: object) -> None:
@@ -155,7 +173,7 @@ def _leave_signals_to_the_rank() -> None:
     global _rank_of_worker
     _rank_of_worker = os.getppid()
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+    for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_later)
 
@@ -198,7 +216,6 @@ class Watch:
         self._ended = threading.Event()
         self._beats = 0
         self._ticks = (runtime.num_ticks(), time.monotonic())
-        self._longest_wait = 0.0  # that ended well
         self._heard: dict[int, tuple[int, float]] = {}
         self._rank_zero_failed = False
         if self._world_size == 1:
@@ -329,12 +346,10 @@ class Watch:
         ticks = {rank: ticks for rank, (_, ticks) in state.items()}
         has_begun, waited = min(ticks.values()) > 0, now - self._ticks[1]
         if sum(ticks.values()) != self._ticks[0]:
-            if has_begun:
-                self._longest_wait = max(self._longest_wait, waited)
             self._ticks, waited = (sum(ticks.values()), now), 0.0
         limit, why = self._timeout if has_begun else max(self._timeout, _START_SECONDS), "guard.rank_timeout_seconds"
-        if self._is_finishing_a_step():
-            limit, why = min(limit, max(_STOP_SECONDS, _STEPS_TO_STOP * self._longest_wait)), "asked to stop"
+        if self._stop is not None and self._is_finishing_a_step():
+            limit, why = min(limit, max(_STOP_SECONDS, _STEPS_TO_STOP * self._stop.longest_step)), "asked to stop"
         if waited <= limit:
             return None
         late = [rank for rank in ticks if ticks[rank] == min(ticks.values())]

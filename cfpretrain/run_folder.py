@@ -8,6 +8,7 @@ from typing import NoReturn
 
 import torch
 
+from cfpretrain import config as configs
 from cfpretrain import runtime
 from cfpretrain.build import (
     CHECKPOINTS,
@@ -23,7 +24,6 @@ from cfpretrain.build import (
 )
 from cfpretrain.checkpoint import CheckpointStore
 from cfpretrain.config import Config, to_plain, to_yaml
-from cfpretrain.config import load as load_config
 from cfpretrain.console import UserError, leave_before_training, phase, say
 from cfpretrain.data.loader import open_folders, order_fingerprint
 from cfpretrain.data.shards import LatentsInfo, check_autoencoder, check_infos
@@ -67,7 +67,7 @@ def check_moved(paths: Sequence[str], config: Config) -> None:
     """
     for file in map(Path, paths):
         is_of_run = file.name == CONFIG_FILE and (file.parent / CHECKPOINTS).is_dir()
-        if not is_of_run or load_config(file).run.folder != config.run.folder:
+        if not is_of_run or configs.load(file).run.folder != config.run.folder:
             continue  # the command line may say where
         if os.path.realpath(config.run.folder) != os.path.realpath(file.parent):
             raise UserError(
@@ -121,7 +121,7 @@ def _say_changes(folder: Path, config: Config) -> None:
         since, before = f"step {latest[1].step}", latest[1].config
     elif (folder / CONFIG_FILE).is_file():
         try:
-            since, before = "the last start", to_plain(load_config(folder / CONFIG_FILE))
+            since, before = "the last start", to_plain(configs.load(folder / CONFIG_FILE))
         except UserError:  # of an older version, or damaged: it is written anew
             return
     else:

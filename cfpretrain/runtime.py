@@ -38,26 +38,31 @@ _KEEP_STORE_SECONDS = 3.0
 _LET_SPEAK_SECONDS = 8.0
 
 _num_ticks = 0
+_started: launch.Launch | None = None  # as `start` found it, which then completes the environment
+
+
+def _launch() -> launch.Launch:
+    return _started or launch.read()
 
 
 def rank() -> int:
     """This process's rank; 0 without a launcher."""
-    return launch.read().rank
+    return _launch().rank
 
 
 def local_rank() -> int:
     """This process's rank on its node; 0 without a launcher."""
-    return launch.read().local_rank
+    return _launch().local_rank
 
 
 def world_size() -> int:
     """Number of ranks of the run; 1 without a launcher."""
-    return launch.read().world_size
+    return _launch().world_size
 
 
 def ranks_per_node() -> int | None:
     """Ranks on each machine; None where machines hold unequal numbers."""
-    here = launch.read().local_size
+    here = _launch().local_size
     return here if len(set(gather(here))) == 1 and world_size() % here == 0 else None
 
 
@@ -126,7 +131,8 @@ def start(device: torch.device) -> None:
     Raises:
         UserError: on rank 0: another process listens on the port where ranks meet.
     """
-    found = launch.read()
+    global _started
+    found = _started = launch.read()
     speak_as(found.rank)
     os.environ["LOCAL_WORLD_SIZE"] = str(found.local_size)
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed takes it over LOCAL_RANK, or refuses both
@@ -161,6 +167,8 @@ def _free_port() -> int:
 
 def stop() -> None:
     """Leaves the process group."""
+    global _started
+    _started = None
     if dist.is_initialized():
         dist.destroy_process_group()
 

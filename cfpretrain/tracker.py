@@ -19,7 +19,8 @@ from cfpretrain.console import one_line, phase, say
 _ID_BYTES = 8
 _MOST_WAITING = 100_000  # rows
 _START_SECONDS = 5.0
-_END_SECONDS = 10.0
+_END_SECONDS = 8.0
+_DEATH_SECONDS = 2.0
 _SERVICE = "wandb-core"
 
 
@@ -86,7 +87,7 @@ class Tracker:
             if self._task.is_alive():
                 self._report(f"has not ended in {seconds:g} s")
                 _end_service()  # which the end of this process would wait for
-                self._task.join(seconds)
+                self._task.join(_DEATH_SECONDS)
         self._task = None
 
     @property

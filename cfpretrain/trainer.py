@@ -295,16 +295,19 @@ class Trainer:
             raise
         finally:
             self.loader.close()
+            self.tracker.close(seconds=1.0)  # where something failed: the launcher soon ends all ranks
         return True
 
     def _close_early(self, progress: Progress, saves: bool) -> None:
         """Before an error between two steps ends the run: the rows that say why, and what was trained, if `saves`."""
         if self.stop is not None:
-            self.stop.is_in_step = False
+            self.stop.end_step()
         if self.window.records:
             self.close_window(progress)
         if saves and self.at.step:
             self._complete_checkpoint()
+        self.tracker.close()
+        runtime.barrier()
 
     def follow_step(self) -> None:
         """What happens every n steps, where it is this step's turn."""
@@ -323,7 +326,7 @@ class Trainer:
         """One optimizer step: the batches of a global batch become a loss, which moves the engine."""
         runtime.tick()
         if self.stop is not None:
-            self.stop.is_in_step = True
+            self.stop.begin_step()
         batches = self.next_batches()
         terms = []
         for batch in upload_ahead(batches, self.device):
@@ -425,7 +428,8 @@ class Trainer:
         """Follows what the step's exchange and the guard ask for."""
         self.must_stop |= self.exchanged.must_stop
         if self.stop is not None:
-            self.stop.leave, self.stop.is_in_step = None, False  # from here on there is something to save
+            self.stop.end_step()
+            self.stop.leave = None  # from here on there is something to save
         self.lacks_data = self.exchanged.lacks_data
         self._note_checkpoint(self.writer.advance(self.exchanged.is_writing, self.exchanged.has_failed))
         if self.guard.must_rewind:
@@ -566,8 +570,8 @@ class Trainer:
         # A rank that nobody asked has its reason from another.
         reason = next(found for found in runtime.gather(self.stop.reason if self.stop else None) if found is not None)
         write_requeue(self.folder, reason)
-        self.tracker.close()
         self.metrics.append([])  # what a full disk kept waiting
+        self.tracker.close()
         runtime.barrier()  # the launcher ends the others within a second of the first that ends
         say(f"stopped at step {self.at.step} with a checkpoint ({reason}); the same command goes on")
         return False

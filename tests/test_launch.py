@@ -171,3 +171,24 @@ def test_no_command_on_ranks_is_left_out() -> None:
         # `estimate_memory --measure` runs one rank, and without it none.
         if is_command and named & {"world_size", "ranks_of_a_tool"} and path.name != "estimate_memory.py":
             assert str(path.relative_to(REPOSITORY)) in COMMANDS
+
+
+STARTED = """
+import torch
+from cfpretrain import runtime
+runtime.start(torch.device("cpu"))
+print(runtime.rank(), runtime.local_rank(), runtime.world_size(), runtime.ranks_per_node())
+runtime.stop()
+"""
+
+
+@pytest.mark.parametrize(
+    "variables", [{"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3"}, {"LOCAL_SIZE": "8"}], ids=str
+)
+def test_what_is_accepted_stays_accepted_after_a_start(variables: dict[str, str]) -> None:
+    """A start completes the environment for the libraries that read it."""
+    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    command = [sys.executable, "-c", STARTED]
+    ended = subprocess.run(command, cwd=REPOSITORY, env=environment | variables, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.split()[::2] == ["0", "1"]

@@ -556,6 +556,18 @@ def test_a_worker_that_is_killed(folders: Any) -> None:
     assert not multiprocessing.active_children()
 
 
+def test_a_worker_that_is_killed_with_batches_on_their_way(folders: Any) -> None:
+    """What it has handed over lies with it, and cannot be fetched any more."""
+    with closing(Loader(config_for(folders(101), num_workers=1), as_read, 0, 1)) as loader:
+        next(loader)
+        [victim] = multiprocessing.active_children()
+        time.sleep(1)  # until the queue is full
+        os.kill(victim.pid or 0, signal.SIGKILL)
+        victim.join()
+        with pytest.raises(UserError, match=r"data\.num_workers: a process that reads data ended by SIGKILL"):
+            read_steps(loader, 20)
+
+
 def read_on(folder: Path, started: str) -> None:
     """A rank that has read some steps, and would go on."""
     with closing(Loader(config_for(folder, num_workers=2), as_read, 0, 1)) as loader:

@@ -116,8 +116,8 @@ def stop_in_a_terminal(shards: Path, folder: Path, how: str, pause: float, after
 def test_a_stop_in_a_terminal_loses_no_step(shards: Path, tmp_path: Path, how: str) -> None:
     said = stop_in_a_terminal(shards, tmp_path / "run", how, pause=0.5)
     assert_nothing_is_lost(tmp_path / "run")
+    assert ("stopping after this step" in said) == (how != "a closed terminal"), said
     assert "cfpretrain/" not in said.partition("stopping after this step")[2], said  # of a traceback of ours
-    assert "Traceback" not in said.partition("stopped at step")[2]
 
 
 @pytest.mark.slow
@@ -228,6 +228,40 @@ def test_shards_that_vanish_cost_no_step(tmp_path: Path) -> None:
     assert "data.shards: " in ended[0][1]
     assert latest_step(folder) == rows(folder)[-1]["step"] >= 4
     assert not (folder / "requeue").exists()
+
+
+def test_an_error_ends_a_run_whose_wandb_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shards = write_latents(tmp_path / "shards", digits_info(100), digits(100), samples_per_shard=20)
+    folder = tmp_path / "run"
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "metrics.wandb=offline"), 1)
+    wait_for_steps(folder, 2, ranks)
+    [service] = [child for child in psutil.Process(ranks[0].pid).children() if child.name() == "wandb-core"]
+    service.suspend()
+    shutil.rmtree(shards)
+    [(code, said)] = end(ranks)
+    assert code == EXIT_USER_ERROR, said
+    assert "WARNING: wandb has not ended" in said
+    assert "Traceback" not in said
+
+
+CLOSED = """
+import os, signal, sys, time
+os.close(1)
+os.close(2)
+from cfpretrain.lifeline import StopRequest
+stop = StopRequest()
+for number in (signal.SIGHUP, signal.SIGTERM):
+    os.kill(os.getpid(), number)
+end = time.monotonic() + 30
+while stop.reason is None and time.monotonic() < end:
+    time.sleep(0.01)
+os._exit(7 if stop.reason else 1)
+"""
+
+
+def test_a_closed_terminal_is_heard_without_one() -> None:
+    assert subprocess.run([sys.executable, "-c", CLOSED], cwd=REPOSITORY).returncode == 7
 
 
 SMALL_MEMORY = """

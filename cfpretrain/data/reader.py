@@ -3,6 +3,7 @@
 Workers are handed the indices of a micro-batch and need no state; they also make its samples into what the step needs.
 """
 
+import errno
 import functools
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -38,6 +39,7 @@ FOLDER_BIT, REPETITION_BIT = 40, 56
 _SHARED_MEMORY = "/dev/shm"
 _PREFETCH = 2  # micro-batches a worker makes ahead
 _POLL_SECONDS = 1.0
+_DEATH_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,8 @@ class MicroBatches(Dataset[T | _Handed[T] | _Failure]):
         try:
             return _Handed(batch)
         except (OSError, RuntimeError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                return _Failure(f"data.num_workers: {one_line(error)}; raise `ulimit -n`, or set fewer workers")
             return _Failure(_describe_full_memory(error, _num_bytes(batch) * _PREFETCH * worker.num_workers))
 
     def _samples(self, epoch: int, visits: NDArray[np.int64]) -> Samples:
@@ -186,8 +190,12 @@ class Reader(Generic[T]):
         while True:
             try:
                 batch = next(self._batches)
+                if isinstance(batch, _Handed):
+                    return batch.open()
                 break
-            except RuntimeError as error:
+            except (RuntimeError, OSError, EOFError) as error:  # the latter two of a worker that is gone
+                if "timed out" not in str(error):
+                    _let_die(self._workers)
                 dead = [worker for worker in self._workers if not worker.is_alive()]
                 if dead:
                     batch = _Failure(_describe_death(dead[0].exitcode))
@@ -197,11 +205,17 @@ class Reader(Generic[T]):
                 self._patience.check()
         if isinstance(batch, _Failure):
             raise UserError(str(batch))
-        return batch.open() if isinstance(batch, _Handed) else batch
+        return batch
 
     def close(self) -> None:
         """Ends the workers."""
         del self._batches  # torch ends them with its iterator, which an error's traceback must not keep
+
+
+def _let_die(workers: Collection[BaseProcess]) -> None:
+    """A socket to a process closes a moment before it is dead."""
+    for worker in workers:
+        worker.join(_DEATH_SECONDS / len(workers))
 
 
 def _num_bytes(batch: object) -> int:

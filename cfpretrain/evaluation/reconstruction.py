@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cfpretrain.build import Autoencoder
 from cfpretrain.evaluation import pictures
-from cfpretrain.model.autoencoder import LatentScaling
+from cfpretrain.model.autoencoder import PIXELS_AT_ONCE, LatentScaling
 
 _BATCH = 100
 _MOST_COLUMNS = 8
@@ -41,7 +41,8 @@ def reconstruction_error(
 
 def reconstruct(autoencoder: Autoencoder, images_BCYX: Tensor) -> Tensor:
     """Images in [0, 1] decoded from the means of their posteriors, not clamped; on the autoencoder's device."""
-    mean_BCYX, _ = autoencoder.encode(images_BCYX)
+    num_at_once = max(1, PIXELS_AT_ONCE // (images_BCYX.shape[-2] * images_BCYX.shape[-1]))
+    mean_BCYX = torch.cat([autoencoder.encode(part_BCYX)[0] for part_BCYX in images_BCYX.split(num_at_once)])
     return autoencoder.decode(LatentScaling(autoencoder.shift, autoencoder.scale).to_model(mean_BCYX))
 
 

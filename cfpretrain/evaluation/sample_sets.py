@@ -6,6 +6,7 @@ differences count where images are scored, and are whole or not there.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -45,7 +46,7 @@ class SampleSet:
     folder: Path
     plan: Mapping[str, Any]
 
-    @property
+    @functools.cached_property
     def place(self) -> Path:
         """The folder of this set."""
         text = json.dumps([self.plan, list(self.labels)], sort_keys=True)

@@ -22,7 +22,7 @@ from cfpretrain.console import UserError, one_line
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 
 _CLASS = "AutoencoderKL"
-_PIXELS_AT_ONCE = 1 << 19  # decoded together: 8 images of 256 px
+PIXELS_AT_ONCE = 1 << 19  # through the network together, where little memory counts: 8 images of 256 px
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _NUM_NAMED = 3  # tensors that a message names before it says how many more there are
 # Folders that older diffusers wrote, as most of Stable Diffusion's are, name the attention's matrices otherwise.
@@ -182,7 +182,7 @@ class KLAutoencoder:
         raw_BCYX = self._scaling.from_model(latents_BCYX).to(self.network.dtype)
         # In slices: activations of the decoder take a hundred times the memory of its images, or more.
         num_pixels = raw_BCYX.shape[-2] * raw_BCYX.shape[-1] * self.stride**2
-        slices = torch.split(raw_BCYX, max(1, _PIXELS_AT_ONCE // num_pixels))
+        slices = torch.split(raw_BCYX, max(1, PIXELS_AT_ONCE // num_pixels))
         images_BCYX = torch.cat([self.network.decode(part).sample for part in slices])
         return images_BCYX.float() / 2 + 0.5
 
