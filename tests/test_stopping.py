@@ -50,6 +50,7 @@ class Terminal:
         self.pid, self._end = pty.fork()
         if self.pid == 0:
             os.chdir(REPOSITORY)
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
             home = {"HOME": str(folder.parent), "WANDB_API_KEY": "", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
             os.execve(launcher, [launcher, *options, *arguments], os.environ | home)
 
