@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cfpretrain import config_files
-from cfpretrain.config_files import FilePath, Origin
+from cfpretrain.config_files import Address, FilePath, Origin
 from cfpretrain.console import UserError
 
 # What kernels can do; `model.block_causal` and `model.attention` say it too.
@@ -78,7 +78,7 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: tuple[FilePath, ...] = ("data/latents",)  # folders of latent shards, or addresses: s3://bucket/folder
+    shards: tuple[Address, ...] = ("data/latents",)  # folders of latent shards, or addresses: s3://bucket/folder
     repeat: tuple[float, ...] = (1.0,)  # how often an epoch goes through each; one value, or one a folder
     autoencoder: FilePath = ""  # folder of the autoencoder behind the latents, to decode samples; none: pixels
     latent_shift: tuple[float, ...] = (0.0,)  # model sees (raw - shift) * scale; one value, or C

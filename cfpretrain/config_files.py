@@ -18,7 +18,8 @@ from omegaconf import OmegaConf
 
 from cfpretrain.console import UserError, one_line
 
-FilePath = Annotated[str, "path"]  # of this machine, with `~` for a home; or an address such as s3://bucket/folder
+FilePath = Annotated[str, "path"]  # of this machine, with `~` for a home
+Address = Annotated[str, "address"]  # a path, or an address such as s3://bucket/folder
 
 COMMAND_LINE = "command line"
 # YAML 1.1 reads 0100 as 64, and 1:30 as 90.
@@ -224,8 +225,9 @@ def _convert(value: Any, hint: Any, key: tuple[Any, ...], problems: list[Problem
     try:
         if origin is Literal:
             return _choice(value, typing.get_args(hint))
-        if hint == FilePath:
-            return _path(_text(value))
+        if hint in (FilePath, Address):
+            text = _text(value)
+            return text if "://" in text and hint == Address else _path(text)
         return {int: _whole, float: _number, bool: _true_or_false, str: _text}[hint](value)
     except ValueError as error:
         problems.append(Problem(key, str(error)))
@@ -255,7 +257,9 @@ def _text(value: Any) -> str:
 
 def _path(text: str) -> str:
     if "://" in text:
-        return text
+        raise ValueError(
+            f"expected a path of this machine, got the address {text!r}; mount it, or copy there afterwards"
+        )
     if _SHELL_VARIABLE.search(text):
         raise ValueError(f"expected a path, got {text!r}: only a shell replaces variables; write ~ or ${{oc.env:NAME}}")
     if "\0" in text:

@@ -80,6 +80,8 @@ def leave_on_signals() -> None:
 
 def path_argument(text: str) -> Path:
     """A path of the command line, with `~` expanded: after `--out=` a shell does not."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"expected a path of this machine, got the address {text}")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # ~somebody
@@ -248,7 +250,7 @@ class Progress:
         self._num_steps, self._unit = num_steps, unit
         self._said_at = 0.0
         self._bar: Any = None
-        if is_rank_zero() and sys.stderr.isatty():
+        if is_rank_zero() and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
             from tqdm import tqdm
 
             # The text has a rate and the time left already.

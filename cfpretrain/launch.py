@@ -15,8 +15,14 @@ _MEND = (
 )
 # What starts several tasks without telling them in our names, and how many. SLURM_NTASKS would not do: a job script and
 # the shell of salloc have it too.
-_TASKS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher"}
-_LAST_PORT = 65535
+_TASKS = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "an MPI launcher",
+    "PALS_SIZE": "an MPI launcher",
+    "MV2_COMM_WORLD_SIZE": "an MPI launcher",
+}
+_LAST_PORT, _MOST_DIGITS = 65535, 18
 
 
 @dataclass(frozen=True)
@@ -79,8 +85,8 @@ def _number(name: str, least: int) -> int | None:
     text = os.environ.get(name)
     if text is None:
         return None
-    if not text.strip().isdecimal() or int(text) < least:
-        raise _error(name, f"expected a whole number, at least {least}, got {text!r}")
+    if not text.strip().isdecimal() or len(text) > _MOST_DIGITS or int(text) < least:
+        raise _error(name, f"expected a whole number, at least {least}, got {text!r:.40}")
     return int(text)
 
 

@@ -125,22 +125,31 @@ class StopRequest:
 
 
 class Launcher:
-    """The two processes of the deepspeed launcher above this one; without them nobody would end the ranks."""
+    """The two processes of the deepspeed launcher above this one; without them nobody would end the ranks.
+
+    Others may stand between: a profiler, a script that sets the environment.
+    """
 
     def __init__(self) -> None:
-        self._parent = os.getppid()
-        self._grandparent = _parent_of(self._parent)
-        # Set by that launcher alone.
-        self._is_expected = "CROSS_RANK" in os.environ
-        # One of them may have been killed while this process was starting: then the first process is in its place.
-        self._was_there = b"deepspeed.launcher" in _read_proc(self._parent, "cmdline") and not (
-            self._grandparent == 1 and b"deepspeed" not in _read_proc(1, "cmdline")
-        )
+        above = _ancestors()
+        found = [i for i, process in enumerate(above) if b"deepspeed.launcher" in _read_proc(process, "cmdline")]
+        # The launcher alone sets it. Where it was killed while this process was starting, the first process is in its
+        # place, or in that of the one above it; else it is left over from another command.
+        is_expected = "CROSS_RANK" in os.environ
+        self._chain = above[: found[0] + 2] if found and is_expected else []
+        is_orphan = self._chain[-1:] == [1] if found else above[:1] == [1]
+        self._is_gone = is_expected and is_orphan and b"deepspeed" not in _read_proc(1, "cmdline")
 
     def is_there(self) -> bool:
-        if not self._is_expected:
-            return True
-        return self._was_there and os.getppid() == self._parent and _parent_of(self._parent) == self._grandparent
+        return not self._is_gone and _ancestors()[: len(self._chain)] == self._chain
+
+
+def _ancestors() -> list[int]:
+    """Parent, grandparent and so on, as far as this process may see."""
+    found = [os.getppid()]
+    while found[-1] > 1:
+        found.append(_parent_of(found[-1]))
+    return found
 
 
 def _read_proc(process: int, name: str) -> bytes:

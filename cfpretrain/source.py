@@ -133,7 +133,7 @@ def open_source(path: Path, weights: str = "ema", step: Step = None) -> Origin:
         if step is not None:
             raise UserError(f"--step: {path} is an export, of one step; leave it out")
         config = _export_config(path)
-        names = _read_json(path / INDEX_FILE).get("id2label") or {}
+        names = _texts_of(path / INDEX_FILE, "id2label")
         class_names = tuple(names.get(str(i), str(i)) for i in range(config.model.num_classes))
         return Origin(path, config, class_names, f"{path}", None, weights)
     if (path / CONFIG_FILE).is_file():
@@ -184,7 +184,10 @@ def _load_export(folder: Path, config: Config) -> CausalFusion:
     with torch.device("meta"):
         model = make_model(config)
     try:
-        model.load_state_dict(_read_tensors(folder / TRANSFORMER), assign=True)
+        tensors = _read_tensors(folder / TRANSFORMER)
+        for name, values in tensors.items():
+            foreign_files.check_finite(values, f"{folder / TRANSFORMER}: {name}")
+        model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / TRANSFORMER} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
@@ -194,16 +197,24 @@ def _load_export(folder: Path, config: Config) -> CausalFusion:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     whole = f"{WEIGHTS_STEM}.safetensors"
     index = folder / f"{whole}.index.json"
-    files = set((_read_json(index).get("weight_map") or {}).values()) if index.is_file() else {whole}
+    files = set(_texts_of(index, "weight_map").values()) if index.is_file() else {whole}
     return {
         name: values for file in sorted(files) for name, values in foreign_files.read(folder / file, "source").items()
     }
 
 
+def _texts_of(path: Path, key: str) -> dict[str, str]:
+    """Texts by name, under a key of a JSON file; none where it is missing."""
+    found = _read_json(path).get(key) or {}
+    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
+        raise UserError(f"{path}: expected texts by name as {key}, got {found!s:.60}; export the run again")
+    return found
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); export the run again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys with values, got {content!r:.40}; export the run again")

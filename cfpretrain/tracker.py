@@ -43,12 +43,16 @@ class Tracker:
     def __init__(self, mode: str, project: str, folder: Path, run_id: str | None, config: Mapping[str, Any]) -> None:
         self.run_id = run_id
         self._task: Task | None = None
+        self._may_end = False
         if mode == "disabled" or runtime.rank() != 0:
             return
-        import wandb
-
-        self._wandb, self._folder = wandb, folder
-        self._is_over = False
+        self._folder, self._is_over = folder, False
+        try:
+            import wandb
+        except Exception as error:
+            self._report(f"cannot be loaded ({one_line(error):.200})")
+            return
+        self._wandb = wandb
         # Known before wandb's service answers, so that the first checkpoint holds it.
         self.run_id = run_id or secrets.token_hex(_ID_BYTES)
         self._options: dict[str, Any] = {
@@ -76,6 +80,10 @@ class Tracker:
     def log_picture(self, name: str, path: Path, step: int) -> None:
         """Logs a PNG."""
         self._hand_over(lambda run: run.log({name: self._wandb.Image(str(path))}, step=step))
+
+    def expect_end(self) -> None:
+        """The run was asked to stop: a launcher or terminal may have ended wandb's process with the same signal."""
+        self._may_end = True
 
     def close(self, seconds: float = _END_SECONDS) -> None:
         """Ends wandb's run; what has not ended after `seconds` is left to `wandb sync`."""
@@ -109,8 +117,9 @@ class Tracker:
             while (job := self._jobs.get()) is not None:
                 job(run)
             run.finish()
-        except ConnectionError:  # a launcher that is told to stop ends all processes below it
-            self._report("has lost its process")
+        except ConnectionError:
+            if not self._may_end:
+                self._report("has lost its process")
         except Exception as error:  # of wandb's many
             self._report(f"failed ({one_line(error):.200})")
         with suppress(Exception):
@@ -150,5 +159,5 @@ def _resolve_mode(mode: str) -> Literal["online", "offline"]:
 def _has_netrc_key() -> bool:
     try:
         return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False

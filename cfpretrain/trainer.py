@@ -206,8 +206,6 @@ class Trainer:
                 ranks_per_node,
                 pinned=device.type == "cuda",
             )
-        if stop is not None:
-            stop.end_waiting = self.loader.end_waiting
         self.lacks_data = True  # until a step is read ahead, and where a rank could not read its share of it
         self.writer = CheckpointWriter(self.store, self.engine.fragments(), self.ema.values)
         self.num_failed_checkpoints = 0
@@ -220,6 +218,8 @@ class Trainer:
             tracker_run_id(saved, self.folder),
             to_plain(config),
         )
+        if stop is not None:
+            stop.end_waiting = self.end_waiting
         self.window = Window()
         self.clock = Clock()
         self.waited_before = 0.0  # seconds that the loader had kept training waiting when the last window closed
@@ -344,6 +344,11 @@ class Trainer:
         self.at.step += 1
         self.record_step(batches, learning_rate, applied)
         self.obey()
+
+    def end_waiting(self) -> None:
+        """What a request to stop ends, from a thread of its own."""
+        self.loader.end_waiting()
+        self.tracker.expect_end()
 
     def is_asked_to_stop(self) -> bool:
         """Whether this rank is."""

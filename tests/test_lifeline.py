@@ -243,6 +243,27 @@ def test_a_rank_notices_that_its_launcher_is_gone(tmp_path: Path, moment: str) -
     assert "\nthe launcher is gone\n" in f"\n{said}"
 
 
+ASKED = """
+import subprocess, sys
+from cfpretrain.lifeline import Launcher
+print(Launcher().is_there())
+"""
+
+
+def test_a_launcher_is_found_above_a_wrapper_and_a_variable_alone_is_none() -> None:
+    wrapped = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ASKED!r}])  # deepspeed.launcher"
+    for command in (f"import subprocess, sys; subprocess.run([sys.executable, '-c', {wrapped!r}])", ASKED):
+        ended = subprocess.run(
+            [sys.executable, "-c", command],
+            env=os.environ | {"CROSS_RANK": "0"},
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ended.stdout == "True\n"
+
+
 def test_a_launcher_that_goes_is_no_second_signal(tmp_path: Path) -> None:
     """It ends once its ranks were told to stop, while they still write their checkpoint."""
     stop = object.__new__(lifeline.StopRequest)

@@ -20,7 +20,15 @@ from cfpretrain import lifeline, runtime
 from cfpretrain.console import EXIT_REQUEUE, EXIT_USER_ERROR
 from tests.digits import digits, digits_info, small_config, small_run, write_latents
 from tests.object_store import ObjectStore, running_store
-from tests.processes import REPOSITORY, Rank, free_port, run_in_processes, start_script, wait_until
+from tests.processes import (
+    REPOSITORY,
+    Rank,
+    free_port,
+    launcher_environment,
+    run_in_processes,
+    start_script,
+    wait_until,
+)
 from tests.test_lifeline import LONG, TRAIN, end, rows, wait_for_steps
 
 
@@ -119,6 +127,7 @@ def test_a_stop_in_a_terminal_loses_no_step(shards: Path, tmp_path: Path, how: s
     assert_nothing_is_lost(tmp_path / "run")
     assert ("stopping after this step" in said) == (how != "a closed terminal"), said
     assert "cfpretrain/" not in said.partition("stopping after this step")[2], said  # of a traceback of ours
+    assert "WARNING: wandb" not in said, said
 
 
 @pytest.mark.slow
@@ -147,11 +156,9 @@ def store() -> Iterator[ObjectStore]:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_request_to_one_rank_ends_the_others_wait_for_data(
-    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+    store: ObjectStore, tmp_path: Path, num_workers: int
 ) -> None:
     """The storage is away for good, and patience and the ranks' timeout are long."""
-    for name, value in store.environment().items():
-        monkeypatch.setenv(name, value)
     shards = write_latents(tmp_path / "shards", digits_info(100), digits(100), samples_per_shard=20)
     smallest_cache = 2.5 * max(path.stat().st_size for path in shards.glob("*.mds")) / 1e9
     arguments = small_run(
@@ -165,7 +172,10 @@ def test_a_request_to_one_rank_ends_the_others_wait_for_data(
         f"data.num_workers={num_workers}",
         "data.shuffle_block_size=27",
     )
-    ranks = start_script(TRAIN, arguments, 2)
+    port, alone = free_port(), {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [
+        Rank(TRAIN, arguments, launcher_environment(rank, 2, port) | alone | store.environment()) for rank in range(2)
+    ]
     wait_for_steps(tmp_path / "run", 2, ranks)
     store.kill()
     wait_until(lambda: "still waiting for data" in ranks[0].said() or "asking again" in ranks[0].said())
@@ -193,6 +203,20 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
 
     trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
     trainer.run(config, torch.device("cpu"), stop)
+
+
+def test_a_worker_that_hangs_keeps_nobody_who_was_asked_to_stop(shards: Path, tmp_path: Path) -> None:
+    """It has promised batches that only it can hand over."""
+    folder = tmp_path / "run"
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "data.num_workers=1"), 1)
+    wait_for_steps(folder, 3, ranks)
+    [worker] = psutil.Process(ranks[0].pid).children()
+    worker.suspend()
+    wait_until(lambda: "still waiting for data" in ranks[0].said())
+    ranks[0].send_signal(signal.SIGTERM)
+    [(code, said)] = end(ranks)
+    assert code == EXIT_REQUEUE, said
+    assert_nothing_is_lost(folder)
 
 
 def test_a_rank_that_hangs_keeps_nobody_who_was_asked_to_stop(shards: Path, tmp_path: Path) -> None:

@@ -255,7 +255,7 @@ def test_a_storage_that_stays_away(store: Store, tmp_path: Path) -> None:
     assert "S3_ENDPOINT_URL" in message
     assert "data.download_patience_seconds" in message
     assert time.monotonic() - begin > 0.4
-    assert len(store.asked()) > 3
+    assert len(store.asked()) >= 3
     assert copies_in(tmp_path / "cache") == set()
 
 

@@ -289,7 +289,7 @@ def test_a_dry_run_holds_the_autoencoder_against_the_shards(tmp_path: Path) -> N
         return run_script(TRAIN, command)
 
     assert f"autoencoder: {right}, which made the latents" in dry_run(shards, right)[0].out
-    assert_refused(dry_run(shards, "FOLDER"), "data.autoencoder: expected an autoencoder's folder", "FOLDER")
+    assert_refused(dry_run(shards, "FOLDER"), "data.autoencoder: FOLDER does not exist")
     assert_refused(dry_run(shards, wrong), "data.autoencoder: expected the autoencoder that made the latents")
     assert f"autoencoder: {right}, which can be read" in dry_run(tmp_path / "elsewhere", right)[0].out
     assert "autoencoder: not looked at, since FOLDER is no" in dry_run(tmp_path / "elsewhere", "FOLDER")[0].out

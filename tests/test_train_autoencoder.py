@@ -168,6 +168,11 @@ class Terminal:
             said += part
 
 
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+
+
 @contextmanager
 def in_a_terminal(arguments: list[str]) -> Iterator[Terminal]:
     master, terminal = os.openpty()
@@ -177,7 +182,7 @@ def in_a_terminal(arguments: list[str]) -> Iterator[Terminal]:
         stdout=terminal,
         stderr=terminal,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=_take_terminal,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
     )
     os.close(terminal)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cfpretrain import seeds
+from cfpretrain.background import Task
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, one_line, say
 from cfpretrain.data.shards import Shards
@@ -175,7 +176,10 @@ class Reader(Generic[T]):
             generator=torch.Generator(),  # else torch would draw from the global one
         )
         on_child_death, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
-        self._batches: Iterator[T | _Handed[T] | _Failure] = iter(data_loader)
+        try:
+            self._batches: Iterator[T | _Handed[T] | _Failure] = iter(data_loader)
+        except OSError as error:  # of the queues' locks
+            raise UserError(_describe_full_memory(error)) from error
         self._workers: set[BaseProcess] = set(multiprocessing.active_children()) - others
         if threading.current_thread() is threading.main_thread():
             # Torch would raise in whatever the main thread does when a worker dies; `read` finds it as well.
@@ -191,7 +195,7 @@ class Reader(Generic[T]):
             try:
                 batch = next(self._batches)
                 if isinstance(batch, _Handed):
-                    return batch.open()
+                    return self._open(batch)
                 break
             except (RuntimeError, OSError, EOFError) as error:  # the latter two of a worker that is gone
                 if "timed out" not in str(error):
@@ -206,6 +210,18 @@ class Reader(Generic[T]):
         if isinstance(batch, _Failure):
             raise UserError(str(batch))
         return batch
+
+    def _open(self, handed: _Handed[T]) -> T:
+        """In a thread: its worker sends the tensors' file descriptors, and a worker that hangs never does."""
+        found: list[T] = []
+        opening = Task(lambda: found.append(handed.open()), "batch")
+        while opening.is_alive():
+            opening.join(_POLL_SECONDS)
+            if opening.is_alive():
+                self._patience.check()
+        if opening.error is not None:
+            raise opening.error
+        return found[0]
 
     def close(self) -> None:
         """Ends the workers."""
@@ -222,11 +238,12 @@ def _num_bytes(batch: object) -> int:
     return sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
 
 
-def _describe_full_memory(error: Exception, num_bytes: int) -> str:
+def _describe_full_memory(error: Exception, num_bytes: int | None = None) -> str:
     size = shutil.disk_usage(_SHARED_MEMORY)
+    need = "" if num_bytes is None else f", up to {num_bytes / 1e6:.4g} MB"
     return (
         f"data.num_workers: {_SHARED_MEMORY} ({size.total / 1e6:.4g} MB, of which {size.free / 1e6:.4g} free) cannot "
-        f"take what the workers of each rank hand over, up to {num_bytes / 1e6:.4g} MB ({one_line(error):.120}); "
+        f"take what the workers of each rank hand over{need} ({one_line(error):.120}); "
         "start the container with more (docker run --shm-size=8g, or --ipc=host), or set data.num_workers=0"
     )
 
