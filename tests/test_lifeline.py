@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -267,7 +268,7 @@ def test_a_launcher_is_found_above_a_wrapper_and_a_variable_alone_is_none() -> N
 def test_a_launcher_that_goes_is_no_second_signal(tmp_path: Path) -> None:
     """It ends once its ranks were told to stop, while they still write their checkpoint."""
     stop = object.__new__(lifeline.StopRequest)
-    stop.reason, stop.leave = "SIGUSR1", None
+    stop.reason, stop.leave, stop._lock = "SIGUSR1", None, threading.Lock()
     stop._first_signal_at = time.monotonic() - 10 * lifeline._ONE_REQUEST_SECONDS
 
     class Gone:
