@@ -188,6 +188,7 @@ def train(shards: Path, folder: Path, *overrides: str) -> None:
     config = small_config(shards, folder, *steps, *overrides)
     runtime.start(CPU)
     trainer.prepare_folder(config, CPU)
+    trainer.record_config(config)
     assert trainer.Trainer(config, CPU).train()
 
 

@@ -82,7 +82,7 @@ def _measure_one(config: Any, folder: Path, arguments: argparse.Namespace) -> di
 
     folder.mkdir()
     with phase(f"writing a run of {sum(map(math.prod, shapes.values())) / 1e6:,.1f} M parameters"):
-        imported_run.write_run(folder / "run", config, imported_run.Counters(1, 0), read_tensor)
+        imported_run.write_run(folder / "run", config, imported_run.Counters(1, 0), read_tensor, "random values")
     options = ["--config", arguments.config, "--dtype", arguments.dtype, "--max-shard-gb", str(arguments.max_shard_gb)]
     command = [sys.executable, __file__, "--export", str(folder / "run"), str(folder / "out"), *options]
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
