@@ -249,6 +249,4 @@ def test_training_from_the_store_is_training_from_the_folder(store: ObjectStore,
         losses.append([row["loss"] for row in rows])
     assert len(losses[0]) == 12
     assert losses[0] == losses[1]
-    # Copies in the making, for which others went, are given up at the end.
-    assert (tmp_path / "cache" / "lock").exists()
-    assert len(list((tmp_path / "cache").glob("[0-9a-f]*"))) <= 3
+    assert 0 < len(list((tmp_path / "cache").glob("[0-9a-f]*"))) <= 3

@@ -121,6 +121,11 @@ class Patience:
         self._owner = os.getpid()
         self._shared = mmap.mmap(-1, 2)  # is someone waiting; is it over
 
+    @property
+    def is_own(self) -> bool:
+        """Whether this process made it, and not one that this was forked from."""
+        return self._owner == os.getpid()
+
     def end(self) -> None:
         """Nobody needs what is being waited for."""
         self._shared[1] = 1
@@ -268,6 +273,9 @@ class RemoteFolder:
         if self._client is None or self._client[0] != os.getpid():  # a fork must not share connections
             self._client = os.getpid(), CloudDownloader.get(what)
         client, seconds = self._client[1], max(1.0, min(_READ_SECONDS, self._cache.patience.seconds))
+        if not self._cache.patience.is_own:  # a worker's transfer keeps nobody waiting, and its copy may serve again
+            client.download(what, str(local), seconds)
+            return
         # In a thread, which a process that ends does not wait for: a storage may keep silent for a minute.
         transfer = Task(lambda: client.download(what, str(local), seconds), "transfer")
         while transfer.is_alive():
