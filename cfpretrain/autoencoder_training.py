@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from cfpretrain import outputs, seeds
+from cfpretrain import outputs, plans, seeds
 from cfpretrain.console import Progress, SickRunError, UserError, phase, say
 from cfpretrain.evaluation.reconstruction import draw_reconstructions
 from cfpretrain.lifeline import StopRequest
@@ -167,7 +167,7 @@ class Training:
         tensors, state = read_state(self.folder / _STATE_FILE, f"delete {self.folder} to begin again")
         if self.settings[NUM_STEPS] is None:
             self.settings[NUM_STEPS] = state["settings"][NUM_STEPS]
-        different = outputs.differences(state["settings"], self.settings)
+        different = plans.differences(state["settings"], self.settings)
         if different:
             raise UserError(
                 f"OUT: {self.folder} is the unfinished training of other settings ({different}); give those, or delete "

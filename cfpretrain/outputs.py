@@ -12,7 +12,6 @@ from typing import IO, Any
 
 from cfpretrain.checkpoint import flush
 from cfpretrain.console import UserError
-from cfpretrain.plans import differences as differences  # between plans, beside `parse_plan`
 from cfpretrain.tensor_files import reason_of
 
 LOCK_FILE = "lock"

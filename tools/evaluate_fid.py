@@ -248,13 +248,13 @@ def _score(
 
 def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What this very command has written; None: nothing is there."""
-    from cfpretrain import outputs
+    from cfpretrain import outputs, plans
 
     if not out.exists():
         return None
     try:
         there = outputs.parse_plan(out.read_text())
-        different = outputs.differences(there["settings"], json.loads(json.dumps(settings)))
+        different = plans.differences(there["settings"], json.loads(json.dumps(settings)))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"--out: {out} is there already and holds no scores; choose another --out") from error
     if different:

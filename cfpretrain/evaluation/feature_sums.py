@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain import outputs, runtime
+from cfpretrain import outputs, plans, runtime
 from cfpretrain.console import UserError, one_line, say
 from cfpretrain.evaluation.features import Features
 from cfpretrain.evaluation.frechet import Moments
@@ -168,7 +168,7 @@ class Work:
             if file.exists():
                 with _undamaged(file):
                     there = outputs.parse_plan(file.read_text())
-                different = outputs.differences(there, plan)
+                different = plans.differences(there, plan)
                 if different and there.get("images") != plan.get("images"):
                     say(f"{self.folder}: the images have changed; beginning anew")
                     outputs.clear(self.folder)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cfpretrain import checkpoint, outputs
+from cfpretrain import checkpoint, outputs, plans
 from cfpretrain.console import UserError
 from cfpretrain.evaluation.given_images import is_archive
 from cfpretrain.evaluation.pictures import to_rgb, write_png
@@ -64,7 +64,7 @@ class ImageSet:
             found = outputs.parse_plan(self._plan_text())
         except (OSError, ValueError, zipfile.BadZipFile) as error:
             raise UserError(f"--out: {self.out} is there already and is none of these images; {advice}") from error
-        different = outputs.differences(found, self.plan)
+        different = plans.differences(found, self.plan)
         if different:
             raise UserError(f"--out: {self.out} holds images of other settings already ({different}); {advice}")
         if not self._is_archive:
@@ -106,7 +106,7 @@ class ImageSet:
                     raise UserError(
                         f"--out: {plan_file} is damaged; delete {self.unfinished} to begin again"
                     ) from error
-                different = outputs.differences(found, self.plan)
+                different = plans.differences(found, self.plan)
                 if different:
                     raise UserError(
                         f"--out: {self.unfinished} is the unfinished work of other settings ({different}); give those, "
