@@ -237,6 +237,14 @@ def phase(name: str, announce: bool = True) -> Iterator[None]:
         phase_seconds[name] = phase_seconds.get(name, 0.0) + time.monotonic() - begin
 
 
+def _has_terminal() -> bool:
+    """Whether stderr is a terminal with room for a bar."""
+    try:
+        return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except OSError:  # it is gone, or a stream of python's alone
+        return False
+
+
 class Progress:
     """How far training is: a bar on a terminal, else a line every few seconds; rank 0 only.
 
@@ -250,7 +258,7 @@ class Progress:
         self._num_steps, self._unit = num_steps, unit
         self._said_at = 0.0
         self._bar: Any = None
-        if is_rank_zero() and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns:
+        if is_rank_zero() and _has_terminal():
             from tqdm import tqdm
 
             # The text has a rate and the time left already.

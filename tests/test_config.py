@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cfpretrain import config as configs
 from cfpretrain import order
-from cfpretrain.config_files import FilePath
+from cfpretrain.config_files import Address, FilePath
 from cfpretrain.console import UserError
 from tests.processes import REPOSITORY
 
@@ -397,8 +397,8 @@ def test_every_key_that_is_a_path_is_known_as_one() -> None:
     for section, kind in typing.get_type_hints(configs.Config).items():
         for name, hint in typing.get_type_hints(kind, include_extras=True).items():
             of_item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
-            if of_item in (str, FilePath):
-                found["path" if of_item == FilePath else "text"].append(f"{section}.{name}")
+            if of_item in (str, FilePath, Address):
+                found["text" if of_item is str else "path"].append(f"{section}.{name}")
     assert found["path"] == PATHS
     assert found["text"] == ["evaluation.features", "evaluation.feature_label", "metrics.wandb_project"]
 

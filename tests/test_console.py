@@ -91,7 +91,7 @@ def test_progress_without_a_terminal_is_lines(monkeypatch, capsys) -> None:
 
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(console, "_has_terminal", lambda: True)
     progress = console.Progress(num_steps=100, step=40)
     progress.show(60, "loss 0.5", seconds_left=5)
     progress.close()

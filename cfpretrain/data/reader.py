@@ -41,6 +41,7 @@ _SHARED_MEMORY = "/dev/shm"
 _PREFETCH = 2  # micro-batches a worker makes ahead
 _POLL_SECONDS = 1.0
 _DEATH_SECONDS = 0.5
+_CLOSE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,16 @@ class Reader(Generic[T]):
 
     def close(self) -> None:
         """Ends the workers."""
+        # One may be stopped, or wait for a disk that never answers: torch and `multiprocessing` would wait for it.
+        killing = threading.Timer(_CLOSE_SECONDS, self._kill)
+        killing.start()
         del self._batches  # torch ends them with its iterator, which an error's traceback must not keep
+        if not any(worker.is_alive() for worker in self._workers):
+            killing.cancel()
+
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.kill()
 
 
 def _let_die(workers: Collection[BaseProcess]) -> None:
