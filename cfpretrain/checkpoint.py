@@ -20,7 +20,6 @@ The last two stay until a person deletes them; nothing resumes from them.
 import dataclasses
 import errno
 import itertools
-import json
 import math
 import os
 import re
@@ -36,15 +35,14 @@ from torch import Tensor
 
 from cfpretrain import runtime
 from cfpretrain.console import UserError, say
+from cfpretrain.files import opened, read_json, read_text
 from cfpretrain.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
 from cfpretrain.tensor_files import (
     HashedRange,
     Header,
     check_cover,
     hashes_from_plain,
-    opened,
     read_header,
-    read_text,
     read_values,
     read_whole,
     reason_of,
@@ -64,6 +62,8 @@ _LATEST_FILE, BEST_FILE = "latest", "best.json"
 _COMPLETE_NAME = re.compile(r"step_(\d{8,})")
 _LEFTOVER_NAME = re.compile(r"(step_\d{8,})\.(partial|deleted|replaced)")
 _NUM_NAMES_SHOWN = 5
+_MAX_NAME_BYTES = 4096  # of what `latest` may hold
+_MAX_RANGES_BYTES = 2**27  # of a thousand ranks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -336,11 +336,11 @@ class CheckpointStore:
         """
         file = self.folder / BEST_FILE
         try:
-            plain = json.loads(read_text(file))
+            plain = read_json(file, follow=False)
             best = Best(int(plain["step"]), float(plain["score"]), dict(plain["measured_by"]))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             say(f"WARNING: {file} is damaged and left out: {reason_of(error)}")
             return None
         return best if (self.folder / _name_of(best.step) / STATE_FILE).is_file() else None
@@ -410,10 +410,10 @@ class CheckpointStore:
     def _named_by_latest(self) -> int | None:
         file = self.folder / _LATEST_FILE
         try:
-            name = file.read_text(errors="replace").strip()
+            name = read_text(file, _MAX_NAME_BYTES, follow=False).strip()
         except FileNotFoundError:
             return None
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file} cannot be read: {reason_of(error)}; mend or delete it") from error
         if not name:
             return None
@@ -476,8 +476,8 @@ def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tens
 def read_hashes(path: Path) -> dict[str, Any]:
     file = path / RANGES_FILE
     try:
-        plain = json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
+        plain = read_json(file, _MAX_RANGES_BYTES, follow=False)
+    except ValueError as error:
         raise DamagedCheckpointError(f"{file}: expected JSON, got {error}; {remedy(file)}") from error
     if not isinstance(plain, dict) or set(plain) != set(CONTENTS):
         raise DamagedCheckpointError(

@@ -31,6 +31,7 @@ from cfpretrain.checkpoint import (
     written_range,
 )
 from cfpretrain.console import UserError
+from cfpretrain.files import opened, read_json
 from cfpretrain.tensor_files import (
     VALUE_BYTES,
     DamagedCheckpointError,
@@ -39,9 +40,7 @@ from cfpretrain.tensor_files import (
     hashes_from_plain,
     hashes_to_plain,
     make_header,
-    opened,
     read_header,
-    read_text,
     reason_of,
     write_fully,
     write_ranges,
@@ -156,7 +155,7 @@ def _read_part(file: Path, deadline: float) -> dict[str, Any]:
     """What a rank left; network file systems may show it late, or half of it."""
     while True:
         try:
-            plain: dict[str, Any] = json.loads(read_text(file))
+            plain: dict[str, Any] = read_json(file, follow=False)
             return plain
         except FileNotFoundError:
             if time.monotonic() >= deadline:

@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,16 +40,30 @@ def open_to_read(file: Path, max_bytes: int | None = None, follow: bool = True) 
     Raises:
         OSError: it cannot be opened, is something else than a regular file, or is larger.
     """
+    return os.fdopen(_open_regular(file, max_bytes, follow), "rb")
+
+
+def open_unbuffered(file: Path) -> FileIO:
+    """As `open_to_read`, for reading at places."""
+    return FileIO(_open_regular(file, None, True))
+
+
+def _open_regular(file: Path, max_bytes: int | None, follow: bool) -> int:
     # A pipe without a writer would keep `open` waiting.
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     try:
         status = _check_regular(descriptor, file)
         if max_bytes is not None and status.st_size > max_bytes:
             raise OSError(errno.EFBIG, f"{status.st_size} bytes, at most {max_bytes} are read", str(file))
-        return os.fdopen(descriptor, "rb")
+        return descriptor
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def check_regular(file: Path, max_bytes: int | None = None, follow: bool = True) -> None:
+    """For readers of other packages, which take a path: raises as `open_to_read`."""
+    open_to_read(file, max_bytes, follow).close()
 
 
 def read_bytes(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) -> bytes:
@@ -65,10 +80,14 @@ def read_text(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) 
     return read_bytes(file, max_bytes, follow).decode()
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value that JSON says; ValueError where it is none, or nests too deep to be read."""
+def parse_json(text: str | bytes, of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value that JSON says, with `of_pairs` of each object's (name, value) in place of a dict.
+
+    Raises:
+        ValueError: it is none, or nests too deep to be read.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=of_pairs)
     except RecursionError:
         raise ValueError("it nests too deep") from None
 

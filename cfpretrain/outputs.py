@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import IO, Any
 
 from cfpretrain.checkpoint import flush
 from cfpretrain.console import UserError
+from cfpretrain.files import parse_json
 from cfpretrain.tensor_files import reason_of
 
 LOCK_FILE = "lock"
@@ -120,10 +120,7 @@ def replace_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
 
 def parse_plan(text: str) -> dict[str, Any]:
     """The settings that some work was done with, of JSON; ValueError where it is none."""
-    try:
-        plan = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it nests too deep") from error
+    plan = parse_json(text)
     if not isinstance(plan, dict):
         raise ValueError("it holds no keys with values")
     return plan

@@ -1,7 +1,6 @@
 """A model to sample from, wherever it comes from: a run folder, or a folder in diffusers' layout that we exported."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from cfpretrain.export.diffusers_layout import (
     WEIGHTS_STEM,
     scheduler_config,
 )
+from cfpretrain.files import read_json
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import BlockSettings, CausalFusion
@@ -213,8 +213,8 @@ def _texts_of(path: Path, key: str) -> dict[str, str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); export the run again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys with values, got {content!r:.40}; export the run again")

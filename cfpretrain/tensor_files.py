@@ -11,8 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain.console import UserError
+from cfpretrain.files import opened, parse_json
 
 VALUE_BYTES = 4
 CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB
@@ -54,12 +54,6 @@ def unreadable(task: str, error: Exception, fix: str) -> UserError:
     # Where a permission is missing, an earlier checkpoint is no answer.
     kind = UserError if isinstance(error, PermissionError) else DamagedCheckpointError
     return kind(f"{task}: {reason_of(error)}; {fix}")
-
-
-def read_text(file: Path) -> str:
-    """A small file; a link is refused."""
-    with open(file, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file_opened:
-        return file_opened.read()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,9 +125,9 @@ def read_header(file: Path) -> Header:
 
 def _checked_header(file: Path, first_bytes: bytes, num_bytes: int) -> Header:
     try:
-        shapes, metadata = _parse(json.loads(first_bytes[8:]))
+        shapes, metadata = _parse(parse_json(first_bytes[8:]))
         written, header = make_header(shapes, file.stem, int(metadata.get("step", 0)))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpointError(
             f"{file}: expected a safetensors header, got {error!r:.120}; {remedy(file)}"
         ) from error
@@ -331,16 +325,6 @@ def bytes_of(values: Tensor) -> memoryview:
     array: Any = values.numpy()
     # An empty array cannot be cast.
     return memoryview(array).cast("B") if array.size else memoryview(b"")
-
-
-@contextmanager
-def opened(file: Path, flags: int) -> Iterator[int]:
-    """A descriptor of a file, closed at the end. A link is refused, since it may lead out of the checkpoint."""
-    descriptor = os.open(file, flags | os.O_NOFOLLOW, 0o666)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def write_fully(descriptor: int, data: bytes | memoryview, position: int) -> None:

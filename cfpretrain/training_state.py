@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from cfpretrain.console import UserError
-from cfpretrain.tensor_files import DamagedCheckpointError, read_text, remedy, unreadable
+from cfpretrain.files import parse_json, read_text
+from cfpretrain.tensor_files import DamagedCheckpointError, remedy, unreadable
 
 # 1 had no hashes, and neither `guard` nor `num_rewinds`; 2 had `model`, a section of the config, and no other record.
 SCHEMA_VERSION = 3
@@ -69,8 +70,8 @@ class TrainingState:
             UserError: of another schema.
         """
         try:
-            plain = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            plain = parse_json(text)
+        except ValueError as error:
             raise DamagedCheckpointError(f"{source}: expected JSON, got {error}; {remedy(source)}") from error
         if not isinstance(plain, dict):
             raise DamagedCheckpointError(f"{source}: expected keys with values, got {plain!r:.40}; {remedy(source)}")
@@ -160,7 +161,7 @@ def read_state(path: Path) -> TrainingState:
     """
     file = path / STATE_FILE
     try:
-        text = read_text(file)
+        text = read_text(file, follow=False)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{path} is not a complete checkpoint: expected a folder such as checkpoints/step_00000500 "

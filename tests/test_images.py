@@ -440,9 +440,9 @@ def test_unreadable_files_are_rejected(tmp_path: Path, monkeypatch: pytest.Monke
     for path, reason in (
         (tmp_path / "gone.png", "No such file or directory"),
         (tmp_path / "loop.png", "Too many levels of symbolic links"),
-        (tmp_path / "folder.png", "it is no regular file"),
-        (tmp_path / "pipe.png", "it is no regular file"),
-        (tmp_path / "endless.png", "it is no regular file"),
+        (tmp_path / "folder.png", "Is a directory"),
+        (tmp_path / "pipe.png", "not a regular file"),
+        (tmp_path / "endless.png", "not a regular file"),
     ):
         with pytest.raises(RejectedImageError, match=f"^the file cannot be read: {reason}$"):
             read_file(path)

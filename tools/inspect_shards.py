@@ -241,15 +241,15 @@ def _verify_file(opened: FileIO, name: str, digest: str) -> None:
 
 
 def _verify_rejected(shards: "Shards") -> None:
-    import json
+    from cfpretrain.files import parse_json
 
     expected, found = getattr(shards.info, "num_rejected", 0), 0
     if not expected:
         return
     try:
-        found = sum("reason" in json.loads(line) for line in shards.source.text("rejected.jsonl").splitlines())
+        found = sum("reason" in parse_json(line) for line in shards.source.text("rejected.jsonl").splitlines())
         problem = f"got {found}"
-    except (OSError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         problem = f"but it cannot be read ({error})"
     if found != expected:
         raise UserError(

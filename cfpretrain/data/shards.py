@@ -31,6 +31,7 @@ from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.data.mosaic import MDSReader, encodings
 from cfpretrain.data.storage import LocalFolder, ShardFile, Source, open_source
+from cfpretrain.files import parse_json, read_json
 from cfpretrain.model.autoencoder import are_pixels
 
 SCHEMA_VERSION = 2
@@ -186,7 +187,7 @@ def _read_info(source: Source, key: str) -> Info:
     name = f"{source.address}/{INFO_FILE}"
     text = _required_text(source, INFO_FILE, key)
     try:
-        plain: dict[str, Any] = json.loads(text)
+        plain: dict[str, Any] = parse_json(text)
         version = plain.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(f"expected schema_version {SCHEMA_VERSION}, got {version!r}")
@@ -201,7 +202,7 @@ def _read_info(source: Source, key: str) -> Info:
 def read_plan(folder: Path) -> dict[str, Any]:
     """By which plan a folder of this machine was made; empty where it does not say."""
     try:
-        plan = json.loads((folder / INFO_FILE).read_text())["plan"]
+        plan = read_json(folder / INFO_FILE)["plan"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return plan if isinstance(plan, dict) else {}
@@ -480,7 +481,9 @@ class _Reader(MDSReader):
         # After the number of samples: where each begins, and the last ends.
         ends = os.pread(file.fileno(), 8, 4 * (1 + place))
         begin, end = int.from_bytes(ends[:4], "little"), int.from_bytes(ends[4:], "little")
-        return self.decode_sample(os.pread(file.fileno(), max(0, end - begin), begin))
+        if not begin <= end <= self.raw_data.bytes:
+            raise ValueError(f"bytes {begin} to {end} of {self.raw_data.bytes}")
+        return self.decode_sample(os.pread(file.fileno(), end - begin, begin))
 
     def decode_sample(self, data: bytes) -> dict[str, Any]:
         """The columns of a sample, from its bytes."""
@@ -517,7 +520,7 @@ def _open_readers(source: Source, columns: Mapping[str, str], key: str) -> list[
     again = "write the folder again"
     name = f"{source.address}/{INDEX_FILE}"
     try:
-        index = json.loads(_required_text(source, INDEX_FILE, key))
+        index = parse_json(_required_text(source, INDEX_FILE, key))
         _check_description(source, index, key)
         readers: list[_Reader] = [_Reader.from_json("", "", entry) for entry in index["shards"]]
         for reader in readers:

@@ -26,6 +26,7 @@ from cfpretrain.background import Task
 from cfpretrain.config import DataConfig
 from cfpretrain.console import UserError, one_line, say
 from cfpretrain.data.mosaic import CloudDownloader
+from cfpretrain.files import open_unbuffered, read_text
 
 _READ_SECONDS = 60.0  # a storage that sends nothing for so long is away
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two questions to a storage that is away
@@ -84,13 +85,13 @@ class LocalFolder:
 
     def text(self, name: str) -> str:
         """See `Source`."""
-        return (self._folder / name).read_text()
+        return read_text(self._folder / name)
 
     def open(self, file: ShardFile) -> FileIO:
         """See `Source`."""
         path = f"{self.address}/{file.name}"
         try:
-            opened = FileIO(path)
+            opened = open_unbuffered(Path(path))
             size = os.fstat(opened.fileno()).st_size
             if size == file.num_bytes:
                 return opened
@@ -184,7 +185,7 @@ class RemoteFolder:
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / name
             self._fetch(name, local, _Trouble())
-            return local.read_text()
+            return read_text(local)
 
     def open(self, file: ShardFile) -> FileIO:
         """See `Source`.
@@ -420,7 +421,7 @@ def _reason(error: Exception) -> str:
 def _opened_if_whole(copy: Path, file: ShardFile) -> FileIO | None:
     # The bytes are held against the hash when they come; later damage is found by the samples' checksums.
     try:
-        opened = FileIO(copy)
+        opened = open_unbuffered(copy)
     except FileNotFoundError:
         return None
     if os.fstat(opened.fileno()).st_size == file.num_bytes:

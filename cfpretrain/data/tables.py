@@ -6,7 +6,6 @@ named to be ignored: a model trained without its labels for a typo would not say
 
 import csv
 import io
-import json
 import re
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cfpretrain.console import UserError
+from cfpretrain.files import open_to_read, parse_json
 
 TABLES = (".csv", ".jsonl")
 UNLABELLED = "unlabelled"  # the one class of a table without labels
@@ -89,7 +89,7 @@ class _Reader:
         """(line at which it begins, value of each known column) of each row."""
         file = self._file
         try:
-            with file.open(encoding="utf-8-sig", newline="") as text:
+            with io.TextIOWrapper(open_to_read(file), encoding="utf-8-sig", newline="") as text:
                 yield from self._csv(text) if file.suffix.lower() == ".csv" else self._jsonl(text)
         except OSError as error:
             raise UserError(f"images: {file} cannot be read ({error.strerror}); mend it") from error
@@ -155,8 +155,8 @@ class _Reader:
             where = f", line {line}"
             try:
                 # Pairs: of a key that comes twice a dict would keep the last.
-                record = json.loads(content, object_pairs_hook=tuple)
-            except (ValueError, RecursionError) as error:
+                record = parse_json(content, tuple)
+            except ValueError as error:
                 raise UserError(f"images: {self._file}{where}: expected one JSON object ({error}); mend it") from error
             if not isinstance(record, tuple):
                 got = content.strip()

@@ -39,7 +39,7 @@ def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any
         UserError: the file is not there, is something else, or holds more than data.
     """
     if not file.is_file():
-        found = "is a folder" if file.is_dir() else "is not there"
+        found = "is a folder" if file.is_dir() else "is no file" if file.exists() else "is not there"
         raise UserError(f"{name}: expected a file of tensors (.pt or .safetensors), got {file}, which {found}")
     try:
         content = _read(file, placeholders)

@@ -18,10 +18,11 @@ from cfpretrain.config import Config, to_plain, to_yaml
 from cfpretrain.console import UserError
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
+from cfpretrain.files import opened
 from cfpretrain.health import Guard
 from cfpretrain.model.autoencoder import KLAutoencoder
 from cfpretrain.outputs import whole_or_nothing
-from cfpretrain.tensor_files import bytes_of, hashes_to_plain, make_header, opened, write_fully, write_ranges
+from cfpretrain.tensor_files import bytes_of, hashes_to_plain, make_header, write_fully, write_ranges
 from cfpretrain.training_state import TrainingState
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cfpretrain.console import UserError, one_line
+from cfpretrain.files import check_regular, parse_json, read_json
 
 # What an autoencoder's folder holds, as diffusers writes it.
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -271,7 +272,7 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
     """The config of an autoencoder's folder; UserError where it is missing, damaged or of another class."""
     path = folder / CONFIG_FILE
     try:
-        config: Any = json.loads(path.read_text())
+        config: Any = read_json(path)
         found = config["_class_name"]
     except OSError as error:
         raise UserError(
@@ -299,6 +300,7 @@ def _read_tensors(folder: Path, key: str) -> dict[str, Tensor]:
             )
         )
     try:
+        check_regular(path)
         return current_names(load_file(path))
     except (OSError, SafetensorError) as error:
         raise UserError(f"{key}: {path} cannot be read ({one_line(error):.200}); restore it") from error
@@ -371,8 +373,9 @@ def write_state(file: IO[bytes], tensors: Mapping[str, Tensor], state: Mapping[s
 def read_state(file: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of `write_state`; UserError, with what to do about it, where a byte is another."""
     try:
+        check_regular(file)
         with safe_open(file, "pt") as opened:
-            state: dict[str, Any] = json.loads(opened.metadata()["state"])
+            state: dict[str, Any] = parse_json(opened.metadata()["state"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if state.pop("fingerprint") != fingerprint(tensors):
             raise ValueError("its values are not those that were written")
