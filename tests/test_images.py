@@ -447,11 +447,11 @@ def test_unreadable_files_are_rejected(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(RejectedImageError, match=f"^the file cannot be read: {reason}$"):
             read_file(path)
 
-    def refuse(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(path: Path, *_: object) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "closed.png").touch()
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
+    monkeypatch.setattr("cfpretrain.data.images.read_bytes", refuse)  # root may read everything
     with pytest.raises(RejectedImageError, match=r"^the file cannot be read: Permission denied$"):
         read_file(tmp_path / "closed.png")
 
