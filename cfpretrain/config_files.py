@@ -6,10 +6,12 @@ It knows no key: what there is, of which type, the dataclass says. A text is a p
 import dataclasses
 import difflib
 import io
+import math
 import os
 import re
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -17,11 +19,15 @@ import yaml
 from omegaconf import OmegaConf
 
 from cfpretrain.console import UserError, one_line
+from cfpretrain.files import read_text
 
 FilePath = Annotated[str, "path"]  # of this machine, with `~` for a home
 Address = Annotated[str, "address"]  # a path, or an address such as s3://bucket/folder
 
 COMMAND_LINE = "command line"
+# Of a config that was written in earnest; the readers of YAML take a second for a hundred kilobytes, and recurse.
+_MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 2**18, 16, 50_000
+_LARGEST = 2**63 - 1
 # YAML 1.1 reads 0100 as 64, and 1:30 as 90.
 _OCTAL, _SEXAGESIMAL = re.compile(r"[-+]?0[0-9_]+"), re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _SHELL_VARIABLE = re.compile(r"\$[A-Za-z_]\w*")
@@ -121,7 +127,7 @@ def _raise_all(problems: Sequence[tuple[str, Problem]]) -> None:
 
 def _read(path: str | Path) -> Any:
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = read_text(Path(path).expanduser(), _MAX_BYTES)
     except (FileNotFoundError, RuntimeError) as error:  # the latter of ~somebody
         raise UserError(
             f"config file {path} does not exist; give the path of a YAML file, e.g. configs/tiny.yaml"
@@ -129,11 +135,13 @@ def _read(path: str | Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {one_line(error)}") from error
     try:
-        traps = list(_traps(yaml.compose(text, Loader=yaml.SafeLoader), ()))
+        traps = list(_traps(_compose(text), ()))
+        _raise_all([(str(path), problem) for problem in traps])
         tree = OmegaConf.load(io.StringIO(text))
+    except UserError:
+        raise
     except Exception as error:  # omegaconf and yaml raise errors of their own classes
         raise UserError(f"config file {path} cannot be read: {one_line(error)}") from error
-    _raise_all([(str(path), problem) for problem in traps])
     if not OmegaConf.is_dict(tree):
         raise UserError(f"{path}: the file: expected keys with values, got {OmegaConf.to_container(tree)!r}")
     return tree
@@ -146,7 +154,7 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
         if not equals or not key.strip() or text.startswith("-"):
             raise UserError(f"argument {text!r} is not understood; overrides look like train.num_steps=100")
         try:
-            traps += _traps(yaml.compose(value, Loader=yaml.SafeLoader), tuple(key.split(".")))
+            traps += _traps(_compose(value), tuple(key.split(".")))
         except Exception as error:  # as in `_read`
             raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {one_line(error)}") from error
     _raise_all([(COMMAND_LINE, problem) for problem in traps])
@@ -154,6 +162,26 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
         return OmegaConf.from_dotlist(list(overrides))
     except Exception as error:  # as in `_read`
         raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {one_line(error)}") from error
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """The nodes of YAML; ValueError where it nests too deep for its readers, or its aliases stand for too much."""
+    num_values, opened, sizes = 0, [], {}  # values so far; before each open collection; of what has an anchor
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, num_values))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            sizes[anchor] = num_values - before
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in dict(opened):
+                raise ValueError(f"*{event.anchor} is part of what it stands for")
+            num_values += sizes.get(event.anchor, 0)
+        num_values += 1
+        if len(opened) > _MAX_DEPTH or num_values > _MAX_VALUES:
+            raise ValueError(f"expected at most {_MAX_DEPTH} levels and {_MAX_VALUES:,} values, got more")
+    node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    return node
 
 
 def _traps(node: yaml.Node | None, key: tuple[Any, ...]) -> Iterator[Problem]:
@@ -274,22 +302,22 @@ def _number(value: Any) -> float:
     """Of a number, or of a text that is one: a number in quotes is the same number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number or (isinstance(value, str) and not _OCTAL.match(value.strip())):
-        try:
+        with suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            pass
     raise _refusal("a number", value)
 
 
 def _whole(value: Any) -> int:
     """Of a whole number however it is written: 100, 1e2, 100.0, "100"."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
     try:
-        number = _number(value)
+        number: float = value if type(value) is int else _number(value)
     except ValueError:
-        raise _refusal("a whole number", value) from None
-    if not number.is_integer():
+        number = math.nan
+    if math.isnan(number):
+        raise _refusal("a whole number", value)
+    if abs(number) > _LARGEST:
+        raise _refusal(f"a whole number of at most {_LARGEST}", value)
+    if number != int(number):
         raise _refusal("a whole number", value)
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else int(number)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
+from unicodedata import category
 
 # Exit codes besides 0.
 EXIT_USER_ERROR = 2  # a mistake of the user's: a bad config, missing shards, an unwritable folder
@@ -24,6 +25,7 @@ _LINGER_SECONDS = 5.0
 # In what a RuntimeError of torch, CUDA, its libraries or the C++ library says, in small letters.
 _SIGNS_OF_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
 _LONGEST_CAUSE = 300
+_UNSEEN = ("Cc", "Cf", "Zl", "Zp")  # of Unicode's categories
 _LESS_MEMORY = "give a smaller batch (--batch-size, train.micro_batch_size), or end what else is in that memory"
 
 
@@ -124,7 +126,12 @@ def _print_to_stderr(text: str) -> None:
 
 
 def printable(text: str) -> str:
-    """A text as stdout takes it: the name of a file need not be in its encoding."""
+    """A text as stdout takes it, on one line: the name of a file need not be in its encoding.
+
+    What a terminal would obey and not show (control characters, marks of writing direction) is shown as in a literal.
+    """
+    if not text.isprintable():
+        text = "".join(c.encode("unicode_escape").decode() if category(c) in _UNSEEN else c for c in text)
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

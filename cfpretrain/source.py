@@ -1,6 +1,8 @@
 """A model to sample from, wherever it comes from: a run folder, or a folder in diffusers' layout that we exported."""
 
 import dataclasses
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import BlockSettings, CausalFusion
 from cfpretrain.training_state import means_the_same
 
+_WEIGHTS_FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -197,7 +200,12 @@ def _load_export(folder: Path, config: Config) -> CausalFusion:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     whole = f"{WEIGHTS_STEM}.safetensors"
     index = folder / f"{whole}.index.json"
-    files = set(_texts_of(index, "weight_map").values()) if index.is_file() else {whole}
+    files = set(_texts_of(index, "weight_map").values()) if os.path.lexists(index) else {whole}
+    for file in files:
+        if not _WEIGHTS_FILE.fullmatch(file):
+            raise UserError(
+                f"{index}: expected names of .safetensors files beside it, got {file!r:.80}; export the run again"
+            )
     return {
         name: values for file in sorted(files) for name, values in foreign_files.read(folder / file, "source").items()
     }

@@ -27,6 +27,7 @@ from cfpretrain.console import (
     ending_in_one_line,
     leave_before_training,
     phase,
+    printable,
     say,
     stop_signals,
 )
@@ -78,7 +79,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
     configs.check(config, world_size)
     if runtime.rank() != 0:
         return
-    print(configs.to_yaml(config))
+    print("\n".join(map(printable, configs.to_yaml(config).split("\n"))))
 
     train = config.train
     print(f"parameters: {_num_parameters(config):,}")
@@ -88,7 +89,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
     )
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
     for line in (*_describe_sequences(config), *_describe_inputs(config), *_describe_origins(origins)):
-        print(line)
+        print(printable(line))
     for doubt in configs.doubts(config, origins):
         print(f"WARNING: {doubt}")
 

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.config import DataConfig
-from cfpretrain.console import ItemProgress, UserError, address_argument, ending_in_one_line, path_argument, phase, say
+from cfpretrain.console import (
+    ItemProgress,
+    UserError,
+    address_argument,
+    ending_in_one_line,
+    path_argument,
+    phase,
+    printable,
+    say,
+)
 from cfpretrain.evaluation.sampling_options import check_picture
 
 if TYPE_CHECKING:
@@ -126,7 +135,7 @@ def _print_description(shards: "Shards", autoencoder: Path | None) -> None:
     lines["made with"] = ", ".join(f"{name} {version}" for name, version in info.versions.items())
     lines["fingerprint"] = fingerprint(shards.source, "shards")
     for name, text in lines.items():
-        print(f"{name:>12}: {text}", flush=True)
+        print(f"{name:>12}: {printable(text)}", flush=True)
     if not isinstance(info, ImagesInfo):
         folder = None if autoencoder is None else str(autoencoder)
         print("a config for them says", *config_lines(info, shards.source.address, folder), sep="\n  ", flush=True)

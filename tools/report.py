@@ -405,7 +405,7 @@ def _print_table(report: dict[str, Any], folder: Path) -> None:
         )
     lines.append(f"  pictures: {folder}/samples/*.png {folder}/curves.png {folder}/loss_map.png")
     lines.append(f"  numbers:  {folder}/report.json")
-    print(printable("\n".join(lines)), flush=True)
+    print("\n".join(map(printable, lines)), flush=True)
     say(f"{folder} is scored")
 
 

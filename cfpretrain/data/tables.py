@@ -36,6 +36,8 @@ _UNFIT = {
     "caption": re.compile("[\ud800-\udfff]"),
 }
 
+_FORMULA = re.compile("'*[=+@\t\r-]")
+
 _Records = list[tuple[int, dict[str, Any]]]  # (line, value of each known column) of each row
 
 
@@ -126,7 +128,8 @@ class _Reader:
                             f"names, got {'more' if len(values) > len(columns) else 'fewer'}; mend it (quote texts "
                             "that hold commas)"
                         )
-                    yield begin, {name: value for name, value in zip(columns, values, strict=True) if name}
+                    cells = zip(columns, values, strict=True)
+                    yield begin, {name: from_cell(value) if name == "label" else value for name, value in cells if name}
                 begin = lines_before + reader.line_num + 1
         except csv.Error as error:
             raise UserError(
@@ -195,6 +198,16 @@ class _Reader:
             )
         self.ignored.update(name for name in names if _normal(name) in self._ignore)
         return ["" if column in (*_UNREAD, *self._ignore) else column for column in columns]
+
+
+def as_cell(text: str) -> str:
+    """A name as a table holds it: a spreadsheet would compute what begins with `=`, and shows `'=` as a text."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def from_cell(text: str) -> str:
+    """What `as_cell` was given."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def _normal(name: str) -> str:

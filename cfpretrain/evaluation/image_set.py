@@ -23,6 +23,7 @@ from torch import Tensor
 
 from cfpretrain import checkpoint, outputs, plans
 from cfpretrain.console import UserError
+from cfpretrain.data.tables import as_cell
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.given_images import is_archive
 from cfpretrain.evaluation.pictures import to_rgb, write_png
@@ -194,7 +195,7 @@ class ImageSet:
         writer = csv.writer(text, lineterminator="\n")
         # The number too: several classes may have one name, and a name may look like the number of another.
         writer.writerow(["path", "label", "index"])
-        writer.writerows((_png_name(i), self.class_names[label], label) for i, label in enumerate(self.labels))
+        writer.writerows((_png_name(i), as_cell(self.class_names[label]), label) for i, label in enumerate(self.labels))
         return text.getvalue().encode(errors="surrogateescape")  # names of folders need not be UTF-8
 
     def _join(self, file: Path) -> None:

@@ -47,6 +47,12 @@ def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any
         raise UserError(f"{name}: {file} cannot be read ({error.strerror or error}); mend it") from error
     except Exception as error:  # a foreign file can break the reader in any way
         raise UserError(f"{name}: {_reason(file, error)}") from error
+    unfit = _find_unfit(content)
+    if unfit is not None:
+        raise UserError(
+            f"{name}: expected tensors whose values are in {file}, got one of shape {list(unfit.shape)} with fewer; "
+            "get it again"
+        )
     if not isinstance(content, Mapping):
         raise UserError(f"{name}: expected tensors by name in {file}, got {type(content).__name__}; give a checkpoint")
     return content
@@ -70,6 +76,22 @@ def _read(file: Path, placeholders: Sequence[str]) -> Any:
         warnings.simplefilter("ignore")  # what the reader warns of it then refuses
         # Only archives can be mapped; before torch 1.6 files were none.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def _find_unfit(content: Any) -> Tensor | None:
+    """A tensor that stands for more values than it holds: a copy of it would take the memory that it only declares."""
+    left, seen = [content], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            if value.layout is not torch.strided or value.device.type != "cpu":
+                return value
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                return value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, Mapping) else value
+    return None
 
 
 def _reason(file: Path, error: Exception) -> str:

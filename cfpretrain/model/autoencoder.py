@@ -25,6 +25,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 _CLASS = "AutoencoderKL"
 PIXELS_AT_ONCE = 1 << 19  # through the network together, where little memory counts: 8 images of 256 px
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_MOST_LAYERS, _LARGEST_SIZE = 32, 16384  # of a block and of blocks; of channels and pixels
 _NUM_NAMED = 3  # tensors that a message names before it says how many more there are
 # Folders that older diffusers wrote, as most of Stable Diffusion's are, name the attention's matrices otherwise.
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -213,16 +214,28 @@ def make_network(config: Mapping[str, Any], name: str) -> nn.Module:
     from diffusers import AutoencoderKL  # here: it takes seconds, and brings transformers along
 
     try:
+        _check_sizes(config)
         network: Any = AutoencoderKL(**{key: value for key, value in config.items() if not key.startswith("_")})
         shift, scale = shift_and_scale(network.config)
         if not len(shift) == len(scale) == network.config.latent_channels:
             raise ValueError(f"latents_mean and latents_std need {network.config.latent_channels} values each")
-    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # of diffusers' and torch's own, for whatever a config says
         raise UserError(
             f"{name}: expected the config of an {_CLASS}, but it makes none ({one_line(error):.200})"
         ) from error
     made: nn.Module = network
     return made
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """ValueError where a config says sizes that no autoencoder has, and that take for ever to be made."""
+    for key, value in config.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        largest = _MOST_LAYERS if key == "layers_per_block" else _LARGEST_SIZE
+        if any(isinstance(one, int) and abs(one) > largest for one in values):
+            raise ValueError(f"{key} is more than {largest}")
+        if key.startswith(("block_", "down_", "up_")) and len(values) > _MOST_LAYERS:
+            raise ValueError(f"{key} has more than {_MOST_LAYERS} values")
 
 
 def fill_network(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> nn.Module:
