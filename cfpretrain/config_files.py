@@ -9,6 +9,7 @@ import io
 import math
 import os
 import re
+import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -26,7 +27,7 @@ Address = Annotated[str, "address"]  # a path, or an address such as s3://bucket
 
 COMMAND_LINE = "command line"
 # Of a config that was written in earnest; the readers of YAML take a second for a hundred kilobytes, and recurse.
-_MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 2**18, 16, 50_000
+_MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 2**18, 16, 5_000
 _LARGEST = 2**63 - 1
 # YAML 1.1 reads 0100 as 64, and 1:30 as 90.
 _OCTAL, _SEXAGESIMAL = re.compile(r"[-+]?0[0-9_]+"), re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
@@ -226,15 +227,19 @@ def _build(kind: type, plain: Any, key: tuple[Any, ...], problems: list[Problem]
         path, hint = (*key, name), hints.get(name)
         if hint is None:
             problems.append(Problem(path, f"unknown key{_suggest(str(name), hints, key)}"))
-        elif dataclasses.is_dataclass(hint):
-            values[name] = _build(typing.cast(type, hint), value, path, problems)
         else:
             values[name] = _convert(value, hint, path, problems)
-    return kind(**values)
+    missing = [one.name for one in dataclasses.fields(kind) if one.name not in plain and _is_required(one)]
+    problems += [Problem((*key, name), "missing") for name in missing]
+    return None if missing else kind(**values)
+
+
+def _is_required(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _no_keys(key: tuple[Any, ...], value: Any) -> Problem:
-    got = "nothing; leave the key out" if value is None else repr(value)
+    got = "nothing; leave the key out" if value is None else f"{value!r:.200}"
     return Problem(key, f"expected keys with values, got {got}")
 
 
@@ -248,20 +253,44 @@ def _suggest(name: str, known: Mapping[str, Any], key: tuple[Any, ...]) -> str:
 
 def _convert(value: Any, hint: Any, key: tuple[Any, ...], problems: list[Problem]) -> Any:
     """`value` as the type `hint`; appends to `problems` where it is not of that type."""
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(item, typing.get_args(hint)[0], key, problems) for item in items)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or (value is None and type(None) in (hint, *inner)):
+        return value
+    if origin is types.UnionType:  # with None
+        return _convert(value, inner[0], key, problems)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, key, problems)
     try:
+        if origin in (tuple, list, dict):
+            return _convert_items(value, origin, inner, key, problems)
         if origin is Literal:
-            return _choice(value, typing.get_args(hint))
+            return _choice(value, inner)
         if hint in (FilePath, Address):
             text = _text(value)
             return text if "://" in text and hint == Address else _path(text)
-        return {int: _whole, float: _number, bool: _true_or_false, str: _text}[hint](value)
+        return {int: _whole, float: _number, bool: _true_or_false, str: _text, type(None): _nothing}[hint](value)
     except ValueError as error:
         problems.append(Problem(key, str(error)))
         return value
+
+
+def _convert_items(
+    value: Any, kind: type, inner: tuple[Any, ...], key: tuple[Any, ...], problems: list[Problem]
+) -> Any:
+    if kind is dict:
+        if not isinstance(value, dict):
+            raise _refusal("keys with values", value)
+        return {name: _convert(item, inner[1], (*key, name), problems) for name, item in value.items()}
+    if kind is list and not isinstance(value, list):
+        raise _refusal("a list", value)
+    items = value if isinstance(value, list | tuple) else [value]
+    if kind is tuple and inner[-1] is not Ellipsis and len(items) != len(inner):
+        raise _refusal(f"{len(inner)} values", value)
+    return kind(_convert(item, inner[0], key, problems) for item in items)
+
+
+def _nothing(value: Any) -> None:
+    raise _refusal("nothing", value)
 
 
 def _refusal(expected: str, value: Any, hint: str = "") -> ValueError:
@@ -269,7 +298,7 @@ def _refusal(expected: str, value: Any, hint: str = "") -> ValueError:
         return ValueError(
             f"expected {expected}, got nothing, as YAML also reads ~ and null; leave the key out for its default"
         )
-    return ValueError(f"expected {expected}, got {value!r}{hint}")
+    return ValueError(f"expected {expected}, got {value!r:.200}{hint}")
 
 
 def _choice(value: Any, choices: Iterable[Any]) -> Any:
@@ -315,12 +344,10 @@ def _whole(value: Any) -> int:
         number: float = value if type(value) is int else _number(value)
     except ValueError:
         number = math.nan
-    if math.isnan(number):
+    if isinstance(number, float) and not number.is_integer():
         raise _refusal("a whole number", value)
     if abs(number) > _LARGEST:
         raise _refusal(f"a whole number of at most {_LARGEST}", value)
-    if number != int(number):
-        raise _refusal("a whole number", value)
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else int(number)
 
 

@@ -25,7 +25,7 @@ _LINGER_SECONDS = 5.0
 # In what a RuntimeError of torch, CUDA, its libraries or the C++ library says, in small letters.
 _SIGNS_OF_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
 _LONGEST_CAUSE = 300
-_UNSEEN = ("Cc", "Cf", "Zl", "Zp")  # of Unicode's categories
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # of Unicode's categories
 _LESS_MEMORY = "give a smaller batch (--batch-size, train.micro_batch_size), or end what else is in that memory"
 
 
@@ -125,13 +125,16 @@ def _print_to_stderr(text: str) -> None:
         print(printable(f"[cfpretrain] {text}"), file=sys.stderr, flush=True)
 
 
-def printable(text: str) -> str:
-    """A text as stdout takes it, on one line: the name of a file need not be in its encoding.
+def visible(text: str) -> str:
+    """A text on one line, in which what has no shape (control characters, marks of direction) is as in a literal."""
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if category(c) in _UNSEEN else c for c in text)
 
-    What a terminal would obey and not show (control characters, marks of writing direction) is shown as in a literal.
-    """
-    if not text.isprintable():
-        text = "".join(c.encode("unicode_escape").decode() if category(c) in _UNSEEN else c for c in text)
+
+def printable(text: str) -> str:
+    """A text as stdout takes it, `visible`: the name of a file need not be in its encoding."""
+    text = visible(text)
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

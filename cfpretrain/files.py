@@ -21,6 +21,7 @@ from typing import IO, Any
 
 # Larger than any JSON, YAML or table of settings that was written in earnest.
 MAX_TEXT_BYTES = 64 * 2**20
+_MAX_DEPTH = 32  # of JSON: what shows, copies and compares values calls itself for each level
 _COPY_BYTES = 2**20
 _PARTIAL = ".partial"
 
@@ -87,9 +88,18 @@ def parse_json(text: str | bytes, of_pairs: Callable[[list[tuple[str, Any]]], An
         ValueError: it is none, or nests too deep to be read.
     """
     try:
-        return json.loads(text, object_pairs_hook=of_pairs)
+        value = json.loads(text, object_pairs_hook=of_pairs)
     except RecursionError:
         raise ValueError("it nests too deep") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        groups = [
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list | tuple)
+        ]
+        if not groups:
+            return value
+        level = [one for group in groups for one in group]
+    raise ValueError("it nests too deep")
 
 
 def read_json(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) -> Any:

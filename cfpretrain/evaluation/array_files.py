@@ -47,8 +47,8 @@ def read_header(stream: IO[bytes], num_bytes: int) -> Header:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, is_fortran, dtype = read(stream)
-    if dtype.hasobject:
-        raise ValueError(f"pickled values ({dtype}), which could run code")
+    if dtype.hasobject or not dtype.itemsize:
+        raise ValueError(f"values of type {dtype}, which are pickled, or none")
     expected, got = math.prod(shape) * dtype.itemsize, num_bytes - stream.tell()
     if expected != got or min(shape, default=0) < 0:
         raise ValueError(f"an array of shape {list(shape)} and type {dtype} takes {expected} bytes, not {got}")

@@ -8,7 +8,7 @@ from typing import Any
 from cfpretrain.build import CONFIG_FILE
 from cfpretrain.class_names import label_of
 from cfpretrain.config import Config
-from cfpretrain.console import printable
+from cfpretrain.console import visible
 from cfpretrain.training_state import TRAINING_SECTIONS, TrainingState
 
 _PLAIN = re.compile(r"[\w.-]+")
@@ -112,7 +112,7 @@ def _usage(class_names: Sequence[str], config: Config) -> list[str]:
 
 def _as_text(value: Any) -> str:
     """What stands for itself in a line of Markdown: no mark-up, no HTML, no new line."""
-    return re.sub(r"[\\`*_\[\]<>|&~]", r"\\\g<0>", printable(str(value)))
+    return re.sub(r"[\\`*_\[\]<>|&~]", r"\\\g<0>", visible(str(value)))
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
