@@ -58,7 +58,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if not isinstance(summary, dict):
         return None
     counts = (summary.get("num_steps"), summary.get("train_seconds"))
-    return summary if all(isinstance(count, int | float) and math.isfinite(count) for count in counts) else None
+    return summary if all(isinstance(count, int | float) and abs(count) < math.inf for count in counts) else None
 
 
 def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:

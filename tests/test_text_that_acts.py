@@ -80,7 +80,7 @@ def test_a_spreadsheet_computes_no_name(tmp_path: Path) -> None:
         _, *rows = csv.reader(file)
     assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row)
     listing = list_images(tmp_path / "out" / "labels.csv")
-    assert [listing.class_names[label] for label in listing.labels] == names
+    assert [listing.class_names[row.label] for row in listing.rows] == names
     assert all(from_cell(as_cell(name)) == name for name in NAMES)
 
 

@@ -161,10 +161,16 @@ def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, A
     ]
     if changed:
         rows["Changed on the way"] = "; ".join(changed)
-    if summary is not None and summary["num_steps"] == state.step:
+    if summary is not None and summary["num_steps"] == state.step and _is_told(summary):
         rows["Loss"] = f"{summary['loss_first']:.4f} at first, {summary['loss_last']:.4f} at last"
         rows["Speed"] = f"{summary['images_per_second']:,.1f} images/s, ranks: {summary['world_size']}"
     return rows
+
+
+def _is_told(summary: Mapping[str, Any]) -> bool:
+    """Whether a summary says the loss and the speed, in numbers."""
+    names = ("loss_first", "loss_last", "images_per_second", "world_size")
+    return all(isinstance(summary.get(name), int | float) for name in names)
 
 
 def _licence_words(licence: str) -> list[str]:
