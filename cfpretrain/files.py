@@ -62,9 +62,17 @@ def _open_regular(file: Path, max_bytes: int | None, follow: bool) -> int:
         raise
 
 
-def check_regular(file: Path, max_bytes: int | None = None, follow: bool = True) -> None:
-    """For readers of other packages, which take a path: raises as `open_to_read`."""
-    open_to_read(file, max_bytes, follow).close()
+def check_safetensors(file: Path) -> None:
+    """For safetensors' own reader, which takes a path and maps what is there, whatever its size.
+
+    Raises:
+        OSError: as `open_to_read`.
+        ValueError: it is no file of tensors, or a part of one.
+    """
+    with open_to_read(file) as opened:
+        num_header_bytes, size = int.from_bytes(opened.read(8), "little"), opened.seek(0, os.SEEK_END)
+    if not 2 <= num_header_bytes <= size - 8:
+        raise ValueError("no safetensors file, or a part of one")
 
 
 def read_bytes(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) -> bytes:

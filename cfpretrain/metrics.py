@@ -223,8 +223,6 @@ def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     try:
         with open_to_read(path, _MAX_BYTES) as file:
             found = [_to_row(line) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b"")]
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error}); restore or remove it") from error
     return [row for row in found if row is not None], sum(row is None for row in found[:-1])

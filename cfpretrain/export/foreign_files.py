@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cfpretrain.console import UserError
+from cfpretrain.files import check_safetensors
 from cfpretrain.outputs import whole_or_nothing
 
 
@@ -70,6 +71,7 @@ def check_finite(values: Tensor, what: str) -> None:
 
 def _read(file: Path, placeholders: Sequence[str]) -> Any:
     if file.suffix.lower() == ".safetensors":
+        check_safetensors(file)
         return load_file(file)
     allowed: Any = [(Placeholder, name) for name in placeholders]
     with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):

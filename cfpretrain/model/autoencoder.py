@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cfpretrain.console import UserError, one_line
-from cfpretrain.files import check_regular, parse_json, read_json
+from cfpretrain.files import check_safetensors, parse_json, read_json
 
 # What an autoencoder's folder holds, as diffusers writes it.
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -313,9 +313,9 @@ def _read_tensors(folder: Path, key: str) -> dict[str, Tensor]:
             )
         )
     try:
-        check_regular(path)
+        check_safetensors(path)
         return current_names(load_file(path))
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{key}: {path} cannot be read ({one_line(error):.200}); restore it") from error
 
 
@@ -386,7 +386,7 @@ def write_state(file: IO[bytes], tensors: Mapping[str, Tensor], state: Mapping[s
 def read_state(file: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of `write_state`; UserError, with what to do about it, where a byte is another."""
     try:
-        check_regular(file)
+        check_safetensors(file)
         with safe_open(file, "pt") as opened:
             state: dict[str, Any] = parse_json(opened.metadata()["state"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
