@@ -132,6 +132,11 @@ def visible(text: str) -> str:
     return "".join(c.encode("unicode_escape").decode() if category(c) in _UNSEEN else c for c in text)
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """ "1 image", "2 images"; `plural` where an s does not make it."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def printable(text: str) -> str:
     """A text as stdout takes it, `visible`: the name of a file need not be in its encoding."""
     text = visible(text)

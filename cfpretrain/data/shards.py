@@ -523,7 +523,7 @@ def _check_description(source: Source, index: Mapping[str, Any], key: str) -> No
     got = hashlib.new(HASH, text.encode()).hexdigest()
     if got != expected:
         raise UserError(
-            f"{key}: {source.address}/{INFO_FILE}: expected the hash that {INDEX_FILE} records, {expected:.16}, got "
+            f"{key}: {source.address}/{INFO_FILE}: expected the hash that {INDEX_FILE} records, {expected!r:.20}, got "
             f"{got:.16}; restore both files, or write the folder again"
         )
 
