@@ -190,7 +190,12 @@ def means_the_same(one: Any, other: Any) -> bool:
         return bool(one == other)
     size = max(len(one), len(other))
     full = [values * size if len(values) == 1 else values for values in (one, other)]
-    return len(full[0]) == len(full[1]) and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(*full, strict=True))
+    try:
+        return len(full[0]) == len(full[1]) and all(
+            math.isclose(a, b, rel_tol=1e-6) for a, b in zip(*full, strict=True)
+        )
+    except (TypeError, OverflowError):  # no numbers, or none that a machine counts
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from tests.processes import REPOSITORY
 from tests.runs import STEP, write_run
 
 SECONDS, MEMORY = 10, 2 * 2**30
-NUM_EXAMPLES = 2000
+NUM_EXAMPLES = 3500
 CPU = torch.device("cpu")
 
 

@@ -51,8 +51,8 @@ def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any
     unfit = _find_unfit(content)
     if unfit is not None:
         raise UserError(
-            f"{name}: expected tensors whose values are in {file}, got one of shape {list(unfit.shape)} with fewer; "
-            "get it again"
+            f"{name}: expected plain tensors in {file}, with a value for each place, got one of shape "
+            f"{list(unfit.shape)}, {unfit.layout}, on {unfit.device}; get it again"
         )
     if not isinstance(content, Mapping):
         raise UserError(f"{name}: expected tensors by name in {file}, got {type(content).__name__}; give a checkpoint")
