@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -247,7 +247,32 @@ def _state_problems(plain: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key}: unknown key")
         elif not _has_type(value, hints[key]):
             problems.append(f"{key}: expected {_describe(hints[key])}, got {value!r:.40}")
+        elif key in _PARTS and not all(map(_PARTS[key], value if isinstance(value, list) else value.values())):
+            problems.append(f"{key}: expected what training writes, got {value!r:.40}")
     return problems
+
+
+def _is_resume(entry: Any) -> bool:
+    """Whether it is an entry of the history."""
+    if not isinstance(entry, dict) or not (
+        _has_type(entry.get("step"), int) and isinstance(entry.get("changed"), dict)
+    ):
+        return False
+    return all(
+        key.count(".") == 1 and isinstance(pair, list) and len(pair) == 2 for key, pair in entry["changed"].items()
+    )
+
+
+def _is_of_guard(value: Any) -> bool:
+    return all(_has_type(one, float) for one in (value if isinstance(value, list) else [value]))
+
+
+# What the parts of a state are that hold others.
+_PARTS: dict[str, Callable[[Any], bool]] = {
+    "config": lambda section: isinstance(section, dict),
+    "history": _is_resume,
+    "guard": _is_of_guard,
+}
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -1,6 +1,7 @@
 """Names and notes of a stranger's folder are texts wherever they go: a terminal, a model card, a spreadsheet."""
 
 import csv
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -16,6 +17,9 @@ from cfpretrain.data.shards import read_info
 from cfpretrain.data.tables import as_cell, from_cell
 from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.tensor_files import DamagedCheckpointError
+from cfpretrain.training_state import TrainingState, dump
+from tests.checkpoints import make_state
 from tests.digits import write_digits
 from tests.runs import write_run
 
@@ -108,3 +112,24 @@ def test_the_fields_of_a_description_have_their_types(key: str, value: object, t
     with pytest.raises(UserError, match=r"cfpretrain\.json cannot be read") as caught:
         read_info(tmp_path / "digits")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"config": {"model": 3}},
+        {"history": [3]},
+        {"history": [{"step": 1, "changed": {"x": [1, 2]}}]},
+        {"history": [{"step": 1, "changed": {"a.b": 1}}]},
+        {"guard": {"losses": ["x"]}},
+        {"class_names": [1]},
+        {"versions": {"torch": 2}},
+    ],
+)
+def test_the_fields_of_a_state_have_their_types(changed: dict[str, object]) -> None:
+    """Where the hash is right, as a stranger would make it."""
+    plain = json.loads(make_state(1).to_json()) | changed
+    del plain["sha256"]
+    text = dump(plain | {"sha256": hashlib.sha256(dump(plain).encode()).hexdigest()})
+    with pytest.raises(DamagedCheckpointError, match=f": {next(iter(changed))}: expected"):
+        TrainingState.from_json(text, Path("state.json"))
