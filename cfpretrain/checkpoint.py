@@ -340,7 +340,7 @@ class CheckpointStore:
             best = Best(int(plain["step"]), float(plain["score"]), dict(plain["measured_by"]))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             say(f"WARNING: {file} is damaged and left out: {reason_of(error)}")
             return None
         return best if (self.folder / _name_of(best.step) / STATE_FILE).is_file() else None
