@@ -216,7 +216,7 @@ class _Archive:
                 raise
             except (OSError, ValueError) as error:
                 raise _damaged(file, key, error) from error
-            stack.pop_all()  # nothing was wrong: they stay open
+            self._opened = stack.pop_all()  # nothing was wrong: they stay open as long as this does
 
     def _open(self, archive: zipfile.ZipFile, file: Path, stack: ExitStack) -> None:
         names = archive.namelist()
