@@ -301,7 +301,9 @@ def test_what_a_run_folder_says_moves_no_cursor(tmp_path: Path) -> None:
     assert "runs again from none: died ?]0;title?\n" in machine.run_slurm().out
 
 
-@pytest.mark.parametrize("name", ["MAX_IDLE_RESTARTS", "WAIT_SECONDS", "RESTART_SECONDS", "MASTER_PORT", "SLURM_JOB_ID"])
+@pytest.mark.parametrize(
+    "name", ["MAX_IDLE_RESTARTS", "WAIT_SECONDS", "RESTART_SECONDS", "MASTER_PORT", "SLURM_JOB_ID"]
+)
 def test_no_number_of_the_environment_is_evaluated(name: str, tmp_path: Path) -> None:
     machine = Machine(tmp_path, "exit 75")
     planted = {name: SUBSCRIPT.replace("TRACE", str(tmp_path / "trace"))}
