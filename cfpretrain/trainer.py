@@ -685,9 +685,11 @@ class Trainer:
                 self.metrics.append([])  # what a full disk kept waiting
                 rows = read_metrics(self.folder / METRICS_FILE)
                 with _not_worth_a_run("drawing curves"):
+                    from cfpretrain.evaluation import figures  # matplotlib, which no step needs
+
                     title = f"{self.config.run.folder}, step {self.at.step}"
                     score = (self.evaluator.name, self.evaluator.floor) if self.evaluator else None
-                    pictures.curves(self.folder / "curves.png", rows, title, score)
+                    figures.curves(self.folder / "curves.png", rows, title, score)
                 write_text(self.folder / SUMMARY_FILE, json.dumps(self._summary(rows, peak_rss_mb), indent=2) + "\n")
                 remove_requeue(self.folder)
             self.tracker.close()

@@ -185,7 +185,7 @@ def train_where_side_work_fails(shards: Path, folder: Path, real: Path) -> tuple
     import io
 
     from cfpretrain import runtime, trainer
-    from cfpretrain.evaluation import evaluator
+    from cfpretrain.evaluation import evaluator, figures
     from cfpretrain.lifeline import StopRequest
 
     def fail(error: Exception) -> Callable[..., None]:
@@ -195,7 +195,7 @@ def train_where_side_work_fails(shards: Path, folder: Path, real: Path) -> tuple
         return function
 
     trainer.pictures.sample_grid = fail(ZeroDivisionError("no width"))
-    trainer.pictures.curves = fail(MemoryError("no room"))
+    figures.curves = fail(MemoryError("no room"))
     evaluator.compare = fail(torch.linalg.LinAlgError("no eigenvalues"))
     runtime.start(CPU)
     said = io.StringIO()

@@ -27,13 +27,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cfpretrain.console import EXIT_REQUEUE, UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.console import EXIT_REQUEUE, UserError, ending_in_one_line, path_argument, phase, say, stop_signals
 
 
 def main() -> None:
     """The command."""
     arguments = _parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in stop_signals():
+        signal.signal(number, signal.default_int_handler)
     with ending_in_one_line():
         try:
             run(arguments)

@@ -325,6 +325,10 @@ def _odd_rows(rows: Sequence[Row], class_names: Sequence[str]) -> Iterator[str]:
         yield f"all {len(rows)} images are of one class, {class_names[0]}"
     if num_repeated := len(rows) - len(set(rows)):
         yield f"{num_repeated} rows repeat an earlier one: their images count as often"
+    labels: dict[str, int] = {}
+    contradicted = [row.path for row in rows if labels.setdefault(row.path, row.label) != row.label]
+    if contradicted:
+        yield f"{contradicted[0]} has more than one label{_and_more(contradicted)}: each row counts as one image"
     yield from _odd_names(class_names)
     yield from _missing_names(class_names)
 

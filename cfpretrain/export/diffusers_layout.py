@@ -120,7 +120,8 @@ class _Source:
             (folder / part).mkdir()
         _write_text(folder / f"{pipeline_name}.py", pipeline)
         _write_text(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
-        _write_json(folder / TRANSFORMER / "config.json", self._transformer_config())
+        scaling = {"latent_shift": list(self.shift), "latent_scale": list(self.scale)}
+        _write_json(folder / TRANSFORMER / "config.json", transformer_config(self.config) | scaling)
         _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler_config(self.config))
         index = {
             "_class_name": [pipeline_name, "CausalFusionPipeline"],
@@ -141,25 +142,6 @@ class _Source:
         if samples:
             shutil.copyfile(samples, folder / SAMPLES_FILE)
         _write_text(folder / "README.md", self._card(name, samples is not None))
-
-    def _transformer_config(self) -> dict[str, Any]:
-        model, order = self.config.model, self.config.order
-        return {
-            "_class_name": "CausalFusionTransformer",
-            "grid": model.grid,
-            "patch_size": model.patch_size,
-            "latent_channels": model.latent_channels,
-            "width": model.width,
-            "depth": model.depth,
-            "num_heads": model.num_heads,
-            "num_cond_tokens": model.num_cond_tokens,
-            "num_classes": model.num_classes,
-            "learnable_positions": model.position_embedding == "learnable",
-            "token_order": order.token_order,
-            "block_size": order.block_size,
-            "latent_shift": list(self.shift),
-            "latent_scale": list(self.scale),
-        }
 
     def _write_weights(self, folder: Path) -> None:
         dtype_name, dtype = _DTYPES[self.settings.dtype]
@@ -204,6 +186,27 @@ def _newest_samples(run: Path, step: int) -> Path | None:
         by_step.setdefault(grid.name.split("_")[1], []).append(grid)
     newest = max((number for number in by_step if number <= f"{step:08d}"), default=None)
     return by_step[newest][0] if newest else None
+
+
+def transformer_config(config: Config) -> dict[str, Any]:
+    """What the pipeline's transformer is built with."""
+    model, order = config.model, config.order
+    return {
+        "_class_name": "CausalFusionTransformer",
+        "grid": model.grid,
+        "patch_size": model.patch_size,
+        "latent_channels": model.latent_channels,
+        "width": model.width,
+        "depth": model.depth,
+        "num_heads": model.num_heads,
+        "num_cond_tokens": model.num_cond_tokens,
+        "num_classes": model.num_classes,
+        "learnable_positions": model.position_embedding == "learnable",
+        "token_order": order.token_order,
+        "block_size": order.block_size,
+        "latent_shift": list(config.data.latent_shift),
+        "latent_scale": list(config.data.latent_scale),
+    }
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
