@@ -161,7 +161,7 @@ class SampleConfig:
 class EvaluationConfig:
     every_steps: int = 0  # a score of the EMA weights beside real images, and one at the end; 0 = none at all
     reference: FilePath = ""  # real images: a folder of files, image shards or an .npz; or an .npz of their statistics
-    features: str = "effnet_lite0"  # or inception, or module:function
+    features: str = "effnet_lite0"  # or inception; module:function on the command line alone
     feature_weights: FilePath = ""  # file of the FID Inception's weights, for features: inception
     feature_label: str = ""  # takes other weights of it, and names their score
     num_images: int = 5000  # generated for a score, over all ranks; classes evenly spread
