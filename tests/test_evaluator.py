@@ -208,6 +208,7 @@ def test_pictures_and_scores_that_fail_do_not_end_a_run(shards: Path, real: Path
     (done, said), other = run_in_processes(train_where_side_work_fails, 2, shards, tmp_path / "run", real)
     assert (done, other) == (True, (True, "")), said
     assert "WARNING: drawing samples failed, and the run goes on: no width" in said
+    assert said.count("[cfpretrain] sampling") == 1  # those of the last step and those of the end are the same
     assert "WARNING: drawing curves failed, and the run goes on: no room" in said
     assert "WARNING: scoring failed, and the run goes on: scores cannot be computed: no eigenvalues" in said
     assert scores_of(tmp_path / "run") == {}

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfpretrain import seeds
-from cfpretrain.console import ItemProgress, UserError, say
+from cfpretrain.console import ItemProgress, UserError, count, say
 from cfpretrain.data.images import (
     RejectedImageError,
     Storing,
@@ -145,7 +145,8 @@ def _say_of(folder: Path, before: str, behind: str = "") -> None:
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     named = f" ({folder / _REJECTED_FILE})" if info.num_rejected else ""
     say(
-        f"{folder}{before}: {info.num_samples} images of {len(info.class_names)} classes, {info.channels} x "
+        f"{folder}{before}: {count(info.num_samples, 'image')} of {count(len(info.class_names), 'class', 'classes')}, "
+        f"{info.channels} x "
         f"{info.image_size} x {info.image_size}, {info.store}; {info.num_rejected} rejected{named}; "
         f"{megabytes:.1f} MB{behind}"
     )
