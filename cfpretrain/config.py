@@ -249,7 +249,8 @@ def load_recorded(file: str | Path) -> Config:
 
 def is_recorded(file: Path) -> bool:
     """Whether a config is of a run or an export, by what lies beside it."""
-    return file.name == CONFIG_FILE and any(os.path.lexists(file.parent / name) for name in (CHECKPOINTS, INDEX_FILE))
+    folder = file.expanduser().parent
+    return file.name == CONFIG_FILE and any(os.path.lexists(folder / name) for name in (CHECKPOINTS, INDEX_FILE))
 
 
 def check_code(config: Config, origins: Mapping[str, Origin], allow_code: bool) -> None:

@@ -203,13 +203,17 @@ def secret(monkeypatch: pytest.MonkeyPatch) -> str:
         "run: '${train}'",
     ],
 )
-def test_what_a_run_or_an_export_holds_is_not_resolved(text: str, made: Path, tmp_path: Path, secret: str) -> None:
+def test_what_a_run_or_an_export_holds_is_not_resolved(
+    text: str, made: Path, tmp_path: Path, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
     for name in ("run", "export"):
         folder = shutil.copytree(made / name, tmp_path / name)
         (folder / build.CONFIG_FILE).write_text(text)
         reads: list[Callable[[], Any]] = [
             lambda folder=folder: load_source(folder, CPU),
             lambda folder=folder: configs.load([TINY, folder / build.CONFIG_FILE], allow_env=True),
+            lambda name=name: configs.load([TINY, f"~/{name}/{build.CONFIG_FILE}"], allow_env=True),
         ]
         for read in reads:
             with pytest.raises(UserError, match=r"\$\{") as caught:
