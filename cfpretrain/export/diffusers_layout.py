@@ -137,7 +137,7 @@ class _Source:
             for file in (autoencoder.CONFIG_FILE, autoencoder.WEIGHTS_FILE):
                 shutil.copyfile(self.vae / file, folder / VAE / file)
         self._write_weights(folder / TRANSFORMER)
-        _write_text(folder / build.CONFIG_FILE, configs.to_yaml(self.config))
+        _write_text(folder / build.CONFIG_FILE, configs.to_yaml(configs.without_texts(self.config)))
         samples = _newest_samples(self.run, self.state.step)
         if samples:
             shutil.copyfile(samples, folder / SAMPLES_FILE)
