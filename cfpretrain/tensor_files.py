@@ -11,8 +11,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain.console import UserError
+from cfpretrain.files import opened, write_fully
 
 VALUE_BYTES = 4
 CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB
@@ -331,24 +331,6 @@ def bytes_of(values: Tensor) -> memoryview:
     array: Any = values.numpy()
     # An empty array cannot be cast.
     return memoryview(array).cast("B") if array.size else memoryview(b"")
-
-
-@contextmanager
-def opened(file: Path, flags: int) -> Iterator[int]:
-    """A descriptor of a file, closed at the end. A link is refused, since it may lead out of the checkpoint."""
-    descriptor = os.open(file, flags | os.O_NOFOLLOW, 0o666)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def write_fully(descriptor: int, data: bytes | memoryview, position: int) -> None:
-    """Writes all of `data` at a byte of a file."""
-    left = memoryview(data)
-    while left:
-        num_written = os.pwrite(descriptor, left, position)
-        left, position = left[num_written:], position + num_written
 
 
 def _read_fully(descriptor: int, left: memoryview, position: int) -> None:

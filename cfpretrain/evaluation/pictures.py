@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cfpretrain import files
 from cfpretrain.console import UserError
 
 Floats = npt.NDArray[np.float64]
@@ -148,7 +149,7 @@ def sample_grid(
             text = _cut_to(captions[index], layout.cell_width)
             place = (x + layout.cell_width // 2, y + layout.cell_height + 2)
             draw.text(place, text, fill=_QUIET, font=_font(_CAPTION_SIZE), anchor="ma")
-    picture.save(path, format="PNG")
+    _put(path, lambda opened: picture.save(opened, format="PNG"))
 
 
 def _drawable(text: str) -> str:
@@ -186,7 +187,8 @@ def tinted(images_BCYX: Tensor, tokens_BL: Tensor, colour: str, share: float) ->
 
 def write_png(file: Path | IO[bytes], image_YXC: npt.NDArray[np.uint8]) -> None:
     """Writes one image, of `to_rgb`, as it is."""
-    Image.fromarray(image_YXC).save(file, format="PNG")
+    picture = Image.fromarray(image_YXC)
+    _put(file, lambda opened: picture.save(opened, format="PNG"))
 
 
 def false_colours(latents_BCYX: Tensor) -> Tensor:
@@ -471,4 +473,12 @@ def _short(value: float, _position: int | None = None) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, format="png")
+    _put(path, lambda opened: figure.savefig(opened, format="png"))
+
+
+def _put(where: Path | IO[bytes], write: Callable[[IO[bytes]], object]) -> None:
+    """A picture at a path is whole or not there."""
+    if isinstance(where, Path):
+        files.replace(where, write)
+    else:
+        write(where)
