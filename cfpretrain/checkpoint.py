@@ -191,6 +191,11 @@ class CheckpointStore:
             UserError: `latest` holds something else than the name of a checkpoint in this folder, or one that is
                 gone where no other is left.
         """
+        if self.folder.is_symlink():
+            raise UserError(
+                f"{self.folder}: expected a folder, got a link, which may lead to another run's checkpoints; move what "
+                "it leads to into its place, or make the whole run folder a link"
+            )
         named = self._named_by_latest()
         complete = self._complete()
         newest_first = sorted(complete, reverse=True)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfpretrain import files
 from cfpretrain.console import UserError
 from cfpretrain.files import opened, write_fully
 
@@ -58,8 +59,7 @@ def unreadable(task: str, error: Exception, fix: str) -> UserError:
 
 def read_text(file: Path) -> str:
     """A small file; a link is refused."""
-    with open(file, encoding="utf-8", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW)) as file_opened:
-        return file_opened.read()
+    return files.read_text(file, follow=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

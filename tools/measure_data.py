@@ -208,9 +208,9 @@ def plain_shards(photos: Path, out: Path, size: int, store: str) -> None:
                 sides = round(image.width * scale), round(image.height * scale)
                 image = image.resize(sides, Image.Resampling.BICUBIC)
                 left, top = (image.width - size) // 2, (image.height - size) // 2
-                file = io.BytesIO()
-                image.crop((left, top, left + size, top + size)).save(file, "PNG", compress_level=PNG_LEVEL)
-                data = file.getvalue()
+                buffer = io.BytesIO()
+                image.crop((left, top, left + size, top + size)).save(buffer, "PNG", compress_level=PNG_LEVEL)
+                data = buffer.getvalue()
             writer.write({"id": id, "label": names.index(path.parent.name), "caption": "", "image": data})
 
 
