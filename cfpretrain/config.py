@@ -276,7 +276,7 @@ def check(config: Config, world_size: int) -> None:
         *_check_batch(config, world_size),
     ]
     if not _wrong_sizes(config.model):
-        problems += [*_check_order(config), *_check_engine(config), *_check_sampling(config)]
+        problems += [*_check_order(config), *_check_engine(config), *_check_sampling(config), *_check_scaling(config)]
     if problems:
         count = "" if len(problems) == 1 else f"{len(problems)} problems: "
         raise UserError(f"config: {count}{' | '.join(problems)}")
@@ -514,11 +514,16 @@ def _check_sampling(config: Config) -> Iterable[str]:
             if not 1 <= num <= max(config.model.num_tokens, 1):
                 num_tokens = config.model.num_tokens
                 yield f"{section}.num_ar_steps: expected 1 to {num_tokens} (the tokens of an image), got {num}"
+
+
+def _check_scaling(config: Config) -> Iterable[str]:
     channels = config.model.latent_channels
     for name in ("latent_shift", "latent_scale"):
         values = getattr(config.data, name)
         if len(values) not in (1, channels):
             yield f"data.{name}: expected 1 or {channels} values (one a latent channel), got {len(values)}"
+        if not all(map(math.isfinite, values)):
+            yield f"data.{name}: expected finite numbers, got {', '.join(map(str, values))}"
     if 0.0 in config.data.latent_scale:
         yield "data.latent_scale: expected non-zero numbers, got 0"
 

@@ -157,7 +157,7 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
 
 
 def _traps(node: yaml.Node | None, key: tuple[Any, ...]) -> Iterator[Problem]:
-    """Numbers that YAML reads as others than stand there."""
+    """Values that are read as others than stand there."""
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             yield from _traps(value, (*key, name.value))
@@ -167,6 +167,8 @@ def _traps(node: yaml.Node | None, key: tuple[Any, ...]) -> Iterator[Problem]:
     elif isinstance(node, yaml.ScalarNode) and node.style is None:
         if _OCTAL.fullmatch(node.value):
             yield Problem(key, f"expected a number without a leading 0 (octal to YAML), got {node.value}; quote a text")
+        elif node.value == "???":  # omegaconf takes the key for one that is not there
+            yield Problem(key, "expected a value, got ???; give one, or leave the key out for its default")
         elif _SEXAGESIMAL.fullmatch(node.value):
             yield Problem(key, f"expected a number, got {node.value}, which YAML counts in sixties; quote it if a text")
 

@@ -123,6 +123,11 @@ def _print_to_stderr(text: str) -> None:
         print(printable(f"[cfpretrain] {text}"), file=sys.stderr, flush=True)
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """ "1 image", "2 images"; `plural` where an s does not make it."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def printable(text: str) -> str:
     """A text as stdout takes it: the name of a file need not be in its encoding."""
     encoding = sys.stdout.encoding or "utf-8"

@@ -32,6 +32,7 @@ from cfpretrain.export.diffusers_layout import (
     VAE,
     WEIGHTS_STEM,
     scheduler_config,
+    transformer_config,
 )
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import are_pixels
@@ -165,13 +166,11 @@ def _check_export(folder: Path, config: Config) -> None:
     """Refuses a config that was edited: the pipeline of the export would make other pixels than we do."""
     files = [folder / TRANSFORMER / "config.json", folder / SCHEDULER / SCHEDULER_FILE]
     found = {key: value for file in files for key, value in _read_json(file).items()}
-    data, order = config.data, config.order
-    expected: dict[str, Any] = {"latent_shift": data.latent_shift, "latent_scale": data.latent_scale}
-    expected |= {"token_order": order.token_order, "block_size": order.block_size, **scheduler_config(config)}
+    expected = transformer_config(config) | scheduler_config(config)
     differing = [
-        f"{key} is {found.get(key)} there and {value} by {CONFIG_FILE}"
+        f"{key} is {found.get(key)!r} there and {value!r} by {CONFIG_FILE}"
         for key, value in expected.items()
-        if not means_the_same(found.get(key), value)
+        if key != "_class_name" and not means_the_same(found.get(key), value)
     ]
     if differing:
         raise UserError(

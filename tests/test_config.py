@@ -132,6 +132,7 @@ WRONG = [
     ("order.ar_step_sizes=equal", "order.ar_step_sizes: equal sizes need a fixed number of AR steps"),
     ("order.block_size=0", "order.block_size: expected at least 1"),
     ("engine.clean_token_multiple=17", "engine.clean_token_multiple: expected between 0 and 16, got 17"),
+    ("data.latent_scale=.inf", "data.latent_scale: expected finite numbers, got inf"),
     ("order.ar_weight_first=.nan", "order.ar_weight_first: expected at least 0, got nan"),
     ("run.seed=-1", "run.seed: expected at least 0, got -1"),
     ("noise.num_timesteps=20", "noise.num_timesteps: expected more than 20"),

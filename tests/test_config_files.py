@@ -79,6 +79,7 @@ def test_true_or_false_however_it_is_written(text, tmp_path: Path) -> None:
             "2024",
             "expected a text, got 2024; put it in quotes, on a command line in both kinds: \"'2024'\"",
         ),
+        ("run.folder", "???", "expected a value, got ???; give one, or leave the key out for its default"),
         ("run.folder", "[a]", "expected a text, got ['a']"),
         ("run.folder", '"a\\0b"', "expected a path, got 'a\\x00b'"),
         ("run.folder", "on", "expected a text, got True; put it in quotes"),

@@ -185,7 +185,7 @@ def train_where_side_work_fails(shards: Path, folder: Path, real: Path) -> tuple
     import io
 
     from cfpretrain import runtime, trainer
-    from cfpretrain.evaluation import evaluator
+    from cfpretrain.evaluation import evaluator, figures
     from cfpretrain.lifeline import StopRequest
 
     def fail(error: Exception) -> Callable[..., None]:
@@ -195,7 +195,7 @@ def train_where_side_work_fails(shards: Path, folder: Path, real: Path) -> tuple
         return function
 
     trainer.pictures.sample_grid = fail(ZeroDivisionError("no width"))
-    trainer.pictures.curves = fail(MemoryError("no room"))
+    figures.curves = fail(MemoryError("no room"))
     evaluator.compare = fail(torch.linalg.LinAlgError("no eigenvalues"))
     runtime.start(CPU)
     said = io.StringIO()
@@ -208,6 +208,7 @@ def test_pictures_and_scores_that_fail_do_not_end_a_run(shards: Path, real: Path
     (done, said), other = run_in_processes(train_where_side_work_fails, 2, shards, tmp_path / "run", real)
     assert (done, other) == (True, (True, "")), said
     assert "WARNING: drawing samples failed, and the run goes on: no width" in said
+    assert said.count("[cfpretrain] sampling") == 1  # those of the last step and those of the end are the same
     assert "WARNING: drawing curves failed, and the run goes on: no room" in said
     assert "WARNING: scoring failed, and the run goes on: scores cannot be computed: no eigenvalues" in said
     assert scores_of(tmp_path / "run") == {}

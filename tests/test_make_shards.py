@@ -421,6 +421,7 @@ def test_too_many_rejected_images_stop_it(tree: Path, tmp_path: Path) -> None:
     message = refused(*arguments, "--max-rejected-share", 0.02)
     assert "--max-rejected-share: expected at most 0.02 of 60 images to be rejected, got 2 already: " in message
     assert "ant/007.png: the file is empty; cat/004.png: no image" in message
+    assert "Raise the share to 0.034 or more" in message
     # What earlier runs rejected counts.
     before = num_written(out)
     assert "got 2 already" in refused(*arguments, "--max-rejected-share", 0.02)
@@ -516,7 +517,7 @@ def test_twenty_kills_at_random_moments_change_nothing(
     make_under_kills(big_tree, big_content, tmp_path, num_kills=20, seed=2)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_asked_to_stop(number: signal.Signals, big_tree: Path, big_content: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(big_tree, "--out", out, *_BIG)

@@ -168,11 +168,28 @@ def test_an_edited_config_that_contradicts_the_checkpoint_is_refused(
     [
         ("beta_last: 0.02", "beta_last: 0.5", "beta_end is 0.02 there and 0.5 by config.yaml"),
         ("latent_scale:\n  - 2.0", "latent_scale:\n  - 1.0", "latent_scale is .2.0. there and .1.0"),
-        ("token_order: random", "token_order: raster", "token_order is random there and raster by"),
+        ("token_order: random", "token_order: raster", "token_order is 'random' there and 'raster' by"),
     ],
 )
 def test_an_export_with_an_edited_config_is_refused(exported: Path, old: str, new: str, said: str) -> None:
     edit_config(exported, old, new)
+    with pytest.raises(UserError, match=rf"config\.yaml contradicts .*scheduler_config\.json: {said}"):
+        load_source(exported, CPU)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "said"),
+    [
+        ("transformer/config.json", '"num_heads": 2', '"num_heads": 4', "num_heads is 4 there and 2 by config.yaml"),
+        ("scheduler/scheduler_config.json", '"beta_end": 0.02', '"beta_end": "0.02"', "beta_end is '0.02' there and"),
+    ],
+)
+def test_an_export_of_which_another_file_was_edited_is_refused(
+    exported: Path, file: str, old: str, new: str, said: str
+) -> None:
+    text = (exported / file).read_text()
+    assert old in text
+    (exported / file).write_text(text.replace(old, new))
     with pytest.raises(UserError, match=rf"config\.yaml contradicts .*scheduler_config\.json: {said}"):
         load_source(exported, CPU)
 

@@ -74,12 +74,19 @@ def test_where_a_tables_paths_begin(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "header", ["path,label,caption", " Path , LABEL,Caption ", "\ufeffpath, label, caption", "PATH,label ,caption"]
+    "header",
+    [
+        "path,label,caption",
+        " Path , LABEL,Caption ",
+        "\ufeffpath, label, caption",
+        'path, "label", "caption"',
+        "PATH,label ,caption",
+    ],
 )
 def test_names_of_columns_are_compared_without_case_and_spaces(header: str, tmp_path: Path) -> None:
     listing = list_images(table(tmp_path, f"{header}\na.png,cat,one\nb.png,dog,two\n"))
     assert [(row.path, row.label, row.caption) for row in listing.rows] == [("a.png", 0, "one"), ("b.png", 1, "two")]
-    names = header.lstrip("\ufeff").split(",")
+    names = header.lstrip("\ufeff").replace('"', "").split(",")
     lines = "".join(
         json.dumps(dict(zip(names, values, strict=True))) + "\n"
         for values in (("a.png", "cat", "one"), ("b.png", "dog", "two"))
@@ -170,16 +177,26 @@ def test_odd_rows_are_warned_of(tmp_path: Path) -> None:
         "'NaN' is a class like the others; where it stands for no label, leave out its images",
     )
     repeated, alike = list_images(table(tmp_path, text)).warnings
-    assert repeated == "1 rows repeat an earlier one: their images count as often"
+    assert repeated == "1 row repeating an earlier one: their images count as often"
     assert alike.startswith("'Cat' and 'cat' are two classes, ") or alike.startswith(
         "'cat' and 'Cat' are two classes, "
     )
 
 
-def test_labels_that_are_numbers_with_a_point_are_refused(tmp_path: Path) -> None:
+def test_an_image_of_two_classes_is_warned_of(tmp_path: Path) -> None:
+    text = "path,label\na.png,cat\nb.png,cat\na.png,dog\nb.png,cat\n"
+    warnings = list_images(table(tmp_path, text)).warnings
+    assert "a.png has more than one label: each row counts as one image" in warnings
+
+
+@pytest.mark.parametrize("label", ["0.0", "+0", "1e0", "-1.0", '"0,0"', "\uff11", "1\u200b", "\u0661"])
+def test_labels_that_are_numbers_written_otherwise_are_refused(label: str, tmp_path: Path) -> None:
     """As pandas writes them, where one was missing; as names they would be sorted as texts."""
-    with pytest.raises(UserError, match=r"line 2: expected whole numbers as labels, got 0\.0; write them without"):
-        list_images(table(tmp_path, "path,label\na.png,0.0\nb.png,10.0\nc.png,2.0\n"))
+    with pytest.raises(UserError, match=r"line 3: expected whole numbers as labels, got '.*'; write them in digits"):
+        list_images(table(tmp_path, f"path,label\na.png,0\nb.png,{label}\nc.png,2\n"))
+
+
+def test_labels_that_hold_more_than_a_number_are_names(tmp_path: Path) -> None:
     names = list_images(table(tmp_path, "path,label\na.png,1.5 l\nb.png,2.0\n")).class_names
     assert names == ("1.5 l", "2.0")
 
@@ -212,6 +229,7 @@ TABLE_MISTAKES = [
     ("t.csv", "path,caption\na.png,one, two\n", "line 2: expected 2 values, .* got more; .*quote"),
     ("t.csv", "path,caption\na.png,one\nb.png\n", "line 3: expected 2 values, .* got fewer"),
     ("t.csv", 'path\n"a.png\n', "line .*: expected CSV"),
+    ("t.csv", f"path,label\na.png,{'9' * 999}\n", "from 0 on as label, got '999"),
     ("t.csv", "path,label\na.png,cat\n,cat\n", "line 3: expected a path, got none"),
     ("t.csv", "path,label\na.png,cat\nb.png,\n", "line 3: expected a label, as in other rows, got none"),
     ("t.csv", "path,label\na.png,-1\n", "line 2: expected a name or a number from 0 on as label, got '-1'"),

@@ -27,13 +27,23 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cfpretrain.console import EXIT_REQUEUE, UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.console import (
+    EXIT_REQUEUE,
+    UserError,
+    count,
+    ending_in_one_line,
+    path_argument,
+    phase,
+    say,
+    stop_signals,
+)
 
 
 def main() -> None:
     """The command."""
     arguments = _parse()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in stop_signals():
+        signal.signal(number, signal.default_int_handler)
     with ending_in_one_line():
         try:
             run(arguments)
@@ -109,7 +119,10 @@ def run(arguments: argparse.Namespace) -> None:
     with phase(f"listing {arguments.images}"):
         listing = list_images(arguments.images, arguments.root, arguments.ignore_columns)
     ignored = f"; ignored: {listing.ignored}" if listing.ignored else ""
-    say(f"{len(listing.rows)} images of {len(listing.class_names)} classes in {arguments.images}{ignored}")
+    say(
+        f"{count(len(listing.rows), 'image')} of {count(len(listing.class_names), 'class', 'classes')} in "
+        f"{arguments.images}{ignored}"
+    )
     for text in listing.warnings:
         say(f"WARNING: {text}")
     parts = [(listing, arguments.out)]
@@ -118,7 +131,8 @@ def run(arguments: argparse.Namespace) -> None:
         alone = len(listing.class_names) - len({row.label for row in held_out.rows})
         none = f", none of {alone} classes of a single image" if alone else ""
         say(
-            f"{len(rest.rows)} images for {arguments.out}, {len(held_out.rows)} held out for {arguments.held_out}{none}"
+            f"{count(len(rest.rows), 'image')} for {arguments.out}, {len(held_out.rows)} held out for "
+            f"{arguments.held_out}{none}"
         )
         parts = [(rest, arguments.out), (held_out, arguments.held_out)]
     store_images(

@@ -304,7 +304,7 @@ def _report(
     from cfpretrain import build, runtime
     from cfpretrain.data.images import read_all_images
     from cfpretrain.data.loader import open_folders
-    from cfpretrain.evaluation import pictures
+    from cfpretrain.evaluation import figures
     from cfpretrain.evaluation.loss_map import measure_loss_map
     from cfpretrain.evaluation.reconstruction import reconstruction_error
     from cfpretrain.evaluation.summary import LabelledImages, summarise
@@ -318,7 +318,7 @@ def _report(
         )
         latents = build.make_scaling(config).to_model(trained.mean_BCYX).to(device)
         errors = measure_loss_map(model, build.make_loss(config), latents, trained.labels_B, num_bins=20, passes=8)
-        pictures.loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
+        figures.loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
     torch.set_num_threads(torch.get_num_threads() * runtime.world_size())  # those of the ranks that are done
     with phase("scoring"):
         held_out_pixels, held_out_labels = read_all_images(arguments.held_out, "--held-out")

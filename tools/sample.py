@@ -19,6 +19,7 @@ from cfpretrain import launch
 from cfpretrain.console import (
     ItemProgress,
     UserError,
+    count,
     ending_in_one_line,
     leave_on_signals,
     leave_with,
@@ -154,7 +155,7 @@ def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "Gener
             title = grid_title(source.title, settings, note)
             with whole_or_nothing(path, "--out") as unfinished:
                 pictures.sample_grid(unfinished, images[by_class], names, title=title, value_range=(0.0, 1.0))
-    say(f"{len(labels)} images: {path}")
+    say(f"{count(len(labels), 'image')}: {path}")
 
 
 def _draw_trajectory(path: Path, source: "Source", label: int, settings: "GenerationSettings") -> None:
@@ -222,7 +223,7 @@ def _write_set(
     with runtime.together():
         if runtime.rank() == 0:
             images.finish()
-            say(f"{len(labels)} images: {images.out}")
+            say(f"{count(len(labels), 'image')}: {images.out}")
 
 
 def _plan(source: "Source", autoencoder: Any, labels: list[int], settings: "GenerationSettings") -> dict[str, Any]:
@@ -248,7 +249,9 @@ def _begin(images: "ImageSet") -> list[int] | None:
     missing = images.missing()
     num_missing = images.count(missing)
     there = len(images.labels) - num_missing
-    say(f"sampling {num_missing} images" + f"; {there} of {len(images.labels)} are there already" * bool(there))
+    say(
+        f"sampling {count(num_missing, 'image')}" + f"; {there} of {len(images.labels)} are there already" * bool(there)
+    )
     return missing
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cfpretrain.console import UserError
+from cfpretrain.console import UserError, count
 from cfpretrain.data.images import SUFFIXES
 from cfpretrain.data.tables import TABLES, UNLABELLED, read_table
 
@@ -324,7 +324,11 @@ def _odd_rows(rows: Sequence[Row], class_names: Sequence[str]) -> Iterator[str]:
     elif len(class_names) == 1:
         yield f"all {len(rows)} images are of one class, {class_names[0]}"
     if num_repeated := len(rows) - len(set(rows)):
-        yield f"{num_repeated} rows repeat an earlier one: their images count as often"
+        yield f"{count(num_repeated, 'row')} repeating an earlier one: their images count as often"
+    labels: dict[str, int] = {}
+    contradicted = [row.path for row in rows if labels.setdefault(row.path, row.label) != row.label]
+    if contradicted:
+        yield f"{contradicted[0]} has more than one label{_and_more(contradicted)}: each row counts as one image"
     yield from _odd_names(class_names)
     yield from _missing_names(class_names)
 

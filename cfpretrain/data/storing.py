@@ -6,6 +6,7 @@ is counted; the shard's record keeps both, so that they are of all runs. The par
 
 import ctypes
 import json
+import math
 import mmap
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfpretrain import seeds
-from cfpretrain.console import ItemProgress, UserError, say
+from cfpretrain.console import ItemProgress, UserError, count, say
 from cfpretrain.data.images import (
     RejectedImageError,
     Storing,
@@ -86,7 +87,7 @@ def store_images(
     for listing, writer, is_complete in begun:
         if is_complete:
             _say_of(writer.folder, ": already there")
-            rejected.images += _rejected_in(writer.folder)
+            rejected.add(_rejected_in(writer.folder))
         else:
             slices = deal_images(len(listing.rows), images_per_shard)
             _store(_Work(listing, how, writer, slices), source, num_workers, rejected)
@@ -96,10 +97,11 @@ def _store(work: "_Work", source: str, num_workers: int, rejected: "_Rejected") 
     """One of the folders."""
     writer, num_shards = work.writer, len(work.slices)
     missing = writer.missing(num_shards)
+    num_before = len(rejected.images)
     for number in sorted(set(range(num_shards)) - set(missing)):
         rejected.add(writer.record(number)["rejected"])
     begin = time.monotonic()
-    num_missing = _write_missing(work, missing, num_workers, rejected)
+    num_missing = _write_missing(work, missing, num_workers, rejected, num_before)
     rate = num_missing / max(time.monotonic() - begin, 1e-3)
     _finish(work, source)
     _say_of(writer.folder, "", f", {rate:.0f} images/s")
@@ -143,7 +145,8 @@ def _say_of(folder: Path, before: str, behind: str = "") -> None:
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     named = f" ({folder / _REJECTED_FILE})" if info.num_rejected else ""
     say(
-        f"{folder}{before}: {info.num_samples} images of {len(info.class_names)} classes, {info.channels} x "
+        f"{folder}{before}: {count(info.num_samples, 'image')} of {count(len(info.class_names), 'class', 'classes')}, "
+        f"{info.channels} x "
         f"{info.image_size} x {info.image_size}, {info.store}; {info.num_rejected} rejected{named}; "
         f"{megabytes:.1f} MB{behind}"
     )
@@ -158,7 +161,7 @@ class _Rejected:
     """The images that could not be stored so far.
 
     Args:
-        num_images: of the listing.
+        num_images: of all parts.
         max_share: how much of them may be rejected.
     """
 
@@ -175,7 +178,8 @@ class _Rejected:
             more = "; ..." if len(self.images) > _NUM_SHOWN else ""
             raise UserError(
                 f"--max-rejected-share: expected at most {self._max_share:g} of {self._num_images} images to be "
-                f"rejected, got {len(self.images)} already: {shown}{more}. Raise the share, and it goes on; mend "
+                f"rejected, got {len(self.images)} already: {shown}{more}. Raise the share to "
+                f"{math.ceil(1000 * len(self.images) / self._num_images) / 1000:g} or more, and it goes on; repair "
                 "or remove them, and it begins again"
             )
 
@@ -288,8 +292,8 @@ def _serve(work: _Work, state: NDArray[np.int64], pipe: Any, parent: int) -> Non
         pipe.send(RuntimeError(f"a worker failed:\n{traceback.format_exc()}"))
 
 
-def _write_missing(work: _Work, missing: Sequence[int], num_workers: int, rejected: _Rejected) -> int:
-    """Has the missing shards written; the number of their images."""
+def _write_missing(work: _Work, missing: Sequence[int], num_workers: int, rejected: _Rejected, num_before: int) -> int:
+    """Has the missing shards written; the number of their images. `num_before` were rejected of other folders."""
     num_workers = min(num_workers, len(missing))
     if not num_workers:
         return 0
@@ -305,7 +309,8 @@ def _write_missing(work: _Work, missing: Sequence[int], num_workers: int, reject
             if answer is not None:
                 rejected.add(answer)
             done = num_images - num_missing + int(states[:, 0].sum())
-            progress.show(done, f"{len(rejected.images)} rejected" if rejected.images else "")
+            num_rejected = len(rejected.images) - num_before
+            progress.show(done, f"{num_rejected} rejected" if num_rejected else "")
     finally:
         progress.close()
         for worker in workers:

@@ -9,6 +9,7 @@ import io
 import json
 import re
 import shlex
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -113,12 +114,13 @@ class _Reader:
         try:
             while (values := next(reader, None)) is not None:
                 if columns is None and values:
-                    self._check_has_path(values)
-                    columns = self._columns(values, "")
                     if any(name[:1].isspace() for name in values):
                         # Whoever writes `path, label` means no value to begin with a space either.
                         lines_before = reader.line_num
                         reader = csv.reader(text, strict=True, skipinitialspace=True)
+                        values = next(csv.reader([",".join(values)], strict=True, skipinitialspace=True))
+                    self._check_has_path(values)
+                    columns = self._columns(values, "")
                 elif columns is not None and values:
                     if len(values) != len(columns):
                         raise UserError(
@@ -226,15 +228,25 @@ def _classes(file: Path, records: _Records) -> tuple[list[int], tuple[str, ...]]
     if all(re.fullmatch("[0-9]+", label) for label in given):
         labels = list(map(int, given))
         return labels, _numbered(file, labels)
-    if all(re.fullmatch(r"[0-9]+(\.[0-9]*)?", label) for label in given):
-        place = next(i for i, label in enumerate(given) if "." in label)
+    if all(map(_is_number, given)):
+        place = next(i for i, label in enumerate(given) if not re.fullmatch("[0-9]+", label))
         raise UserError(
-            f"images: {file}, line {records[place][0]}: expected whole numbers as labels, got {given[place]:.40}; "
-            "write them without a point"
+            f"images: {file}, line {records[place][0]}: expected whole numbers as labels, got {given[place]!a:.40}; "
+            "write them in digits alone"
         )
     class_names = sorted(set(given))
     number_of = {name: number for number, name in enumerate(class_names)}
     return [number_of[label] for label in given], tuple(class_names)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a person would read a number, if with a sign, an exponent, wide digits or characters without width."""
+    text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
+    try:
+        float(text.replace(",", "."))
+    except ValueError:
+        return False
+    return not re.search("[a-z]", text.casefold().replace("e", ""))  # nan and inf may be names
 
 
 def _numbered(file: Path, labels: Sequence[int]) -> tuple[str, ...]:
@@ -257,7 +269,7 @@ def _label(file: Path, line: int, record: dict[str, Any]) -> str:
         return ""
     is_number = isinstance(value, int) and not isinstance(value, bool)
     text = str(value).strip()
-    is_wrong = re.fullmatch("-[0-9]+|[0-9]{1000,}", text) or _UNFIT["label"].search(text)
+    is_wrong = re.fullmatch("-[0-9]+|[0-9]{20,}", text) or _UNFIT["label"].search(text)
     if not (isinstance(value, str) or is_number) or is_wrong:
         raise UserError(
             f"images: {file}, line {line}: expected a name or a number from 0 on as label, got {value!r:.40}; mend it"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cfpretrain import files, runtime
 from cfpretrain.config import Config
-from cfpretrain.console import ItemProgress, UserError, leave_with, say
+from cfpretrain.console import ItemProgress, UserError, count, leave_with, say
 from cfpretrain.evaluation.generation import GenerationSettings, generate_batches
 from cfpretrain.lifeline import Launcher
 from cfpretrain.sampler import Model
@@ -146,7 +146,7 @@ class _Progress:
         num_images = sum(len(one.labels) for one in sets)
         num_missing = sum(one.count(numbers) for one, numbers in zip(sets, missing, strict=True))
         there = f"; {num_images - num_missing} of {num_images} are there already" * (num_missing < num_images)
-        say(f"sampling {num_missing} images of {len(sets)} settings{there}")
+        say(f"sampling {count(num_missing, 'image')} of {len(sets)} settings{there}")
         left = sum(len(numbers) * one.work for one, numbers in zip(sets, missing, strict=True))
         self._work = sum(one.settings.num_batches(len(one.labels)) * one.work for one in sets)
         self._done: float = self._work - left

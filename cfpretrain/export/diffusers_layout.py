@@ -120,7 +120,8 @@ class _Source:
             files.make_folder(folder / part)
         files.replace(folder / f"{pipeline_name}.py", pipeline)
         files.replace(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
-        _write_json(folder / TRANSFORMER / "config.json", self._transformer_config())
+        scaling = {"latent_shift": list(self.shift), "latent_scale": list(self.scale)}
+        _write_json(folder / TRANSFORMER / "config.json", transformer_config(self.config) | scaling)
         _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler_config(self.config))
         index = {
             "_class_name": [pipeline_name, "CausalFusionPipeline"],
@@ -142,25 +143,6 @@ class _Source:
         if samples:
             _copy_picture(samples, folder / SAMPLES_FILE)
         files.replace(folder / "README.md", self._card(name, samples is not None))
-
-    def _transformer_config(self) -> dict[str, Any]:
-        model, order = self.config.model, self.config.order
-        return {
-            "_class_name": "CausalFusionTransformer",
-            "grid": model.grid,
-            "patch_size": model.patch_size,
-            "latent_channels": model.latent_channels,
-            "width": model.width,
-            "depth": model.depth,
-            "num_heads": model.num_heads,
-            "num_cond_tokens": model.num_cond_tokens,
-            "num_classes": model.num_classes,
-            "learnable_positions": model.position_embedding == "learnable",
-            "token_order": order.token_order,
-            "block_size": order.block_size,
-            "latent_shift": list(self.shift),
-            "latent_scale": list(self.scale),
-        }
 
     def _write_weights(self, folder: Path) -> None:
         dtype_name, dtype = _DTYPES[self.settings.dtype]
@@ -224,6 +206,27 @@ def _copy_picture(picture: Path, target: Path) -> None:
         raise UserError(
             f"RUN: {picture}: expected a picture to show, which is no link ({tensor_files.reason_of(error)}); remove it"
         ) from error
+
+
+def transformer_config(config: Config) -> dict[str, Any]:
+    """What the pipeline's transformer is built with."""
+    model, order = config.model, config.order
+    return {
+        "_class_name": "CausalFusionTransformer",
+        "grid": model.grid,
+        "patch_size": model.patch_size,
+        "latent_channels": model.latent_channels,
+        "width": model.width,
+        "depth": model.depth,
+        "num_heads": model.num_heads,
+        "num_cond_tokens": model.num_cond_tokens,
+        "num_classes": model.num_classes,
+        "learnable_positions": model.position_embedding == "learnable",
+        "token_order": order.token_order,
+        "block_size": order.block_size,
+        "latent_shift": list(config.data.latent_shift),
+        "latent_scale": list(config.data.latent_scale),
+    }
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:

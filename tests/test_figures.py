@@ -1,0 +1,158 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cfpretrain.console import UserError
+from cfpretrain.evaluation.figures import _column, _skipped_steps, _smooth, curves, loss_map
+from tests.processes import REPOSITORY
+from tests.test_pictures import num_near, pixels
+
+BLUE = (37, 99, 168)
+RED = (209, 73, 91)
+QUIET = (107, 114, 128)
+
+
+# Training curves
+
+
+def run(num_rows: int) -> list[dict[str, float | None]]:
+    return [
+        {"step": 10 * i, "loss": 1 / (1 + i), "grad_norm": 2.0, "learning_rate": 1e-3, "num_skipped_steps": 0}
+        for i in range(num_rows)
+    ]
+
+
+def test_curves_are_drawn_whole(tmp_path: Path) -> None:
+    curves(tmp_path / "curves.png", run(200), "tiny")
+    height, width, _ = pixels(tmp_path / "curves.png").shape
+    assert width > 1000
+    assert height > 700
+    assert num_near(tmp_path / "curves.png", BLUE) > 2000
+    assert num_near(tmp_path / "curves.png", RED) == 0
+
+
+def test_losses_that_are_not_finite_leave_a_mark_and_the_rest_of_the_curve(tmp_path: Path) -> None:
+    rows = run(200)
+    curves(tmp_path / "before.png", rows)
+    rows[50]["loss"], rows[51]["grad_norm"], rows[120]["loss"] = math.nan, math.inf, -math.inf
+    curves(tmp_path / "after.png", rows)
+    assert num_near(tmp_path / "after.png", RED) > 20
+    assert num_near(tmp_path / "after.png", BLUE) > 0.9 * num_near(tmp_path / "before.png", BLUE)
+
+
+def test_skipped_steps_are_marked(tmp_path: Path) -> None:
+    rows = run(100)
+    for i, row in enumerate(rows):
+        row["num_skipped_steps"] = (i >= 20) + (i >= 60)
+    curves(tmp_path / "curves.png", rows)
+    assert num_near(tmp_path / "curves.png", RED) > 20
+    steps = np.array([row["step"] for row in rows])
+    assert _skipped_steps(steps, _column(rows, "num_skipped_steps")).tolist() == [200, 600]
+
+
+def test_a_score_has_a_curve_of_its_own_beside_its_floor(tmp_path: Path) -> None:
+    rows = run(100)
+    for row in rows[::20]:
+        row["fd"] = 100.0 - row["step"] / 20
+    pictures = {}
+    for name, score in (("none", None), ("score", ("fd", None)), ("floor", ("fd", 60.0)), ("other", ("sfd", None))):
+        curves(tmp_path / f"{name}.png", rows, score=score)
+        pictures[name] = num_near(tmp_path / f"{name}.png", BLUE), num_near(tmp_path / f"{name}.png", QUIET)
+    heights = [len(pixels(tmp_path / f"{name}.png")) for name in ("none", "score")]
+    assert heights[1] > 1.3 * heights[0]
+    assert pictures["score"][0] > pictures["other"][0] + 200, "a line"
+    assert pictures["floor"][1] > pictures["score"][1] + 200, "another"
+
+
+def test_a_value_that_few_rows_have_is_still_a_line(tmp_path: Path) -> None:
+    rows = run(100)
+    curves(tmp_path / "without.png", rows)
+    for row in rows[::7]:
+        row["images_per_second"] = 500.0
+    curves(tmp_path / "with.png", rows)
+    assert num_near(tmp_path / "with.png", BLUE) > num_near(tmp_path / "without.png", BLUE) + 500
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [],
+        [{"step": 1}],
+        [{"step": 1, "loss": 0.5, "grad_norm": None}],
+        [{"step": i, "loss": math.nan, "grad_norm": math.inf, "learning_rate": 0.0} for i in range(30)],
+        [{"note": "a row without a step"}, {"step": 3, "loss": 0.0}],
+    ],
+)
+def test_poor_rows_still_make_a_picture(tmp_path: Path, rows: list[dict[str, float]]) -> None:
+    curves(tmp_path / "curves.png", rows)
+    assert pixels(tmp_path / "curves.png").shape[1] > 1000
+
+
+def test_smoothing_averages_over_gaps_without_bias() -> None:
+    assert _smooth(np.full(300, 2.5)) == pytest.approx(2.5)
+    straight = np.arange(300.0)
+    assert _smooth(straight)[20:-20] == pytest.approx(straight[20:-20])
+    rough = np.where(np.arange(300) % 2 == 0, 1.0, -1.0)
+    rough[100:103] = np.nan
+    smooth = _smooth(rough)
+    assert np.isnan(smooth[100:103]).all()
+    assert np.nanmax(np.abs(smooth[10:-10])) < 0.4
+
+
+# The loss over both axes
+
+
+def test_loss_map_shows_each_cell_on_its_side(tmp_path: Path) -> None:
+    # Noise to the right, AR position upward: only the cell of high noise and first position is large.
+    loss_TS = np.full((4, 2), 1.0)
+    loss_TS[3, 0] = 2.0
+    loss_map(tmp_path / "map.png", loss_TS, [0, 250, 500, 750, 1000], [0, 8, 16])
+    shown = pixels(tmp_path / "map.png")
+    yellow = (np.abs(shown - np.array([253, 231, 37])).max(-1) < 10).nonzero()
+    in_map = yellow[1] < 0.87 * shown.shape[1]  # the colour bar is right of it
+    assert in_map.sum() > 5000
+    assert yellow[0][in_map].min() > 0.4 * shown.shape[0]
+    assert yellow[1][in_map].min() > 0.6 * shown.shape[1]
+
+
+@pytest.mark.parametrize("spread", [1.5, 1000.0])
+def test_loss_map_of_small_and_large_ranges_with_gaps(tmp_path: Path, spread: float) -> None:
+    loss_TS = np.geomspace(1.0, spread, 60).reshape(10, 6)
+    loss_TS[0, 0] = math.nan
+    loss_map(tmp_path / "map.png", loss_TS, list(range(11)), list(range(7)))
+    # Values that rise evenly, or by an even factor, spread evenly over the colours only on the fitting scale: on a
+    # linear one half of the large range would share the darkest purple.
+    shown = pixels(tmp_path / "map.png")
+    in_map = shown[:, : int(0.87 * shown.shape[1])]
+    dark = (np.abs(in_map - np.array([68, 1, 84])).max(-1) < 24).mean()
+    assert 0.01 < dark < 0.15
+
+
+def test_loss_map_without_any_loss(tmp_path: Path) -> None:
+    loss_map(tmp_path / "map.png", np.full((2, 2), math.nan), [0, 1, 2], [0, 1, 2])
+    assert num_near(tmp_path / "map.png", (236, 239, 243)) > 100_000
+
+
+def test_loss_map_of_one_constant_value(tmp_path: Path) -> None:
+    loss_map(tmp_path / "map.png", np.full((1, 1), 0.5), [0, 1], [0, 1])
+    assert pixels(tmp_path / "map.png").shape[1] > 800
+
+
+def test_edges_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected 3 x 2 values for its edges, got 2 x 2"):
+        loss_map(tmp_path / "map.png", np.ones((2, 2)), [0, 1, 2, 3], [0, 1, 2])
+
+
+def test_a_backend_for_windows_that_is_not_there_matters_to_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As notebooks set it. Nothing that training imports needs matplotlib, and its files need no window."""
+    monkeypatch.setenv("MPLBACKEND", "qt99")
+    program = (
+        "import sys, cfpretrain.trainer\n"
+        "assert not any(name.partition('.')[0] == 'matplotlib' for name in sys.modules)\n"
+        "import cfpretrain.evaluation.figures\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
