@@ -163,7 +163,7 @@ def replace(file: Path, content: bytes | str | Callable[[IO[bytes]], object]) ->
             if callable(content):
                 content(made)
             else:
-                made.write(content.encode() if isinstance(content, str) else content)
+                write_fully(made.fileno(), content.encode() if isinstance(content, str) else content, 0)
             made.flush()
             os.fsync(made.fileno())
         os.replace(writing, file)
