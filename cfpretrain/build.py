@@ -31,9 +31,9 @@ from cfpretrain.tensor_files import DamagedCheckpointError
 from cfpretrain.training_state import TrainingState, means_the_same, read_state
 
 # What a run folder holds.
-CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = "config.yaml", "metrics.jsonl", "summary.json"
-INDEX_FILE = "model_index.json"  # by which an exported folder is known
-CHECKPOINTS, SAMPLES = "checkpoints", "samples"
+CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = configs.CONFIG_FILE, "metrics.jsonl", "summary.json"
+INDEX_FILE = configs.INDEX_FILE  # by which an exported folder is known
+CHECKPOINTS, SAMPLES = configs.CHECKPOINTS, "samples"
 # Its one line says why the same command should be run again; without it, it should not.
 REQUEUE_FILE = "requeue"
 LOCK_FILE = "lock"
@@ -54,9 +54,19 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return summary if all(isinstance(count, int | float) and math.isfinite(count) for count in counts) else None
 
 
-def load_config(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+def load_config(
+    paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), allow_env: bool = False
+) -> Config:
     """A config, checked; on how many ranks it will train is not known. Arguments and errors as `config.load`."""
-    config = configs.load(paths, overrides)
+    return _checked(configs.load(paths, overrides, allow_env))
+
+
+def load_recorded_config(file: Path) -> Config:
+    """The config that a run or an export holds, checked; errors as `config.load`."""
+    return _checked(configs.load_recorded(file))
+
+
+def _checked(config: Config) -> Config:
     # So many ranks divide whatever there is to divide.
     configs.check(config, max(1, config.train.global_batch_size))
     return config
@@ -72,7 +82,7 @@ def load_run_config(folder: Path) -> Config:
         if (run / CONFIG_FILE).is_file():
             raise UserError(f"run folder {folder}: expected a run folder, got a checkpoint of one; give {run}")
         raise UserError(f"run folder {folder} holds no {path.name}; give a folder that cfpretrain/train.py has written")
-    config = load_config(path)
+    config = load_recorded_config(path)
     # The folder may have been moved since.
     return dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
 
@@ -149,10 +159,13 @@ def make_untrained(config: Config, device: torch.device) -> CausalFusion:
 
 
 def _names_of_shards(config: Config) -> tuple[str, ...]:
-    """The names of the classes, from the latents trained on; their numbers where those are not at hand."""
+    """The names of the classes, from the latents trained on; their numbers where those are not on this machine."""
     numbers = tuple(map(str, range(config.model.num_classes)))
     try:
-        names = read_latents_info(config.data.shards[0]).class_names
+        address = config.data.shards[0]
+        if "://" in address:  # a stranger's, which would hear of this machine
+            raise UserError(f"{address} is an address")
+        names = read_latents_info(address).class_names
     except UserError as error:
         say(
             "WARNING: classes go by their numbers, since this checkpoint does not say their names, and the latents "

@@ -13,6 +13,9 @@ from cfpretrain import config_files
 from cfpretrain.config_files import Address, FilePath, Origin
 from cfpretrain.console import UserError
 
+# What a run folder holds, and an export.
+CONFIG_FILE, CHECKPOINTS, INDEX_FILE = "config.yaml", "checkpoints", "model_index.json"
+
 # What kernels can do; `model.block_causal` and `model.attention` say it too.
 _TRITON_HEAD_WIDTHS = (32, 64, 128)
 _FLEX_MIN_HEAD_WIDTH = 16
@@ -158,7 +161,7 @@ class SampleConfig:
 class EvaluationConfig:
     every_steps: int = 0  # a score of the EMA weights beside real images, and one at the end; 0 = none at all
     reference: FilePath = ""  # real images: a folder of files, image shards or an .npz; or an .npz of their statistics
-    features: str = "effnet_lite0"  # or inception, or module:function
+    features: str = "effnet_lite0"  # or inception; module:function on the command line alone
     feature_weights: FilePath = ""  # file of the FID Inception's weights, for features: inception
     feature_label: str = ""  # takes other weights of it, and names their score
     num_images: int = 5000  # generated for a score, over all ranks; classes evenly spread
@@ -224,24 +227,58 @@ class Config:
 # Loading
 
 
-def load(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()) -> Config:
+def load(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), allow_env: bool = False) -> Config:
     """Reads YAML files and `key.sub=value` overrides into a typed config.
 
     Args:
         paths: one file or several; where two set the same key, the later one wins.
         overrides: win over all files.
+        allow_env: whether `${oc.env:NAME}` is read, in what the user wrote.
 
     Raises:
-        UserError: a file is missing or not YAML; unknown keys and wrong types, all in one message.
+        UserError: a file is missing or not YAML; unknown keys and wrong types, all in one message; `${` in the config
+            of a run or an export, which holds values alone.
     """
-    return load_with_origins(paths, overrides)[0]
+    return load_with_origins(paths, overrides, allow_env)[0]
+
+
+def load_recorded(file: str | Path) -> Config:
+    """The config of a run or an export, which holds values alone; errors as `load`."""
+    return typing.cast(Config, config_files.load(Config, file, (), is_recorded=lambda _: True)[0])
+
+
+def is_recorded(file: Path) -> bool:
+    """Whether a config is of a run or an export, by what lies beside it."""
+    folder = file.expanduser().parent
+    return file.name == CONFIG_FILE and any(os.path.lexists(folder / name) for name in (CHECKPOINTS, INDEX_FILE))
+
+
+def check_code(config: Config, origins: Mapping[str, Origin], allow_code: bool) -> None:
+    """Refuses to import what a file names: a stranger's run would have its own code run where it is trained on.
+
+    Args:
+        config: of a run that is to train.
+        origins: of `load_with_origins`.
+        allow_code: whether a file of the user's own may name it; that of a run may not.
+
+    Raises:
+        UserError: says how to name it.
+    """
+    named, origin = config.evaluation.features, origins.get("evaluation.features")
+    if ":" not in named or not config.evaluation.every_steps or origin is None:
+        return
+    if origin.name != config_files.COMMAND_LINE and (not allow_code or is_recorded(Path(origin.name))):
+        raise UserError(
+            f"{origin.name}: evaluation.features: {named!r:.100} is code, which a file does not have run; to run it, "
+            "give evaluation.features=MODULE:FUNCTION on the command line, or --allow-code with a config of your own"
+        )
 
 
 def load_with_origins(
-    paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()
+    paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), allow_env: bool = False
 ) -> tuple[Config, dict[str, Origin]]:
     """As `load`, and for each key that is set ("train.num_steps") the file that it came from, or the command line."""
-    return config_files.load(Config, paths, overrides)
+    return config_files.load(Config, paths, overrides, allow_env, is_recorded)
 
 
 def from_plain(plain: Any, source: str) -> Config:
@@ -254,8 +291,18 @@ def to_plain(config: Config) -> dict[str, Any]:
     return config_files.to_plain(config)
 
 
-def to_yaml(config: Config) -> str:
-    """The resolved config as YAML, loadable again."""
+def to_shown(config: Config) -> dict[str, Any]:
+    """As `to_plain`, with the names of what came from the environment in its place."""
+    return config_files.to_shown(config)
+
+
+def without_texts(config: Config) -> dict[str, Any]:
+    """As `to_plain`, without paths, addresses and names, which are of the machine that trained."""
+    return config_files.without_texts(config)
+
+
+def to_yaml(config: Config | dict[str, Any]) -> str:
+    """The resolved config, or what `to_plain` and the like made of one, as YAML, loadable again."""
     return config_files.to_yaml(config)
 
 

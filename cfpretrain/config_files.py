@@ -1,6 +1,9 @@
 """Typed dataclasses from YAML files and `key.sub=value` overrides, with the file that each value came from.
 
 It knows no key: what there is, of which type, the dataclass says. A text is a path where its type is `FilePath`.
+
+Files and overrides that a user wrote may refer to keys, and to the environment where that is allowed; files that were
+recorded hold values alone. Nothing else is resolved: omegaconf has resolvers that import modules.
 """
 
 import dataclasses
@@ -9,14 +12,14 @@ import io
 import os
 import re
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
 
-from cfpretrain.console import UserError, one_line
+from cfpretrain.console import UserError, hide, masked, one_line
 
 FilePath = Annotated[str, "path"]  # of this machine, with `~` for a home
 Address = Annotated[str, "address"]  # a path, or an address such as s3://bucket/folder
@@ -24,6 +27,8 @@ Address = Annotated[str, "address"]  # a path, or an address such as s3://bucket
 COMMAND_LINE = "command line"
 # YAML 1.1 reads 0100 as 64, and 1:30 as 90.
 _OCTAL, _SEXAGESIMAL = re.compile(r"[-+]?0[0-9_]+"), re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
+_KEY_REFERENCE = re.compile(r"\$\{[A-Za-z_][\w.\[\]]*\}")
+_ENV_REFERENCE = re.compile(r"\$\{oc\.env:(\w+)(,[^${}]*)?\}")
 _SHELL_VARIABLE = re.compile(r"\$[A-Za-z_]\w*")
 _TRUE_OR_FALSE = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 
@@ -46,7 +51,11 @@ class Problem(NamedTuple):
 
 
 def load(
-    kind: type, paths: str | Path | Sequence[str | Path], overrides: Sequence[str]
+    kind: type,
+    paths: str | Path | Sequence[str | Path],
+    overrides: Sequence[str],
+    allow_env: bool = False,
+    is_recorded: Callable[[Path], bool] = lambda _: False,
 ) -> tuple[Any, dict[str, Origin]]:
     """Reads YAML files and overrides into a dataclass of dataclasses.
 
@@ -54,6 +63,8 @@ def load(
         kind: the dataclass.
         paths: one file or several; where two set the same key, the later one wins.
         overrides: win over all files.
+        allow_env: whether `${oc.env:NAME}` is read; what it says is hidden from then on (`console.hide`).
+        is_recorded: of a file, whether it holds values alone, so that `${` is refused in it.
 
     Returns:
         The dataclass, and for each key that is set ("section.name") where its value came from.
@@ -68,11 +79,13 @@ def load(
     for name, tree in trees:  # omegaconf would not say which key holds what cannot be merged
         parts: Any = OmegaConf.to_container(tree)
         _raise_all([(name, _no_keys((key,), part)) for key, part in parts.items() if isinstance(part, list)])
+        recorded = name != COMMAND_LINE and is_recorded(Path(name))
+        _raise_all([(name, problem) for problem in _check_references(parts, (), recorded, allow_env)])
     try:
         plain = OmegaConf.to_container(OmegaConf.merge(*(tree for _, tree in trees)), resolve=True)
     except Exception as error:  # omegaconf raises errors of its own classes
         hint = (
-            "; it refers to a key of these files, or as ${oc.env:NAME} to the environment"
+            "; it refers to a key of these files, or as ${oc.env:NAME} to the environment, with --allow-env"
             if "Interpolation" in str(error)
             else ""
         )
@@ -101,9 +114,62 @@ def to_plain(config: Any) -> dict[str, Any]:
     return typing.cast(dict[str, Any], plain)
 
 
+def to_shown(config: Any) -> dict[str, Any]:
+    """As `to_plain`, for people and services: of what came from the environment, its name (`console.masked`)."""
+    shown = _masked(to_plain(config))
+    return typing.cast(dict[str, Any], shown)
+
+
+def without_texts(config: Any) -> dict[str, Any]:
+    """As `to_plain`, for strangers: without paths, addresses and names, which are of the machine that trained."""
+    hints = {
+        name: typing.get_type_hints(kind, include_extras=True)
+        for name, kind in typing.get_type_hints(type(config)).items()
+    }
+    return {
+        section: {key: value for key, value in values.items() if not _is_text(hints[section][key])}
+        for section, values in to_plain(config).items()
+    }
+
+
 def to_yaml(config: Any) -> str:
-    """The dataclass as YAML, loadable again."""
-    return OmegaConf.to_yaml(OmegaConf.create(to_plain(config)))
+    """The dataclass, or what `to_plain` and the like made of one, as YAML, loadable again."""
+    plain = config if isinstance(config, dict) else to_plain(config)
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def _masked(plain: Any) -> Any:
+    if isinstance(plain, dict):
+        return {key: _masked(value) for key, value in plain.items()}
+    if isinstance(plain, list):
+        return [_masked(value) for value in plain]
+    shown = masked(str(plain))
+    return plain if shown == str(plain) else shown
+
+
+def _is_text(hint: Any) -> bool:
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is tuple else hint
+    return item in (str, FilePath, Address)
+
+
+def _check_references(plain: Any, key: tuple[Any, ...], recorded: bool, allow_env: bool) -> Iterator[Problem]:
+    """What may not be resolved; hides what the environment says where the rest is read from it."""
+    if isinstance(plain, dict | list):
+        for name, value in plain.items() if isinstance(plain, dict) else [("", value) for value in plain]:
+            if "${" in str(name):
+                yield Problem(key, f"expected the name of a key, got {name}")
+            yield from _check_references(value, (*key, name) if name else key, recorded, allow_env)
+    elif isinstance(plain, str) and "${" in plain:
+        if recorded:
+            yield Problem(key, f"expected a value, as a run records it, got {plain!r:.100}; write what it stands for")
+            return
+        names = [found[1] for found in _ENV_REFERENCE.finditer(plain)]
+        if "${" in _KEY_REFERENCE.sub("", _ENV_REFERENCE.sub("", plain)):
+            yield Problem(key, f"expected ${{section.key}} or ${{oc.env:NAME}}, got {plain!r:.100}")
+        elif names and not allow_env:
+            yield Problem(key, f"the environment is only read with --allow-env, got {plain!r:.100}")
+        for name in names if allow_env else ():
+            hide(os.environ.get(name, ""), f"${{oc.env:{name}}}")
 
 
 def _raise_all(problems: Sequence[tuple[str, Problem]]) -> None:
@@ -251,6 +317,8 @@ def _choice(value: Any, choices: Iterable[Any]) -> Any:
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, str) and "${" in value:
+        raise _refusal("a text without references", value)
     if not isinstance(value, str):
         quoted = f"""; put it in quotes, on a command line in both kinds: "'{value}'\""""
         raise _refusal("a text", value, quoted if isinstance(value, int | float) else "")

@@ -30,12 +30,43 @@ _LESS_MEMORY = "give a smaller batch (--batch-size, train.micro_batch_size), or 
 class UserError(ValueError):
     """A mistake of the user's: shown as one line, without a traceback.
 
-    The message names the key or file, what was expected, what came, and how to mend it.
+    The message names the key or file, what was expected, what came, and how to mend it; what is hidden is hidden there.
     """
+
+    def __init__(self, text: object = "") -> None:
+        super().__init__(masked(str(text)))
 
 
 class SickRunError(RuntimeError):
     """Training that does not recover by itself: shown as one line, without a traceback."""
+
+
+_hidden: dict[str, str] = {}  # by what is hidden, what is shown for it
+_FEWEST_HIDDEN = 4  # characters: a shorter text is no secret, and stands in many others
+
+
+def hide(value: str, shown: str) -> None:
+    """Has a text that came from outside of the files and the command line never shown: keys lie in the environment."""
+    for form in (value, repr(value)[1:-1], " ".join(value.split())):
+        if len(form) >= _FEWEST_HIDDEN:
+            _hidden[form] = shown
+
+
+def masked(text: str) -> str:
+    """A text with what is hidden replaced by the names of it."""
+    for value in sorted(_hidden, key=len, reverse=True):
+        text = text.replace(value, _hidden[value])
+    return text
+
+
+def add_allow_env(parser: argparse.ArgumentParser) -> None:
+    """The option `--allow-env`, of every command that reads configs of the user's own."""
+    parser.add_argument(
+        "--allow-env",
+        action="store_true",
+        help="let ${oc.env:NAME} in these configs and overrides read the environment; what it says goes into the run's "
+        "config.yaml, so that it is no place for keys",
+    )
 
 
 def one_line(error: BaseException) -> str:
@@ -111,7 +142,7 @@ def say(text: str) -> None:
     """Prints one line from rank 0, at once; where nobody reads any more, it is silent from then on."""
     if is_rank_zero():
         try:
-            print(printable(f"[cfpretrain] {text}"), flush=True)
+            print(printable(masked(f"[cfpretrain] {text}")), flush=True)
         except OSError:
             # The rest of the line is flushed at the end of the process, and must not fail there.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # noqa: TID251
@@ -120,7 +151,7 @@ def say(text: str) -> None:
 def _print_to_stderr(text: str) -> None:
     with suppress(OSError):  # nobody reads it any more
         sys.stdout.flush()
-        print(printable(f"[cfpretrain] {text}"), file=sys.stderr, flush=True)
+        print(printable(masked(f"[cfpretrain] {text}")), file=sys.stderr, flush=True)
 
 
 def count(number: int, noun: str, plural: str = "") -> str:

@@ -64,7 +64,7 @@ def check_moved(paths: Sequence[str], config: Config) -> None:
     """
     for file in map(Path, paths):
         is_of_run = file.name == CONFIG_FILE and (file.parent / CHECKPOINTS).is_dir()
-        if not is_of_run or configs.load(file).run.folder != config.run.folder:
+        if not is_of_run or configs.load_recorded(file).run.folder != config.run.folder:
             continue  # the command line may say where
         if os.path.realpath(config.run.folder) != os.path.realpath(file.parent):
             raise UserError(
@@ -121,7 +121,7 @@ def _say_changes(folder: Path, config: Config) -> None:
         since, before = f"step {latest[1].step}", latest[1].config
     elif (folder / CONFIG_FILE).is_file():
         try:
-            since, before = "the last start", to_plain(configs.load(folder / CONFIG_FILE))
+            since, before = "the last start", to_plain(configs.load_recorded(folder / CONFIG_FILE))
         except UserError:  # of an older version, or damaged: it is written anew
             return
     else:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn
@@ -35,6 +36,8 @@ _EXCHANGE_SECONDS = 5.0
 _STORE_TIMEOUT = timedelta(seconds=10)
 # Rank 0 keeps the store that the others ask who failed first; and who was not the first does not end first.
 _KEEP_STORE_SECONDS = 3.0
+_LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
+_LOOPBACK_NAMES = (_LOOPBACK, "localhost")  # what launchers call it
 _LET_SPEAK_SECONDS = 8.0
 
 _num_ticks = 0
@@ -126,7 +129,8 @@ def _why_no_cuda() -> str:
 def start(device: torch.device) -> None:
     """Joins the process group (nccl with gloo for CPU tensors on a GPU, gloo on a CPU).
 
-    Sets LOCAL_WORLD_SIZE, which mosaicml-streaming reads and the deepspeed launcher leaves unset.
+    Sets LOCAL_WORLD_SIZE, which mosaicml-streaming reads and the deepspeed launcher leaves unset. Where ranks meet at
+    the loopback address, no port of theirs can be reached from another machine.
 
     Raises:
         UserError: on rank 0: another process listens on the port where ranks meet.
@@ -139,24 +143,44 @@ def start(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if found.world_size > 1:
-        try:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
-        except dist.DistNetworkError as error:
-            if "address already in use" not in str(error).lower():
-                raise
-            raise UserError(
-                f"--master_port: {os.environ['MASTER_PORT']} is in use on this machine, perhaps by another run; "
-                f"start this one with: deepspeed --master_port {_free_port()} ..."
-            ) from error
-        return
-    # One rank has nobody to meet: a store inside this process, on a port that the system picks.
-    store: Any = dist.TCPStore(  # type: ignore[attr-defined]
-        "127.0.0.1", 0, 1, is_master=True
-    )
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(found.local_rank)}  # DeepSpeed reads them
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
-    dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
+    if found.world_size == 1:  # DeepSpeed reads them all
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(found.local_rank)}
+        os.environ |= {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": "0"}
+    if _is_on_one_machine(found):
+        # Gloo and NCCL listen where the machine's name leads, else, even for one rank.
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, _LOOPBACK_INTERFACE)
+    try:
+        dist.init_process_group(
+            backend, store=_make_store(found), rank=found.rank, world_size=found.world_size, timeout=_TIMEOUT
+        )
+    except (OSError, dist.DistNetworkError) as error:
+        if "address already in use" not in str(error).lower():
+            raise
+        raise UserError(
+            f"--master_port: {os.environ['MASTER_PORT']} is in use on this machine, perhaps by another run; "
+            f"start this one with: deepspeed --master_port {_free_port()} ..."
+        ) from error
+
+
+def _is_on_one_machine(found: launch.Launch) -> bool:
+    """Whether nobody on another machine is meant to connect."""
+    return found.world_size == 1 or os.environ["MASTER_ADDR"] in _LOOPBACK_NAMES
+
+
+def _make_store(found: launch.Launch) -> Any:
+    """Where ranks meet; None: as torch's environment says, which listens on all addresses."""
+    if found.world_size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined] # of this process, on no port
+    # An agent of torchrun's keeps the store by itself.
+    if not _is_on_one_machine(found) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    port = int(os.environ["MASTER_PORT"])
+    store = partial(dist.TCPStore, _LOOPBACK, port, found.world_size, timeout=_TIMEOUT)  # type: ignore[attr-defined]
+    if found.rank != 0:
+        return store(is_master=False)
+    listener = socket.create_server((_LOOPBACK, port), backlog=socket.SOMAXCONN)
+    return store(is_master=True, master_listen_fd=listener.detach())
 
 
 def _free_port() -> int:

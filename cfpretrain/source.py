@@ -16,7 +16,7 @@ from cfpretrain.build import (
     RunCheckpoint,
     Step,
     find_checkpoint,
-    load_config,
+    load_recorded_config,
     load_weights,
     make_autoencoder,
     make_model,
@@ -156,7 +156,7 @@ def _no_source(path: Path) -> str:
 
 
 def _export_config(folder: Path) -> Config:
-    config = load_config(folder / CONFIG_FILE)
+    config = load_recorded_config(folder / CONFIG_FILE)
     _check_export(folder, config)
     autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else ""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))

@@ -24,8 +24,10 @@ from cfpretrain.console import (
     EXIT_REQUEUE,
     SickRunError,
     UserError,
+    add_allow_env,
     ending_in_one_line,
     leave_before_training,
+    masked,
     phase,
     say,
     stop_signals,
@@ -49,6 +51,10 @@ def parse() -> argparse.Namespace:
         help="a YAML file, e.g. configs/tiny.yaml; give several and later ones win",
     )
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. train.num_steps=100")
+    add_allow_env(parser)
+    parser.add_argument(
+        "--allow-code", action="store_true", help="let these configs name code to import, as evaluation.features may"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its arithmetic, and stop")
     parser.add_argument("--num-ranks", type=int, help="ranks that --dry-run assumes (default: those started)")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
@@ -71,14 +77,15 @@ def dry_run(arguments: argparse.Namespace) -> None:
     from cfpretrain import config as configs
     from cfpretrain import runtime
 
-    config, origins = configs.load_with_origins(arguments.config, arguments.overrides)
+    config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
+    configs.check_code(config, origins, arguments.allow_code)
     world_size = runtime.world_size() if arguments.num_ranks is None else arguments.num_ranks
     if world_size < 1:
         raise UserError(f"--num-ranks: expected at least 1, got {world_size}")
     configs.check(config, world_size)
     if runtime.rank() != 0:
         return
-    print(configs.to_yaml(config))
+    print(configs.to_yaml(configs.to_shown(config)))
 
     train = config.train
     print(f"parameters: {_num_parameters(config):,}")
@@ -88,7 +95,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
     )
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
     for line in (*_describe_sequences(config), *_describe_inputs(config), *_describe_origins(origins)):
-        print(line)
+        print(masked(line))
     for doubt in configs.doubts(config, origins):
         print(f"WARNING: {doubt}")
 
@@ -170,7 +177,8 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("loading torch"):
         from cfpretrain import config as configs
         from cfpretrain import runtime
-    config, origins = configs.load_with_origins(arguments.config, arguments.overrides)
+    config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
+    configs.check_code(config, origins, arguments.allow_code)
     configs.check(config, runtime.world_size())
     for doubt in configs.doubts(config, origins):
         say(f"WARNING: {doubt}")

@@ -29,7 +29,7 @@ from cfpretrain.build import (
 )
 from cfpretrain.checkpoint import Best, is_healthy
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
-from cfpretrain.config import Config, to_plain
+from cfpretrain.config import Config, to_plain, to_shown
 from cfpretrain.console import (
     EXIT_USER_ERROR,
     Progress,
@@ -218,7 +218,7 @@ class Trainer:
             config.metrics.wandb_project,
             self.folder,
             tracker_run_id(saved, self.folder),
-            to_plain(config),
+            to_shown(config),
         )
         if stop is not None:
             stop.end_waiting = self.end_waiting

@@ -16,16 +16,13 @@
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-EXIT_USER_ERROR=2 EXIT_REQUEUE=75
+EXIT_REQUEUE=75
+# shellcheck source=cluster/requeue.sh
+source "$ROOT/cluster/requeue.sh"
 # After the first rank of a host ended, the others have as long: guard.rank_timeout_seconds and the time to say so.
 WAIT_SECONDS=${WAIT_SECONDS:-900}
 # The settings that travel to the other hosts. No keys: they would stand in the lists of processes.
 EXPORTED='^(NCCL_|GLOO_|UCX_|CUDA_|TORCH_|OMP_NUM_THREADS$|WAIT_SECONDS$)'
-
-fail() {
-    echo "hostfile.sh: $1" >&2
-    exit "$EXIT_USER_ERROR"
-}
 
 # ----------------------------------------------------------------------------
 # One host: starts its ranks, and passes on what comes on standard input
@@ -34,6 +31,8 @@ fail() {
 run_ranks() {
     local first=$1 slots=$2 i
     export WORLD_SIZE=$3 MASTER_ADDR=$4 MASTER_PORT=$5 LOCAL_SIZE=$2 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    require_numbers first slots WORLD_SIZE MASTER_PORT
+    require_hosts "$MASTER_ADDR"
     shift 5
     cd "$ROOT"
     # One to the whole process group (a batch system's, a terminal's) is the ranks' matter: stay until they have ended.
@@ -67,7 +66,7 @@ pass_on_until_all_ended() {
         code=0
         read -r -t 1 line || code=$?
         if ((code == 0)); then
-            kill_ranks "$line"
+            if [[ $line =~ ^(TERM|USR1)$ ]]; then kill_ranks "$line"; fi
         elif ((code <= 128)); then # the end of the input, not of the second
             connected=''
             kill_ranks TERM
@@ -124,9 +123,9 @@ name_hosts() {
     if [[ $list ]]; then
         tr ',' '\n' <<<"$list" | sed 's/:/ slots=/'
     elif [[ $hostfile ]]; then
-        sed 's/#.*//' "$hostfile"
+        sed 's/#.*//' <"$hostfile"
     elif [[ ${PBS_NODEFILE:-} ]]; then
-        awk '!seen[$1]++ {print $1}' "$PBS_NODEFILE" # a host may stand there once a core
+        awk '!seen[$1]++ {print $1}' <"$PBS_NODEFILE" # a host may stand there once a core
     elif [[ ${SLURM_JOB_NODELIST:-} ]]; then
         scontrol show hostnames "$SLURM_JOB_NODELIST"
     else
@@ -142,12 +141,13 @@ default_slots() {
 
 [[ ! $hostfile || -r $hostfile ]] || fail "--hostfile: $hostfile cannot be read"
 named=$(name_hosts) || fail "no hosts: give --hosts or --hostfile, or start it inside a PBS or Slurm allocation"
-[[ $slots =~ ^[1-9][0-9]*$ || ! $slots ]] || fail "--slots: expected a number from 1, got $slots"
+[[ $slots =~ ^[1-9][0-9]{0,5}$ || ! $slots ]] || fail "--slots: expected a number from 1, got $slots"
 hosts=() counts=() world_size=0
 while read -r host count rest; do
     [[ $host ]] || continue
     count=${count:-slots=${slots:=$(default_slots)}}
-    [[ $count =~ ^slots=[1-9][0-9]*$ && ! $rest ]] || fail "host $host: expected host:N or host slots=N, got $count $rest"
+    require_hosts "$host"
+    [[ $count =~ ^slots=[1-9][0-9]{0,5}$ && ! $rest ]] || fail "host $host: expected host:N or host slots=N, got $count $rest"
     hosts+=("$host")
     counts+=("${count#slots=}")
     world_size=$((world_size + ${count#slots=}))
@@ -168,8 +168,6 @@ fi
 
 (($# >= 3)) || fail "usage: cluster/hostfile.sh [--hosts ... | --hostfile FILE] RUN_FOLDER --config FILE [key.sub=value ...]"
 cd "$ROOT"
-# shellcheck source=cluster/requeue.sh
-source cluster/requeue.sh
 run_folder=$1
 shift
 train=("${PYTHON:-$ROOT/.venv/bin/python}" cfpretrain/train.py "$@" "run.folder=$run_folder")

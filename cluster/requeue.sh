@@ -1,7 +1,45 @@
-# Whether a run that ended is to be started again. Sourced by slurm.sbatch and hostfile.sh.
+# Whether a run that ended is to be started again, and what is asked of values. Sourced by slurm.sbatch and hostfile.sh.
 # shellcheck shell=bash
 
+EXIT_USER_ERROR=2
+
+fail() {
+    echo "${BASH_SOURCE[-1]##*/}: $1" >&2
+    exit "$EXIT_USER_ERROR"
+}
+
+# require_numbers NAME...: variables that hold a whole number where they are set. Arithmetic runs the commands that
+# stand in a subscript of anything else.
+require_numbers() {
+    local name
+    for name; do
+        [[ ! ${!name:-} || ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] ||
+            fail "$name: expected a whole number of at most 9 digits, got $(printf '%q' "${!name}")"
+    done
+}
+
+# require_hosts HOST...: names that ssh and the ranks take for nothing else.
+require_hosts() {
+    local host
+    for host; do
+        [[ $host =~ ^[A-Za-z0-9_][A-Za-z0-9_.:@-]*$ ]] ||
+            fail "host $(printf '%q' "$host"): expected a name of letters, digits and _ . : @ -, not begun by the last"
+    done
+}
+
+# first_line FILE: of a regular file in a run folder, which may be a stranger's, what can be printed anywhere.
+first_line() {
+    local line=''
+    if [[ -f $1 && ! -L $1 ]]; then
+        IFS= read -r -n 300 line <"$1" || true
+    fi
+    LC_ALL=C
+    printf '%s' "${line//[^ -~]/?}"
+}
+
 MAX_IDLE_RESTARTS=${MAX_IDLE_RESTARTS:-3}
+require_numbers MAX_IDLE_RESTARTS WAIT_SECONDS RESTART_SECONDS MASTER_PORT SLURM_JOB_ID
+[[ ${SLURM_JOB_NODELIST:-} != -* ]] || fail "SLURM_JOB_NODELIST: expected hosts, got an option"
 
 # run_again RUN_FOLDER EXIT_CODE
 #
@@ -18,32 +56,32 @@ run_again() {
     elif [[ $code == 2 || $code == 3 ]]; then
         echo "[cluster] $folder ended with exit code $code: running it again would not help"
     elif [[ -s $folder/requeue ]]; then
-        reason=$(<"$folder/requeue")
+        reason=$(first_line "$folder/requeue")
+        reason=${reason:-for no reason that can be read}
     elif ((code >= 128)); then
         reason="killed, exit code $code"
     else
         echo "[cluster] $folder ended with exit code $code and left no $folder/requeue: see its output above"
     fi
     if [[ -z ${reason:-} ]]; then
-        rm -f "$notes"
+        rm -f -- "$notes"
         return 1
     fi
 
-    latest=$(cat "$folder/checkpoints/latest" 2>/dev/null || echo none)
-    before=none idle=0
-    if [[ -f $notes ]]; then
-        read -r before idle <"$notes" || true
-    fi
-    if [[ $latest != "$before" ]]; then
+    latest=$(first_line "$folder/checkpoints/latest")
+    [[ $latest =~ ^step_[0-9]+$ ]] || latest=none
+    read -r before idle <<<"$(first_line "$notes")"
+    if [[ $latest != "${before:=none}" || ! ${idle:=0} =~ ^[0-9]{1,8}$ ]]; then
         idle=0
-    elif ((idle >= MAX_IDLE_RESTARTS)); then
+    elif ((10#$idle >= MAX_IDLE_RESTARTS)); then
         echo "[cluster] $folder was restarted $idle times without a new checkpoint (latest: $latest); the last end:" \
             "$reason. Not again: mend the cause, then submit the same command"
-        rm -f "$notes"
+        rm -f -- "$notes"
         return 1
     else
-        idle=$((idle + 1))
+        idle=$((10#$idle + 1))
     fi
-    echo "$latest $idle" >"$notes" || return 1
+    rm -f -- "$notes" # a link would lead elsewhere, and so would one made since: nothing may be there
+    (set -o noclobber && echo "$latest $idle" >"$notes") || return 1
     echo "[cluster] $folder runs again from $latest: $reason"
 }

@@ -259,6 +259,91 @@ def test_a_run_that_never_reached_a_checkpoint_ends_too(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------------
+# What a run folder or the environment says is text
+
+
+SUBSCRIPT = "BASH_VERSINFO[$(touch TRACE)]"
+
+
+@pytest.mark.parametrize(
+    "notes", [f"step_00000004 {SUBSCRIPT}", f"{SUBSCRIPT} {SUBSCRIPT}", "step_00000004 idle", "step_00000004 08", "\0"]
+)
+def test_no_number_of_a_run_folder_is_evaluated(notes: str, tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "kill -KILL $$")
+    machine.set_latest(4)
+    (machine.run_folder / "idle_restarts").write_text(notes.replace("TRACE", str(tmp_path / "trace")) + "\n")
+    ended = machine.run_slurm()
+    assert not (tmp_path / "trace").exists()
+    again = "08" not in notes  # which is a count of 8, past the three that are allowed
+    assert (ended.code, machine.num_requeued()) == ((0, 1) if again else (137, 0)), ended.out
+    if again:
+        assert (machine.run_folder / "idle_restarts").read_text() == "step_00000004 0\n"
+
+
+@pytest.mark.parametrize("name", ["idle_restarts", "requeue", "checkpoints/latest"])
+def test_no_link_and_no_pipe_of_a_run_folder_is_followed(name: str, tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "exit 137")
+    (tmp_path / "key").write_text("my private key\n")
+    (machine.run_folder / "checkpoints").mkdir()
+    (machine.run_folder / name).symlink_to(tmp_path / "key")
+    assert "my private key" not in machine.run_slurm().out
+    assert (tmp_path / "key").read_text() == "my private key\n"
+    (machine.run_folder / name).unlink()
+    os.mkfifo(machine.run_folder / name)
+    assert machine.run_slurm().code == 0  # and does not wait
+    assert machine.num_requeued() == 2
+
+
+def test_what_a_run_folder_says_moves_no_cursor(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "printf 'died \\e]0;title\\a\\nnext' >$folder/requeue; exit 75")
+    (machine.run_folder / "checkpoints").mkdir()
+    (machine.run_folder / "checkpoints" / "latest").write_text("\033[2J")
+    assert "runs again from none: died ?]0;title?\n" in machine.run_slurm().out
+
+
+@pytest.mark.parametrize(
+    "name", ["MAX_IDLE_RESTARTS", "WAIT_SECONDS", "RESTART_SECONDS", "MASTER_PORT", "SLURM_JOB_ID"]
+)
+def test_no_number_of_the_environment_is_evaluated(name: str, tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "exit 75")
+    planted = {name: SUBSCRIPT.replace("TRACE", str(tmp_path / "trace"))}
+    slurm = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a"}
+    for script, more in ((SLURM, slurm), (HOSTFILE, {})):
+        job = machine.start(script, str(machine.run_folder), "--config", "x", **(more | planted))
+        assert machine.wait(job).code == 2
+    said = machine.wait(job).out.splitlines()
+    assert len(said) == 2
+    assert all(f": {name}: expected a whole number" in line for line in said)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_no_argument_of_another_host_is_evaluated(tmp_path: Path) -> None:
+    machine = Machine(tmp_path, "")
+    for place in range(5):
+        arguments = ["0", "1", "1", "a", "29500"]
+        arguments[place] = SUBSCRIPT.replace("TRACE", str(tmp_path / "trace"))
+        assert machine.wait(machine.start(HOSTFILE, "--ranks-of-this-host", *arguments, "true")).code == 2
+    assert not (tmp_path / "trace").exists()
+
+
+def test_a_host_is_no_option_of_ssh(tmp_path: Path) -> None:
+    option = f"-oProxyCommand=touch${{IFS}}{tmp_path / 'trace'}"
+    machine = Machine(tmp_path, "exit 75")
+    (tmp_path / "hosts").write_text(f"{option} slots=1\n")
+    for arguments in (["--hosts", option], ["--hostfile", str(tmp_path / "hosts")]):
+        ended = machine.wait(machine.start(HOSTFILE, *arguments, str(machine.run_folder), "--config", "x"))
+        assert ended.code == 2
+    slurm = {"SLURM_SUBMIT_DIR": str(REPOSITORY), "SLURM_JOB_ID": "1"}
+    for nodes in (option, f"a,{option}"):
+        job = machine.start(SLURM, str(machine.run_folder), "--config", "x", SLURM_JOB_NODELIST=nodes, **slurm)
+        ended = machine.wait(job)
+        assert ended.code == 2
+    assert ended.out.count("\n") == 4
+    assert not (tmp_path / "logins").exists()
+    assert not (tmp_path / "trace").exists()
+
+
+# ---------------------------------------------------------------------------
 # Signals under Slurm
 
 

@@ -381,7 +381,7 @@ def test_every_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     want = {"/home/me/a b/../c/"}
     assert texts(configs.load(tmp_path / "paths.yaml")) == want
     assert texts(configs.load(TINY, [f"{key}=~/a b/../c/" for key in PATHS])) == want
-    assert texts(configs.load(TINY, [f"{key}=${{oc.env:HOME}}/a b/../c/" for key in PATHS])) == want
+    assert texts(configs.load(TINY, [f"{key}=${{oc.env:HOME}}/a b/../c/" for key in PATHS], allow_env=True)) == want
     assert configs.load(TINY, ["data.shards=['~',s3://bucket/~/x,./~/x]"]).data.shards == (
         "/home/me",
         "s3://bucket/~/x",

@@ -211,7 +211,9 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """160 MB of weights, of which one tensor has 4."""
     sizes = [f"model.{size}" for size in ("width=512", "depth=12", "num_heads=8")]
     config = str(REPOSITORY / "configs" / "tiny.yaml")
-    arguments = argparse.Namespace(overrides=sizes, config=config, dtype="bf16", max_shard_gb=0.03, folder=tmp_path)
+    arguments = argparse.Namespace(
+        allow_env=False, overrides=sizes, config=config, dtype="bf16", max_shard_gb=0.03, folder=tmp_path
+    )
     figures = measure_export.measure(arguments)
     assert figures["model"]["parameters"] > 38e6
     assert figures["model"]["peak_rss_gb"] - figures["tiny"]["peak_rss_gb"] < 0.05

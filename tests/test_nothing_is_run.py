@@ -1,12 +1,18 @@
 """Files are data: with a program planted in any place where a file of others is read, none is run.
 
-Checkpoints of the official code, of DeepSpeed and of autoencoders have such tests beside their converters.
+No more is the environment read or a store opened because such a file says so. Checkpoints of the official code, of
+DeepSpeed and of autoencoders have such tests beside their converters.
 """
 
 import io
+import json
 import os
 import pickle
 import shutil
+import socket
+import subprocess
+import sys
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +21,8 @@ import numpy as np
 import pytest
 import torch
 
-from cfpretrain import build
+from cfpretrain import build, console, train
+from cfpretrain import config as configs
 from cfpretrain.checkpoint import CheckpointStore, read_tensors
 from cfpretrain.config import load as load_config
 from cfpretrain.config import to_plain
@@ -30,7 +37,9 @@ from cfpretrain.training_state import read_state
 from tests.checkpoints import random_bits, whole, zero_like
 from tests.digits import write_digits
 from tests.latent_shards import as_read
-from tests.runs import STEP, write_run
+from tests.processes import REPOSITORY, Ended, run_in_processes
+from tests.runs import STEP, as_older, write_run
+from tools import replay
 
 CPU = torch.device("cpu")
 
@@ -162,3 +171,213 @@ def test_no_picture_and_no_mask_is_run(suffix: str, tmp_path: Path) -> None:
         assert is_refused(lambda file=file: read_crop(file, 8, True))
         assert is_refused(lambda file=file: read_region(str(file), 4, 8, (8, 8)))
     assert not (tmp_path / "trace").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The environment
+
+TINY, TRAIN = REPOSITORY / "configs" / "tiny.yaml", "cfpretrain/train.py"
+KEY, SECRET = "WANDB_API_KEY", "0123-a-key-4567"
+ENV = f"${{oc.env:{KEY}}}"
+
+
+@pytest.fixture
+def secret(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A key in the environment, which nothing hides yet."""
+    monkeypatch.setattr(console, "_hidden", {})
+    monkeypatch.setenv(KEY, SECRET)
+    return SECRET
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"data: {{shards: ['s3://bucket/{ENV}']}}",
+        f"metrics: {{wandb_project: '{ENV}'}}",
+        f"train: {{num_steps: '{ENV}'}}",
+        f"data: {{latent_scale: [1.0, '{ENV}']}}",
+        f'metrics: {{wandb_project: "\\x24{{oc.env:{KEY}}}"}}',  # ${ as YAML may write it
+        f"'{ENV}': {{x: 1}}",
+        f"run: {{'{ENV}': 1}}",
+        "train: {num_steps: '${model.width}'}",
+        "run: '${train}'",
+    ],
+)
+def test_what_a_run_or_an_export_holds_is_not_resolved(
+    text: str, made: Path, tmp_path: Path, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("run", "export"):
+        folder = shutil.copytree(made / name, tmp_path / name)
+        (folder / build.CONFIG_FILE).write_text(text)
+        reads: list[Callable[[], Any]] = [
+            lambda folder=folder: load_source(folder, CPU),
+            lambda folder=folder: configs.load([TINY, folder / build.CONFIG_FILE], allow_env=True),
+            lambda name=name: configs.load([TINY, f"~/{name}/{build.CONFIG_FILE}"], allow_env=True),
+        ]
+        for read in reads:
+            with pytest.raises(UserError, match=r"\$\{") as caught:
+                read()
+            assert secret not in str(caught.value)
+            assert "\n" not in str(caught.value)
+
+
+def test_what_a_checkpoint_records_is_not_resolved(made: Path, tmp_path: Path, secret: str) -> None:
+    config = to_plain(load_config(made / "run" / build.CONFIG_FILE))
+    config["metrics"]["wandb_project"] = ENV
+    run = write_run(tmp_path / "run", made / "digits", config=config)
+    with pytest.raises(UserError, match="wandb_project: expected a text without references"):
+        load_source(run, CPU)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ENV,
+        "${oc.coerce:planted.Kind,1}",
+        f'${{oc.decode:"{ENV}"}}',
+        f"${{oc.select:run.folder,{ENV}}}",
+        f"${{oc.${{run.folder}}:{KEY}}}",
+        "${oc.create:{a:1}}",
+    ],
+)
+def test_a_file_of_ones_own_refers_to_keys_alone(text: str, tmp_path: Path, monkeypatch, secret: str) -> None:
+    (tmp_path / "planted.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'trace')!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "mine.yaml").write_text(json.dumps({"metrics": {"wandb_project": text}}))
+    for paths, overrides in (([TINY, tmp_path / "mine.yaml"], []), ([TINY], [f"metrics.wandb_project='{text}'"])):
+        for allow_env in (False, True):
+            if allow_env and text == ENV:
+                continue
+            with pytest.raises(UserError) as caught:
+                configs.load(paths, overrides, allow_env)
+            assert secret not in str(caught.value)
+    assert not (tmp_path / "trace").exists()
+
+
+def test_what_the_environment_says_is_shown_by_its_name(tmp_path: Path, secret: str, capsys) -> None:
+    config = configs.load(TINY, [f"metrics.wandb_project={ENV}", "run.folder=${metrics.wandb_project}/run"], True)
+    assert config.metrics.wandb_project == secret
+    assert config.run.folder == f"{secret}/run"
+    assert configs.to_shown(config)["metrics"]["wandb_project"] == ENV  # which wandb gets
+    console.say(f"writing {config.run.folder}")
+    assert capsys.readouterr().out == f"[cfpretrain] writing {ENV}/run\n"
+    for key in ("train.num_steps", "train.learning_rate", "engine.precision", "engine.compile_blocks", "data.repeat"):
+        with pytest.raises(UserError, match=rf"{key}: expected .*\$\{{oc\.env:{KEY}\}}") as caught:
+            configs.load(TINY, [f"{key}={ENV}"], True)
+        assert secret not in str(caught.value)
+    shown = Namespace(
+        config=[str(TINY)],
+        overrides=[f"data.shards=['s3://{ENV}/x']", f"run.folder='{ENV}'", f"data.autoencoder='{ENV}'"],
+        allow_env=True,
+        allow_code=False,
+        num_ranks=1,
+    )
+    train.dry_run(shown)
+    said = capsys.readouterr().out
+    assert f"s3://{ENV}/x" in said
+    assert secret not in said
+
+
+def test_no_text_of_the_machine_is_exported(made: Path, tmp_path: Path) -> None:
+    texts = ["metrics.wandb_project=my-key", "data.cache_folder=/my-key/x", "evaluation.reference=/my-key/y"]
+    run = write_run(tmp_path / "run", made / "digits", *texts)
+    export(run, tmp_path / "out", ExportSettings())
+    for file in (tmp_path / "out").rglob("*"):
+        assert not file.is_file() or (
+            b"my-key" not in file.read_bytes() and str(tmp_path) not in file.read_text("latin-1")
+        )
+    assert load_source(tmp_path / "out", CPU).config.model == load_source(run, CPU).config.model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Code that a config names
+
+
+def start(folder: Path, script: str, *arguments: str) -> Ended:
+    """As a user does in a folder, which may hold a stranger's modules."""
+    command = [sys.executable, str(REPOSITORY / script), *arguments]
+    path = os.pathsep.join([str(REPOSITORY), str(folder)])
+    environment = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
+
+
+def test_code_is_named_on_the_command_line_alone(made: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    (tmp_path / "planted.py").write_text(f"import os\nos.mkdir({str(trace)!r})\n")
+    asked = ["evaluation.every_steps=4", f"evaluation.reference={tmp_path}", "evaluation.num_images=20"]
+    named = "evaluation.features=planted:make"
+    run = write_run(tmp_path / "run", made / "digits", *asked, named, "train.num_steps=8", data_fingerprint="")
+    own = tmp_path / "mine.yaml"
+    shutil.copyfile(run / build.CONFIG_FILE, own)
+    assert load_source(run, CPU).config.evaluation.features == "planted:make"  # a text
+    for refused in ([run / build.CONFIG_FILE], [run / build.CONFIG_FILE, "--allow-code"], [own]):
+        ended = start(tmp_path, TRAIN, "--config", *map(str, refused))
+        assert ended.code == 2, ended
+        assert "is code, which a file does not have run" in ended.err
+    assert not trace.exists()
+    ended = start(tmp_path, TRAIN, "--config", str(run / build.CONFIG_FILE), named)
+    assert ended.code == 2
+    assert "evaluation.features: planted:make cannot be imported" in ended.err
+    assert trace.is_dir()
+    trace.rmdir()
+    start(tmp_path, TRAIN, "--config", str(own), "--allow-code")
+    assert trace.is_dir()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network
+
+
+@pytest.fixture
+def silent_store(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A store that answers nobody; calling it says how many have come."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        listener.setblocking(False)
+        monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "test")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+        def count() -> int:
+            for number in range(100):
+                try:
+                    listener.accept()[0].close()
+                except BlockingIOError:
+                    return number
+            return 100
+
+        yield count
+
+
+def replay_refuses(run: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        replay.run(run, STEP + 1, [])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_no_tool_opens_a_store_that_a_run_names(older: bool, made: Path, tmp_path: Path, silent_store) -> None:
+    names = {} if older else {"class_names": [f"digit {i}" for i in range(10)]}
+    run = write_run(tmp_path / "run", made / "digits", "data.shards=['s3://bucket/x']", **names)
+    if older:
+        as_older(run)
+    assert load_source(run, CPU).class_names == tuple(f"{'' if older else 'digit '}{i}" for i in range(10))
+    if not older:
+        export(run, tmp_path / "export", ExportSettings())
+    (run / build.METRICS_FILE).write_text(json.dumps({"step": STEP + 1, "loss": 1.0}) + "\n")
+    config = str(run / build.CONFIG_FILE)
+    [said] = run_in_processes(replay_refuses, 1, run)
+    assert "data.shards" in said
+    assert "is only opened where the command line says so" in said
+    for script, arguments in (
+        ("tools/sample.py", [str(run), "--out", str(tmp_path / "a.png"), "--num-denoising-steps", "2"]),
+        ("tools/estimate_memory.py", ["--config", config]),
+        (TRAIN, ["--config", config, "--dry-run"]),
+    ):
+        ended = start(tmp_path, script, *arguments)
+        assert ended.code == 0, ended
+    assert silent_store() == 0
+    with socket.create_connection(("127.0.0.1", int(os.environ["S3_ENDPOINT_URL"].rpartition(":")[2]))):
+        assert silent_store() == 1  # else it would not count

@@ -41,7 +41,11 @@ COMBINATIONS = [
 
 
 def dry_run(names: list[str], overrides: list[str], capsys: pytest.CaptureFixture[str], num_ranks: int = 8) -> str:
-    train.dry_run(argparse.Namespace(config=files(*names), overrides=overrides, num_ranks=num_ranks))
+    train.dry_run(
+        argparse.Namespace(
+            config=files(*names), overrides=overrides, num_ranks=num_ranks, allow_env=False, allow_code=False
+        )
+    )
     return capsys.readouterr().out
 
 

@@ -95,6 +95,33 @@ def test_one_process_needs_no_launcher() -> None:
     assert run_in_processes(alone, 1) == [[0, 1, ["x"], ["x"], 1, "1"]]
 
 
+def listening() -> list[str]:
+    """The addresses, as the kernel writes them in hex, on which this process takes connections."""
+    own = [os.readlink(file) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in own]
+
+
+def start_and_listen(launched: bool) -> tuple[list[str], list[str]]:
+    if not launched:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+    runtime.start(torch.device("cpu"))
+    runtime.gather("x")
+    found = listening()
+    runtime.barrier()
+    runtime.stop()
+    with socket.create_server(("", 0)):  # else nothing would show that such a one is found
+        return found, listening()
+
+
+@pytest.mark.parametrize(("num_ranks", "launched"), [(1, False), (1, True), (3, True)])
+def test_ranks_of_one_machine_listen_on_loopback_alone(num_ranks, launched) -> None:
+    for found, after in run_in_processes(start_and_listen, num_ranks, launched):
+        assert set(found) == {"0100007F"}
+        assert "00000000" in after
+
+
 def meet_where_another_listens() -> str:
     os.environ["WORLD_SIZE"] = "2"  # the other would come later
     with socket.create_server(("127.0.0.1", int(os.environ["MASTER_PORT"]))):

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from cfpretrain import files
-from cfpretrain.console import UserError, exit_with, path_argument
+from cfpretrain.console import UserError, add_allow_env, exit_with, path_argument
 
 MOMENTS = ("start", "loader", "step", "step", "checkpoint", "checkpoint", "sampling")  # as often as they stand there
 TARGETS = ("rank", "ranks", "launcher", "node")
@@ -633,6 +633,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--config", required=True, action="append", metavar="FILE", help="a YAML file; of several, later ones win"
     )
+    add_allow_env(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--out", required=True, type=path_argument, help="a new folder for the runs and their output")
     parser.add_argument("--kills", type=int, default=50, help="default 50, about 20 s each on two cores")
@@ -660,7 +661,7 @@ def run(arguments: argparse.Namespace) -> bool:
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out: expected a new folder, got {out}, which holds files; remove it or name another")
     files.make_folder(out, follow=True)
-    runner = Runner(arguments.config, arguments.overrides, out, _free_port())
+    runner = Runner(arguments.config, [*arguments.overrides, *["--allow-env"] * arguments.allow_env], out, _free_port())
     try:
         alone = runner.run_alone("alone", arguments.ranks[0])
         controls = {f"alone_on_{n}": n for n in arguments.ranks if n != arguments.ranks[0]}

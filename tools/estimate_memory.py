@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, ending_in_one_line, say
+from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, say
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +39,7 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Estimate the memory that a config needs on each GPU.")
     parser.add_argument("--config", required=True, action="append", help="a YAML file; give several and later ones win")
+    add_allow_env(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--num-gpus", type=int, default=1, help="ranks of the run (default 1)")
     parser.add_argument(
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace) -> bool:
     from cfpretrain import config as configs
     from cfpretrain.build import plan_memory
 
-    config = configs.load(arguments.config, arguments.overrides)
+    config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
     _check_arguments(arguments)
     configs.check(config, arguments.num_gpus)
     if arguments.measure:

@@ -14,7 +14,7 @@ which makes data only: nothing in a file is run, not even DeepSpeed's code, and 
 import argparse
 from pathlib import Path
 
-from cfpretrain.console import ending_in_one_line, path_argument, phase, say
+from cfpretrain.console import add_allow_env, ending_in_one_line, path_argument, phase, say
 
 
 def main() -> None:
@@ -24,6 +24,7 @@ def main() -> None:
         "folder", type=path_argument, help="what save_checkpoint wrote: the folder with `latest`, or one step's"
     )
     parser.add_argument("run", type=path_argument, help="run folder to write; it must not be there yet")
+    add_allow_env(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
     parser.add_argument(
         "--config",
@@ -34,10 +35,10 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
     with ending_in_one_line():
-        run(arguments.folder, arguments.run, arguments.config, arguments.overrides)
+        run(arguments.folder, arguments.run, arguments.config, arguments.overrides, arguments.allow_env)
 
 
-def run(source: Path, folder: Path, paths: list[str], overrides: list[str]) -> None:
+def run(source: Path, folder: Path, paths: list[str], overrides: list[str], allow_env: bool = False) -> None:
     """Reads, checks and writes."""
     with phase("loading torch"):
         import torch
@@ -48,7 +49,7 @@ def run(source: Path, folder: Path, paths: list[str], overrides: list[str]) -> N
         from cfpretrain.export.official import our_names
 
     outputs.refuse_existing(folder, "RUN")
-    config = build.load_config(paths, overrides)
+    config = build.load_config(paths, overrides, allow_env)
     say(
         "WARNING: DeepSpeed's files are pickles, which can run code when other tools read them; here they are read as "
         "data only, and refused where they hold more"

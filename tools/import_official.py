@@ -12,7 +12,7 @@ holds more than tensors, numbers and texts is refused.
 import argparse
 from pathlib import Path
 
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
 
 _MOST_STEPS = 10**12
 
@@ -24,6 +24,7 @@ def main() -> None:
         "file", type=path_argument, help="the official .pt, or a bare state dict as .pt or .safetensors"
     )
     parser.add_argument("run", type=path_argument, help="run folder to write; it must not be there yet")
+    add_allow_env(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
     parser.add_argument(
         "--config",
@@ -37,10 +38,12 @@ def main() -> None:
     )
     arguments = parser.parse_intermixed_args()
     with ending_in_one_line():
-        run(arguments.file, arguments.run, arguments.config, arguments.overrides, arguments.step)
+        run(arguments.file, arguments.run, arguments.config, arguments.overrides, arguments.step, arguments.allow_env)
 
 
-def run(file: Path, folder: Path, paths: list[str], overrides: list[str], step: int = 0) -> None:
+def run(
+    file: Path, folder: Path, paths: list[str], overrides: list[str], step: int = 0, allow_env: bool = False
+) -> None:
     """Reads, checks and writes."""
     if not 0 <= step <= _MOST_STEPS:
         raise UserError(f"--step: expected 0 to {_MOST_STEPS}, got {step}")
@@ -51,7 +54,7 @@ def run(file: Path, folder: Path, paths: list[str], overrides: list[str], step: 
         from cfpretrain.export import imported_run, official
 
     outputs.refuse_existing(folder, "RUN")
-    config = build.load_config(paths, overrides)
+    config = build.load_config(paths, overrides, allow_env)
     with phase(f"reading {file}"):
         tensors = official.read_official(file, config)
     say("the optimizer begins anew: Adam's moments are 0 (whatever state the file has of one is not used)")

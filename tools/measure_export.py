@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cfpretrain import files
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
 
 _GB = 1e9
 _TINY = ["model.width=32", "model.depth=1", "model.num_heads=1", "model.num_classes=2", "model.num_cond_tokens=1"]
@@ -27,6 +27,7 @@ _TINY = ["model.width=32", "model.depth=1", "model.num_heads=1", "model.num_clas
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Measure the export of a model with random weights.")
+    add_allow_env(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. model.depth=40")
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/H.yaml")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the files (default fp32)")
@@ -63,7 +64,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         for name, overrides in (("tiny", _TINY), ("model", [])):
-            config = configs.load(arguments.config, [*arguments.overrides, *overrides, *beside])
+            config = configs.load(arguments.config, [*arguments.overrides, *overrides, *beside], arguments.allow_env)
             figures[name] = _measure_one(config, Path(folder) / name, arguments)
             say(f"{name}: {figures[name]}")
     return figures

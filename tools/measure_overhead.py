@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain import launch
-from cfpretrain.console import Progress, ending_in_one_line, phase, say
+from cfpretrain.console import Progress, add_allow_env, ending_in_one_line, phase, say
 
 _KINDS = ("bare", "unguarded", "full", "saving")
 _ADDS = {
@@ -42,6 +42,7 @@ def main() -> None:
         description="Measure what logging, EMA, guards and checkpoints add to a training step."
     )
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/tiny.yaml")
+    add_allow_env(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS, help="of blocks (default: all four)")
     parser.add_argument("--pairs", type=int, default=6, help="turns of the kinds (default 6)")
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     device = runtime.pick_device()
     # Rank 0's folder serves all ranks; the others' stay empty.
     with runtime.ranks_of_a_tool(device), tempfile.TemporaryDirectory() as own:
-        config = configs.load(arguments.config, arguments.overrides)
+        config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
         configs.check(config, runtime.world_size())
         config = on_noise(config, Path(runtime.gather(own)[0]))
         trainer.prepare_folder(config, device)

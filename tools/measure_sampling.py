@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +54,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     speed = commands.add_parser("speed", help="the sampler against one without a cache")
     speed.add_argument("--config", nargs="+", default=["configs/benchmark/cpu.yaml"], help="says the network")
+    add_allow_env(speed)
     speed.add_argument("--num-ar-steps", type=int, nargs="+", default=[8, 16], help="default 8 16")
     speed.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the network (default fp32)")
     speed.add_argument("--alone", action="store_true", help="the sampler with its cache alone")
@@ -120,7 +121,7 @@ def measure_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     from cfpretrain.model.transformer import BlockSettings, initialise
 
     device = runtime.pick_device()
-    config = configs.load(arguments.config)
+    config = configs.load(arguments.config, (), arguments.allow_env)
     _check_ar_steps(arguments.num_ar_steps, config.model.num_tokens)
     head_width = config.model.width // config.model.num_heads
     cached = attention.choose_cached("auto", device.type, arguments.precision, head_width)

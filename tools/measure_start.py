@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain import build, runtime, seeds
-from cfpretrain.console import ending_in_one_line
+from cfpretrain.console import add_allow_env, ending_in_one_line
 from tools.measuring import positive, synchronise, whereabouts
 
 _GAMMA, _FACTOR_1, _FACTOR_2 = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
@@ -33,11 +33,12 @@ def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description="Measure how fast a config's initial weights are drawn.")
     parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/XL.yaml")
+    add_allow_env(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--num-ranks", type=positive, default=1, help="that share the weights (default 1)")
     arguments = parser.parse_intermixed_args()
     with ending_in_one_line():
-        print(json.dumps(measure(arguments.config, arguments.overrides, arguments.num_ranks)))
+        print(json.dumps(measure(arguments.config, arguments.overrides, arguments.num_ranks, arguments.allow_env)))
 
 
 # ---------------------------------------------------------------------------
@@ -80,9 +81,9 @@ def plain_normal(keys: Tensor, shape: Sequence[int], first: int, out: Tensor) ->
 # Measuring
 
 
-def measure(path: str, overrides: Sequence[str], num_ranks: int) -> dict[str, object]:
+def measure(path: str, overrides: Sequence[str], num_ranks: int, allow_env: bool = False) -> dict[str, object]:
     """Prints the rates of both sides; returns them, and what they were measured with."""
-    config = build.load_config(path, overrides)
+    config = build.load_config(path, overrides, allow_env)
     device = runtime.pick_device()
     with torch.device("meta"):
         shapes = {name: tuple(values.shape) for name, values in build.make_model(config).named_parameters()}

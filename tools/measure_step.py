@@ -34,7 +34,7 @@ from cfpretrain import config as configs
 from cfpretrain import launch, memory, runtime
 from cfpretrain.build import choose_attention, choose_blocks, make_loss, plan_memory
 from cfpretrain.config import Config
-from cfpretrain.console import UserError, ending_in_one_line, say
+from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, say
 from cfpretrain.metrics import peak_flops
 from cfpretrain.order import Condition, Image, build_layout
 from tools.measuring import on_noise, positive, whereabouts
@@ -54,7 +54,7 @@ def main() -> None:
         device = runtime.pick_device()
         if runtime.world_size() != 1:
             raise UserError(f"measure_step measures one rank, got {runtime.world_size()}; start it with python alone")
-        config = _constant_rate(configs.load(arguments.config, arguments.overrides))
+        config = _constant_rate(configs.load(arguments.config, arguments.overrides, arguments.allow_env))
         if arguments.fit:
             config = _fitting(config, device)
         if arguments.compile:  # all blocks have the kernels of one
@@ -75,6 +75,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--config", required=True, action="append", metavar="FILE", help="a YAML file; of several, later ones win"
     )
+    add_allow_env(parser)
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
     parser.add_argument("--bare", action="store_true", help="engine and objective alone, on batches made ahead")
     parser.add_argument("--against", choices=NAIVE, help="the plain implementation to compare with")

@@ -56,6 +56,7 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
             raise UserError(
                 f"argument {override!r}: the step is made again as it was; only {', '.join(_MAY_DIFFER)} may differ"
             )
+    is_told = any(override.startswith("data.shards=") for override in overrides)
     with phase("loading torch, deepspeed and streaming"):
         from cfpretrain import build, runtime, trainer
         from cfpretrain import config as configs
@@ -69,6 +70,12 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
             files.replace(as_it_was, configs.to_yaml(in_force))
             config = configs.load(as_it_was, [*overrides, f"run.folder={scratch}", "metrics.wandb=disabled"])
             configs.check(config, runtime.world_size())
+            elsewhere = [one for one in config.data.shards if "://" in one]
+            if elsewhere and not is_told:
+                raise UserError(
+                    f"data.shards: {folder} names the address {elsewhere[0]!r:.200}, which is only opened where the "
+                    "command line says so; give data.shards=[ADDRESS, ...], or a folder of the same shards"
+                )
             trainer.prepare_folder(config, device)
             found = _replay(trainer.Trainer(config, device, resume_from=checkpoints), checkpoints, step, rows)
             runtime.barrier()

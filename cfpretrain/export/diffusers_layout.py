@@ -138,7 +138,7 @@ class _Source:
             for file, is_right in ((autoencoder.CONFIG_FILE, _is_json), (autoencoder.WEIGHTS_FILE, _is_safetensors)):
                 files.copy(self.vae / file, folder / VAE / file, is_right, follow=True)
         self._write_weights(folder / TRANSFORMER)
-        files.replace(folder / build.CONFIG_FILE, configs.to_yaml(self.config))
+        files.replace(folder / build.CONFIG_FILE, configs.to_yaml(configs.without_texts(self.config)))
         samples = _newest_samples(self.run, self.state.step)
         if samples:
             _copy_picture(samples, folder / SAMPLES_FILE)

@@ -57,7 +57,7 @@ def text(
             *_usage(class_names, config),
             *_table("Model", _model_rows(config, weights, dtype, class_names, num_parameters)),
             *_table("Training", _training_rows(config, state, summary)),
-            f"The whole config, as it was at this step, is in [{CONFIG_FILE}]({CONFIG_FILE}).",
+            f"The config, as it was at this step, is in [{CONFIG_FILE}]({CONFIG_FILE}), without paths and addresses.",
             "",
             *_licence_words(licence),
         ]
