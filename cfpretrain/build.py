@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from cfpretrain.console import UserError, say
 from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.engine import WriteInitialValues, ds_config
+from cfpretrain.files import read_json
 from cfpretrain.loss import Batch, NoisePredictionLoss
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
@@ -45,13 +45,13 @@ Autoencoder = IdentityAutoencoder | KLAutoencoder
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """What a complete run says of itself; None where it is not complete, or its summary is damaged."""
     try:
-        summary = json.loads((folder / SUMMARY_FILE).read_text())
+        summary = read_json(folder / SUMMARY_FILE)
     except (OSError, ValueError):
         return None
     if not isinstance(summary, dict):
         return None
     counts = (summary.get("num_steps"), summary.get("train_seconds"))
-    return summary if all(isinstance(count, int | float) and math.isfinite(count) for count in counts) else None
+    return summary if all(isinstance(count, int | float) and abs(count) < math.inf for count in counts) else None
 
 
 def load_config(

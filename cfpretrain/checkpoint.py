@@ -19,7 +19,6 @@ The last two stay until a person deletes them; nothing resumes from them.
 
 import dataclasses
 import itertools
-import json
 import math
 import os
 import re
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from cfpretrain import files, runtime
 from cfpretrain.console import UserError, say
+from cfpretrain.files import read_json, read_text
 from cfpretrain.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
 from cfpretrain.tensor_files import (
     HashedRange,
@@ -41,7 +41,6 @@ from cfpretrain.tensor_files import (
     check_cover,
     hashes_from_plain,
     read_header,
-    read_text,
     read_values,
     read_whole,
     reason_of,
@@ -61,6 +60,7 @@ _COMPLETE_NAME = re.compile(r"step_(\d{8,})")
 _LEFTOVER_NAME = re.compile(r"(step_\d{8,})\.(partial|deleted|replaced)")
 _NUM_NAMES_SHOWN = 5
 _MAX_NAME_BYTES = 4096  # of what `latest` may hold
+_MAX_RANGES_BYTES = 2**27  # of a thousand ranks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,11 +315,11 @@ class CheckpointStore:
         """
         file = self.folder / BEST_FILE
         try:
-            plain = json.loads(read_text(file))
+            plain = read_json(file, follow=False)
             best = Best(int(plain["step"]), float(plain["score"]), dict(plain["measured_by"]))
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             say(f"WARNING: {file} is damaged and left out: {reason_of(error)}")
             return None
         return best if (self.folder / _name_of(best.step) / STATE_FILE).is_file() else None
@@ -388,7 +388,7 @@ class CheckpointStore:
         file = self.folder / _LATEST_FILE
         try:
             # What a link leads to is nobody's business: it is told in no message.
-            name = files.read_text(file, _MAX_NAME_BYTES, follow=False).strip()
+            name = read_text(file, _MAX_NAME_BYTES, follow=False).strip()
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
@@ -454,8 +454,8 @@ def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tens
 def read_hashes(path: Path) -> dict[str, Any]:
     file = path / RANGES_FILE
     try:
-        plain = json.loads(read_text(file))
-    except (ValueError, RecursionError) as error:
+        plain = read_json(file, _MAX_RANGES_BYTES, follow=False)
+    except ValueError as error:
         raise DamagedCheckpointError(f"{file}: expected JSON, got {error}; {remedy(file)}") from error
     if not isinstance(plain, dict) or set(plain) != set(CONTENTS):
         raise DamagedCheckpointError(

@@ -29,6 +29,7 @@ from cfpretrain.checkpoint import (
     written_range,
 )
 from cfpretrain.console import UserError
+from cfpretrain.files import read_json
 from cfpretrain.tensor_files import (
     VALUE_BYTES,
     DamagedCheckpointError,
@@ -38,7 +39,6 @@ from cfpretrain.tensor_files import (
     hashes_to_plain,
     make_header,
     read_header,
-    read_text,
     reason_of,
     write_ranges,
 )
@@ -151,7 +151,7 @@ def _read_part(file: Path, deadline: float) -> dict[str, Any]:
     """What a rank left; network file systems may show it late, or half of it."""
     while True:
         try:
-            plain: dict[str, Any] = json.loads(read_text(file))
+            plain: dict[str, Any] = read_json(file, follow=False)
             return plain
         except FileNotFoundError:
             if time.monotonic() >= deadline:

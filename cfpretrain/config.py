@@ -1,6 +1,5 @@
 """Every knob of a run, typed: dataclasses <- YAML <- `key.sub=value`, checked once, never mutated."""
 
-import dataclasses
 import math
 import os
 import typing
@@ -23,6 +22,12 @@ _FLEX_MIN_HEAD_WIDTH = 16
 _FEWEST_SCORED = 20
 # Each length is compiled, which takes minutes, and torch has a limit.
 _MOST_COMPILED_LENGTHS = 16
+# No network comes near these. A stranger's config that says more is refused before anything is made of it.
+_LARGEST_SIZES = {
+    **{"latent_size": 4096, "latent_channels": 4096, "patch_size": 4096, "width": 65536, "depth": 512},
+    **{"num_heads": 1024, "num_cond_tokens": 16384, "num_classes": 1_000_000},
+}
+_MOST_VALUES = 2**28  # of the tokens of an image
 
 
 @dataclass(frozen=True)
@@ -343,7 +348,7 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "order.ar_weight_first": (0.0, math.inf),
         "order.ar_weight_last": (0.0, math.inf),
         "order.block_size": (1, math.inf),
-        "noise.num_timesteps": (2, math.inf),
+        "noise.num_timesteps": (2, 1_000_000),
         "noise.beta_first": (1e-9, 1.0),
         "noise.beta_last": (0.0, 1.0),
         "data.mirror_prob": (0.0, 1.0),
@@ -377,7 +382,7 @@ def _check_ranges(config: Config) -> Iterable[str]:
         "sample.max_classes": (1, math.inf),
         "sample.guidance": (0.0, math.inf),
         "evaluation.every_steps": (0, math.inf),
-        "evaluation.num_images": (_FEWEST_SCORED, math.inf),
+        "evaluation.num_images": (_FEWEST_SCORED, 10_000_000),
         "evaluation.guidance": (0.0, math.inf),
         "metrics.log_every_steps": (1, math.inf),
     }
@@ -442,9 +447,14 @@ def _doubt_mirrors(data: DataConfig, origins: Mapping[str, Origin]) -> Iterable[
 def _check_model(model: ModelConfig) -> Iterable[str]:
     wrong = _wrong_sizes(model)
     for name in wrong:
-        yield f"model.{name}: expected at least 1, got {getattr(model, name)}"
+        yield from _in_range(f"model.{name}", getattr(model, name), 1, _LARGEST_SIZES[name])
     if wrong:
         return
+    if model.num_tokens * model.width > _MOST_VALUES:
+        yield (
+            f"model.latent_size: expected at most {_MOST_VALUES:g} values of all tokens together, got "
+            f"{model.num_tokens} tokens of model.width = {model.width}; set a larger model.patch_size"
+        )
     if model.latent_size % model.patch_size:
         yield f"model.patch_size: expected a divisor of model.latent_size = {model.latent_size}, got {model.patch_size}"
     if model.width % model.num_heads:
@@ -454,8 +464,7 @@ def _check_model(model: ModelConfig) -> Iterable[str]:
 
 
 def _wrong_sizes(model: ModelConfig) -> list[str]:
-    sizes = [f.name for f in dataclasses.fields(model) if f.type is int]
-    return [name for name in sizes if getattr(model, name) < 1]
+    return [name for name, largest in _LARGEST_SIZES.items() if not 1 <= getattr(model, name) <= largest]
 
 
 def _check_order(config: Config) -> Iterable[str]:

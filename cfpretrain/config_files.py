@@ -9,10 +9,13 @@ recorded hold values alone. Nothing else is resolved: omegaconf has resolvers th
 import dataclasses
 import difflib
 import io
+import math
 import os
 import re
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,11 +23,15 @@ import yaml
 from omegaconf import OmegaConf
 
 from cfpretrain.console import UserError, hide, masked, one_line
+from cfpretrain.files import read_text
 
 FilePath = Annotated[str, "path"]  # of this machine, with `~` for a home
 Address = Annotated[str, "address"]  # a path, or an address such as s3://bucket/folder
 
 COMMAND_LINE = "command line"
+# Of a config that was written in earnest; the readers of YAML take a second for a hundred kilobytes, and recurse.
+_MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 2**18, 16, 5_000
+_LARGEST = 2**63 - 1
 # YAML 1.1 reads 0100 as 64, and 1:30 as 90.
 _OCTAL, _SEXAGESIMAL = re.compile(r"[-+]?0[0-9_]+"), re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _KEY_REFERENCE = re.compile(r"\$\{[A-Za-z_][\w.\[\]]*\}")
@@ -187,7 +194,7 @@ def _raise_all(problems: Sequence[tuple[str, Problem]]) -> None:
 
 def _read(path: str | Path) -> Any:
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        text = read_text(Path(path).expanduser(), _MAX_BYTES)
     except (FileNotFoundError, RuntimeError) as error:  # the latter of ~somebody
         raise UserError(
             f"config file {path} does not exist; give the path of a YAML file, e.g. configs/tiny.yaml"
@@ -195,11 +202,13 @@ def _read(path: str | Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"config file {path} cannot be read: {one_line(error)}") from error
     try:
-        traps = list(_traps(yaml.compose(text, Loader=yaml.SafeLoader), ()))
+        traps = list(_traps(_compose(text), ()))
+        _raise_all([(str(path), problem) for problem in traps])
         tree = OmegaConf.load(io.StringIO(text))
+    except UserError:
+        raise
     except Exception as error:  # omegaconf and yaml raise errors of their own classes
         raise UserError(f"config file {path} cannot be read: {one_line(error)}") from error
-    _raise_all([(str(path), problem) for problem in traps])
     if not OmegaConf.is_dict(tree):
         raise UserError(f"{path}: the file: expected keys with values, got {OmegaConf.to_container(tree)!r}")
     return tree
@@ -212,7 +221,7 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
         if not equals or not key.strip() or text.startswith("-"):
             raise UserError(f"argument {text!r} is not understood; overrides look like train.num_steps=100")
         try:
-            traps += _traps(yaml.compose(value, Loader=yaml.SafeLoader), tuple(key.split(".")))
+            traps += _traps(_compose(value), tuple(key.split(".")))
         except Exception as error:  # as in `_read`
             raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {one_line(error)}") from error
     _raise_all([(COMMAND_LINE, problem) for problem in traps])
@@ -220,6 +229,26 @@ def _parse_overrides(overrides: Sequence[str]) -> Any:
         return OmegaConf.from_dotlist(list(overrides))
     except Exception as error:  # as in `_read`
         raise UserError(f"the overrides {' '.join(overrides)} cannot be read: {one_line(error)}") from error
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """The nodes of YAML; ValueError where it nests too deep for its readers, or its aliases stand for too much."""
+    num_values, opened, sizes = 0, [], {}  # values so far; before each open collection; of what has an anchor
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, num_values))
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            sizes[anchor] = num_values - before
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in dict(opened):
+                raise ValueError(f"*{event.anchor} is part of what it stands for")
+            num_values += sizes.get(event.anchor, 0)
+        num_values += 1
+        if len(opened) > _MAX_DEPTH or num_values > _MAX_VALUES:
+            raise ValueError(f"expected at most {_MAX_DEPTH} levels and {_MAX_VALUES:,} values, got more")
+    node: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+    return node
 
 
 def _traps(node: yaml.Node | None, key: tuple[Any, ...]) -> Iterator[Problem]:
@@ -264,15 +293,19 @@ def _build(kind: type, plain: Any, key: tuple[Any, ...], problems: list[Problem]
         path, hint = (*key, name), hints.get(name)
         if hint is None:
             problems.append(Problem(path, f"unknown key{_suggest(str(name), hints, key)}"))
-        elif dataclasses.is_dataclass(hint):
-            values[name] = _build(typing.cast(type, hint), value, path, problems)
         else:
             values[name] = _convert(value, hint, path, problems)
-    return kind(**values)
+    missing = [one.name for one in dataclasses.fields(kind) if one.name not in plain and _is_required(one)]
+    problems += [Problem((*key, name), "missing") for name in missing]
+    return None if missing else kind(**values)
+
+
+def _is_required(field: Any) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _no_keys(key: tuple[Any, ...], value: Any) -> Problem:
-    got = "nothing; leave the key out" if value is None else repr(value)
+    got = "nothing; leave the key out" if value is None else f"{value!r:.200}"
     return Problem(key, f"expected keys with values, got {got}")
 
 
@@ -286,20 +319,44 @@ def _suggest(name: str, known: Mapping[str, Any], key: tuple[Any, ...]) -> str:
 
 def _convert(value: Any, hint: Any, key: tuple[Any, ...], problems: list[Problem]) -> Any:
     """`value` as the type `hint`; appends to `problems` where it is not of that type."""
-    origin = typing.get_origin(hint)
-    if origin is tuple:
-        items = value if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(item, typing.get_args(hint)[0], key, problems) for item in items)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any or (value is None and type(None) in (hint, *inner)):
+        return value
+    if origin is types.UnionType:  # with None
+        return _convert(value, inner[0], key, problems)
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast(type, hint), value, key, problems)
     try:
+        if origin in (tuple, list, dict):
+            return _convert_items(value, origin, inner, key, problems)
         if origin is Literal:
-            return _choice(value, typing.get_args(hint))
+            return _choice(value, inner)
         if hint in (FilePath, Address):
             text = _text(value)
             return text if "://" in text and hint == Address else _path(text)
-        return {int: _whole, float: _number, bool: _true_or_false, str: _text}[hint](value)
+        return {int: _whole, float: _number, bool: _true_or_false, str: _text, type(None): _nothing}[hint](value)
     except ValueError as error:
         problems.append(Problem(key, str(error)))
         return value
+
+
+def _convert_items(
+    value: Any, kind: type, inner: tuple[Any, ...], key: tuple[Any, ...], problems: list[Problem]
+) -> Any:
+    if kind is dict:
+        if not isinstance(value, dict):
+            raise _refusal("keys with values", value)
+        return {name: _convert(item, inner[1], (*key, name), problems) for name, item in value.items()}
+    if kind is list and not isinstance(value, list):
+        raise _refusal("a list", value)
+    items = value if isinstance(value, list | tuple) else [value]
+    if kind is tuple and inner[-1] is not Ellipsis and len(items) != len(inner):
+        raise _refusal(f"{len(inner)} values", value)
+    return kind(_convert(item, inner[0], key, problems) for item in items)
+
+
+def _nothing(value: Any) -> None:
+    raise _refusal("nothing", value)
 
 
 def _refusal(expected: str, value: Any, hint: str = "") -> ValueError:
@@ -307,7 +364,7 @@ def _refusal(expected: str, value: Any, hint: str = "") -> ValueError:
         return ValueError(
             f"expected {expected}, got nothing, as YAML also reads ~ and null; leave the key out for its default"
         )
-    return ValueError(f"expected {expected}, got {value!r}{hint}")
+    return ValueError(f"expected {expected}, got {value!r:.200}{hint}")
 
 
 def _choice(value: Any, choices: Iterable[Any]) -> Any:
@@ -344,23 +401,21 @@ def _number(value: Any) -> float:
     """Of a number, or of a text that is one: a number in quotes is the same number."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if is_number or (isinstance(value, str) and not _OCTAL.match(value.strip())):
-        try:
+        with suppress(ValueError, OverflowError):
             return float(value)
-        except ValueError:
-            pass
     raise _refusal("a number", value)
 
 
 def _whole(value: Any) -> int:
     """Of a whole number however it is written: 100, 1e2, 100.0, "100"."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
     try:
-        number = _number(value)
+        number: float = value if type(value) is int else _number(value)
     except ValueError:
-        raise _refusal("a whole number", value) from None
-    if not number.is_integer():
+        number = math.nan
+    if isinstance(number, float) and not number.is_integer():
         raise _refusal("a whole number", value)
+    if abs(number) > _LARGEST:
+        raise _refusal(f"a whole number of at most {_LARGEST}", value)
     return int(value) if isinstance(value, str) and value.strip().isdecimal() else int(number)
 
 

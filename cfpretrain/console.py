@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
+from unicodedata import category
 
 # Exit codes besides 0.
 EXIT_USER_ERROR = 2  # a mistake of the user's: a bad config, missing shards, an unwritable folder
@@ -24,6 +25,7 @@ _LINGER_SECONDS = 5.0
 # In what a RuntimeError of torch, CUDA, its libraries or the C++ library says, in small letters.
 _SIGNS_OF_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
 _LONGEST_CAUSE = 300
+_UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # of Unicode's categories
 _LESS_MEMORY = "give a smaller batch (--batch-size, train.micro_batch_size), or end what else is in that memory"
 
 
@@ -154,13 +156,21 @@ def _print_to_stderr(text: str) -> None:
         print(printable(masked(f"[cfpretrain] {text}")), file=sys.stderr, flush=True)
 
 
+def visible(text: str) -> str:
+    """A text on one line, in which what has no shape (control characters, marks of direction) is as in a literal."""
+    if text.isprintable():
+        return text
+    return "".join(c.encode("unicode_escape").decode() if category(c) in _UNSEEN else c for c in text)
+
+
 def count(number: int, noun: str, plural: str = "") -> str:
     """ "1 image", "2 images"; `plural` where an s does not make it."""
     return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def printable(text: str) -> str:
-    """A text as stdout takes it: the name of a file need not be in its encoding."""
+    """A text as stdout takes it, `visible`: the name of a file need not be in its encoding."""
+    text = visible(text)
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
 

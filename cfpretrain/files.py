@@ -16,12 +16,14 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
 # Larger than any JSON, YAML or table of settings that was written in earnest.
 MAX_TEXT_BYTES = 64 * 2**20
 PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
+_MAX_DEPTH = 32  # of JSON: what shows, copies and compares values calls itself for each level
 _COPY_BYTES = 2**20
 _WRITING = ".writing."  # before the name of a file, until it is whole
 
@@ -41,12 +43,34 @@ def open_to_read(file: Path, max_bytes: int | None = None, follow: bool = True) 
     Raises:
         OSError: it cannot be opened, is something else than a regular file, or is larger.
     """
+    return os.fdopen(_open_to_read(file, max_bytes, follow), "rb")
+
+
+def open_unbuffered(file: Path) -> FileIO:
+    """As `open_to_read`, for reading at places."""
+    return FileIO(_open_to_read(file, None, True))
+
+
+def _open_to_read(file: Path, max_bytes: int | None, follow: bool) -> int:
     descriptor = _open(file, os.O_RDONLY | (0 if follow else os.O_NOFOLLOW))
     num_bytes = os.fstat(descriptor).st_size
     if max_bytes is not None and num_bytes > max_bytes:
         os.close(descriptor)
         raise OSError(errno.EFBIG, f"{num_bytes} bytes, at most {max_bytes} are read", str(file))
-    return os.fdopen(descriptor, "rb")
+    return descriptor
+
+
+def check_safetensors(file: Path) -> None:
+    """For safetensors' own reader, which takes a path and maps what is there, whatever its size.
+
+    Raises:
+        OSError: as `open_to_read`.
+        ValueError: it is no file of tensors, or a part of one.
+    """
+    with open_to_read(file) as opened:
+        num_header_bytes, size = int.from_bytes(opened.read(8), "little"), opened.seek(0, os.SEEK_END)
+    if not 2 <= num_header_bytes <= size - 8:
+        raise ValueError("no safetensors file, or a part of one")
 
 
 def read_bytes(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) -> bytes:
@@ -63,12 +87,25 @@ def read_text(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) 
     return read_bytes(file, max_bytes, follow).decode()
 
 
-def parse_json(text: str | bytes) -> Any:
-    """The value that JSON says; ValueError where it is none, or nests too deep to be read."""
+def parse_json(text: str | bytes, of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """The value that JSON says, with `of_pairs` of each object's (name, value) in place of a dict.
+
+    Raises:
+        ValueError: it is none, or nests too deep to be read.
+    """
     try:
-        return json.loads(text)
+        value = json.loads(text, object_pairs_hook=of_pairs)
     except RecursionError:
         raise ValueError("it nests too deep") from None
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        groups = [
+            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list | tuple)
+        ]
+        if not groups:
+            return value
+        level = [one for group in groups for one in group]
+    raise ValueError("it nests too deep")
 
 
 def read_json(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) -> Any:

@@ -14,7 +14,9 @@ import torch
 from cfpretrain import files, runtime
 from cfpretrain.config import ModelConfig
 from cfpretrain.console import UserError, say
+from cfpretrain.files import open_to_read, parse_json
 
+_MAX_BYTES, _MAX_LINE_BYTES = 2**32, 2**24  # of a metrics file
 # Dense bf16 rate of one GPU, in FLOP/s, by a part of its name (the makers' data sheets, without sparsity).
 _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12, "B200": 2250e12}
 
@@ -210,13 +212,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows, and how many lines before the last are none."""
-    found = [_to_row(line) for line in path.read_bytes().splitlines()]
+    try:
+        with open_to_read(path, _MAX_BYTES) as file:
+            found = [_to_row(line) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b"")]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); restore or remove it") from error
     return [row for row in found if row is not None], sum(row is None for row in found[:-1])
 
 
 def _to_row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:  # not UTF-8, or not JSON
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

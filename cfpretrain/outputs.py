@@ -1,7 +1,6 @@
 """Outputs that are whole or not there: made in a hidden folder under a lock, and given their name at the end."""
 
 import errno
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any
 
 from cfpretrain import files
 from cfpretrain.console import UserError
+from cfpretrain.files import parse_json
 from cfpretrain.tensor_files import reason_of
 
 LOCK_FILE = "lock"
@@ -81,10 +81,7 @@ def remove_hidden(folder: Path) -> None:
 
 def parse_plan(text: str) -> dict[str, Any]:
     """The settings that some work was done with, of JSON; ValueError where it is none."""
-    try:
-        plan = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("it nests too deep") from error
+    plan = parse_json(text)
     if not isinstance(plan, dict):
         raise ValueError("it holds no keys with values")
     return plan

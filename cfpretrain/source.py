@@ -1,7 +1,8 @@
 """A model to sample from, wherever it comes from: a run folder, or a folder in diffusers' layout that we exported."""
 
 import dataclasses
-import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,13 @@ from cfpretrain.export.diffusers_layout import (
     scheduler_config,
     transformer_config,
 )
+from cfpretrain.files import read_json
 from cfpretrain.model import attention
 from cfpretrain.model.autoencoder import are_pixels
 from cfpretrain.model.transformer import BlockSettings, CausalFusion
 from cfpretrain.training_state import means_the_same
 
+_WEIGHTS_FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -196,7 +199,12 @@ def _load_export(folder: Path, config: Config) -> CausalFusion:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     whole = f"{WEIGHTS_STEM}.safetensors"
     index = folder / f"{whole}.index.json"
-    files = set(_texts_of(index, "weight_map").values()) if index.is_file() else {whole}
+    files = set(_texts_of(index, "weight_map").values()) if os.path.lexists(index) else {whole}
+    for file in files:
+        if not _WEIGHTS_FILE.fullmatch(file):
+            raise UserError(
+                f"{index}: expected names of .safetensors files beside it, got {file!r:.80}; export the run again"
+            )
     return {
         name: values for file in sorted(files) for name, values in foreign_files.read(folder / file, "source").items()
     }
@@ -212,8 +220,8 @@ def _texts_of(path: Path, key: str) -> dict[str, str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); export the run again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys with values, got {content!r:.40}; export the run again")

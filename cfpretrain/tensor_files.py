@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import files
 from cfpretrain.console import UserError
-from cfpretrain.files import opened, write_fully
+from cfpretrain.files import opened, parse_json, write_fully
 
 VALUE_BYTES = 4
 CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB
@@ -55,11 +54,6 @@ def unreadable(task: str, error: Exception, fix: str) -> UserError:
     # Where a permission is missing, an earlier checkpoint is no answer.
     kind = UserError if isinstance(error, PermissionError) else DamagedCheckpointError
     return kind(f"{task}: {reason_of(error)}; {fix}")
-
-
-def read_text(file: Path) -> str:
-    """A small file; a link is refused."""
-    return files.read_text(file, follow=False)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,9 +125,9 @@ def read_header(file: Path) -> Header:
 
 def _checked_header(file: Path, first_bytes: bytes, num_bytes: int) -> Header:
     try:
-        shapes, metadata = _parse(json.loads(first_bytes[8:]))
+        shapes, metadata = _parse(parse_json(first_bytes[8:]))
         written, header = make_header(shapes, file.stem, int(metadata.get("step", 0)))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise DamagedCheckpointError(
             f"{file}: expected a safetensors header, got {error!r:.120}; {remedy(file)}"
         ) from error

@@ -29,6 +29,7 @@ from cfpretrain.console import (
     leave_before_training,
     masked,
     phase,
+    printable,
     say,
     stop_signals,
 )
@@ -85,7 +86,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
     configs.check(config, world_size)
     if runtime.rank() != 0:
         return
-    print(configs.to_yaml(configs.to_shown(config)))
+    print("\n".join(map(printable, configs.to_yaml(configs.to_shown(config)).split("\n"))))
 
     train = config.train
     print(f"parameters: {_num_parameters(config):,}")
@@ -95,7 +96,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
     )
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
     for line in (*_describe_sequences(config), *_describe_inputs(config), *_describe_origins(origins)):
-        print(masked(line))
+        print(printable(masked(line)))
     for doubt in configs.doubts(config, origins):
         print(f"WARNING: {doubt}")
 

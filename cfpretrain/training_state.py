@@ -10,13 +10,14 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cfpretrain.console import UserError
-from cfpretrain.tensor_files import DamagedCheckpointError, read_text, remedy, unreadable
+from cfpretrain.files import parse_json, read_text
+from cfpretrain.tensor_files import DamagedCheckpointError, remedy, unreadable
 
 # 1 had no hashes, and neither `guard` nor `num_rewinds`; 2 had `model`, a section of the config, and no other record.
 SCHEMA_VERSION = 3
@@ -69,8 +70,8 @@ class TrainingState:
             UserError: of another schema.
         """
         try:
-            plain = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            plain = parse_json(text)
+        except ValueError as error:
             raise DamagedCheckpointError(f"{source}: expected JSON, got {error}; {remedy(source)}") from error
         if not isinstance(plain, dict):
             raise DamagedCheckpointError(f"{source}: expected keys with values, got {plain!r:.40}; {remedy(source)}")
@@ -160,7 +161,7 @@ def read_state(path: Path) -> TrainingState:
     """
     file = path / STATE_FILE
     try:
-        text = read_text(file)
+        text = read_text(file, follow=False)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{path} is not a complete checkpoint: expected a folder such as checkpoints/step_00000500 "
@@ -189,7 +190,12 @@ def means_the_same(one: Any, other: Any) -> bool:
         return bool(one == other)
     size = max(len(one), len(other))
     full = [values * size if len(values) == 1 else values for values in (one, other)]
-    return len(full[0]) == len(full[1]) and all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(*full, strict=True))
+    try:
+        return len(full[0]) == len(full[1]) and all(
+            math.isclose(a, b, rel_tol=1e-6) for a, b in zip(*full, strict=True)
+        )
+    except (TypeError, OverflowError):  # no numbers, or none that a machine counts
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -241,7 +247,32 @@ def _state_problems(plain: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key}: unknown key")
         elif not _has_type(value, hints[key]):
             problems.append(f"{key}: expected {_describe(hints[key])}, got {value!r:.40}")
+        elif key in _PARTS and not all(map(_PARTS[key], value if isinstance(value, list) else value.values())):
+            problems.append(f"{key}: expected what training writes, got {value!r:.40}")
     return problems
+
+
+def _is_resume(entry: Any) -> bool:
+    """Whether it is an entry of the history."""
+    if not isinstance(entry, dict) or not (
+        _has_type(entry.get("step"), int) and isinstance(entry.get("changed"), dict)
+    ):
+        return False
+    return all(
+        key.count(".") == 1 and isinstance(pair, list) and len(pair) == 2 for key, pair in entry["changed"].items()
+    )
+
+
+def _is_of_guard(value: Any) -> bool:
+    return all(_has_type(one, float) for one in (value if isinstance(value, list) else [value]))
+
+
+# What the parts of a state are that hold others.
+_PARTS: dict[str, Callable[[Any], bool]] = {
+    "config": lambda section: isinstance(section, dict),
+    "history": _is_resume,
+    "guard": _is_of_guard,
+}
 
 
 def _has_type(value: Any, hint: Any) -> bool:

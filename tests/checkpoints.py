@@ -162,7 +162,7 @@ def message(action: Callable[[], Any]) -> str:
     return "no error"
 
 
-def failing(*_: Any) -> Any:
+def failing(*_: Any, **__: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

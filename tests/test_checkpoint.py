@@ -261,7 +261,7 @@ def test_nothing_goes_while_the_best_one_is_not_known(tmp_path: Path, monkeypatc
     save(store, 10)
     assert store.keep_if_best(best(10, 1.0))
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "read_text", failing)
+        broken.setattr(checkpoint, "read_json", failing)
         save(store, 20)
         save(store, 30)
     assert names_in(tmp_path) == names_of(10, 20, 30)
@@ -774,10 +774,10 @@ def test_each_key_of_the_state_is_checked(key: str, value: Any):
     step=st.integers(0, 10**9),
     seconds=st.floats(0, 1e12),
     run=st.none() | st.text(max_size=5),
-    config=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.lists(st.floats(-9, 9))),
+    section=st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5) | st.lists(st.floats(-9, 9))),
 )
-def test_the_state_survives_json(step: int, seconds: float, run: str | None, config: dict[str, Any]):
-    state = make_state(step, train_seconds=seconds, wandb_run_id=run, config=config)
+def test_the_state_survives_json(step: int, seconds: float, run: str | None, section: dict[str, Any]):
+    state = make_state(step, train_seconds=seconds, wandb_run_id=run, config={"train": section})
     assert TrainingState.from_json(state.to_json(), Path("here")) == state
 
 

@@ -115,7 +115,7 @@ WRONG = [
     ("data.cache_limit_gb=-1", "data.cache_limit_gb: expected at least 0"),
     ("model.patch_size=3", "model.patch_size: expected a divisor of model.latent_size = 8"),
     ("model.num_heads=3", "model.num_heads: expected a divisor of model.width = 128"),
-    ("model.depth=0", "model.depth: expected at least 1"),
+    ("model.depth=0", "model.depth: expected between 1 and 512"),
     ("train.global_batch_size=63", "train.global_batch_size: expected a multiple of the 2 ranks"),
     ("train.micro_batch_size=12", "train.micro_batch_size: expected a divisor of 32"),
     ("train.micro_batch_size=0", "train.micro_batch_size: expected at least 1"),
@@ -144,7 +144,7 @@ WRONG = [
     ("sample.num_denoising_steps=1", "sample.num_denoising_steps: expected between 2 and 1000"),
     ("evaluation.every_steps=-1", "evaluation.every_steps: expected at least 0"),
     ("evaluation.every_steps=10", "evaluation.reference: expected real images (a folder, image shards or an .npz)"),
-    ("evaluation.num_images=19", "evaluation.num_images: expected at least 20, got 19"),
+    ("evaluation.num_images=19", "evaluation.num_images: expected between 20 and 1e+07, got 19"),
     ("evaluation.guidance=.nan", "evaluation.guidance: expected at least 0"),
     ("data.latent_scale=[1.0,2.0]", "data.latent_scale: expected 1 or 1 values"),
     ("data.latent_scale=0", "data.latent_scale: expected non-zero"),
@@ -253,7 +253,7 @@ def test_what_is_possible_is_not_refused(overrides) -> None:
 
 @pytest.mark.parametrize("name", ["patch_size", "num_heads", "latent_size"])
 def test_a_size_of_zero_is_refused_before_anything_divides_by_it(name) -> None:
-    with pytest.raises(UserError, match=f"model.{name}: expected at least 1, got 0"):
+    with pytest.raises(UserError, match=f"model.{name}: expected between 1 and [0-9]+, got 0"):
         configs.check(configs.load(TINY, [f"model.{name}=0"]), world_size=2)
 
 

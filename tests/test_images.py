@@ -440,18 +440,18 @@ def test_unreadable_files_are_rejected(tmp_path: Path, monkeypatch: pytest.Monke
     for path, reason in (
         (tmp_path / "gone.png", "No such file or directory"),
         (tmp_path / "loop.png", "Too many levels of symbolic links"),
-        (tmp_path / "folder.png", "it is no regular file"),
-        (tmp_path / "pipe.png", "it is no regular file"),
-        (tmp_path / "endless.png", "it is no regular file"),
+        (tmp_path / "folder.png", "Is a directory"),
+        (tmp_path / "pipe.png", "not a regular file"),
+        (tmp_path / "endless.png", "not a regular file"),
     ):
         with pytest.raises(RejectedImageError, match=f"^the file cannot be read: {reason}$"):
             read_file(path)
 
-    def refuse(self: Path) -> bytes:
-        raise PermissionError(13, "Permission denied", str(self))
+    def refuse(path: Path, *_: object) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
 
     (tmp_path / "closed.png").touch()
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read everything
+    monkeypatch.setattr("cfpretrain.data.images.read_bytes", refuse)  # root may read everything
     with pytest.raises(RejectedImageError, match=r"^the file cannot be read: Permission denied$"):
         read_file(tmp_path / "closed.png")
 

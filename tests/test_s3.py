@@ -3,7 +3,9 @@
 import json
 import multiprocessing
 import os
+import re
 import runpy
+import shutil
 import signal
 import sys
 import threading
@@ -98,6 +100,23 @@ def test_shards_in_the_store_are_those_of_the_folder(
         Loader(s3_config(address, tmp_path / "other", folder, num_workers=0), as_read, 0, 1, position)
     ) as loader:
         assert_equal(take(loader, 3), local_batches(folder, 3, position))
+
+
+def test_an_object_larger_than_declared_is_cut(store: ObjectStore, folder: Path, tmp_path: Path) -> None:
+    """It neither fills the disk past the limit of the cache nor is asked for again."""
+    large = tmp_path / "large"
+    shutil.copytree(folder, large)
+    for file in large.glob("*.mds"):
+        with file.open("r+b") as opened:
+            opened.truncate(300 * 2**20)
+    address = store.upload(large, "large")
+    config = s3_config(address, tmp_path / "cache", folder, num_workers=0)
+    with closing(Loader(config, as_read, 0, 1)) as loader:
+        said = error_of(lambda: take(loader, 1))
+    size = (folder / "shard.00000.mds").stat().st_size
+    assert re.fullmatch(rf"data.shards: {address}/shard.0000\d.mds: expected at most \d+ bytes, got more; .*", said)
+    assert size < config.data.cache_limit_gb * 1e9 < 300 * 2**20
+    assert not any(path.is_file() and path.name != "lock" for path in (tmp_path / "cache").rglob("*"))
 
 
 def test_the_server_dies_in_mid_epoch_and_comes_back(

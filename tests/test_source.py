@@ -13,6 +13,7 @@ import torch
 from cfpretrain import build
 from cfpretrain.checkpoint import Best
 from cfpretrain.console import UserError
+from cfpretrain.data.tables import from_cell
 from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.model.autoencoder import KLAutoencoder
@@ -233,12 +234,14 @@ def test_names_with_odd_characters(tmp_path: Path, shards: Path) -> None:
         assert list(source.class_names) == ODD_NAMES
         assert [source.label_of(f"name:{name}") for name in ODD_NAMES] == list(range(10))
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert '| Classes | 10: a b, new line, caf , ",", \u540d\u524d, 10, name:3,  , -1, 7 |' in card
+    assert r'| Classes | 10: a\|b, new\\nline, caf\\udce9, ",", ' + "\u540d\u524d, 10, name:3,  , -1, 7 |" in card
     # "7" is the number of another class: the card's example must run.
     assert "pipe([0, 9], num_ar_steps=4" in card
     table = ImageSet(tmp_path / "out", list(range(10)), ODD_NAMES, 2, {})._table()
     rows = list(csv.DictReader(io.StringIO(table.decode(errors="surrogateescape"), newline="")))
-    assert [(row["label"], int(row["index"])) for row in rows] == [(name, i) for i, name in enumerate(ODD_NAMES)]
+    assert [(from_cell(row["label"]), int(row["index"])) for row in rows] == [
+        (name, i) for i, name in enumerate(ODD_NAMES)
+    ]
 
 
 # ---------------------------------------------------------------------------

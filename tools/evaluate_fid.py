@@ -250,11 +250,12 @@ def _score(
 def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What this very command has written; None: nothing is there."""
     from cfpretrain import outputs, plans
+    from cfpretrain.files import read_text
 
     if not out.exists():
         return None
     try:
-        there = outputs.parse_plan(out.read_text())
+        there = outputs.parse_plan(read_text(out))
         different = plans.differences(there["settings"], json.loads(json.dumps(settings)))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"--out: {out} is there already and holds no scores; choose another --out") from error

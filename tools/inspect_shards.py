@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 from cfpretrain import files
 from cfpretrain.config import DataConfig
-from cfpretrain.console import ItemProgress, UserError, address_argument, ending_in_one_line, path_argument, phase, say
+from cfpretrain.console import (
+    ItemProgress,
+    UserError,
+    address_argument,
+    ending_in_one_line,
+    path_argument,
+    phase,
+    printable,
+    say,
+)
 from cfpretrain.evaluation.sampling_options import check_picture
 
 if TYPE_CHECKING:
@@ -127,7 +136,7 @@ def _print_description(shards: "Shards", autoencoder: Path | None) -> None:
     lines["made with"] = ", ".join(f"{name} {version}" for name, version in info.versions.items())
     lines["fingerprint"] = fingerprint(shards.source, "shards")
     for name, text in lines.items():
-        print(f"{name:>12}: {text}", flush=True)
+        print(f"{name:>12}: {printable(text)}", flush=True)
     if not isinstance(info, ImagesInfo):
         folder = None if autoencoder is None else str(autoencoder)
         print("a config for them says", *config_lines(info, shards.source.address, folder), sep="\n  ", flush=True)
@@ -242,15 +251,15 @@ def _verify_file(opened: FileIO, name: str, digest: str) -> None:
 
 
 def _verify_rejected(shards: "Shards") -> None:
-    import json
+    from cfpretrain.files import parse_json
 
     expected, found = getattr(shards.info, "num_rejected", 0), 0
     if not expected:
         return
     try:
-        found = sum("reason" in json.loads(line) for line in shards.source.text("rejected.jsonl").splitlines())
+        found = sum("reason" in parse_json(line) for line in shards.source.text("rejected.jsonl").splitlines())
         problem = f"got {found}"
-    except (OSError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         problem = f"but it cannot be read ({error})"
     if found != expected:
         raise UserError(

@@ -30,6 +30,7 @@ from cfpretrain.console import (
     say,
 )
 from cfpretrain.evaluation.sampling_options import check_guidance
+from cfpretrain.files import read_json
 
 if TYPE_CHECKING:
     from cfpretrain.evaluation.sample_sets import SampleSet
@@ -109,8 +110,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _read_report(folder: Path) -> dict[str, Any]:
     """What an earlier scoring wrote; nothing where there is none, or it is damaged: it is written anew."""
     try:
-        report = json.loads((folder / _REPORT_FILE).read_text())
-    except (OSError, ValueError, RecursionError):
+        report = read_json(folder / _REPORT_FILE)
+    except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
 
@@ -404,7 +405,7 @@ def _print_table(report: dict[str, Any], folder: Path) -> None:
         )
     lines.append(f"  pictures: {folder}/samples/*.png {folder}/curves.png {folder}/loss_map.png")
     lines.append(f"  numbers:  {folder}/report.json")
-    print(printable("\n".join(lines)), flush=True)
+    print("\n".join(map(printable, lines)), flush=True)
     say(f"{folder} is scored")
 
 

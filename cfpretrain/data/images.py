@@ -7,7 +7,6 @@ for. What is transparent is composited on a background; of that, and of all else
 
 import errno
 import io
-import stat
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -24,6 +23,7 @@ from torch import Tensor
 import cfpretrain
 from cfpretrain.console import UserError, one_line
 from cfpretrain.data.shards import ImagesInfo, Shards
+from cfpretrain.files import read_bytes
 
 Colour = tuple[int, int, int]  # red, green and blue, 0 to 255
 
@@ -49,7 +49,11 @@ _KINDS = [kind for kind in _SUFFIXES if kind in Image.OPEN]
 SUFFIXES = frozenset(suffix for kind in _KINDS for suffix in _SUFFIXES[kind])  # in small letters
 # What DALI decodes as PIL does, within 2 of 255, where that is not every mode of a kind.
 _DALI_MODES = {"GIF": (), "AVIF": (), "TIFF": ("L", "RGB", "RGBA"), "JPEG2000": ("L", "RGB", "RGBA")}
-_OF_THE_FILE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_OF_THE_FILE = {
+    *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.EINVAL, errno.ENXIO, errno.EFBIG),  # a pipe or a device, a socket, a file too large
+}
+_MAX_FILE_BYTES = 2**29  # of all pixels that PIL decodes, in 8 bits
 # PIL converts others, 16-bit grey among them, by cutting off what exceeds 255: to white.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
 _MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # where PIL refuses to decode
@@ -153,9 +157,7 @@ def read_file(path: Path) -> bytes:
         UserError: the disk or the network fails.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe or a device may never end
-            raise RejectedImageError("the file cannot be read: it is no regular file")
-        return path.read_bytes()
+        return read_bytes(path, _MAX_FILE_BYTES)
     except OSError as error:
         reason = error.strerror or str(error)
         # A disk that goes away for a moment must not cost images for good.

@@ -30,6 +30,7 @@ from cfpretrain.data.shards import (
     info_text,
     read_plan,
 )
+from cfpretrain.files import read_json
 from cfpretrain.plans import differences
 
 _PLAN_FILE, _LOCK_FILE, _RECORDS = "plan.json", "lock", "records"
@@ -170,7 +171,7 @@ class ShardWriter:
         writer.finish()
         if not num_samples:
             return None, 0, -1
-        (entry,) = json.loads((temporary / INDEX_FILE).read_text())["shards"]
+        (entry,) = read_json(temporary / INDEX_FILE)["shards"]
         written, entry["raw_data"]["basename"] = entry["raw_data"]["basename"], f"shard.{number:05d}.mds"
         files.flush(temporary / written)
         files.move(temporary / written, self.unfinished / f"shard.{number:05d}.mds")
@@ -238,7 +239,7 @@ class ShardWriter:
     def _read(self, path: Path) -> dict[str, Any]:
         """A file of the unfinished folder."""
         try:
-            return dict(json.loads(path.read_text()))
+            return dict(read_json(path))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged ({error}); delete {self.unfinished} to begin again") from error
 

@@ -27,16 +27,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cfpretrain import config_files
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
 from cfpretrain.data.mosaic import MDSReader, encodings
 from cfpretrain.data.storage import LocalFolder, ShardFile, Source, open_source
+from cfpretrain.files import parse_json, read_json
 from cfpretrain.model.autoencoder import are_pixels
 
 SCHEMA_VERSION = 2
 INFO_FILE, INDEX_FILE = "cfpretrain.json", "index.json"
 HASH = "blake2b"  # of every shard file, kept in the index
 INFO_HASH = f"{INFO_FILE}.{HASH}"  # of the description; a key of the index, which MosaicML's readers pass over
+_LARGEST_SIDE = 16384
+_MAX_SHARD_BYTES = 1 << 32  # MDS counts in 32 bits
 MAX_ID = 1 << 40  # above it, the loader notes folder and repetition
 
 _COMMON_COLUMNS = {"id": "int64", "label": "int32", "caption": "str", "checksum": "uint32"}
@@ -186,22 +190,31 @@ def _read_info(source: Source, key: str) -> Info:
     name = f"{source.address}/{INFO_FILE}"
     text = _required_text(source, INFO_FILE, key)
     try:
-        plain: dict[str, Any] = json.loads(text)
+        plain: dict[str, Any] = parse_json(text)
         version = plain.pop("schema_version")
         if version != SCHEMA_VERSION:
             raise ValueError(f"expected schema_version {SCHEMA_VERSION}, got {version!r}")
         cls = _KINDS[plain.pop("kind")]
         del plain["plan"]
-        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in plain.items()}
-        return cls(**fields)  # a field that is missing or not ours fails here
+        info: Info = config_files.from_plain(cls, plain, "its values")
+        _check_size(info)
+        return info
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{key}: {name} cannot be read ({error}); {again}") from error
+
+
+def _check_size(info: Info) -> None:
+    """ValueError where the size of an image is one that none has: a crop or an array would be made of it."""
+    num_values = info.image_size**2 if isinstance(info, ImagesInfo) else math.prod(info.latent_shape)
+    sizes = (info.image_size, *(() if isinstance(info, ImagesInfo) else info.latent_shape))
+    if min(sizes) < 0 or max(sizes) > _LARGEST_SIDE or num_values > _LARGEST_SIDE**2:
+        raise ValueError(f"expected images of 0 to {_LARGEST_SIDE} pixels a side, got sizes {sizes}")
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
     """By which plan a folder of this machine was made; empty where it does not say."""
     try:
-        plan = json.loads((folder / INFO_FILE).read_text())["plan"]
+        plan = read_json(folder / INFO_FILE)["plan"]
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return plan if isinstance(plan, dict) else {}
@@ -480,7 +493,9 @@ class _Reader(MDSReader):
         # After the number of samples: where each begins, and the last ends.
         ends = os.pread(file.fileno(), 8, 4 * (1 + place))
         begin, end = int.from_bytes(ends[:4], "little"), int.from_bytes(ends[4:], "little")
-        return self.decode_sample(os.pread(file.fileno(), max(0, end - begin), begin))
+        if not begin <= end <= self.raw_data.bytes:
+            raise ValueError(f"bytes {begin} to {end} of {self.raw_data.bytes}")
+        return self.decode_sample(os.pread(file.fileno(), end - begin, begin))
 
     def decode_sample(self, data: bytes) -> dict[str, Any]:
         """The columns of a sample, from its bytes."""
@@ -508,18 +523,50 @@ def _check_description(source: Source, index: Mapping[str, Any], key: str) -> No
     got = hashlib.new(HASH, text.encode()).hexdigest()
     if got != expected:
         raise UserError(
-            f"{key}: {source.address}/{INFO_FILE}: expected the hash that {INDEX_FILE} records, {expected:.16}, got "
+            f"{key}: {source.address}/{INFO_FILE}: expected the hash that {INDEX_FILE} records, {expected!r:.20}, got "
             f"{got:.16}; restore both files, or write the folder again"
         )
+
+
+@dataclass(frozen=True)
+class _FileEntry:
+    basename: str
+    bytes: int
+    hashes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _ShardEntry:
+    """What an index says of a shard, as MosaicML's writer does."""
+
+    column_encodings: list[str]
+    column_names: list[str]
+    column_sizes: list[int | None]
+    compression: str | None
+    format: str
+    hashes: list[str]
+    raw_data: _FileEntry
+    samples: int
+    size_limit: int | None
+    version: int
+    zip_data: None
+
+
+@dataclass(frozen=True)
+class _Index:
+    shards: tuple[_ShardEntry, ...]
 
 
 def _open_readers(source: Source, columns: Mapping[str, str], key: str) -> list[_Reader]:
     again = "write the folder again"
     name = f"{source.address}/{INDEX_FILE}"
     try:
-        index = json.loads(_required_text(source, INDEX_FILE, key))
+        index = parse_json(_required_text(source, INDEX_FILE, key))
         _check_description(source, index, key)
-        readers: list[_Reader] = [_Reader.from_json("", "", entry) for entry in index["shards"]]
+        entries = config_files.from_plain(
+            _Index, {"shards": index["shards"]}, f"{key}: {name} cannot be read, {again}"
+        ).shards
+        readers: list[_Reader] = [_Reader.from_json("", "", dataclasses.asdict(entry)) for entry in entries]
         for reader in readers:
             # Nothing else is decoded: one of MDS's encodings is a pickle.
             found = dict(zip(reader.column_names, reader.column_encodings, strict=True))
@@ -539,4 +586,10 @@ def _file_of(reader: MDSReader) -> ShardFile:
         raise ValueError(f"expected a {HASH} hash of 128 hexadecimal digits, got {digest!r:.40}")
     if Path(name).name != name or reader.zip_data is not None:
         raise ValueError(f"expected the plain name of a raw file in the folder, got {name!r}")
-    return ShardFile(name, reader.raw_data.bytes, digest)
+    num_bytes, least = (
+        reader.raw_data.bytes,
+        4 * (2 + reader.samples),
+    )  # their number, where each begins and the last ends
+    if not (reader.samples >= 0 and least <= num_bytes <= _MAX_SHARD_BYTES):
+        raise ValueError(f"expected {name} to hold {reader.samples} samples, which {num_bytes} bytes cannot")
+    return ShardFile(name, num_bytes, digest)

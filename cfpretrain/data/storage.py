@@ -26,11 +26,11 @@ from cfpretrain.background import Task
 from cfpretrain.config import DataConfig
 from cfpretrain.console import UserError, one_line, say
 from cfpretrain.data.mosaic import CloudDownloader
+from cfpretrain.files import MAX_TEXT_BYTES, open_unbuffered, read_text
 
 _READ_SECONDS = 60.0  # a storage that sends nothing for so long is away
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two questions to a storage that is away
 _POLL_SECONDS = 0.05
-_STOP_POLL_SECONDS = 0.5
 _MOST_WRONG_COPIES = 3
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EMFILE}
 _LOCK, _RESERVED = "lock", "reserved"
@@ -85,13 +85,13 @@ class LocalFolder:
 
     def text(self, name: str) -> str:
         """See `Source`."""
-        return (self._folder / name).read_text()
+        return read_text(self._folder / name)
 
     def open(self, file: ShardFile) -> FileIO:
         """See `Source`."""
         path = f"{self.address}/{file.name}"
         try:
-            opened = FileIO(path)
+            opened = open_unbuffered(Path(path))
             size = os.fstat(opened.fileno()).st_size
             if size == file.num_bytes:
                 return opened
@@ -184,8 +184,8 @@ class RemoteFolder:
         """See `Source`."""
         with tempfile.TemporaryDirectory() as folder:
             local = Path(folder) / name
-            self._fetch(name, local, _Trouble())
-            return local.read_text()
+            self._fetch(name, local, _Trouble(), MAX_TEXT_BYTES)
+            return read_text(local)
 
     def open(self, file: ShardFile) -> FileIO:
         """See `Source`.
@@ -229,7 +229,7 @@ class RemoteFolder:
     def _fetch_whole(self, file: ShardFile, local: Path) -> None:
         trouble = _Trouble()
         for _ in range(_MOST_WRONG_COPIES):
-            self._fetch(file.name, local, trouble)
+            self._fetch(file.name, local, trouble, file.num_bytes)
             with local.open("rb") as opened:
                 digest = hashlib.file_digest(opened, hashlib.blake2b).hexdigest()
             if digest == file.digest:
@@ -241,13 +241,13 @@ class RemoteFolder:
             f"as the index says, got {got}, {_MOST_WRONG_COPIES} times; upload the folder again"
         )
 
-    def _fetch(self, name: str, local: Path, trouble: "_Trouble") -> None:
+    def _fetch(self, name: str, local: Path, trouble: "_Trouble", max_bytes: int) -> None:
         """Copies a file; asks again, as long as the patience lasts, where the storage is away."""
         what, patience, pause = f"{self.address}/{name}", self._cache.patience, _FIRST_PAUSE
         while True:
             try:
                 files.remove(local)  # the client would take it for whole
-                self._download(what, local)
+                self._transfer(what, local, max_bytes)
                 break
             except UserError:
                 raise
@@ -268,22 +268,29 @@ class RemoteFolder:
             pause = min(2 * pause, _LONGEST_PAUSE)
         patience.note_answer(what)
 
+    def _transfer(self, what: str, local: Path, max_bytes: int) -> None:
+        """Downloads a file, and gives up where more comes than was announced, which the cache has no room for."""
+        # In a thread, which a process that ends does not wait for: a storage may keep silent for a minute.
+        transfer = Task(lambda: self._download(what, local), "transfer")
+        is_over = False
+        while not is_over:
+            transfer.join(_POLL_SECONDS)
+            is_over = not transfer.is_alive()
+            if _bytes_of(local) > max_bytes:
+                raise UserError(
+                    f"{self._key}: {what}: expected at most {max_bytes} bytes, got more; upload the folder again"
+                )
+            if self._cache.patience.is_own:  # a worker's keeps nobody waiting, and its copy may serve again
+                self._cache.patience.check()
+        if transfer.error is not None:
+            raise transfer.error
+
     def _download(self, what: str, local: Path) -> None:
         # boto3's own retries are silent and know no deadline; `_fetch` asks again instead.
         os.environ.setdefault("AWS_MAX_ATTEMPTS", "1")
         if self._client is None or self._client[0] != os.getpid():  # a fork must not share connections
             self._client = os.getpid(), CloudDownloader.get(what)
-        client, seconds = self._client[1], max(1.0, min(_READ_SECONDS, self._cache.patience.seconds))
-        if not self._cache.patience.is_own:  # a worker's transfer keeps nobody waiting, and its copy may serve again
-            client.download(what, str(local), seconds)
-            return
-        # In a thread, which a process that ends does not wait for: a storage may keep silent for a minute.
-        transfer = Task(lambda: client.download(what, str(local), seconds), "transfer")
-        while transfer.is_alive():
-            transfer.join(_STOP_POLL_SECONDS)
-            self._cache.patience.check()
-        if transfer.error is not None:
-            raise transfer.error
+        self._client[1].download(what, str(local), max(1.0, min(_READ_SECONDS, self._cache.patience.seconds)))
 
     def _raise_if_final(self, what: str, error: Exception, reason: str) -> None:
         """Raises where asking again would not help."""
@@ -418,10 +425,19 @@ def _reason(error: Exception) -> str:
     return re.sub(r"\?\S*", "", re.sub(r"//[^/\s]*@", "//", one_line(error)))[:200]
 
 
+def _bytes_of(local: Path) -> int:
+    """What has come of a file so far; clients add to its name until it is whole."""
+    found = 0
+    for path in local.parent.glob(f"{local.name}*"):
+        with suppress(FileNotFoundError):
+            found += path.stat().st_size
+    return found
+
+
 def _opened_if_whole(copy: Path, file: ShardFile) -> FileIO | None:
     # The bytes are held against the hash when they come; later damage is found by the samples' checksums.
     try:
-        opened = FileIO(copy)
+        opened = open_unbuffered(copy)
     except FileNotFoundError:
         return None
     if os.fstat(opened.fileno()).st_size == file.num_bytes:

@@ -38,6 +38,7 @@ from cfpretrain.data.images import (
 from cfpretrain.data.listing import Listing
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, image_columns, read_info
+from cfpretrain.files import parse_json, read_text
 
 _REJECTED_FILE = "rejected.jsonl"
 _POLL_SECONDS = 0.25
@@ -154,7 +155,7 @@ def _say_of(folder: Path, before: str, behind: str = "") -> None:
 
 def _rejected_in(folder: Path) -> list[dict[str, Any]]:
     file = folder / _REJECTED_FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return [parse_json(line) for line in read_text(file).splitlines()] if file.exists() else []
 
 
 class _Rejected:

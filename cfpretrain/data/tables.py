@@ -6,7 +6,6 @@ named to be ignored: a model trained without its labels for a typo would not say
 
 import csv
 import io
-import json
 import re
 import shlex
 import unicodedata
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from cfpretrain.console import UserError
+from cfpretrain.files import open_to_read, parse_json
 
 TABLES = (".csv", ".jsonl")
 UNLABELLED = "unlabelled"  # the one class of a table without labels
@@ -36,6 +36,8 @@ _UNFIT = {
     "label": re.compile("[\0-\x1f\x7f\ud800-\udfff]"),  # it is shown in a line with others
     "caption": re.compile("[\ud800-\udfff]"),
 }
+
+_FORMULA = re.compile("'*[=+@\t\r-]")
 
 _Records = list[tuple[int, dict[str, Any]]]  # (line, value of each known column) of each row
 
@@ -90,7 +92,7 @@ class _Reader:
         """(line at which it begins, value of each known column) of each row."""
         file = self._file
         try:
-            with file.open(encoding="utf-8-sig", newline="") as text:
+            with io.TextIOWrapper(open_to_read(file), encoding="utf-8-sig", newline="") as text:
                 yield from self._csv(text) if file.suffix.lower() == ".csv" else self._jsonl(text)
         except OSError as error:
             raise UserError(f"images: {file} cannot be read ({error.strerror}); mend it") from error
@@ -128,7 +130,8 @@ class _Reader:
                             f"names, got {'more' if len(values) > len(columns) else 'fewer'}; mend it (quote texts "
                             "that hold commas)"
                         )
-                    yield begin, {name: value for name, value in zip(columns, values, strict=True) if name}
+                    cells = zip(columns, values, strict=True)
+                    yield begin, {name: from_cell(value) if name == "label" else value for name, value in cells if name}
                 begin = lines_before + reader.line_num + 1
         except csv.Error as error:
             raise UserError(
@@ -157,8 +160,8 @@ class _Reader:
             where = f", line {line}"
             try:
                 # Pairs: of a key that comes twice a dict would keep the last.
-                record = json.loads(content, object_pairs_hook=tuple)
-            except (ValueError, RecursionError) as error:
+                record = parse_json(content, tuple)
+            except ValueError as error:
                 raise UserError(f"images: {self._file}{where}: expected one JSON object ({error}); mend it") from error
             if not isinstance(record, tuple):
                 got = content.strip()
@@ -197,6 +200,16 @@ class _Reader:
             )
         self.ignored.update(name for name in names if _normal(name) in self._ignore)
         return ["" if column in (*_UNREAD, *self._ignore) else column for column in columns]
+
+
+def as_cell(text: str) -> str:
+    """A name as a table holds it: a spreadsheet would compute what begins with `=`, and shows `'=` as a text."""
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def from_cell(text: str) -> str:
+    """What `as_cell` was given."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def _normal(name: str) -> str:

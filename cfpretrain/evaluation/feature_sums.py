@@ -8,8 +8,6 @@ says which start of the command and which rank wrote it, and it lists its batche
 import json
 import os
 import time
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,9 +20,11 @@ from torch import Tensor
 
 from cfpretrain import files, outputs, plans, runtime
 from cfpretrain.console import UserError, one_line, say
+from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.features import Features
 from cfpretrain.evaluation.frechet import Moments
 from cfpretrain.evaluation.inception_score import ClassSums
+from cfpretrain.files import read_text
 
 _PLAN_FILE, _START_FILE = "settings.json", "start"
 SAVE_SECONDS = 30.0
@@ -167,7 +167,7 @@ class Work:
             file = self.folder / _PLAN_FILE
             if file.exists():
                 with _undamaged(file):
-                    there = outputs.parse_plan(file.read_text())
+                    there = outputs.parse_plan(read_text(file))
                 different = plans.differences(there, plan)
                 if different and there.get("images") != plan.get("images"):
                     say(f"{self.folder}: the images have changed; beginning anew")
@@ -192,7 +192,7 @@ class Work:
         """
         file = self.folder / _START_FILE
         with _undamaged(file):
-            last = int(file.read_text()) if file.exists() else 0
+            last = int(read_text(file)) if file.exists() else 0
         self._start = last + 1
         files.replace(file, f"{self._start}\n")
         for sums in self.folder.glob("sums_*_*.npz"):
@@ -237,7 +237,7 @@ class Work:
     def _rows(self, number: int) -> Tensor:
         file = self.folder / _rows_name(number)
         with _undamaged(file):
-            return torch.from_numpy(np.load(file))
+            return torch.from_numpy(array_files.load(file))
 
     def remove(self) -> None:
         """Removes the folder; called on the process that began, once the result lies elsewhere."""
@@ -316,15 +316,15 @@ def _numbers(file: Path) -> list[int]:
 
 @contextmanager
 def _arrays(file: Path) -> Iterator[Mapping[str, Any]]:
-    with _undamaged(file), np.load(file) as arrays:
-        yield arrays
+    with _undamaged(file):
+        yield array_files.read_members(file)
 
 
 @contextmanager
 def _undamaged(file: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{file} is damaged ({one_line(error)}); delete {file.parent} to begin again") from error
 
 

@@ -5,10 +5,7 @@ transparent is composited on a background.
 """
 
 import hashlib
-import io
-import math
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -33,9 +30,10 @@ from cfpretrain.data.images import (
 )
 from cfpretrain.data.listing import ImageFinder
 from cfpretrain.data.shards import INFO_FILE, ImagesInfo, Shards, fingerprint
+from cfpretrain.evaluation import array_files
 
 IMAGES, MEAN = "arr_0", "mu"  # keys of archives
-_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError)
+_MOST_BYTES_AT_ONCE = 2**30  # of an array in Fortran's order, whose images lie in no piece
 
 
 class GivenImages(Protocol):
@@ -212,8 +210,13 @@ class _Archive:
         self._whole: npt.NDArray[np.uint8] | None = None
         self.changes: Counter[str] = Counter()
         with ExitStack() as stack:
-            self._open(stack.enter_context(_opened(file, key)), file, stack)
-            stack.pop_all()  # nothing was wrong: they stay open
+            try:
+                self._open(stack.enter_context(array_files.open_archive(file)), file, stack)
+            except UserError:
+                raise
+            except (OSError, ValueError) as error:
+                raise _damaged(file, key, error) from error
+            self._opened = stack.pop_all()  # nothing was wrong: they stay open as long as this does
 
     def _open(self, archive: zipfile.ZipFile, file: Path, stack: ExitStack) -> None:
         names = archive.namelist()
@@ -224,32 +227,17 @@ class _Archive:
                 f"with {keys or 'nothing'}; write the images as {IMAGES}"
             )
         info = archive.getinfo(f"{IMAGES}.npy")
-        try:
+        with array_files.reading():
             self._member: IO[bytes] = stack.enter_context(archive.open(info))
-            version = np.lib.format.read_magic(self._member)
-            read_header = (
-                np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            )
-            self._shape, is_fortran, dtype = read_header(self._member)
-        except _DAMAGE as error:
-            raise UserError(f"{self._key}: {file} is damaged ({one_line(error)}); get it again") from error
+        self._shape, is_fortran, dtype = array_files.read_header(self._member, info.file_size)
         if dtype != np.uint8 or len(self._shape) != 4 or self._shape[3] not in (1, 3):
             raise UserError(
                 f"{self._key}: expected uint8 images [N, Y, X, 3] as {IMAGES} of {file}, got {dtype} "
                 f"{list(self._shape)}; write them so"
             )
         self._begin = self._member.tell()
-        num_bytes = info.file_size - self._begin
-        if num_bytes != math.prod(self._shape):
-            raise UserError(
-                f"{self._key}: expected {math.prod(self._shape)} bytes of images {list(self._shape)} as {IMAGES} of "
-                f"{file}, got {num_bytes}; get it again"
-            )
         if is_fortran:
-            try:
-                self._whole = np.frombuffer(self._member.read(), np.uint8).reshape(self._shape, order="F")
-            except _DAMAGE as error:
-                raise UserError(f"{self._key}: {file} is damaged ({one_line(error)}); get it again") from error
+            self._whole = array_files.read_member(archive, IMAGES, _MOST_BYTES_AT_ONCE)
         self.size = (int(self._shape[2]), int(self._shape[1]))
         self.fingerprint = hashlib.blake2b(f"{info.CRC} {info.file_size}".encode(), digest_size=16).hexdigest()
 
@@ -265,10 +253,12 @@ class _Archive:
                 if self._whole is not None:
                     images.append(self._whole[place])
                     continue
-                self._member.seek(self._begin + place * num_bytes)
-                images.append(np.frombuffer(self._member.read(num_bytes), np.uint8).reshape(shape))
-        except _DAMAGE as error:
-            raise UserError(f"{self._key}: {self.name} is damaged ({error}); get it again") from error
+                with array_files.reading():
+                    self._member.seek(self._begin + place * num_bytes)
+                    data = self._member.read(num_bytes)
+                images.append(np.frombuffer(data, np.uint8).reshape(shape))
+        except (OSError, ValueError) as error:
+            raise _damaged(Path(self.name), self._key, error) from error
         return _as_tensor(np.broadcast_to(np.stack(images), (len(images), *shape[:2], 3)))
 
 
@@ -279,26 +269,23 @@ def read_arrays(file: Path, key: str, names: Sequence[str]) -> Mapping[str, npt.
         UserError: the file is no archive, is damaged, or an array holds objects.
     """
     try:
-        with _opened(file, key) as archive:
-            return {
-                name: np.lib.format.read_array(io.BytesIO(archive.read(f"{name}.npy")), allow_pickle=False)
-                for name in names
-                if f"{name}.npy" in archive.namelist()
-            }
-    except UserError:
-        raise
-    except _DAMAGE as error:
-        raise UserError(f"{key}: {file} cannot be read ({' '.join(str(error).split()):.120}); get it again") from error
+        with array_files.open_archive(file) as archive:
+            there = archive.namelist()
+            return {name: array_files.read_member(archive, name) for name in names if f"{name}.npy" in there}
+    except (OSError, ValueError) as error:
+        raise _damaged(file, key, error) from error
 
 
 def has_array(file: Path, key: str, name: str) -> bool:
     """Whether an archive holds this array; errors as for `read_arrays`."""
-    with _opened(file, key) as archive:
-        return f"{name}.npy" in archive.namelist()
-
-
-def _opened(file: Path, key: str) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(file)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{key}: expected an .npz archive, got {file} ({error}); get it again") from error
+        with array_files.open_archive(file) as archive:
+            return f"{name}.npy" in archive.namelist()
+    except (OSError, ValueError) as error:
+        raise _damaged(file, key, error) from error
+
+
+def _damaged(file: Path, key: str, error: Exception) -> UserError:
+    return UserError(
+        f"{key}: expected an .npz archive, got {file}, which is none or damaged ({one_line(error):.120}); get it again"
+    )

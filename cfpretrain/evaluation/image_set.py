@@ -23,8 +23,11 @@ from torch import Tensor
 
 from cfpretrain import files, outputs, plans
 from cfpretrain.console import UserError
+from cfpretrain.data.tables import as_cell
+from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.given_images import is_archive
 from cfpretrain.evaluation.pictures import to_rgb, write_png
+from cfpretrain.files import open_to_read, read_bytes, read_text
 
 _PLAN_FILE, _TABLE_FILE = "settings.json", "labels.csv"
 _COPY_BYTES = 1 << 24
@@ -63,7 +66,7 @@ class ImageSet:
         advice = "delete it, or choose another --out"
         try:
             found = outputs.parse_plan(self._plan_text())
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"--out: {self.out} is there already and is none of these images; {advice}") from error
         different = plans.differences(found, self.plan)
         if different:
@@ -80,9 +83,9 @@ class ImageSet:
 
     def _plan_text(self) -> str:
         if self._is_archive:
-            with zipfile.ZipFile(self.out) as archive:
+            with array_files.open_archive(self.out) as archive:
                 return archive.comment.decode()
-        return (self.out / _PLAN_FILE).read_text()
+        return read_text(self.out / _PLAN_FILE)
 
     def begin(self) -> None:
         """Makes the unfinished folder, or goes on with it, or with a result that `is_complete` found damaged.
@@ -101,7 +104,7 @@ class ImageSet:
             plan_file = self.unfinished / _PLAN_FILE
             if plan_file.exists():
                 try:
-                    found = outputs.parse_plan(plan_file.read_text())
+                    found = outputs.parse_plan(read_text(plan_file))
                 except ValueError as error:
                     raise UserError(
                         f"--out: {plan_file} is damaged; delete {self.unfinished} to begin again"
@@ -181,7 +184,8 @@ class ImageSet:
 
     def _has_table(self) -> bool:
         try:
-            return (self.out / _TABLE_FILE).read_bytes() == self._table()
+            table = self._table()
+            return read_bytes(self.out / _TABLE_FILE, max_bytes=len(table)) == table
         except OSError:
             return False
 
@@ -190,20 +194,20 @@ class ImageSet:
         writer = csv.writer(text, lineterminator="\n")
         # The number too: several classes may have one name, and a name may look like the number of another.
         writer.writerow(["path", "label", "index"])
-        writer.writerows((_png_name(i), self.class_names[label], label) for i, label in enumerate(self.labels))
+        writer.writerows((_png_name(i), as_cell(self.class_names[label]), label) for i, label in enumerate(self.labels))
         return text.getvalue().encode(errors="surrogateescape")  # names of folders need not be UTF-8
 
     def _join(self, opened: IO[bytes]) -> None:
         """All batches as one array, through a bounded buffer."""
         parts = [self.unfinished / self._files(number)[0] for number in range(-(-len(self.labels) // self.batch_size))]
-        shape = (len(self.labels), *np.load(parts[0], mmap_mode="r").shape[1:])
+        shape = (len(self.labels), *array_files.load(parts[0], is_mapped=True).shape[1:])
         # Members without a time of their own: the bytes depend on the images alone.
         with zipfile.ZipFile(opened, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(member, header)
                 for part in parts:
-                    with part.open("rb") as source:
+                    with open_to_read(part) as source:
                         np.lib.format.read_magic(source)
                         np.lib.format.read_array_header_1_0(source)
                         shutil.copyfileobj(source, member, _COPY_BYTES)
@@ -227,7 +231,7 @@ def _png_name(i: int) -> str:
 
 def _is_whole_png(path: str) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open_to_read(Path(path)) as file:
             begin = file.read(len(files.PNG_BEGIN))
             file.seek(max(0, os.fstat(file.fileno()).st_size - len(_PNG_END)))
             return (begin, file.read()) == (files.PNG_BEGIN, _PNG_END)

@@ -23,6 +23,7 @@ from torch import Tensor
 from cfpretrain import files, outputs, runtime, seeds
 from cfpretrain.console import UserError, one_line
 from cfpretrain.data.images import WHITE, Colour
+from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.feature_sums import Work
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian
@@ -45,6 +46,7 @@ from cfpretrain.evaluation.scores import (
     given_batches,
     sum_up,
 )
+from cfpretrain.files import parse_json, read_json
 
 STATISTICS_FILE, NEIGHBOURS_FILE, RECORD_FILE = "statistics.npz", "neighbours.npy", "record.json"
 _OWN_KEY = "cfpretrain"  # of the note by which our archives say of which features they are
@@ -168,7 +170,7 @@ def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
 
 def _note(file: Path, text: str) -> dict[str, Any]:
     try:
-        note: dict[str, Any] = json.loads(text)
+        note: dict[str, Any] = parse_json(text)
         int(note["num_images"])
         return {"features": note["features"], "name": note["name"], "made_by": note["made_by"], **note}
     except (ValueError, KeyError, TypeError) as error:
@@ -291,13 +293,13 @@ def _write_entry(
 def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extractor: FeatureExtractor) -> Reference:
     advice = f"delete {entry}, and it is made again"
     try:
-        record = json.loads((entry / RECORD_FILE).read_text())
+        record = read_json(entry / RECORD_FILE)
         # Mapped: who needs none of them reads none.
-        neighbours_KF = torch.from_numpy(np.load(entry / NEIGHBOURS_FILE, mmap_mode="c", allow_pickle=False))
+        neighbours_KF = torch.from_numpy(array_files.load(entry / NEIGHBOURS_FILE, is_mapped=True))
         is_of_these = record["plan"] == plan
         given = _given_statistics(entry / STATISTICS_FILE, extractor).statistics if is_of_these else None
         floor, score = record["floor"], record["inception_score"]
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:  # a UserError is a ValueError
+    except (OSError, ValueError, KeyError, TypeError) as error:  # a UserError is a ValueError
         raise UserError(f"--cache: {entry} is damaged ({one_line(error):.100}); {advice}") from error
     if given is None:
         raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")

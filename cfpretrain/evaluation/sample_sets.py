@@ -20,6 +20,7 @@ from torch import Tensor
 from cfpretrain import files, runtime
 from cfpretrain.config import Config
 from cfpretrain.console import ItemProgress, UserError, count, leave_with, say
+from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.generation import GenerationSettings, generate_batches
 from cfpretrain.lifeline import Launcher
 from cfpretrain.sampler import Model
@@ -86,7 +87,9 @@ class SampleSet:
     def read(self) -> Tensor:
         """All images, float32 [N, C, Y, X], not clamped, once none is missing."""
         place = self.place
-        return torch.cat([torch.from_numpy(np.load(_file(place, number))) for number in range(len(self._sizes()))])
+        return torch.cat(
+            [torch.from_numpy(array_files.load(_file(place, number))) for number in range(len(self._sizes()))]
+        )
 
     def _sizes(self) -> list[int]:
         size, num_images = self.settings.batch_size, len(self.labels)
@@ -99,8 +102,8 @@ def _file(place: Path, number: int) -> Path:
 
 def _holds(file: Path, num_images: int) -> bool:
     try:
-        return len(np.load(file, mmap_mode="r")) == num_images
-    except (OSError, EOFError, ValueError):  # it is not there, or is cut short
+        return len(array_files.load(file, is_mapped=True)) == num_images
+    except (OSError, ValueError, TypeError):  # it is not there, or is cut short
         return False
 
 

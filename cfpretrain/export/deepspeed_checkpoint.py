@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain.console import UserError
+from cfpretrain.console import UserError, one_line
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import Counters
+from cfpretrain.files import read_text
 
 # What the files hold besides data; they are read without DeepSpeed's code.
 _PLACEHOLDERS = (
@@ -40,6 +41,7 @@ _PLACEHOLDERS = (
 _OPTIMIZER_FILE = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 _MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MAX_NAME_BYTES = 4096  # of what `latest` may hold
 
 
 @dataclass(frozen=True)
@@ -107,9 +109,12 @@ def _find_folder(folder: Path, name: str) -> Path:
     if not folder.is_dir():
         raise UserError(f"{name}: expected a folder that DeepSpeed's save_checkpoint wrote, got {folder}; give one")
     latest = folder / "latest"
-    if not latest.is_file():
+    if not latest.exists():
         return folder
-    tag = latest.read_text(errors="replace").strip()
+    try:
+        tag = read_text(latest, _MAX_NAME_BYTES).strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: {latest} cannot be read ({one_line(error)}); give its folder") from error
     if not tag or Path(tag).name != tag or not (folder / tag).is_dir():
         raise UserError(f"{name}: {latest}: expected the name of a folder beside it, got {tag!r:.80}; give that folder")
     return folder / tag

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cfpretrain import files
 from cfpretrain.console import UserError
+from cfpretrain.files import check_safetensors
 from cfpretrain.outputs import whole_or_nothing
 
 
@@ -40,7 +41,7 @@ def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any
         UserError: the file is not there, is something else, or holds more than data.
     """
     if not file.is_file():
-        found = "is a folder" if file.is_dir() else "is not there"
+        found = "is a folder" if file.is_dir() else "is no file" if file.exists() else "is not there"
         raise UserError(f"{name}: expected a file of tensors (.pt or .safetensors), got {file}, which {found}")
     try:
         content = _read(file, placeholders)
@@ -48,6 +49,12 @@ def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any
         raise UserError(f"{name}: {file} cannot be read ({error.strerror or error}); mend it") from error
     except Exception as error:  # a foreign file can break the reader in any way
         raise UserError(f"{name}: {_reason(file, error)}") from error
+    unfit = _find_unfit(content)
+    if unfit is not None:
+        raise UserError(
+            f"{name}: expected plain tensors in {file}, with a value for each place, got one of shape "
+            f"{list(unfit.shape)}, {unfit.layout}, on {unfit.device}; get it again"
+        )
     if not isinstance(content, Mapping):
         raise UserError(f"{name}: expected tensors by name in {file}, got {type(content).__name__}; give a checkpoint")
     return content
@@ -65,12 +72,29 @@ def check_finite(values: Tensor, what: str) -> None:
 
 def _read(file: Path, placeholders: Sequence[str]) -> Any:
     if file.suffix.lower() == ".safetensors":
+        check_safetensors(file)
         return load_file(file)
     allowed: Any = [(Placeholder, name) for name in placeholders]
     with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
         warnings.simplefilter("ignore")  # what the reader warns of it then refuses
         # Only archives can be mapped; before torch 1.6 files were none.
         return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def _find_unfit(content: Any) -> Tensor | None:
+    """A tensor that stands for more values than it holds: a copy of it would take the memory that it only declares."""
+    left, seen = [content], set()
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            if value.layout is not torch.strided or value.device.type != "cpu":
+                return value
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                return value
+        elif isinstance(value, Mapping | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left += value.values() if isinstance(value, Mapping) else value
+    return None
 
 
 def _reason(file: Path, error: Exception) -> str:

@@ -1,13 +1,17 @@
 """The model card of an export: README.md, as people and the hub read it."""
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cfpretrain.build import CONFIG_FILE
 from cfpretrain.class_names import label_of
 from cfpretrain.config import Config
+from cfpretrain.console import visible
 from cfpretrain.training_state import TRAINING_SECTIONS, TrainingState
 
+_PLAIN = re.compile(r"[\w.-]+")
 _MOST_NAMES = 20  # of classes that are listed
 _PLACES = (
     "data.shards",
@@ -48,7 +52,7 @@ def text(
     return "\n".join(
         [
             *_front_matter(licence),
-            f"# {name}",
+            f"# {_as_text(name)}",
             "",
             "Class-conditional images from a CausalFusion transformer: diffusion inside autoregressive steps, any",
             'number of them, in any order ("Causal Diffusion Transformers for Generative Modeling", arXiv 2412.12095).',
@@ -68,7 +72,7 @@ def _front_matter(licence: str) -> list[str]:
     return [
         "---",
         "library_name: diffusers",
-        f"license: {licence}",
+        f"license: {licence if _PLAIN.fullmatch(licence) else json.dumps(licence)}",
         "tags:",
         "- causalfusion",
         "- class-conditional-image-generation",
@@ -106,16 +110,27 @@ def _usage(class_names: Sequence[str], config: Config) -> list[str]:
     ]
 
 
+def _as_text(value: Any) -> str:
+    """What stands for itself in a line of Markdown: no mark-up, no HTML, no new line."""
+    return re.sub(r"[\\`*_\[\]<>|&~]", r"\\\g<0>", visible(str(value)))
+
+
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
-    return [f"## {title}", "", "| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+    return [
+        f"## {title}",
+        "",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {_as_text(value)} |" for key, value in rows.items()),
+        "",
+    ]
 
 
 def _model_rows(
     config: Config, weights: str, dtype: str, class_names: Sequence[str], num_parameters: int
 ) -> dict[str, Any]:
     model, noise = config.model, config.noise
-    shown = ["".join(c if c.isprintable() and c != "|" else " " for c in name) for name in class_names[:_MOST_NAMES]]
-    names = ", ".join(shown) + " ..." * (len(class_names) > _MOST_NAMES)
+    names = ", ".join(class_names[:_MOST_NAMES]) + " ..." * (len(class_names) > _MOST_NAMES)
     return {
         "Parameters": f"{num_parameters:,}, {'averaged (EMA)' if weights == 'ema' else 'as trained'}, {dtype}",
         "Depth, width, heads": f"{model.depth}, {model.width}, {model.num_heads}",
@@ -135,7 +150,7 @@ def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, A
         "AR steps": f"{order.num_ar_steps or f'drawn, decay {order.ar_step_decay:g}'}, order {order.token_order}",
         "Optimizer": f"AdamW, learning rate {train.learning_rate:g}, EMA {train.ema_decay:g}",
         "Training time": f"{state.train_seconds:,.0f} s" if state.step else "not known",
-        "Data fingerprint": f"`{state.data_fingerprint}`" if state.data_fingerprint else "not known",
+        "Data fingerprint": state.data_fingerprint if state.data_fingerprint else "not known",
         "Written by": ", ".join(f"{package} {version}" for package, version in sorted(state.versions.items())),
     }
     changed = [
@@ -146,12 +161,18 @@ def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, A
     ]
     if changed:
         rows["Changed on the way"] = "; ".join(changed)
-    if summary is not None and summary["num_steps"] == state.step:
+    if summary is not None and summary["num_steps"] == state.step and _is_told(summary):
         rows["Loss"] = f"{summary['loss_first']:.4f} at first, {summary['loss_last']:.4f} at last"
         rows["Speed"] = f"{summary['images_per_second']:,.1f} images/s, ranks: {summary['world_size']}"
     return rows
 
 
+def _is_told(summary: Mapping[str, Any]) -> bool:
+    """Whether a summary says the loss and the speed, in numbers."""
+    names = ("loss_first", "loss_last", "images_per_second", "world_size")
+    return all(isinstance(summary.get(name), int | float) for name in names)
+
+
 def _licence_words(licence: str) -> list[str]:
-    stated = f"Licence: {licence}." if licence != "unknown" else "The licence of these weights is not stated."
+    stated = f"Licence: {_as_text(licence)}." if licence != "unknown" else "The licence of these weights is not stated."
     return [f"{stated} An autoencoder (`vae/`) may have one of its own.", ""]

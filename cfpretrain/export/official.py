@@ -149,10 +149,10 @@ def _under_our_names(tensors: Mapping[Any, Any], source: str) -> dict[str, Tenso
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{source}: expected tensors by name, got {type(value).__name__} under {name!r:.40}")
-        if value.dtype not in _DTYPES or value.layout != torch.strided or value.device.type != "cpu":
+        if value.dtype not in _DTYPES:
             raise UserError(
-                f"{source}: expected plain tensors of float32, bfloat16 or float16, got {value.dtype} of layout "
-                f"{value.layout} on {value.device} under {name}; save it as float32"
+                f"{source}: expected tensors of float32, bfloat16 or float16, got {value.dtype} under {name}; save it "
+                "as float32"
             )
     return {ours: tensors[name] for name, ours in our_names(tensors, source).items()}
 

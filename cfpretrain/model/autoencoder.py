@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cfpretrain import files
 from cfpretrain.console import UserError, one_line
+from cfpretrain.files import check_safetensors, parse_json, read_json
 
 # What an autoencoder's folder holds, as diffusers writes it.
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -23,6 +24,7 @@ CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 _CLASS = "AutoencoderKL"
 PIXELS_AT_ONCE = 1 << 19  # through the network together, where little memory counts: 8 images of 256 px
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_MOST_LAYERS, _LARGEST_SIZE = 32, 16384  # of a block and of blocks; of channels and pixels
 _NUM_NAMED = 3  # tensors that a message names before it says how many more there are
 # Folders that older diffusers wrote, as most of Stable Diffusion's are, name the attention's matrices otherwise.
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -211,16 +213,28 @@ def make_network(config: Mapping[str, Any], name: str) -> nn.Module:
     from diffusers import AutoencoderKL  # here: it takes seconds, and brings transformers along
 
     try:
+        _check_sizes(config)
         network: Any = AutoencoderKL(**{key: value for key, value in config.items() if not key.startswith("_")})
         shift, scale = shift_and_scale(network.config)
         if not len(shift) == len(scale) == network.config.latent_channels:
             raise ValueError(f"latents_mean and latents_std need {network.config.latent_channels} values each")
-    except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
+    except Exception as error:  # of diffusers' and torch's own, for whatever a config says
         raise UserError(
             f"{name}: expected the config of an {_CLASS}, but it makes none ({one_line(error):.200})"
         ) from error
     made: nn.Module = network
     return made
+
+
+def _check_sizes(config: Mapping[str, Any]) -> None:
+    """ValueError where a config says sizes that no autoencoder has, and that take for ever to be made."""
+    for key, value in config.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        largest = _MOST_LAYERS if key == "layers_per_block" else _LARGEST_SIZE
+        if any(isinstance(one, int) and abs(one) > largest for one in values):
+            raise ValueError(f"{key} is more than {largest}")
+        if key.startswith(("block_", "down_", "up_")) and len(values) > _MOST_LAYERS:
+            raise ValueError(f"{key} has more than {_MOST_LAYERS} values")
 
 
 def fill_network(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> nn.Module:
@@ -270,7 +284,7 @@ def read_config(folder: Path, key: str) -> dict[str, Any]:
     """The config of an autoencoder's folder; UserError where it is missing, damaged or of another class."""
     path = folder / CONFIG_FILE
     try:
-        config: Any = json.loads(path.read_text())
+        config: Any = read_json(path)
         found = config["_class_name"]
     except OSError as error:
         raise UserError(
@@ -298,8 +312,9 @@ def _read_tensors(folder: Path, key: str) -> dict[str, Tensor]:
             )
         )
     try:
+        check_safetensors(path)
         return current_names(load_file(path))
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{key}: {path} cannot be read ({one_line(error):.200}); restore it") from error
 
 
@@ -362,8 +377,9 @@ def write_state(file: IO[bytes], tensors: Mapping[str, Tensor], state: Mapping[s
 def read_state(file: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and state of `write_state`; UserError, with what to do about it, where a byte is another."""
     try:
+        check_safetensors(file)
         with safe_open(file, "pt") as opened:
-            state: dict[str, Any] = json.loads(opened.metadata()["state"])
+            state: dict[str, Any] = parse_json(opened.metadata()["state"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         if state.pop("fingerprint") != fingerprint(tensors):
             raise ValueError("its values are not those that were written")

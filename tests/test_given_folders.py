@@ -1,0 +1,311 @@
+"""What a stranger's folder says of sizes: pipes, devices, depths and numbers that nobody means end in one line."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from cfpretrain import build
+from cfpretrain.config import load as load_config
+from cfpretrain.console import UserError
+from cfpretrain.data.shards import Shards, read_info
+from cfpretrain.evaluation import array_files
+from cfpretrain.evaluation.given_images import open_images, read_arrays
+from cfpretrain.export import foreign_files
+from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
+from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.model.autoencoder import KLAutoencoder
+from cfpretrain.source import load_source
+from tests.digits import write_digits
+from tests.processes import REPOSITORY
+from tests.runs import STEP, write_run
+
+CPU = torch.device("cpu")
+CHECKPOINT = f"checkpoints/step_{STEP:08d}"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, its shards, and its export in several files of weights."""
+    folder = tmp_path_factory.mktemp("made")
+    run = write_run(folder / "run", write_digits(folder / "digits"))
+    export(run, folder / "export", ExportSettings(max_shard_bytes=20_000))
+    return folder
+
+
+@pytest.fixture
+def given(made: Path, tmp_path: Path) -> Path:
+    """A copy."""
+    return Path(shutil.copytree(made, tmp_path / "given"))
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting() -> Iterator[None]:
+    """What hangs for ever fails."""
+
+    def stop(*_: object) -> None:
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def refusal(call: Callable[[], Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+FILES = {
+    "run/config.yaml": lambda given: load_source(given / "run", CPU),
+    "run/checkpoints/latest": lambda given: load_source(given / "run", CPU),
+    f"run/{CHECKPOINT}/state.json": lambda given: load_source(given / "run", CPU, step=STEP),
+    f"run/{CHECKPOINT}/ranges.json": lambda given: load_source(given / "run", CPU),
+    f"run/{CHECKPOINT}/ema.safetensors": lambda given: load_source(given / "run", CPU),
+    "export/config.yaml": lambda given: load_source(given / "export", CPU),
+    "export/transformer/config.json": lambda given: load_source(given / "export", CPU),
+    "export/transformer/diffusion_pytorch_model.safetensors.index.json": lambda given: load_source(
+        given / "export", CPU
+    ),
+    "digits/cfpretrain.json": lambda given: read_info(given / "digits"),
+    "digits/index.json": lambda given: Shards(given / "digits"),
+    "digits/shard.00000.mds": lambda given: Shards(given / "digits"),
+}
+
+
+def _pipe(file: Path) -> None:
+    os.mkfifo(file)
+
+
+def _endless(file: Path) -> None:
+    file.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("plant", [_pipe, _endless], ids=["pipe", "endless"])
+@pytest.mark.parametrize("name", FILES)
+def test_no_pipe_and_no_device_is_read(name: str, plant: Callable[[Path], None], given: Path) -> None:
+    (given / name).unlink()
+    plant(given / name)
+    refusal(lambda: FILES[name](given))
+
+
+@pytest.mark.parametrize("plant", [_pipe, _endless], ids=["pipe", "endless"])
+def test_no_pipe_is_an_autoencoder_a_reference_or_a_tag(plant: Callable[[Path], None], tmp_path: Path) -> None:
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "deepspeed").mkdir()
+    for file in ("vae/config.json", "deepspeed/latest", "real.npz"):
+        plant(tmp_path / file)
+    assert "config.json cannot be read" in refusal(lambda: KLAutoencoder.load(tmp_path / "vae", "cpu"))
+    assert "latest cannot be read" in refusal(lambda: read_zero_checkpoint(tmp_path / "deepspeed"))
+    assert "real.npz" in refusal(lambda: read_arrays(tmp_path / "real.npz", "--reference", ["mu"]))
+    assert "real.npz" in refusal(lambda: foreign_files.read(tmp_path / "real.npz", "FILE"))
+
+
+def test_a_command_ends_in_one_line(given: Path) -> None:
+    (given / "run/checkpoints/latest").unlink()
+    _pipe(given / "run/checkpoints/latest")
+    command = [sys.executable, REPOSITORY / "tools/sample.py", given / "run", "--out", given / "out"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2, ended.stderr
+    assert re.fullmatch(r"\[cfpretrain\] error: .*/latest cannot be read: not a regular file .*\n", ended.stderr)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Depth
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
+def test_json_of_any_depth(name: str, given: Path) -> None:
+    for text in ("[" * 200_000, '{"a":' * 200_000, "[" * 900 + "]" * 900):
+        (given / name).write_text(text)
+        refusal(lambda: FILES[name](given))
+
+
+def test_an_index_whose_entries_nest(given: Path) -> None:
+    """Deeper than may be copied by a function that calls itself, though not too deep for JSON."""
+    file = given / "digits" / "index.json"
+    index = json.loads(file.read_text())
+    index["shards"][0]["raw_data"]["hashes"] = json.loads("[" * 400 + "]" * 400)
+    file.write_text(json.dumps(index))
+    assert "index.json" in refusal(lambda: Shards(given / "digits"))
+
+
+def yaml_of(kind: str) -> str:
+    if kind == "aliases":
+        lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+        return "\n".join([*lines, *(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 10)}]" for i in range(9))])
+    return {
+        "brackets": f"model: {'[' * 100_000}",
+        "braces": f"model: {'{a: ' * 100_000}",
+        "dashes": "model:\n" + "- " * 100_000,
+        "indents": "\n".join(f"{' ' * i}a:" for i in range(300)),
+        "itself": "model: &a [*a]",
+        "merged": "a: &a {<<: *a}",
+        "large": f"# {'x' * 300_000}",
+        "sixties": f"run: {{seed: {':'.join(['1'] * 60_000)}}}",
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    "kind", ["aliases", "brackets", "braces", "dashes", "indents", "itself", "merged", "large", "sixties"]
+)
+def test_yaml_of_any_depth(kind: str, tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml_of(kind))
+    said = refusal(lambda: load_config(file))
+    assert str(file) in said
+
+
+def test_anchors_that_are_meant_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("train: {decay_steps: &n 7, warmup_steps: *n, num_steps: *n}\n")
+    assert load_config(file).train.warmup_steps == 7
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+@pytest.mark.parametrize(
+    "key",
+    [f"model.{name}" for name in ("depth", "width", "num_heads", "latent_size", "num_classes", "num_cond_tokens")],
+)
+def test_sizes_that_no_network_has(key: str, given: Path) -> None:
+    section, name = key.split(".")
+    for folder in ("run", "export"):
+        file = given / folder / "config.yaml"
+        plain = yaml.safe_load(file.read_text())
+        plain[section][name] = 1_000_000_000
+        file.write_text(yaml.safe_dump(plain))
+        assert key in refusal(lambda folder=folder: load_source(given / folder, CPU))
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "1e400", "9223372036854775808", ".nan"])
+def test_numbers_that_no_machine_counts(number: str, tmp_path: Path) -> None:
+    for key in ("run: {seed: %s}", "train: {learning_rate: %s}"):
+        (tmp_path / "config.yaml").write_text(key % number)
+        if "seed" in key or number != "9223372036854775808":  # as a learning rate it is merely bold
+            refusal(lambda: build.load_config(tmp_path / "config.yaml"))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"layers_per_block": 1_000_000_000},
+        {"latent_channels": 1_000_000_000},
+        {"block_out_channels": [64] * 100_000},
+        {"block_out_channels": [64, "x"]},
+        {"down_block_types": {"a": 1}},
+    ],
+)
+def test_sizes_that_no_autoencoder_has(changed: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL", **changed}))
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    assert "makes none" in refusal(lambda: KLAutoencoder.load(tmp_path, "cpu"))
+
+
+def npy(shape: tuple[int, ...], descr: str = "|u1", data: bytes = b"") -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue() + data
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        npy((10**12,)),
+        npy((10**6, 10**6, 3, 3), data=b"x" * 90),
+        npy((-1, 3), data=b"x"),
+        npy((1,), "|O", b"\x80\x04N."),
+        npy((10**12,), "|V0"),
+        b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 65535,
+    ],
+)
+def test_arrays_are_held_against_their_headers(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "array.npy").write_bytes(content)
+    for is_mapped in (False, True):
+        with pytest.raises((ValueError, OSError)):
+            array_files.load(tmp_path / "array.npy", is_mapped)
+    archive = tmp_path / "archive.npz"
+    with zipfile.ZipFile(archive, "w") as opened:
+        for name in ("mu", "arr_0"):
+            opened.writestr(f"{name}.npy", content)
+    refusal(lambda: read_arrays(archive, "--reference", ["mu"]))
+    refusal(lambda: open_images(archive, "--reference"))
+
+
+def test_an_archive_that_grows_a_thousandfold(tmp_path: Path) -> None:
+    file = tmp_path / "bomb.npz"
+    zeros = bytes(2**24)
+    with (
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("mu.npy", "w", force_zip64=True) as member,
+    ):
+        member.write(npy((40 * len(zeros),)))
+        for _ in range(40):
+            member.write(zeros)
+    assert file.stat().st_size < 2**20
+    assert "at most" in refusal(lambda: read_arrays(file, "--reference", ["mu"]))
+
+
+def test_arrays_are_what_numpy_wrote(tmp_path: Path) -> None:
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "f": np.asfortranarray(np.eye(3)), "n": np.array(7), "e": np.empty(0)}
+    np.savez_compressed(tmp_path / "x.npz", **arrays)
+    read = array_files.read_members(tmp_path / "x.npz")
+    for name, array in arrays.items():
+        np.save(tmp_path / "x.npy", array)
+        for found in (read[name], array_files.load(tmp_path / "x.npy"), array_files.load(tmp_path / "x.npy", True)):
+            assert found.dtype == array.dtype
+            assert np.array_equal(found, array)
+
+
+@pytest.mark.parametrize(("key", "value"), [("samples", 10**12), ("samples", -1), ("bytes", 10**12), ("bytes", "9")])
+def test_an_index_of_other_sizes_than_its_files(key: str, value: object, given: Path) -> None:
+    file = given / "digits" / "index.json"
+    index = json.loads(file.read_text())
+    entry = index["shards"][0]
+    (entry if key == "samples" else entry["raw_data"])[key] = value
+    file.write_text(json.dumps(index))
+    refusal(lambda: Shards(given / "digits"))
+
+
+def test_a_sample_that_says_four_gigabytes(given: Path) -> None:
+    shards = Shards(given / "digits")
+    file = given / "digits" / shards.files[0].name
+    data = bytearray(file.read_bytes())
+    data[8:12] = (2**32 - 1).to_bytes(4, "little")  # the end of the first sample
+    file.write_bytes(data)
+    assert "of" in refusal(lambda: shards.sample(0))
+
+
+def test_tensors_that_stand_for_more_than_they_hold(tmp_path: Path) -> None:
+    sparse = torch.sparse_coo_tensor(size=(10**6, 10**6), check_invariants=True)
+    for tensor in (torch.zeros(1).expand(10**6, 10**6), sparse):
+        torch.save({"model": {"x": tensor}}, tmp_path / "x.pt")
+        assert "expected plain tensors" in refusal(lambda: foreign_files.read(tmp_path / "x.pt", "FILE"))
+
+
+@pytest.mark.parametrize("name", ["../config.yaml", "/etc/passwd", "..", "a/../b.safetensors", "x.pt", ".safetensors"])
+def test_a_weight_map_stays_in_its_folder(name: str, given: Path) -> None:
+    index = given / "export/transformer/diffusion_pytorch_model.safetensors.index.json"
+    plain = json.loads(index.read_text())
+    plain["weight_map"] = dict.fromkeys(plain["weight_map"], name)
+    index.write_text(json.dumps(plain))
+    assert "files beside it" in refusal(lambda: load_source(given / "export", CPU))
