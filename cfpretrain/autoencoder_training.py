@@ -16,7 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from cfpretrain import outputs, plans, seeds
+from cfpretrain import files, plans, seeds
 from cfpretrain.console import Progress, SickRunError, UserError, phase, say
 from cfpretrain.evaluation.reconstruction import draw_reconstructions
 from cfpretrain.lifeline import StopRequest
@@ -151,10 +151,10 @@ class Training:
             parts = {"weights": value} | ({key: moments[key] for key in _MOMENTS} if moments else {})
             tensors |= {f"{part}/{name}": one for part, one in parts.items()}
         state = {"step": self.step, "seconds": self.seconds, "settings": self.settings, "machine": self._machine}
-        outputs.replace_file(self.folder / _STATE_FILE, functools.partial(write_state, tensors=tensors, state=state))
+        files.replace(self.folder / _STATE_FILE, functools.partial(write_state, tensors=tensors, state=state))
         # As they will be written: in half precision.
         made = KLAutoencoder(copy.deepcopy(self.network).half().float(), "", "OUT")
-        outputs.replace_file(self.folder / PICTURE_FILE, functools.partial(self.draw, made=made))
+        files.replace(self.folder / PICTURE_FILE, functools.partial(self.draw, made=made))
 
     def draw(self, file: IO[bytes], made: KLAutoencoder) -> None:
         """Puts held-out images beside what an autoencoder makes of them, as PNG."""

@@ -42,13 +42,6 @@ LOCK_FILE = "lock"
 Autoencoder = IdentityAutoencoder | KLAutoencoder
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """What a complete run says of itself; None where it is not complete, or its summary is damaged."""
     try:

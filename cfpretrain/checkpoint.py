@@ -18,12 +18,10 @@ The last two stay until a person deletes them; nothing resumes from them.
 """
 
 import dataclasses
-import errno
 import itertools
 import math
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,9 +31,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
+from cfpretrain import files, runtime
 from cfpretrain.console import UserError, say
-from cfpretrain.files import opened, read_json, read_text
+from cfpretrain.files import read_json, read_text
 from cfpretrain.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
 from cfpretrain.tensor_files import (
     HashedRange,
@@ -49,7 +47,6 @@ from cfpretrain.tensor_files import (
     remedy,
     unreadable,
     verify_ranges,
-    write_fully,
 )
 from cfpretrain.training_state import STATE_FILE, TrainingState, dump, read_state
 
@@ -99,7 +96,7 @@ def _read_ranges(folder: Path, fragments: Sequence["Fragment"], ema_values: Sequ
     for content, tensors in tensors_by_content(fragments, ema_values).items():
         file = tensor_file(folder, content)
         header = read_header(file)
-        with opened(file, os.O_RDONLY) as descriptor:
+        with files.opened(file, os.O_RDONLY) as descriptor:
             for fragment, values in zip(fragments, tensors, strict=True):
                 read_values(descriptor, header.position(fragment.name, fragment.offset), values)
 
@@ -113,33 +110,10 @@ def tensor_file(folder: Path, content: str) -> Path:
 # Files and folders that survive a crash
 
 
-def write_file(file: Path, data: bytes) -> None:
-    """Makes a small file, down to the disk."""
-    with opened(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as descriptor:
-        write_fully(descriptor, data, 0)
-        os.fsync(descriptor)
-
-
-def flush(path: Path) -> None:
-    """Brings a file, or the names in a folder, down to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems keep names safe by themselves and refuse the call.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def remove(path: Path) -> None:
     """Deletes a folder or a file; what cannot be deleted is said, since training can go on and a later run retries."""
     try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        elif os.path.lexists(path):  # a read-only folder refuses to delete even what is not there
-            path.unlink(missing_ok=True)
+        files.remove(path)
     except OSError as error:
         say(f"{path} cannot be deleted now: {reason_of(error)}")
 
@@ -147,7 +121,7 @@ def remove(path: Path) -> None:
 def _move(path: Path, target: Path) -> bool:
     """Renames a folder; what cannot be renamed is said."""
     try:
-        os.rename(path, target)
+        files.move(path, target)
     except OSError as error:
         say(f"{path} cannot be renamed to {target.name} now: {reason_of(error)}")
         return False
@@ -217,6 +191,11 @@ class CheckpointStore:
             UserError: `latest` holds something else than the name of a checkpoint in this folder, or one that is
                 gone where no other is left.
         """
+        if self.folder.is_symlink():
+            raise UserError(
+                f"{self.folder}: expected a folder, got a link, which may lead to another run's checkpoints; move what "
+                "it leads to into its place, or make the whole run folder a link"
+            )
         named = self._named_by_latest()
         complete = self._complete()
         newest_first = sorted(complete, reverse=True)
@@ -280,8 +259,8 @@ class CheckpointStore:
                 _move(path, original)
             else:
                 remove(path)
-        for name in (_LATEST_FILE, BEST_FILE):
-            remove(self.folder / f"{name}.partial")
+        for path in files.leftovers(self.folder):
+            remove(path)
 
     def publish(self, partial: Path, final: Path, state_text: str) -> None:
         """Turns a written folder into the checkpoint to resume from; each line leaves something usable.
@@ -294,14 +273,14 @@ class CheckpointStore:
         Raises:
             OSError: it cannot be written.
         """
-        write_file(partial / STATE_FILE, state_text.encode())
-        flush(partial)
+        files.replace(partial / STATE_FILE, state_text)
+        files.flush(partial)
         replaced = final.with_name(f"{final.name}.replaced")
         if final.exists():
             remove(replaced)
-            os.rename(final, replaced)
-        os.rename(partial, final)
-        flush(self.folder)
+            files.move(final, replaced)
+        files.move(partial, final)
+        files.flush(self.folder)
         self._point_latest_at(final.name)
         remove(replaced)
 
@@ -402,14 +381,13 @@ class CheckpointStore:
         self._replace(_LATEST_FILE, f"{name}\n")
 
     def _replace(self, name: str, text: str) -> None:
-        moving = self.folder / f"{name}.partial"
-        write_file(moving, text.encode())
-        os.replace(moving, self.folder / name)
-        flush(self.folder)
+        files.replace(self.folder / name, text)
+        files.flush(self.folder)
 
     def _named_by_latest(self) -> int | None:
         file = self.folder / _LATEST_FILE
         try:
+            # What a link leads to is nobody's business: it is told in no message.
             name = read_text(file, _MAX_NAME_BYTES, follow=False).strip()
         except FileNotFoundError:
             return None

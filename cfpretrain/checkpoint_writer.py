@@ -9,7 +9,6 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
+from cfpretrain import files, runtime
 from cfpretrain.background import Task
 from cfpretrain.checkpoint import (
     CONTENTS,
@@ -27,11 +26,10 @@ from cfpretrain.checkpoint import (
     remove,
     tensor_file,
     tensors_by_content,
-    write_file,
     written_range,
 )
 from cfpretrain.console import UserError
-from cfpretrain.files import opened, read_json
+from cfpretrain.files import read_json
 from cfpretrain.tensor_files import (
     VALUE_BYTES,
     DamagedCheckpointError,
@@ -42,7 +40,6 @@ from cfpretrain.tensor_files import (
     make_header,
     read_header,
     reason_of,
-    write_fully,
     write_ranges,
 )
 from cfpretrain.training_state import TrainingState
@@ -111,20 +108,19 @@ def _write_share(
     on_progress: Callable[[], None],
 ) -> None:
     """Writes one rank's ranges and their hashes down to the disk; rank 0 writes headers and sizes too."""
-    with suppress(FileExistsError):
-        os.mkdir(partial)
+    files.make_folder(partial)
     hashes = {}
     for content in CONTENTS:
         first_bytes, header = make_header(shapes, content, step)
-        with opened(tensor_file(partial, content), os.O_WRONLY | os.O_CREAT) as descriptor:
+        with files.opened(tensor_file(partial, content), os.O_WRONLY | os.O_CREAT) as descriptor:
             if rank == 0:
                 os.ftruncate(descriptor, header.num_bytes)
-                write_fully(descriptor, first_bytes, 0)
+                files.write_fully(descriptor, first_bytes, 0)
             written = write_ranges(descriptor, header, snapshot.ranges(content), on_progress)
             hashes[content] = hashes_to_plain(written, shapes)
             os.fsync(descriptor)
         on_progress()
-    write_file(_part_file(partial, rank), json.dumps(hashes).encode())
+    files.replace(_part_file(partial, rank), json.dumps(hashes))
 
 
 def _merge_hashes(partial: Path, world_size: int) -> bytes:
@@ -146,9 +142,9 @@ def _merge_hashes(partial: Path, world_size: int) -> bytes:
 
 def _join_parts(partial: Path, world_size: int) -> None:
     """Makes `ranges.json` of what the ranks left."""
-    write_file(partial / RANGES_FILE, _merge_hashes(partial, world_size))
+    files.replace(partial / RANGES_FILE, _merge_hashes(partial, world_size))
     for rank in range(world_size):
-        os.unlink(_part_file(partial, rank))
+        files.remove(_part_file(partial, rank))
 
 
 def _read_part(file: Path, deadline: float) -> dict[str, Any]:
@@ -219,7 +215,7 @@ class CheckpointWriter:
         # Each rank makes it: a node may show late what another has made.
         with runtime.together():
             try:
-                os.makedirs(folder, exist_ok=True)
+                files.make_folder(folder)
                 if runtime.rank() == 0:
                     self._store.remove_leftovers()
             except OSError as error:

@@ -147,7 +147,7 @@ def say(text: str) -> None:
             print(printable(masked(f"[cfpretrain] {text}")), flush=True)
         except OSError:
             # The rest of the line is flushed at the end of the process, and must not fail there.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # noqa: TID251
 
 
 def _print_to_stderr(text: str) -> None:

@@ -9,21 +9,23 @@ Errors are `OSError`, whose `strerror` says in a few words what is wrong, and `V
 """
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
 # Larger than any JSON, YAML or table of settings that was written in earnest.
 MAX_TEXT_BYTES = 64 * 2**20
+PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 _MAX_DEPTH = 32  # of JSON: what shows, copies and compares values calls itself for each level
 _COPY_BYTES = 2**20
-_PARTIAL = ".partial"
+_WRITING = ".writing."  # before the name of a file, until it is whole
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -41,25 +43,21 @@ def open_to_read(file: Path, max_bytes: int | None = None, follow: bool = True) 
     Raises:
         OSError: it cannot be opened, is something else than a regular file, or is larger.
     """
-    return os.fdopen(_open_regular(file, max_bytes, follow), "rb")
+    return os.fdopen(_open_to_read(file, max_bytes, follow), "rb")
 
 
 def open_unbuffered(file: Path) -> FileIO:
     """As `open_to_read`, for reading at places."""
-    return FileIO(_open_regular(file, None, True))
+    return FileIO(_open_to_read(file, None, True))
 
 
-def _open_regular(file: Path, max_bytes: int | None, follow: bool) -> int:
-    # A pipe without a writer would keep `open` waiting.
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
-    try:
-        status = _check_regular(descriptor, file)
-        if max_bytes is not None and status.st_size > max_bytes:
-            raise OSError(errno.EFBIG, f"{status.st_size} bytes, at most {max_bytes} are read", str(file))
-        return descriptor
-    except BaseException:
+def _open_to_read(file: Path, max_bytes: int | None, follow: bool) -> int:
+    descriptor = _open(file, os.O_RDONLY | (0 if follow else os.O_NOFOLLOW))
+    num_bytes = os.fstat(descriptor).st_size
+    if max_bytes is not None and num_bytes > max_bytes:
         os.close(descriptor)
-        raise
+        raise OSError(errno.EFBIG, f"{num_bytes} bytes, at most {max_bytes} are read", str(file))
+    return descriptor
 
 
 def check_safetensors(file: Path) -> None:
@@ -127,95 +125,172 @@ def create(file: Path) -> IO[bytes]:
 def open_to_change(file: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
     """A descriptor of a file that is changed where it is: a lock, or one that grows.
 
+    Args:
+        file: what it holds is left as it is.
+        flags: of `os.open`, without O_TRUNC, which acts before anything is checked.
+
     Raises:
         OSError: it cannot be opened, is a link or no regular file, or has other names (hard links) that would change.
     """
-    descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    descriptor = _open(file, flags | os.O_NOFOLLOW)
+    if os.fstat(descriptor).st_nlink > 1:
+        os.close(descriptor)
+        raise OSError(errno.EMLINK, "it has another name (a hard link), which would change with it", str(file))
+    return descriptor
+
+
+@contextmanager
+def opened(file: Path, flags: int) -> Iterator[int]:
+    """The descriptor of `open_to_change`, or of a file to read, which is no link either; it is closed at the end."""
+    is_changed = flags & (os.O_WRONLY | os.O_RDWR)
+    descriptor = open_to_change(file, flags) if is_changed else _open(file, flags | os.O_NOFOLLOW)
     try:
-        if _check_regular(descriptor, file).st_nlink > 1:
-            raise OSError(errno.EMLINK, "it has another name (a hard link), which would change with it", str(file))
-        return descriptor
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write_fully(descriptor: int, data: bytes | memoryview, position: int) -> None:
+    """Writes all of `data` at a byte of a file."""
+    left = memoryview(data)
+    while left:
+        num_written = os.pwrite(descriptor, left, position)
+        left, position = left[num_written:], position + num_written
+
+
+def try_lock(file: Path) -> int | None:
+    """Takes a lock, which is free once the descriptor is closed or its process ends.
+
+    Returns:
+        The descriptor; None where another process holds the lock, or the file has lost its name meanwhile.
+
+    Raises:
+        OSError: it cannot be opened, or is none to change (`open_to_change`).
+    """
+    descriptor = open_to_change(file)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Its last holder may have finished, and moved or removed the folder, since it was opened.
+        if os.path.samestat(os.fstat(descriptor), os.lstat(file)):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
     except BaseException:
         os.close(descriptor)
         raise
+    os.close(descriptor)
+    return None
 
 
 def replace(file: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
-    """Writes a file that is never there in part, on the disk once this returns.
+    """Writes a file that is never there in part: what has its name is on the disk.
+
+    Any number of processes may; each writes under a name of its own (`leftovers`).
 
     Args:
-        file: what is there is replaced, were it a link; one process at a time.
+        file: what is there is replaced, were it a link.
         content: text is written as UTF-8; a function puts bytes into the open file.
 
     Raises:
         OSError: it cannot be written, or a folder is there.
     """
-    partial = file.with_name(f".{file.name}{_PARTIAL}")
-    remove(partial)
+    writing = hidden_beside(file)
     try:
-        with create(partial) as opened:
+        with create(writing) as made:
             if callable(content):
-                content(opened)
+                content(made)
             else:
-                opened.write(content.encode() if isinstance(content, str) else content)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(partial, file)
+                write_fully(made.fileno(), content.encode() if isinstance(content, str) else content, 0)
+            made.flush()
+            os.fsync(made.fileno())
+        os.replace(writing, file)
     except BaseException:
-        remove(partial)
+        with suppress(OSError):  # the first error says more
+            remove(writing)
         raise
 
 
-def copy(source: Path, target: Path, is_right: Callable[[bytes], bool], max_bytes: int) -> None:
+def hidden_beside(path: Path) -> Path:
+    """A name of its own for what will be moved to a path once it is whole."""
+    return path.with_name(f"{_WRITING}{path.name}.{os.urandom(4).hex()}")
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What writers that were killed left in a folder `hidden_beside`: to be removed by who alone writes there now."""
+    return list(folder.glob(f"{_WRITING}*"))
+
+
+def copy(
+    source: Path,
+    target: Path,
+    is_right: Callable[[bytes], bool],
+    max_bytes: int | None = None,
+    follow: bool = False,
+) -> None:
     """Copies a file of a folder that was given.
 
     Args:
-        source: a regular file, and no link, which may lead to any file of this machine.
+        source: a regular file.
         target: nothing may be there.
         is_right: whether the first kilobyte is of the expected kind.
-        max_bytes: the largest size that is copied.
+        max_bytes: the largest size that is copied; None: any.
+        follow: whether the source may be a link, which may lead to any file of this machine.
 
     Raises:
         OSError: it cannot be copied, or is something else.
     """
-    with open_to_read(source, max_bytes, follow=False) as opened:
-        if not is_right(opened.read(1024)):
+    with open_to_read(source, max_bytes, follow) as given:
+        if not is_right(given.read(1024)):
             raise OSError(errno.EINVAL, "not a file of the expected kind", str(source))
-        opened.seek(0)
+        given.seek(0)
         with create(target) as made:
-            shutil.copyfileobj(opened, made, _COPY_BYTES)
+            shutil.copyfileobj(given, made, _COPY_BYTES)
+
+
+def is_png(begin: bytes) -> bool:
+    """Whether a file that begins so says that it is a PNG."""
+    return begin.startswith(PNG_BEGIN)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Folders
 
 
-def make_folder(folder: Path, private: bool = False) -> None:
+def make_folder(folder: Path, private: bool = False, follow: bool = False) -> None:
     """Makes a folder and those above it; what is there already is accepted where it is a folder of this user's.
 
     Args:
-        folder: its last name may not be a link.
-        private: others may not enter it; `publish` opens it.
+        folder: those above it may be links.
+        private: others may not enter a folder that is made; `publish` opens it.
+        follow: a link to a folder, or another user's, is accepted too: for a path that the user gave.
 
     Raises:
-        OSError: it cannot be made, or is a link, no folder, or another user's.
+        FileExistsError: something else is there.
+        OSError: it cannot be made.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        folder.mkdir(mode=0o700 if private else 0o777)
+        os.mkdir(folder, 0o700 if private else 0o777)
+    except FileNotFoundError:
+        os.makedirs(folder.parent, exist_ok=True)
+        make_folder(folder, private, follow)
     except FileExistsError:
-        check_folder(folder)
+        if not (follow and folder.is_dir()):
+            check_folder(folder)
 
 
 def check_folder(folder: Path) -> None:
-    """Raises OSError where a path is no folder, is a link to one, or belongs to a user who is not its parent's."""
+    """Raises FileExistsError where a path is no folder, a link to one, or that of a user who is not its parent's."""
     status = os.lstat(folder)
-    if not stat.S_ISDIR(status.st_mode):
-        kind = "a link" if stat.S_ISLNK(status.st_mode) else "no folder"
-        raise NotADirectoryError(errno.ENOTDIR, f"{kind}, where a folder is expected", str(folder))
     # In a container, root works in folders of the machine's users.
-    if status.st_uid not in (os.geteuid(), os.stat(folder.absolute().parent).st_uid):
-        raise PermissionError(errno.EPERM, "a folder of another user", str(folder))
+    if stat.S_ISLNK(status.st_mode):
+        found = "a link"
+    elif not stat.S_ISDIR(status.st_mode):
+        found = "no folder"
+    elif status.st_uid not in (os.geteuid(), os.stat(folder.absolute().parent).st_uid):
+        found = "another user's folder"
+    else:
+        return
+    raise FileExistsError(errno.EEXIST, f"expected a folder of your own, got {found}", str(folder))
 
 
 def publish(unfinished: Path, target: Path) -> None:
@@ -223,17 +298,24 @@ def publish(unfinished: Path, target: Path) -> None:
 
     Args:
         unfinished: what lies in it is on the disk.
-        target: nothing may be there.
+        target: nothing may be there, or an empty folder where a folder gets its place.
 
     Raises:
         OSError: it cannot be renamed, or something is at the target.
     """
-    if os.path.lexists(target):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
     if unfinished.is_dir():
-        os.chmod(unfinished, 0o777 & ~_umask())
+        open_to_others(unfinished)
+    elif os.path.lexists(target):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(target))
+    flush(unfinished)
     os.rename(unfinished, target)
     flush(target.parent)
+
+
+def open_to_others(path: Path) -> None:
+    """Gives a file or folder that was made for this user alone the permissions of this user's others."""
+    mode = os.stat(path).st_mode
+    os.chmod(path, stat.S_IMODE(mode) | (0o777 if stat.S_ISDIR(mode) else 0o666) & ~_umask())
 
 
 def move(path: Path, target: Path) -> None:
@@ -250,11 +332,20 @@ def remove(path: Path) -> None:
 
 
 def clear(folder: Path, *kept: str) -> None:
-    """Removes all that lies in a folder but some names; OSError where the folder is a link."""
+    """Removes all that lies in a folder but some names; FileExistsError where the folder is a link."""
     check_folder(folder)
     for leftover in folder.iterdir():
         if leftover.name not in kept:
             remove(leftover)
+
+
+def remove_locked(folder: Path, lock: str) -> None:
+    """Removes a folder with the lock in it that is held; what cannot be removed stays."""
+    with suppress(OSError):
+        clear(folder, lock)
+        # Last: once it is gone another process may begin, and what lies there then is its own.
+        (folder / lock).unlink()
+        folder.rmdir()
 
 
 def flush(path: Path) -> None:
@@ -270,30 +361,20 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def opened(file: Path, flags: int) -> Iterator[int]:
-    """The descriptor of `open_to_change`, or one to read, closed at the end; a link is refused."""
-    if flags & (os.O_WRONLY | os.O_RDWR):
-        descriptor = open_to_change(file, flags)
-    else:
-        descriptor = os.open(file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        _check_regular(descriptor, file)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _check_regular(descriptor: int, file: Path) -> os.stat_result:
-    status = os.fstat(descriptor)
-    if stat.S_ISDIR(status.st_mode):
+def _open(file: Path, flags: int) -> int:
+    """A descriptor of a regular file."""
+    # A pipe without a writer would keep `open` waiting.
+    descriptor = os.open(file, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(errno.EINVAL, "not a regular file", str(file))
-    return status
+    raise OSError(errno.EINVAL, "not a regular file", str(file))
 
 
 def _umask() -> int:
-    # It can only be read by setting it, which other threads would see.
+    # It can only be asked for by setting it, which other threads would see.
     with open("/proc/self/status") as status:
         return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))

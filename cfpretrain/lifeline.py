@@ -170,7 +170,7 @@ def _leave_terminal() -> None:
     for descriptor in (1, 2):
         with suppress(OSError):  # it may be closed
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # noqa: TID251
 
 
 def _do_nothing(*_: object) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cfpretrain import runtime
+from cfpretrain import files, runtime
 from cfpretrain.config import ModelConfig
 from cfpretrain.console import UserError, say
 from cfpretrain.files import open_to_read, parse_json
@@ -150,14 +150,9 @@ class MetricsFile:
         if path.exists():
             kept = [row for row in read_metrics(path) if row["step"] <= resume_step]
             if _read_rows(path)[1]:
-                os.replace(path, path.with_name(f"{path.name}.damaged"))
+                files.move(path, path.with_name(f"{path.name}.damaged"))
         data = "".join(map(_to_line, kept)).encode()
-        temporary = path.with_suffix(".partial")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        files.replace(path, data)
         self._num_bytes = len(data)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -184,18 +179,15 @@ class MetricsFile:
         self._pending = []
 
     def _write(self, data: bytes) -> None:
-        with self._path.open("r+b", buffering=0) as file:
+        with files.opened(self._path, os.O_WRONLY) as descriptor:
             try:
                 # What an earlier attempt wrote in part goes first.
-                file.truncate(self._num_bytes)
-                file.seek(self._num_bytes)
-                rest = memoryview(data)
-                while rest:
-                    rest = rest[file.write(rest) :]
-                os.fsync(file.fileno())
+                os.ftruncate(descriptor, self._num_bytes)
+                files.write_fully(descriptor, data, self._num_bytes)
+                os.fsync(descriptor)
             except OSError:
                 with suppress(OSError):
-                    file.truncate(self._num_bytes)
+                    os.ftruncate(descriptor, self._num_bytes)
                 raise
         self._num_bytes += len(data)
 

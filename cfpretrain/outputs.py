@@ -1,21 +1,18 @@
 """Outputs that are whole or not there: made in a hidden folder under a lock, and given their name at the end."""
 
 import errno
-import fcntl
 import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from cfpretrain.checkpoint import flush
+from cfpretrain import files
 from cfpretrain.console import UserError
 from cfpretrain.files import parse_json
 from cfpretrain.tensor_files import reason_of
 
 LOCK_FILE = "lock"
-WRITING = ".writing."  # before the name of a file, until it is whole
 
 
 def take_hidden(folder: Path, out: Path, name: str) -> int:
@@ -34,20 +31,15 @@ def take_hidden(folder: Path, out: Path, name: str) -> int:
         OSError: it cannot be written.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder, private=True)
     except FileExistsError as error:
         raise UserError(f"{name}: expected {folder} to be a folder, where {out} is made; remove it") from error
-    file = folder / LOCK_FILE
-    descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its last holder may have finished, and moved or removed the folder, since it was opened.
-        if os.path.samestat(os.fstat(descriptor), os.stat(file)):
-            return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    os.close(descriptor)
-    raise UserError(f"{name}: {out} is being written by another process; wait for its end, or stop it")
+    lock = files.try_lock(folder / LOCK_FILE)
+    if lock is None:
+        raise UserError(f"{name}: {out} is being written by another process; wait for its end, or stop it")
+    for leftover in files.leftovers(folder):
+        files.remove(leftover)
+    return lock
 
 
 @contextmanager
@@ -68,13 +60,12 @@ def whole_or_nothing(out: Path, name: str) -> Iterator[Path]:
         lock = take_hidden(folder, out, name)
         try:
             refuse_existing(out, name)
-            clear(folder)
+            files.clear(folder, LOCK_FILE)
             yield folder / out.name
             for path in sorted(folder.rglob("*")):
-                flush(path)
+                files.flush(path)
             refuse_existing(out, name)
-            os.rename(folder / out.name, out)
-            flush(out.parent)
+            files.publish(folder / out.name, out)
         finally:
             remove_hidden(folder)
             os.close(lock)
@@ -85,37 +76,7 @@ def whole_or_nothing(out: Path, name: str) -> Iterator[Path]:
 
 def remove_hidden(folder: Path) -> None:
     """Removes the folder of `take_hidden`, whose lock is held."""
-    with suppress(OSError):
-        clear(folder)
-        # Last: once it is gone another process may begin, and what lies there then is its own.
-        (folder / LOCK_FILE).unlink()
-        folder.rmdir()
-
-
-def clear(folder: Path) -> None:
-    """Empties the folder of `take_hidden`, whose lock is held."""
-    for leftover in folder.iterdir():
-        if leftover.is_dir():
-            shutil.rmtree(leftover)
-        elif leftover.name != LOCK_FILE:
-            leftover.unlink()
-
-
-def replace_file(file: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a file that is never there in part, on the disk once this returns.
-
-    Args:
-        file: what is there is replaced.
-        write: puts its bytes into an open one.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    writing = file.with_name(f"{WRITING}{file.name}")
-    with writing.open("wb") as opened:
-        write(opened)
-    flush(writing)
-    os.replace(writing, file)
+    files.remove_locked(folder, LOCK_FILE)
 
 
 def parse_plan(text: str) -> dict[str, Any]:

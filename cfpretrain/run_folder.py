@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from cfpretrain import config as configs
-from cfpretrain import runtime
+from cfpretrain import files, runtime
 from cfpretrain.build import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -20,7 +20,6 @@ from cfpretrain.build import (
     make_autoencoder,
     make_store,
     read_summary,
-    write_text,
 )
 from cfpretrain.checkpoint import CheckpointStore
 from cfpretrain.config import Config, to_plain, to_yaml
@@ -35,9 +34,7 @@ _LOCK_SECONDS = 60.0  # a run that was asked to stop ends within it
 
 def write_requeue(folder: Path, reason: str) -> None:
     """Leaves word for job scripts that the same command should be run again; any rank may, rank 0 may be lost."""
-    temporary = folder / f"{REQUEUE_FILE}.{runtime.rank()}"
-    temporary.write_text(f"{reason}\n")
-    os.replace(temporary, folder / REQUEUE_FILE)
+    files.replace(folder / REQUEUE_FILE, f"{reason}\n")
 
 
 def leave_at_start(folder: Path) -> NoReturn:
@@ -52,7 +49,7 @@ def remove_requeue(folder: Path) -> None:
     """Takes that word back: the run is complete, or running it again would not help."""
     if runtime.rank() == 0:
         with suppress(OSError):  # a disk that became read-only has more to say elsewhere
-            (folder / REQUEUE_FILE).unlink(missing_ok=True)
+            files.remove(folder / REQUEUE_FILE)
 
 
 def check_moved(paths: Sequence[str], config: Config) -> None:
@@ -91,9 +88,12 @@ def prepare_folder(config: Config, device: torch.device) -> None:
         _check_writable(folder)
         _check_inputs(config)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(folder, follow=True)
             take(folder)
             remove_requeue(folder)
+            if runtime.rank() == 0:
+                for leftover in files.leftovers(folder):
+                    files.remove(leftover)
         except OSError as error:
             raise _unwritable(folder, error.strerror or str(error)) from error
 
@@ -109,7 +109,7 @@ def record_config(config: Config) -> None:
         if runtime.rank() == 0:
             _say_changes(folder, config)
             try:
-                write_text(folder / CONFIG_FILE, to_yaml(config))
+                files.replace(folder / CONFIG_FILE, to_yaml(config))
             except OSError as error:
                 raise _unwritable(folder, error.strerror or str(error)) from error
 

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from cfpretrain import __version__, launch
+from cfpretrain import __version__, files, launch
 from cfpretrain.console import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
@@ -405,7 +405,7 @@ class FolderLock:
             return
         deadline = time.monotonic() + wait_seconds
         # A record lock: a loader's worker, forked from this process and left behind by its death, does not hold it.
-        self._file = file.open("a+")
+        self._lock = files.open_to_change(file)
         while not self._try():
             if time.monotonic() > deadline:
                 raise UserError(
@@ -413,20 +413,18 @@ class FolderLock:
                     "end that one, or choose another run.folder"
                 )
             time.sleep(0.2)
-        self._file.truncate(0)
-        self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self._file.flush()
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _try(self) -> bool:
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             return False
         return True
 
     def _holder(self) -> str:
-        self._file.seek(0)
-        return self._file.read().strip() or "of an unknown process"
+        return os.pread(self._lock, 256, 0).decode(errors="replace").strip() or "of an unknown process"
 
 
 def package_versions(*modules: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain.console import UserError
-from cfpretrain.files import opened, parse_json
+from cfpretrain.files import opened, parse_json, write_fully
 
 VALUE_BYTES = 4
 CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB
@@ -325,14 +325,6 @@ def bytes_of(values: Tensor) -> memoryview:
     array: Any = values.numpy()
     # An empty array cannot be cast.
     return memoryview(array).cast("B") if array.size else memoryview(b"")
-
-
-def write_fully(descriptor: int, data: bytes | memoryview, position: int) -> None:
-    """Writes all of `data` at a byte of a file."""
-    left = memoryview(data)
-    while left:
-        num_written = os.pwrite(descriptor, left, position)
-        left, position = left[num_written:], position + num_written
 
 
 def _read_fully(descriptor: int, left: memoryview, position: int) -> None:

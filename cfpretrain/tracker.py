@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import psutil
 
-from cfpretrain import runtime
+from cfpretrain import files, runtime
 from cfpretrain.background import Task
 from cfpretrain.console import one_line, phase, say
 
@@ -51,6 +51,13 @@ class Tracker:
             import wandb
         except Exception as error:
             self._report(f"cannot be loaded ({one_line(error):.200})")
+            return
+        try:
+            for name in ("wandb", ".wandb"):  # one of which it writes in
+                if os.path.lexists(folder / name):
+                    files.check_folder(folder / name)
+        except OSError as error:
+            self._report(f"cannot write in {error.filename} ({error.strerror})")
             return
         self._wandb = wandb
         # Known before wandb's service answers, so that the first checkpoint holds it.

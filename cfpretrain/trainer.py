@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
+from cfpretrain import files, runtime
 from cfpretrain.background import upload_ahead
 from cfpretrain.build import (
     CONFIG_FILE,
@@ -26,7 +26,6 @@ from cfpretrain.build import (
     make_prepare,
     make_store,
     plan_memory,
-    write_text,
 )
 from cfpretrain.checkpoint import Best, is_healthy
 from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
@@ -667,7 +666,7 @@ class Trainer:
 
     def _draw_grid(self, images: Tensor, names: tuple[str, ...], settings: GenerationSettings, title: str) -> None:
         path = self.folder / SAMPLES / f"step_{self.at.step:08d}_ar_steps_{settings.num_ar_steps:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         pictures.sample_grid(path, images, names, title=title, value_range=(0.0, 1.0))
         self.tracker.log_picture(f"samples/ar_steps_{settings.num_ar_steps}", path, self.at.step)
 
@@ -694,7 +693,8 @@ class Trainer:
                     title = f"{self.config.run.folder}, step {self.at.step}"
                     score = (self.evaluator.name, self.evaluator.floor) if self.evaluator else None
                     figures.curves(self.folder / "curves.png", rows, title, score)
-                write_text(self.folder / SUMMARY_FILE, json.dumps(self._summary(rows, peak_rss_mb), indent=2) + "\n")
+                summary = json.dumps(self._summary(rows, peak_rss_mb), indent=2) + "\n"
+                files.replace(self.folder / SUMMARY_FILE, summary)
                 remove_requeue(self.folder)
             self.tracker.close()
         say(f"done: step {self.at.step} after {self.at.train_seconds:.0f} s of training; see {self.folder}")

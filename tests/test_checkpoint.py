@@ -22,7 +22,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfpretrain import checkpoint, checkpoint_writer, tensor_files
+from cfpretrain import checkpoint, checkpoint_writer, files, tensor_files
 from cfpretrain.checkpoint import (
     Best,
     CheckpointStore,
@@ -465,7 +465,7 @@ def test_leftovers_go_and_strangers_stay(tmp_path: Path):
     for name in ("step_00000002.partial", "step_00000003.deleted", "step_00000001.replaced", "mine", "step_7.partial"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "weights.safetensors").write_bytes(b"half")
-    (tmp_path / "latest.partial").write_text("step_0")
+    files.hidden_beside(tmp_path / "latest").write_text("step_0")
     save(store, 2)
     assert names_in(tmp_path) == {"latest", "step_00000001", "step_00000002", "mine", "step_7.partial"}
 
@@ -583,6 +583,34 @@ def test_links_lead_nowhere(tmp_path: Path):
     save(store, 2)
     assert {path.name: path.read_bytes() for path in (tmp_path / "elsewhere").iterdir()} == before
     assert store.candidates() == [store.folder / "step_00000002"]
+
+
+def test_latest_as_a_link_is_refused_and_its_target_stays_secret(tmp_path: Path):
+    store = make_store(tmp_path / "checkpoints")
+    save(store, 1)
+    (tmp_path / "key").write_text("secret")
+    (store.folder / "latest").unlink()
+    (store.folder / "latest").symlink_to(tmp_path / "key")
+    with pytest.raises(UserError, match=r"^\S*latest cannot be read: .*; mend or delete it$") as error:
+        store.candidates()
+    assert "secret" not in str(error.value)
+
+
+def test_checkpoints_of_elsewhere_are_refused(tmp_path: Path):
+    """A run's folder may be a link; one within it may lead to another run, whose checkpoints retention would delete."""
+    theirs = make_store(tmp_path / "theirs" / "checkpoints", keep_last=9)
+    for step in (1, 2):
+        save(theirs, step)
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "checkpoints").symlink_to(theirs.folder)
+    store = make_store(tmp_path / "ours" / "checkpoints", keep_last=1)
+    with pytest.raises(UserError, match=r"checkpoints: expected a folder, got a link, .*; move what it leads to"):
+        store.candidates()
+    with pytest.raises(UserError, match="cannot be written: expected a folder of your own, got a link"):
+        save(store, 3)
+    assert names_in(theirs.folder) == {"latest", "step_00000001", "step_00000002"}
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    assert make_store(tmp_path / "link" / "checkpoints").latest() is not None
 
 
 @pytest.mark.parametrize("name", ["state.json", "ranges.json", "ema.safetensors"])

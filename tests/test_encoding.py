@@ -310,4 +310,4 @@ def test_too_little_memory(tmp_path: Path, images: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(identity, "encode", encode_at_once)
     with pytest.raises(UserError, match=r"^--batch-size: cpu has too little memory to encode 4 images of 16 x 16"):
         write(encoding_of(images, identity), tmp_path / "out")
-    assert not list(tmp_path.glob(".out.unfinished/writing.*"))
+    assert not list(tmp_path.glob(".out.unfinished/.writing.*"))

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cfpretrain import build, outputs, tensor_files
+from cfpretrain import build, files, outputs, tensor_files
 from cfpretrain.checkpoint import read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
@@ -54,7 +54,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     folder = write_run(tmp_path_factory.mktemp("runs") / "run", shards)
     (folder / "samples").mkdir()
     for name in ("step_00000004_ar_steps_0001", "step_00000007_ar_steps_0004", "step_00000007_ar_steps_0001"):
-        (folder / "samples" / f"{name}.png").write_text(name)
+        (folder / "samples" / f"{name}.png").write_bytes(files.PNG_BEGIN + name.encode())
     (folder / "samples" / "step_00000009_ar_steps_0001.png").write_text("of a later step")
     summary = {"num_steps": STEP, "train_seconds": 1.5, "loss_first": 2.0, "loss_last": 0.25, "images_per_second": 9.0}
     (folder / "summary.json").write_text(json.dumps({**summary, "world_size": 2}))
@@ -228,7 +228,7 @@ def test_a_checkpoint_is_chosen_by_its_step(run: Path, tmp_path: Path) -> None:
 def test_the_card_says_what_is_known(exported: Path, run: Path, tmp_path: Path) -> None:
     card = (exported / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\nlicense: apache-2.0\n")
-    assert (exported / "samples.png").read_text() == "step_00000007_ar_steps_0001"
+    assert (exported / "samples.png").read_bytes() == files.PNG_BEGIN + b"step_00000007_ar_steps_0001"
     for known in ("# digits\n", "![samples](samples.png)", "f00d", "0.2500 at last", "9.0 images/s, ranks: 2"):
         assert known in card
     other = copy_of(run, tmp_path / "run")

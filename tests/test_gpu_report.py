@@ -230,7 +230,7 @@ def test_the_whole_report_at_tiny_sizes(tmp_path: Path) -> None:
     )
     assert all(title in text for title in titles)
     assert "failed" not in text
-    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob(".writing.*"))
 
 
 # ---------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cfpretrain import outputs
+from cfpretrain import files
 from cfpretrain.console import UserError
 from cfpretrain.evaluation.given_images import open_images
 from cfpretrain.evaluation.image_set import ImageSet
@@ -112,7 +112,7 @@ def test_bytes_depend_neither_on_order_nor_on_kills(tmp_path: Path, out) -> None
     images = images_of(tmp_path / "broken", out)
     images.begin()
     write(images, 2)
-    (images.unfinished / f"{outputs.WRITING}3").write_bytes(b"half")
+    files.hidden_beside(images.unfinished / "3").write_bytes(b"half")
     if out == "out":
         (images.unfinished / "000004.png").write_bytes(b"")
     kill(images)
@@ -230,7 +230,7 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
 def test_a_full_disk_is_said(tmp_path: Path, out, monkeypatch: pytest.MonkeyPatch) -> None:
     images = images_of(tmp_path, out)
     images.begin()
-    monkeypatch.setattr(outputs, "flush", failing)
+    monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(UserError, match=r"--out: .* cannot be written \(No space left on device\); mend that, and"):
         write(images, 0)
     assert images.missing() == [0, 1, 2]

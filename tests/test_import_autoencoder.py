@@ -320,7 +320,9 @@ def test_the_same_command_again_leaves_what_is_there(tmp_path, capsys) -> None:
     assert capsys.readouterr().out.splitlines()[-3:] == first.replace("out: ", "out: already there: ").splitlines()[-3:]
     save_file(random_tensors(SMALL, seed=1), tmp_path / "b.safetensors")
     for source, *factors in ((file, 0.25, 0.25), (file, 0.5, None), (tmp_path / "b.safetensors", 0.5, 0.25)):
-        with pytest.raises(UserError, match="out: expected a folder that is not there yet; remove it or give another"):
+        with pytest.raises(
+            UserError, match=r"OUT: expected a path where nothing is yet, got .*out; remove it or give another"
+        ):
             import_autoencoder.run(source, out, *factors)
     assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in out.iterdir()} == written
 
@@ -421,7 +423,7 @@ def test_an_existing_target_is_left_alone(tmp_path, monkeypatch, capsys) -> None
     with pytest.raises(SystemExit) as ended:
         import_autoencoder.main()
     assert ended.value.code == 2
-    assert "expected a folder that is not there yet" in capsys.readouterr().err
+    assert "expected a path where nothing is yet" in capsys.readouterr().err
     assert (tmp_path / "out" / "mine").read_text() == "mine"
 
 

@@ -152,7 +152,7 @@ def test_a_writer_that_fails_leaves_the_shard_unwritten(tmp_path: Path) -> None:
         writer.write(0, failing())
     assert writer.missing(1) == [0]
     assert not list(writer.unfinished.glob("*.mds"))
-    assert not list(writer.unfinished.glob("writing.*"))
+    assert not list(writer.unfinished.glob(".writing.*"))
 
 
 def write_missing_and_finish(folder: Path) -> None:

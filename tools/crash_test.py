@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cfpretrain import files
 from cfpretrain.console import UserError, add_allow_env, exit_with, path_argument
 
 MOMENTS = ("start", "loader", "step", "step", "checkpoint", "checkpoint", "sampling")  # as often as they stand there
@@ -185,7 +186,7 @@ class Command:
         self.attempt = Attempt(num_ranks, time.monotonic())
         self.lines: list[str] = []
         self._start = uuid.uuid4().hex
-        self._log = log.open("a")
+        self._log = os.fdopen(files.open_to_change(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "w")
         self._log.write(f"--- {' '.join(arguments)}\n")
         self._process = subprocess.Popen(
             arguments,
@@ -659,7 +660,7 @@ def run(arguments: argparse.Namespace) -> bool:
     out: Path = arguments.out.absolute()
     if out.exists() and any(out.iterdir()):
         raise UserError(f"--out: expected a new folder, got {out}, which holds files; remove it or name another")
-    out.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out, follow=True)
     runner = Runner(arguments.config, [*arguments.overrides, *["--allow-env"] * arguments.allow_env], out, _free_port())
     try:
         alone = runner.run_alone("alone", arguments.ranks[0])
@@ -675,7 +676,7 @@ def run(arguments: argparse.Namespace) -> bool:
         ranks, launchers = our_processes(runner.marker)
         _kill(launchers + ranks)
     good = good and not found["orphans"]
-    (out / "report.json").write_text(json.dumps(found, indent=2) + "\n")
+    files.replace(out / "report.json", json.dumps(found, indent=2) + "\n")
     _say(f"{'all is well' if good else 'NOT WELL'}; both runs and {out / 'output.log'} are kept")
     print(json.dumps(found), flush=True)
     return good

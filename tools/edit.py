@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import launch
+from cfpretrain import files, launch
 from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_picture, check_place, read_settings
 
@@ -198,7 +198,7 @@ def _draw(
         )
     if arguments.images is not None:
         with whole_or_nothing(arguments.images, "--images") as folder:
-            folder.mkdir()
+            files.make_folder(folder)
             for i, image in enumerate(pictures.to_rgb(images, (0.0, 1.0))):
                 row, column = divmod(i, arguments.num_seeds)
                 pictures.write_png(folder / f"row_{row + 1}_edit_{column + 1}.png", image)

@@ -12,13 +12,13 @@ was interrupted goes on; docs/evaluation.md says which command gives a paper's n
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import launch
+from cfpretrain import files, launch
 from cfpretrain.console import (
     ItemProgress,
     UserError,
@@ -209,7 +209,8 @@ def _score(
     with runtime.together():
         found = _found(out, settings) if runtime.rank() == 0 else None
         if found:
-            shutil.rmtree(work.folder, ignore_errors=True)  # of a kill between the result and its removal
+            with suppress(OSError):
+                files.remove(work.folder)  # of a kill between the result and its removal
     if found := runtime.gather(found)[0]:
         say(f"nothing to do: {out} holds these scores already")
         say(_line({name: found[name] for name in found["scores"]}, found["floor"], found["floor_num_images"]))
@@ -266,10 +267,9 @@ def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _write(out: Path, result: dict[str, Any]) -> None:
-    from cfpretrain import outputs
 
     try:
-        outputs.replace_file(out, lambda file: file.write(f"{json.dumps(result, indent=2)}\n".encode()))
+        files.replace(out, f"{json.dumps(result, indent=2)}\n")
     except OSError as error:
         raise UserError(
             f"--out: {out} cannot be written ({error.strerror or error}); mend that, and the same command goes on"

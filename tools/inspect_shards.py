@@ -16,6 +16,7 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain import files
 from cfpretrain.config import DataConfig
 from cfpretrain.console import (
     ItemProgress,
@@ -169,7 +170,7 @@ def _draw(shards: "Shards", path: Path, decoder: "KLAutoencoder | None") -> None
         if images.shape[-1] > cell:
             images = torch.nn.functional.interpolate(images, (cell, cell), mode="area")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(path.parent, follow=True)
             pictures.sample_grid(path, images, [""] * num_rows, title, (0.0, 1.0), cell, captions)
         except OSError as error:
             raise UserError(f"--grid: {path} cannot be written ({error.strerror or error}); give another") from error

@@ -26,6 +26,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
+from cfpretrain import files
 from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
 
 _PHOTO_SIDES = (300, 640)  # pixels, as those of ImageNet mostly are
@@ -135,9 +136,10 @@ def write_photos(folder: Path, num_photos: int, seed: int = 0) -> Path:
         left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
         sides = (rng.randint(*_PHOTO_SIDES), rng.randint(*_PHOTO_SIDES))
         path = folder / f"class{i % _NUM_CLASSES}" / f"{i:05d}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(path.parent)
         cut = photo.crop((left, top, left + width, top + height)).resize(sides, Image.Resampling.BICUBIC)
-        cut.save(path, quality=_PHOTO_QUALITY)
+        with files.create(path) as opened:
+            cut.save(opened, "JPEG", quality=_PHOTO_QUALITY)
     return folder
 
 
@@ -206,9 +208,9 @@ def plain_shards(photos: Path, out: Path, size: int, store: str) -> None:
                 sides = round(image.width * scale), round(image.height * scale)
                 image = image.resize(sides, Image.Resampling.BICUBIC)
                 left, top = (image.width - size) // 2, (image.height - size) // 2
-                file = io.BytesIO()
-                image.crop((left, top, left + size, top + size)).save(file, "PNG", compress_level=PNG_LEVEL)
-                data = file.getvalue()
+                buffer = io.BytesIO()
+                image.crop((left, top, left + size, top + size)).save(buffer, "PNG", compress_level=PNG_LEVEL)
+                data = buffer.getvalue()
             writer.write({"id": id, "label": names.index(path.parent.name), "caption": "", "image": data})
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from cfpretrain import launch, runtime
+from cfpretrain import files, launch, runtime
 from cfpretrain.console import UserError, ending_in_one_line, phase, say
 from cfpretrain.evaluation.feature_sums import FeatureSums
 from cfpretrain.evaluation.features import INCEPTION, FeatureExtractor, Features, make_extractor
@@ -149,7 +149,7 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
         runtime.barrier()
         if runtime.rank() == 0:
             work.remove()
-            os.rmdir(folder)
+            files.remove(Path(folder))
         return {"features": arguments.features, "images_per_second": num_images / seconds}
 
 

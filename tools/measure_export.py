@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cfpretrain import files
 from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
 
 _GB = 1e9
@@ -81,7 +82,7 @@ def _measure_one(config: Any, folder: Path, arguments: argparse.Namespace) -> di
         # The moments do not leave.
         return torch.randn(shapes[name], generator=generator) if content == "ema" else torch.zeros(shapes[name])
 
-    folder.mkdir()
+    files.make_folder(folder)
     with phase(f"writing a run of {sum(map(math.prod, shapes.values())) / 1e6:,.1f} M parameters"):
         imported_run.write_run(folder / "run", config, imported_run.Counters(1, 0), read_tensor, "random values")
     options = ["--config", arguments.config, "--dtype", arguments.dtype, "--max-shard-gb", str(arguments.max_shard_gb)]

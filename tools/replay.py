@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import launch
+from cfpretrain import files, launch
 from cfpretrain.console import SickRunError, UserError, ending_in_one_line, linger, path_argument, phase, say
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
         with tempfile.TemporaryDirectory() as own:
             scratch = Path(runtime.gather(own)[0])
             as_it_was = Path(own) / build.CONFIG_FILE
-            as_it_was.write_text(configs.to_yaml(in_force))
+            files.replace(as_it_was, configs.to_yaml(in_force))
             config = configs.load(as_it_was, [*overrides, f"run.folder={scratch}", "metrics.wandb=disabled"])
             configs.check(config, runtime.world_size())
             elsewhere = [one for one in config.data.shards if "://" in one]
@@ -256,7 +256,8 @@ def _write(folder: Path, found: dict[str, Any], logged: dict[str, Any], config: 
         return None
     row, samples = found["row"], found["samples"]
     is_equal = (row["loss"], row["grad_norm"]) == (logged["loss"], logged["grad_norm"])
-    folder.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder.parent)
+    files.make_folder(folder)
     result = {
         "step": row["step"],
         "loss": row["loss"],
@@ -271,7 +272,7 @@ def _write(folder: Path, found: dict[str, Any], logged: dict[str, Any], config: 
         "skipped": row.get("skipped"),
         "samples": samples,
     }
-    (folder / "samples.json").write_text(json.dumps(result, indent=1) + "\n")
+    files.replace(folder / "samples.json", json.dumps(result, indent=1) + "\n")
     _draw(folder / "samples.png", found, row)
     _print(result, config.model.num_classes)
     say(f"see {folder}")

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import launch
+from cfpretrain import files, launch
 from cfpretrain.console import (
     UserError,
     ending_in_one_line,
@@ -348,7 +348,7 @@ def _report(
     if summary is None or summary["num_steps"] != step:
         summary = {}  # a run that has not ended, or goes on
     report = {**summary, **scores, **settings}
-    build.write_text(folder / _REPORT_FILE, json.dumps(report, indent=2) + "\n")
+    files.replace(folder / _REPORT_FILE, json.dumps(report, indent=2) + "\n")
     _print_table(report, folder)
 
 
@@ -359,7 +359,7 @@ def _draw_grids(folder: Path, generated: dict[tuple[int, float], Any], names: Se
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
 
-    (folder / build.SAMPLES).mkdir(exist_ok=True)
+    files.make_folder(folder / build.SAMPLES)
     for (num_ar_steps, guidance), (made, how) in generated.items():
         rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
         path = folder / build.SAMPLES / f"report_ar_steps_{num_ar_steps:04d}_guidance_{guidance:g}.png"

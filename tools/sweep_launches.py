@@ -25,7 +25,7 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain import runtime
+from cfpretrain import files, runtime
 from cfpretrain.console import UserError, ending_in_one_line, path_argument, say
 from cfpretrain.model import block_causal
 from cfpretrain.model.block_causal import Launch
@@ -64,7 +64,7 @@ def main() -> None:
     for line in lines_for_launches(best):
         print(line)
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(best) + "\n")
+        files.replace(arguments.out, json.dumps(best) + "\n")
     print(json.dumps({"best": best, "timed": timed} | whereabouts(device)))
 
 

@@ -18,7 +18,6 @@ Exit code 2: a mistake; 75: it was asked to stop.
 import argparse
 import math
 import os
-import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain import files
 from cfpretrain.console import (
     EXIT_REQUEUE,
     UserError,
@@ -89,8 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain import outputs, runtime
         from cfpretrain.autoencoder_training import PICTURE_FILE, StoppedError, Training
         from cfpretrain.lifeline import StopRequest
-        from cfpretrain.model import autoencoder
-    autoencoder.refuse_existing(arguments.out)
+    outputs.refuse_existing(arguments.out, "OUT")
     device = runtime.pick_device()
     images = _read_images(arguments)
     if arguments.init is None:
@@ -113,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
         except StoppedError:
             say(f"stopped at step {training.step} of {training.num_steps}; the same command goes on")
             sys.exit(EXIT_REQUEUE)
-        os.rename(hidden / _MADE, arguments.out)
+        files.publish(hidden / _MADE, arguments.out)
         outputs.remove_hidden(hidden)
         os.close(lock)
     say(f"{arguments.out} is written; originals beside reconstructions: {arguments.out / PICTURE_FILE}")
@@ -258,7 +257,6 @@ def read_network(folder: Path, image_channels: int) -> Any:
 def _finish(training: "Training", images: Images, stop: "StopRequest") -> str:
     """Measures, writes OUT under another name, reads it back, and says its errors; returns what a config needs."""
     from cfpretrain.autoencoder_training import PICTURE_FILE, check, evenly, measure_latents
-    from cfpretrain.checkpoint import flush
     from cfpretrain.evaluation.reconstruction import reconstruction_error
     from cfpretrain.model import autoencoder
 
@@ -267,7 +265,7 @@ def _finish(training: "Training", images: Images, stop: "StopRequest") -> str:
     with phase("measuring the latents"):
         mean, std = measure_latents(network, evenly(images.train, _MOST_MEASURED), training.settings["--seed"], stop)
     network.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0)
-    shutil.rmtree(folder, ignore_errors=True)
+    files.remove(folder)
     autoencoder.write_folder(folder, network.half())
     made = autoencoder.KLAutoencoder.load(folder, device, key="OUT")
     say(f"fingerprint {made.fingerprint}")
@@ -275,10 +273,9 @@ def _finish(training: "Training", images: Images, stop: "StopRequest") -> str:
         with phase(f"measuring the error of {name} images", announce=False):
             error = reconstruction_error(made, evenly(some, _MOST_MEASURED), device, partial(check, stop))
         say(f"mean squared error of reconstructed {name} images on [-1, 1]: {error:.5f}")
-    with (folder / PICTURE_FILE).open("wb") as file:
-        training.draw(file, made)
-    for path in (*folder.iterdir(), folder):
-        flush(path)
+    files.replace(folder / PICTURE_FILE, partial(training.draw, made=made))
+    for path in folder.iterdir():
+        files.flush(path)
     return made.scaling_overrides()
 
 

@@ -350,9 +350,9 @@ def _scaled(image: Image.Image, image_size: int) -> tuple[int, int]:
 
 def _png(image: Image.Image) -> bytes:
     image.info.clear()  # colour profile and transparency would be written too
-    file = io.BytesIO()
-    image.save(file, "PNG", compress_level=PNG_LEVEL)
-    return file.getvalue()
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=PNG_LEVEL)
+    return buffer.getvalue()
 
 
 def versions() -> dict[str, str]:

@@ -5,19 +5,17 @@ are there they lie in a hidden folder beside the final one, `.NAME.unfinished`, 
 its name once everything is on disk.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cfpretrain import files
 from cfpretrain.console import UserError
 from cfpretrain.data.mosaic import MDSWriter
 from cfpretrain.data.shards import (
@@ -99,10 +97,12 @@ class ShardWriter:
         """
         with self._writing():
             try:
-                self.unfinished.mkdir(parents=True, exist_ok=True)
+                files.make_folder(self.unfinished, private=True)
             except FileExistsError as error:
                 raise UserError(f"{error.filename} is in the way of the unfinished folder; remove it") from error
-            self._lock = _locked(self.unfinished / _LOCK_FILE, self.folder)
+            self._lock = files.try_lock(self.unfinished / _LOCK_FILE)
+            if self._lock is None:
+                raise UserError(f"{self.folder} is being written by another process; wait for its end, or stop it")
             plan_file = self.unfinished / _PLAN_FILE
             if plan_file.exists() and self._has_written():
                 different = differences(self._read(plan_file), self.plan)
@@ -111,10 +111,11 @@ class ShardWriter:
                         f"{self.unfinished} is the unfinished work of other settings ({different}); give those, or "
                         "delete it to begin again"
                     )
-            for leftover in self.unfinished.glob("writing.*"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            (self.unfinished / _RECORDS).mkdir(exist_ok=True)
-            _write_durably(plan_file, json.dumps(self.plan))
+            files.make_folder(self.unfinished / _RECORDS)
+            for folder in (self.unfinished, self.unfinished / _RECORDS):
+                for leftover in files.leftovers(folder):
+                    files.remove(leftover)
+            files.replace(plan_file, json.dumps(self.plan))
 
     def _has_written(self) -> bool:
         return any(any(self.unfinished.glob(kind)) for kind in ("shard.*", f"{_RECORDS}/[0-9]*"))
@@ -137,13 +138,14 @@ class ShardWriter:
             UserError: the disk is full or cannot be written.
         """
         with self._writing():
-            temporary = self.unfinished / f"writing.{number:05d}.{uuid.uuid4().hex[:8]}"
+            temporary = files.hidden_beside(self.unfinished / f"{number:05d}")
             try:
                 entry, num_samples, max_label = self._write_file(temporary, number, samples)
             finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+                with suppress(OSError):
+                    files.remove(temporary)
             kept = {"entry": entry, "num_samples": num_samples, "max_label": max_label}
-            _write_durably(self._record_file(number), json.dumps({**kept, "record": dict(record()) if record else {}}))
+            files.replace(self._record_file(number), json.dumps({**kept, "record": dict(record()) if record else {}}))
 
     def _write_file(
         self, temporary: Path, number: int, samples: Iterable[Mapping[str, Any]]
@@ -171,8 +173,8 @@ class ShardWriter:
             return None, 0, -1
         (entry,) = read_json(temporary / INDEX_FILE)["shards"]
         written, entry["raw_data"]["basename"] = entry["raw_data"]["basename"], f"shard.{number:05d}.mds"
-        _sync(temporary / written)
-        os.replace(temporary / written, self.unfinished / f"shard.{number:05d}.mds")
+        files.flush(temporary / written)
+        files.move(temporary / written, self.unfinished / f"shard.{number:05d}.mds")
         return entry, num_samples, max_label
 
     def record(self, number: int) -> dict[str, Any]:
@@ -216,10 +218,8 @@ class ShardWriter:
         texts = {**(extra_files or {}), INDEX_FILE: json.dumps(index), INFO_FILE: description}
         with self._writing():
             for name, text in texts.items():
-                _write_durably(self.unfinished / name, text)
-            _sync(self.unfinished)
-            os.rename(self.unfinished, self.folder)
-            _sync(self.folder.parent)
+                files.replace(self.unfinished / name, text)
+            files.publish(self.unfinished, self.folder)
             self._clean_up()
         if self._lock is not None:
             os.close(self._lock)
@@ -227,9 +227,8 @@ class ShardWriter:
 
     def _clean_up(self) -> None:
         """Removes what a finished folder does not need; a kill may have come between."""
-        shutil.rmtree(self.folder / _RECORDS, ignore_errors=True)
-        for name in (_PLAN_FILE, _LOCK_FILE):
-            (self.folder / name).unlink(missing_ok=True)
+        for name in (_RECORDS, _PLAN_FILE, _LOCK_FILE):
+            files.remove(self.folder / name)
 
     def _record_file(self, number: int) -> Path:
         return self.unfinished / _RECORDS / f"{number:05d}.json"
@@ -258,28 +257,3 @@ def merged_versions(records: Sequence[Record]) -> dict[str, str]:
     """The `versions` that the records of all shards name: another version may have begun than the one that ended."""
     names = records[0]["versions"]
     return {name: ", ".join(sorted({record["versions"][name] for record in records})) for name in names}
-
-
-def _locked(path: Path, folder: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UserError(f"{folder} is being written by another process; wait for its end, or stop it") from error
-    return descriptor
-
-
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(f"writing.{path.name}.{uuid.uuid4().hex[:8]}")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

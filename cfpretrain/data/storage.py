@@ -6,7 +6,6 @@ with a lock: it is fetched once, and what a killed process leaves there is remov
 """
 
 import errno
-import fcntl
 import hashlib
 import mmap
 import os
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from cfpretrain import files
 from cfpretrain.background import Task
 from cfpretrain.config import DataConfig
 from cfpretrain.console import UserError, one_line, say
@@ -33,6 +33,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two questions to a s
 _POLL_SECONDS = 0.05
 _MOST_WRONG_COPIES = 3
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EMFILE}
+_LOCK, _RESERVED = "lock", "reserved"
 _COPY = re.compile(r"[0-9a-f]{128}")
 _PART = re.compile(r"[0-9a-f]{128}\.([0-9]+)\.part")
 
@@ -210,13 +211,13 @@ class RemoteFolder:
                     self._reserve(part, file)
                     self._fetch_whole(file, part / "copy")
                     opened = FileIO(part / "copy")  # while nobody may remove it
-                    os.replace(part / "copy", copy)
+                    files.move(part / "copy", copy)
         return opened
 
     def drop(self, file: ShardFile) -> bool:
         """See `Source`."""
         with self._writing():
-            self._copy(file).unlink(missing_ok=True)
+            files.remove(self._copy(file))
         return True
 
     def _copy(self, file: ShardFile) -> Path:
@@ -234,7 +235,7 @@ class RemoteFolder:
             if digest == file.digest:
                 return
             got = f"{local.stat().st_size} bytes of hash {digest:.16}..."
-            local.unlink()
+            files.remove(local)
         raise UserError(
             f"{self._key}: {self.address}/{file.name}: expected {file.num_bytes} bytes of hash {file.digest:.16}..., "
             f"as the index says, got {got}, {_MOST_WRONG_COPIES} times; upload the folder again"
@@ -245,7 +246,7 @@ class RemoteFolder:
         what, patience, pause = f"{self.address}/{name}", self._cache.patience, _FIRST_PAUSE
         while True:
             try:
-                local.unlink(missing_ok=True)  # the client would take it for whole
+                files.remove(local)  # the client would take it for whole
                 self._transfer(what, local, max_bytes)
                 break
             except UserError:
@@ -319,9 +320,9 @@ class RemoteFolder:
         if not limit:
             return
         while True:
-            with _locked(self._cache.folder / "lock", patience):
+            with _locked(self._cache.folder / _LOCK, patience):
                 if self._make_room(limit - file.num_bytes):
-                    (part / "reserved").touch()
+                    files.create(part / _RESERVED).close()
                     return
             # The rest is reserved by copies in the making: those will be copies that can go.
             if trouble.seconds() > patience.seconds:
@@ -341,11 +342,11 @@ class RemoteFolder:
                     copies.append((stat.st_mtime_ns, stat.st_size, entry.path))
                     total += stat.st_size
             elif (found := _PART.fullmatch(entry.name)) and not _removed_if_abandoned(Path(entry.path)):
-                total += int(found[1]) * (Path(entry.path) / "reserved").exists()
+                total += int(found[1]) * (Path(entry.path) / _RESERVED).exists()
         for _, size, path in sorted(copies):
             if total <= limit:
                 break
-            Path(path).unlink(missing_ok=True)  # who is reading it keeps what it has opened
+            files.remove(Path(path))  # who is reading it keeps what it has opened
             total -= size
         return total <= limit
 
@@ -459,48 +460,26 @@ def _sleep(seconds: float, patience: Patience) -> None:
 @contextmanager
 def _held(part: Path, patience: Patience) -> Iterator[None]:
     """Holds the folder of a file in the making, emptied of what a killed process left; it is gone afterwards."""
-    lock = part / "lock"
-    with _locked(lock, patience):
-        for leftover in part.iterdir():
-            if leftover != lock:
-                leftover.unlink()
+    with _locked(part / _LOCK, patience):
+        files.clear(part, _LOCK)
         try:
             yield
         finally:
-            _remove(part)
-
-
-def _remove(part: Path) -> None:
-    """Removes the folder of a file in the making, whose lock is held.
-
-    The lock goes last: once it is gone, another process may begin anew, and what lies in the folder then is its own.
-    """
-    lock = part / "lock"
-    with suppress(OSError):
-        for leftover in part.iterdir():
-            if leftover != lock:
-                leftover.unlink()
-        lock.unlink()
-        part.rmdir()  # fails where another process has begun
+            files.remove_locked(part, _LOCK)
 
 
 def _removed_if_abandoned(part: Path) -> bool:
     """Removes the folder of a file in the making where nobody makes it any more; whether it is gone."""
-    lock = part / "lock"
     try:
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        files.check_folder(part)
+        lock = files.try_lock(part / _LOCK)
     except FileNotFoundError:
         return True
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is_at(descriptor, lock):
-            return False  # begun anew by another process
-        _remove(part)
-        return True
-    except BlockingIOError:
+    if lock is None:
         return False
-    finally:
-        os.close(descriptor)
+    files.remove_locked(part, _LOCK)
+    os.close(lock)
+    return True
 
 
 @contextmanager
@@ -515,27 +494,9 @@ def _locked(file: Path, patience: Patience) -> Iterator[None]:
 
 
 def _try_lock(file: Path) -> int | None:
-    file.parent.mkdir(parents=True, exist_ok=True)
+    if _PART.fullmatch(file.parent.name):
+        files.make_folder(file.parent)
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        return files.try_lock(file)
     except FileNotFoundError:
         return None  # its last holder has just removed the folder
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(descriptor, file):
-            return descriptor
-    except BlockingIOError:
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
-    return None
-
-
-def _is_at(descriptor: int, file: Path) -> bool:
-    """Whether an open file still has its name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), file.stat())
-    except FileNotFoundError:
-        return False

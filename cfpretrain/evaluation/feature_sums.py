@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain import outputs, plans, runtime
+from cfpretrain import files, outputs, plans, runtime
 from cfpretrain.console import UserError, one_line, say
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.features import Features
@@ -171,14 +171,14 @@ class Work:
                 different = plans.differences(there, plan)
                 if different and there.get("images") != plan.get("images"):
                     say(f"{self.folder}: the images have changed; beginning anew")
-                    outputs.clear(self.folder)
+                    files.clear(self.folder, outputs.LOCK_FILE)
                 elif different:
                     raise UserError(
                         f"{self.folder}: expected work of these settings, got unfinished work of others ({different}); "
                         "give those, or delete the folder to begin again"
                     )
             text = json.dumps(plan, indent=2) + "\n"
-            outputs.replace_file(file, lambda opened: opened.write(text.encode()))
+            files.replace(file, text)
             self._take_over()
         except OSError as error:
             raise _unwritable(self.folder, error) from error
@@ -194,12 +194,12 @@ class Work:
         with _undamaged(file):
             last = int(read_text(file)) if file.exists() else 0
         self._start = last + 1
-        outputs.replace_file(file, lambda opened: opened.write(f"{self._start}\n".encode()))
+        files.replace(file, f"{self._start}\n")
         for sums in self.folder.glob("sums_*_*.npz"):
             if sums.name.startswith(_sums_name(last)):
-                os.replace(sums, sums.with_name(f"done_{sums.name}"))
+                files.move(sums, sums.with_name(f"done_{sums.name}"))
             else:
-                sums.unlink()
+                files.remove(sums)
 
     def _files(self) -> list[Path]:
         return sorted([*self.folder.glob("done_*.npz"), *self.folder.glob(f"{_sums_name(self._start)}*.npz")])
@@ -269,7 +269,7 @@ class Summing:
         self._numbers.append(number)
         try:
             rows_BF = features.pooled_BF.cpu()[work.is_kept_N[ids]]
-            outputs.replace_file(work.folder / _rows_name(number), lambda file: np.save(file, rows_BF.numpy()))
+            files.replace(work.folder / _rows_name(number), lambda opened: np.save(opened, rows_BF.numpy()))
             if time.monotonic() - self._saved_at >= work.save_seconds:
                 self._save_sums()
         except OSError as error:
@@ -281,7 +281,7 @@ class Summing:
         arrays: dict[str, Any] = {"numbers": np.array(self._numbers)}
         for group, sums in enumerate(self._sums):
             arrays |= sums.to_arrays(f"{group}_")
-        outputs.replace_file(self._file, lambda file: np.savez(file, **arrays))
+        files.replace(self._file, lambda opened: np.savez(opened, **arrays))
         self._saved_at = time.monotonic()
 
     def __enter__(self) -> "Summing":

@@ -19,6 +19,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from cfpretrain import files
 from cfpretrain.console import UserError
 
 Floats = npt.NDArray[np.float64]
@@ -277,4 +278,4 @@ def _short(value: float, _position: int | None = None) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    figure.savefig(path, format="png")
+    files.replace(path, lambda opened: figure.savefig(opened, format="png"))

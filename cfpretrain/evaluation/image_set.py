@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cfpretrain import checkpoint, outputs, plans
+from cfpretrain import files, outputs, plans
 from cfpretrain.console import UserError
 from cfpretrain.data.tables import as_cell
 from cfpretrain.evaluation import array_files
@@ -31,7 +31,8 @@ from cfpretrain.files import open_to_read, read_bytes, read_text
 
 _PLAN_FILE, _TABLE_FILE = "settings.json", "labels.csv"
 _COPY_BYTES = 1 << 24
-_PNG_BEGIN, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+_JOINED_FILE = "joined.npz"  # until it has the name of the result
+_PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
 
 class ImageSet:
@@ -72,11 +73,12 @@ class ImageSet:
             raise UserError(f"--out: {self.out} holds images of other settings already ({different}); {advice}")
         if not self._is_archive:
             with suppress(OSError):
-                (self.out / outputs.LOCK_FILE).unlink()  # of a kill while it got its name
+                files.remove(self.out / outputs.LOCK_FILE)  # of a kill while it got its name
             self._is_damaged = bool(self._missing_from(self.out)) or not self._has_table()
             if self._is_damaged:
                 return False
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        with suppress(OSError):
+            files.remove(self.unfinished)
         return True
 
     def _plan_text(self) -> str:
@@ -95,12 +97,10 @@ class ImageSet:
         """
         with self._writing():
             if self._is_damaged and not os.path.lexists(self.unfinished):
-                os.rename(self.out, self.unfinished)
+                files.move(self.out, self.unfinished)
             self._lock = outputs.take_hidden(self.unfinished, self.out, "--out")
             if os.path.lexists(self.out):
                 raise UserError(f"--out: {self.out} is there, and so is {self.unfinished}; delete one of them")
-            for leftover in self.unfinished.glob(f"{outputs.WRITING}*"):
-                leftover.unlink()
             plan_file = self.unfinished / _PLAN_FILE
             if plan_file.exists():
                 try:
@@ -116,7 +116,7 @@ class ImageSet:
                         "or delete it to begin again"
                     )
             else:
-                self._put(plan_file, (json.dumps(self.plan, indent=2) + "\n").encode())
+                files.replace(plan_file, json.dumps(self.plan, indent=2) + "\n")
 
     def missing(self) -> list[int]:
         """The batches that are yet to be written."""
@@ -154,10 +154,10 @@ class ImageSet:
         with self._writing():
             if self._is_archive:
                 (name,) = self._files(int(ids[0]) // self.batch_size)
-                self._put(self.unfinished / name, _npy(images_BYXC))
+                files.replace(self.unfinished / name, _npy(images_BYXC))
                 return
             for i, image_YXC in zip(ids.tolist(), images_BYXC, strict=True):
-                outputs.replace_file(self.unfinished / _png_name(i), partial(write_png, image_YXC=image_YXC))
+                files.replace(self.unfinished / _png_name(i), partial(write_png, image_YXC=image_YXC))
 
     def finish(self) -> None:
         """Gives the result its name; one process calls it, once nothing is missing.
@@ -172,15 +172,14 @@ class ImageSet:
             )
         with self._writing():
             if self._is_archive:
-                writing = self.unfinished / f"{outputs.WRITING}npz"
-                self._join(writing)
-                os.replace(writing, self.out)
+                joined = self.unfinished / _JOINED_FILE
+                files.replace(joined, self._join)
+                files.publish(joined, self.out)
                 outputs.remove_hidden(self.unfinished)
             else:
-                self._put(self.unfinished / _TABLE_FILE, self._table())
-                os.rename(self.unfinished, self.out)
-                (self.out / outputs.LOCK_FILE).unlink()
-            checkpoint.flush(self.out.parent)
+                files.replace(self.unfinished / _TABLE_FILE, self._table())
+                files.publish(self.unfinished, self.out)
+                files.remove(self.out / outputs.LOCK_FILE)
         os.close(self._lock)
 
     def _has_table(self) -> bool:
@@ -198,12 +197,12 @@ class ImageSet:
         writer.writerows((_png_name(i), as_cell(self.class_names[label]), label) for i, label in enumerate(self.labels))
         return text.getvalue().encode(errors="surrogateescape")  # names of folders need not be UTF-8
 
-    def _join(self, file: Path) -> None:
+    def _join(self, opened: IO[bytes]) -> None:
         """All batches as one array, through a bounded buffer."""
         parts = [self.unfinished / self._files(number)[0] for number in range(-(-len(self.labels) // self.batch_size))]
         shape = (len(self.labels), *array_files.load(parts[0], is_mapped=True).shape[1:])
         # Members without a time of their own: the bytes depend on the images alone.
-        with zipfile.ZipFile(file, "w") as archive:
+        with zipfile.ZipFile(opened, "w") as archive:
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(member, header)
@@ -214,10 +213,6 @@ class ImageSet:
                         shutil.copyfileobj(source, member, _COPY_BYTES)
             archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(np.asarray(self.labels, np.int64)))
             archive.comment = json.dumps(self.plan).encode()
-        checkpoint.flush(file)
-
-    def _put(self, path: Path, data: bytes) -> None:
-        outputs.replace_file(path, lambda file: file.write(data))
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -237,9 +232,9 @@ def _png_name(i: int) -> str:
 def _is_whole_png(path: str) -> bool:
     try:
         with open_to_read(Path(path)) as file:
-            begin = file.read(len(_PNG_BEGIN))
+            begin = file.read(len(files.PNG_BEGIN))
             file.seek(max(0, os.fstat(file.fileno()).st_size - len(_PNG_END)))
-            return (begin, file.read()) == (_PNG_BEGIN, _PNG_END)
+            return (begin, file.read()) == (files.PNG_BEGIN, _PNG_END)
     except OSError:
         return False
 

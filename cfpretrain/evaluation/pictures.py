@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cfpretrain import files
 from cfpretrain.console import UserError
 
 _INK, _QUIET, _PAPER = "#1f2430", "#6b7280", "#ffffff"
@@ -136,7 +137,7 @@ def sample_grid(
             text = _cut_to(captions[index], layout.cell_width)
             place = (x + layout.cell_width // 2, y + layout.cell_height + 2)
             draw.text(place, text, fill=_QUIET, font=_font(_CAPTION_SIZE), anchor="ma")
-    picture.save(path, format="PNG")
+    _put(path, lambda opened: picture.save(opened, format="PNG"))
 
 
 def _drawable(text: str) -> str:
@@ -174,7 +175,8 @@ def tinted(images_BCYX: Tensor, tokens_BL: Tensor, colour: str, share: float) ->
 
 def write_png(file: Path | IO[bytes], image_YXC: npt.NDArray[np.uint8]) -> None:
     """Writes one image, of `to_rgb`, as it is."""
-    Image.fromarray(image_YXC).save(file, format="PNG")
+    picture = Image.fromarray(image_YXC)
+    _put(file, lambda opened: picture.save(opened, format="PNG"))
 
 
 def false_colours(latents_BCYX: Tensor) -> Tensor:
@@ -211,3 +213,11 @@ def _font(size: int, is_bold: bool = False) -> ImageFont.FreeTypeFont:
     [matplotlib] = find_spec("matplotlib").submodule_search_locations  # type: ignore[union-attr,misc]
     name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib, "mpl-data", "fonts", "ttf", name), size)
+
+
+def _put(where: Path | IO[bytes], write: Callable[[IO[bytes]], object]) -> None:
+    """Writes a picture; at a path it is whole or not there."""
+    if isinstance(where, Path):
+        files.replace(where, write)
+    else:
+        write(where)

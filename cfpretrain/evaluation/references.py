@@ -10,8 +10,8 @@ are taken for what all of them are, the FID Inception's.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain import outputs, runtime, seeds
+from cfpretrain import files, outputs, runtime, seeds
 from cfpretrain.console import UserError, one_line
 from cfpretrain.data.images import WHITE, Colour
 from cfpretrain.evaluation import array_files
@@ -275,16 +275,19 @@ def _write_entry(
     arrays = {"mu": whole.pooled.mean_F, "sigma": whole.pooled.covariance_FF}
     if whole.spatial is not None:
         arrays |= {"mu_s": whole.spatial.mean_F, "sigma_s": whole.spatial.covariance_FF}
-    shutil.rmtree(entry, ignore_errors=True)  # without its record
+    with suppress(OSError):
+        files.remove(entry)  # without its record
     with outputs.whole_or_nothing(entry, "--cache") as writing:
-        writing.mkdir()
-        np.savez(
-            writing / STATISTICS_FILE,
-            **{_OWN_KEY: np.array(json.dumps(note))},
-            **{name: value.numpy() for name, value in arrays.items()},
-        )
-        np.save(writing / NEIGHBOURS_FILE, kept_KF.numpy())
-        (writing / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+        files.make_folder(writing)
+        with files.create(writing / STATISTICS_FILE) as opened:
+            np.savez(
+                opened,
+                **{_OWN_KEY: np.array(json.dumps(note))},
+                **{name: value.numpy() for name, value in arrays.items()},
+            )
+        with files.create(writing / NEIGHBOURS_FILE) as opened:
+            np.save(opened, kept_KF.numpy())
+        files.replace(writing / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extractor: FeatureExtractor) -> Reference:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain import outputs, runtime
+from cfpretrain import files, runtime
 from cfpretrain.config import Config
 from cfpretrain.console import ItemProgress, UserError, count, leave_with, say
 from cfpretrain.evaluation import array_files
@@ -77,8 +77,8 @@ class SampleSet:
         """Writes one batch, float32; UserError where it cannot be written."""
         file = _file(self.place, int(ids_B[0]) // self.settings.batch_size)
         try:
-            file.parent.mkdir(exist_ok=True)
-            outputs.replace_file(file, lambda opened: np.save(opened, images_BCYX.numpy(), allow_pickle=False))
+            files.make_folder(file.parent)
+            files.replace(file, lambda opened: np.save(opened, images_BCYX.numpy(), allow_pickle=False))
         except OSError as error:
             raise UserError(
                 f"{file} cannot be written ({reason_of(error)}); mend that, and the same command goes on"

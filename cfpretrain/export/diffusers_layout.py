@@ -15,7 +15,6 @@ grow with the model. The same weights make the same files, whatever ranks and Ze
 
 import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cfpretrain import build, outputs, tensor_files
+from cfpretrain import build, files, outputs, tensor_files
 from cfpretrain import config as configs
 from cfpretrain.config import Config
 from cfpretrain.console import UserError, say
@@ -40,6 +39,7 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 TRANSFORMER, VAE, SCHEDULER = "transformer", "vae", "scheduler"
 SCHEDULER_FILE, SAMPLES_FILE = "scheduler_config.json", "samples.png"
 
+_MAX_PICTURE_BYTES = 2**28
 _DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
 
 
@@ -78,7 +78,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
     outputs.refuse_existing(out, "OUT")
     source = _Source.open(run, settings)
     with outputs.whole_or_nothing(out, "OUT") as folder:
-        folder.mkdir()
+        files.make_folder(folder)
         source.write(folder, out.name)
 
 
@@ -117,9 +117,9 @@ class _Source:
         transformer = bundle("cfpretrain.export.transformer_template", STAND_INS)
         pipeline_name, transformer_name = content_name("pipeline", pipeline), content_name(TRANSFORMER, transformer)
         for part in (TRANSFORMER, SCHEDULER):
-            (folder / part).mkdir()
-        _write_text(folder / f"{pipeline_name}.py", pipeline)
-        _write_text(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
+            files.make_folder(folder / part)
+        files.replace(folder / f"{pipeline_name}.py", pipeline)
+        files.replace(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
         scaling = {"latent_shift": list(self.shift), "latent_scale": list(self.scale)}
         _write_json(folder / TRANSFORMER / "config.json", transformer_config(self.config) | scaling)
         _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler_config(self.config))
@@ -133,15 +133,16 @@ class _Source:
         }
         _write_json(folder / "model_index.json", index)
         if self.vae:
-            (folder / VAE).mkdir()
-            for file in (autoencoder.CONFIG_FILE, autoencoder.WEIGHTS_FILE):
-                shutil.copyfile(self.vae / file, folder / VAE / file)
+            files.make_folder(folder / VAE)
+            # Read and checked by now; in the hub's cache they are links.
+            for file, is_right in ((autoencoder.CONFIG_FILE, _is_json), (autoencoder.WEIGHTS_FILE, _is_safetensors)):
+                files.copy(self.vae / file, folder / VAE / file, is_right, follow=True)
         self._write_weights(folder / TRANSFORMER)
-        _write_text(folder / build.CONFIG_FILE, configs.to_yaml(configs.without_texts(self.config)))
+        files.replace(folder / build.CONFIG_FILE, configs.to_yaml(configs.without_texts(self.config)))
         samples = _newest_samples(self.run, self.state.step)
         if samples:
-            shutil.copyfile(samples, folder / SAMPLES_FILE)
-        _write_text(folder / "README.md", self._card(name, samples is not None))
+            _copy_picture(samples, folder / SAMPLES_FILE)
+        files.replace(folder / "README.md", self._card(name, samples is not None))
 
     def _write_weights(self, folder: Path) -> None:
         dtype_name, dtype = _DTYPES[self.settings.dtype]
@@ -149,7 +150,7 @@ class _Source:
         shards = _plan_shards(shapes, dtype.itemsize, self.settings.max_shard_bytes)
         for number, (file_name, names) in enumerate(shards.items(), start=1):
             say(f"writing weights, file {number} of {len(shards)}")
-            with open(folder / file_name, "wb") as file:
+            with files.create(folder / file_name) as file:
                 file.write(_shard_header({name: shapes[name] for name in names}, dtype_name, dtype))
                 for name in names:
                     values = self.tensors.read(name)
@@ -186,6 +187,25 @@ def _newest_samples(run: Path, step: int) -> Path | None:
         by_step.setdefault(grid.name.split("_")[1], []).append(grid)
     newest = max((number for number in by_step if number <= f"{step:08d}"), default=None)
     return by_step[newest][0] if newest else None
+
+
+def _is_json(begin: bytes) -> bool:
+    return begin.lstrip().startswith(b"{")
+
+
+def _is_safetensors(begin: bytes) -> bool:
+    return _is_json(begin[8:])
+
+
+def _copy_picture(picture: Path, target: Path) -> None:
+    """Copies a PNG of the run's; UserError where it is something else, which might be any file of this machine."""
+    try:
+        files.check_folder(picture.parent)
+        files.copy(picture, target, files.is_png, _MAX_PICTURE_BYTES)
+    except OSError as error:
+        raise UserError(
+            f"RUN: {picture}: expected a picture to show, which is no link ({tensor_files.reason_of(error)}); remove it"
+        ) from error
 
 
 def transformer_config(config: Config) -> dict[str, Any]:
@@ -227,11 +247,7 @@ def scheduler_config(config: Config) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+    files.replace(path, json.dumps(content, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cfpretrain import files
 from cfpretrain.console import UserError
 from cfpretrain.files import check_safetensors
 from cfpretrain.outputs import whole_or_nothing
@@ -118,7 +119,7 @@ def write(file: Path, content: Mapping[str, Mapping[str, Tensor]]) -> None:
     Raises:
         UserError: something is there already, or it cannot be written.
     """
-    with whole_or_nothing(file, "OUT") as unfinished, open(unfinished, "wb") as opened:
+    with whole_or_nothing(file, "OUT") as unfinished, files.create(unfinished) as opened:
         try:
             torch.save({key: dict(tensors) for key, tensors in content.items()}, opened)
         except RuntimeError as error:

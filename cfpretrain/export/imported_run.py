@@ -11,18 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
+from cfpretrain import files, runtime
 from cfpretrain.build import CHECKPOINTS, CONFIG_FILE, make_model
-from cfpretrain.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, tensor_file, write_file
+from cfpretrain.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, tensor_file
 from cfpretrain.config import Config, to_plain, to_yaml
 from cfpretrain.console import UserError
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
-from cfpretrain.files import opened
 from cfpretrain.health import Guard
 from cfpretrain.model.autoencoder import KLAutoencoder
 from cfpretrain.outputs import whole_or_nothing
-from cfpretrain.tensor_files import bytes_of, hashes_to_plain, make_header, write_fully, write_ranges
+from cfpretrain.tensor_files import bytes_of, hashes_to_plain, make_header, write_ranges
 from cfpretrain.training_state import TrainingState
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -139,8 +138,8 @@ def write_run(folder: Path, config: Config, counters: Counters, read_tensor: Rea
     """
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
     with whole_or_nothing(folder, "RUN") as unfinished:
-        unfinished.mkdir()
-        write_file(unfinished / CONFIG_FILE, to_yaml(config).encode())
+        files.make_folder(unfinished)
+        files.replace(unfinished / CONFIG_FILE, to_yaml(config))
         state = _make_state(config, counters)
         _write_checkpoint(unfinished / CHECKPOINTS, state, expected_shapes(config), read_tensor, source)
 
@@ -184,20 +183,20 @@ def _latents_of(config: Config) -> tuple[list[str], str]:
 def _write_checkpoint(folder: Path, state: TrainingState, shapes: Shapes, read_tensor: ReadTensor, source: str) -> None:
     final = folder / f"step_{state.step:08d}"
     partial = folder / f"{final.name}.partial"
-    partial.mkdir(parents=True)
+    files.make_folder(partial)
     hashes = {}
     for content in CONTENTS:
         first_bytes, header = make_header(shapes, content, state.step)
-        with opened(tensor_file(partial, content), os.O_WRONLY | os.O_CREAT) as descriptor:
+        with files.opened(tensor_file(partial, content), os.O_WRONLY | os.O_CREAT) as descriptor:
             os.ftruncate(descriptor, header.num_bytes)
-            write_fully(descriptor, first_bytes, 0)
+            files.write_fully(descriptor, first_bytes, 0)
             whole = (
                 (name, 0, bytes_of(_as_stored(read_tensor(content, name), f"{source}: {content} of {name}")))
                 for name in header.shapes
             )
             hashes[content] = hashes_to_plain(write_ranges(descriptor, header, whole), shapes)
             os.fsync(descriptor)
-    write_file(partial / RANGES_FILE, json.dumps(hashes, separators=(",", ":")).encode())
+    files.replace(partial / RANGES_FILE, json.dumps(hashes, separators=(",", ":")))
     CheckpointStore(folder, keep_last=1, keep_every_steps=0).publish(partial, final, state.to_json())
 
 

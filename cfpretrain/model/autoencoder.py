@@ -5,8 +5,6 @@ Raw latents are what an autoencoder makes and what shards hold; the transformer 
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from cfpretrain import files
 from cfpretrain.console import UserError, one_line
 from cfpretrain.files import check_safetensors, parse_json, read_json
 
@@ -330,25 +329,23 @@ def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_folder(folder: Path, network: nn.Module) -> None:
-    """Writes an AutoencoderKL as diffusers does: the folder is there whole or not at all.
+    """Writes an AutoencoderKL as diffusers does; `outputs.whole_or_nothing` keeps it hidden until it is whole.
+
+    Args:
+        folder: nothing may be there.
+        network: in the precision that is to be written.
 
     Raises:
-        UserError: something is there already, or it cannot be written.
+        OSError: it cannot be written.
     """
-    refuse_existing(folder)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    files.make_folder(folder)
+    saved: Any = network
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        saved: Any = network
-        saved.save_pretrained(unfinished, safe_serialization=True)
-        # safetensors lets nobody else read what it writes.
-        (unfinished / WEIGHTS_FILE).chmod((unfinished / CONFIG_FILE).stat().st_mode)
-        os.rename(unfinished, folder)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); mend it or give another") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        saved.save_pretrained(folder, safe_serialization=True)
+    except SafetensorError as error:  # what the disk says to its writer
+        raise OSError(one_line(error)) from error
+    # safetensors lets nobody else read what it writes.
+    files.open_to_others(folder / WEIGHTS_FILE)
 
 
 def holds(folder: Path, network: nn.Module) -> bool:
@@ -365,12 +362,6 @@ def holds(folder: Path, network: nn.Module) -> bool:
 def _config_text(network: nn.Module) -> str:
     config: Any = network.config
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
-
-
-def refuse_existing(folder: Path) -> None:
-    """Raises UserError where something is at this path."""
-    if folder.exists() or folder.is_symlink():
-        raise UserError(f"{folder}: expected a folder that is not there yet; remove it or give another")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,238 @@
+"""Every tool that writes, where the names that it may touch are links: what they lead to stays as it was."""
+
+import os
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cfpretrain import build, files, outputs
+from cfpretrain.console import UserError
+from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.evaluation import pictures
+from cfpretrain.evaluation.feature_sums import Work
+from cfpretrain.evaluation.image_set import ImageSet
+from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.export.official import write_official
+from cfpretrain.health import Guard
+from cfpretrain.metrics import MetricsFile
+from cfpretrain.run_folder import write_requeue
+from cfpretrain.runtime import FolderLock
+from tests.digits import small_run
+from tests.processes import run_script
+from tests.runs import write_run
+
+# What a run's folder may hold, today and in earlier versions.
+NAMES = (
+    "config.yaml.partial",
+    "summary.json.partial",
+    "metrics.partial",
+    "requeue",
+    "requeue.0",
+    "summary.json",
+    "curves.png",
+    "loss_map.png",
+    "report.json",
+    "report.json.partial",
+    ".report.partial",
+    "samples",
+    "replay",
+)
+
+
+class Victim:
+    """A file and a folder of somebody else's."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.file = folder, folder / "key"
+        folder.mkdir()
+        self.file.write_text("secret")
+        (folder / "lock").write_text("secret")
+
+    def is_whole(self) -> bool:
+        names = sorted(path.name for path in self.folder.iterdir())
+        return names == ["key", "lock"] and all((self.folder / name).read_text() == "secret" for name in names)
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Victim:
+    return Victim(tmp_path / "victim")
+
+
+@pytest.fixture
+def run(tmp_path: Path, shards: Path) -> Path:
+    # Of any data, and ready to be trained on.
+    return write_run(tmp_path / "run", shards, data_fingerprint="", guard=Guard(6.0, 100, 10).to_plain())
+
+
+def succeeds_or_says_why(work: Callable[[], Any]) -> str:
+    """What a user is told where it fails: one line, without what a link leads to."""
+    said = ""
+    try:
+        work()
+    except (UserError, OSError) as error:
+        said = str(error)
+    assert "\n" not in said
+    assert "secret" not in said
+    return said
+
+
+def hidden_of(out: Path) -> list[Path]:
+    return [out.with_name(f".{out.name}.{kind}") for kind in ("partial", "unfinished")]
+
+
+def write_set(out: Path) -> None:
+    images = ImageSet(out, [0, 1], ["a", "b"], 2, {"made": "by a test"})
+    images.is_complete()
+    images.begin()
+    images.write(torch.arange(2), torch.zeros(2, 1, 4, 4))
+    images.finish()
+
+
+def write_shards(out: Path) -> None:
+    writer = ShardWriter(out, {"id": "int64"}, {"made": "by a test"})
+    writer.is_complete()
+    writer.begin()
+
+
+def write_picture(out: Path) -> None:
+    with outputs.whole_or_nothing(out, "--out") as unfinished:
+        pictures.write_png(unfinished, np.zeros((4, 4, 3), np.uint8))
+
+
+def sum_features(out: Path) -> None:
+    one = torch.zeros(1, dtype=torch.int64)
+    Work(out, "--out", {"made": "by a test"}, 1, one, one, one.bool()).begin()
+
+
+# How the tools give an output its name; a run stands beside it.
+OUTPUTS = {
+    "export_hf": lambda run, out: export(run, out, ExportSettings()),
+    "export_official": lambda run, out: write_official(run, out),
+    "sample a set": lambda run, out: write_set(out),
+    "sample an archive": lambda run, out: write_set(out.with_name(f"{out.name}.npz")),
+    "sample and edit": lambda run, out: write_picture(out),
+    "make_shards and encode_latents": lambda run, out: write_shards(out),
+    "evaluate_fid and references": lambda run, out: sum_features(out),
+}
+
+
+@pytest.mark.parametrize("to", ["file", "folder", "nowhere"])
+@pytest.mark.parametrize("way", OUTPUTS)
+def test_hidden_folders_that_are_links_are_not_entered(
+    way: str, to: str, run: Path, victim: Victim, tmp_path: Path
+) -> None:
+    target = {"file": victim.file, "folder": victim.folder, "nowhere": victim.folder / "new"}[to]
+    for out in (tmp_path / "out", tmp_path / "out.npz"):
+        for link in hidden_of(out):
+            link.symlink_to(target)
+    assert succeeds_or_says_why(lambda: OUTPUTS[way](run, tmp_path / "out"))
+    assert victim.is_whole()
+
+
+@pytest.mark.parametrize("way", OUTPUTS)
+def test_links_in_hidden_folders_are_not_followed(way: str, run: Path, victim: Victim, tmp_path: Path) -> None:
+    for out in (tmp_path / "out", tmp_path / "out.npz"):
+        for folder in hidden_of(out):
+            folder.mkdir()
+            for name, target in (("out", victim.folder), ("records", victim.folder), ("rest", victim.file)):
+                (folder / name).symlink_to(target)
+            for name in ("plan.json", "settings.json", "start", "000000.png", ".writing.plan.json"):
+                (folder / name).symlink_to(victim.folder / "new")
+    succeeds_or_says_why(lambda: OUTPUTS[way](run, tmp_path / "out"))
+    assert victim.is_whole()
+    for folder in tmp_path.glob(".out*"):
+        for link in folder.iterdir():
+            link.unlink()
+        (folder / outputs.LOCK_FILE).symlink_to(victim.file)
+    succeeds_or_says_why(lambda: OUTPUTS[way](run, tmp_path / "out2"))
+    assert victim.is_whole()
+
+
+@pytest.mark.parametrize("name", ["key", "picture"])
+def test_a_sample_that_is_a_link_is_not_copied_into_an_export(
+    name: str, run: Path, victim: Victim, tmp_path: Path
+) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "picture", "PNG")
+    (run / "samples").mkdir()
+    sample = run / "samples" / "step_00000007_ar_steps_0001.png"
+    sample.symlink_to(victim.file if name == "key" else tmp_path / "picture")
+    said = succeeds_or_says_why(lambda: export(run, tmp_path / "out", ExportSettings()))
+    assert re.match(rf"RUN: {sample}: expected a picture to show, which is no link .*; remove it$", said)
+    sample.unlink()
+    sample.write_text("secret")
+    assert "not a file of the expected kind" in succeeds_or_says_why(
+        lambda: export(run, tmp_path / "out", ExportSettings())
+    )
+    assert not (tmp_path / "out").exists()
+    sample.unlink()
+    Image.new("RGB", (4, 4)).save(sample, "PNG")
+    export(run, tmp_path / "out", ExportSettings())
+    assert (tmp_path / "out" / "samples.png").read_bytes() == sample.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder: FolderLock(folder / "lock", 0.0),
+        lambda folder: MetricsFile(folder / "metrics.jsonl", 3).append([{"step": 4}]),
+        lambda folder: write_requeue(folder, "stopped"),
+        lambda folder: files.replace(folder / build.CONFIG_FILE, "x: 1\n"),
+        lambda folder: pictures.write_png(folder / "curves.png", np.zeros((4, 4, 3), np.uint8)),
+    ],
+)
+def test_links_in_a_run_are_not_written_through(
+    write: Callable[[Path], Any], victim: Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (*NAMES, "lock", "config.yaml", "metrics.jsonl", "curves.png"):
+        (folder / name).is_symlink() or (folder / name).symlink_to(victim.file)
+    succeeds_or_says_why(partial(write, folder))
+    assert victim.is_whole()
+
+
+def plant(folder: Path, target: Path, *names: str) -> None:
+    """Puts links where nothing is, for names that a tool may touch."""
+    for name in (*NAMES, *names):
+        if not os.path.lexists(folder / name):
+            (folder / name).symlink_to(target)
+
+
+@pytest.mark.parametrize("to", ["file", "folder"])
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [
+        ("cfpretrain/train.py", []),
+        ("tools/replay.py", ["--step", "8"]),
+        ("tools/sample.py", ["--out", "{run}/curves.png", "--num-images", "1", "--denoising-steps", "1"]),
+    ],
+)
+def test_tools_on_a_run_full_of_links_change_nothing_else(
+    script: str, options: list[str], to: str, run: Path, victim: Victim, shards: Path
+) -> None:
+    (run / "metrics.jsonl").write_text("")
+    plant(run, victim.file if to == "file" else victim.folder, "wandb", ".curves.png.partial", ".out.unfinished")
+    plant(run / "checkpoints", victim.folder, "best.json", "step_00000008.partial", "step_00000008.deleted")
+    what = small_run(shards, run, "train.num_steps=8", "sample.every_steps=8") if "train" in script else [str(run)]
+    (ended,) = run_script(script, [*what, *(option.format(run=run) for option in options)], 1)
+    assert ended.code in ((0,) if "train" in script else (0, 2)), ended.out + ended.err
+    assert "Traceback" not in (ended.out + ended.err)
+    assert "secret" not in (ended.out + ended.err)
+    assert victim.is_whole()
+
+
+def test_a_lock_that_is_a_link_ends_a_run_in_one_line(run: Path, victim: Victim, shards: Path) -> None:
+    (run / "lock").unlink(missing_ok=True)
+    (run / "lock").symlink_to(victim.file)
+    (ended,) = run_script("cfpretrain/train.py", small_run(shards, run), 1)
+    assert ended.code == 2
+    assert f"run.folder: {run} cannot be written (" in (ended.out + ended.err)
+    assert victim.is_whole()
