@@ -35,6 +35,12 @@ def test_curves_are_drawn_whole(tmp_path: Path) -> None:
     assert num_near(tmp_path / "curves.png", RED) == 0
 
 
+def test_a_title_is_text(tmp_path: Path) -> None:
+    """A run's folder may have any name; matplotlib would typeset this one, and fail."""
+    curves(tmp_path / "curves.png", run(3), r"runs/$\frac{1$")
+    assert pixels(tmp_path / "curves.png").shape[1] > 1000
+
+
 def test_losses_that_are_not_finite_leave_a_mark_and_the_rest_of_the_curve(tmp_path: Path) -> None:
     rows = run(200)
     curves(tmp_path / "before.png", rows)

@@ -256,7 +256,7 @@ def _figure(width_inches: float, height_inches: float, title: str) -> Figure:
     figure = Figure(figsize=(width_inches, height_inches), dpi=_DOTS_PER_INCH, layout="constrained", facecolor=_PAPER)
     FigureCanvasAgg(figure)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=13, fontweight="bold")
+        figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=13, fontweight="bold", parse_math=False)
     return figure
 
 
