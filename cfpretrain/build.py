@@ -163,7 +163,7 @@ def _names_of_shards(config: Config) -> tuple[str, ...]:
     numbers = tuple(map(str, range(config.model.num_classes)))
     try:
         address = config.data.shards[0]
-        if "://" in address:  # a stranger's, which would hear of this machine
+        if "://" in address:  # of a store that would hear of this machine
             raise UserError(f"{address} is an address")
         names = read_latents_info(address).class_names
     except UserError as error:

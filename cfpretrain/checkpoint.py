@@ -387,7 +387,7 @@ class CheckpointStore:
     def _named_by_latest(self) -> int | None:
         file = self.folder / _LATEST_FILE
         try:
-            # What a link leads to is nobody's business: it is told in no message.
+            # The target of a link is not read, so that no message shows it.
             name = read_text(file, _MAX_NAME_BYTES, follow=False).strip()
         except FileNotFoundError:
             return None

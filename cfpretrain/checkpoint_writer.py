@@ -108,7 +108,7 @@ def _write_share(
     on_progress: Callable[[], None],
 ) -> None:
     """Writes one rank's ranges and their hashes down to the disk; rank 0 writes headers and sizes too."""
-    files.make_folder(partial)
+    files.make_folder(partial, parents=False)  # a run folder that is gone is not made again
     hashes = {}
     for content in CONTENTS:
         first_bytes, header = make_header(shapes, content, step)

@@ -22,7 +22,7 @@ _FLEX_MIN_HEAD_WIDTH = 16
 _FEWEST_SCORED = 20
 # Each length is compiled, which takes minutes, and torch has a limit.
 _MOST_COMPILED_LENGTHS = 16
-# No network comes near these. A stranger's config that says more is refused before anything is made of it.
+# Upper limits: larger values are refused before memory is taken.
 _LARGEST_SIZES = {
     **{"latent_size": 4096, "latent_channels": 4096, "patch_size": 4096, "width": 65536, "depth": 512},
     **{"num_heads": 1024, "num_cond_tokens": 16384, "num_classes": 1_000_000},
@@ -274,7 +274,7 @@ def check_code(config: Config, origins: Mapping[str, Origin], allow_code: bool) 
         return
     if origin.name != config_files.COMMAND_LINE and (not allow_code or is_recorded(Path(origin.name))):
         raise UserError(
-            f"{origin.name}: evaluation.features: {named!r:.100} is code, which a file does not have run; to run it, "
+            f"{origin.name}: evaluation.features: {named!r:.100} is code, which a config file may not run; to run it, "
             "give evaluation.features=MODULE:FUNCTION on the command line, or --allow-code with a config of your own"
         )
 

@@ -22,14 +22,14 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-from cfpretrain.console import UserError, hide, masked, one_line
+from cfpretrain.console import UserError, excerpt, hide, masked, one_line
 from cfpretrain.files import read_text
 
 FilePath = Annotated[str, "path"]  # of this machine, with `~` for a home
 Address = Annotated[str, "address"]  # a path, or an address such as s3://bucket/folder
 
 COMMAND_LINE = "command line"
-# Of a config that was written in earnest; the readers of YAML take a second for a hundred kilobytes, and recurse.
+# Larger than any real config; the readers of YAML take a second for a hundred kilobytes, and recurse.
 _MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 2**18, 16, 5_000
 _LARGEST = 2**63 - 1
 # YAML 1.1 reads 0100 as 64, and 1:30 as 90.
@@ -123,8 +123,7 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 def to_shown(config: Any) -> dict[str, Any]:
     """As `to_plain`, for people and services: of what came from the environment, its name (`console.masked`)."""
-    shown = _masked(to_plain(config))
-    return typing.cast(dict[str, Any], shown)
+    return typing.cast(dict[str, Any], _masked(to_plain(config)))
 
 
 def without_texts(config: Any) -> dict[str, Any]:
@@ -150,8 +149,7 @@ def _masked(plain: Any) -> Any:
         return {key: _masked(value) for key, value in plain.items()}
     if isinstance(plain, list):
         return [_masked(value) for value in plain]
-    shown = masked(str(plain))
-    return plain if shown == str(plain) else shown
+    return masked(plain) if isinstance(plain, str) else plain
 
 
 def _is_text(hint: Any) -> bool:
@@ -305,7 +303,7 @@ def _is_required(field: Any) -> bool:
 
 
 def _no_keys(key: tuple[Any, ...], value: Any) -> Problem:
-    got = "nothing; leave the key out" if value is None else f"{value!r:.200}"
+    got = "nothing; leave the key out" if value is None else excerpt(repr(value), 200)
     return Problem(key, f"expected keys with values, got {got}")
 
 
@@ -364,7 +362,7 @@ def _refusal(expected: str, value: Any, hint: str = "") -> ValueError:
         return ValueError(
             f"expected {expected}, got nothing, as YAML also reads ~ and null; leave the key out for its default"
         )
-    return ValueError(f"expected {expected}, got {value!r:.200}{hint}")
+    return ValueError(f"expected {expected}, got {excerpt(repr(value), 200)}{hint}")
 
 
 def _choice(value: Any, choices: Iterable[Any]) -> Any:

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -48,8 +49,10 @@ _FEWEST_HIDDEN = 4  # characters: a shorter text is no secret, and stands in man
 
 
 def hide(value: str, shown: str) -> None:
-    """Has a text that came from outside of the files and the command line never shown: keys lie in the environment."""
-    for form in (value, repr(value)[1:-1], " ".join(value.split())):
+    """Has a text of the environment never shown, where it may be a key: no number, and not of a few characters."""
+    if re.fullmatch(r"[-+.\deE]*|true|false", value, re.IGNORECASE):
+        return
+    for form in (value, repr(value)[1:-1], " ".join(value.split()), value.rstrip("/"), os.path.expanduser(value)):
         if len(form) >= _FEWEST_HIDDEN:
             _hidden[form] = shown
 
@@ -59,6 +62,11 @@ def masked(text: str) -> str:
     for value in sorted(_hidden, key=len, reverse=True):
         text = text.replace(value, _hidden[value])
     return text
+
+
+def excerpt(text: str, most: int | None = None) -> str:
+    """A text for a message, cut to `most` characters; first masked, since a part of a key is none that is known."""
+    return masked(text)[:most]
 
 
 def add_allow_env(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +81,7 @@ def add_allow_env(parser: argparse.ArgumentParser) -> None:
 
 def one_line(error: BaseException) -> str:
     """What an error says, for a message of one line; the name of its class where it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
+    return excerpt(" ".join(str(error).split())) or type(error).__name__
 
 
 def leave_with(reason: str) -> NoReturn:

@@ -16,11 +16,11 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from io import FileIO
+from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, Any
 
-# Larger than any JSON, YAML or table of settings that was written in earnest.
+# Larger than any real JSON, YAML or table of settings.
 MAX_TEXT_BYTES = 64 * 2**20
 PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 _MAX_DEPTH = 32  # of JSON: what shows, copies and compares values calls itself for each level
@@ -32,7 +32,7 @@ _WRITING = ".writing."  # before the name of a file, until it is whole
 # Reading
 
 
-def open_to_read(file: Path, max_bytes: int | None = None, follow: bool = True) -> IO[bytes]:
+def open_to_read(file: Path, max_bytes: int | None = None, follow: bool = True) -> BufferedReader:
     """Opens a regular file.
 
     Args:
@@ -61,7 +61,7 @@ def _open_to_read(file: Path, max_bytes: int | None, follow: bool) -> int:
 
 
 def check_safetensors(file: Path) -> None:
-    """For safetensors' own reader, which takes a path and maps what is there, whatever its size.
+    """Checks that a file is regular and that its header fits, before safetensors' own reader maps it.
 
     Raises:
         OSError: as `open_to_read`.
@@ -76,7 +76,8 @@ def check_safetensors(file: Path) -> None:
 def read_bytes(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) -> bytes:
     """The content of a regular file; errors as of `open_to_read`."""
     with open_to_read(file, max_bytes, follow) as opened:
-        content = opened.read(max_bytes + 1)
+        # No more than there is: `read` takes memory for all that it is asked for.
+        content = opened.read(min(os.fstat(opened.fileno()).st_size, max_bytes) + 1)
     if len(content) > max_bytes:  # it grew since
         raise OSError(errno.EFBIG, f"more than {max_bytes} bytes", str(file))
     return content
@@ -98,7 +99,7 @@ def parse_json(text: str | bytes, of_pairs: Callable[[list[tuple[str, Any]]], An
     except RecursionError:
         raise ValueError("it nests too deep") from None
     level = [value]
-    for _ in range(_MAX_DEPTH):
+    for _ in range(_MAX_DEPTH if of_pairs is None else 2 * _MAX_DEPTH):
         groups = [
             one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list | tuple)
         ]
@@ -141,7 +142,7 @@ def open_to_change(file: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
 
 @contextmanager
 def opened(file: Path, flags: int) -> Iterator[int]:
-    """The descriptor of `open_to_change`, or of a file to read, which is no link either; it is closed at the end."""
+    """Opens a file that is no link, to change it or to read it as the flags say, and closes it at the end."""
     is_changed = flags & (os.O_WRONLY | os.O_RDWR)
     descriptor = open_to_change(file, flags) if is_changed else _open(file, flags | os.O_NOFOLLOW)
     try:
@@ -216,7 +217,7 @@ def hidden_beside(path: Path) -> Path:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What writers that were killed left in a folder `hidden_beside`: to be removed by who alone writes there now."""
+    """Temporary files of `replace` whose writers were killed; only the sole writer of the folder may remove them."""
     return list(folder.glob(f"{_WRITING}*"))
 
 
@@ -256,13 +257,14 @@ def is_png(begin: bytes) -> bool:
 # Folders
 
 
-def make_folder(folder: Path, private: bool = False, follow: bool = False) -> None:
+def make_folder(folder: Path, private: bool = False, follow: bool = False, parents: bool = True) -> None:
     """Makes a folder and those above it; what is there already is accepted where it is a folder of this user's.
 
     Args:
         folder: those above it may be links.
         private: others may not enter a folder that is made; `publish` opens it.
         follow: a link to a folder, or another user's, is accepted too: for a path that the user gave.
+        parents: make missing folders above it; else they are an error.
 
     Raises:
         FileExistsError: something else is there.
@@ -271,6 +273,8 @@ def make_folder(folder: Path, private: bool = False, follow: bool = False) -> No
     try:
         os.mkdir(folder, 0o700 if private else 0o777)
     except FileNotFoundError:
+        if not parents:
+            raise
         os.makedirs(folder.parent, exist_ok=True)
         make_folder(folder, private, follow)
     except FileExistsError:
@@ -377,4 +381,4 @@ def _open(file: Path, flags: int) -> int:
 def _umask() -> int:
     # It can only be asked for by setting it, which other threads would see.
     with open("/proc/self/status") as status:
-        return next(int(line.split()[1], 8) for line in status if line.startswith("Umask:"))
+        return next((int(line.split()[1], 8) for line in status if line.startswith("Umask:")), 0o022)

@@ -62,8 +62,8 @@ def check_moved(paths: Sequence[str], config: Config) -> None:
     Raises:
         UserError: names the folder that was hardly meant.
     """
-    for file in map(Path, paths):
-        is_of_run = file.name == CONFIG_FILE and (file.parent / CHECKPOINTS).is_dir()
+    for file in (Path(path).expanduser() for path in paths):
+        is_of_run = configs.is_recorded(file) and (file.parent / CHECKPOINTS).is_dir()
         if not is_of_run or configs.load_recorded(file).run.folder != config.run.folder:
             continue  # the command line may say where
         if os.path.realpath(config.run.folder) != os.path.realpath(file.parent):

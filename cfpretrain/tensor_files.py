@@ -127,7 +127,7 @@ def _checked_header(file: Path, first_bytes: bytes, num_bytes: int) -> Header:
     try:
         shapes, metadata = _parse(parse_json(first_bytes[8:]))
         written, header = make_header(shapes, file.stem, int(metadata.get("step", 0)))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DamagedCheckpointError(
             f"{file}: expected a safetensors header, got {error!r:.120}; {remedy(file)}"
         ) from error

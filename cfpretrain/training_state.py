@@ -280,7 +280,7 @@ def _has_type(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return False
     if hint in (int, float):
-        return isinstance(value, hint | int) and math.isfinite(value) and value >= 0
+        return isinstance(value, hint | int) and 0 <= value < math.inf
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind in (dict, list):
         items = value.values() if isinstance(value, dict) else value

@@ -13,8 +13,8 @@ fail() {
 require_numbers() {
     local name
     for name; do
-        [[ ! ${!name:-} || ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] ||
-            fail "$name: expected a whole number of at most 9 digits, got $(printf '%q' "${!name}")"
+        [[ ! ${!name:-} || ${!name} =~ ^(0|[1-9][0-9]{0,17})$ ]] ||
+            fail "$name: expected a whole number of at most 18 digits, got $(printf '%q' "${!name}")"
     done
 }
 

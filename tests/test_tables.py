@@ -177,7 +177,7 @@ def test_odd_rows_are_warned_of(tmp_path: Path) -> None:
         "'NaN' is a class like the others; where it stands for no label, leave out its images",
     )
     repeated, alike = list_images(table(tmp_path, text)).warnings
-    assert repeated == "1 row repeating an earlier one: their images count as often"
+    assert repeated == "1 row repeats an earlier one: each counts as one more image"
     assert alike.startswith("'Cat' and 'cat' are two classes, ") or alike.startswith(
         "'cat' and 'Cat' are two classes, "
     )

@@ -294,6 +294,7 @@ def _processes(commands: Sequence[Sequence[str]], logs: Sequence[Path]) -> Itera
     started: list[subprocess.Popen[bytes]] = []
     try:
         for command, log in zip(commands, logs, strict=True):
+            files.remove(log)  # of a report that was killed
             with files.create(log) as file:
                 started.append(
                     subprocess.Popen(

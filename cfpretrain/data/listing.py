@@ -324,7 +324,7 @@ def _odd_rows(rows: Sequence[Row], class_names: Sequence[str]) -> Iterator[str]:
     elif len(class_names) == 1:
         yield f"all {len(rows)} images are of one class, {class_names[0]}"
     if num_repeated := len(rows) - len(set(rows)):
-        yield f"{count(num_repeated, 'row')} repeating an earlier one: their images count as often"
+        yield f"{count(num_repeated, 'row repeats', 'rows repeat')} an earlier one: each counts as one more image"
     labels: dict[str, int] = {}
     contradicted = [row.path for row in rows if labels.setdefault(row.path, row.label) != row.label]
     if contradicted:

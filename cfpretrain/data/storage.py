@@ -26,11 +26,12 @@ from cfpretrain.background import Task
 from cfpretrain.config import DataConfig
 from cfpretrain.console import UserError, one_line, say
 from cfpretrain.data.mosaic import CloudDownloader
-from cfpretrain.files import MAX_TEXT_BYTES, open_unbuffered, read_text
+from cfpretrain.files import MAX_TEXT_BYTES, open_to_read, open_unbuffered, read_text
 
 _READ_SECONDS = 60.0  # a storage that sends nothing for so long is away
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two questions to a storage that is away
 _POLL_SECONDS = 0.05
+_TRANSFER_POLL_SECONDS = 0.5
 _MOST_WRONG_COPIES = 3
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EMFILE}
 _LOCK, _RESERVED = "lock", "reserved"
@@ -182,7 +183,7 @@ class RemoteFolder:
 
     def text(self, name: str) -> str:
         """See `Source`."""
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             local = Path(folder) / name
             self._fetch(name, local, _Trouble(), MAX_TEXT_BYTES)
             return read_text(local)
@@ -210,7 +211,7 @@ class RemoteFolder:
                 if opened is None:
                     self._reserve(part, file)
                     self._fetch_whole(file, part / "copy")
-                    opened = FileIO(part / "copy")  # while nobody may remove it
+                    opened = open_unbuffered(part / "copy")  # while nobody may remove it
                     files.move(part / "copy", copy)
         return opened
 
@@ -230,7 +231,7 @@ class RemoteFolder:
         trouble = _Trouble()
         for _ in range(_MOST_WRONG_COPIES):
             self._fetch(file.name, local, trouble, file.num_bytes)
-            with local.open("rb") as opened:
+            with open_to_read(local, follow=False) as opened:
                 digest = hashlib.file_digest(opened, hashlib.blake2b).hexdigest()
             if digest == file.digest:
                 return
@@ -269,12 +270,12 @@ class RemoteFolder:
         patience.note_answer(what)
 
     def _transfer(self, what: str, local: Path, max_bytes: int) -> None:
-        """Downloads a file, and gives up where more comes than was announced, which the cache has no room for."""
+        """Downloads a file; where more comes than was announced it fails, and the transfer ends with the process."""
         # In a thread, which a process that ends does not wait for: a storage may keep silent for a minute.
         transfer = Task(lambda: self._download(what, local), "transfer")
         is_over = False
         while not is_over:
-            transfer.join(_POLL_SECONDS)
+            transfer.join(_TRANSFER_POLL_SECONDS)
             is_over = not transfer.is_alive()
             if _bytes_of(local) > max_bytes:
                 raise UserError(
@@ -494,9 +495,9 @@ def _locked(file: Path, patience: Patience) -> Iterator[None]:
 
 
 def _try_lock(file: Path) -> int | None:
-    if _PART.fullmatch(file.parent.name):
-        files.make_folder(file.parent)
     try:
+        # The user's own cache folder may be a link; what lies in it is not trusted.
+        files.make_folder(file.parent, follow=not _PART.fullmatch(file.parent.name))
         return files.try_lock(file)
     except FileNotFoundError:
         return None  # its last holder has just removed the folder

@@ -310,8 +310,8 @@ def _rows_name(number: int) -> str:
 
 
 def _numbers(file: Path) -> list[int]:
-    with _arrays(file) as arrays:
-        return [int(number) for number in arrays["numbers"]]
+    with _undamaged(file), array_files.open_archive(file) as archive:
+        return [int(number) for number in array_files.read_member(archive, "numbers")]
 
 
 @contextmanager

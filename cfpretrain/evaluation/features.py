@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cfpretrain.console import UserError
 from cfpretrain.export import foreign_files
+from cfpretrain.files import open_to_read
 
 INCEPTION, EFFNET = "inception", "effnet_lite0"
 # The published weights are shared under names that end in the first digits of their SHA-256.
@@ -193,7 +194,7 @@ def _filled(network: nn.Module, tensors: Any, name: str) -> nn.Module:
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
+    with open_to_read(file) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
