@@ -56,8 +56,8 @@ if TYPE_CHECKING:
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 RANGES_FILE = "ranges.json"
 _LATEST_FILE, BEST_FILE = "latest", "best.json"
-_COMPLETE_NAME = re.compile(r"step_(\d{8,})")
-_LEFTOVER_NAME = re.compile(r"(step_\d{8,})\.(partial|deleted|replaced)")
+_COMPLETE_NAME = re.compile(r"step_([0-9]{8,18})")
+_LEFTOVER_NAME = re.compile(r"(step_[0-9]{8,18})\.(partial|deleted|replaced)")
 _NUM_NAMES_SHOWN = 5
 _MAX_NAME_BYTES = 4096  # of what `latest` may hold
 _MAX_RANGES_BYTES = 2**27  # of a thousand ranks
@@ -317,6 +317,8 @@ class CheckpointStore:
         try:
             plain = read_json(file, follow=False)
             best = Best(int(plain["step"]), float(plain["score"]), dict(plain["measured_by"]))
+            if not _COMPLETE_NAME.fullmatch(_name_of(best.step)):
+                raise ValueError("step: expected a whole number of at most 18 digits")
         except FileNotFoundError:
             return None
         except (ValueError, KeyError, TypeError, OverflowError) as error:

@@ -287,7 +287,8 @@ def load_with_origins(
 
 
 def from_plain(plain: Any, source: str) -> Config:
-    """Builds a config from nested dicts; raises UserError with every unknown key and wrong type."""
+    """Builds a config from nested dicts; raises UserError with every unknown key, wrong type and reference."""
+    config_files.refuse_references(plain, source)
     return typing.cast(Config, config_files.from_plain(Config, plain, source))
 
 

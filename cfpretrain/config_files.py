@@ -115,6 +115,11 @@ def from_plain(kind: type, plain: Any, source: str) -> Any:
     return built
 
 
+def refuse_references(plain: Any, source: str) -> None:
+    """Raises UserError where recorded values hold `${`, which nothing may resolve."""
+    _raise_all([(source, problem) for problem in _check_references(plain, (), True, False)])
+
+
 def to_plain(config: Any) -> dict[str, Any]:
     """The dataclass as nested dicts of plain values, tuples as lists: what YAML and JSON can hold."""
     plain = OmegaConf.to_container(OmegaConf.create(dataclasses.asdict(config)))
@@ -147,7 +152,7 @@ def to_yaml(config: Any) -> str:
 def _masked(plain: Any) -> Any:
     if isinstance(plain, dict):
         return {key: _masked(value) for key, value in plain.items()}
-    if isinstance(plain, list):
+    if isinstance(plain, list | tuple):
         return [_masked(value) for value in plain]
     return masked(plain) if isinstance(plain, str) else plain
 
@@ -372,8 +377,6 @@ def _choice(value: Any, choices: Iterable[Any]) -> Any:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, str) and "${" in value:
-        raise _refusal("a text without references", value)
     if not isinstance(value, str):
         quoted = f"""; put it in quotes, on a command line in both kinds: "'{value}'\""""
         raise _refusal("a text", value, quoted if isinstance(value, int | float) else "")

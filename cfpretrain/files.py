@@ -336,8 +336,9 @@ def remove(path: Path) -> None:
 
 
 def clear(folder: Path, *kept: str) -> None:
-    """Removes all that lies in a folder but some names; FileExistsError where the folder is a link."""
-    check_folder(folder)
+    """Removes all that lies in a folder but some names; NotADirectoryError where the folder is a link."""
+    if folder.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "a link, where a folder is expected", str(folder))
     for leftover in folder.iterdir():
         if leftover.name not in kept:
             remove(leftover)

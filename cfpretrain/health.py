@@ -74,12 +74,12 @@ class Guard:
         }
 
     def restore(self, plain: dict[str, Any]) -> None:
-        """Takes up the state that `to_plain` gave; of a longer window the latest steps."""
+        """Takes up the state that `to_plain` gave, an empty one too; of a longer window the latest steps."""
         self._losses.clear()
-        self._losses.extend(plain["losses"])
+        self._losses.extend(plain.get("losses", ()))
         self._grad_norms.clear()
-        self._grad_norms.extend(plain["grad_norms"])
-        self.num_skips_in_row = plain["num_skips_in_row"]
+        self._grad_norms.extend(plain.get("grad_norms", ()))
+        self.num_skips_in_row = plain.get("num_skips_in_row", 0)
 
     def _problem(self, name: str, value: float, window: Sequence[float]) -> str | None:
         if not math.isfinite(value):

@@ -234,7 +234,7 @@ def tracker_run_id(saved: TrainingState | None, folder: Path) -> str | None:
     """
     if saved is None or saved.wandb_run_id is None or not saved.working_folder or runtime.rank() != 0:
         return saved.wandb_run_id if saved else None
-    run_id, before = saved.wandb_run_id, Path(saved.working_folder, saved.config["run"]["folder"])
+    run_id, before = saved.wandb_run_id, Path(saved.working_folder, str(saved.config.get("run", {}).get("folder", "")))
     with suppress(OSError, UserError):  # what cannot be read at its earlier place is no run that goes on there
         theirs = _newest_readable(CheckpointStore(before / CHECKPOINTS, keep_last=1, keep_every_steps=0))
         if theirs is not None and theirs[1].wandb_run_id == run_id and not before.samefile(folder):

@@ -56,6 +56,13 @@ class Tracker:
             for name in ("wandb", ".wandb"):  # one of which it writes in
                 if os.path.lexists(folder / name):
                     files.check_folder(folder / name)
+                # It would say where the user's key is sent, and the current folder may be one that was given.
+                if os.path.lexists(Path(name, "settings")):
+                    self._report(
+                        f"is not started: it would read {Path(name, 'settings').absolute()}; move that to "
+                        "~/.config/wandb/settings, or start elsewhere"
+                    )
+                    return
         except OSError as error:
             self._report(f"cannot write in {error.filename} ({error.strerror})")
             return

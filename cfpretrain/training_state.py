@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from cfpretrain.files import parse_json, read_text
 from cfpretrain.tensor_files import DamagedCheckpointError, remedy, unreadable
 
 # 1 had no hashes, and neither `guard` nor `num_rewinds`; 2 had `model`, a section of the config, and no other record.
+_LARGEST = 2**63  # of whole numbers
 SCHEMA_VERSION = 3
 STATE_FILE = "state.json"
 
@@ -102,7 +103,7 @@ class TrainingState:
                 break
             for path, (before, _) in resume["changed"].items():
                 section, key = path.split(".")
-                config[section][key] = before
+                config.setdefault(section, {})[key] = before
         return config
 
     def history_with(self, config: Mapping[str, Any]) -> list[Any]:
@@ -249,7 +250,7 @@ def _state_problems(plain: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key}: expected {_describe(hints[key])}, got {value!r:.40}")
         elif key in _PARTS and not all(map(_PARTS[key], value if isinstance(value, list) else value.values())):
             problems.append(f"{key}: expected what training writes, got {value!r:.40}")
-    return problems
+    return [*problems, *_guard_problems(plain.get("guard"))]
 
 
 def _is_resume(entry: Any) -> bool:
@@ -267,6 +268,16 @@ def _is_of_guard(value: Any) -> bool:
     return all(_has_type(one, float) for one in (value if isinstance(value, list) else [value]))
 
 
+def _guard_problems(guard: Any) -> Iterator[str]:
+    """Parts of a guard's state that are none of `health.Guard.to_plain`."""
+    kinds = {"losses": list, "grad_norms": list, "num_skips_in_row": int}
+    for name, value in guard.items() if isinstance(guard, dict) else ():
+        if type(value) is not kinds.get(name):
+            yield (
+                f"guard: expected a {kinds[name].__name__} as {name}" if name in kinds else f"guard.{name}: unknown key"
+            )
+
+
 # What the parts of a state are that hold others.
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "config": lambda section: isinstance(section, dict),
@@ -280,12 +291,12 @@ def _has_type(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return False
     if hint in (int, float):
-        return isinstance(value, hint | int) and 0 <= value < math.inf
+        return isinstance(value, hint | int) and 0 <= value < (_LARGEST if isinstance(value, int) else math.inf)
     kind, inner = typing.get_origin(hint), typing.get_args(hint)
     if kind in (dict, list):
         items = value.values() if isinstance(value, dict) else value
-        return isinstance(value, kind) and (inner[-1] is not str or all(isinstance(item, str) for item in items))
-    return isinstance(value, hint)
+        return isinstance(value, kind) and (inner[-1] is not str or all(_has_type(item, str) for item in items))
+    return isinstance(value, hint) and (not isinstance(value, str) or "\0" not in value)
 
 
 def _describe(hint: Any) -> str:

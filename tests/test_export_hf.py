@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cfpretrain import build, files, outputs, tensor_files
+from cfpretrain import build, files, tensor_files
 from cfpretrain.checkpoint import read_tensors
 from cfpretrain.config import Config
 from cfpretrain.console import UserError
@@ -287,7 +287,7 @@ def test_a_killed_export_is_not_there_and_the_next_one_is_whole(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     in_layout = [(diffusers_layout, place) for place in ("_shard_header", "scheduler_config", "_newest_samples")]
-    for module, place in (*in_layout, (outputs, "flush")):
+    for module, place in (*in_layout, (files, "flush")):
         with monkeypatch.context() as patch:
             patch.setattr(module, place, dies)
             with pytest.raises(UserError, match=r"digits cannot be written \(No space left on device\); free some"):

@@ -1,4 +1,5 @@
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -162,3 +163,18 @@ def test_a_backend_for_windows_that_is_not_there_matters_to_no_file(monkeypatch:
         "import cfpretrain.evaluation.figures\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=REPOSITORY)
+
+
+def test_settings_in_the_current_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run that was given: matplotlib would wait for this one for ever."""
+    os.mkfifo(tmp_path / "matplotlibrc")
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    ended = subprocess.run(
+        [sys.executable, "-c", "import cfpretrain.evaluation.figures"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "UserError: " in ended.stderr
+    assert "expected no settings of matplotlib in the current folder" in ended.stderr

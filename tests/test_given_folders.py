@@ -1,5 +1,6 @@
 """What a stranger's folder says of sizes: pipes, devices, depths and numbers that nobody means end in one line."""
 
+import hashlib
 import io
 import json
 import os
@@ -29,6 +30,7 @@ from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.model.autoencoder import KLAutoencoder
 from cfpretrain.source import load_source
+from cfpretrain.training_state import dump
 from tests.digits import write_digits
 from tests.processes import REPOSITORY
 from tests.runs import STEP, write_run
@@ -195,6 +197,53 @@ def test_sizes_that_no_network_has(key: str, given: Path) -> None:
         plain[section][name] = 1_000_000_000
         file.write_text(yaml.safe_dump(plain))
         assert key in refusal(lambda folder=folder: load_source(given / folder, CPU))
+
+
+HUGE = 10**400
+GUARD = {"losses": [], "grad_norms": [], "num_skips_in_row": 0}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"step": HUGE},
+        {"train_seconds": HUGE},
+        {"guard": GUARD | {"losses": [HUGE]}},
+        {"guard": {"losses": 5}},
+        {"guard": GUARD | {"num_skips_in_row": []}},
+        {"history": [{"step": HUGE, "changed": {}}]},
+        {"working_folder": "a\0b"},
+        {"class_names": ["a\0b"]},
+    ],
+    ids=lambda changed: f"{changed!s:.30}",
+)
+def test_states_that_nobody_wrote(changed: dict[str, Any], given: Path) -> None:
+    """With a hash that fits, which anyone can compute."""
+    file = given / "run" / CHECKPOINT / "state.json"
+    plain = json.loads(file.read_text()) | changed
+    del plain["sha256"]
+    file.write_text(dump(plain | {"sha256": hashlib.sha256(dump(plain).encode()).hexdigest()}))
+    assert "state.json" in refusal(lambda: load_source(given / "run", CPU, step=STEP))
+
+
+@pytest.mark.parametrize("name", ["step_" + "9" * 300, "step_\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0663"])
+def test_names_that_no_checkpoint_has(name: str, given: Path) -> None:
+    (given / "run" / "checkpoints" / "latest").write_text(name)
+    assert "expected the name of a checkpoint" in refusal(lambda: load_source(given / "run", CPU))
+
+
+@pytest.mark.parametrize("step", [HUGE, -1, 1e300])
+def test_a_best_checkpoint_that_cannot_be(step: float, given: Path) -> None:
+    note = {"step": step, "score": 1, "measured_by": [["a", "b"]]}
+    (given / "run" / "checkpoints" / "best.json").write_text(json.dumps(note))
+    refusal(lambda: load_source(given / "run", CPU, step="best"))
+
+
+def test_a_shape_that_is_no_number(given: Path) -> None:
+    file = given / "run" / CHECKPOINT / "ema.safetensors"
+    header = b'{"x":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}}'
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "safetensors header" in refusal(lambda: load_source(given / "run", CPU, step=STEP))
 
 
 @pytest.mark.parametrize("number", ["1" + "0" * 400, "1e400", "9223372036854775808", ".nan"])

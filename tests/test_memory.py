@@ -267,7 +267,8 @@ def test_the_longest_sequence_is_estimated_and_measured(overrides: list[str]) ->
 
 
 def arguments(**values: Any) -> Any:
-    given = {"num_gpus": 1, "gpu_memory_gb": 80.0, "reserve_gb": 4.0, "json": False, "measure": False, "overrides": []}
+    given = {"num_gpus": 1, "gpu_memory_gb": 80.0, "reserve_gb": 4.0, "json": False, "measure": False}
+    given |= {"overrides": [], "allow_env": False}
     return type("Arguments", (), {**given, **values})
 
 

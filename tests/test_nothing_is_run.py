@@ -226,7 +226,7 @@ def test_what_a_checkpoint_records_is_not_resolved(made: Path, tmp_path: Path, s
     config = to_plain(load_config(made / "run" / build.CONFIG_FILE))
     config["metrics"]["wandb_project"] = ENV
     run = write_run(tmp_path / "run", made / "digits", config=config)
-    with pytest.raises(UserError, match="wandb_project: expected a text without references"):
+    with pytest.raises(UserError, match="wandb_project: expected a value, as a run records it"):
         load_source(run, CPU)
 
 
@@ -315,7 +315,7 @@ def test_code_is_named_on_the_command_line_alone(made: Path, tmp_path: Path) -> 
     for refused in ([run / build.CONFIG_FILE], [run / build.CONFIG_FILE, "--allow-code"], [own]):
         ended = start(tmp_path, TRAIN, "--config", *map(str, refused))
         assert ended.code == 2, ended
-        assert "is code, which a file does not have run" in ended.err
+        assert "is code, which a config file may not run" in ended.err
     assert not trace.exists()
     ended = start(tmp_path, TRAIN, "--config", str(run / build.CONFIG_FILE), named)
     assert ended.code == 2

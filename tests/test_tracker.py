@@ -49,6 +49,21 @@ def test_mode_is_online_only_where_a_key_is(tmp_path: Path, monkeypatch) -> None
     assert tracker._resolve_mode("offline") == "offline"
 
 
+@pytest.mark.parametrize("name", ["wandb", ".wandb"])
+def test_settings_in_the_current_folder_are_not_read(name: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """They would say to whom the user's key is sent, and the current folder may be a stranger's run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "settings").write_text("[default]\nbase_url = http://127.0.0.1:1\n")
+    door = Tracker("offline", "cfpretrain-test", tmp_path / "run", None, {})
+    door.log({"step": 1, "loss": 0.5})
+    door.close()
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert f"WARNING: wandb is not started: it would read {tmp_path / name / 'settings'}; move that to" in said
+    assert not (tmp_path / "run").exists()
+
+
 # A service that gets a signal after the first row; then rows, a picture and the end.
 AILING = """
 import signal, sys, time

@@ -400,8 +400,8 @@ def test_each_checkpoint_says_what_it_was_trained_with(shards: Path, whole_run: 
     export(tmp_path / "copy", tmp_path / "exported", ExportSettings())
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "learning rate 0.5," in card
-    assert "train.learning_rate 0.001 up to step 12, then 0.5" in card
-    assert "train.num_steps 12 up to step 12, then 13" in card
+    assert r"train.learning\_rate 0.001 up to step 12, then 0.5" in card
+    assert r"train.num\_steps 12 up to step 12, then 13" in card
 
 
 def test_the_config_of_a_copied_run_does_not_train_the_original(shards: Path, whole_run: Path, tmp_path: Path) -> None:

@@ -9,6 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cfpretrain.console import UserError
+
+# matplotlib would read it before any other settings, and the current folder may be one that was given.
+if os.path.lexists("matplotlibrc"):
+    raise UserError(
+        f"{os.path.abspath('matplotlibrc')}: expected no settings of matplotlib in the current folder; move them to "
+        "~/.config/matplotlib/matplotlibrc, or start elsewhere"
+    )
 # No window is opened, and a backend that was chosen for one may not be there: then the import would fail.
 os.environ["MPLBACKEND"] = "agg"
 
@@ -20,7 +28,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from cfpretrain import files
-from cfpretrain.console import UserError
 
 Floats = npt.NDArray[np.float64]
 
