@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -36,6 +35,10 @@ INDEX_FILE = configs.INDEX_FILE  # by which an exported folder is known
 CHECKPOINTS, SAMPLES = configs.CHECKPOINTS, "samples"
 # Its one line says why the same command should be run again; without it, it should not.
 REQUEUE_FILE = "requeue"
+SUMMARY_NUMBERS = (
+    *("num_steps", "train_seconds", "world_size", "zero_stage", "images_per_second"),
+    *("loss_first", "loss_last"),  # without one where no loss was finite
+)
 LOCK_FILE = "lock"
 
 
@@ -43,15 +46,21 @@ Autoencoder = IdentityAutoencoder | KLAutoencoder
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What a complete run says of itself; None where it is not complete, or its summary is damaged."""
+    """What a complete run says of itself, without `SUMMARY_NUMBERS` that are none; None where it is not complete."""
     try:
         summary = read_json(folder / SUMMARY_FILE)
     except (OSError, ValueError):
         return None
     if not isinstance(summary, dict):
         return None
-    counts = (summary.get("num_steps"), summary.get("train_seconds"))
-    return summary if all(isinstance(count, int | float) and abs(count) < math.inf for count in counts) else None
+    broken = [name for name in SUMMARY_NUMBERS if not _is_number(summary.get(name))]
+    for name in broken:
+        summary.pop(name, None)
+    return None if {"num_steps", "train_seconds"} & set(broken) else summary
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**63
 
 
 def load_config(

@@ -57,7 +57,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
         (folder / "samples" / f"{name}.png").write_bytes(files.PNG_BEGIN + name.encode())
     (folder / "samples" / "step_00000009_ar_steps_0001.png").write_text("of a later step")
     summary = {"num_steps": STEP, "train_seconds": 1.5, "loss_first": 2.0, "loss_last": 0.25, "images_per_second": 9.0}
-    (folder / "summary.json").write_text(json.dumps({**summary, "world_size": 2}))
+    (folder / "summary.json").write_text(json.dumps({**summary, "world_size": 2, "zero_stage": 1}))
     return folder
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -23,12 +24,13 @@ from cfpretrain import build
 from cfpretrain.config import load as load_config
 from cfpretrain.console import UserError
 from cfpretrain.data.shards import Shards, read_info
-from cfpretrain.evaluation import array_files
+from cfpretrain.evaluation import array_files, references
+from cfpretrain.evaluation.features import make_extractor
 from cfpretrain.evaluation.given_images import open_images, read_arrays
 from cfpretrain.export import foreign_files
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.model.autoencoder import KLAutoencoder
+from cfpretrain.model.autoencoder import KLAutoencoder, make_network
 from cfpretrain.source import load_source
 from cfpretrain.training_state import dump
 from tests.digits import write_digits
@@ -312,6 +314,39 @@ def test_an_archive_that_grows_a_thousandfold(tmp_path: Path) -> None:
             member.write(zeros)
     assert file.stat().st_size < 2**20
     assert "at most" in refusal(lambda: read_arrays(file, "--reference", ["mu"]))
+
+
+def test_images_of_more_pixels_than_are_scored(tmp_path: Path) -> None:
+    """Zeros, which take no room in an archive."""
+    np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((2, 4096, 2048, 1), np.uint8))
+    said = refusal(lambda: open_images(tmp_path / "a.npz", "REAL"))
+    assert said.startswith("REAL: expected images of at most 4194304 pixels, got 2048 x 4096 in ")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"norm_num_groups": -1}, {"scaling_factor": 0}, {"scaling_factor": math.inf}, {"shift_factor": math.nan}],
+)
+def test_autoencoders_that_make_no_pixels(changed: dict[str, Any]) -> None:
+    config: dict[str, Any] = {"block_out_channels": [8], "norm_num_groups": 4, "latent_channels": 4} | changed
+    assert "expected the config of an AutoencoderKL" in refusal(lambda: make_network(config, "vae/config.json"))
+
+
+@pytest.mark.parametrize("changed", [{"num_images": math.inf}, {"features": 5}, {"features": {}}, {"num_images": None}])
+def test_statistics_whose_note_is_none(changed: dict[str, Any], tmp_path: Path) -> None:
+    note = {"num_images": 2, "features": "x", "name": "n", "made_by": "m"} | changed
+    np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2), **{references._OWN_KEY: json.dumps(note)})
+    refusal(lambda: references._given_statistics(tmp_path / "a.npz", make_extractor("effnet_lite0", CPU)))
+
+
+@pytest.mark.parametrize("number", [HUGE, "text", -1, None, [1]])
+def test_summaries_that_no_run_wrote(number: object, given: Path) -> None:
+    summary = {"num_steps": STEP, "train_seconds": 1.5, "world_size": number, "loss_first": number}
+    (given / "run" / "summary.json").write_text(json.dumps(summary))
+    assert build.read_summary(given / "run") == {"num_steps": STEP, "train_seconds": 1.5}
+    (given / "run" / "summary.json").write_text(json.dumps(summary | {"num_steps": number}))
+    assert build.read_summary(given / "run") is None
+    export(given / "run", given / "out", ExportSettings())
 
 
 def test_arrays_are_what_numpy_wrote(tmp_path: Path) -> None:

@@ -368,6 +368,8 @@ def _draw_grids(folder: Path, generated: dict[tuple[int, float], Any], names: Se
 
 
 def _print_table(report: dict[str, Any], folder: Path) -> None:
+    from cfpretrain import build
+
     def line(name: str, *values: object) -> str:
         cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)
         return f"  {name:<38}" + "".join(f"{cell:>12}" for cell in cells)
@@ -397,7 +399,7 @@ def _print_table(report: dict[str, Any], folder: Path) -> None:
         line("reconstruction by the autoencoder, MSE", report["autoencoder_reconstruction_mse"]),
         "",
     ]
-    if "train_seconds" in report:
+    if report.keys() >= set(build.SUMMARY_NUMBERS):
         lines.append(
             f"  trained {report['num_steps']} steps in {report['train_seconds']:.0f} s on {report['world_size']} ranks "
             f"(ZeRO stage {report['zero_stage']}), {report['images_per_second']:.0f} images/s, "

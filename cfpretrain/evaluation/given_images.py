@@ -34,6 +34,7 @@ from cfpretrain.evaluation import array_files
 
 IMAGES, MEAN = "arr_0", "mu"  # keys of archives
 _MOST_BYTES_AT_ONCE = 2**30  # of an array in Fortran's order, whose images lie in no piece
+_MOST_PIXELS = 2**22  # of an image to score: features are of a few hundred a side
 
 
 class GivenImages(Protocol):
@@ -109,6 +110,16 @@ def say_sizes(size: tuple[int, int], reference: tuple[int, int] | None) -> None:
         )
 
 
+def _check_pixels(size: tuple[int, int], name: str, key: str) -> None:
+    """UserError where a batch of such images, [width, height], would take gigabytes, were they a few bytes packed."""
+    width, height = size
+    if width * height > _MOST_PIXELS:
+        raise UserError(
+            f"{key}: expected images of at most {_MOST_PIXELS} pixels, got {width} x {height} in {name}; make them "
+            "smaller, as tools/make_shards.py does"
+        )
+
+
 def _as_tensor(images_BYXC: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(images_BYXC.transpose(0, 3, 1, 2)))
 
@@ -129,6 +140,7 @@ class _Files:
         except RejectedImageError as error:
             raise UserError(f"{self._key}: {image_name}: {error}; remove it or get it again") from error
         if not any(self.size):
+            _check_pixels(image.size, image_name, self._key)
             self.size = image.size
         if image.size != self.size:
             raise UserError(
@@ -235,10 +247,16 @@ class _Archive:
                 f"{self._key}: expected uint8 images [N, Y, X, 3] as {IMAGES} of {file}, got {dtype} "
                 f"{list(self._shape)}; write them so"
             )
+        self.size = (int(self._shape[2]), int(self._shape[1]))
+        _check_pixels(self.size, str(file), self._key)
         self._begin = self._member.tell()
+        if is_fortran and info.file_size > _MOST_BYTES_AT_ONCE:
+            raise UserError(
+                f"{self._key}: expected {IMAGES} of {file} in C order, got Fortran's, of which all is read at once; "
+                "write it with numpy.ascontiguousarray"
+            )
         if is_fortran:
             self._whole = array_files.read_member(archive, IMAGES, _MOST_BYTES_AT_ONCE)
-        self.size = (int(self._shape[2]), int(self._shape[1]))
         self.fingerprint = hashlib.blake2b(f"{info.CRC} {info.file_size}".encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:

@@ -172,8 +172,8 @@ def _note(file: Path, text: str) -> dict[str, Any]:
     try:
         note: dict[str, Any] = parse_json(text)
         int(note["num_images"])
-        return {"features": note["features"], "name": note["name"], "made_by": note["made_by"], **note}
-    except (ValueError, KeyError, TypeError) as error:
+        return note | {name: str(note[name]) for name in ("features", "name", "made_by")}
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{_KEY}: {file} does not say of which features it is; give the images") from error
 
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cfpretrain.build import CONFIG_FILE
+from cfpretrain.build import CONFIG_FILE, SUMMARY_NUMBERS
 from cfpretrain.class_names import label_of
 from cfpretrain.config import Config
 from cfpretrain.console import visible
@@ -112,7 +112,8 @@ def _usage(class_names: Sequence[str], config: Config) -> list[str]:
 
 def _as_text(value: Any) -> str:
     """What stands for itself in a line of Markdown: no mark-up, no HTML, no new line."""
-    return re.sub(r"[\\`*_\[\]<>|&~]", r"\\\g<0>", visible(str(value)))
+    # Of what is no mark-up, the hub makes links of addresses, and of @names.
+    return re.sub(r"[\\`*_\[\]<>|&~@#]|(?<=www)\.|:(?=//)", r"\\\g<0>", visible(str(value)))
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
@@ -161,16 +162,10 @@ def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, A
     ]
     if changed:
         rows["Changed on the way"] = "; ".join(changed)
-    if summary is not None and summary["num_steps"] == state.step and _is_told(summary):
+    if summary is not None and summary["num_steps"] == state.step and summary.keys() >= set(SUMMARY_NUMBERS):
         rows["Loss"] = f"{summary['loss_first']:.4f} at first, {summary['loss_last']:.4f} at last"
         rows["Speed"] = f"{summary['images_per_second']:,.1f} images/s, ranks: {summary['world_size']}"
     return rows
-
-
-def _is_told(summary: Mapping[str, Any]) -> bool:
-    """Whether a summary says the loss and the speed, in numbers."""
-    names = ("loss_first", "loss_last", "images_per_second", "world_size")
-    return all(isinstance(summary.get(name), int | float) for name in names)
 
 
 def _licence_words(licence: str) -> list[str]:

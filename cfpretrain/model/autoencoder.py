@@ -5,6 +5,7 @@ Raw latents are what an autoencoder makes and what shards hold; the transformer 
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -193,7 +194,10 @@ def shift_and_scale(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     num_channels = config.latent_channels
     shift = config.latents_mean or [config.shift_factor or 0.0] * num_channels
     std = config.latents_std or [1.0] * num_channels
-    return tuple(map(float, shift)), tuple(config.scaling_factor / value for value in std)
+    scale = tuple(config.scaling_factor / value for value in std)
+    if not all(math.isfinite(value) for value in (*shift, *scale)) or 0 in scale:
+        raise ValueError("latents need finite shifts, and finite scales that are not 0")
+    return tuple(map(float, shift)), scale
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,12 +231,12 @@ def make_network(config: Mapping[str, Any], name: str) -> nn.Module:
 
 
 def _check_sizes(config: Mapping[str, Any]) -> None:
-    """ValueError where a config says sizes that no autoencoder has, and that take for ever to be made."""
+    """ValueError where a config says sizes that no autoencoder has, and that take too long to be built."""
     for key, value in config.items():
         values = value if isinstance(value, list | tuple) else [value]
         largest = _MOST_LAYERS if key == "layers_per_block" else _LARGEST_SIZE
-        if any(isinstance(one, int) and abs(one) > largest for one in values):
-            raise ValueError(f"{key} is more than {largest}")
+        if any(isinstance(one, int) and not 0 <= one <= largest for one in values):
+            raise ValueError(f"{key} is not between 0 and {largest}")
         if key.startswith(("block_", "down_", "up_")) and len(values) > _MOST_LAYERS:
             raise ValueError(f"{key} has more than {_MOST_LAYERS} values")
 
