@@ -1,6 +1,7 @@
 """Every kind of file that the tools read, changed at random: each is read, or refused in one line, soon and in little
 memory."""
 
+import copy
 import io
 import json
 import os
@@ -117,7 +118,7 @@ STRANGE = st.sampled_from(
         *(None, True, -1, 0, 1.5, 10**9, 10**12, 2**63, 10**400, float("inf"), float("nan"), "", "x", "9" * 30, "../x"),
         *([], {}, [[]], [1, "a"], {"a": {"b": [None]}}, "\x1b[2J\n# x", "\ud800"),
     ]
-)
+).map(copy.deepcopy)  # else one that was put into itself would be circular
 
 
 def _deep(opening: str, closing: str) -> st.SearchStrategy[str]:
