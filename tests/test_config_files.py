@@ -1,10 +1,12 @@
 """YAML and overrides as people write them: what is read as it was meant, what is refused, and who is named for it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from cfpretrain import config as configs
+from cfpretrain import config_files
 from cfpretrain.console import UserError
 from tests.processes import REPOSITORY
 
@@ -172,3 +174,13 @@ def test_where_values_come_from(tmp_path: Path) -> None:
     assert origins["train.label_drop_prob"] == (1, str(tmp_path / "mine.yaml"))
     assert origins["data.shards"] == (0, str(TINY))
     assert "train.weight_decay" not in origins
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+
+
+def test_what_is_no_config_may_hold_any_text() -> None:
+    """The name of a class, say."""
+    assert config_files.from_plain(Named, {"name": "${x}"}, "file").name == "${x}"

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cfpretrain.console import EXIT_REQUEUE
+from cfpretrain.console import EXIT_REQUEUE, UserError
+from cfpretrain.data import storing
 from cfpretrain.data.images import read_all_images, read_file, read_image
 from cfpretrain.data.listing import list_images
 from cfpretrain.data.shards import ImagesInfo, Shards, read_info
@@ -561,3 +562,9 @@ def test_a_full_disk_is_one_line(big_tree: Path, big_content: dict[str, bytes], 
         (disk / "ballast").unlink()
         made(*arguments)
         assert content(disk / "out") == big_content
+
+
+def test_a_damaged_list_of_rejected_images_is_named(tmp_path: Path) -> None:
+    (tmp_path / "rejected.jsonl").write_text('{"id": 1}\n{\n')
+    with pytest.raises(UserError, match=r"rejected\.jsonl cannot be read \(.*\); remove .* to make it again"):
+        storing._rejected_in(tmp_path)

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cfpretrain import seeds
-from cfpretrain.console import ItemProgress, UserError, count, say
+from cfpretrain.console import ItemProgress, UserError, count, one_line, say
 from cfpretrain.data.images import (
     RejectedImageError,
     Storing,
@@ -38,7 +38,7 @@ from cfpretrain.data.images import (
 from cfpretrain.data.listing import Listing
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, image_columns, read_info
-from cfpretrain.files import parse_json, read_text
+from cfpretrain.files import open_to_read, parse_json
 
 _REJECTED_FILE = "rejected.jsonl"
 _POLL_SECONDS = 0.25
@@ -155,7 +155,13 @@ def _say_of(folder: Path, before: str, behind: str = "") -> None:
 
 def _rejected_in(folder: Path) -> list[dict[str, Any]]:
     file = folder / _REJECTED_FILE
-    return [parse_json(line) for line in read_text(file).splitlines()] if file.exists() else []
+    try:
+        with open_to_read(file) as lines:  # a line for each image, of any number
+            return [parse_json(line) for line in lines]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({one_line(error):.200}); remove {folder} to make it again") from error
 
 
 class _Rejected:
