@@ -111,6 +111,12 @@ def sum_features(out: Path) -> None:
     Work(out, "--out", {"made": "by a test"}, 1, one, one, one.bool()).begin()
 
 
+def train_hidden(out: Path) -> None:
+    [hidden, _] = hidden_of(out)
+    lock = outputs.take_hidden(hidden, out, "OUT")
+    os.close(lock)
+
+
 # How the tools give an output its name; a run stands beside it.
 OUTPUTS = {
     "export_hf": lambda run, out: export(run, out, ExportSettings()),
@@ -120,6 +126,7 @@ OUTPUTS = {
     "sample and edit": lambda run, out: write_picture(out),
     "make_shards and encode_latents": lambda run, out: write_shards(out),
     "evaluate_fid and references": lambda run, out: sum_features(out),
+    "train_autoencoder and report": lambda run, out: train_hidden(out),
 }
 
 
@@ -199,6 +206,9 @@ def test_links_in_a_run_are_not_written_through(
     assert victim.is_whole()
 
 
+_QUICK = ("--denoising-steps", "2")
+
+
 def plant(folder: Path, target: Path, *names: str) -> None:
     """Puts links where nothing is, for names that a tool may touch."""
     for name in (*NAMES, *names):
@@ -211,8 +221,10 @@ def plant(folder: Path, target: Path, *names: str) -> None:
     ("script", "options"),
     [
         ("cfpretrain/train.py", []),
-        ("tools/replay.py", ["--step", "8"]),
-        ("tools/sample.py", ["--out", "{run}/curves.png", "--num-images", "1", "--denoising-steps", "1"]),
+        ("tools/replay.py", ["{run}", "--step", "8"]),
+        ("tools/edit.py", ["{run}", "--generate", "0", "--region", "top", "--out", "{run}/curves.png", *_QUICK]),
+        ("tools/inspect_shards.py", ["{shards}", "--grid", "{run}/curves.png"]),
+        ("tools/sample.py", ["{run}", "--out", "{run}/curves.png", "--num-images", "1", *_QUICK]),
     ],
 )
 def test_tools_on_a_run_full_of_links_change_nothing_else(
@@ -221,10 +233,11 @@ def test_tools_on_a_run_full_of_links_change_nothing_else(
     (run / "metrics.jsonl").write_text("")
     plant(run, victim.file if to == "file" else victim.folder, "wandb", ".curves.png.partial", ".out.unfinished")
     plant(run / "checkpoints", victim.folder, "best.json", "step_00000008.partial", "step_00000008.deleted")
-    what = small_run(shards, run, "train.num_steps=8", "sample.every_steps=8") if "train" in script else [str(run)]
-    (ended,) = run_script(script, [*what, *(option.format(run=run) for option in options)], 1)
+    what = small_run(shards, run, "train.num_steps=8", "sample.every_steps=8") if "train" in script else []
+    (ended,) = run_script(script, [*what, *(option.format(run=run, shards=shards) for option in options)], 1)
     assert ended.code in ((0,) if "train" in script else (0, 2)), ended.out + ended.err
     assert "Traceback" not in (ended.out + ended.err)
+    assert "usage:" not in ended.err
     assert "secret" not in (ended.out + ended.err)
     assert victim.is_whole()
 
