@@ -206,7 +206,7 @@ def test_links_in_a_run_are_not_written_through(
     assert victim.is_whole()
 
 
-_QUICK = ("--denoising-steps", "2")
+_QUICK = ("--num-denoising-steps", "2")
 
 
 def plant(folder: Path, target: Path, *names: str) -> None:
@@ -222,8 +222,10 @@ def plant(folder: Path, target: Path, *names: str) -> None:
     [
         ("cfpretrain/train.py", []),
         ("tools/replay.py", ["{run}", "--step", "8"]),
-        ("tools/edit.py", ["{run}", "--generate", "0", "--region", "top", "--out", "{run}/curves.png", *_QUICK]),
-        ("tools/inspect_shards.py", ["{shards}", "--grid", "{run}/curves.png"]),
+        (
+            "tools/edit.py",
+            ["{run}", "--generate", "0", "--region", "top", "--class", "1", "--out", "{run}/curves.png", *_QUICK],
+        ),
         ("tools/sample.py", ["{run}", "--out", "{run}/curves.png", "--num-images", "1", *_QUICK]),
     ],
 )
@@ -234,7 +236,7 @@ def test_tools_on_a_run_full_of_links_change_nothing_else(
     plant(run, victim.file if to == "file" else victim.folder, "wandb", ".curves.png.partial", ".out.unfinished")
     plant(run / "checkpoints", victim.folder, "best.json", "step_00000008.partial", "step_00000008.deleted")
     what = small_run(shards, run, "train.num_steps=8", "sample.every_steps=8") if "train" in script else []
-    (ended,) = run_script(script, [*what, *(option.format(run=run, shards=shards) for option in options)], 1)
+    (ended,) = run_script(script, [*what, *(option.format(run=run) for option in options)], 1)
     assert ended.code in ((0,) if "train" in script else (0, 2)), ended.out + ended.err
     assert "Traceback" not in (ended.out + ended.err)
     assert "usage:" not in ended.err
