@@ -61,7 +61,7 @@ def test_a_terminal_is_told_nothing(text: str, shown: str, capsys: pytest.Captur
 
 def test_a_model_card_shows_names_and_obeys_none(tmp_path: Path) -> None:
     shards = write_digits(tmp_path / "digits")
-    versions = {"torch": "1 | <b>\n# x", "`": "]("}
+    versions = {"torch": "1 | <b>\n# x", "`": "](", "x": "www.evil.example, WWW.evil.example"}
     run = write_run(tmp_path / "run", shards, class_names=NAMES, versions=versions, data_fingerprint="`</td>\n\n# y")
     export(run, tmp_path / "# <i>out", ExportSettings(licence='mit"\ntags: [x'))
     card = (tmp_path / "# <i>out" / "README.md").read_text()
@@ -69,7 +69,9 @@ def test_a_model_card_shows_names_and_obeys_none(tmp_path: Path) -> None:
     assert yaml.safe_load(front_matter)["license"] == 'mit"\ntags: [x'
     assert re.findall("^#.*", text, re.MULTILINE) == [r"# \# \<i\>out", "## Use", "## Model", "## Training"]
     assert not re.search(r"(?<!\\)[<>]", re.sub("```.*?```", "", text, flags=re.DOTALL))
-    assert r"\[click\](https://evil.example)" in text
+    assert r"\[click\](https\://evil.example)" in text
+    assert r"\@SUM(1)" in text
+    assert r"www\.evil.example, WWW\.evil.example" in text
     assert all(line.count("|") - line.count(r"\|") == 3 for line in text.splitlines() if line.startswith("|"))
     assert not re.search("[\x00-\x09\x0b-\x1f\u202e\u200b]", card)
 

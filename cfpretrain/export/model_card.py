@@ -113,7 +113,7 @@ def _usage(class_names: Sequence[str], config: Config) -> list[str]:
 def _as_text(value: Any) -> str:
     """What stands for itself in a line of Markdown: no mark-up, no HTML, no new line."""
     # Of what is no mark-up, the hub makes links of addresses, and of @names.
-    return re.sub(r"[\\`*_\[\]<>|&~@#]|(?<=www)\.|:(?=//)", r"\\\g<0>", visible(str(value)))
+    return re.sub(r"[\\`*_\[\]<>|&~@#]|(?<=(?i:www))\.|:(?=//)", r"\\\g<0>", visible(str(value)))
 
 
 def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
