@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from cfpretrain import config as configs
+from cfpretrain import files
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, check_infos, image_columns, read_latents_info
 from cfpretrain.model.autoencoder import KLAutoencoder
@@ -127,6 +128,16 @@ def test_images_are_described_and_verified(
     assert "2 to 2 samples a class" in shown
 
 
+def test_a_list_of_rejected_images_may_be_longer_than_any_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = REJECTED.replace("a.png", "a" * 2**20)
+    folder = write_images(tmp_path / "images", [png(16)] * 2, None, f"{line}\n" * 65, 65)
+    assert (folder / "rejected.jsonl").stat().st_size > files.MAX_TEXT_BYTES
+    inspect(monkeypatch, folder, "--verify")
+    assert "verified" in capsys.readouterr().out
+
+
 def test_what_is_wrong_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,6 +153,7 @@ def test_what_is_wrong_is_found(
         ("none", "", "but it cannot be read"),
         ("one", REJECTED, "got 1"),
         ("half", f"{REJECTED}\n{REJECTED[:20]}", "but it cannot be read"),
+        ("text", f'{REJECTED}\n"reason"', "but it cannot be read"),
     ):
         folder = write_images(tmp_path / name, [png(16)], None, content, 2)
         message = refused(monkeypatch, capsys, folder, "--verify")

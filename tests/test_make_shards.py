@@ -564,7 +564,8 @@ def test_a_full_disk_is_one_line(big_tree: Path, big_content: dict[str, bytes], 
         assert content(disk / "out") == big_content
 
 
-def test_a_damaged_list_of_rejected_images_is_named(tmp_path: Path) -> None:
-    (tmp_path / "rejected.jsonl").write_text('{"id": 1}\n{\n')
+@pytest.mark.parametrize("line", ["{", "5", "null", "[]", '{"id": 1}', '"reason"', '{"id": 1e400, "path": 1}'])
+def test_a_damaged_list_of_rejected_images_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "rejected.jsonl").write_text('{"id": 1, "path": "a", "reason": "b"}\n' + line + "\n")
     with pytest.raises(UserError, match=r"rejected\.jsonl cannot be read \(.*\); remove .* to make it again"):
         storing._rejected_in(tmp_path)

@@ -12,7 +12,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable
-from io import FileIO
+from io import BytesIO, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from cfpretrain.console import (
     UserError,
     address_argument,
     ending_in_one_line,
+    one_line,
     path_argument,
     phase,
     printable,
@@ -251,19 +252,26 @@ def _verify_file(opened: FileIO, name: str, digest: str) -> None:
 
 
 def _verify_rejected(shards: "Shards") -> None:
-    from cfpretrain.files import parse_json
+    from cfpretrain.data.storage import LocalFolder
+    from cfpretrain.data.storing import REJECTED_FILE, parse_rejected
 
+    source = shards.source
     expected, found = getattr(shards.info, "num_rejected", 0), 0
     if not expected:
         return
     try:
-        found = sum("reason" in parse_json(line) for line in shards.source.text("rejected.jsonl").splitlines())
+        with (  # a line for each image, of any number
+            files.open_to_read(Path(source.address) / REJECTED_FILE)
+            if isinstance(source, LocalFolder)
+            else BytesIO(source.text(REJECTED_FILE).encode())
+        ) as lines:
+            found = sum(1 for _ in parse_rejected(lines))
         problem = f"got {found}"
-    except (OSError, TypeError, ValueError) as error:
-        problem = f"but it cannot be read ({error})"
+    except (OSError, ValueError) as error:
+        problem = f"but it cannot be read ({one_line(error):.200})"
     if found != expected:
         raise UserError(
-            f"shards: {shards.source.address}/rejected.jsonl: expected {expected} images, as the description says, "
+            f"shards: {source.address}/{REJECTED_FILE}: expected {expected} images, as the description says, "
             f"{problem}; copy it from where it is whole, or write the folder again"
         )
 

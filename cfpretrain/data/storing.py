@@ -40,7 +40,7 @@ from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, image_columns, read_info
 from cfpretrain.files import open_to_read, parse_json
 
-_REJECTED_FILE = "rejected.jsonl"
+REJECTED_FILE = "rejected.jsonl"
 _POLL_SECONDS = 0.25
 _NUM_SHOWN = 3  # rejected images named on the terminal
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
@@ -134,7 +134,7 @@ def _finish(work: "_Work", source: str) -> None:
         changes=dict(sorted(sum((Counter(record["changes"]) for record in records), Counter[str]()).items())),
     )
     lines = "".join(json.dumps(one) + "\n" for one in rejected)
-    writer.finish(info, num_shards, {_REJECTED_FILE: lines} if rejected else {})
+    writer.finish(info, num_shards, {REJECTED_FILE: lines} if rejected else {})
 
 
 def _say_of(folder: Path, before: str, behind: str = "") -> None:
@@ -144,7 +144,7 @@ def _say_of(folder: Path, before: str, behind: str = "") -> None:
     for line in describe_changes(info.changes, info.background, info.image_size):
         say(f"{folder}: {line}")
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
-    named = f" ({folder / _REJECTED_FILE})" if info.num_rejected else ""
+    named = f" ({folder / REJECTED_FILE})" if info.num_rejected else ""
     say(
         f"{folder}{before}: {count(info.num_samples, 'image')} of {count(len(info.class_names), 'class', 'classes')}, "
         f"{info.channels} x "
@@ -153,11 +153,22 @@ def _say_of(folder: Path, before: str, behind: str = "") -> None:
     )
 
 
+def parse_rejected(lines: Iterable[bytes]) -> Iterator[dict[str, Any]]:
+    """The rejected images that the lines of rejected.jsonl name: id, path and reason; ValueError where one does not."""
+    for line in lines:
+        one = parse_json(line)
+        try:
+            image = {"id": int(one["id"]), "path": str(one["path"]), "reason": str(one["reason"])}
+        except (LookupError, TypeError, OverflowError) as error:
+            raise ValueError(f"expected id, path and reason of an image, got {line!r:.80}") from error
+        yield image
+
+
 def _rejected_in(folder: Path) -> list[dict[str, Any]]:
-    file = folder / _REJECTED_FILE
+    file = folder / REJECTED_FILE
     try:
         with open_to_read(file) as lines:  # a line for each image, of any number
-            return [parse_json(line) for line in lines]
+            return list(parse_rejected(lines))
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
