@@ -141,6 +141,31 @@ def test_the_order_of_settings_and_the_place_of_images_make_no_other_report() ->
     assert not report._is_of({}, settings)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({name: value} for name in ("loss_first", "train_seconds", "images_per_second") for value in ("x", None, [])),
+        *({name: value} for name in ("class_accuracy", "precision", "fd_effnet_lite0") for value in (None, [1], 5)),
+    ],
+)
+def test_an_earlier_report_that_lacks_something_is_made_again(changed: dict[str, object], tmp_path: Path) -> None:
+    settings = {"num_ar_steps": [1], "guidance": 2.0, "num_embedded": 100}
+    judged = {"value": 0.5, "real_against_real": 0.5, "cheat": 0.5, "untrained": 0.5}
+    whole: dict[str, object] = {
+        **settings,
+        **dict.fromkeys(build.SUMMARY_NUMBERS, 1.0),
+        **{name: {"1": 0.5} for name in ("class_accuracy", "class_accuracy_unguided")},
+        **dict.fromkeys(("precision", "recall", "frechet_pixel", "fd_effnet_lite0"), judged),
+        **dict.fromkeys(("classifier_accuracy_on_real", "autoencoder_reconstruction_mse"), 0.5),
+    }
+    (tmp_path / "report.json").write_text(json.dumps(whole))
+    table = report._table_there(tmp_path, settings)
+    assert table is not None
+    assert "loss 1.000 -> 1.000" in table
+    (tmp_path / "report.json").write_text(json.dumps(whole | changed))
+    assert report._table_there(tmp_path, settings) is None
+
+
 def options(folder: Path) -> list[str]:
     """Of a report on the digits that are written there."""
     images, held_out = write_digits(folder / "images", 0, 500), write_digits(folder / "held_out", 500, 200)

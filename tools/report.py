@@ -86,11 +86,11 @@ def run(arguments: argparse.Namespace) -> None:
     # As many of each set, and the real ones are cut into halves.
     num_embedded = min(_MOST_EMBEDDED, arguments.num_images, num_real // 2)
     settings = _settings(arguments, step, num_embedded)
-    report = _read_report(arguments.run)
-    if _is_of(report, settings):
+    there = _table_there(arguments.run, settings)
+    if there is not None:
         if runtime.rank() == 0:
             say(f"nothing to do: {arguments.run} is scored at step {step}")
-            _print_table(report, arguments.run)
+            _print_table(there, arguments.run)
         return
     with runtime.ranks_of_a_tool(device):
         with runtime.together():
@@ -114,6 +114,15 @@ def _read_report(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return report if isinstance(report, dict) else {}
+
+
+def _table_there(folder: Path, settings: dict[str, Any]) -> str | None:
+    """The table of an earlier scoring with these settings; None where there is none, or it lacks something."""
+    report = _read_report(folder)
+    try:
+        return _table(report, folder) if _is_of(report, settings) else None
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+        return None
 
 
 def _is_of(report: dict[str, Any], settings: dict[str, Any]) -> bool:
@@ -349,7 +358,7 @@ def _report(
         summary = {}  # a run that has not ended, or goes on
     report = {**summary, **scores, **settings}
     files.replace(folder / _REPORT_FILE, json.dumps(report, indent=2) + "\n")
-    _print_table(report, folder)
+    _print_table(_table(report, folder), folder)
 
 
 def _draw_grids(folder: Path, generated: dict[tuple[int, float], Any], names: Sequence[str], step: int) -> None:
@@ -367,7 +376,7 @@ def _draw_grids(folder: Path, generated: dict[tuple[int, float], Any], names: Se
         pictures.sample_grid(path, torch.cat(rows), names, title=title, value_range=(-1.0, 1.0))
 
 
-def _print_table(report: dict[str, Any], folder: Path) -> None:
+def _table(report: dict[str, Any], folder: Path) -> str:
     from cfpretrain import build
 
     def line(name: str, *values: object) -> str:
@@ -407,7 +416,11 @@ def _print_table(report: dict[str, Any], folder: Path) -> None:
         )
     lines.append(f"  pictures: {folder}/samples/*.png {folder}/curves.png {folder}/loss_map.png")
     lines.append(f"  numbers:  {folder}/report.json")
-    print("\n".join(map(printable, lines)), flush=True)
+    return "\n".join(map(printable, lines))
+
+
+def _print_table(table: str, folder: Path) -> None:
+    print(table, flush=True)
     say(f"{folder} is scored")
 
 
