@@ -237,11 +237,15 @@ def test_an_image_that_changes_is_read_again(tmp_path: Path, sets: Path) -> None
 def test_a_cache_that_does_not_match_is_refused(tmp_path: Path, sets: Path) -> None:
     load(sets / "real", tmp_path)
     (entry,) = tmp_path.iterdir()
-    record = json.loads((entry / "record.json").read_text())
-    record["plan"]["images"] = "others"
+    whole = json.loads((entry / "record.json").read_text())
+    record = whole | {"plan": whole["plan"] | {"images": "others"}}
     (entry / "record.json").write_text(json.dumps(record))
     with pytest.raises(UserError, match="holds statistics of other images or features; delete"):
         load(sets / "real", tmp_path)
+    for changed in ({"floor": 5}, {"floor": {"fid": "x"}}, {"inception_score": 5}, {"inception_score": [10**400, 1]}):
+        (entry / "record.json").write_text(json.dumps(whole | changed))
+        with pytest.raises(UserError, match="is damaged"):
+            load(sets / "real", tmp_path)
     (entry / "record.json").write_text("{}")
     with pytest.raises(UserError, match="is damaged"):
         load(sets / "real", tmp_path)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,13 +25,13 @@ from cfpretrain import build
 from cfpretrain.config import load as load_config
 from cfpretrain.console import UserError
 from cfpretrain.data.shards import Shards, read_info
-from cfpretrain.evaluation import array_files, references
+from cfpretrain.evaluation import array_files, given_images, references
 from cfpretrain.evaluation.features import make_extractor
 from cfpretrain.evaluation.given_images import open_images, read_arrays
 from cfpretrain.export import foreign_files
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.model.autoencoder import KLAutoencoder, make_network
+from cfpretrain.model.autoencoder import KLAutoencoder, make_network, shift_and_scale
 from cfpretrain.source import load_source
 from cfpretrain.training_state import dump
 from tests.digits import write_digits
@@ -325,18 +326,60 @@ def test_images_of_more_pixels_than_are_scored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "changed",
-    [{"norm_num_groups": -1}, {"scaling_factor": 0}, {"scaling_factor": math.inf}, {"shift_factor": math.nan}],
+    [
+        *({"norm_num_groups": value} for value in (-1, -1.0, 0)),
+        *({"scaling_factor": value} for value in (0, math.inf, math.nan, 1e-300, 1e300, HUGE)),
+        *({"shift_factor": value} for value in (math.nan, 1e300)),
+        *({"latent_channels": 0}, {"in_channels": -3}, {"block_out_channels": [-8]}),
+    ],
 )
 def test_autoencoders_that_make_no_pixels(changed: dict[str, Any]) -> None:
     config: dict[str, Any] = {"block_out_channels": [8], "norm_num_groups": 4, "latent_channels": 4} | changed
     assert "expected the config of an AutoencoderKL" in refusal(lambda: make_network(config, "vae/config.json"))
 
 
-@pytest.mark.parametrize("changed", [{"num_images": math.inf}, {"features": 5}, {"features": {}}, {"num_images": None}])
+def test_autoencoders_may_shift_by_whole_numbers() -> None:
+    config = {"block_out_channels": [8], "norm_num_groups": 4, "latent_channels": 2, "latents_mean": [-1, 2]}
+    network: Any = make_network(config | {"latents_std": [1, 2], "scaling_factor": 1}, "vae/config.json")
+    assert shift_and_scale(network.config) == ((-1.0, 2.0), (1.0, 0.5))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [*({"num_images": value} for value in (math.inf, math.nan, None, -1, HUGE)), {"features": 5}, {"features": {}}],
+)
 def test_statistics_whose_note_is_none(changed: dict[str, Any], tmp_path: Path) -> None:
-    note = {"num_images": 2, "features": "x", "name": "n", "made_by": "m"} | changed
+    extractor = make_extractor("effnet_lite0", CPU)
+    note = {"num_images": 2, "features": extractor.fingerprint, "name": "n", "made_by": "m"} | changed
     np.savez(tmp_path / "a.npz", mu=np.zeros(2), sigma=np.eye(2), **{references._OWN_KEY: json.dumps(note)})
-    refusal(lambda: references._given_statistics(tmp_path / "a.npz", make_extractor("effnet_lite0", CPU)))
+    said = refusal(lambda: references._given_statistics(tmp_path / "a.npz", extractor))
+    assert ("does not say of which features" in said) == ("num_images" in changed)
+
+
+def test_an_archive_in_fortrans_order_is_told_to_be_written_in_cs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    np.savez(tmp_path / "a.npz", arr_0=np.asfortranarray(images))
+    read = open_images(tmp_path / "a.npz", "REAL").read([0, 1])
+    assert torch.equal(read, torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
+    monkeypatch.setattr(given_images, "_MOST_BYTES_AT_ONCE", 100)
+    said = refusal(lambda: open_images(tmp_path / "a.npz", "REAL"))
+    assert "in C order, got Fortran's" in said
+    assert "damaged" not in said
+
+
+def test_an_array_of_an_archive_is_held_once(tmp_path: Path) -> None:
+    num_bytes = 2**25
+    np.savez_compressed(tmp_path / "a.npz", mu=np.zeros(num_bytes, np.uint8))
+    with array_files.open_archive(tmp_path / "a.npz") as archive:
+        tracemalloc.start()
+        try:
+            array_files.read_member(archive, "mu")
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert num_bytes <= peak < 1.5 * num_bytes
 
 
 @pytest.mark.parametrize("number", [HUGE, "text", -1, None, [1]])

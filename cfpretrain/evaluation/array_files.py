@@ -20,6 +20,7 @@ from cfpretrain.files import open_to_read
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, is it in Fortran's order, type
 # Statistics of 8,000 features in float64. What deflate makes of a small file may be a thousand times as large.
 _MAX_MEMBER_BYTES = 2**29
+_PART_BYTES = 2**20
 
 
 @contextmanager
@@ -103,7 +104,14 @@ def read_member(archive: zipfile.ZipFile, name: str, max_bytes: int = _MAX_MEMBE
         raise ValueError(f"{name} takes {info.file_size} bytes, at most {max_bytes} are read")
     with reading(), archive.open(info) as stream:
         shape, is_fortran, dtype = read_header(stream, info.file_size)
-        return np.frombuffer(bytearray(stream.read()), dtype).reshape(shape, order="F" if is_fortran else "C")
+        values = np.empty(info.file_size - stream.tell(), np.uint8)  # memory is taken where bytes are written
+        place = 0
+        # Of a larger part, `readinto` would hold all of it a second time.
+        while num_read := stream.readinto(values[place : place + _PART_BYTES].data):  # type: ignore[attr-defined]
+            place += num_read
+        if place != len(values):
+            raise ValueError(f"{name} ends after {place} of {len(values)} bytes")
+        return values.view(dtype).reshape(shape, order="F" if is_fortran else "C")
 
 
 def read_members(file: Path) -> dict[str, npt.NDArray[Any]]:

@@ -171,7 +171,8 @@ def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
 def _note(file: Path, text: str) -> dict[str, Any]:
     try:
         note: dict[str, Any] = parse_json(text)
-        int(note["num_images"])
+        if not 0 <= int(note["num_images"]) < 2**63:
+            raise ValueError("no number of images")
         return note | {name: str(note[name]) for name in ("features", "name", "made_by")}
     except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise UserError(f"{_KEY}: {file} does not say of which features it is; give the images") from error
@@ -298,11 +299,24 @@ def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extracto
         neighbours_KF = torch.from_numpy(array_files.load(entry / NEIGHBOURS_FILE, is_mapped=True))
         is_of_these = record["plan"] == plan
         given = _given_statistics(entry / STATISTICS_FILE, extractor).statistics if is_of_these else None
-        floor, score = record["floor"], record["inception_score"]
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a UserError is a ValueError
+        floor = None if record["floor"] is None else {name: float(value) for name, value in record["floor"].items()}
+        score = None
+        if record["inception_score"] is not None:
+            mean, deviation = record["inception_score"]
+            score = float(mean), float(deviation)
+        if record["num_images"] != plan["num_images"]:
+            raise ValueError("it says another number of images")
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+    ) as error:  # a UserError is a ValueError
         raise UserError(f"--cache: {entry} is damaged ({one_line(error):.100}); {advice}") from error
     if given is None:
         raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")
-    statistics = replace(given, neighbours_KF=neighbours_KF, inception_score=None if score is None else tuple(score))
+    statistics = replace(given, neighbours_KF=neighbours_KF, inception_score=score)
     record = {**record, "reference": images.name, "cache": str(entry), "fingerprint": entry.name}
     return Reference(statistics, floor, record, images.size)

@@ -5,7 +5,6 @@ Raw latents are what an autoencoder makes and what shards hold; the transformer 
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +25,7 @@ _CLASS = "AutoencoderKL"
 PIXELS_AT_ONCE = 1 << 19  # through the network together, where little memory counts: 8 images of 256 px
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _MOST_LAYERS, _LARGEST_SIZE = 32, 16384  # of a block and of blocks; of channels and pixels
+_SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # `shift_and_scale` checks them
 _NUM_NAMED = 3  # tensors that a message names before it says how many more there are
 # Folders that older diffusers wrote, as most of Stable Diffusion's are, name the attention's matrices otherwise.
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
@@ -195,8 +195,9 @@ def shift_and_scale(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     shift = config.latents_mean or [config.shift_factor or 0.0] * num_channels
     std = config.latents_std or [1.0] * num_channels
     scale = tuple(config.scaling_factor / value for value in std)
-    if not all(math.isfinite(value) for value in (*shift, *scale)) or 0 in scale:
-        raise ValueError("latents need finite shifts, and finite scales that are not 0")
+    limits = torch.finfo(torch.float32)  # in which latents are scaled
+    if not all(abs(value) <= limits.max for value in (*shift, *scale)) or min(map(abs, scale)) < limits.tiny:
+        raise ValueError("latents need finite shifts, and finite scales that are not 0, in float32")
     return tuple(map(float, shift)), scale
 
 
@@ -233,10 +234,13 @@ def make_network(config: Mapping[str, Any], name: str) -> nn.Module:
 def _check_sizes(config: Mapping[str, Any]) -> None:
     """ValueError where a config says sizes that no autoencoder has, and that take too long to be built."""
     for key, value in config.items():
+        if key in _SCALING:
+            continue
         values = value if isinstance(value, list | tuple) else [value]
-        largest = _MOST_LAYERS if key == "layers_per_block" else _LARGEST_SIZE
-        if any(isinstance(one, int) and not 0 <= one <= largest for one in values):
-            raise ValueError(f"{key} is not between 0 and {largest}")
+        smallest, largest = (0, _MOST_LAYERS) if key == "layers_per_block" else (1, _LARGEST_SIZE)
+        numbers = [one for one in values if isinstance(one, int | float) and not isinstance(one, bool)]
+        if not all(isinstance(one, int) and smallest <= one <= largest for one in numbers):
+            raise ValueError(f"{key} is no whole number between {smallest} and {largest}")
         if key.startswith(("block_", "down_", "up_")) and len(values) > _MOST_LAYERS:
             raise ValueError(f"{key} has more than {_MOST_LAYERS} values")
 
