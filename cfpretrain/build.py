@@ -170,17 +170,19 @@ def make_untrained(config: Config, device: torch.device) -> CausalFusion:
 def _names_of_shards(config: Config) -> tuple[str, ...]:
     """The names of the classes, from the latents trained on; their numbers where those are not on this machine."""
     numbers = tuple(map(str, range(config.model.num_classes)))
-    try:
-        address = config.data.shards[0]
-        if "://" in address:  # of a store that would hear of this machine
-            raise UserError(f"{address} is an address")
-        names = read_latents_info(address).class_names
-    except UserError as error:
+    address = config.data.shards[0]
+    names: tuple[str, ...] = ()
+    reason = f"{address} is an address"  # its store, perhaps a stranger's, is not told of this machine
+    if "://" not in address:
+        try:
+            names = read_latents_info(address).class_names
+        except UserError as error:
+            reason = str(error)
+    if not names:
         say(
             "WARNING: classes go by their numbers, since this checkpoint does not say their names, and the latents "
-            f"trained on are not at hand in {Path.cwd()}: {error}"
+            f"trained on are not at hand in {Path.cwd()}: {reason}"
         )
-        return numbers
     return names if len(names) == len(numbers) else numbers
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import threading
@@ -248,13 +249,13 @@ def test_a_storage_that_comes_back(store: Store, tmp_path: Path, capsys: pytest.
 
 def test_a_storage_that_stays_away(store: Store, tmp_path: Path) -> None:
     store.troubles = [ConnectionError("connection refused")] * 1000
-    begin = time.monotonic()
     message = error_of(lambda: content(remote(tmp_path / "cache", patience_seconds=5.0), file_of(0)))
-    assert message.startswith(f"data.shards: {ADDRESS}/shard.00000.mds could not be read for ")
-    assert " s (connection refused); mend the storage" in message
+    begin = f"data.shards: {ADDRESS}/shard.00000.mds could not be read for "
+    said = re.match(re.escape(begin) + r"(\d+) s \(connection refused\); mend the storage", message)
+    assert said
+    assert int(said[1]) >= 5  # by its own account all of its patience
     assert "S3_ENDPOINT_URL" in message
     assert "data.download_patience_seconds" in message
-    assert time.monotonic() - begin > 4.0
     assert len(store.asked()) > 3
     assert copies_in(tmp_path / "cache") == set()
 
