@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from cfpretrain import config as configs
-from cfpretrain import order, seeds
-from cfpretrain.model import attention, block_causal
-from cfpretrain.model.attention import attend, choose, choose_cached, make_visibility
-from cfpretrain.model.transformer import Block, BlockSettings
+from cfpretrain.base import config as configs
+from cfpretrain.core import ar as order
+from cfpretrain.core import attention, block_causal, seeds
+from cfpretrain.core.attention import attend, choose, choose_cached, make_visibility
+from cfpretrain.core.model import Block, BlockSettings
 from tests.closeness import disagreement
 from tests.test_config import TINY
 

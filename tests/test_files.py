@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cfpretrain import files
+from cfpretrain.base import files
 
 
 @pytest.fixture

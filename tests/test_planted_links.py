@@ -12,18 +12,19 @@ import pytest
 import torch
 from PIL import Image
 
-from cfpretrain import build, files, outputs
-from cfpretrain.console import UserError
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError
+from cfpretrain.base.runtime import FolderLock
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.feature_sums import Work
 from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
-from cfpretrain.health import Guard
-from cfpretrain.metrics import MetricsFile
-from cfpretrain.run_folder import write_requeue
-from cfpretrain.runtime import FolderLock
+from cfpretrain.run import build, outputs
+from cfpretrain.run.metrics import MetricsFile
+from cfpretrain.training.folder import write_requeue
+from cfpretrain.training.guard import Guard
 from tests.digits import small_run
 from tests.processes import run_script
 from tests.runs import write_run

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import config as configs
-from cfpretrain import memory, train
-from cfpretrain.build import make_loss, plan_memory
-from cfpretrain.console import UserError
+from cfpretrain import train
+from cfpretrain.base import config as configs
+from cfpretrain.base.console import UserError
+from cfpretrain.run.build import make_loss, plan_memory
+from cfpretrain.training import memory
 from tests.processes import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cfpretrain.config import to_plain
-from cfpretrain.run_folder import tracker_run_id
-from cfpretrain.training_state import TrainingState, read_state
+from cfpretrain.base.config import to_plain
+from cfpretrain.run.state import TrainingState, read_state
+from cfpretrain.training.folder import tracker_run_id
 from tests.digits import small_config
 from tests.runs import write_run
 

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from cfpretrain.console import say
-from cfpretrain.model import block_causal
-from cfpretrain.order import may_attend
+from cfpretrain.base.console import say
+from cfpretrain.core import block_causal
+from cfpretrain.core.ar import may_attend
 
 FLEX_MIN_HEAD_WIDTH = 16
 FLASH_MAX_HEAD_WIDTH = 256

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cfpretrain import config_files
-from cfpretrain.config_files import Address, FilePath, Origin
-from cfpretrain.console import UserError
+from cfpretrain.base import config_files
+from cfpretrain.base.config_files import Address, FilePath, Origin
+from cfpretrain.base.console import UserError
 
 # What a run folder holds, and an export.
 CONFIG_FILE, CHECKPOINTS, INDEX_FILE = "config.yaml", "checkpoints", "model_index.json"

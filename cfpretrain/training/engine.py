@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpretrain.config import Config
-from cfpretrain.model.norm import has_apex
-from cfpretrain.model.transformer import Block, BlockSettings
+from cfpretrain.base.config import Config
+from cfpretrain.core.model import Block, BlockSettings
+from cfpretrain.core.norm import has_apex
 
 # Elements of a communication bucket, at least (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
 _BUCKET_NUMEL = 50_000_000

@@ -31,11 +31,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from cfpretrain import files, runtime
-from cfpretrain.console import UserError, say
-from cfpretrain.files import read_json, read_text
-from cfpretrain.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
-from cfpretrain.tensor_files import (
+from cfpretrain.base import files, runtime
+from cfpretrain.base.console import UserError, say
+from cfpretrain.base.files import read_json, read_text
+from cfpretrain.run.state import STATE_FILE, TrainingState, dump, read_state
+from cfpretrain.run.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
+from cfpretrain.run.tensor_files import (
     HashedRange,
     Header,
     check_cover,
@@ -48,10 +49,9 @@ from cfpretrain.tensor_files import (
     unreadable,
     verify_ranges,
 )
-from cfpretrain.training_state import STATE_FILE, TrainingState, dump, read_state
 
 if TYPE_CHECKING:
-    from cfpretrain.engine import Fragment
+    from cfpretrain.training.engine import Fragment
 
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 RANGES_FILE = "ranges.json"

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from cfpretrain import files, runtime
-from cfpretrain.background import Task
-from cfpretrain.checkpoint import (
+from cfpretrain.base import files, runtime
+from cfpretrain.base.background import Task
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import read_json
+from cfpretrain.run.checkpoint import (
     CONTENTS,
     RANGES_FILE,
     CheckpointStore,
@@ -28,9 +30,8 @@ from cfpretrain.checkpoint import (
     tensors_by_content,
     written_range,
 )
-from cfpretrain.console import UserError
-from cfpretrain.files import read_json
-from cfpretrain.tensor_files import (
+from cfpretrain.run.state import TrainingState
+from cfpretrain.run.tensor_files import (
     VALUE_BYTES,
     DamagedCheckpointError,
     bytes_of,
@@ -42,10 +43,9 @@ from cfpretrain.tensor_files import (
     reason_of,
     write_ranges,
 )
-from cfpretrain.training_state import TrainingState
 
 if TYPE_CHECKING:
-    from cfpretrain.engine import Fragment
+    from cfpretrain.training.engine import Fragment
 
 _MAX_PART_WAIT_SECONDS = 60.0  # for a network file system to show what another node has written
 _POLL_SECONDS = 0.01

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain.console import UserError
-from cfpretrain.files import opened, parse_json, write_fully
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import opened, parse_json, write_fully
 
 VALUE_BYTES = 4
 CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB

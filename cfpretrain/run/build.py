@@ -11,23 +11,23 @@ from typing import Any, Literal
 
 import torch
 
-from cfpretrain import config as configs
-from cfpretrain import memory
-from cfpretrain.checkpoint import CheckpointStore, read_tensors
-from cfpretrain.config import Config
-from cfpretrain.console import UserError, say
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
+from cfpretrain.base import config as configs
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, say
+from cfpretrain.base.files import read_json
+from cfpretrain.core import attention
+from cfpretrain.core.model import BlockSettings, CausalFusion, initialise, write_initial_values
+from cfpretrain.core.norm import has_apex
+from cfpretrain.core.objective import Batch, NoisePredictionLoss
+from cfpretrain.core.process import linear_schedule
 from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
-from cfpretrain.engine import WriteInitialValues, ds_config
-from cfpretrain.files import read_json
-from cfpretrain.loss import Batch, NoisePredictionLoss
-from cfpretrain.model import attention
-from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
-from cfpretrain.model.norm import has_apex
-from cfpretrain.model.transformer import BlockSettings, CausalFusion, initialise, write_initial_values
-from cfpretrain.noise import linear_schedule
-from cfpretrain.tensor_files import DamagedCheckpointError
-from cfpretrain.training_state import TrainingState, means_the_same, read_state
+from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
+from cfpretrain.run.state import TrainingState, means_the_same, read_state
+from cfpretrain.run.tensor_files import DamagedCheckpointError
+from cfpretrain.training import memory
+from cfpretrain.training.engine import WriteInitialValues, ds_config
 
 # What a run folder holds.
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = configs.CONFIG_FILE, "metrics.jsonl", "summary.json"

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-from cfpretrain.console import UserError, excerpt, hide, masked, one_line
-from cfpretrain.files import read_text
+from cfpretrain.base.console import UserError, excerpt, hide, masked, one_line
+from cfpretrain.base.files import read_text
 
 FilePath = Annotated[str, "path"]  # of this machine, with `~` for a home
 Address = Annotated[str, "address"]  # a path, or an address such as s3://bucket/folder

@@ -14,8 +14,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cfpretrain.config import Config, can_checkpoint
-from cfpretrain.order import sequence_lengths, shares_split
+from cfpretrain.base.config import Config, can_checkpoint
+from cfpretrain.core.ar import sequence_lengths, shares_split
 
 _FP32 = 4
 
