@@ -25,8 +25,9 @@ from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import NoisePredictionLoss
 from cfpretrain.core.process import linear_schedule
 from cfpretrain.run.build import make_model
+from cfpretrain.run.tensor_files import Fragment
 from cfpretrain.training import engine as engine_module
-from cfpretrain.training.engine import Decide, Engine, Fragment, build_engine, ds_config
+from cfpretrain.training.engine import Decide, Engine, build_engine, ds_config
 from tests.closeness import disagreement
 from tests.processes import REPOSITORY, run_in_processes
 from tests.strictness import make_warnings_errors

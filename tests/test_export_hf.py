@@ -32,12 +32,12 @@ from cfpretrain.core.regions import parse_region
 from cfpretrain.core.sampler import Guidance
 from cfpretrain.evaluation.generation import GenerationSettings, edit_tokens, generate_batches
 from cfpretrain.evaluation.sampling_options import _BY_SOLVER
+from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import diffusers_layout
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import from_official
 from cfpretrain.run import build, tensor_files
 from cfpretrain.run.checkpoint import read_tensors
-from cfpretrain.run.source import load_source
 from tests import checkpoints
 from tests.checkpoints import same_bits
 from tests.closeness import disagreement

@@ -26,11 +26,11 @@ from cfpretrain.base.console import UserError
 from cfpretrain.data.images import RejectedImageError, read_file, read_image
 from cfpretrain.data.shards import Shards
 from cfpretrain.evaluation.given_images import open_images, read_arrays
+from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import foreign_files
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.run import build
 from cfpretrain.run.metrics import read_metrics
-from cfpretrain.run.source import load_source
 from tests.digits import write_digits
 from tests.processes import REPOSITORY
 from tests.runs import STEP, write_run

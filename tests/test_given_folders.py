@@ -28,11 +28,11 @@ from cfpretrain.data.shards import Shards, read_info
 from cfpretrain.evaluation import array_files, given_images, references
 from cfpretrain.evaluation.features import make_extractor
 from cfpretrain.evaluation.given_images import open_images, read_arrays
+from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import foreign_files
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.run import build
-from cfpretrain.run.source import load_source
 from cfpretrain.run.state import dump
 from tests.digits import write_digits
 from tests.processes import REPOSITORY

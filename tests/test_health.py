@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cfpretrain.base.config import GuardConfig
 from cfpretrain.core import seeds
-from cfpretrain.training.guard import Guard
+from cfpretrain.run.guard import Guard
 
 DEFAULT = GuardConfig()
 VALUES = st.lists(st.floats(0, 1e30), min_size=8, max_size=40)

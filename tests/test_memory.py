@@ -15,10 +15,9 @@ from cfpretrain.base.config import Config
 from cfpretrain.core import ar as order
 from cfpretrain.core.objective import Draws
 from cfpretrain.run import build
-from cfpretrain.run.build import plan_memory
 from cfpretrain.training import engine as engine_module
 from cfpretrain.training import memory
-from cfpretrain.training.memory import Network, Plan, TensorAccount
+from cfpretrain.training.memory import Network, Plan, TensorAccount, plan_memory
 from tests.processes import REPOSITORY, run_in_processes, run_script
 from tools import estimate_memory
 

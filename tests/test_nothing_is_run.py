@@ -29,12 +29,12 @@ from cfpretrain.base.config import to_plain
 from cfpretrain.base.console import UserError
 from cfpretrain.data.loader import Loader
 from cfpretrain.evaluation.editing import read_crop, read_region
+from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build
 from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
 from cfpretrain.run.metrics import read_metrics
-from cfpretrain.run.source import load_source
 from cfpretrain.run.state import read_state
 from tests.checkpoints import random_bits, whole, zero_like
 from tests.digits import write_digits

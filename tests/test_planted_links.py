@@ -22,9 +22,9 @@ from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build, outputs
+from cfpretrain.run.guard import Guard
 from cfpretrain.run.metrics import MetricsFile
 from cfpretrain.training.folder import write_requeue
-from cfpretrain.training.guard import Guard
 from tests.digits import small_run
 from tests.processes import run_script
 from tests.runs import write_run

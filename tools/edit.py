@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from cfpretrain.data.images import Colour
     from cfpretrain.evaluation.generation import GenerationSettings
-    from cfpretrain.run.source import Source
+    from cfpretrain.evaluation.source import Source
 
 _REGION_COLOUR, _REGION_SHARE = "#2563a8", 0.65
 _MOST_SEEDS = 1000
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.data.images import parse_background
         from cfpretrain.evaluation.editing import read_region
         from cfpretrain.evaluation.generation import edit_tokens
-        from cfpretrain.run.source import open_source
+        from cfpretrain.evaluation.source import open_source
     if runtime.world_size() != 1:
         raise UserError(f"edit.py edits on one rank, got {runtime.world_size()}; start it with python alone")
     background = parse_background(arguments.background)

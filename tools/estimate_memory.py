@@ -63,7 +63,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> bool:
     """Prints the tables; returns whether the config fits as it is written."""
     from cfpretrain.base import config as configs
-    from cfpretrain.run.build import plan_memory
+    from cfpretrain.training.memory import plan_memory
 
     config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
     _check_arguments(arguments)
@@ -221,8 +221,8 @@ def _advise(network: "Network", plan: "Plan", budget: int) -> list[str]:
 
 def _measure(config: "Config", arguments: argparse.Namespace) -> bool:
     from cfpretrain.base import runtime
-    from cfpretrain.run.build import plan_memory
     from cfpretrain.training import memory
+    from cfpretrain.training.memory import plan_memory
 
     device = runtime.pick_device()
     on_gpu = device.type == "cuda"

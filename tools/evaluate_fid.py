@@ -154,7 +154,7 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
     from cfpretrain.base import runtime
     from cfpretrain.core import seeds
     from cfpretrain.evaluation.generation import generate_batches, plan_of, to_pixels
-    from cfpretrain.run.source import load_source
+    from cfpretrain.evaluation.source import load_source
 
     num_images = _DEFAULT_IMAGES if arguments.num_images is None else arguments.num_images
     with runtime.together(), phase(f"loading {arguments.generated}"):

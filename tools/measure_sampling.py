@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from cfpretrain.core.model import CausalFusion
     from cfpretrain.evaluation.classifier import Classifier
     from cfpretrain.evaluation.generation import GenerationSettings
-    from cfpretrain.run.source import Source
+    from cfpretrain.evaluation.source import Source
 
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of the largest value
 _NUM_DDPM_STEPS = 250
@@ -125,7 +125,7 @@ def measure_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     config = configs.load(arguments.config, (), arguments.allow_env)
     _check_ar_steps(arguments.num_ar_steps, config.model.num_tokens)
     head_width = config.model.width // config.model.num_heads
-    cached = attention.choose_cached("auto", device.type, arguments.precision, head_width)
+    cached = attention.choose_cached("auto", device.type, arguments.precision, head_width, say)
     with device:
         model = make_model(config, BlockSettings(cached_attention=cached)).eval().requires_grad_(False)
     initialise(model, seed=0)
@@ -346,8 +346,8 @@ def _open(arguments: argparse.Namespace) -> tuple["Source", "Classifier", "Tenso
     from cfpretrain.base import runtime
     from cfpretrain.data.images import read_all_images
     from cfpretrain.evaluation import classifier
+    from cfpretrain.evaluation.source import load_source
     from cfpretrain.evaluation.summary import LabelledImages
-    from cfpretrain.run.source import load_source
 
     with phase(f"loading {arguments.source}"):
         source = load_source(arguments.source, runtime.pick_device())

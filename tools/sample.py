@@ -38,7 +38,7 @@ from cfpretrain.evaluation.sampling_options import (
 if TYPE_CHECKING:
     from cfpretrain.evaluation.generation import GenerationSettings
     from cfpretrain.evaluation.image_set import ImageSet
-    from cfpretrain.run.source import Origin, Source
+    from cfpretrain.evaluation.source import Origin, Source
 
 _MOST_ROWS = 10  # of a grid where no classes are asked for
 _PER_CLASS = 8
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     with phase("loading torch"):
         from cfpretrain.base import runtime
-        from cfpretrain.run.source import open_source
+        from cfpretrain.evaluation.source import open_source
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
         with runtime.together(), phase(f"loading {arguments.source}"):

@@ -400,6 +400,10 @@ class CausalFusion(nn.Module):
 # Initial weights
 
 
+# (name, shape of the whole parameter, flat offset, fp32 [numel]): writes the values from the offset on
+WriteInitialValues = Callable[[str, tuple[int, ...], int, Tensor], None]
+
+
 def write_initial_values(seed: int, grid: int, name: str, shape: Sequence[int], offset: int, values: Tensor) -> None:
     """Writes a range of a parameter's initial values: functions of the seed and the name, whoever holds the range.
 

@@ -19,10 +19,10 @@ from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
 from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, make_model
 from cfpretrain.run.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, tensor_file
+from cfpretrain.run.guard import Guard
 from cfpretrain.run.outputs import whole_or_nothing
 from cfpretrain.run.state import TrainingState
 from cfpretrain.run.tensor_files import bytes_of, hashes_to_plain, make_header, write_ranges
-from cfpretrain.training.guard import Guard
 
 Shapes = Mapping[str, tuple[int, ...]]
 # (one of checkpoint.CONTENTS, name of a parameter) -> its values, in full shape, of at most 32 bits

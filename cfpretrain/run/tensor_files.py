@@ -32,6 +32,28 @@ if sys.byteorder != "little":
     raise RuntimeError("safetensors files are little-endian, and this machine is not")
 
 
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """What this rank holds of one parameter: a contiguous range of its flattened values, in fp32.
+
+    `values`, `exp_avg` and `exp_avg_sq` are views: writing into them changes the engine, and after writing `values`
+    the engine must be told by `Engine.refresh`.
+    """
+
+    name: str  # as in module.named_parameters()
+    shape: tuple[int, ...]  # of the whole parameter
+    offset: int  # where the range begins in the flattened parameter
+    values: Tensor  # [numel], the weights that the optimizer updates
+    exp_avg: Tensor  # [numel], Adam's first moment
+    exp_avg_sq: Tensor  # [numel], Adam's second moment
+    replicated: bool  # every rank holds the same range (ZeRO stage 0)
+
+    @property
+    def numel(self) -> int:
+        """Values in this range."""
+        return self.values.numel()
+
+
 class DamagedCheckpointError(UserError):
     """A checkpoint that is not what was written; an earlier one may still be whole."""
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from cfpretrain.base.background import Task
-from cfpretrain.training.engine import Engine, Fragment
+from cfpretrain.run.tensor_files import Fragment
+from cfpretrain.training.engine import Engine
 
 _STAGED_NUMEL = 16 * 2**20  # weights of one of the two loads on their way to the host: 64 MiB
 

@@ -48,10 +48,10 @@ from cfpretrain.run.build import (
     make_model,
     make_prepare,
     make_store,
-    plan_memory,
 )
 from cfpretrain.run.checkpoint import Best, is_healthy
 from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
+from cfpretrain.run.guard import Guard
 from cfpretrain.run.metrics import (
     MetricsFile,
     StepRecord,
@@ -76,8 +76,7 @@ from cfpretrain.training.folder import (
     tracker_run_id,
     write_requeue,
 )
-from cfpretrain.training.guard import Guard
-from cfpretrain.training.memory import advise
+from cfpretrain.training.memory import advise, plan_memory
 
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 _MOST_STEPS_LISTED = 1000

@@ -13,7 +13,7 @@ from torch import Tensor
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base.class_names import label_of
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, say
 from cfpretrain.base.files import read_json
 from cfpretrain.core import attention
 from cfpretrain.core.model import BlockSettings, CausalFusion
@@ -79,7 +79,7 @@ class Origin:
         else:
             model = load_weights(self.checkpoint, "ema" if self.weights == "ema" else "weights")
         head_width = self.config.model.width // self.config.model.num_heads
-        cached = attention.choose_cached("auto", device.type, precision, head_width)
+        cached = attention.choose_cached("auto", device.type, precision, head_width, say)
         model.trunk.settings = BlockSettings(cached_attention=cached)
         model = model.to(device=device, dtype=_DTYPES[precision]).eval().requires_grad_(False)
         return Source(
