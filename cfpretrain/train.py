@@ -19,8 +19,8 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     # from a checkout that is not installed not at all under theirs.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from cfpretrain import launch
-from cfpretrain.console import (
+from cfpretrain.base import launch
+from cfpretrain.base.console import (
     EXIT_REQUEUE,
     SickRunError,
     UserError,
@@ -35,8 +35,8 @@ from cfpretrain.console import (
 )
 
 if TYPE_CHECKING:
-    from cfpretrain.config import Config
-    from cfpretrain.config_files import Origin
+    from cfpretrain.base.config import Config
+    from cfpretrain.base.config_files import Origin
 
 
 def parse() -> argparse.Namespace:
@@ -75,8 +75,8 @@ def main() -> None:
 
 def dry_run(arguments: argparse.Namespace) -> None:
     """Prints the resolved config and what follows from it, in seconds; needs neither a GPU nor the weights' memory."""
-    from cfpretrain import config as configs
-    from cfpretrain import runtime
+    from cfpretrain.base import config as configs
+    from cfpretrain.base import runtime
 
     config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
     configs.check_code(config, origins, arguments.allow_code)
@@ -105,8 +105,8 @@ def _describe_inputs(config: "Config") -> Iterator[str]:
     """How many samples the shards hold, and that they and the autoencoder fit, where they lie on this machine."""
     import torch
 
-    from cfpretrain.build import make_autoencoder
     from cfpretrain.data.shards import check_autoencoder, check_infos, read_latents_info
+    from cfpretrain.run.build import make_autoencoder
 
     folder, elsewhere = config.data.autoencoder, [one for one in config.data.shards if not Path(one).is_dir()]
     infos = [] if elsewhere else [read_latents_info(one) for one in config.data.shards]
@@ -136,7 +136,7 @@ def _describe_origins(origins: "Mapping[str, Origin]") -> Iterator[str]:
 def _num_parameters(config: "Config") -> int:
     import torch
 
-    from cfpretrain.build import make_model
+    from cfpretrain.run.build import make_model
 
     with torch.device("meta"):
         model = make_model(config)
@@ -147,8 +147,8 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     """AR steps, lengths and FLOPs of the training sequences, exact in the mean over splits."""
     import torch
 
-    from cfpretrain import metrics
-    from cfpretrain import order as ar
+    from cfpretrain.core import ar
+    from cfpretrain.run import metrics
 
     model, order, num_sequences = config.model, config.order, config.train.global_batch_size
     L, law = model.num_tokens, (config.order.ar_step_decay, config.order.num_ar_steps)
@@ -176,16 +176,17 @@ def run(arguments: argparse.Namespace) -> None:
     for number in stop_signals():
         signal.signal(number, leave_before_training)
     with phase("loading torch"):
-        from cfpretrain import config as configs
-        from cfpretrain import runtime
+        from cfpretrain.base import config as configs
+        from cfpretrain.base import runtime
     config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
     configs.check_code(config, origins, arguments.allow_code)
     configs.check(config, runtime.world_size())
     for doubt in configs.doubts(config, origins):
         say(f"WARNING: {doubt}")
     with phase("loading deepspeed and streaming"):
-        from cfpretrain import run_folder, trainer
-        from cfpretrain.lifeline import StopRequest
+        from cfpretrain.base.watchdog import StopRequest
+        from cfpretrain.training import folder as run_folder
+        from cfpretrain.training import trainer
     run_folder.check_moved(arguments.config, config)
     stop = StopRequest(leave_before_training)
     device = runtime.pick_device()
@@ -210,7 +211,7 @@ def run(arguments: argparse.Namespace) -> None:
 def _take_folder(folder: Path) -> str | None:
     """Waits for the end of another run in the folder, before ranks meet; what is wrong where it does not end."""
     # Ranks that a killed launcher has left behind still hold the port where the new ones would meet.
-    from cfpretrain import run_folder
+    from cfpretrain.training import folder as run_folder
 
     try:
         if folder.is_dir():

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfpretrain import checkpoint_writer
-from cfpretrain.checkpoint import CheckpointStore
-from cfpretrain.console import UserError
-from cfpretrain.training_state import TrainingState
+from cfpretrain.base.console import UserError
+from cfpretrain.run import checkpoint_writer
+from cfpretrain.run.checkpoint import CheckpointStore
+from cfpretrain.run.state import TrainingState
 
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 CONFIG = {"model": {"width": 32, "depth": 2, "position_embedding": "sincos"}}

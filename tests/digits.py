@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from cfpretrain import config as configs
-from cfpretrain.config import Config
+from cfpretrain.base import config as configs
+from cfpretrain.base.config import Config
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import LatentsInfo, columns_of
 from tests.processes import REPOSITORY

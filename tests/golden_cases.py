@@ -8,8 +8,8 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from cfpretrain.core.model import CausalFusion
 from cfpretrain.export.official import from_official
-from cfpretrain.model.transformer import CausalFusion
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = ("patch1", "patch2", "many_steps", "patch2_steps")

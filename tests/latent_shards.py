@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from cfpretrain.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
+from cfpretrain.base.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from cfpretrain.data.reader import Samples
 from cfpretrain.data.shards import LatentsInfo, columns_of
 from tests.digits import write_latents

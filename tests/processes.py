@@ -31,7 +31,9 @@ def _server() -> Any:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "deepspeed", "streaming", "cfpretrain.trainer", "tests.processes"])
+    context.set_forkserver_preload(
+        ["torch", "deepspeed", "streaming", "cfpretrain.training.trainer", "tests.processes"]
+    )
     return context
 
 

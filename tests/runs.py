@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from cfpretrain import build, checkpoint_writer, seeds
-from cfpretrain.config import to_plain, to_yaml
+from cfpretrain.base.config import to_plain, to_yaml
+from cfpretrain.core import seeds
+from cfpretrain.run import build, checkpoint_writer
 from tests import checkpoints
 from tests.digits import small_config
 

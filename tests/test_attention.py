@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch._dynamo.testing
 
-from cfpretrain import config as configs
-from cfpretrain import order, seeds
-from cfpretrain.model import attention, block_causal
-from cfpretrain.model.attention import attend, choose, choose_cached, make_visibility
-from cfpretrain.model.transformer import Block, BlockSettings
+from cfpretrain.base import config as configs
+from cfpretrain.base.console import say
+from cfpretrain.core import ar as order
+from cfpretrain.core import attention, block_causal, seeds
+from cfpretrain.core.attention import attend, choose, choose_cached, make_visibility
+from cfpretrain.core.model import Block, BlockSettings
 from tests.closeness import disagreement
 from tests.test_config import TINY
 
@@ -241,7 +242,7 @@ def test_auto() -> None:
     assert choose("auto", "cuda", 8) == "sdpa"
     assert choose("sdpa", "cuda", 64) == "sdpa"
     assert {choose("auto", "cpu", width) for width in (8, 16, 64)} == {"sdpa"}
-    assert choose_cached("auto", "cpu", "bf16", 64) == "sdpa"
+    assert choose_cached("auto", "cpu", "bf16", 64, say) == "sdpa"
 
 
 def test_auto_without_triton(monkeypatch) -> None:
@@ -308,8 +309,8 @@ def flash_attn(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
 def test_a_missing_flash_attn_is_named(capability, flash_attn, capsys) -> None:
     capability(9, 0)
     with pytest.raises(ValueError, match=r"flash needs the package \(pip install 'flash-attn.*; or use sdpa"):
-        choose_cached("flash", "cuda", "bf16", 64)
-    assert choose_cached("auto", "cuda", "bf16", 64) == "sdpa"
+        choose_cached("flash", "cuda", "bf16", 64, say)
+    assert choose_cached("auto", "cuda", "bf16", 64, say) == "sdpa"
     assert "not by flash, which needs the package (pip install 'flash-attn>=2.8'" in capsys.readouterr().out
 
 
@@ -324,10 +325,10 @@ def test_a_broken_flash_attn_is_found_when_it_is_chosen(source, capability, flas
     with pytest.raises(
         ValueError, match=r"flash needs a package flash-attn that can be imported, got .*Error: "
     ) as caught:
-        choose_cached("flash", "cuda", "bf16", 64)
+        choose_cached("flash", "cuda", "bf16", 64, say)
     assert "\n" not in str(caught.value)
     for precision in ("fp32", "bf16", "bf16"):
-        assert choose_cached("auto", "cuda", precision, 64) == "sdpa"
+        assert choose_cached("auto", "cuda", precision, 64, say) == "sdpa"
     [said] = capsys.readouterr().out.splitlines()
     assert "sampling attends by torch's sdpa, not by flash, which needs a package flash-attn that can be imp" in said
 
@@ -335,17 +336,17 @@ def test_a_broken_flash_attn_is_found_when_it_is_chosen(source, capability, flas
 def test_flash_needs_an_ampere_gpu_bf16_and_heads_that_are_not_too_wide(capability, flash_attn) -> None:
     flash_attn("def flash_attn_func(q, k, v): ...")
     capability(8, 0)
-    assert choose_cached("auto", "cuda", "bf16", 256) == "flash"
-    assert choose_cached("auto", "cuda", "fp32", 64) == "sdpa"
-    assert choose_cached("auto", "cuda", "bf16", 320) == "sdpa"
+    assert choose_cached("auto", "cuda", "bf16", 256, say) == "flash"
+    assert choose_cached("auto", "cuda", "fp32", 64, say) == "sdpa"
+    assert choose_cached("auto", "cuda", "bf16", 320, say) == "sdpa"
     with pytest.raises(ValueError, match=r"flash needs heads of width 256 at most; or use sdpa"):
-        choose_cached("flash", "cuda", "bf16", 320)
+        choose_cached("flash", "cuda", "bf16", 320, say)
     with pytest.raises(ValueError, match=r"a GPU from Ampere on .* and engine.precision=bf16"):
-        choose_cached("flash", "cpu", "fp32", 64)
+        choose_cached("flash", "cpu", "fp32", 64, say)
     capability(7, 5)
-    assert choose_cached("auto", "cuda", "bf16", 64) == "sdpa"
+    assert choose_cached("auto", "cuda", "bf16", 64, say) == "sdpa"
     with pytest.raises(ValueError, match=r"compute capability 8\.0"):
-        choose_cached("flash", "cuda", "bf16", 64)
+        choose_cached("flash", "cuda", "bf16", 64, say)
 
 
 def test_flash_is_called_with_tokens_before_heads(flash_attn) -> None:

@@ -11,8 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cfpretrain.console import UserError
-from cfpretrain.model.autoencoder import (
+from cfpretrain.autoencoder import (
     CONFIG_FILE,
     WEIGHTS_FILE,
     IdentityAutoencoder,
@@ -22,6 +21,7 @@ from cfpretrain.model.autoencoder import (
     make_network,
     write_folder,
 )
+from cfpretrain.base.console import UserError
 from tests.closeness import disagreement
 from tests.processes import REPOSITORY
 
@@ -295,7 +295,7 @@ def test_a_folder_is_written_once_and_others_may_read_it(folder, tmp_path) -> No
 def test_diffusers_is_imported_only_to_load_one(folder) -> None:
     """It takes seconds; and loading is quiet, with warnings as errors and no network."""
     code = (
-        "import sys, socket; socket.socket.connect = None; import cfpretrain.model.autoencoder as a; "
+        "import sys, socket; socket.socket.connect = None; import cfpretrain.autoencoder as a; "
         "assert 'diffusers' not in sys.modules; "
         f"a.KLAutoencoder.load({str(folder)!r}, 'cpu'); assert 'diffusers' in sys.modules"
     )

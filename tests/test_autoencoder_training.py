@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from cfpretrain.autoencoder_training import StoppedError, Training, evenly
-from cfpretrain.console import SickRunError, UserError
-from cfpretrain.model.autoencoder import fingerprint, make_network
+from cfpretrain.autoencoder import fingerprint, make_network
+from cfpretrain.base.console import SickRunError, UserError
+from cfpretrain.training.autoencoder import StoppedError, Training, evenly
 from tests.test_autoencoder import SMALL
 
 NUM = 10

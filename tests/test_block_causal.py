@@ -17,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cfpretrain import order
-from cfpretrain.model import attention, block_causal, transformer
+from cfpretrain.core import ar as order
+from cfpretrain.core import attention, block_causal
+from cfpretrain.core import model as transformer
 from tests.closeness import disagreement
 from tests.strictness import make_warnings_errors
 

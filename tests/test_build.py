@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import build, runtime
-from cfpretrain import config as configs
-from cfpretrain.console import UserError
+from cfpretrain.base import config as configs
+from cfpretrain.base import runtime
+from cfpretrain.base.console import UserError
+from cfpretrain.run import build
 from tests.test_config import TINY
 
 

@@ -12,13 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cfpretrain.core import attention, norm
+from cfpretrain.core import model as transformer
+from cfpretrain.core.ar import Condition, Image, build_layout
 from cfpretrain.evaluation import sampling_options
 from cfpretrain.export import bundle as bundles
 from cfpretrain.export import plain
 from cfpretrain.export.bundle import BundleError, bundle, content_name
 from cfpretrain.export.plain import STAND_INS
-from cfpretrain.model import attention, norm, transformer
-from cfpretrain.order import Condition, Image, build_layout
 from tests.test_transformer import small_model
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,7 +149,7 @@ def test_a_name_follows_from_the_content() -> None:
 
 def test_the_joined_network_computes_the_same_bits() -> None:
     """The scope has nothing but what the text defines."""
-    scope = run(bundle("cfpretrain.model.transformer", STAND_INS))
+    scope = run(bundle("cfpretrain.core.model", STAND_INS))
     ours = small_model()
     theirs = scope["CausalFusion"](
         grid=3, patch_values=4, width=16, depth=2, num_heads=2, num_cond_tokens=2, num_classes=5

@@ -3,7 +3,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.evaluation.cheat import best_cheat, class_means
 from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance, pixel_features
 

@@ -22,18 +22,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cfpretrain import checkpoint, checkpoint_writer, files, tensor_files
-from cfpretrain.checkpoint import (
-    Best,
-    CheckpointStore,
-    DamagedCheckpointError,
-    is_healthy,
-    read_tensors,
-)
-from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
-from cfpretrain.console import UserError
-from cfpretrain.tensor_files import HashedRange
-from cfpretrain.training_state import TrainingState, read_state
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError
+from cfpretrain.run import checkpoint, checkpoint_writer, tensor_files
+from cfpretrain.run.checkpoint import Best, CheckpointStore, DamagedCheckpointError, is_healthy, read_tensors
+from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
+from cfpretrain.run.state import TrainingState, read_state
+from cfpretrain.run.tensor_files import HashedRange
 from tests.checkpoints import (
     CONFIG,
     CONTENTS,

@@ -17,14 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from cfpretrain import checkpoint_writer, lifeline, runtime
-from cfpretrain.checkpoint import (
-    CheckpointStore,
-    DamagedCheckpointError,
-)
-from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
-from cfpretrain.console import EXIT_REQUEUE, UserError
-from cfpretrain.training_state import read_state
+from cfpretrain.base import runtime
+from cfpretrain.base import watchdog as lifeline
+from cfpretrain.base.console import EXIT_REQUEUE, UserError
+from cfpretrain.run import checkpoint_writer
+from cfpretrain.run.checkpoint import CheckpointStore, DamagedCheckpointError
+from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
+from cfpretrain.run.state import read_state
 from tests.checkpoints import (
     CONFIG,
     CONTENTS,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfpretrain.class_names import label_of
+from cfpretrain.base.class_names import label_of
 
 TEXT_ORDER = tuple(sorted(map(str, range(12))))  # 0 1 10 11 2 ...
 WORDS = ("tench, Tinca", "Goldfish", "crane", "crane", "7", "caf\u00e9", "Nut", "nut")

@@ -5,7 +5,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.evaluation import classifier
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfpretrain import config as configs
-from cfpretrain import order
-from cfpretrain.config_files import Address, FilePath
-from cfpretrain.console import UserError
+from cfpretrain.base import config as configs
+from cfpretrain.base.config_files import Address, FilePath
+from cfpretrain.base.console import UserError
+from cfpretrain.core import ar as order
 from tests.processes import REPOSITORY
 
 TINY = REPOSITORY / "configs" / "tiny.yaml"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cfpretrain import config as configs
-from cfpretrain import config_files
-from cfpretrain.console import UserError
+from cfpretrain.base import config as configs
+from cfpretrain.base import config_files
+from cfpretrain.base.console import UserError
 from tests.processes import REPOSITORY
 
 TINY = REPOSITORY / "configs" / "tiny.yaml"

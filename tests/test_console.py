@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cfpretrain import console
+from cfpretrain.base import console
 from tests.processes import REPOSITORY
 
 

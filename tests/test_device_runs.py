@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cfpretrain import runtime
+from cfpretrain.base import runtime
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from tests.digits import small_config, small_run
 from tests.image_files import digits, write_folder
@@ -77,7 +77,7 @@ def folder_of(runs: Path, kind: Kind) -> Path:
 
 
 def make_trainer(shards: Path, folder: Path, kind: Kind, device: torch.device) -> Any:
-    from cfpretrain import trainer
+    from cfpretrain.training import trainer
 
     config = small_config(
         shards,

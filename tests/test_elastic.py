@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cfpretrain import runtime
+from cfpretrain.base import runtime
 from tests.digits import small_config
 from tests.processes import run_in_processes
 
@@ -29,7 +29,7 @@ def whole_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def go_on(shards: Path, folder: Path, *overrides: str) -> list[float]:
     """Goes on with a run to its end, after a look at the state of the resume; returns the losses of this rank's run."""
-    from cfpretrain import trainer
+    from cfpretrain.training import trainer
 
     config = small_config(
         shards,

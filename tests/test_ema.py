@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cfpretrain import ema as ema_module
-from cfpretrain import runtime, seeds, trainer
-from cfpretrain.ema import ShardedEMA
-from cfpretrain.engine import Engine, Fragment
+from cfpretrain.base import runtime
+from cfpretrain.core import seeds
+from cfpretrain.run.tensor_files import Fragment
+from cfpretrain.training import ema as ema_module
+from cfpretrain.training import trainer
+from cfpretrain.training.ema import ShardedEMA
+from cfpretrain.training.engine import Engine
 from tests.digits import small_config
 from tests.processes import run_in_processes
 from tests.test_engine import CPU, KINDS, gather, process_group, toy_batch, toy_engine, train_step

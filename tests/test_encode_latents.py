@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cfpretrain.console import EXIT_REQUEUE, EXIT_USER_ERROR
+from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
 from cfpretrain.data.shards import read_latents_info
 from tests.processes import REPOSITORY, Ended, Rank, run_script, start_script
 from tests.test_encoding import content, write_autoencoder
@@ -157,7 +157,7 @@ def test_a_rank_that_dies_ends_the_others(tmp_path: Path, long_images: Path) -> 
 # Slow enough that the launcher's end is noticed, once in a few seconds, long before the work is done.
 AS_SLOW_SCRIPT = """
 import runpy, sys, time
-from cfpretrain.model.autoencoder import IdentityAutoencoder
+from cfpretrain.autoencoder import IdentityAutoencoder
 
 encode = IdentityAutoencoder.encode
 IdentityAutoencoder.encode = lambda *arguments: (time.sleep(0.02), encode(*arguments))[1]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from cfpretrain.console import UserError
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling, make_network, write_folder
+from cfpretrain.base.console import UserError
 from cfpretrain.data.encoding import Encoding, encode
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import Shards, columns_of, read_latents_info, read_plan
-from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling, make_network, write_folder
 from tests.closeness import disagreement
 from tests.test_pixels import crops, encoded, write_images
 

@@ -16,16 +16,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from cfpretrain import engine as engine_module
-from cfpretrain import runtime, seeds
-from cfpretrain.build import make_model
-from cfpretrain.config import Config
-from cfpretrain.config import load as load_config
-from cfpretrain.engine import Decide, Engine, Fragment, build_engine, ds_config
-from cfpretrain.loss import NoisePredictionLoss
-from cfpretrain.model.norm import has_apex
-from cfpretrain.model.transformer import BlockSettings, CausalFusion, write_initial_values
-from cfpretrain.noise import linear_schedule
+from cfpretrain.base import runtime
+from cfpretrain.base.config import Config
+from cfpretrain.base.config import load as load_config
+from cfpretrain.core import seeds
+from cfpretrain.core.model import BlockSettings, CausalFusion, write_initial_values
+from cfpretrain.core.norm import has_apex
+from cfpretrain.core.objective import NoisePredictionLoss
+from cfpretrain.core.process import linear_schedule
+from cfpretrain.run.build import make_model
+from cfpretrain.run.tensor_files import Fragment
+from cfpretrain.training import engine as engine_module
+from cfpretrain.training.engine import Decide, Engine, build_engine, ds_config
 from tests.closeness import disagreement
 from tests.processes import REPOSITORY, run_in_processes
 from tests.strictness import make_warnings_errors

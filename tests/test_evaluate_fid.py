@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cfpretrain import runtime
-from cfpretrain.console import EXIT_USER_ERROR, UserError
+from cfpretrain.base import runtime
+from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.evaluation import scores
 from cfpretrain.evaluation.feature_sums import Summing
 from cfpretrain.evaluation.features import FeatureExtractor

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import build, checkpoint
-from cfpretrain.config import load
-from cfpretrain.console import EXIT_REQUEUE, UserError
+from cfpretrain.base.config import load
+from cfpretrain.base.console import EXIT_REQUEUE, UserError
 from cfpretrain.evaluation.evaluator import Evaluator
 from cfpretrain.evaluation.references import STATISTICS_FILE
-from cfpretrain.metrics import read_metrics
+from cfpretrain.run import build, checkpoint
+from cfpretrain.run.metrics import read_metrics
 from tests.digits import small_config, small_run
 from tests.image_files import digits, write_folder
 from tests.processes import run_in_processes, run_script, start_script
@@ -184,9 +184,10 @@ def train_where_side_work_fails(shards: Path, folder: Path, real: Path) -> tuple
     import contextlib
     import io
 
-    from cfpretrain import runtime, trainer
+    from cfpretrain.base import runtime
+    from cfpretrain.base.watchdog import StopRequest
     from cfpretrain.evaluation import evaluator, figures
-    from cfpretrain.lifeline import StopRequest
+    from cfpretrain.training import trainer
 
     def fail(error: Exception) -> Callable[..., None]:
         def function(*_: object, **__: object) -> None:

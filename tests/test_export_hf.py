@@ -21,22 +21,23 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cfpretrain import build, files, tensor_files
-from cfpretrain.checkpoint import read_tensors
-from cfpretrain.config import Config
-from cfpretrain.console import UserError
+from cfpretrain.autoencoder import make_network
+from cfpretrain.base import files
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
+from cfpretrain.core.ar import choose_sizes
+from cfpretrain.core.model import patchify, unpatchify
+from cfpretrain.core.process import SOLVERS
+from cfpretrain.core.regions import parse_region
+from cfpretrain.core.sampler import Guidance
 from cfpretrain.evaluation.generation import GenerationSettings, edit_tokens, generate_batches
 from cfpretrain.evaluation.sampling_options import _BY_SOLVER
+from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import diffusers_layout
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import from_official
-from cfpretrain.model.autoencoder import make_network
-from cfpretrain.model.transformer import patchify, unpatchify
-from cfpretrain.noise import SOLVERS
-from cfpretrain.order import choose_sizes
-from cfpretrain.regions import parse_region
-from cfpretrain.sampler import Guidance
-from cfpretrain.source import load_source
+from cfpretrain.run import build, tensor_files
+from cfpretrain.run.checkpoint import read_tensors
 from tests import checkpoints
 from tests.checkpoints import same_bits
 from tests.closeness import disagreement
@@ -182,7 +183,8 @@ def test_the_files_do_not_know_ranks(run: Path, exported: Path, tmp_path: Path) 
 
 def train(shards: Path, folder: Path, *overrides: str) -> None:
     """Two steps that change nothing, since runs on other ranks differ in rounding."""
-    from cfpretrain import runtime, trainer
+    from cfpretrain.base import runtime
+    from cfpretrain.training import trainer
 
     steps = ("train.num_steps=2", "train.decay_steps=0", "train.learning_rate=0", "checkpoint.every_steps=2")
     config = small_config(shards, folder, *steps, *overrides)

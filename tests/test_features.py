@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.evaluation import features
 from cfpretrain.evaluation.features import make_extractor
 from tests.test_inception import photographs, random_weights

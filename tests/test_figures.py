@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.evaluation.figures import _column, _skipped_steps, _smooth, curves, loss_map
 from tests.processes import REPOSITORY
 from tests.test_pictures import num_near, pixels
@@ -158,7 +158,7 @@ def test_a_backend_for_windows_that_is_not_there_matters_to_no_file(monkeypatch:
     """As notebooks set it. Nothing that training imports needs matplotlib, and its files need no window."""
     monkeypatch.setenv("MPLBACKEND", "qt99")
     program = (
-        "import sys, cfpretrain.trainer\n"
+        "import sys, cfpretrain.training.trainer\n"
         "assert not any(name.partition('.')[0] == 'matplotlib' for name in sys.modules)\n"
         "import cfpretrain.evaluation.figures\n"
     )

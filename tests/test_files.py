@@ -8,7 +8,7 @@ from typing import IO
 
 import pytest
 
-from cfpretrain import files
+from cfpretrain.base import files
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_between, frechet_distance, pixel_features
 
 

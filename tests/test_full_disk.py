@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cfpretrain import metrics
+from cfpretrain.run import metrics
 from tests.digits import small_run, write_digits
 from tests.disks import mount, mounted_disk
 from tests.processes import Rank, run_script, start_script

@@ -21,16 +21,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cfpretrain import build
-from cfpretrain.console import UserError
+from cfpretrain.autoencoder import KLAutoencoder
+from cfpretrain.base.console import UserError
 from cfpretrain.data.images import RejectedImageError, read_file, read_image
 from cfpretrain.data.shards import Shards
 from cfpretrain.evaluation.given_images import open_images, read_arrays
+from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import foreign_files
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.metrics import read_metrics
-from cfpretrain.model.autoencoder import KLAutoencoder
-from cfpretrain.source import load_source
+from cfpretrain.run import build
+from cfpretrain.run.metrics import read_metrics
 from tests.digits import write_digits
 from tests.processes import REPOSITORY
 from tests.runs import STEP, write_run
@@ -188,7 +188,7 @@ def _signed(name: str, plain: Any) -> bytes:
     """As a stranger would: the hash of a state is of what stands there."""
     import hashlib
 
-    from cfpretrain.training_state import dump
+    from cfpretrain.run.state import dump
 
     if name.endswith("state.json") and isinstance(plain, dict):
         plain.pop("sha256", None)

@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfpretrain import config as configs
-from cfpretrain import runtime
-from cfpretrain.config import Config
-from cfpretrain.console import UserError
+from cfpretrain.base import config as configs
+from cfpretrain.base import runtime
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
+from cfpretrain.core.ar import equal_sizes
+from cfpretrain.core.regions import parse_region
+from cfpretrain.core.sampler import Guidance
 from cfpretrain.evaluation.generation import (
     GenerationSettings,
     decode_to_look_at,
@@ -19,9 +22,6 @@ from cfpretrain.evaluation.generation import (
     generate_images,
     grid_title,
 )
-from cfpretrain.order import equal_sizes
-from cfpretrain.regions import parse_region
-from cfpretrain.sampler import Guidance
 from tests.closeness import disagreement
 from tests.processes import run_in_processes
 from tests.test_config import TINY
@@ -180,7 +180,7 @@ def test_editing_everything_is_generating() -> None:
     edited = edit_tokens(config, model, tokens, region, LABELS, settings, CPU)
     images = generate_images(config, model, LABELS, settings, CPU)
     decode, _ = decode_to_look_at(config, CPU)
-    from cfpretrain.model.transformer import unpatchify
+    from cfpretrain.core.model import unpatchify
 
     assert torch.equal(decode(unpatchify(edited, 2)), images)
 
@@ -196,7 +196,7 @@ def test_a_trajectory_ends_at_the_image_and_shows_what_is_made() -> None:
     assert way.states.shape == (3, 4, 9, 4)
     assert way.is_made.sum(1).tolist() == [3, 6, 9]
     (image,) = generate_images(config, model, [3], settings, CPU)
-    from cfpretrain.model.transformer import unpatchify
+    from cfpretrain.core.model import unpatchify
 
     decode, _ = decode_to_look_at(config, CPU)
     assert torch.equal(decode(unpatchify(way.states[-1, -1][None], 2))[0], image)

@@ -21,19 +21,19 @@ import pytest
 import torch
 import yaml
 
-from cfpretrain import build
-from cfpretrain.config import load as load_config
-from cfpretrain.console import UserError
+from cfpretrain.autoencoder import KLAutoencoder, make_network, shift_and_scale
+from cfpretrain.base.config import load as load_config
+from cfpretrain.base.console import UserError
 from cfpretrain.data.shards import Shards, read_info
 from cfpretrain.evaluation import array_files, given_images, references
 from cfpretrain.evaluation.features import make_extractor
 from cfpretrain.evaluation.given_images import open_images, read_arrays
+from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import foreign_files
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.model.autoencoder import KLAutoencoder, make_network, shift_and_scale
-from cfpretrain.source import load_source
-from cfpretrain.training_state import dump
+from cfpretrain.run import build
+from cfpretrain.run.state import dump
 from tests.digits import write_digits
 from tests.processes import REPOSITORY
 from tests.runs import STEP, write_run

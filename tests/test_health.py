@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfpretrain import seeds
-from cfpretrain.config import GuardConfig
-from cfpretrain.health import Guard
+from cfpretrain.base.config import GuardConfig
+from cfpretrain.core import seeds
+from cfpretrain.run.guard import Guard
 
 DEFAULT = GuardConfig()
 VALUES = st.lists(st.floats(0, 1e30), min_size=8, max_size=40)

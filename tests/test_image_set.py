@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cfpretrain import files
-from cfpretrain.console import UserError
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError
 from cfpretrain.evaluation.given_images import open_images
 from cfpretrain.evaluation.image_set import ImageSet
 from tests.checkpoints import failing

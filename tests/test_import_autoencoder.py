@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cfpretrain.console import UserError
+from cfpretrain.autoencoder import CONFIG_FILE, WEIGHTS_FILE, KLAutoencoder, fill_network
+from cfpretrain.base.console import UserError
 from cfpretrain.export.autoencoder import from_ldm, recognise
-from cfpretrain.model.autoencoder import CONFIG_FILE, WEIGHTS_FILE, KLAutoencoder, fill_network
 from tests.closeness import disagreement
 from tests.disks import mounted_disk
 from tests.processes import REPOSITORY

@@ -18,17 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cfpretrain import build, checkpoint_writer, seeds
-from cfpretrain import config as configs
-from cfpretrain import engine as engine_module
-from cfpretrain.checkpoint import CheckpointStore, read_tensors
-from cfpretrain.config import Config, to_plain
-from cfpretrain.console import UserError
-from cfpretrain.engine import Engine, build_engine, ds_config
+from cfpretrain.base import config as configs
+from cfpretrain.base.config import Config, to_plain
+from cfpretrain.base.console import UserError
+from cfpretrain.core import seeds
+from cfpretrain.core.model import write_initial_values
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.official import our_name, to_official
-from cfpretrain.model.transformer import write_initial_values
-from cfpretrain.training_state import TrainingState, read_state
+from cfpretrain.run import build, checkpoint_writer
+from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
+from cfpretrain.run.state import TrainingState, read_state
+from cfpretrain.training import engine as engine_module
+from cfpretrain.training.engine import Engine, build_engine, ds_config
 from tests.checkpoints import make_state
 from tests.processes import run_in_processes
 from tests.strictness import make_warnings_errors

@@ -17,17 +17,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cfpretrain import build
-from cfpretrain import config as configs
-from cfpretrain.checkpoint import read_tensors
-from cfpretrain.config import Config
-from cfpretrain.console import UserError
+from cfpretrain.base import config as configs
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
+from cfpretrain.core.model import sincos_positions
 from cfpretrain.data.loader import Loader
 from cfpretrain.export import imported_run
 from cfpretrain.export.official import our_name, to_official, write_official
-from cfpretrain.model.transformer import sincos_positions
-from cfpretrain.run_folder import prepare_folder
-from cfpretrain.training_state import read_state
+from cfpretrain.run import build
+from cfpretrain.run.checkpoint import read_tensors
+from cfpretrain.run.state import read_state
+from cfpretrain.training.folder import prepare_folder
 from tests.checkpoints import same_bits
 from tests.digits import small_config, small_run, write_digits
 from tests.golden_cases import CASES, load

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.evaluation.inception_score import ClassSums, inception_score, splits_of
 
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cfpretrain import config as configs
-from cfpretrain import files
+from cfpretrain.autoencoder import KLAutoencoder
+from cfpretrain.base import config as configs
+from cfpretrain.base import files
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, check_infos, image_columns, read_latents_info
-from cfpretrain.model.autoencoder import KLAutoencoder
 from tests.digits import digits_info, write_digits, write_latents
 from tests.processes import REPOSITORY
 from tools import inspect_shards

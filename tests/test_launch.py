@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from cfpretrain import launch
-from cfpretrain.console import UserError
-from cfpretrain.launch import Launch
+from cfpretrain.base import launch
+from cfpretrain.base.console import UserError
+from cfpretrain.base.launch import Launch
 from tests.processes import REPOSITORY, launcher_environment
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import lifeline, runtime
-from cfpretrain.console import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from cfpretrain.base import runtime
+from cfpretrain.base import watchdog as lifeline
+from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from tests.digits import small_config, small_run
 from tests.processes import (
     REPOSITORY,
@@ -152,7 +153,7 @@ def test_a_signal_while_it_waits_for_other_ranks_ends_it_at_once(shards: Path, t
 
 SLEEPER = """
 import sys, time
-from cfpretrain.lifeline import StopRequest
+from cfpretrain.base.watchdog import StopRequest
 stop = StopRequest()
 print("ready", flush=True)
 while stop.reason is None:
@@ -180,7 +181,7 @@ def test_a_later_signal_ends_at_once() -> None:
 
 FORKER = """
 import os, signal
-from cfpretrain.lifeline import StopRequest
+from cfpretrain.base.watchdog import StopRequest
 stop = StopRequest()
 if (child := os.fork()) == 0:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
@@ -246,7 +247,7 @@ def test_a_rank_notices_that_its_launcher_is_gone(tmp_path: Path, moment: str) -
 
 ASKED = """
 import subprocess, sys
-from cfpretrain.lifeline import Launcher
+from cfpretrain.base.watchdog import Launcher
 print(Launcher().is_there())
 """
 
@@ -320,7 +321,7 @@ def test_a_stopped_rank_ends_the_run(shards: Path, tmp_path: Path, stopped: int)
 
 
 def train_with_a_sleeper(shards: Path, folder: Path) -> None:
-    from cfpretrain import trainer
+    from cfpretrain.training import trainer
 
     config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=5")
     device = torch.device("cpu")
@@ -344,7 +345,7 @@ def test_a_rank_that_sleeps_past_the_timeout_ends_the_run(shards: Path, tmp_path
 
 
 def train_with_a_bug(shards: Path, folder: Path, ranks: tuple[int, ...]) -> None:
-    from cfpretrain import trainer
+    from cfpretrain.training import trainer
 
     device = torch.device("cpu")
     stop = lifeline.StopRequest()
@@ -416,8 +417,8 @@ def hold(folder: Path) -> int:
 def _in_another_process(folder: Path) -> None:
     code = f"""
 from pathlib import Path
-from cfpretrain import runtime
-from cfpretrain.console import UserError
+from cfpretrain.base import runtime
+from cfpretrain.base.console import UserError
 try:
     runtime.FolderLock(Path({str(folder)!r}) / "lock", 0.3)
 except UserError as error:
@@ -465,8 +466,8 @@ def test_a_copy_by_hard_links_has_the_lock_of_the_original(tmp_path: Path) -> No
 GREEDY = """
 import runpy, sys
 import torch
-from cfpretrain import runtime
-from cfpretrain.trainer import Trainer
+from cfpretrain.base import runtime
+from cfpretrain.training.trainer import Trainer
 
 step_as_it_is = Trainer.train_step
 

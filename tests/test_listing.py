@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.data.images import read_file, read_image
 from cfpretrain.data.listing import Listing, Row, hold_out, list_images
 from tests.test_images import png, write_tree

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cfpretrain import seeds
-from cfpretrain.config import Config
-from cfpretrain.console import UserError
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
+from cfpretrain.core import seeds
 from cfpretrain.data.loader import Loader, Position, epoch_order, epoch_visits
 from cfpretrain.data.reader import Samples
 from cfpretrain.data.shards import fingerprint

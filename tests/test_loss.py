@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cfpretrain import noise, order, seeds
-from cfpretrain.loss import Batch, Draws, LossTerms, NoisePredictionLoss
+from cfpretrain.core import ar as order
+from cfpretrain.core import process as noise
+from cfpretrain.core import seeds
+from cfpretrain.core.objective import Batch, Draws, LossTerms, NoisePredictionLoss
 from tests.closeness import disagreement
 from tests.golden_cases import FOLDER
 from tests.test_transformer import small_model

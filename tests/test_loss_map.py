@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from cfpretrain import seeds
+from cfpretrain.core import seeds
 from cfpretrain.evaluation.loss_map import measure_loss_map
 from tests.test_loss import LOSS
 from tests.test_transformer import small_model

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cfpretrain.console import EXIT_REQUEUE, UserError
+from cfpretrain.base.console import EXIT_REQUEUE, UserError
 from cfpretrain.data import storing
 from cfpretrain.data.images import read_all_images, read_file, read_image
 from cfpretrain.data.listing import list_images

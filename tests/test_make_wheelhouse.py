@@ -8,7 +8,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from tests.processes import REPOSITORY
 from tools import make_wheelhouse
 

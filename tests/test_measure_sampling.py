@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import noise, sampler
-from cfpretrain.console import EXIT_USER_ERROR
+from cfpretrain.base.console import EXIT_USER_ERROR
+from cfpretrain.core import process as noise
+from cfpretrain.core import sampler
 from cfpretrain.data import images
 from tests.closeness import disagreement
 from tests.digits import digits

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from tests.test_config import TINY
 from tools import measure_start
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfpretrain import config as configs
-from cfpretrain import runtime, seeds
-from cfpretrain.build import make_loss
-from cfpretrain.model import attention, transformer
+from cfpretrain.base import config as configs
+from cfpretrain.base import runtime
+from cfpretrain.core import attention, seeds
+from cfpretrain.core import model as transformer
+from cfpretrain.run.build import make_loss
 from tests.digits import write_digits
 from tests.processes import REPOSITORY, run_in_processes, run_script
 from tools import measure_step, step_sides
@@ -188,7 +189,7 @@ def test_every_backend_trains_as_naive_attention_does(tmp_path: Path) -> None:
 
 def train_tiny(variant: str, shards: Path, folder: Path) -> list[float]:
     """The losses of the first steps of `configs/tiny.yaml`."""
-    from cfpretrain import trainer
+    from cfpretrain.training import trainer
 
     compiled = variant.endswith("compiled")
     config = configs.load(

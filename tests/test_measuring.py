@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cfpretrain import config as configs
+from cfpretrain.base import config as configs
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.shards import read_latents_info
 from tests.processes import REPOSITORY

@@ -9,13 +9,15 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from cfpretrain import build, memory, order, runtime
-from cfpretrain import config as configs
-from cfpretrain import engine as engine_module
-from cfpretrain.build import plan_memory
-from cfpretrain.config import Config
-from cfpretrain.loss import Draws
-from cfpretrain.memory import Network, Plan, TensorAccount
+from cfpretrain.base import config as configs
+from cfpretrain.base import runtime
+from cfpretrain.base.config import Config
+from cfpretrain.core import ar as order
+from cfpretrain.core.objective import Draws
+from cfpretrain.run import build
+from cfpretrain.training import engine as engine_module
+from cfpretrain.training import memory
+from cfpretrain.training.memory import Network, Plan, TensorAccount, plan_memory
 from tests.processes import REPOSITORY, run_in_processes, run_script
 from tools import estimate_memory
 

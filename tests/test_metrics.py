@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import metrics, order
-from cfpretrain.config import ModelConfig
-from cfpretrain.console import UserError
+from cfpretrain.base.config import ModelConfig
+from cfpretrain.base.console import UserError
+from cfpretrain.core import ar as order
+from cfpretrain.run import metrics
 from tests.processes import run_in_processes
 
 
@@ -36,7 +37,7 @@ def test_flops_of_an_image_as_published(width, depth, heads, tera) -> None:
 
 
 def close_a_window() -> tuple[list[dict[str, object]], float, list[float]]:
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
 
     runtime.start(torch.device("cpu"))
     rank = runtime.rank()

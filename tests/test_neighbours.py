@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cfpretrain import runtime
-from cfpretrain.console import UserError
+from cfpretrain.base import runtime
+from cfpretrain.base.console import UserError
 from cfpretrain.evaluation.neighbours import precision_recall
 from tests.processes import run_in_processes
 

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from cfpretrain import noise, seeds
+from cfpretrain.core import process as noise
+from cfpretrain.core import seeds
 
 
 def test_forward_process_keeps_unit_variance() -> None:

@@ -21,19 +21,21 @@ import numpy as np
 import pytest
 import torch
 
-from cfpretrain import build, console, train
-from cfpretrain import config as configs
-from cfpretrain.checkpoint import CheckpointStore, read_tensors
-from cfpretrain.config import load as load_config
-from cfpretrain.config import to_plain
-from cfpretrain.console import UserError
+from cfpretrain import train
+from cfpretrain.base import config as configs
+from cfpretrain.base import console
+from cfpretrain.base.config import load as load_config
+from cfpretrain.base.config import to_plain
+from cfpretrain.base.console import UserError
 from cfpretrain.data.loader import Loader
 from cfpretrain.evaluation.editing import read_crop, read_region
+from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
-from cfpretrain.metrics import read_metrics
-from cfpretrain.source import load_source
-from cfpretrain.training_state import read_state
+from cfpretrain.run import build
+from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
+from cfpretrain.run.metrics import read_metrics
+from cfpretrain.run.state import read_state
 from tests.checkpoints import random_bits, whole, zero_like
 from tests.digits import write_digits
 from tests.latent_shards import as_read

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from cfpretrain import order, seeds
+from cfpretrain.core import ar as order
+from cfpretrain.core import seeds
 
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=6)
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from cfpretrain import files, outputs
-from cfpretrain.console import UserError
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError
+from cfpretrain.run import outputs
 
 
 def test_an_output_is_there_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cfpretrain import noise, order, sampler
+from cfpretrain.core import ar as order
+from cfpretrain.core import process as noise
+from cfpretrain.core import sampler
+from cfpretrain.core.model import CausalFusion, patchify
+from cfpretrain.core.objective import Draws, NoisePredictionLoss
 from cfpretrain.export.official import from_official, to_official
-from cfpretrain.loss import Draws, NoisePredictionLoss
-from cfpretrain.model.transformer import CausalFusion, patchify
 from tests.closeness import disagreement
 from tests.golden_cases import CASES, FOLDER, GoldenCase, load
 

@@ -7,14 +7,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cfpretrain.console import UserError
-from cfpretrain.evaluation.pictures import (
-    _cut_to,
-    _font,
-    false_colours,
-    grid_layout,
-    sample_grid,
-)
+from cfpretrain.base.console import UserError
+from cfpretrain.evaluation.pictures import _cut_to, _font, false_colours, grid_layout, sample_grid
 
 BLUE = (37, 99, 168)
 RED = (209, 73, 91)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.data import pixels
 from cfpretrain.data.images import centre_crop
 from cfpretrain.data.pixels import PixelBatch, decode_shards

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from cfpretrain import config as configs
-from cfpretrain import noise, order
-from cfpretrain.loss import Draws
-from cfpretrain.model.transformer import patchify
+from cfpretrain.base import config as configs
+from cfpretrain.core import ar as order
+from cfpretrain.core import process as noise
+from cfpretrain.core.model import patchify
+from cfpretrain.core.objective import Draws
 from tests.closeness import disagreement
 from tests.golden_cases import CASES, load
 from tools import plain_step

@@ -15,20 +15,21 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import save_file
 
-from cfpretrain import build, files, outputs
-from cfpretrain import config as configs
-from cfpretrain.console import UserError
+from cfpretrain.base import config as configs
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError
+from cfpretrain.base.runtime import FolderLock
+from cfpretrain.core.model import write_initial_values
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.feature_sums import Work
 from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
-from cfpretrain.health import Guard
-from cfpretrain.metrics import MetricsFile
-from cfpretrain.model.transformer import write_initial_values
-from cfpretrain.run_folder import write_requeue
-from cfpretrain.runtime import FolderLock
+from cfpretrain.run import build, outputs
+from cfpretrain.run.guard import Guard
+from cfpretrain.run.metrics import MetricsFile
+from cfpretrain.training.folder import write_requeue
 from tests import image_files
 from tests.digits import small_run
 from tests.processes import Rank, run_in_processes, run_script

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import config as configs
-from cfpretrain import memory, train
-from cfpretrain.build import make_loss, plan_memory
-from cfpretrain.console import UserError
+from cfpretrain import train
+from cfpretrain.base import config as configs
+from cfpretrain.base.console import UserError
+from cfpretrain.run.build import make_loss
+from cfpretrain.training import memory
 from tests.processes import REPOSITORY
 
 CONFIGS = REPOSITORY / "configs"
@@ -152,7 +153,7 @@ def test_a_header_says_the_memory_that_is_estimated(name) -> None:
     )
     assert found, comments
     config = configs.load([str(REPOSITORY / path) for path in found[2].replace("--config", "").split()])
-    peak = memory.estimate(*plan_memory(config, int(found[3]), on_gpu=True)).peak
+    peak = memory.estimate(*memory.plan_memory(config, int(found[3]), on_gpu=True)).peak
     assert float(found[1]) == pytest.approx(peak / 1e9, abs=0.1)
 
 

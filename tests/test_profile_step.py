@@ -8,7 +8,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import Interval
 
-from cfpretrain.config import ModelConfig
+from cfpretrain.base.config import ModelConfig
 from tools import profile_step
 
 CPU = torch.device("cpu")

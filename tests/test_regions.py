@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cfpretrain import regions, sampler
+from cfpretrain.core import regions, sampler
 
 
 def drawn(region: torch.Tensor, grid: int) -> list[str]:

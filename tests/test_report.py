@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from cfpretrain import build
-from cfpretrain import config as configs
-from cfpretrain.console import UserError
+from cfpretrain.base import config as configs
+from cfpretrain.base.console import UserError
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, image_columns
+from cfpretrain.run import build
 from tests.digits import digits, digits_info, write_latents
 from tests.processes import Rank, run_script, start_script, wait_until
 from tests.runs import write_run

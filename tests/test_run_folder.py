@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import files
-from cfpretrain.config import to_plain
-from cfpretrain.run_folder import prepare_folder, tracker_run_id
-from cfpretrain.training_state import TrainingState, read_state
+from cfpretrain.base import files
+from cfpretrain.base.config import to_plain
+from cfpretrain.run.state import TrainingState, read_state
+from cfpretrain.training.folder import prepare_folder, tracker_run_id
 from tests.digits import small_config
 from tests.runs import write_run
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cfpretrain import runtime
-from cfpretrain.console import UserError
+from cfpretrain.base import runtime
+from cfpretrain.base.console import UserError
 from tests.processes import Rank, free_port, launcher_environment, run_in_processes
 
 
@@ -145,7 +145,7 @@ def test_a_port_in_use_is_one_line_with_a_free_one() -> None:
 TOOL = """
 import torch
 from cfpretrain import runtime
-from cfpretrain.console import ending_in_one_line
+from cfpretrain.base.console import ending_in_one_line
 
 with ending_in_one_line(), runtime.ranks_of_a_tool(torch.device("cpu")):
     if runtime.rank() in {ranks}:

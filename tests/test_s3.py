@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from cfpretrain.config import Config
-from cfpretrain.console import UserError
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
 from cfpretrain.data.loader import Loader, Position, order_fingerprint
 from cfpretrain.data.reader import Samples
 from tests.digits import digits, digits_info, small_run, write_latents

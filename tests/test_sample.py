@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cfpretrain.console import EXIT_REQUEUE, EXIT_USER_ERROR
+from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
 from tests.processes import REPOSITORY, Ended, run_script, start_script
 from tests.runs import write_run
 

@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import build
-from cfpretrain.config import Config
-from cfpretrain.console import UserError
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
+from cfpretrain.core.ar import equal_sizes
+from cfpretrain.core.model import CausalFusion
+from cfpretrain.core.sampler import Guidance
 from cfpretrain.evaluation.generation import GenerationSettings, generate_images, plan_of
 from cfpretrain.evaluation.sample_sets import SampleSet, make_missing
-from cfpretrain.model.transformer import CausalFusion
-from cfpretrain.order import equal_sizes
-from cfpretrain.sampler import Guidance
+from cfpretrain.run import build
 from tests.runs import write_run
 
 CPU = torch.device("cpu")

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfpretrain import noise, order, sampler
-from cfpretrain.model.transformer import CausalFusion, ClassPart, ImagePart, take_tokens
+from cfpretrain.core import ar as order
+from cfpretrain.core import process as noise
+from cfpretrain.core import sampler
+from cfpretrain.core.model import CausalFusion, ClassPart, ImagePart, take_tokens
 from tests.closeness import disagreement
 from tests.test_transformer import small_model
 

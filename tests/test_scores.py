@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import runtime
+from cfpretrain.base import runtime
 from cfpretrain.evaluation.scores import distances_beside_floor
 from tests import small_features
 from tests.image_files import digits

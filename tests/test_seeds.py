@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfpretrain import seeds
+from cfpretrain.core import seeds
 from tools import measure_start
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, Shards, image_columns, read_info
 from tests.disks import mount, mounted_disk

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cfpretrain.config import Config, DataConfig, ModelConfig, TrainConfig
-from cfpretrain.console import UserError
+from cfpretrain.base.config import Config, DataConfig, ModelConfig, TrainConfig
+from cfpretrain.base.console import UserError
 from cfpretrain.data.shards import (
     DamagedShardError,
     ImagesInfo,

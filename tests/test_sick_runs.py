@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
-from cfpretrain.lifeline import StopRequest
-from cfpretrain.loss import Batch
+from cfpretrain.base import runtime
+from cfpretrain.base.watchdog import StopRequest
+from cfpretrain.core.objective import Batch
 from tests.digits import small_config
 from tests.processes import run_in_processes
 
@@ -62,8 +62,8 @@ def train(
     spoil_gradients: bool = False,
 ) -> str | None:
     """A run whose loss, or whose gradients alone, are spoilt; the error's text where it ends with one."""
-    from cfpretrain import trainer
-    from cfpretrain.console import SickRunError
+    from cfpretrain.base.console import SickRunError
+    from cfpretrain.training import trainer
 
     config = small_config(shards, folder, *GUARD, *overrides)
     device, stop = torch.device("cpu"), StopRequest()

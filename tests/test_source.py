@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain import build
-from cfpretrain.checkpoint import Best
-from cfpretrain.console import UserError
+from cfpretrain.autoencoder import KLAutoencoder
+from cfpretrain.base.console import UserError
 from cfpretrain.data.tables import from_cell
 from cfpretrain.evaluation.image_set import ImageSet
+from cfpretrain.evaluation.source import Source, load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.model.autoencoder import KLAutoencoder
-from cfpretrain.source import Source, load_source
+from cfpretrain.run import build
+from cfpretrain.run.checkpoint import Best
 from tests.runs import as_older, write_run
 from tests.test_autoencoder import write as write_autoencoder
 

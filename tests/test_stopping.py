@@ -16,8 +16,9 @@ import psutil
 import pytest
 import torch
 
-from cfpretrain import lifeline, runtime
-from cfpretrain.console import EXIT_REQUEUE, EXIT_USER_ERROR
+from cfpretrain.base import runtime
+from cfpretrain.base import watchdog as lifeline
+from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
 from tests.digits import digits, digits_info, small_config, small_run, write_latents
 from tests.object_store import ObjectStore, running_store
 from tests.processes import (
@@ -187,7 +188,7 @@ def test_a_request_to_one_rank_ends_the_others_wait_for_data(
 
 
 def train_with_a_sleeper(shards: Path, folder: Path) -> None:
-    from cfpretrain import trainer
+    from cfpretrain.training import trainer
 
     config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=600")
     stop = lifeline.StopRequest()
@@ -274,7 +275,7 @@ CLOSED = """
 import os, signal, sys, time
 os.close(1)
 os.close(2)
-from cfpretrain.lifeline import StopRequest
+from cfpretrain.base.watchdog import StopRequest
 stop = StopRequest()
 for number in (signal.SIGHUP, signal.SIGTERM):
     os.kill(os.getpid(), number)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.data import storage
 from cfpretrain.data.storage import CacheSettings, LocalFolder, Patience, RemoteFolder, ShardFile, Source, open_source
 from tests.disks import mount, mounted_disk

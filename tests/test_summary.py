@@ -6,8 +6,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from cfpretrain import seeds
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
+from cfpretrain.core import seeds
 from cfpretrain.evaluation.summary import LabelledImages, _balanced_order, _halves, summarise
 
 

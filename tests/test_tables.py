@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.data.images import read_file
 from cfpretrain.data.listing import list_images
 from tests.test_images import write_tree

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cfpretrain import tensor_files
-from cfpretrain.tensor_files import (
+from cfpretrain.run import tensor_files
+from cfpretrain.run.tensor_files import (
     DamagedCheckpointError,
     HashedRange,
     Header,

@@ -10,15 +10,15 @@ import pytest
 import torch
 import yaml
 
-from cfpretrain import console
-from cfpretrain.console import UserError
+from cfpretrain.base import console
+from cfpretrain.base.console import UserError
 from cfpretrain.data.listing import list_images
 from cfpretrain.data.shards import read_info
 from cfpretrain.data.tables import as_cell, from_cell
 from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.tensor_files import DamagedCheckpointError
-from cfpretrain.training_state import TrainingState, dump
+from cfpretrain.run.state import TrainingState, dump
+from cfpretrain.run.tensor_files import DamagedCheckpointError
 from tests.checkpoints import make_state
 from tests.digits import write_digits
 from tests.runs import write_run

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cfpretrain import tracker
-from cfpretrain.tracker import Tracker
+from cfpretrain.run import tracker
+from cfpretrain.run.tracker import Tracker
 from tests.processes import REPOSITORY
 
 
@@ -69,7 +69,7 @@ AILING = """
 import signal, sys, time
 from pathlib import Path
 import psutil
-from cfpretrain.tracker import Tracker
+from cfpretrain.run.tracker import Tracker
 
 door = Tracker("offline", "cfpretrain-test", Path(sys.argv[1]), None, {})
 door.log({"step": 1, "loss": 0.5})

@@ -16,14 +16,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cfpretrain import build
-from cfpretrain import config as configs
-from cfpretrain.console import UserError
+from cfpretrain.autoencoder import KLAutoencoder
+from cfpretrain.base import config as configs
+from cfpretrain.base.console import UserError
 from cfpretrain.data.loader import Loader
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.model.autoencoder import KLAutoencoder
-from cfpretrain.run_folder import check_moved, prepare_folder
-from cfpretrain.training_state import read_state
+from cfpretrain.run import build
+from cfpretrain.run.state import read_state
+from cfpretrain.training.folder import check_moved, prepare_folder
 from tests.digits import digits_info, small_config, small_run, write_digits, write_latents
 from tests.processes import REPOSITORY, Ended, run_script, start_script
 from tests.runs import as_older
@@ -167,7 +167,7 @@ def test_another_number_of_ranks_and_stage_goes_on(shards: Path, whole_run: Path
 
 def test_draws_are_equal_on_1_2_and_4_ranks(shards: Path, tmp_path: Path) -> None:
     """Number by number, over more than an epoch: samples, orders, splits, t, noise, label drops."""
-    from cfpretrain.build import make_prepare
+    from cfpretrain.run.build import make_prepare
 
     def draws_of(world_size: int) -> list[dict[int, tuple[list[float], ...]]]:
         config = small_config(shards, tmp_path, "train.label_drop_prob=0.5", "data.mirror_prob=0.5")

@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from cfpretrain.autoencoder_training import PICTURE_FILE
+from cfpretrain.autoencoder import WEIGHTS_FILE, KLAutoencoder
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, image_columns
 from cfpretrain.evaluation.reconstruction import reconstruction_error
-from cfpretrain.model.autoencoder import WEIGHTS_FILE, KLAutoencoder
+from cfpretrain.training.autoencoder import PICTURE_FILE
 from tests.processes import REPOSITORY, Rank, wait_until
 from tools import example_images, train_autoencoder
 

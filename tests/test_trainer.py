@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cfpretrain import runtime
+from cfpretrain.base import runtime
 from tests.digits import small_config
 from tests.processes import run_in_processes
 
@@ -39,7 +39,7 @@ class Recorder(TorchDispatchMode):
 
 def watch_a_step(shards: Path, folder: Path, stage: int, precision: str) -> tuple[Counter[str], list[str], int]:
     """Collectives, numbers read and read-backs of a step in the middle of a run."""
-    from cfpretrain import trainer as trainers
+    from cfpretrain.training import trainer as trainers
 
     runtime.start(CPU)
     config = small_config(

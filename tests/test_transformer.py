@@ -8,9 +8,9 @@ import torch._dynamo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cfpretrain import order, seeds
-from cfpretrain.model import attention
-from cfpretrain.model.transformer import (
+from cfpretrain.core import ar as order
+from cfpretrain.core import attention, seeds
+from cfpretrain.core.model import (
     BlockSettings,
     CausalFusion,
     ClassPart,

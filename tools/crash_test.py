@@ -30,8 +30,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cfpretrain import files
-from cfpretrain.console import UserError, add_allow_env, exit_with, path_argument
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError, add_allow_env, exit_with, path_argument
 
 MOMENTS = ("start", "loader", "step", "step", "checkpoint", "checkpoint", "sampling")  # as often as they stand there
 TARGETS = ("rank", "ranks", "launcher", "node")
@@ -556,7 +556,7 @@ def report(out: Path, attempts: list[Attempt], planned: int, controls: Sequence[
         planned: kills.
         controls: runs left alone on other numbers of ranks; with none, all must be equal bit for bit.
     """
-    from cfpretrain import config
+    from cfpretrain.base import config
 
     batch_size = config.load(out / "alone" / "config.yaml").train.global_batch_size
     rows, left_alone = read_rows(out / "killed"), read_rows(out / "alone")

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import files, launch
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base import files, launch
+from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_picture, check_place, read_settings
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from cfpretrain.data.images import Colour
     from cfpretrain.evaluation.generation import GenerationSettings
-    from cfpretrain.source import Source
+    from cfpretrain.evaluation.source import Source
 
 _REGION_COLOUR, _REGION_SHARE = "#2563a8", 0.65
 _MOST_SEEDS = 1000
@@ -75,12 +75,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Edits on one process."""
     _check(arguments)
     with phase("loading torch"):
-        from cfpretrain import runtime
+        from cfpretrain.base import runtime
+        from cfpretrain.core.model import unpatchify
         from cfpretrain.data.images import parse_background
         from cfpretrain.evaluation.editing import read_region
         from cfpretrain.evaluation.generation import edit_tokens
-        from cfpretrain.model.transformer import unpatchify
-        from cfpretrain.source import open_source
+        from cfpretrain.evaluation.source import open_source
     if runtime.world_size() != 1:
         raise UserError(f"edit.py edits on one rank, got {runtime.world_size()}; start it with python alone")
     background = parse_background(arguments.background)
@@ -134,8 +134,8 @@ class _Original:
 
 
 def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int, background: "Colour") -> _Original:
+    from cfpretrain.core.model import unpatchify
     from cfpretrain.evaluation.editing import encode_tokens, read_crop
-    from cfpretrain.model.transformer import unpatchify
 
     config = source.config
     channels = autoencoder.image_channels if config.data.autoencoder else config.model.latent_channels
@@ -150,9 +150,9 @@ def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int,
 def _make_image(source: "Source", label: int, autoencoder: Any, settings: "GenerationSettings") -> _Original:
     import torch
 
+    from cfpretrain.core.ar import equal_sizes
+    from cfpretrain.core.model import unpatchify
     from cfpretrain.evaluation.generation import edit_tokens
-    from cfpretrain.model.transformer import unpatchify
-    from cfpretrain.order import equal_sizes
 
     model = source.config.model
     num_tokens = model.num_tokens
@@ -177,7 +177,7 @@ def _draw(
 
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
-    from cfpretrain.outputs import whole_or_nothing
+    from cfpretrain.run.outputs import whole_or_nothing
 
     names = [source.class_names[source.label_of(text)] for text in arguments.classes]
     image = original.image

@@ -11,8 +11,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import launch
-from cfpretrain.console import (
+from cfpretrain.base import launch
+from cfpretrain.base.console import (
     ItemProgress,
     UserError,
     address_argument,
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not 1 <= arguments.batch_size <= _MOST_IN_A_BATCH:
         raise UserError(f"--batch-size: expected 1 to {_MOST_IN_A_BATCH}, got {arguments.batch_size}")
     with phase("loading torch and streaming"):
-        from cfpretrain import runtime
+        from cfpretrain.base import runtime
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
         with runtime.together():
@@ -75,10 +75,10 @@ def run(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, ShardWriter]":
     import torch
 
+    from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
     from cfpretrain.data.encoding import Encoding
     from cfpretrain.data.shard_writer import ShardWriter
     from cfpretrain.data.shards import Shards, read_images_info
-    from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
 
     info = read_images_info(arguments.images, "IMAGES")
     if os.path.realpath(arguments.out) == os.path.realpath(arguments.images):
@@ -104,9 +104,9 @@ def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, Sha
 
 
 def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
+    from cfpretrain.base.watchdog import Launcher
     from cfpretrain.data.encoding import encode
-    from cfpretrain.lifeline import Launcher
 
     with runtime.together():
         missing = _begin(encoding, writer) if runtime.rank() == 0 else None

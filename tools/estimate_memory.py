@@ -20,14 +20,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, say
+from cfpretrain.base.console import UserError, add_allow_env, ending_in_one_line, say
 
 if TYPE_CHECKING:
     import torch
 
-    from cfpretrain.config import Config
-    from cfpretrain.loss import Draws
-    from cfpretrain.memory import Network, Plan
+    from cfpretrain.base.config import Config
+    from cfpretrain.core.objective import Draws
+    from cfpretrain.training.memory import Network, Plan
 
 EXIT_DOES_NOT_FIT = 1
 GB = 1e9
@@ -62,8 +62,8 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> bool:
     """Prints the tables; returns whether the config fits as it is written."""
-    from cfpretrain import config as configs
-    from cfpretrain.build import plan_memory
+    from cfpretrain.base import config as configs
+    from cfpretrain.training.memory import plan_memory
 
     config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
     _check_arguments(arguments)
@@ -112,7 +112,7 @@ def _alternatives(plan: "Plan") -> list["Plan"]:
 
 
 def _change(plan: "Plan", **changes: Any) -> "Plan":
-    from cfpretrain.engine import overlaps
+    from cfpretrain.training.engine import overlaps
 
     changed = dataclasses.replace(plan, **changes)
     overlap = overlaps(changed.zero_stage, changed.num_ranks, changed.on_gpu)
@@ -121,13 +121,13 @@ def _change(plan: "Plan", **changes: Any) -> "Plan":
 
 def _is_possible(plan: "Plan") -> bool:
     """Whether a config of this plan passes its check."""
-    from cfpretrain.config import can_checkpoint
+    from cfpretrain.base.config import can_checkpoint
 
     return not plan.checkpointing or can_checkpoint(plan.zero_stage, plan.precision)
 
 
 def _row(network: "Network", plan: "Plan", written: "Plan", budget: int) -> dict[str, Any]:
-    from cfpretrain import memory
+    from cfpretrain.training import memory
 
     found = memory.estimate(network, plan)
     return {
@@ -190,7 +190,7 @@ def _verdict(row: dict[str, Any], plan: "Plan", budget: int) -> str:
 
 def _advise(network: "Network", plan: "Plan", budget: int) -> list[str]:
     """The fewest changes that make a config fit, each with its largest micro-batch."""
-    from cfpretrain import memory
+    from cfpretrain.training import memory
 
     lines = []
     choices: list[tuple[str, str, list[Any]]] = [
@@ -220,8 +220,9 @@ def _advise(network: "Network", plan: "Plan", budget: int) -> list[str]:
 
 
 def _measure(config: "Config", arguments: argparse.Namespace) -> bool:
-    from cfpretrain import memory, runtime
-    from cfpretrain.build import plan_memory
+    from cfpretrain.base import runtime
+    from cfpretrain.training import memory
+    from cfpretrain.training.memory import plan_memory
 
     device = runtime.pick_device()
     on_gpu = device.type == "cuda"
@@ -257,7 +258,7 @@ def measure_step(config: "Config", device: "torch.device") -> tuple[int, int]:
 
     import torch
 
-    from cfpretrain import memory
+    from cfpretrain.training import memory
 
     on_gpu = device.type == "cuda"
     account = None if on_gpu else memory.TensorAccount()
@@ -281,9 +282,10 @@ def _prepare(config: "Config", device: "torch.device") -> Callable[[], Iterator[
     import torch
     import torch._dynamo  # now: inside ZeRO's construction it would find a patched torch, and fail
 
-    from cfpretrain import build, runtime
-    from cfpretrain.ema import ShardedEMA
-    from cfpretrain.engine import build_engine
+    from cfpretrain.base import runtime
+    from cfpretrain.run import build
+    from cfpretrain.training.ema import ShardedEMA
+    from cfpretrain.training.engine import build_engine
 
     model = config.model
     blocks = build.choose_blocks(config, device.type)
@@ -318,7 +320,7 @@ def longest(draws: "Draws", config: "Config") -> "Draws":
     """The draws with the smallest last AR step that the config can draw, and all before it in one."""
     import torch
 
-    from cfpretrain.order import last_size_probabilities
+    from cfpretrain.core.ar import last_size_probabilities
 
     order, num_tokens = config.order, config.model.num_tokens
     last_L = last_size_probabilities(num_tokens, order.ar_step_decay, order.num_ar_steps, order.ar_step_sizes)

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import files, launch
-from cfpretrain.console import (
+from cfpretrain.base import files, launch
+from cfpretrain.base.console import (
     ItemProgress,
     UserError,
     ending_in_one_line,
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.out.is_dir():
         raise UserError(f"--out: expected a file, got the folder {arguments.out}; give NAME.json")
     with phase("loading torch"):
-        from cfpretrain import runtime
+        from cfpretrain.base import runtime
         from cfpretrain.data.images import parse_background
         from cfpretrain.evaluation.features import make_extractor
         from cfpretrain.evaluation.given_images import say_sizes
@@ -128,8 +128,8 @@ class _Generated:
 
 
 def _generated(arguments: argparse.Namespace, device: Any, background: "Colour") -> _Generated:
-    from cfpretrain import runtime
-    from cfpretrain.build import CONFIG_FILE, INDEX_FILE
+    from cfpretrain.base import runtime
+    from cfpretrain.run.build import CONFIG_FILE, INDEX_FILE
 
     path: Path = arguments.generated
     if (path / INDEX_FILE).is_file() or (path / CONFIG_FILE).is_file():
@@ -150,10 +150,11 @@ def _generated(arguments: argparse.Namespace, device: Any, background: "Colour")
 def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
     import torch
 
-    from cfpretrain import runtime, seeds
+    from cfpretrain.autoencoder import fingerprint
+    from cfpretrain.base import runtime
+    from cfpretrain.core import seeds
     from cfpretrain.evaluation.generation import generate_batches, plan_of, to_pixels
-    from cfpretrain.model.autoencoder import fingerprint
-    from cfpretrain.source import load_source
+    from cfpretrain.evaluation.source import load_source
 
     num_images = _DEFAULT_IMAGES if arguments.num_images is None else arguments.num_images
     with runtime.together(), phase(f"loading {arguments.generated}"):
@@ -197,7 +198,7 @@ def _score(
     import torch
 
     import cfpretrain
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
     from cfpretrain.evaluation.given_images import say_changes
     from cfpretrain.evaluation.scores import NUM_NEIGHBOURS, compare, make_work, statistics_of, sum_up
 
@@ -249,8 +250,9 @@ def _score(
 
 def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What this very command has written; None: nothing is there."""
-    from cfpretrain import outputs, plans
-    from cfpretrain.files import read_text
+    from cfpretrain.base import plans
+    from cfpretrain.base.files import read_text
+    from cfpretrain.run import outputs
 
     if not out.exists():
         return None
@@ -277,7 +279,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
 
 
 def _log(arguments: argparse.Namespace, scores: dict[str, float], result: dict[str, Any]) -> None:
-    from cfpretrain.tracker import Tracker
+    from cfpretrain.run.tracker import Tracker
 
     tracker = Tracker("auto", arguments.wandb, arguments.out.absolute().parent, None, result)
     tracker.log({"step": 0, **scores})
@@ -297,7 +299,7 @@ class _Progress:
     """A bar of images, once there is something to do; without its launcher a rank leaves."""
 
     def __init__(self, what: str) -> None:
-        from cfpretrain.lifeline import Launcher
+        from cfpretrain.base.watchdog import Launcher
 
         self._what, self._launcher = what, Launcher()
         self._bar: ItemProgress | None = None

@@ -13,8 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cfpretrain import files
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,7 @@ def write_folder(folder: Path, pictures: "dict[str, NDArray[np.uint8]]", option:
     """
     from PIL import Image
 
-    from cfpretrain.outputs import whole_or_nothing
+    from cfpretrain.run.outputs import whole_or_nothing
 
     if {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} == pictures.keys():
         return False

@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import step_or_best
 
 _GB = 10**9

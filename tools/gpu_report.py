@@ -31,8 +31,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain import files
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, say
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, say
 from tools.gpu_report_tables import to_markdown
 
 _ROOT = Path(__file__).resolve().parents[1]

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,10 +51,10 @@ def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float
     if shift_factor is not None and not math.isfinite(shift_factor):
         raise UserError(f"--shift-factor: expected a number, got {shift_factor}")
     with phase("loading torch and diffusers"):
-        from cfpretrain import outputs
+        from cfpretrain import autoencoder
         from cfpretrain.export import foreign_files
         from cfpretrain.export.autoencoder import pick_tensors
-        from cfpretrain.model import autoencoder
+        from cfpretrain.run import outputs
     with phase(f"reading {file}"):
         tensors = pick_tensors(foreign_files.read(file, "FILE"))
         for name, values in tensors.items():
@@ -80,8 +80,8 @@ def _convert(
     file: Path, tensors: "Mapping[str, Tensor]", scaling_factor: float | None
 ) -> "tuple[dict[str, Any], dict[str, Tensor]]":
     """Config and state dict for diffusers' AutoencoderKL."""
+    from cfpretrain.autoencoder import current_names, read_config
     from cfpretrain.export.autoencoder import from_ldm, recognise
-    from cfpretrain.model.autoencoder import current_names, read_config
 
     if any(name.startswith("encoder.down_blocks.") for name in tensors):
         say("the tensors have diffusers' names: the config beside the file is taken")

@@ -14,7 +14,7 @@ which makes data only: nothing in a file is run, not even DeepSpeed's code, and 
 import argparse
 from pathlib import Path
 
-from cfpretrain.console import add_allow_env, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.console import add_allow_env, ending_in_one_line, path_argument, phase, say
 
 
 def main() -> None:
@@ -43,10 +43,10 @@ def run(source: Path, folder: Path, paths: list[str], overrides: list[str], allo
     with phase("loading torch"):
         import torch
 
-        from cfpretrain import build, outputs
         from cfpretrain.export import imported_run
         from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
         from cfpretrain.export.official import our_names
+        from cfpretrain.run import build, outputs
 
     outputs.refuse_existing(folder, "RUN")
     config = build.load_config(paths, overrides, allow_env)

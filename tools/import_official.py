@@ -12,7 +12,7 @@ holds more than tensors, numbers and texts is refused.
 import argparse
 from pathlib import Path
 
-from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
 
 _MOST_STEPS = 10**12
 
@@ -50,8 +50,8 @@ def run(
     with phase("loading torch"):
         import torch
 
-        from cfpretrain import build, outputs
         from cfpretrain.export import imported_run, official
+        from cfpretrain.run import build, outputs
 
     outputs.refuse_existing(folder, "RUN")
     config = build.load_config(paths, overrides, allow_env)

@@ -16,9 +16,9 @@ from io import BytesIO, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import files
-from cfpretrain.config import DataConfig
-from cfpretrain.console import (
+from cfpretrain.base import files
+from cfpretrain.base.config import DataConfig
+from cfpretrain.base.console import (
     ItemProgress,
     UserError,
     address_argument,
@@ -34,8 +34,8 @@ from cfpretrain.evaluation.sampling_options import check_picture
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cfpretrain.autoencoder import KLAutoencoder
     from cfpretrain.data.shards import Shards
-    from cfpretrain.model.autoencoder import KLAutoencoder
 
 _COLUMNS, _MOST_ROWS = 8, 6
 _MOST_NAMES = 10
@@ -98,8 +98,8 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _load(shards: "Shards", folder: Path) -> "KLAutoencoder":
     """The autoencoder of latents; UserError where it is another."""
+    from cfpretrain.autoencoder import KLAutoencoder
     from cfpretrain.data.shards import ImagesInfo, check_autoencoder
-    from cfpretrain.model.autoencoder import KLAutoencoder
 
     info = shards.info
     if isinstance(info, ImagesInfo) or info.autoencoder == "identity":
@@ -184,10 +184,10 @@ def _look_at(shards: "Shards", samples: list[dict[str, Any]], decoder: "KLAutoen
     import numpy as np
     import torch
 
+    from cfpretrain.autoencoder import IdentityAutoencoder, LatentScaling
     from cfpretrain.data.images import centre_crop, read_image
     from cfpretrain.data.shards import ImagesInfo
     from cfpretrain.evaluation.pictures import false_colours
-    from cfpretrain.model.autoencoder import IdentityAutoencoder, LatentScaling
 
     info = shards.info
     if isinstance(info, ImagesInfo):

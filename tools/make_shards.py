@@ -27,7 +27,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cfpretrain.console import (
+from cfpretrain.base.console import (
     EXIT_REQUEUE,
     UserError,
     count,

@@ -24,7 +24,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _PYTHONS = ("3.11", "3.12", "3.13")

@@ -30,10 +30,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain import runtime, seeds
-from cfpretrain.console import ending_in_one_line
-from cfpretrain.model import attention
-from cfpretrain.order import Condition, Image, build_layout, count_visible, draw_steps
+from cfpretrain.base import runtime
+from cfpretrain.base.console import ending_in_one_line
+from cfpretrain.core import attention, seeds
+from cfpretrain.core.ar import Condition, Image, build_layout, count_visible, draw_steps
 from tools.measuring import positive, seconds_of, whereabouts
 from tools.plain_step import naive_attention
 

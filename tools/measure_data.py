@@ -26,8 +26,8 @@ from typing import Any
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain import files
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 
 _PHOTO_SIDES = (300, 640)  # pixels, as those of ImageNet mostly are
 _PHOTO_QUALITY = 90
@@ -242,14 +242,14 @@ def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
     with phase("loading torch, streaming and DALI"):
         import torch
 
-        from cfpretrain import runtime
+        from cfpretrain.autoencoder import KLAutoencoder, make_network, write_folder
+        from cfpretrain.base import runtime
         from cfpretrain.data.encoding import Encoding, encode
         from cfpretrain.data.images import Storing
         from cfpretrain.data.listing import list_images
         from cfpretrain.data.shard_writer import ShardWriter
         from cfpretrain.data.shards import Shards
         from cfpretrain.data.storing import store_images
-        from cfpretrain.model.autoencoder import KLAutoencoder, make_network, write_folder
     num_threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -377,7 +377,7 @@ _PAUSE_SECONDS = 0.5  # in which a device would compute, and workers read ahead
 
 def _run_on_noise(arguments: argparse.Namespace, num_workers: int, folder: Path) -> Any:
     """The config of a run with the loader's options, and its latents, of noise."""
-    from cfpretrain.config import Config, DataConfig, ModelConfig, TrainConfig
+    from cfpretrain.base.config import Config, DataConfig, ModelConfig, TrainConfig
     from tools.measuring import on_noise
 
     (channels, size, _), has_mirror, _ = _LATENTS[arguments.latents]
@@ -399,8 +399,8 @@ def measure_ready(arguments: argparse.Namespace) -> dict[str, Any]:
     with phase("loading torch and streaming"):
         from contextlib import closing
 
-        from cfpretrain.build import make_prepare
         from cfpretrain.data.loader import Loader
+        from cfpretrain.run.build import make_prepare
 
     def milliseconds(folder: Path, num_workers: int) -> float:
         config = _run_on_noise(arguments, num_workers, folder)

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from cfpretrain import files, launch, runtime
-from cfpretrain.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.base import files, launch, runtime
+from cfpretrain.base.console import UserError, ending_in_one_line, phase, say
 from cfpretrain.evaluation.feature_sums import FeatureSums
 from cfpretrain.evaluation.features import INCEPTION, FeatureExtractor, Features, make_extractor
 from cfpretrain.evaluation.frechet import frechet_distance

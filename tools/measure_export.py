@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cfpretrain import files
-from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
 
 _GB = 1e9
 _TINY = ["model.width=32", "model.depth=1", "model.num_heads=1", "model.num_classes=2", "model.num_cond_tokens=1"]
@@ -57,7 +57,7 @@ def export(run: Path, out: Path, arguments: argparse.Namespace) -> None:
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Both models, one after the other."""
     with phase("loading torch"):
-        from cfpretrain import config as configs
+        from cfpretrain.base import config as configs
 
     # No data is at hand, and an autoencoder is no part of what is measured.
     beside = ["data.shards=none", "data.autoencoder=''"]

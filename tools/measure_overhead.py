@@ -25,8 +25,8 @@ from unittest.mock import patch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain import launch
-from cfpretrain.console import Progress, add_allow_env, ending_in_one_line, phase, say
+from cfpretrain.base import launch
+from cfpretrain.base.console import Progress, add_allow_env, ending_in_one_line, phase, say
 
 _KINDS = ("bare", "unguarded", "full", "saving")
 _ADDS = {
@@ -58,8 +58,9 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Builds a trainer in a temporary run folder and times it."""
     with phase("loading torch, deepspeed and streaming"):
-        from cfpretrain import config as configs
-        from cfpretrain import runtime, trainer
+        from cfpretrain.base import config as configs
+        from cfpretrain.base import runtime
+        from cfpretrain.training import trainer
         from tools.measuring import on_noise
     device = runtime.pick_device()
     # Rank 0's folder serves all ranks; the others' stay empty.
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of a step, by kind of block, and seconds that a save keeps the step after it waiting."""
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
     from tools.measuring import refuse_skipped, synchronise
 
     progress = Progress(trainer.config.train.num_steps, 0)
@@ -121,7 +122,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
 
 def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     """What a kind of block does without: (owner, name, what stands in for it)."""
-    from cfpretrain.trainer import Exchanged
+    from cfpretrain.training.trainer import Exchanged
 
     trainer.exchanged = Exchanged(1.0, 1.0, 1.0, must_stop=False, is_writing=False, has_failed=False, lacks_data=False)
     unguarded = [

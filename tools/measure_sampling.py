@@ -29,16 +29,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfpretrain import noise, sampler
+    from cfpretrain.core import process as noise
+    from cfpretrain.core import sampler
+    from cfpretrain.core.model import CausalFusion
     from cfpretrain.evaluation.classifier import Classifier
     from cfpretrain.evaluation.generation import GenerationSettings
-    from cfpretrain.model.transformer import CausalFusion
-    from cfpretrain.source import Source
+    from cfpretrain.evaluation.source import Source
 
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of the largest value
 _NUM_DDPM_STEPS = 250
@@ -114,17 +115,17 @@ def measure_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times both samplers for each number of AR steps."""
     import torch
 
-    from cfpretrain import config as configs
-    from cfpretrain import runtime
-    from cfpretrain.build import make_model
-    from cfpretrain.model import attention
-    from cfpretrain.model.transformer import BlockSettings, initialise
+    from cfpretrain.base import config as configs
+    from cfpretrain.base import runtime
+    from cfpretrain.core import attention
+    from cfpretrain.core.model import BlockSettings, initialise
+    from cfpretrain.run.build import make_model
 
     device = runtime.pick_device()
     config = configs.load(arguments.config, (), arguments.allow_env)
     _check_ar_steps(arguments.num_ar_steps, config.model.num_tokens)
     head_width = config.model.width // config.model.num_heads
-    cached = attention.choose_cached("auto", device.type, arguments.precision, head_width)
+    cached = attention.choose_cached("auto", device.type, arguments.precision, head_width, say)
     with device:
         model = make_model(config, BlockSettings(cached_attention=cached)).eval().requires_grad_(False)
     initialise(model, seed=0)
@@ -139,7 +140,9 @@ def _time_both(
 ) -> dict[str, float]:
     import torch
 
-    from cfpretrain import noise, order, sampler
+    from cfpretrain.core import ar as order
+    from cfpretrain.core import process as noise
+    from cfpretrain.core import sampler
 
     schedule = noise.respace(noise.linear_schedule(), arguments.num_denoising_steps)
     ids_B = torch.arange(arguments.batch_size)
@@ -190,8 +193,8 @@ def generate_plainly(
     """What `sampler.generate` does, with the context computed anew at every denoising step."""
     import torch
 
-    from cfpretrain import noise
-    from cfpretrain.model.transformer import ClassPart, ImagePart, take_tokens
+    from cfpretrain.core import process as noise
+    from cfpretrain.core.model import ClassPart, ImagePart, take_tokens
 
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
     labels, orders = torch.cat(branches), order_BL.repeat(len(branches), 1)
@@ -301,9 +304,9 @@ def _say_quality(measured: dict[str, Any], arguments: argparse.Namespace) -> Non
 def _settings(
     arguments: argparse.Namespace, num_tokens: int, num_ar_steps: int, guidance: float, is_ddpm: bool = False
 ) -> "GenerationSettings":
+    from cfpretrain.core.ar import equal_sizes
+    from cfpretrain.core.sampler import Guidance
     from cfpretrain.evaluation.generation import GenerationSettings
-    from cfpretrain.order import equal_sizes
-    from cfpretrain.sampler import Guidance
 
     return GenerationSettings(
         equal_sizes(num_tokens, num_ar_steps),
@@ -340,11 +343,11 @@ def _sample_and_score(
 
 def _open(arguments: argparse.Namespace) -> tuple["Source", "Classifier", "Tensor", Any]:
     """The model, the classifier, the images it was fitted on, and held-out images; pixels in [-1, 1]."""
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
     from cfpretrain.data.images import read_all_images
     from cfpretrain.evaluation import classifier
+    from cfpretrain.evaluation.source import load_source
     from cfpretrain.evaluation.summary import LabelledImages
-    from cfpretrain.source import load_source
 
     with phase(f"loading {arguments.source}"):
         source = load_source(arguments.source, runtime.pick_device())
@@ -411,9 +414,9 @@ def _edit(
     """Scores of edits, of images spread evenly over the held-out ones: these may lie class by class."""
     import torch
 
+    from cfpretrain.core.model import unpatchify
     from cfpretrain.evaluation.editing import encode_tokens, pixels_of, seam_steps
     from cfpretrain.evaluation.generation import edit_tokens
-    from cfpretrain.model.transformer import unpatchify
 
     config, device, autoencoder = source.config, source.device, source.make_autoencoder()
     num_classes, num_tokens = config.model.num_classes, config.model.num_tokens

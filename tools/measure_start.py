@@ -22,8 +22,10 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain import build, runtime, seeds
-from cfpretrain.console import add_allow_env, ending_in_one_line
+from cfpretrain.base import runtime
+from cfpretrain.base.console import add_allow_env, ending_in_one_line
+from cfpretrain.core import seeds
+from cfpretrain.run import build
 from tools.measuring import positive, synchronise, whereabouts
 
 _GAMMA, _FACTOR_1, _FACTOR_2 = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64

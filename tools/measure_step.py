@@ -30,13 +30,14 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain import config as configs
-from cfpretrain import launch, memory, runtime
-from cfpretrain.build import choose_attention, choose_blocks, make_loss, plan_memory
-from cfpretrain.config import Config
-from cfpretrain.console import UserError, add_allow_env, ending_in_one_line, say
-from cfpretrain.metrics import peak_flops
-from cfpretrain.order import Condition, Image, build_layout
+from cfpretrain.base import config as configs
+from cfpretrain.base import launch, runtime
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, add_allow_env, ending_in_one_line, say
+from cfpretrain.core.ar import Condition, Image, build_layout
+from cfpretrain.run.build import choose_attention, choose_blocks, make_loss
+from cfpretrain.run.metrics import peak_flops
+from cfpretrain.training import memory
 from tools.measuring import on_noise, positive, whereabouts
 from tools.profile_step import count_kernels
 from tools.step_sides import NAIVE, Measured, StepResult, Worker
@@ -94,7 +95,7 @@ def _constant_rate(config: Config) -> Config:
 
 
 def _estimated_bytes(config: Config, device: torch.device) -> int:
-    return memory.estimate(*plan_memory(config, 1, on_gpu=device.type == "cuda")).peak
+    return memory.estimate(*memory.plan_memory(config, 1, on_gpu=device.type == "cuda")).peak
 
 
 def _fitting(config: Config, device: torch.device) -> Config:

@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 import cfpretrain
-from cfpretrain import runtime
-from cfpretrain.config import Config
+from cfpretrain.autoencoder import are_pixels
+from cfpretrain.base import runtime
+from cfpretrain.base.config import Config
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import LatentsInfo, columns_of
-from cfpretrain.metrics import peak_flops
-from cfpretrain.model.autoencoder import are_pixels
+from cfpretrain.run.metrics import peak_flops
 
 _PACKAGES = ("torch", "triton", "deepspeed", "mosaicml-streaming", "flash-attn", "diffusers")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")

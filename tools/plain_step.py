@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfpretrain.build import make_model
-from cfpretrain.config import Config, OrderConfig
+from cfpretrain.base.config import Config, OrderConfig
+from cfpretrain.core.ar import shares_split
+from cfpretrain.core.model import initialise
+from cfpretrain.core.objective import Draws
 from cfpretrain.export.official import to_official
-from cfpretrain.loss import Draws
-from cfpretrain.model.transformer import initialise
-from cfpretrain.order import shares_split
+from cfpretrain.run.build import make_model
 
 
 class Naive:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch.autograd import DeviceType
 
-from cfpretrain.config import ModelConfig
-from cfpretrain.model import attention
-from cfpretrain.model.transformer import Block, BlockSettings
+from cfpretrain.base.config import ModelConfig
+from cfpretrain.core import attention
+from cfpretrain.core.model import Block, BlockSettings
 from tools.measure_attention import full_intervals
 from tools.measuring import synchronise
 

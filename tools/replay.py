@@ -19,13 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import files, launch
-from cfpretrain.console import SickRunError, UserError, ending_in_one_line, linger, path_argument, phase, say
+from cfpretrain.base import files, launch
+from cfpretrain.base.console import SickRunError, UserError, ending_in_one_line, linger, path_argument, phase, say
 
 if TYPE_CHECKING:
-    from cfpretrain.config import Config
-    from cfpretrain.loss import Batch, LossTerms
-    from cfpretrain.trainer import Trainer
+    from cfpretrain.base.config import Config
+    from cfpretrain.core.objective import Batch, LossTerms
+    from cfpretrain.training.trainer import Trainer
 
 _EXIT_UNEQUAL = 1
 _NUM_SHOWN = 10
@@ -58,8 +58,10 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
             )
     is_told = any(override.startswith("data.shards=") for override in overrides)
     with phase("loading torch, deepspeed and streaming"):
-        from cfpretrain import build, runtime, trainer
-        from cfpretrain import config as configs
+        from cfpretrain.base import config as configs
+        from cfpretrain.base import runtime
+        from cfpretrain.run import build
+        from cfpretrain.training import trainer
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
         rows, checkpoints, in_force = _look(folder, step)
@@ -88,7 +90,8 @@ def _look(folder: Path, step: int) -> "tuple[dict[int, dict[str, Any]], list[Pat
 
     Rank 0 looks for all.
     """
-    from cfpretrain import build, runtime
+    from cfpretrain.base import runtime
+    from cfpretrain.run import build
 
     found = None
     with runtime.together():
@@ -104,9 +107,9 @@ def _look(folder: Path, step: int) -> "tuple[dict[int, dict[str, Any]], list[Pat
 
 def _check_unchanged(folder: Path, begin: int, step: int) -> None:
     """Refuses a step that was trained with other knobs than those between it and the checkpoint at `begin`."""
-    from cfpretrain import build
-    from cfpretrain.config import to_plain
-    from cfpretrain.training_state import TRAINING_SECTIONS, changes
+    from cfpretrain.base.config import to_plain
+    from cfpretrain.run import build
+    from cfpretrain.run.state import TRAINING_SECTIONS, changes
 
     there, here = (to_plain(build.config_at(folder, at)) for at in (begin + 1, step))
     changed = [
@@ -124,7 +127,7 @@ def _check_unchanged(folder: Path, begin: int, step: int) -> None:
 
 def _read_rows(metrics: Path, step: int) -> dict[int, dict[str, Any]]:
     """The step's row, and of those before it the ones that say a rewind."""
-    from cfpretrain.metrics import read_metrics
+    from cfpretrain.run.metrics import read_metrics
 
     rows = {row["step"]: row for row in read_metrics(metrics)} if metrics.is_file() else {}
     if step not in rows:
@@ -135,7 +138,7 @@ def _read_rows(metrics: Path, step: int) -> dict[int, dict[str, Any]]:
 
 def _find_checkpoints(folder: Path, step: int) -> list[Path]:
     """The complete checkpoints of before the step, newest first."""
-    from cfpretrain.checkpoint import CheckpointStore
+    from cfpretrain.run.checkpoint import CheckpointStore
 
     complete = CheckpointStore(folder, 1, 0).candidates()
     before = [path for path in complete if _step_of(path) < step]
@@ -199,10 +202,10 @@ def _make_step(trainer: "Trainer", checkpoints: Sequence[Path], logged: Mapping[
 
 
 def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
+    from cfpretrain.core.model import take_tokens, unpatchify
     from cfpretrain.evaluation.generation import decode_to_look_at
-    from cfpretrain.metrics import finite_or_none
-    from cfpretrain.model.transformer import take_tokens, unpatchify
+    from cfpretrain.run.metrics import finite_or_none
 
     decode, _ = decode_to_look_at(trainer.config, trainer.device)
     samples, images, patch_size = [], {}, trainer.config.model.patch_size
@@ -250,7 +253,7 @@ def _show(loss: float | None, form: str) -> str:
 
 def _write(folder: Path, found: dict[str, Any], logged: dict[str, Any], config: "Config") -> bool | None:
     """Rank 0 writes and prints; whether the loss is the logged one."""
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
 
     if runtime.rank() != 0:
         return None

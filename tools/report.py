@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import files, launch
-from cfpretrain.console import (
+from cfpretrain.base import files, launch
+from cfpretrain.base.console import (
     UserError,
     ending_in_one_line,
     leave_on_signals,
@@ -30,8 +30,8 @@ from cfpretrain.console import (
     printable,
     say,
 )
+from cfpretrain.base.files import read_json
 from cfpretrain.evaluation.sampling_options import check_guidance
-from cfpretrain.files import read_json
 
 if TYPE_CHECKING:
     from cfpretrain.evaluation.sample_sets import SampleSet
@@ -76,9 +76,10 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Samples on all ranks; rank 0 scores and writes."""
     with phase("loading torch"):
-        from cfpretrain import build, outputs, runtime
+        from cfpretrain.base import runtime
         from cfpretrain.evaluation.features import EFFNET, make_extractor
         from cfpretrain.evaluation.sample_sets import make_missing
+        from cfpretrain.run import build, outputs
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
     _check(arguments, config.model.num_tokens, len(build.make_loss(config).schedule))
@@ -175,7 +176,7 @@ def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> N
 
 
 def _check_decodes(run: Path, config: Any) -> None:
-    from cfpretrain.model.autoencoder import are_pixels
+    from cfpretrain.autoencoder import are_pixels
 
     if not config.data.autoencoder and not are_pixels(config.model.latent_channels):
         raise UserError(
@@ -219,7 +220,7 @@ def _kept(run: Path) -> Path:
 
 def _begin(run: Path) -> int:
     """Takes the folder of the samples, so that no second report works there; returns its lock."""
-    from cfpretrain import build, outputs
+    from cfpretrain.run import build, outputs
 
     with _writing(run):
         files.make_folder(run / build.SAMPLES)
@@ -230,7 +231,7 @@ def _begin(run: Path) -> int:
 
 @contextmanager
 def _writing(run: Path) -> Iterator[None]:
-    from cfpretrain.checkpoint import reason_of
+    from cfpretrain.run.checkpoint import reason_of
 
     try:
         yield
@@ -242,13 +243,13 @@ def _plan(
     arguments: argparse.Namespace, config: Any, model: Any, num_embedded: int, device: Any
 ) -> "dict[tuple[int, float] | None, SampleSet]":
     """The sets to sample, by AR steps and guidance; None: of the model before training."""
-    from cfpretrain import build
-    from cfpretrain.config import to_plain
+    from cfpretrain.autoencoder import fingerprint
+    from cfpretrain.base.config import to_plain
+    from cfpretrain.core.ar import equal_sizes
+    from cfpretrain.core.sampler import Guidance
     from cfpretrain.evaluation.generation import GenerationSettings, plan_of
     from cfpretrain.evaluation.sample_sets import SampleSet
-    from cfpretrain.model.autoencoder import fingerprint
-    from cfpretrain.order import equal_sizes
-    from cfpretrain.sampler import Guidance
+    from cfpretrain.run import build
 
     labels = [i % config.model.num_classes for i in range(arguments.num_images)]
     decoder, weights = build.make_autoencoder(config, device).fingerprint, fingerprint(model.state_dict())
@@ -281,7 +282,7 @@ def _plan(
 
 def _judged(sets: "dict[tuple[int, float] | None, SampleSet]", arguments: argparse.Namespace) -> dict[str, Any]:
     """uint8 images to be compared by features, on all ranks: of the model, and of the one before training."""
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
     from cfpretrain.evaluation.generation import to_pixels
 
     chosen = {"value": sets[min(arguments.num_ar_steps), 1.0], "untrained": sets[None]}
@@ -297,7 +298,7 @@ def _score_embedded(
     """Distances to real images of generated ones, other real ones, and those of the model before training."""
     import numpy as np
 
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
     from cfpretrain.evaluation.given_images import open_images
     from cfpretrain.evaluation.scores import distances_beside_floor
 
@@ -323,13 +324,14 @@ def _report(
     import numpy as np
     import torch
 
-    from cfpretrain import build, runtime
+    from cfpretrain.base import runtime
     from cfpretrain.data.images import read_all_images
     from cfpretrain.data.loader import open_folders
     from cfpretrain.evaluation import figures
     from cfpretrain.evaluation.loss_map import measure_loss_map
     from cfpretrain.evaluation.reconstruction import reconstruction_error
     from cfpretrain.evaluation.summary import LabelledImages, summarise
+    from cfpretrain.run import build
 
     folder: Path = arguments.run
     device = next(model.parameters()).device
@@ -376,9 +378,9 @@ def _report(
 def _draw_grids(folder: Path, generated: dict[tuple[int, float], Any], names: Sequence[str], step: int) -> None:
     import torch
 
-    from cfpretrain import build
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
+    from cfpretrain.run import build
 
     for (num_ar_steps, guidance), (made, how) in generated.items():
         rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
@@ -388,7 +390,7 @@ def _draw_grids(folder: Path, generated: dict[tuple[int, float], Any], names: Se
 
 
 def _table(report: dict[str, Any], folder: Path) -> str:
-    from cfpretrain import build
+    from cfpretrain.run import build
 
     def line(name: str, *values: object) -> str:
         cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)

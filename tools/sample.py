@@ -15,8 +15,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import launch
-from cfpretrain.console import (
+from cfpretrain.base import launch
+from cfpretrain.base.console import (
     ItemProgress,
     UserError,
     count,
@@ -38,7 +38,7 @@ from cfpretrain.evaluation.sampling_options import (
 if TYPE_CHECKING:
     from cfpretrain.evaluation.generation import GenerationSettings
     from cfpretrain.evaluation.image_set import ImageSet
-    from cfpretrain.source import Origin, Source
+    from cfpretrain.evaluation.source import Origin, Source
 
 _MOST_ROWS = 10  # of a grid where no classes are asked for
 _PER_CLASS = 8
@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Samples on all ranks; rank 0 draws and finishes."""
     _check(arguments)
     with phase("loading torch"):
-        from cfpretrain import runtime
-        from cfpretrain.source import open_source
+        from cfpretrain.base import runtime
+        from cfpretrain.evaluation.source import open_source
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
         with runtime.together(), phase(f"loading {arguments.source}"):
@@ -138,10 +138,10 @@ def _labels(arguments: argparse.Namespace, origin: "Origin") -> list[int]:
 
 
 def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "GenerationSettings") -> None:
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import decode_to_look_at, generate_images, grid_title
-    from cfpretrain.outputs import whole_or_nothing
+    from cfpretrain.run.outputs import whole_or_nothing
 
     config, device = source.config, source.device
     decode, note = decode_to_look_at(config, device, source.make_autoencoder)
@@ -159,11 +159,11 @@ def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "Gener
 
 
 def _draw_trajectory(path: Path, source: "Source", label: int, settings: "GenerationSettings") -> None:
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
+    from cfpretrain.core.model import unpatchify
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import decode_to_look_at, follow, grid_title
-    from cfpretrain.model.transformer import unpatchify
-    from cfpretrain.outputs import whole_or_nothing
+    from cfpretrain.run.outputs import whole_or_nothing
 
     config, device = source.config, source.device
     decode, colours = decode_to_look_at(config, device, source.make_autoencoder)
@@ -191,10 +191,10 @@ def _draw_trajectory(path: Path, source: "Source", label: int, settings: "Genera
 def _write_set(
     arguments: argparse.Namespace, source: "Source", labels: list[int], settings: "GenerationSettings"
 ) -> None:
-    from cfpretrain import runtime
+    from cfpretrain.base import runtime
+    from cfpretrain.base.watchdog import Launcher
     from cfpretrain.evaluation.generation import generate_batches
     from cfpretrain.evaluation.image_set import ImageSet
-    from cfpretrain.lifeline import Launcher
 
     config, device, launcher = source.config, source.device, Launcher()
     with runtime.together():
@@ -228,8 +228,8 @@ def _write_set(
 
 def _plan(source: "Source", autoencoder: Any, labels: list[int], settings: "GenerationSettings") -> dict[str, Any]:
     """All that the bytes depend on."""
+    from cfpretrain.autoencoder import fingerprint
     from cfpretrain.evaluation.generation import plan_of
-    from cfpretrain.model.autoencoder import fingerprint
 
     with phase("hashing the weights", announce=False):
         weights = fingerprint(source.model.state_dict())
@@ -259,7 +259,7 @@ class _Progress:
     """A bar of images that moves with every denoising step."""
 
     def __init__(self, num_images: int, num_done: int, num_batches: int, settings: "GenerationSettings") -> None:
-        from cfpretrain import runtime
+        from cfpretrain.base import runtime
 
         self._bar = ItemProgress(num_images, num_done, "image")
         self._num_done, self._num_left, self._steps = num_done, num_images - num_done, 0

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import console, runtime
-from cfpretrain.build import choose_blocks, initial_weights, make_loss, make_model, make_prepare, make_scaling
-from cfpretrain.config import Config
-from cfpretrain.console import Progress
+from cfpretrain.base import console, runtime
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import Progress
+from cfpretrain.core.objective import Batch, Draws
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.reader import Prepare, Samples
-from cfpretrain.loss import Batch, Draws
-from cfpretrain.metrics import training_flops
+from cfpretrain.run.build import choose_blocks, initial_weights, make_loss, make_model, make_prepare, make_scaling
+from cfpretrain.run.metrics import training_flops
 from tools.measuring import refuse_skipped, synchronise
 from tools.plain_step import PlainTraining
 from tools.profile_step import profile
@@ -46,7 +46,7 @@ class TrainerSide:
     """The trainer's step."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        from cfpretrain import trainer
+        from cfpretrain.training import trainer
 
         # Each window counts the peak of memory from the start.
         metrics = replace(config.metrics, log_every_steps=config.train.num_steps)
@@ -78,7 +78,7 @@ class BareSide:
     """The engine and the objective alone, on batches that were made ahead."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        from cfpretrain.engine import build_engine
+        from cfpretrain.training.engine import build_engine
 
         self._config, self._device, self._loss = config, device, make_loss(config)
         blocks = choose_blocks(config, device.type)
@@ -190,7 +190,7 @@ class Measured:
         if name not in NAIVE:
             # Its libraries are no memory of a step.
             os.environ.setdefault("DS_ACCELERATOR", self._device.type)
-            import cfpretrain.trainer  # noqa: F401
+            import cfpretrain.training.trainer  # noqa: F401
         imported = time.perf_counter()
         self._bare_bytes = _resident_bytes("VmRSS")
         self._side = make_side(name, config, self._device)

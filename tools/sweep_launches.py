@@ -25,10 +25,10 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
-from cfpretrain import files, runtime
-from cfpretrain.console import UserError, ending_in_one_line, path_argument, say
-from cfpretrain.model import block_causal
-from cfpretrain.model.block_causal import Launch
+from cfpretrain.base import files, runtime
+from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, say
+from cfpretrain.core import block_causal
+from cfpretrain.core.block_causal import Launch
 from tools.measure_attention import full_intervals
 from tools.measuring import positive, seconds_of, whereabouts
 

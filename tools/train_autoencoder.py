@@ -27,8 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain import files
-from cfpretrain.console import (
+from cfpretrain.base import files
+from cfpretrain.base.console import (
     EXIT_REQUEUE,
     UserError,
     ending_in_one_line,
@@ -42,8 +42,8 @@ from cfpretrain.console import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfpretrain.autoencoder_training import Training
-    from cfpretrain.lifeline import StopRequest
+    from cfpretrain.base.watchdog import StopRequest
+    from cfpretrain.training.autoencoder import Training
 
 _MOST_MEASURED = 1000  # images behind the latents' mean and deviation, and behind each error
 _NORM_GROUPS = 8
@@ -86,9 +86,10 @@ def run(arguments: argparse.Namespace) -> None:
     for number in stop_signals():
         signal.signal(number, leave_before_training)
     with phase("loading torch and diffusers"):
-        from cfpretrain import outputs, runtime
-        from cfpretrain.autoencoder_training import PICTURE_FILE, StoppedError, Training
-        from cfpretrain.lifeline import StopRequest
+        from cfpretrain.base import runtime
+        from cfpretrain.base.watchdog import StopRequest
+        from cfpretrain.run import outputs
+        from cfpretrain.training.autoencoder import PICTURE_FILE, StoppedError, Training
     outputs.refuse_existing(arguments.out, "OUT")
     device = runtime.pick_device()
     images = _read_images(arguments)
@@ -141,7 +142,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    from cfpretrain.checkpoint import reason_of
+    from cfpretrain.run.checkpoint import reason_of
 
     try:
         yield
@@ -197,7 +198,7 @@ def _read_images(arguments: argparse.Namespace) -> Images:
 
 def _settings(arguments: argparse.Namespace, images: Images, network: Any) -> dict[str, Any]:
     """All that the weights depend on, by argument; an autoencoder to go on from by its fingerprint."""
-    from cfpretrain.model.autoencoder import fingerprint
+    from cfpretrain.autoencoder import fingerprint
 
     init = fingerprint(network.state_dict()) if arguments.init else None
     names = ("num_steps", "batch_size", "learning_rate", "kl_weight", "seed")
@@ -213,7 +214,7 @@ def make_network(arguments: argparse.Namespace, image_channels: int, image_size:
     """An AutoencoderKL with random weights, which follow from the seed."""
     import torch
 
-    from cfpretrain.model import autoencoder
+    from cfpretrain import autoencoder
 
     num_levels = len(arguments.channels)
     if image_size % 2 ** (num_levels - 1):
@@ -239,7 +240,7 @@ def make_network(arguments: argparse.Namespace, image_channels: int, image_size:
 
 def read_network(folder: Path, image_channels: int) -> Any:
     """The AutoencoderKL of a folder, ready to be trained."""
-    from cfpretrain.model import autoencoder
+    from cfpretrain import autoencoder
 
     made = autoencoder.KLAutoencoder.load(folder, "cpu", key="--init")
     if made.image_channels != image_channels:
@@ -256,9 +257,9 @@ def read_network(folder: Path, image_channels: int) -> Any:
 
 def _finish(training: "Training", images: Images, stop: "StopRequest") -> str:
     """Measures, writes OUT under another name, reads it back, and says its errors; returns what a config needs."""
-    from cfpretrain.autoencoder_training import PICTURE_FILE, check, evenly, measure_latents
+    from cfpretrain import autoencoder
     from cfpretrain.evaluation.reconstruction import reconstruction_error
-    from cfpretrain.model import autoencoder
+    from cfpretrain.training.autoencoder import PICTURE_FILE, check, evenly, measure_latents
 
     network = training.network.half().float()  # what is measured here is what is written
     device, folder = next(network.parameters()).device, training.folder / _MADE

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cfpretrain import runtime
-from cfpretrain.console import UserError
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
+from cfpretrain.base import runtime
+from cfpretrain.base.console import UserError
 from cfpretrain.data.pixels import PixelBatch, Sample, dali_version, decode_shards
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, fingerprint, latent_columns
-from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder
 
 _Moments = dict[str, NDArray[np.float16]]  # by column: [B, C, Y, X]
 

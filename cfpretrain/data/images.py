@@ -21,9 +21,9 @@ from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
 import cfpretrain
-from cfpretrain.console import UserError, one_line
+from cfpretrain.base.console import UserError, one_line
+from cfpretrain.base.files import read_bytes
 from cfpretrain.data.shards import ImagesInfo, Shards
-from cfpretrain.files import read_bytes
 
 Colour = tuple[int, int, int]  # red, green and blue, 0 to 255
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cfpretrain.console import UserError, count
+from cfpretrain.base.console import UserError, count
 from cfpretrain.data.images import SUFFIXES
 from cfpretrain.data.tables import TABLES, UNLABELLED, read_table
 

@@ -21,9 +21,9 @@ from typing import Generic
 import numpy as np
 from numpy.typing import NDArray
 
-from cfpretrain import seeds
-from cfpretrain.config import Config
-from cfpretrain.console import UserError, phase, say
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, phase, say
+from cfpretrain.core import seeds
 from cfpretrain.data.mosaic import get_partitions, get_shuffle
 from cfpretrain.data.reader import REPETITION_BIT, MicroBatches, Prepare, Reader, Request, T
 from cfpretrain.data.shards import Shards, check_infos, fingerprint, samples_an_epoch

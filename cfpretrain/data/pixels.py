@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.data.shards import ImagesInfo, Shards
 
 Sample = Mapping[str, Any]

@@ -23,13 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cfpretrain import seeds
-from cfpretrain.background import Task
-from cfpretrain.config import Config
-from cfpretrain.console import UserError, one_line, say
+from cfpretrain.base.background import Task
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, one_line, say
+from cfpretrain.base.watchdog import leave_signals_to_the_rank
+from cfpretrain.core import seeds
 from cfpretrain.data.shards import Shards
 from cfpretrain.data.storage import Patience
-from cfpretrain.lifeline import leave_signals_to_the_rank
 
 # The optimizer step, the epoch, and visits (see `loader.epoch_visits`): one micro-batch.
 Request = tuple[int, int, NDArray[np.int64]]

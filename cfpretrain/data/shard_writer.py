@@ -15,8 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from cfpretrain import files
-from cfpretrain.console import UserError
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import read_json
+from cfpretrain.base.plans import differences
 from cfpretrain.data.mosaic import MDSWriter
 from cfpretrain.data.shards import (
     HASH,
@@ -30,8 +32,6 @@ from cfpretrain.data.shards import (
     info_text,
     read_plan,
 )
-from cfpretrain.files import read_json
-from cfpretrain.plans import differences
 
 _PLAN_FILE, _LOCK_FILE, _RECORDS = "plan.json", "lock", "records"
 _MAX_SHARD_BYTES = (1 << 32) - (1 << 24)  # MDS counts in 32 bits; the rest is left for its head

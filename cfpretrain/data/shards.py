@@ -27,13 +27,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cfpretrain import config_files
-from cfpretrain.config import Config
-from cfpretrain.console import UserError
+from cfpretrain.autoencoder import are_pixels
+from cfpretrain.base import config_files
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import parse_json, read_json
 from cfpretrain.data.mosaic import MDSReader, encodings
 from cfpretrain.data.storage import LocalFolder, ShardFile, Source, open_source
-from cfpretrain.files import parse_json, read_json
-from cfpretrain.model.autoencoder import are_pixels
 
 SCHEMA_VERSION = 2
 INFO_FILE, INDEX_FILE = "cfpretrain.json", "index.json"

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from cfpretrain import files
-from cfpretrain.background import Task
-from cfpretrain.config import DataConfig
-from cfpretrain.console import UserError, one_line, say
+from cfpretrain.base import files
+from cfpretrain.base.background import Task
+from cfpretrain.base.config import DataConfig
+from cfpretrain.base.console import UserError, one_line, say
+from cfpretrain.base.files import MAX_TEXT_BYTES, open_to_read, open_unbuffered, read_text
 from cfpretrain.data.mosaic import CloudDownloader
-from cfpretrain.files import MAX_TEXT_BYTES, open_to_read, open_unbuffered, read_text
 
 _READ_SECONDS = 60.0  # a storage that sends nothing for so long is away
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two questions to a storage that is away

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cfpretrain import seeds
-from cfpretrain.console import ItemProgress, UserError, count, one_line, say
+from cfpretrain.base.console import ItemProgress, UserError, count, one_line, say
+from cfpretrain.base.files import open_to_read, parse_json
+from cfpretrain.core import seeds
 from cfpretrain.data.images import (
     RejectedImageError,
     Storing,
@@ -38,7 +39,6 @@ from cfpretrain.data.images import (
 from cfpretrain.data.listing import Listing
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, image_columns, read_info
-from cfpretrain.files import open_to_read, parse_json
 
 REJECTED_FILE = "rejected.jsonl"
 _POLL_SECONDS = 0.25

@@ -15,8 +15,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from cfpretrain.console import UserError
-from cfpretrain.files import open_to_read, parse_json
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import open_to_read, parse_json
 
 TABLES = (".csv", ".jsonl")
 UNLABELLED = "unlabelled"  # the one class of a table without labels

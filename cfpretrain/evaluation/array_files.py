@@ -14,8 +14,8 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from cfpretrain.console import one_line
-from cfpretrain.files import open_to_read
+from cfpretrain.base.console import one_line
+from cfpretrain.base.files import open_to_read
 
 Header = tuple[tuple[int, ...], bool, np.dtype[Any]]  # shape, is it in Fortran's order, type
 # Statistics of 8,000 features in float64. What deflate makes of a small file may be a thousand times as large.

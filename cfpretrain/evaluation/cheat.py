@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfpretrain import seeds
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
+from cfpretrain.core import seeds
 from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance, pixel_features
 
 # In units of the pixels: nothing in [-1, 1] has a larger standard deviation than 1. 0 would make copies of the means.

@@ -5,7 +5,7 @@ import numpy.typing as npt
 from sklearn.svm import SVC
 from torch import Tensor
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 from cfpretrain.evaluation.frechet import pixel_features
 
 

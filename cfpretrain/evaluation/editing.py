@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain.build import Autoencoder, make_scaling
-from cfpretrain.config import Config
-from cfpretrain.console import UserError, say
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, say
+from cfpretrain.core.model import patchify
+from cfpretrain.core.regions import mask_region, parse_region
 from cfpretrain.data.images import (
     BLACK,
     WHITE,
@@ -21,8 +22,7 @@ from cfpretrain.data.images import (
     read_file,
     read_image,
 )
-from cfpretrain.model.transformer import patchify
-from cfpretrain.regions import mask_region, parse_region
+from cfpretrain.run.build import Autoencoder, make_scaling
 
 _WHITE = 128  # of 255; from here on a mask's pixel is taken for white
 

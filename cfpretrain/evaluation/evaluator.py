@@ -11,9 +11,12 @@ from pathlib import Path
 
 import torch
 
-from cfpretrain import runtime
-from cfpretrain.config import Config
-from cfpretrain.console import UserError, one_line, phase
+from cfpretrain.autoencoder import are_pixels
+from cfpretrain.base import runtime
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, one_line, phase
+from cfpretrain.core.ar import equal_sizes
+from cfpretrain.core.sampler import Guidance, Model
 from cfpretrain.evaluation.feature_sums import FeatureSums
 from cfpretrain.evaluation.features import make_extractor
 from cfpretrain.evaluation.generation import Decode, GenerationSettings, generate_batches, to_pixels
@@ -22,9 +25,6 @@ from cfpretrain.evaluation.inception_score import splits_of
 from cfpretrain.evaluation.references import load_reference
 from cfpretrain.evaluation.sampling_options import usual_spacing
 from cfpretrain.evaluation.scores import ImageStatistics, compare
-from cfpretrain.model.autoencoder import are_pixels
-from cfpretrain.order import equal_sizes
-from cfpretrain.sampler import Guidance, Model
 
 _REFERENCES = "references"  # in the run folder
 # What mistakes are called in tools, and what their keys are here.

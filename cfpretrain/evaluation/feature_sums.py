@@ -18,13 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain import files, outputs, plans, runtime
-from cfpretrain.console import UserError, one_line, say
+from cfpretrain.base import files, plans, runtime
+from cfpretrain.base.console import UserError, one_line, say
+from cfpretrain.base.files import read_text
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.features import Features
 from cfpretrain.evaluation.frechet import Moments
 from cfpretrain.evaluation.inception_score import ClassSums
-from cfpretrain.files import read_text
+from cfpretrain.run import outputs
 
 _PLAN_FILE, _START_FILE = "settings.json", "start"
 SAVE_SECONDS = 30.0

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import open_to_read
 from cfpretrain.export import foreign_files
-from cfpretrain.files import open_to_read
 
 INCEPTION, EFFNET = "inception", "effnet_lite0"
 # The published weights are shared under names that end in the first digits of their SHA-256.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 
 # matplotlib would read it before any other settings, and the current folder may be one that was given.
 if os.path.lexists("matplotlibrc"):
@@ -27,7 +27,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from cfpretrain import files
+from cfpretrain.base import files
 
 Floats = npt.NDArray[np.float64]
 

@@ -19,8 +19,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
-from cfpretrain.console import UserError
+from cfpretrain.base import runtime
+from cfpretrain.base.console import UserError
 
 
 def pixel_features(images: Tensor, name: str) -> Tensor:

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
-from cfpretrain.build import Autoencoder, make_autoencoder, make_loss
-from cfpretrain.config import Config
+from cfpretrain.autoencoder import are_pixels
+from cfpretrain.base import runtime
+from cfpretrain.base.config import Config
+from cfpretrain.core.model import take_tokens, unpatchify
+from cfpretrain.core.process import Schedule, respace
+from cfpretrain.core.regions import kept_first
+from cfpretrain.core.sampler import Guidance, Model, Watch, generate, noise_by_image, sampling_orders
 from cfpretrain.evaluation.pictures import false_colours, to_rgb
-from cfpretrain.model.autoencoder import are_pixels
-from cfpretrain.model.transformer import take_tokens, unpatchify
-from cfpretrain.noise import Schedule, respace
-from cfpretrain.regions import kept_first
-from cfpretrain.sampler import Guidance, Model, Watch, generate, noise_by_image, sampling_orders
+from cfpretrain.run.build import Autoencoder, make_autoencoder, make_loss
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
-from cfpretrain.console import UserError, one_line, say
+from cfpretrain.base import runtime
+from cfpretrain.base.console import UserError, one_line, say
 from cfpretrain.data.images import (
     WHITE,
     Colour,

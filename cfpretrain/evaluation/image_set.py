@@ -21,13 +21,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cfpretrain import files, outputs, plans
-from cfpretrain.console import UserError
+from cfpretrain.base import files, plans
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import open_to_read, read_bytes, read_text
 from cfpretrain.data.tables import as_cell
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.given_images import is_archive
 from cfpretrain.evaluation.pictures import to_rgb, write_png
-from cfpretrain.files import open_to_read, read_bytes, read_text
+from cfpretrain.run import outputs
 
 _PLAN_FILE, _TABLE_FILE = "settings.json", "labels.csv"
 _COPY_BYTES = 1 << 24

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
-from cfpretrain.console import UserError
+from cfpretrain.base import runtime
+from cfpretrain.base.console import UserError
 
 NUM_SPLITS = 10
 _SHUFFLE_SEED = 2020

@@ -7,9 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cfpretrain.loss import NoisePredictionLoss
-from cfpretrain.model.transformer import CausalFusion
-from cfpretrain.order import step_begin
+from cfpretrain.core.ar import step_begin
+from cfpretrain.core.model import CausalFusion
+from cfpretrain.core.objective import NoisePredictionLoss
 
 _BATCH = 256
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime
-from cfpretrain.console import UserError
+from cfpretrain.base import runtime
+from cfpretrain.base.console import UserError
 
 # Sides of a tile: its float64 distances and the rows and columns behind it are 34 MB each with 2048 features.
 _BLOCK = 2048

@@ -13,8 +13,8 @@ import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from cfpretrain import files
-from cfpretrain.console import UserError
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError
 
 _INK, _QUIET, _PAPER = "#1f2430", "#6b7280", "#ffffff"
 # No image has this colour by nature: it marks pixels that are not finite.

@@ -7,9 +7,9 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from cfpretrain.build import Autoencoder
+from cfpretrain.autoencoder import PIXELS_AT_ONCE, LatentScaling
 from cfpretrain.evaluation import pictures
-from cfpretrain.model.autoencoder import PIXELS_AT_ONCE, LatentScaling
+from cfpretrain.run.build import Autoencoder
 
 _BATCH = 100
 _MOST_COLUMNS = 8

@@ -20,8 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain import files, outputs, runtime, seeds
-from cfpretrain.console import UserError, one_line
+from cfpretrain.base import files, runtime
+from cfpretrain.base.console import UserError, one_line
+from cfpretrain.base.files import parse_json, read_json
+from cfpretrain.core import seeds
 from cfpretrain.data.images import WHITE, Colour
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.feature_sums import Work
@@ -46,7 +48,7 @@ from cfpretrain.evaluation.scores import (
     given_batches,
     sum_up,
 )
-from cfpretrain.files import parse_json, read_json
+from cfpretrain.run import outputs
 
 STATISTICS_FILE, NEIGHBOURS_FILE, RECORD_FILE = "statistics.npz", "neighbours.npy", "record.json"
 _OWN_KEY = "cfpretrain"  # of the note by which our archives say of which features they are

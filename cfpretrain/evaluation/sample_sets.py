@@ -17,14 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain import files, runtime
-from cfpretrain.config import Config
-from cfpretrain.console import ItemProgress, UserError, count, leave_with, say
+from cfpretrain.base import files, runtime
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import ItemProgress, UserError, count, leave_with, say
+from cfpretrain.base.watchdog import Launcher
+from cfpretrain.core.sampler import Model
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.generation import GenerationSettings, generate_batches
-from cfpretrain.lifeline import Launcher
-from cfpretrain.sampler import Model
-from cfpretrain.tensor_files import reason_of
+from cfpretrain.run.tensor_files import reason_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,10 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 
 if TYPE_CHECKING:
-    from cfpretrain.config import Config
+    from cfpretrain.base.config import Config
     from cfpretrain.evaluation.generation import GenerationSettings
 
 # Denoising steps and the spacing of their levels, where none are asked for.
@@ -121,9 +121,9 @@ def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: i
     Raises:
         UserError: a value that the model or the sampler does not take.
     """
+    from cfpretrain.core.ar import choose_sizes, fixed_order
+    from cfpretrain.core.sampler import Guidance
     from cfpretrain.evaluation.generation import GenerationSettings
-    from cfpretrain.order import choose_sizes, fixed_order
-    from cfpretrain.sampler import Guidance
 
     num_timesteps = config.noise.num_timesteps
     usual_steps, usual_spacing = _BY_SOLVER[arguments.solver]

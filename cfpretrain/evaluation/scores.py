@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import runtime, seeds
-from cfpretrain.console import UserError
+from cfpretrain.base import runtime
+from cfpretrain.base.console import UserError
+from cfpretrain.core import seeds
 from cfpretrain.evaluation.feature_sums import SAVE_SECONDS, FeatureSums, Summing, Work
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance

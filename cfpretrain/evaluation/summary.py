@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import seeds
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
+from cfpretrain.core import seeds
 from cfpretrain.evaluation import classifier
 from cfpretrain.evaluation.cheat import best_cheat
 from cfpretrain.evaluation.frechet import Moments, frechet_distance, pixel_features

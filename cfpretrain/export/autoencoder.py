@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cfpretrain.console import UserError
+from cfpretrain.base.console import UserError
 
 # A whole checkpoint of Stable Diffusion holds several networks.
 _PREFIX = "first_stage_model."

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain.console import UserError, one_line
+from cfpretrain.base.console import UserError, one_line
+from cfpretrain.base.files import read_text
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import Counters
-from cfpretrain.files import read_text
 
 # What the files hold besides data; they are read without DeepSpeed's code.
 _PLACEHOLDERS = (

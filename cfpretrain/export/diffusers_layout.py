@@ -23,17 +23,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cfpretrain import build, files, outputs, tensor_files
-from cfpretrain import config as configs
-from cfpretrain.config import Config
-from cfpretrain.console import UserError, say
+from cfpretrain import autoencoder
+from cfpretrain.base import config as configs
+from cfpretrain.base import files
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, say
 from cfpretrain.export import model_card
 from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
 from cfpretrain.export.run_checkpoint import CheckpointTensors
-from cfpretrain.model import autoencoder
-from cfpretrain.training_state import TrainingState
+from cfpretrain.run import build, outputs, tensor_files
+from cfpretrain.run.state import TrainingState
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 TRANSFORMER, VAE, SCHEDULER = "transformer", "vae", "scheduler"

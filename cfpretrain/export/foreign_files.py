@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cfpretrain import files
-from cfpretrain.console import UserError
-from cfpretrain.files import check_safetensors
-from cfpretrain.outputs import whole_or_nothing
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import check_safetensors
+from cfpretrain.run.outputs import whole_or_nothing
 
 
 class Placeholder:

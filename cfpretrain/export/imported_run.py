@@ -11,18 +11,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cfpretrain import files, runtime
-from cfpretrain.build import CHECKPOINTS, CONFIG_FILE, make_model
-from cfpretrain.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, tensor_file
-from cfpretrain.config import Config, to_plain, to_yaml
-from cfpretrain.console import UserError
+from cfpretrain.autoencoder import KLAutoencoder
+from cfpretrain.base import files, runtime
+from cfpretrain.base.config import Config, to_plain, to_yaml
+from cfpretrain.base.console import UserError
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
-from cfpretrain.health import Guard
-from cfpretrain.model.autoencoder import KLAutoencoder
-from cfpretrain.outputs import whole_or_nothing
-from cfpretrain.tensor_files import bytes_of, hashes_to_plain, make_header, write_ranges
-from cfpretrain.training_state import TrainingState
+from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, make_model
+from cfpretrain.run.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, tensor_file
+from cfpretrain.run.guard import Guard
+from cfpretrain.run.outputs import whole_or_nothing
+from cfpretrain.run.state import TrainingState
+from cfpretrain.run.tensor_files import bytes_of, hashes_to_plain, make_header, write_ranges
 
 Shapes = Mapping[str, tuple[int, ...]]
 # (one of checkpoint.CONTENTS, name of a parameter) -> its values, in full shape, of at most 32 bits

@@ -5,11 +5,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cfpretrain.build import CONFIG_FILE, SUMMARY_NUMBERS
-from cfpretrain.class_names import label_of
-from cfpretrain.config import Config
-from cfpretrain.console import visible
-from cfpretrain.training_state import TRAINING_SECTIONS, TrainingState
+from cfpretrain.base.class_names import label_of
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import visible
+from cfpretrain.run.build import CONFIG_FILE, SUMMARY_NUMBERS
+from cfpretrain.run.state import TRAINING_SECTIONS, TrainingState
 
 _PLAIN = re.compile(r"[\w.-]+")
 _MOST_NAMES = 20  # of classes that are listed

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import build, outputs
-from cfpretrain.checkpoint import read_tensors
-from cfpretrain.config import Config
-from cfpretrain.console import UserError, say
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, say
+from cfpretrain.core.model import sincos_positions
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import POSITIONS, check_shapes
-from cfpretrain.model.transformer import sincos_positions
+from cfpretrain.run import build, outputs
+from cfpretrain.run.checkpoint import read_tensors
 
 _OURS_BY_OFFICIAL = {
     "x_proj.": "image_embedder.x_proj.",

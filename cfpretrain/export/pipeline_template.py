@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 
-from cfpretrain.class_names import label_of
+from cfpretrain.base.class_names import label_of
 
 # Noise levels and their spacing, where none are asked for.
 _BY_SOLVER = {

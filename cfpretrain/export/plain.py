@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfpretrain.order import may_attend
+from cfpretrain.core.ar import may_attend
 
-STAND_INS = dict.fromkeys(("cfpretrain.model.attention", "cfpretrain.model.norm"), __name__)
+STAND_INS = dict.fromkeys(("cfpretrain.core.attention", "cfpretrain.core.norm"), __name__)
 
 
 class Visibility(NamedTuple):

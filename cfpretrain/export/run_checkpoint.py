@@ -8,10 +8,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from cfpretrain import tensor_files
-from cfpretrain.checkpoint import check_file, read_hashes, tensor_file
-from cfpretrain.console import UserError
-from cfpretrain.tensor_files import HashedRange, Header, remedy
+from cfpretrain.base.console import UserError
+from cfpretrain.run import tensor_files
+from cfpretrain.run.checkpoint import check_file, read_hashes, tensor_file
+from cfpretrain.run.tensor_files import HashedRange, Header, remedy
 
 
 @dataclass(frozen=True)

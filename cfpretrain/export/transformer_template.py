@@ -13,12 +13,12 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from cfpretrain.model.autoencoder import LatentScaling
-from cfpretrain.model.transformer import CausalFusion, patchify, take_tokens, unpatchify
-from cfpretrain.noise import SOLVERS, Schedule, respace
-from cfpretrain.order import choose_sizes
-from cfpretrain.regions import kept_first, parse_region
-from cfpretrain.sampler import Guidance, generate, noise_by_image, sampling_orders
+from cfpretrain.autoencoder import LatentScaling
+from cfpretrain.core.ar import choose_sizes
+from cfpretrain.core.model import CausalFusion, patchify, take_tokens, unpatchify
+from cfpretrain.core.process import SOLVERS, Schedule, respace
+from cfpretrain.core.regions import kept_first, parse_region
+from cfpretrain.core.sampler import Guidance, generate, noise_by_image, sampling_orders
 
 
 class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):

@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from cfpretrain import files
-from cfpretrain.console import UserError, one_line
-from cfpretrain.files import check_safetensors, parse_json, read_json
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError, one_line
+from cfpretrain.base.files import check_safetensors, parse_json, read_json
 
 # What an autoencoder's folder holds, as diffusers writes it.
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"

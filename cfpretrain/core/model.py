@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cfpretrain import seeds
-from cfpretrain.model.attention import Visibility, attend, compile_by_shape, make_visibility
-from cfpretrain.model.norm import layer_norm
+from cfpretrain.core import seeds
+from cfpretrain.core.attention import Visibility, attend, compile_by_shape, make_visibility
+from cfpretrain.core.norm import layer_norm
 
 _NORM_EPS = 1e-5
 _TIMESTEP_WIDTH = 256
@@ -398,6 +398,10 @@ class CausalFusion(nn.Module):
 
 # ---------------------------------------------------------------------------
 # Initial weights
+
+
+# (name, shape of the whole parameter, flat offset, fp32 [numel]): writes the values from the offset on
+WriteInitialValues = Callable[[str, tuple[int, ...], int, Tensor], None]
 
 
 def write_initial_values(seed: int, grid: int, name: str, shape: Sequence[int], offset: int, values: Tensor) -> None:

@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cfpretrain import seeds
-from cfpretrain.model.transformer import ClassPart, ImagePart, patchify, take_tokens
-from cfpretrain.noise import Schedule, q_sample
-from cfpretrain.order import (
+from cfpretrain.core import seeds
+from cfpretrain.core.ar import (
     Condition,
     Image,
     ar_weights,
@@ -29,6 +27,8 @@ from cfpretrain.order import (
     shares_split,
     steps_from_sizes,
 )
+from cfpretrain.core.model import ClassPart, ImagePart, patchify, take_tokens
+from cfpretrain.core.process import Schedule, q_sample
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cfpretrain import files
-from cfpretrain.console import UserError
-from cfpretrain.files import parse_json
-from cfpretrain.tensor_files import reason_of
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import parse_json
+from cfpretrain.run.tensor_files import reason_of
 
 LOCK_FILE = "lock"
 

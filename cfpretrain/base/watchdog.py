@@ -17,8 +17,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cfpretrain import runtime
-from cfpretrain.console import EXIT_REQUEUE, stop_signals
+from cfpretrain.base import runtime
+from cfpretrain.base.console import EXIT_REQUEUE, stop_signals
 
 # A launcher turns one Ctrl-C into SIGINT and, milliseconds later, SIGTERM.
 _ONE_REQUEST_SECONDS = 2.0

@@ -8,9 +8,13 @@ from typing import NoReturn
 
 import torch
 
-from cfpretrain import config as configs
-from cfpretrain import files, runtime
-from cfpretrain.build import (
+from cfpretrain.base import config as configs
+from cfpretrain.base import files, runtime
+from cfpretrain.base.config import Config, to_plain, to_yaml
+from cfpretrain.base.console import UserError, leave_before_training, phase, say
+from cfpretrain.data.loader import open_folders, order_fingerprint
+from cfpretrain.data.shards import LatentsInfo, check_autoencoder, check_infos
+from cfpretrain.run.build import (
     CHECKPOINTS,
     CONFIG_FILE,
     LOCK_FILE,
@@ -22,13 +26,9 @@ from cfpretrain.build import (
     make_store,
     read_summary,
 )
-from cfpretrain.checkpoint import CheckpointStore
-from cfpretrain.config import Config, to_plain, to_yaml
-from cfpretrain.console import UserError, leave_before_training, phase, say
-from cfpretrain.data.loader import open_folders, order_fingerprint
-from cfpretrain.data.shards import LatentsInfo, check_autoencoder, check_infos
-from cfpretrain.tensor_files import DamagedCheckpointError
-from cfpretrain.training_state import TrainingState, changes, read_state
+from cfpretrain.run.checkpoint import CheckpointStore
+from cfpretrain.run.state import TrainingState, changes, read_state
+from cfpretrain.run.tensor_files import DamagedCheckpointError
 
 _LOCK_SECONDS = 60.0  # a run that was asked to stop ends within it
 

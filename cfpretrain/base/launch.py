@@ -7,7 +7,7 @@ and LOCAL_SIZE or LOCAL_WORLD_SIZE. Standard library only: it is read before tor
 import os
 from dataclasses import dataclass
 
-from cfpretrain.console import UserError, exit_with, speak_as
+from cfpretrain.base.console import UserError, exit_with, speak_as
 
 _MEND = (
     "start with a launcher, which sets RANK, WORLD_SIZE and what goes with them (deepspeed, torchrun, a script of "

@@ -11,14 +11,16 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from cfpretrain import files, runtime
-from cfpretrain.background import Task
-from cfpretrain.checkpoint import (
+from cfpretrain.base import files, runtime
+from cfpretrain.base.background import Task
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import read_json
+from cfpretrain.run.checkpoint import (
     CONTENTS,
     RANGES_FILE,
     CheckpointStore,
@@ -28,11 +30,11 @@ from cfpretrain.checkpoint import (
     tensors_by_content,
     written_range,
 )
-from cfpretrain.console import UserError
-from cfpretrain.files import read_json
-from cfpretrain.tensor_files import (
+from cfpretrain.run.state import TrainingState
+from cfpretrain.run.tensor_files import (
     VALUE_BYTES,
     DamagedCheckpointError,
+    Fragment,
     bytes_of,
     check_cover,
     hashes_from_plain,
@@ -42,10 +44,6 @@ from cfpretrain.tensor_files import (
     reason_of,
     write_ranges,
 )
-from cfpretrain.training_state import TrainingState
-
-if TYPE_CHECKING:
-    from cfpretrain.engine import Fragment
 
 _MAX_PART_WAIT_SECONDS = 60.0  # for a network file system to show what another node has written
 _POLL_SECONDS = 0.01
@@ -58,9 +56,7 @@ _POLL_SECONDS = 0.01
 class _Snapshot:
     """What one rank writes, copied to host memory: the one extra copy of its shard."""
 
-    def __init__(
-        self, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor], rank: int, world_size: int
-    ) -> None:
+    def __init__(self, fragments: Sequence[Fragment], ema_values: Sequence[Tensor], rank: int, world_size: int) -> None:
         bounds = [written_range(fragment, rank, world_size) for fragment in fragments]
         self._names = [fragment.name for fragment in fragments]
         self._firsts = [f.offset + begin for f, (begin, _) in zip(fragments, bounds, strict=True)]
@@ -198,7 +194,7 @@ class CheckpointWriter:
         UserError: on all ranks: the folder of the checkpoints cannot be made.
     """
 
-    def __init__(self, store: CheckpointStore, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor]) -> None:
+    def __init__(self, store: CheckpointStore, fragments: Sequence[Fragment], ema_values: Sequence[Tensor]) -> None:
         self._store = store
         self._shapes = gather_shapes(fragments)
         self._snapshot = _Snapshot(fragments, ema_values, runtime.rank(), runtime.world_size())
@@ -338,7 +334,7 @@ class CheckpointWriter:
 
 
 def save(
-    store: CheckpointStore, state: TrainingState, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor]
+    store: CheckpointStore, state: TrainingState, fragments: Sequence[Fragment], ema_values: Sequence[Tensor]
 ) -> Path:
     """Writes one checkpoint and waits for it; a run in training keeps a `CheckpointWriter` instead.
 

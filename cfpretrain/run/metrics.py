@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from cfpretrain import files, runtime
-from cfpretrain.config import ModelConfig
-from cfpretrain.console import UserError, say
-from cfpretrain.files import open_to_read, parse_json
+from cfpretrain.base import files, runtime
+from cfpretrain.base.config import ModelConfig
+from cfpretrain.base.console import UserError, say
+from cfpretrain.base.files import open_to_read, parse_json
 
 _MAX_BYTES, _MAX_LINE_BYTES = 2**32, 2**24  # of a metrics file
 # Dense bf16 rate of one GPU, in FLOP/s, by a part of its name (the makers' data sheets, without sparsity).

@@ -17,8 +17,9 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from cfpretrain import __version__, files, launch
-from cfpretrain.console import (
+from cfpretrain import __version__
+from cfpretrain.base import files, launch
+from cfpretrain.base.console import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     UserError,

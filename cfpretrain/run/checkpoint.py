@@ -26,16 +26,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from cfpretrain import files, runtime
-from cfpretrain.console import UserError, say
-from cfpretrain.files import read_json, read_text
-from cfpretrain.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
-from cfpretrain.tensor_files import (
+from cfpretrain.base import files, runtime
+from cfpretrain.base.console import UserError, say
+from cfpretrain.base.files import read_json, read_text
+from cfpretrain.run.state import STATE_FILE, TrainingState, dump, read_state
+from cfpretrain.run.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
+from cfpretrain.run.tensor_files import (
+    Fragment,
     HashedRange,
     Header,
     check_cover,
@@ -48,10 +50,6 @@ from cfpretrain.tensor_files import (
     unreadable,
     verify_ranges,
 )
-from cfpretrain.training_state import STATE_FILE, TrainingState, dump, read_state
-
-if TYPE_CHECKING:
-    from cfpretrain.engine import Fragment
 
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 RANGES_FILE = "ranges.json"
@@ -67,7 +65,7 @@ _MAX_RANGES_BYTES = 2**27  # of a thousand ranks
 # One rank's part of the tensors
 
 
-def tensors_by_content(fragments: Sequence["Fragment"], ema_values: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+def tensors_by_content(fragments: Sequence[Fragment], ema_values: Sequence[Tensor]) -> dict[str, list[Tensor]]:
     """One rank's 1-D fp32 tensors by content, in the order of the fragments."""
     tensors = {
         "weights": [fragment.values for fragment in fragments],
@@ -83,7 +81,7 @@ def tensors_by_content(fragments: Sequence["Fragment"], ema_values: Sequence[Ten
     return tensors
 
 
-def written_range(fragment: "Fragment", rank: int, world_size: int) -> tuple[int, int]:
+def written_range(fragment: Fragment, rank: int, world_size: int) -> tuple[int, int]:
     """The part of its own values that a rank writes: an equal share of what every rank holds."""
     num_values = fragment.values.numel()
     if not fragment.replicated:
@@ -91,7 +89,7 @@ def written_range(fragment: "Fragment", rank: int, world_size: int) -> tuple[int
     return num_values * rank // world_size, num_values * (rank + 1) // world_size
 
 
-def _read_ranges(folder: Path, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor]) -> None:
+def _read_ranges(folder: Path, fragments: Sequence[Fragment], ema_values: Sequence[Tensor]) -> None:
     """Fills one rank's fragments and averages from the files."""
     for content, tensors in tensors_by_content(fragments, ema_values).items():
         file = tensor_file(folder, content)
@@ -214,7 +212,7 @@ class CheckpointStore:
 
     @staticmethod
     def load(
-        path: Path, fragments: Sequence["Fragment"], ema_values: Sequence[Tensor], config: Mapping[str, Any]
+        path: Path, fragments: Sequence[Fragment], ema_values: Sequence[Tensor], config: Mapping[str, Any]
     ) -> TrainingState:
         """Fills fragments and averages from a checkpoint, whatever ranks and ZeRO stage wrote it.
 
@@ -518,7 +516,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_NUM_NAMES_SHOWN]) + more
 
 
-def gather_shapes(fragments: Sequence["Fragment"]) -> dict[str, tuple[int, ...]]:
+def gather_shapes(fragments: Sequence[Fragment]) -> dict[str, tuple[int, ...]]:
     """The full shape of every parameter of the run; a rank alone may hold nothing of some."""
     rank, world_size = runtime.rank(), runtime.world_size()
     rows = []

@@ -14,8 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cfpretrain.config import Config, can_checkpoint
-from cfpretrain.order import sequence_lengths, shares_split
+from cfpretrain.base.config import Config, can_checkpoint
+from cfpretrain.core.ar import sequence_lengths, shares_split
+from cfpretrain.run.build import choose_attention, make_model
+from cfpretrain.training.engine import ds_config
 
 _FP32 = 4
 
@@ -453,3 +455,13 @@ class TensorAccount(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.held -= self._sizes.pop(key, 0)
+
+
+def plan_memory(config: Config, num_ranks: int, on_gpu: bool) -> tuple[Network, Plan]:
+    """The sizes of a config's network and the plan of its step, from which `estimate` follows."""
+    with torch.device("meta"):
+        numels = [parameter.numel() for parameter in make_model(config).parameters()]
+    device = torch.device("cuda" if on_gpu else "cpu")
+    settings = ds_config(config, num_ranks, device)["zero_optimization"]
+    attention = choose_attention(config, device.type)
+    return network_of(config, numels), plan_of(config, num_ranks, settings, attention, on_gpu)

@@ -12,25 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain import files, runtime
-from cfpretrain.background import upload_ahead
-from cfpretrain.build import (
-    CONFIG_FILE,
-    METRICS_FILE,
-    SAMPLES,
-    SUMMARY_FILE,
-    choose_blocks,
-    initial_weights,
-    make_loss,
-    make_model,
-    make_prepare,
-    make_store,
-    plan_memory,
-)
-from cfpretrain.checkpoint import Best, is_healthy
-from cfpretrain.checkpoint_writer import CheckpointWriter, Outcome
-from cfpretrain.config import Config, to_plain, to_shown
-from cfpretrain.console import (
+from cfpretrain.base import files, runtime
+from cfpretrain.base.background import upload_ahead
+from cfpretrain.base.config import Config, to_plain, to_shown
+from cfpretrain.base.console import (
     EXIT_USER_ERROR,
     Progress,
     SickRunError,
@@ -42,18 +27,32 @@ from cfpretrain.console import (
     phase,
     say,
 )
+from cfpretrain.base.watchdog import EXIT_FAILED, StopRequest, Watch
+from cfpretrain.core.ar import equal_sizes
+from cfpretrain.core.model import BlockSettings
+from cfpretrain.core.objective import Batch, LossTerms
+from cfpretrain.core.sampler import Guidance
 from cfpretrain.data.loader import Loader, Position, open_folders
 from cfpretrain.data.mosaic import __version__ as streaming_version
-from cfpretrain.ema import ShardedEMA
-from cfpretrain.engine import Engine, build_engine
 from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.evaluator import Evaluator
 from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_images, grid_title
-from cfpretrain.health import Guard
-from cfpretrain.lifeline import EXIT_FAILED, StopRequest, Watch
-from cfpretrain.loss import Batch, LossTerms
-from cfpretrain.memory import advise
-from cfpretrain.metrics import (
+from cfpretrain.run.build import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    SAMPLES,
+    SUMMARY_FILE,
+    choose_blocks,
+    initial_weights,
+    make_loss,
+    make_model,
+    make_prepare,
+    make_store,
+)
+from cfpretrain.run.checkpoint import Best, is_healthy
+from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
+from cfpretrain.run.guard import Guard
+from cfpretrain.run.metrics import (
     MetricsFile,
     StepRecord,
     Window,
@@ -63,9 +62,12 @@ from cfpretrain.metrics import (
     read_metrics,
     training_flops,
 )
-from cfpretrain.model.transformer import BlockSettings
-from cfpretrain.order import equal_sizes
-from cfpretrain.run_folder import (
+from cfpretrain.run.state import TrainingState
+from cfpretrain.run.tensor_files import DamagedCheckpointError, reason_of
+from cfpretrain.run.tracker import Tracker
+from cfpretrain.training.ema import ShardedEMA
+from cfpretrain.training.engine import Engine, build_engine
+from cfpretrain.training.folder import (
     finished_step,
     is_done,
     prepare_folder,
@@ -74,10 +76,7 @@ from cfpretrain.run_folder import (
     tracker_run_id,
     write_requeue,
 )
-from cfpretrain.sampler import Guidance
-from cfpretrain.tensor_files import DamagedCheckpointError, reason_of
-from cfpretrain.tracker import Tracker
-from cfpretrain.training_state import TrainingState
+from cfpretrain.training.memory import advise, plan_memory
 
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 _MOST_STEPS_LISTED = 1000

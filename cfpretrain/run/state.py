@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cfpretrain.console import UserError
-from cfpretrain.files import parse_json, read_text
-from cfpretrain.tensor_files import DamagedCheckpointError, remedy, unreadable
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import parse_json, read_text
+from cfpretrain.run.tensor_files import DamagedCheckpointError, remedy, unreadable
 
 # 1 had no hashes, and neither `guard` nor `num_rewinds`; 2 had `model`, a section of the config, and no other record.
 _LARGEST = 2**63  # of whole numbers

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfpretrain import seeds
+from cfpretrain.core import seeds
 
 # ---------------------------------------------------------------------------
 # AR steps: how L ordered tokens are cut

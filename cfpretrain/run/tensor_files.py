@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain.console import UserError
-from cfpretrain.files import opened, parse_json, write_fully
+from cfpretrain.base.console import UserError
+from cfpretrain.base.files import opened, parse_json, write_fully
 
 VALUE_BYTES = 4
 CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB
@@ -30,6 +30,28 @@ _PRODUCER = "cfpretrain"
 
 if sys.byteorder != "little":
     raise RuntimeError("safetensors files are little-endian, and this machine is not")
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """What this rank holds of one parameter: a contiguous range of its flattened values, in fp32.
+
+    `values`, `exp_avg` and `exp_avg_sq` are views: writing into them changes the engine, and after writing `values`
+    the engine must be told by `Engine.refresh`.
+    """
+
+    name: str  # as in module.named_parameters()
+    shape: tuple[int, ...]  # of the whole parameter
+    offset: int  # where the range begins in the flattened parameter
+    values: Tensor  # [numel], the weights that the optimizer updates
+    exp_avg: Tensor  # [numel], Adam's first moment
+    exp_avg_sq: Tensor  # [numel], Adam's second moment
+    replicated: bool  # every rank holds the same range (ZeRO stage 0)
+
+    @property
+    def numel(self) -> int:
+        """Values in this range."""
+        return self.values.numel()
 
 
 class DamagedCheckpointError(UserError):

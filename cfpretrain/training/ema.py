@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cfpretrain.background import Task
-from cfpretrain.engine import Engine, Fragment
+from cfpretrain.base.background import Task
+from cfpretrain.run.tensor_files import Fragment
+from cfpretrain.training.engine import Engine
 
 _STAGED_NUMEL = 16 * 2**20  # weights of one of the two loads on their way to the host: 64 MiB
 

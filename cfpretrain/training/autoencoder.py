@@ -16,11 +16,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from cfpretrain import files, plans, seeds
-from cfpretrain.console import Progress, SickRunError, UserError, phase, say
+from cfpretrain.autoencoder import PIXELS_AT_ONCE, KLAutoencoder, read_state, write_state
+from cfpretrain.base import files, plans
+from cfpretrain.base.console import Progress, SickRunError, UserError, phase, say
+from cfpretrain.base.watchdog import StopRequest
+from cfpretrain.core import seeds
 from cfpretrain.evaluation.reconstruction import draw_reconstructions
-from cfpretrain.lifeline import StopRequest
-from cfpretrain.model.autoencoder import PIXELS_AT_ONCE, KLAutoencoder, read_state, write_state
 
 PICTURE_FILE = "reconstructions.png"
 NUM_STEPS = "--num-steps"  # of the settings

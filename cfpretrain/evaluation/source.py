@@ -10,7 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain.build import (
+from cfpretrain.autoencoder import are_pixels
+from cfpretrain.base.class_names import label_of
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, say
+from cfpretrain.base.files import read_json
+from cfpretrain.core import attention
+from cfpretrain.core.model import BlockSettings, CausalFusion
+from cfpretrain.export import foreign_files
+from cfpretrain.export.diffusers_layout import (
+    SCHEDULER,
+    SCHEDULER_FILE,
+    TRANSFORMER,
+    VAE,
+    WEIGHTS_STEM,
+    scheduler_config,
+    transformer_config,
+)
+from cfpretrain.run.build import (
     CONFIG_FILE,
     INDEX_FILE,
     Autoencoder,
@@ -22,24 +39,7 @@ from cfpretrain.build import (
     make_autoencoder,
     make_model,
 )
-from cfpretrain.class_names import label_of
-from cfpretrain.config import Config
-from cfpretrain.console import UserError
-from cfpretrain.export import foreign_files
-from cfpretrain.export.diffusers_layout import (
-    SCHEDULER,
-    SCHEDULER_FILE,
-    TRANSFORMER,
-    VAE,
-    WEIGHTS_STEM,
-    scheduler_config,
-    transformer_config,
-)
-from cfpretrain.files import read_json
-from cfpretrain.model import attention
-from cfpretrain.model.autoencoder import are_pixels
-from cfpretrain.model.transformer import BlockSettings, CausalFusion
-from cfpretrain.training_state import means_the_same
+from cfpretrain.run.state import means_the_same
 
 _WEIGHTS_FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -79,7 +79,7 @@ class Origin:
         else:
             model = load_weights(self.checkpoint, "ema" if self.weights == "ema" else "weights")
         head_width = self.config.model.width // self.config.model.num_heads
-        cached = attention.choose_cached("auto", device.type, precision, head_width)
+        cached = attention.choose_cached("auto", device.type, precision, head_width, say)
         model.trunk.settings = BlockSettings(cached_attention=cached)
         model = model.to(device=device, dtype=_DTYPES[precision]).eval().requires_grad_(False)
         return Source(

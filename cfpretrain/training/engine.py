@@ -15,40 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpretrain.config import Config
-from cfpretrain.model.norm import has_apex
-from cfpretrain.model.transformer import Block, BlockSettings
+from cfpretrain.base.config import Config
+from cfpretrain.core.model import Block, BlockSettings, WriteInitialValues
+from cfpretrain.core.norm import has_apex
+from cfpretrain.run.tensor_files import Fragment
 
 # Elements of a communication bucket, at least (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
 _BUCKET_NUMEL = 50_000_000
 
-# (name, shape of the whole parameter, flat offset, fp32 [numel]): writes the values from the offset on
-WriteInitialValues = Callable[[str, tuple[int, ...], int, Tensor], None]
 # (global norm of the gradient before clipping, a scalar on the device: infinite where a gradient is not finite) ->
 # whether to apply the update; alike on all ranks, and never where the norm is infinite
 Decide = Callable[[Tensor], bool]
-
-
-@dataclass(frozen=True, eq=False)
-class Fragment:
-    """What this rank holds of one parameter: a contiguous range of its flattened values, in fp32.
-
-    `values`, `exp_avg` and `exp_avg_sq` are views: writing into them changes the engine, and after writing `values`
-    the engine must be told by `Engine.refresh`.
-    """
-
-    name: str  # as in module.named_parameters()
-    shape: tuple[int, ...]  # of the whole parameter
-    offset: int  # where the range begins in the flattened parameter
-    values: Tensor  # [numel], the weights that the optimizer updates
-    exp_avg: Tensor  # [numel], Adam's first moment
-    exp_avg_sq: Tensor  # [numel], Adam's second moment
-    replicated: bool  # every rank holds the same range (ZeRO stage 0)
-
-    @property
-    def numel(self) -> int:
-        """Values in this range."""
-        return self.values.numel()
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,21 @@ from typing import Any, Literal
 
 import torch
 
-from cfpretrain import config as configs
-from cfpretrain import memory
-from cfpretrain.checkpoint import CheckpointStore, read_tensors
-from cfpretrain.config import Config
-from cfpretrain.console import UserError, say
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
+from cfpretrain.base import config as configs
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, say
+from cfpretrain.base.files import read_json
+from cfpretrain.core import attention
+from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValues, initialise, write_initial_values
+from cfpretrain.core.norm import has_apex
+from cfpretrain.core.objective import Batch, NoisePredictionLoss
+from cfpretrain.core.process import linear_schedule
 from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
-from cfpretrain.engine import WriteInitialValues, ds_config
-from cfpretrain.files import read_json
-from cfpretrain.loss import Batch, NoisePredictionLoss
-from cfpretrain.model import attention
-from cfpretrain.model.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
-from cfpretrain.model.norm import has_apex
-from cfpretrain.model.transformer import BlockSettings, CausalFusion, initialise, write_initial_values
-from cfpretrain.noise import linear_schedule
-from cfpretrain.tensor_files import DamagedCheckpointError
-from cfpretrain.training_state import TrainingState, means_the_same, read_state
+from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
+from cfpretrain.run.state import TrainingState, means_the_same, read_state
+from cfpretrain.run.tensor_files import DamagedCheckpointError
 
 # What a run folder holds.
 CONFIG_FILE, METRICS_FILE, SUMMARY_FILE = configs.CONFIG_FILE, "metrics.jsonl", "summary.json"
@@ -109,7 +107,7 @@ def choose_blocks(config: Config, device_type: str) -> BlockSettings:
     engine, model = config.engine, config.model
     try:
         cached = attention.choose_cached(
-            engine.cached_attention, device_type, engine.precision, model.width // model.num_heads
+            engine.cached_attention, device_type, engine.precision, model.width // model.num_heads, say
         )
     except ValueError as error:
         raise UserError(f"engine.cached_attention: {error}") from error
@@ -407,13 +405,3 @@ def load_weights(found: RunCheckpoint, which: Literal["ema", "weights"]) -> Caus
         config_file = Path(found.config.run.folder) / CONFIG_FILE
         raise UserError(f"checkpoint {found.path} does not fit {config_file}: {reason:.300}") from error
     return model
-
-
-def plan_memory(config: Config, num_ranks: int, on_gpu: bool) -> tuple[memory.Network, memory.Plan]:
-    """The sizes of a config's network and the plan of its step, from which `memory.estimate` follows."""
-    with torch.device("meta"):
-        numels = [parameter.numel() for parameter in make_model(config).parameters()]
-    device = torch.device("cuda" if on_gpu else "cpu")
-    settings = ds_config(config, num_ranks, device)["zero_optimization"]
-    attention = choose_attention(config, device.type)
-    return memory.network_of(config, numels), memory.plan_of(config, num_ranks, settings, attention, on_gpu)

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from cfpretrain.console import say
-from cfpretrain.model import block_causal
-from cfpretrain.order import may_attend
+from cfpretrain.core import block_causal
+from cfpretrain.core.ar import may_attend
 
 FLEX_MIN_HEAD_WIDTH = 16
 FLASH_MAX_HEAD_WIDTH = 256
@@ -61,7 +60,7 @@ def choose(name: str, device_type: str, head_width: int) -> str:
     return name
 
 
-def choose_cached(name: str, device_type: str, precision: str, head_width: int) -> str:
+def choose_cached(name: str, device_type: str, precision: str, head_width: int, say: Callable[[str], None]) -> str:
     """The backend for attention without intervals, as in sampling with a cache.
 
     "auto" says, once a process, what keeps it from flash where the run could use it.
@@ -71,6 +70,7 @@ def choose_cached(name: str, device_type: str, precision: str, head_width: int) 
         device_type: "cpu" or "cuda".
         precision: of the sampling model, "bf16" or "fp32".
         head_width: E.
+        say: shows a line of text.
 
     Raises:
         ValueError: it cannot run here; the message says what is missing and how to get it.
@@ -93,7 +93,7 @@ def choose_cached(name: str, device_type: str, precision: str, head_width: int) 
     if not missing and not problem:
         return "flash"
     if name == "auto":
-        _say_once(f"sampling attends by torch's sdpa, not by flash, which needs {problem}")
+        _say_once(say, f"sampling attends by torch's sdpa, not by flash, which needs {problem}")
         return "sdpa"
     raise ValueError(f"flash needs {' and '.join([*missing, *filter(None, [problem])])}; or use sdpa")
 
@@ -113,7 +113,7 @@ def _load_flash() -> tuple[Callable[..., Any] | None, str]:
 
 
 @functools.cache
-def _say_once(text: str) -> None:
+def _say_once(say: Callable[[str], None], text: str) -> None:
     say(text)
 
 

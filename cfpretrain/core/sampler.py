@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cfpretrain import seeds
-from cfpretrain.model.transformer import ClassPart, ImagePart, KeyValueCache, Part
-from cfpretrain.noise import Schedule, Walk
-from cfpretrain.order import draw_orders
+from cfpretrain.core import seeds
+from cfpretrain.core.ar import draw_orders
+from cfpretrain.core.model import ClassPart, ImagePart, KeyValueCache, Part
+from cfpretrain.core.process import Schedule, Walk
 
 
 class Model(Protocol):

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 import psutil
 
-from cfpretrain import files, runtime
-from cfpretrain.background import Task
-from cfpretrain.console import one_line, phase, say
+from cfpretrain.base import files, runtime
+from cfpretrain.base.background import Task
+from cfpretrain.base.console import one_line, phase, say
 
 _ID_BYTES = 8
 _MOST_WAITING = 100_000  # rows

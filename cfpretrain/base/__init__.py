@@ -1,0 +1,1 @@
+"""What every room stands on: files, settings, ranks, signals and words to the user."""

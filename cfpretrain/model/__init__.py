@@ -1,1 +1,0 @@
-"""What has learned parameters: the transformer, its attention, and the autoencoder in front of it."""

@@ -1,0 +1,1 @@
+"""What a run leaves and what reads it: folder, checkpoints, metrics."""
