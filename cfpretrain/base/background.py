@@ -1,5 +1,6 @@
 """Work beside the training thread: tasks in threads, and copies to the device on a stream of their own."""
 
+import ctypes
 import functools
 import threading
 from collections import deque
@@ -26,6 +27,15 @@ class Task(threading.Thread):
             self._work()
         except BaseException as error:
             self.error = error
+
+    def stop(self) -> None:
+        """Raises `StoppedError` in the thread at its next line of Python; a call of the system is not interrupted."""
+        assert self.ident is not None
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(StoppedError))
+
+
+class StoppedError(Exception):
+    """Nobody needs any more what a task works for."""
 
 
 class OnDevice(Protocol):
