@@ -401,7 +401,8 @@ def test_every_key_that_is_a_path_is_known_as_one() -> None:
             if of_item in (str, FilePath, Address):
                 found["text" if of_item is str else "path"].append(f"{section}.{name}")
     assert found["path"] == PATHS
-    assert found["text"] == ["evaluation.features", "evaluation.feature_label", "metrics.wandb_project"]
+    backends = ["engine.attention", "engine.cached_attention"]
+    assert found["text"] == [*backends, "evaluation.features", "evaluation.feature_label", "metrics.wandb_project"]
 
 
 @pytest.mark.parametrize("text", ["$HOME/x", "runs/$SLURM_JOB_ID", "~nobody-of-this-name/x"])

@@ -217,7 +217,9 @@ def test_masks_are_those_of_the_backend_that_runs() -> None:
         ["order.num_ar_steps=4", "order.ar_step_sizes=equal"],
     ):
         assert plan_of(*shared, on_gpu=False).mask == "shared"
-    with pytest.raises(configs.UserError, match=r"engine\.attention: flex trains on a GPU only"):
+    with pytest.raises(
+        configs.UserError, match=r"engine\.attention: flex needs a GPU, and this run computes on the cpu; or use sdpa"
+    ):
         plan_of("engine.attention=flex", on_gpu=False)
 
 

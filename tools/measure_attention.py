@@ -31,13 +31,12 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain.base import runtime
-from cfpretrain.base.console import ending_in_one_line
+from cfpretrain.base.console import ending_in_one_line, say
 from cfpretrain.core import attention, seeds
 from cfpretrain.core.ar import Condition, Image, build_layout, count_visible, draw_steps
 from tools.measuring import positive, seconds_of, whereabouts
 from tools.plain_step import naive_attention
 
-_OURS = ("sdpa", "flex", "triton")
 _DENSE = {"dense flash": SDPBackend.FLASH_ATTENTION, "dense cudnn": SDPBackend.CUDNN_ATTENTION}
 _NUM_COND_TOKENS = 64
 _TOKENS = {"cuda": [128, 256, 608, 1024], "cpu": [128, 256]}  # sequences of 320, 576, 1280 and 2112
@@ -127,9 +126,10 @@ def _measure_size(
 def backends(device: torch.device, head_width: int) -> tuple[list[str], dict[str, str]]:
     """What there is to measure, and of our backends that do not train here why not."""
     run, missing = ["naive"], {}
-    for name in _OURS:
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    for name in attention.names("training")[1:]:
         try:
-            run.append(attention.choose(name, device.type, head_width))
+            run.append(attention.choose(name, "training", device.type, precision, head_width, say))
         except ValueError as error:
             missing[name] = str(error)
     return [*run, *_DENSE], missing

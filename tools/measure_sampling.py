@@ -125,7 +125,7 @@ def measure_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     config = configs.load(arguments.config, (), arguments.allow_env)
     _check_ar_steps(arguments.num_ar_steps, config.model.num_tokens)
     head_width = config.model.width // config.model.num_heads
-    cached = attention.choose_cached("auto", device.type, arguments.precision, head_width, say)
+    cached = attention.choose("auto", "sampling", device.type, arguments.precision, head_width, say)
     with device:
         model = make_model(config, BlockSettings(cached_attention=cached)).eval().requires_grad_(False)
     initialise(model, seed=0)

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from cfpretrain.base.config import Config, can_checkpoint
 from cfpretrain.core.ar import sequence_lengths, shares_split
+from cfpretrain.core.attention import BACKENDS
 from cfpretrain.run.build import choose_attention, make_model
 from cfpretrain.training.engine import ds_config
 
@@ -154,7 +155,7 @@ def plan_of(config: Config, num_ranks: int, zero_settings: dict[str, Any], atten
         accumulation_steps=config.accumulation_steps(num_ranks),
         checkpointing=engine.activation_checkpointing,
         compiled=engine.compile_blocks,
-        mask="none" if attention != "sdpa" else "shared" if shared else "sample",
+        mask="none" if not BACKENDS[attention].has_dense_mask else "shared" if shared else "sample",
         ema_on_host=engine.ema_on_host,
         on_gpu=on_gpu,
         bucket_numel=zero_settings["reduce_bucket_size"],
