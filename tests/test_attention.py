@@ -13,9 +13,12 @@ from cfpretrain.base.console import UserError, say
 from cfpretrain.core import ar as order
 from cfpretrain.core import attention, seeds
 from cfpretrain.core.attention import attend, block_causal, flash, flex, make_visibility
+from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.model import Block, BlockSettings
+from cfpretrain.core.segments import Layout, Segment, build_layout, may_attend
 from tests.closeness import disagreement
 from tests.test_config import TINY
+from tests.test_order import text
 
 HEAD_WIDTHS = (32, 64, 128)
 
@@ -25,20 +28,20 @@ def oracle(q, k, v, may_attend):
     return scores.masked_fill(~may_attend, -torch.inf).softmax(-1) @ v.double()
 
 
-def random_segments(key: torch.Tensor, batch_size: int, most_tokens: int) -> list[order.Segment]:
+def random_segments(key: torch.Tensor, batch_size: int, most_tokens: int) -> list[Segment]:
     """A condition and two segments of random kinds; images with a split for each sample or a shared one."""
     kinds = seeds.integers(seeds.fold(key, torch.arange(3)), 4).tolist()
     sizes = (2 + seeds.integers(seeds.fold(key, torch.arange(3, 6)), most_tokens - 1)).tolist()
-    segments: list[order.Segment] = [order.Condition(sizes[0])]
+    segments: list[Segment] = [class_segment(sizes[0])]
     for i, (kind, size) in enumerate(zip(kinds[1:], sizes[1:], strict=True)):
         image_key = seeds.fold(key, 10 + i)
         if kind == 0:
-            segments.append(order.Text(size))
+            segments.append(text(size))
         elif kind == 1:
-            segments.append(order.Image(order.draw_shared_steps(image_key, 1, size, 0.9)))
+            segments.append(image_segment(order.draw_shared_steps(image_key, 1, size, 0.9)))
         else:
             sample_keys = seeds.fold(image_key, torch.arange(batch_size))
-            segments.append(order.Image(order.draw_steps(image_key, sample_keys, size, 0.9)))
+            segments.append(image_segment(order.draw_steps(image_key, sample_keys, size, 0.9)))
     return segments
 
 
@@ -46,7 +49,7 @@ def random_case(number: int, most_tokens: int, dtype: torch.dtype = torch.float3
     """q, k, v as the network makes them (views of one projection), a direction and the intervals of a random layout."""
     key = seeds.fold(seeds.key(0, "layouts"), number)
     batch_size, num_heads = 1 + number % 3, 1 + number % 2
-    layout = order.build_layout(random_segments(key, batch_size, most_tokens))
+    layout = build_layout(random_segments(key, batch_size, most_tokens))
     M, E = layout.step_BM.shape[1], HEAD_WIDTHS[number % 3]
     qkv = seeds.normal(seeds.fold(key, 100), (batch_size, M, 3, num_heads, E)).to(dtype)
     direction = seeds.normal(seeds.fold(key, 101), (batch_size, num_heads, M, E)).to(dtype)
@@ -64,7 +67,7 @@ def test_sdpa_over_500_layouts(tenth) -> None:
         ours, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
         M = qkv.shape[1]
         out = attend(*split(ours), make_visibility(intervals, M, "sdpa"))
-        want = oracle(*split(theirs), order.may_attend(intervals, M).unsqueeze(1))
+        want = oracle(*split(theirs), may_attend(intervals, M).unsqueeze(1))
         assert disagreement(out, want) < 1e-5, number
         (out * direction).sum().backward()
         (want * direction).sum().backward()
@@ -76,19 +79,19 @@ def test_sdpa_in_bf16() -> None:
         qkv, direction, intervals = random_case(number, 40, torch.bfloat16)
         ours, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
         out = attend(*split(ours), make_visibility(intervals, qkv.shape[1], "sdpa"))
-        want = oracle(*split(theirs), order.may_attend(intervals, qkv.shape[1]).unsqueeze(1))
+        want = oracle(*split(theirs), may_attend(intervals, qkv.shape[1]).unsqueeze(1))
         assert disagreement(out, want) < 2e-2
         (out * direction).sum().backward()
         (want * direction.double()).sum().backward()
         assert disagreement(ours.grad, theirs.grad) < 2e-2
 
 
-def layout_of_one_length(number: int, batch_size: int) -> order.Layout:
+def layout_of_one_length(number: int, batch_size: int) -> Layout:
     """Layouts of 179 tokens, more than a tile of FlexAttention and no multiple of one."""
     keys = seeds.fold(seeds.fold(seeds.key(0, "layouts of one length"), number), torch.arange(3 * batch_size))
     inner = order.draw_steps(seeds.fold(keys[0], 1), keys[:batch_size], 20, 0.9)
     last = order.draw_steps(seeds.key(8, "last step"), keys[batch_size : 2 * batch_size], 60, 0.9)
-    return order.build_layout([order.Condition(30), order.Image(inner), order.Text(9), order.Image(last)])
+    return build_layout([class_segment(30), image_segment(inner), text(9), image_segment(last)])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_flex_forward(num_splits, head_width, dtype) -> None:
         qkv = seeds.normal(seeds.key(number, "qkv"), (2, M, 3, 2, head_width)).to(dtype)
         with torch.no_grad():
             out = attend(*split(qkv), make_visibility(layout.intervals_BMI, M, "flex"))
-        want = oracle(*split(qkv), order.may_attend(layout.intervals_BMI, M).unsqueeze(1))
+        want = oracle(*split(qkv), may_attend(layout.intervals_BMI, M).unsqueeze(1))
         assert disagreement(out, want) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
@@ -140,7 +143,7 @@ def test_tiles_of_flex_are_those_of_the_dense_mask() -> None:
     for number in range(30):
         _, _, intervals = random_case(number, 60)
         M = intervals.shape[1]
-        dense = order.may_attend(intervals, M)
+        dense = may_attend(intervals, M)
         missing = -M % 16
         seen, whole = flex._tiles_seen(intervals, M, 16)
         rows = torch.nn.functional.pad(dense, (0, 0, 0, missing), value=False).unflatten(1, (-1, 16)).any(2)
@@ -165,12 +168,12 @@ def test_no_intervals_means_everything_is_visible() -> None:
 GPU = "cuda"
 
 
-def layout_of_2112_tokens(number: int) -> order.Layout:
+def layout_of_2112_tokens(number: int) -> Layout:
     """64 condition tokens and all 1024 of an image, twice; a split for each of two samples."""
     key = seeds.fold(seeds.key(0, "long layouts"), number)
     while True:
         steps_BL = order.draw_steps(key, seeds.fold(key, torch.arange(2)), 1024, 0.9)
-        layout = order.build_layout([order.Condition(64), order.Image(steps_BL)], clean_multiple=1024)
+        layout = build_layout([class_segment(64), image_segment(steps_BL)], clean_multiple=1024)
         if layout.step_BM.shape[1] == 2112:  # one AR step has no clean tokens
             return layout
         key = seeds.fold(key, 0)
@@ -191,7 +194,7 @@ def test_long_sequences_on_a_gpu(backend, head_width, dtype) -> None:
         direction = seeds.normal(seeds.fold(key, 1), (2, 2, M, head_width)).to(GPU, dtype)
         ours, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
         out = attend(*split(ours), make_visibility(intervals, M, backend))
-        want = oracle(*split(theirs), order.may_attend(intervals, M).unsqueeze(1))
+        want = oracle(*split(theirs), may_attend(intervals, M).unsqueeze(1))
         assert disagreement(out, want) < tolerance
         out.backward(direction)
         want.backward(direction.double())

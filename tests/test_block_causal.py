@@ -20,9 +20,12 @@ from torch import Tensor
 from cfpretrain.core import ar as order
 from cfpretrain.core import attention
 from cfpretrain.core import model as transformer
-from cfpretrain.core.attention import block_causal
+from cfpretrain.core.attention import block_causal, block_causal_kernels
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.segments import build_layout, may_attend
 from tests.closeness import disagreement
 from tests.strictness import make_warnings_errors
+from tests.test_order import text
 
 if not block_causal.is_available():
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -43,36 +46,36 @@ def random_steps(generator: torch.Generator, num_samples: int, num_tokens: int, 
     return cuts_BL.long().cumsum(1)
 
 
-def image(generator: torch.Generator, num_samples: int, num_tokens: int, last: int) -> order.Image:
-    return order.Image(random_steps(generator, num_samples, num_tokens, last))
+def image(generator: torch.Generator, num_samples: int, num_tokens: int, last: int) -> image_segment:
+    return image_segment(random_steps(generator, num_samples, num_tokens, last))
 
 
 def shared_split(g: torch.Generator) -> Tensor:
-    return order.build_layout([order.Condition(7), image(g, 1, 50, 9)]).intervals_BMI
+    return build_layout([class_segment(7), image(g, 1, 50, 9)]).intervals_BMI
 
 
 def split_a_sample(g: torch.Generator) -> Tensor:
-    return order.build_layout([order.Condition(5), image(g, 2, 85, 13)]).intervals_BMI
+    return build_layout([class_segment(5), image(g, 2, 85, 13)]).intervals_BMI
 
 
 def one_ar_step(g: torch.Generator) -> Tensor:
-    return order.build_layout([order.Condition(64), image(g, 1, 70, 70)]).intervals_BMI
+    return build_layout([class_segment(64), image(g, 1, 70, 70)]).intervals_BMI
 
 
 def steps_of_one_token(g: torch.Generator) -> Tensor:
-    return order.build_layout([order.Condition(1), order.Image(torch.arange(65)[None])]).intervals_BMI
+    return build_layout([class_segment(1), image_segment(torch.arange(65)[None])]).intervals_BMI
 
 
 def text_after_image(g: torch.Generator) -> Tensor:
-    segments = [order.Text(9), image(g, 2, 20, 6), order.Text(40), order.Condition(3), image(g, 2, 30, 30)]
-    return order.build_layout(segments).intervals_BMI
+    segments = [text(9), image(g, 2, 20, 6), text(40), class_segment(3), image(g, 2, 30, 30)]
+    return build_layout(segments).intervals_BMI
 
 
 def packed(g: torch.Generator) -> Tensor:
     """Samples one after another in a row, each [clean | noised]."""
     parts, first = [], 0
     for num_tokens, last in ((20, 5), (37, 3), (1, 1), (15, 15)):
-        intervals_BMI = order.build_layout([order.Condition(4), image(g, 1, num_tokens, last)]).intervals_BMI
+        intervals_BMI = build_layout([class_segment(4), image(g, 1, num_tokens, last)]).intervals_BMI
         parts.append(intervals_BMI + first)
         first += intervals_BMI.shape[1]
     return torch.cat(parts, 1)
@@ -80,7 +83,7 @@ def packed(g: torch.Generator) -> Tensor:
 
 def padded(g: torch.Generator) -> Tensor:
     """Padding between the clean and the noised tokens and at the end; each of its rows sees itself."""
-    plain_MI = order.build_layout([order.Condition(6), image(g, 1, 40, 11)]).intervals_BMI[0]
+    plain_MI = build_layout([class_segment(6), image(g, 1, 40, 11)]).intervals_BMI[0]
     clean = 6 + 40 - 11
     noised_MI = plain_MI[clean:] + torch.tensor([0, 0, 20, 20])
     rows = torch.arange(clean + 20 + 40 + 14)
@@ -120,7 +123,7 @@ LAYOUTS = [
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, intervals_BMI: Tensor) -> Tensor:
-    may_attend_B1MK = order.may_attend(intervals_BMI, k.shape[2]).unsqueeze(1)
+    may_attend_B1MK = may_attend(intervals_BMI, k.shape[2]).unsqueeze(1)
     score = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~may_attend_B1MK, -1e300)
     return (score.softmax(-1) * may_attend_B1MK) @ v
 
@@ -207,7 +210,7 @@ def test_equals_the_oracle_on_many_layouts(interpret: Interpret, head_width: int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_equals_the_oracle_on_a_gpu(head_width: int, dtype: torch.dtype) -> None:
     long = [
-        order.build_layout([order.Condition(64), image(torch.Generator().manual_seed(i), 2, L, last)]).intervals_BMI
+        build_layout([class_segment(64), image(torch.Generator().manual_seed(i), 2, L, last)]).intervals_BMI
         for i, (L, last) in enumerate([(256, 7), (256, 256), (1024, 40)])
     ]
     for intervals_BMI in [*(layout(torch.Generator().manual_seed(3)) for layout in LAYOUTS), *long]:
@@ -254,7 +257,7 @@ def test_rows_that_see_nothing_give_zero_and_get_no_gradient(interpret: Interpre
 def count_executed_tiles(intervals_BMI: Tensor) -> dict[str, int]:
     """How many tiles each kernel computes, for one sample and one head."""
     counts, helpers = {}, ("_attend_tile", "_grad_q_tile", "_grad_kv_tile")
-    originals = {name: getattr(block_causal, name) for name in helpers}
+    originals = {name: getattr(block_causal_kernels, name) for name in helpers}
 
     def counting(name: str) -> Callable[..., Any]:
         def count(*args: Any) -> Any:
@@ -267,13 +270,13 @@ def count_executed_tiles(intervals_BMI: Tensor) -> dict[str, int]:
     q, k, v = (torch.randn(1, 1, M, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     for name in helpers:
         counts[name] = 0
-        setattr(block_causal, name, counting(name))
+        setattr(block_causal_kernels, name, counting(name))
     try:
         out = block_causal.attend(q, k, v, block_causal.prepare(intervals_BMI, M))
         out.sum().backward()
     finally:
         for name, original in originals.items():
-            setattr(block_causal, name, original)
+            setattr(block_causal_kernels, name, original)
     return counts
 
 
@@ -306,8 +309,8 @@ def tiles_by_the_bounds(intervals_MI: Tensor) -> dict[str, int]:
 
 
 def test_tiles_that_no_row_sees_are_not_computed(interpret: Interpret) -> None:
-    segments = [order.Condition(32), order.Image(order.steps_from_sizes([32, 96])[None])]
-    intervals_BMI = order.build_layout(segments).intervals_BMI
+    segments = [class_segment(32), image_segment(order.steps_from_sizes([32, 96])[None])]
+    intervals_BMI = build_layout(segments).intervals_BMI
     executed = interpret(count_executed_tiles, intervals_BMI)
     assert executed == tiles_by_the_bounds(intervals_BMI[0])
     # Tiles of 64 rows and 64 keys, 64 and 32, 128 and 64; dense: 9, 18 and 6.
@@ -321,7 +324,7 @@ def test_tiles_computed_of_all(num_tokens: int, at_most: float) -> None:
     num_layouts = 20
     for seed in range(num_layouts):
         steps_BL = order.draw_steps(torch.tensor(seed), torch.tensor([seed]), num_tokens, 0.9)
-        intervals_MI = order.build_layout([order.Condition(64), order.Image(steps_BL)]).intervals_BMI[0]
+        intervals_MI = build_layout([class_segment(64), image_segment(steps_BL)]).intervals_BMI[0]
         for (name, count), kernel in zip(
             tiles_by_the_bounds(intervals_MI).items(), ("forward", "backward_q", "backward_kv"), strict=True
         ):
@@ -336,7 +339,7 @@ def test_the_ranges_of_a_tile_hold_every_row_that_sees_it(seed, layout, key_tile
     intervals_BMI = layout(torch.Generator().manual_seed(seed))
     B, M, _ = intervals_BMI.shape
     tiles = block_causal.prepare(intervals_BMI, M, key_tile)
-    may_attend_BMK = order.may_attend(intervals_BMI, M)
+    may_attend_BMK = may_attend(intervals_BMI, M)
     row_M = torch.arange(M)
     for b in range(B):
         for t, may_attend_MK in enumerate(may_attend_BMK[b].split(key_tile, dim=1)):
@@ -353,7 +356,7 @@ def test_the_ranges_of_a_tile_hold_every_row_that_sees_it(seed, layout, key_tile
 
 def test_rows_that_see_a_clean_tile_whole_need_no_mask() -> None:
     steps_BL = order.steps_from_sizes([64, 64, 64])[None]
-    intervals_BMI = order.build_layout([order.Condition(64), order.Image(steps_BL)]).intervals_BMI
+    intervals_BMI = build_layout([class_segment(64), image_segment(steps_BL)]).intervals_BMI
     tiles = block_causal.prepare(intervals_BMI, 384)
     assert tiles.row_ranges_BT4[0].tolist() == [
         [0, 192, 192, 384],  # the condition: all rows

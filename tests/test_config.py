@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from cfpretrain.base import config as configs
 from cfpretrain.base.config_files import Address, FilePath
 from cfpretrain.base.console import UserError
-from cfpretrain.core import ar as order
+from cfpretrain.core.modalities import class_segment
+from cfpretrain.core.segments import sequence_lengths
 from tests.processes import REPOSITORY
 
 TINY = REPOSITORY / "configs" / "tiny.yaml"
@@ -287,7 +288,7 @@ def test_lengths_are_counted_before_they_are_compiled(num_ar_steps, multiple) ->
         order=dataclasses.replace(base.order, num_ar_steps=num_ar_steps),
         engine=dataclasses.replace(base.engine, clean_token_multiple=multiple),
     )
-    lengths = order.sequence_lengths(4, 36, 0.9, num_ar_steps, "random", multiple)
+    lengths = sequence_lengths([class_segment(4)], 36, 0.9, num_ar_steps, "random", multiple)
     if len(lengths) <= 16:
         configs.check(config, world_size=1)
     else:

@@ -6,7 +6,7 @@ import torch
 from cfpretrain.base import config as configs
 from cfpretrain.core import ar as order
 from cfpretrain.core import process as noise
-from cfpretrain.core.model import patchify
+from cfpretrain.core.latents import patchify
 from cfpretrain.core.objective import Draws
 from tests.closeness import disagreement
 from tests.golden_cases import CASES, load

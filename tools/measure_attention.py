@@ -33,7 +33,9 @@ if __name__ == "__main__":
 from cfpretrain.base import runtime
 from cfpretrain.base.console import ending_in_one_line, say
 from cfpretrain.core import attention, seeds
-from cfpretrain.core.ar import Condition, Image, build_layout, count_visible, draw_steps
+from cfpretrain.core.ar import draw_steps
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.segments import build_layout, count_visible
 from tools.measuring import positive, seconds_of, whereabouts
 from tools.plain_step import naive_attention
 
@@ -141,7 +143,7 @@ def full_intervals(seed: int, batch_size: int, num_cond_tokens: int, num_tokens:
     while True:
         steps_BL = draw_steps(key, seeds.fold(key, torch.arange(batch_size)), num_tokens, 0.9)
         if bool(steps_BL[0, -1] > 0):
-            return build_layout([Condition(num_cond_tokens), Image(steps_BL)], num_tokens).intervals_BMI
+            return build_layout([class_segment(num_cond_tokens), image_segment(steps_BL)], num_tokens).intervals_BMI
         # One AR step has no clean tokens.
         key = seeds.fold(key, 0)
 

@@ -194,7 +194,9 @@ def generate_plainly(
     import torch
 
     from cfpretrain.core import process as noise
-    from cfpretrain.core.model import ClassPart, ImagePart, take_tokens
+    from cfpretrain.core.latents import take_tokens
+    from cfpretrain.core.modalities import CLASS, IMAGE
+    from cfpretrain.core.segments import Segment
 
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
     labels, orders = torch.cat(branches), order_BL.repeat(len(branches), 1)
@@ -205,15 +207,15 @@ def generate_plainly(
         intervals_1MI = _visible(model.num_cond_tokens, ar_step_sizes[: step + 1]).to(labels.device)
         x_BNP = draw_noise(0, order_BL[:, begin:end])
         for denoising_step, level in enumerate(reversed(range(len(schedule))), start=1):
-            image = ImagePart(
-                made_BLP.repeat(len(branches), 1, 1),
-                orders[:, :begin],
-                x_BNP.repeat(len(branches), 1, 1),
-                orders[:, begin:end],
-                schedule.timesteps_T[level].expand(len(labels)).to(labels.device),
-            )
+            timesteps = schedule.timesteps_T[level].expand(len(labels)).to(labels.device)
+            made, noised = made_BLP.repeat(len(branches), 1, 1), x_BNP.repeat(len(branches), 1, 1)
+            segments = [
+                Segment(CLASS, clean=labels),
+                Segment(IMAGE, clean=made, positions_BL=orders[:, :begin]),
+                Segment(IMAGE, noised=noised, positions_BL=orders[:, begin:end], times_B=timesteps),
+            ]
             with torch.no_grad():
-                epsilon = model([ClassPart(labels), image], intervals_1MI)
+                (epsilon,) = model(segments, intervals_1MI)
             if len(branches) == 2:
                 with_class, without_class = epsilon.chunk(2)
                 epsilon = without_class + guidance.scale * (with_class - without_class)
@@ -414,7 +416,7 @@ def _edit(
     """Scores of edits, of images spread evenly over the held-out ones: these may lie class by class."""
     import torch
 
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation.editing import encode_tokens, pixels_of, seam_steps
     from cfpretrain.evaluation.generation import edit_tokens
 

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import torch
 
-from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
 from cfpretrain.base.files import read_json
 from cfpretrain.core import attention
+from cfpretrain.core.latents import LatentScaling
 from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValues, initialise, write_initial_values
 from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import Batch, NoisePredictionLoss

@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from cfpretrain.core.ar import may_attend
+from cfpretrain.core.segments import may_attend
 
 
 def can_run(device_type: str, precision: str) -> str:
