@@ -27,9 +27,9 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import choose_sizes
 from cfpretrain.core.latents import patchify, unpatchify
-from cfpretrain.core.process import SOLVERS
 from cfpretrain.core.regions import parse_region
 from cfpretrain.core.sampler import Guidance
+from cfpretrain.core.solvers import SOLVERS
 from cfpretrain.evaluation.generation import GenerationSettings, edit_tokens, generate_batches
 from cfpretrain.evaluation.sampling_options import _BY_SOLVER
 from cfpretrain.evaluation.source import load_source
