@@ -8,35 +8,36 @@ import torch
 from safetensors.torch import load_file
 
 from cfpretrain.core import ar as order
-from cfpretrain.core import process as noise
 from cfpretrain.core import seeds
-from cfpretrain.core.objective import Batch, Draws, LossTerms, NoisePredictionLoss
+from cfpretrain.core.objective import Batch, DenoisingLoss, Draws, LossTerms
+from cfpretrain.core.process import make_process
 from tests.closeness import disagreement
 from tests.golden_cases import FOLDER
 from tests.test_transformer import small_model
 
-LOSS = NoisePredictionLoss(
-    schedule=noise.linear_schedule(),
+LOSS = DenoisingLoss(
+    process=make_process(),
+    ar=order.ARSettings(),
     patch_size=2,
     num_cond_tokens=2,
     null_class=5,
     label_drop_prob=0.25,
-    ar_step_decay=0.9,
-    ar_split="sample",
-    ar_weight_first=2.0,
-    ar_weight_last=1.0,
-    ar_weight_schedule="linear",
     seed=0,
 )
 IDS = torch.tensor([3, 141, 59, 26])
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
-def draw(loss: NoisePredictionLoss = LOSS, step: int = 7, epoch: int = 1, ids=IDS, labels=LABELS) -> Draws:
+def draw(loss: DenoisingLoss = LOSS, step: int = 7, epoch: int = 1, ids=IDS, labels=LABELS) -> Draws:
     return loss.draw(step, epoch, ids, labels, num_tokens=9, patch_values=4)
 
 
-def loss_of(loss: NoisePredictionLoss, model, latents_BCYX: torch.Tensor, draws: Draws) -> LossTerms:
+def with_ar(**knobs) -> DenoisingLoss:
+    """The loss with other settings of the AR axis."""
+    return dataclasses.replace(LOSS, ar=dataclasses.replace(LOSS.ar, **knobs))
+
+
+def loss_of(loss: DenoisingLoss, model, latents_BCYX: torch.Tensor, draws: Draws) -> LossTerms:
     return loss(model, loss.prepare(latents_BCYX, draws))
 
 
@@ -54,7 +55,7 @@ def fields(draws: Draws) -> dict[str, torch.Tensor]:
     ],
 )
 def test_a_sample_draws_the_same_numbers_in_any_micro_batch(knobs) -> None:
-    loss = dataclasses.replace(LOSS, **knobs)
+    loss = with_ar(**knobs)
     whole = fields(draw(loss))
     parts = [fields(draw(loss, ids=IDS[i], labels=LABELS[i])) for i in ([2], [0, 3])]
     for name, value in whole.items():
@@ -112,13 +113,13 @@ def test_a_zero_head_predicts_nothing() -> None:
 
 def test_ablations_reach_the_draws() -> None:
     """A plain diffusion transformer, pure autoregression, and blocks in raster order."""
-    dit = draw(dataclasses.replace(LOSS, num_ar_steps=1))
+    dit = draw(with_ar(num_ar_steps=1))
     assert dit.steps_BL.unique().tolist() == [0]
-    pure = draw(dataclasses.replace(LOSS, num_ar_steps=9, ar_step_sizes="equal"))
+    pure = draw(with_ar(num_ar_steps=9, ar_step_sizes="equal"))
     assert torch.equal(pure.steps_BL, torch.arange(9).expand(4, -1))
-    blocks = dataclasses.replace(
-        LOSS, num_ar_steps=4, ar_step_sizes="equal", token_order="block_raster", block_size=2
-    ).draw(7, 1, IDS, LABELS, num_tokens=16, patch_values=4)
+    blocks = with_ar(num_ar_steps=4, ar_step_sizes="equal", token_order="block_raster", block_size=2).draw(
+        7, 1, IDS, LABELS, num_tokens=16, patch_values=4
+    )
     assert torch.equal(blocks.order_BL, order.fixed_order(4, "block_raster", 2).expand(4, -1))
     assert torch.equal(blocks.steps_BL, (torch.arange(16) // 4).expand(4, -1))
     # Nothing else moves with them.
@@ -140,7 +141,7 @@ def test_ablations_reach_the_draws() -> None:
 )
 def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
     """And changes nothing: each sample alone has the same loss."""
-    loss, model = dataclasses.replace(LOSS, **knobs), small_model()
+    loss, model = with_ar(**knobs), small_model()
     latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
     rows = []
 
@@ -163,7 +164,7 @@ def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
 def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:
     # In fp64, where rounding of other summation orders cannot hide a difference.
     model, latents = small_model().double(), seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
-    plain = dataclasses.replace(LOSS, ar_split=split)
+    plain = with_ar(ar_split=split)
     padded = dataclasses.replace(plain, clean_multiple=clean_multiple)
     lengths = []
     for step in range(20):
@@ -192,17 +193,21 @@ def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:
 # Ready batches
 
 
+# Settings of the AR axis, and others.
 GOLDEN = {
-    "sample": {},
-    "batch_padded": {"ar_split": "batch", "clean_multiple": 4},
-    "equal_dilated_cosine": {
-        "num_ar_steps": 4,
-        "ar_step_sizes": "equal",
-        "token_order": "dilated",
-        "block_size": 3,
-        "ar_weight_schedule": "cosine",
-    },
-    "raster_padded": {"token_order": "raster", "clean_multiple": 4, "seed": 7},
+    "sample": ({}, {}),
+    "batch_padded": ({"ar_split": "batch"}, {"clean_multiple": 4}),
+    "equal_dilated_cosine": (
+        {
+            "num_ar_steps": 4,
+            "ar_step_sizes": "equal",
+            "token_order": "dilated",
+            "block_size": 3,
+            "ar_weight_schedule": "cosine",
+        },
+        {},
+    ),
+    "raster_padded": ({"token_order": "raster"}, {"clean_multiple": 4, "seed": 7}),
 }
 
 
@@ -211,7 +216,8 @@ def test_batches_are_those_that_runs_have_trained_on(name: str) -> None:
     """Of the version that drew and laid out in the training thread: a run that goes on sees the same numbers."""
     tensors = load_file(FOLDER / "batches.safetensors")
     want = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
-    loss = dataclasses.replace(LOSS, **GOLDEN[name])
+    knobs, others = GOLDEN[name]
+    loss = dataclasses.replace(with_ar(**knobs), **others)
     batch = loss.prepare(seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6)), draw(loss))
     got = batch.tensors() | {"order_BL": batch.positions_BL, "clean_BLP": batch.clean_BLP[:, : batch.num_clean]}
     counts = want.pop("counts").tolist()
@@ -241,7 +247,7 @@ def test_a_batch_that_is_pickled_is_the_same(last: int) -> None:
 
 @pytest.mark.gpu
 def test_a_batch_is_pinned_where_samples_share_their_rows() -> None:
-    loss = dataclasses.replace(LOSS, ar_split="batch", token_order="raster")
+    loss = with_ar(ar_split="batch", token_order="raster")
     batch = loss.prepare(torch.zeros(4, 1, 6, 6), draw(loss))
     assert batch.steps_BL.stride(0) == batch.positions_BL.stride(0) == 0
     pinned = batch.pin_memory()

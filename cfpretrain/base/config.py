@@ -84,9 +84,12 @@ class OrderConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
+    # What the network predicts: the noise or v on DDPM's schedule, or the velocity of flow matching.
+    process: Literal["epsilon", "v", "flow"] = "epsilon"
     num_timesteps: Annotated[int, Range(2, 1_000_000)] = 1000
     beta_first: Annotated[float, Range(1e-9, 1)] = 1e-4  # betas are scaled by 1000 / num_timesteps
-    beta_last: Share = 0.02
+    beta_last: Share = 0.02  # both of epsilon and v
+    flow_times: Literal["logit_normal", "uniform"] = "logit_normal"  # how flow draws times in training
 
 
 @dataclass(frozen=True)
@@ -343,7 +346,8 @@ def _check_numbers(config: Config) -> Iterable[str]:
         )
     if config.noise.beta_first > config.noise.beta_last:
         yield f"noise.beta_first: expected at most noise.beta_last = {config.noise.beta_last:g}; noise grows with t"
-    if config.noise.num_timesteps >= 1 and config.noise.beta_last * 1000 / config.noise.num_timesteps >= 1:
+    has_betas = config.noise.process != "flow" and config.noise.num_timesteps >= 1
+    if has_betas and config.noise.beta_last * 1000 / config.noise.num_timesteps >= 1:
         yield (
             f"noise.num_timesteps: expected more than {1000 * config.noise.beta_last:g}, since betas are scaled by "
             f"1000 / num_timesteps and must stay under 1, got {config.noise.num_timesteps}"

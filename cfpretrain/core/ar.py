@@ -137,17 +137,6 @@ def _cut_uniformly(keys_B: Tensor, num_pieces_B: Tensor, num_tokens: int, end_B:
     return ((rank_BL < num_pieces_B[:, None] - 1) & allowed_BL).long()
 
 
-def shares_split(ar_split: str, num_ar_steps: int, ar_step_sizes: str) -> bool:
-    """Whether all samples of an optimizer step are cut alike, so that one row of a layout serves them.
-
-    Args:
-        ar_split: "batch" for a split that all share, "sample" for one of its own for each sample.
-        num_ar_steps: the S that is always taken; 0 draws it.
-        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
-    """
-    return ar_split == "batch" or ar_step_sizes == "equal" or num_ar_steps == 1
-
-
 def equal_sizes(num_tokens: int, num_ar_steps: int) -> list[int]:
     """Sizes of AR steps as equal as can be, the larger ones last."""
     _check_num_ar_steps(num_tokens, num_ar_steps)
@@ -323,6 +312,56 @@ def fixed_order(grid: int, token_order: str, block_size: int) -> Tensor:
         return blocks.permute(0, 2, 1, 3).flatten()
     assert token_order == "dilated", token_order
     return blocks.permute(1, 3, 0, 2).flatten()
+
+
+# ---------------------------------------------------------------------------
+# The AR axis of training
+
+
+@dataclass(frozen=True)
+class ARSettings:
+    """AR steps, orders and weights in training; section `order` of a config has the same keys.
+
+    Attributes:
+        num_ar_steps: AR steps (S) of every split; 0 draws it.
+        ar_step_decay: P(S) is proportional to ar_step_decay^(S-1).
+        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
+        ar_split: "sample" for a split of its own for each sample (equal last sizes), "batch" for one that all share.
+        ar_weight_first, ar_weight_last, ar_weight_schedule: see `ar_weights`.
+        token_order, block_size: see `draw_orders`.
+    """
+
+    num_ar_steps: int = 0
+    ar_step_decay: float = 0.9
+    ar_step_sizes: str = "random"
+    ar_split: str = "sample"
+    ar_weight_first: float = 2.0
+    ar_weight_last: float = 1.0
+    ar_weight_schedule: str = "linear"
+    token_order: str = "random"
+    block_size: int = 4
+
+    @property
+    def shares_split(self) -> bool:
+        """Whether all samples of an optimizer step are cut alike, so that one row of a layout serves them."""
+        return self.ar_split == "batch" or self.ar_step_sizes == "equal" or self.num_ar_steps == 1
+
+    def draw_steps(self, shared_key: Tensor, sample_keys_B: Tensor, num_tokens: int) -> Tensor:
+        """The AR step of each position, int64 [B, L]; arguments as for the function `draw_steps`."""
+        batch_size = len(sample_keys_B)
+        if self.ar_step_sizes == "equal":
+            return steps_from_sizes(equal_sizes(num_tokens, self.num_ar_steps)).expand(batch_size, -1)
+        if self.ar_split == "batch":
+            return draw_shared_steps(shared_key, batch_size, num_tokens, self.ar_step_decay, self.num_ar_steps)
+        return draw_steps(shared_key, sample_keys_B, num_tokens, self.ar_step_decay, self.num_ar_steps)
+
+    def draw_orders(self, sample_keys_B: Tensor, num_tokens: int) -> Tensor:
+        """The token at each position, int64 [B, L]; see the function `draw_orders`."""
+        return draw_orders(sample_keys_B, num_tokens, self.token_order, self.block_size)
+
+    def weights(self, steps_BL: Tensor) -> Tensor:
+        """The loss weight of each token, float32 [B, L]; see `ar_weights`."""
+        return ar_weights(steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule)
 
 
 # ---------------------------------------------------------------------------

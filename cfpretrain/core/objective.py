@@ -1,4 +1,4 @@
-"""The training loss: order -> noise -> a ready batch, then model -> (sum, count).
+"""The training loss: AR steps -> noise -> a ready batch, then model -> (sum, count).
 
 All that is random or derived is made by `draw` and `prepare`, on the CPU and ahead of the step (`data.loader`); the
 step itself computes the network and its squared error.
@@ -14,21 +14,9 @@ import torch
 from torch import Tensor
 
 from cfpretrain.core import seeds
-from cfpretrain.core.ar import (
-    Condition,
-    Image,
-    ar_weights,
-    build_layout,
-    count_useful,
-    draw_orders,
-    draw_shared_steps,
-    draw_steps,
-    equal_sizes,
-    shares_split,
-    steps_from_sizes,
-)
+from cfpretrain.core.ar import ARSettings, Condition, Image, build_layout, count_useful
 from cfpretrain.core.model import ClassPart, ImagePart, patchify, take_tokens
-from cfpretrain.core.process import Schedule, q_sample
+from cfpretrain.core.process import NoiseProcess
 
 
 @dataclass(frozen=True)
@@ -41,7 +29,7 @@ class Draws:
         labels_B: int64 [B], labels after the drop to the null class.
         order_BL: int64 [B, L], which token of the grid stands at each position.
         steps_BL: int64 [B, L], the AR step of each position.
-        timesteps_B: int64 [B].
+        timesteps_B: [B], the times that the network is told (`NoiseProcess.draw_times`).
         noise_BLP: float32 [B, L, P], in raster order.
     """
 
@@ -67,7 +55,7 @@ class Batch:
         target_BLP: float32 [B, L, P], what the network is to predict.
         positions_BL: int64 [B, L], the tokens' places on the grid (row * grid + column).
         steps_BL: int64 [B, L], the tokens' AR steps.
-        timesteps_B: int64 [B].
+        timesteps_B: [B], the times that the network is told.
         weights_BL: float32 [B, L], the tokens' loss weights.
         intervals_BMI: int32 [B or 1, M, 4], see `order.Layout`.
         num_clean: the first clean tokens, those that stand in the sequence; no token sees the others.
@@ -158,40 +146,27 @@ class LossTerms:
 
 
 @dataclass(frozen=True)
-class NoisePredictionLoss:
-    """Squared error of the predicted noise over AR steps of random number, size and order.
+class DenoisingLoss:
+    """Squared error of the network's prediction over AR steps of random number, size and order.
 
     Attributes:
-        schedule: noise levels; t is uniform over them, one for each sample.
+        process: how tokens are noised, and what is predicted; one time for each sample.
+        ar: AR steps, orders and weights.
         patch_size: latent rows = columns of a token.
         num_cond_tokens: Q.
         null_class: the label that stands for "no class".
         label_drop_prob: probability of it.
-        ar_step_decay: gamma in P(S) ~ gamma^(S-1).
-        ar_split: "sample" for a split of its own for each sample (equal last sizes), "batch" for one that all share.
-        ar_weight_first, ar_weight_last, ar_weight_schedule: see `order.ar_weights`.
         seed: the run's seed.
-        num_ar_steps: AR steps of every split; 0 draws them.
-        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
-        token_order, block_size: see `order.draw_orders`.
-        clean_multiple: clean tokens are padded up to a multiple of it; see `order.build_layout`.
+        clean_multiple: clean tokens are padded up to a multiple of it; see `build_layout`.
     """
 
-    schedule: Schedule
+    process: NoiseProcess
+    ar: ARSettings
     patch_size: int
     num_cond_tokens: int
     null_class: int
     label_drop_prob: float
-    ar_step_decay: float
-    ar_split: str
-    ar_weight_first: float
-    ar_weight_last: float
-    ar_weight_schedule: str
     seed: int
-    num_ar_steps: int = 0
-    ar_step_sizes: str = "random"
-    token_order: str = "random"
-    block_size: int = 4
     clean_multiple: int = 1
 
     def draw(self, step: int, epoch: int, ids_B: Tensor, labels_B: Tensor, num_tokens: int, patch_values: int) -> Draws:
@@ -215,19 +190,11 @@ class NoisePredictionLoss:
             step,
             ids_B,
             labels_B=torch.where(dropped_B, self.null_class, labels_B),
-            order_BL=draw_orders(sample_keys("order"), num_tokens, self.token_order, self.block_size),
-            steps_BL=self._draw_steps(shared_key, sample_keys("ar split"), num_tokens),
-            timesteps_B=seeds.integers(sample_keys("timestep"), len(self.schedule)),
+            order_BL=self.ar.draw_orders(sample_keys("order"), num_tokens),
+            steps_BL=self.ar.draw_steps(shared_key, sample_keys("ar split"), num_tokens),
+            timesteps_B=self.process.draw_times(sample_keys("timestep")),
             noise_BLP=seeds.normal(sample_keys("noise"), (num_tokens, patch_values)),
         )
-
-    def _draw_steps(self, shared_key: Tensor, sample_keys_B: Tensor, num_tokens: int) -> Tensor:
-        batch_size = len(sample_keys_B)
-        if self.ar_step_sizes == "equal":
-            return steps_from_sizes(equal_sizes(num_tokens, self.num_ar_steps)).expand(batch_size, -1)
-        if self.ar_split == "batch":
-            return draw_shared_steps(shared_key, batch_size, num_tokens, self.ar_step_decay, self.num_ar_steps)
-        return draw_steps(shared_key, sample_keys_B, num_tokens, self.ar_step_decay, self.num_ar_steps)
 
     def prepare(self, latents_BCYX: Tensor, draws: Draws) -> Batch:
         """The batch that the draws make of latents, all on the CPU.
@@ -239,8 +206,8 @@ class NoisePredictionLoss:
         order_BL = draws.order_BL
         clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
         noise_BLP = take_tokens(draws.noise_BLP, order_BL)
-        shared = shares_split(self.ar_split, self.num_ar_steps, self.ar_step_sizes)
-        steps_BL = draws.steps_BL[:1] if shared else draws.steps_BL
+        noised_BLP, target_BLP = self.process.noise(clean_BLP, noise_BLP, draws.timesteps_B)
+        steps_BL = draws.steps_BL[:1] if self.ar.shares_split else draws.steps_BL
         layout = build_layout([Condition(self.num_cond_tokens), Image(steps_BL)], self.clean_multiple)
         num_tokens, num_visible = (int(n_B.expand(len(latents_BCYX)).sum()) for n_B in count_useful(layout))
         return Batch(
@@ -248,12 +215,12 @@ class NoisePredictionLoss:
             ids_B=draws.ids_B,
             labels_B=draws.labels_B,
             clean_BLP=clean_BLP,
-            noised_BLP=q_sample(self.schedule, clean_BLP, noise_BLP, draws.timesteps_B),
-            target_BLP=noise_BLP,
+            noised_BLP=noised_BLP,
+            target_BLP=target_BLP,
             positions_BL=order_BL,
             steps_BL=draws.steps_BL,
             timesteps_B=draws.timesteps_B,
-            weights_BL=ar_weights(draws.steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule),
+            weights_BL=self.ar.weights(draws.steps_BL),
             intervals_BMI=layout.intervals_BMI,
             num_clean=layout.num_clean_image_tokens[0],
             num_tokens=num_tokens,

@@ -17,10 +17,11 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
 from cfpretrain.base.files import read_json
 from cfpretrain.core import attention
+from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValues, initialise, write_initial_values
 from cfpretrain.core.norm import has_apex
-from cfpretrain.core.objective import Batch, NoisePredictionLoss
-from cfpretrain.core.process import linear_schedule
+from cfpretrain.core.objective import Batch, DenoisingLoss
+from cfpretrain.core.process import NoiseProcess, make_process
 from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
@@ -184,25 +185,21 @@ def _names_of_shards(config: Config) -> tuple[str, ...]:
     return names if len(names) == len(numbers) else numbers
 
 
-def make_loss(config: Config) -> NoisePredictionLoss:
+def make_noise_process(config: Config) -> NoiseProcess:
+    """How tokens are noised, and what the network predicts."""
+    return make_process(**vars(config.noise))
+
+
+def make_loss(config: Config) -> DenoisingLoss:
     """The training objective."""
-    order, noise = config.order, config.noise
-    return NoisePredictionLoss(
-        schedule=linear_schedule(noise.num_timesteps, noise.beta_first, noise.beta_last),
+    return DenoisingLoss(
+        process=make_noise_process(config),
+        ar=ARSettings(**vars(config.order)),
         patch_size=config.model.patch_size,
         num_cond_tokens=config.model.num_cond_tokens,
         null_class=config.model.num_classes,
         label_drop_prob=config.train.label_drop_prob,
-        ar_step_decay=order.ar_step_decay,
-        ar_split=order.ar_split,
-        ar_weight_first=order.ar_weight_first,
-        ar_weight_last=order.ar_weight_last,
-        ar_weight_schedule=order.ar_weight_schedule,
         seed=config.run.seed,
-        num_ar_steps=order.num_ar_steps,
-        ar_step_sizes=order.ar_step_sizes,
-        token_order=order.token_order,
-        block_size=order.block_size,
         clean_multiple=config.clean_token_multiple(),
     )
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cfpretrain.base.config import Config, can_checkpoint
-from cfpretrain.core.ar import sequence_lengths, shares_split
+from cfpretrain.core.ar import ARSettings, sequence_lengths
 from cfpretrain.run.build import choose_attention, make_model
 from cfpretrain.training.engine import ds_config
 
@@ -145,7 +145,7 @@ def plan_of(config: Config, num_ranks: int, zero_settings: dict[str, Any], atten
         on_gpu: whether the ranks compute on GPUs.
     """
     engine, order = config.engine, config.order
-    shared = shares_split(order.ar_split, order.num_ar_steps, order.ar_step_sizes)
+    shared = ARSettings(**vars(order)).shares_split
     return Plan(
         num_ranks=num_ranks,
         zero_stage=engine.zero_stage,
