@@ -29,8 +29,9 @@ from cfpretrain.base.console import (
 )
 from cfpretrain.base.watchdog import EXIT_FAILED, StopRequest, Watch
 from cfpretrain.core.ar import equal_sizes
+from cfpretrain.core.modalities import LossTerms
 from cfpretrain.core.model import BlockSettings
-from cfpretrain.core.objective import Batch, LossTerms
+from cfpretrain.core.objective import Batch
 from cfpretrain.core.sampler import Guidance
 from cfpretrain.data.loader import Loader, Position, open_folders
 from cfpretrain.data.mosaic import __version__ as streaming_version
@@ -371,11 +372,9 @@ class Trainer:
 
     def exchange(self, terms: Sequence[LossTerms], batches: Sequence[Batch]) -> Tensor:
         """What all ranks must know before the update, as one sum over ranks on the device: the loss, then `told`."""
-        num_sequences, num_tokens = sum(map(len, batches)), sum(batch.num_tokens for batch in batches)
-        num_visible = sum(batch.num_visible for batch in batches)
         told = [
             sum(t.count for t in terms),
-            training_flops(self.config.model, num_sequences, num_tokens, num_visible),
+            sum(training_flops(self.config.model, batch.work) for batch in batches),
             self.is_asked_to_stop(),
             self.writer.is_working,
             self.writer.has_failed,
