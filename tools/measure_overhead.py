@@ -93,7 +93,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
             runtime.barrier()
             begin = time.perf_counter()
             if kind == "saving":
-                trainer.save_checkpoint()
+                trainer.checkpoints.write(trainer.state())
                 stalls.append(time.perf_counter() - begin)
             for _ in range(arguments.block_steps):
                 trainer.train_step()
@@ -103,7 +103,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
             synchronise(trainer.device)
             runtime.barrier()
             seconds[kind].append((time.perf_counter() - begin) / arguments.block_steps)
-        trainer.writer.wait()
+        trainer.checkpoints.wait()
         refuse_skipped(trainer)
 
     with phase("warming up"):
@@ -122,16 +122,19 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
 
 def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     """What a kind of block does without: (owner, name, what stands in for it)."""
-    from cfpretrain.training.trainer import Exchanged
+    from cfpretrain.training.step import Agreed
 
-    trainer.exchanged = Exchanged(1.0, 1.0, 1.0, must_stop=False, is_writing=False, has_failed=False, lacks_data=False)
+    step = trainer.step
+    step.agreed = Agreed(
+        1.0, 1.0, 1.0, must_stop=False, is_writing=False, has_failed=False, lacks_data=False, problem=None
+    )
     unguarded = [
-        (trainer, "exchange", lambda terms, batches: None),
-        (trainer, "is_healthy", lambda told, grad_norm: True),
+        (step, "exchange", lambda terms: None),
+        (step, "decide", lambda told, grad_norm: True),
         # Losses that nobody computed do not tell the next block's guard what is usual.
         (trainer.guard, "applied", lambda loss, grad_norm: None),
     ]
-    bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer, "record_step", lambda *_: None)]
+    bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer, "_row", lambda *_: {})]
     return {"bare": bare, "unguarded": unguarded, "full": [], "saving": []}
 
 

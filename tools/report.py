@@ -23,13 +23,13 @@ from cfpretrain.base import files, launch
 from cfpretrain.base.console import (
     UserError,
     ending_in_one_line,
-    leave_on_signals,
     path_argument,
     phase,
     printable,
     say,
 )
 from cfpretrain.base.files import read_json
+from cfpretrain.base.stopping import leave_when_asked
 from cfpretrain.evaluation.sampling_options import check_guidance
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def main() -> None:
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_args()
     launch.check()
-    leave_on_signals()
+    leave_when_asked()
     with ending_in_one_line():
         run(arguments)
 
@@ -218,8 +218,8 @@ def _kept(run: Path) -> Path:
 
 def _begin(run: Path) -> int:
     """Takes the folder of the samples, so that no second report works there; returns its lock."""
+    from cfpretrain.base.console import reason_of
     from cfpretrain.run import outputs
-    from cfpretrain.run.checkpoint import reason_of
 
     try:
         return outputs.take_hidden(_kept(run), run / _REPORT_FILE, "RUN")

@@ -61,12 +61,11 @@ class TrainerSide:
     def step(self) -> tuple[float, float]:
         """The next step, and what training does with its row; returns the loss and the FLOPs."""
         trainer = self._trainer
-        trainer.train_step()
-        record = trainer.window.records[-1]
+        agreed = trainer.train_step()
         if trainer.window_ends():
             trainer.close_window(self._progress)
         refuse_skipped(trainer)
-        return record.row["loss"], record.flops
+        return agreed.loss, agreed.flops
 
     def close(self) -> None:
         """Ends the loader's workers and the EMA's update."""

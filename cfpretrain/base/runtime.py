@@ -1,33 +1,31 @@
 """Ranks and the device: who we are in the run, and how ranks agree."""
 
-import fcntl
 import importlib
 import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from cfpretrain import __version__
-from cfpretrain.base import files, launch
+from cfpretrain.base import launch
 from cfpretrain.base.console import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     UserError,
     exit_with,
     explain_no_memory,
-    leave_with,
     one_line,
     phase,
+    print_error,
     speak_as,
 )
 
@@ -37,8 +35,7 @@ _EXCHANGE_SECONDS = 5.0
 _STORE_TIMEOUT = timedelta(seconds=10)
 # Rank 0 keeps the store that the others ask who failed first; and who was not the first does not end first.
 _KEEP_STORE_SECONDS = 3.0
-_LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
-_LOOPBACK_NAMES = (_LOOPBACK, "localhost")  # what launchers call it
+_LOOPBACK = "127.0.0.1"
 _LET_SPEAK_SECONDS = 8.0
 
 _num_ticks = 0
@@ -52,11 +49,6 @@ def _launch() -> launch.Launch:
 def rank() -> int:
     """This process's rank; 0 without a launcher."""
     return _launch().rank
-
-
-def local_rank() -> int:
-    """This process's rank on its node; 0 without a launcher."""
-    return _launch().local_rank
 
 
 def world_size() -> int:
@@ -94,18 +86,17 @@ def pick_device(device_files: Path = Path("/dev")) -> torch.device:
     if asked == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        num_ranks, num_gpus = launch.read().local_size, torch.cuda.device_count()
-        if num_ranks > num_gpus:
+        here, num_gpus = launch.read(), torch.cuda.device_count()
+        if here.local_size > num_gpus:
             raise UserError(
-                f"--num_accelerators: expected at most {num_gpus}, the GPUs of this machine, got {num_ranks}; "
+                f"--num_accelerators: expected at most {num_gpus}, the GPUs of this machine, got {here.local_size}; "
                 "leave the option out to take all"
             )
-        return torch.device("cuda", local_rank())
+        return torch.device("cuda", here.local_rank)
     unusable = next(iter(sorted(device_files.glob("nvidia[0-9]*"))), None)
     # Empty, -1 or Slurm's NoDevFiles hide them on purpose.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    is_hidden = visible is not None and not visible.strip()[:1].isalnum()
-    if unusable is not None and not is_hidden and visible != "NoDevFiles":
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
+    if unusable is not None and visible[:1].isalnum() and visible != "NoDevFiles":
         raise UserError(
             f"this machine has a GPU ({unusable}) that torch {torch.__version__} cannot use: {_why_no_cuda()}; "
             "to compute on the CPU all the same, set DS_ACCELERATOR=cpu"
@@ -150,7 +141,7 @@ def start(device: torch.device) -> None:
     if _is_on_one_machine(found):
         # Gloo and NCCL listen where the machine's name leads, else, even for one rank.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, _LOOPBACK_INTERFACE)
+            os.environ.setdefault(name, "lo")
     try:
         dist.init_process_group(
             backend, store=_make_store(found), rank=found.rank, world_size=found.world_size, timeout=_TIMEOUT
@@ -166,7 +157,7 @@ def start(device: torch.device) -> None:
 
 def _is_on_one_machine(found: launch.Launch) -> bool:
     """Whether nobody on another machine is meant to connect."""
-    return found.world_size == 1 or os.environ["MASTER_ADDR"] in _LOOPBACK_NAMES
+    return found.world_size == 1 or os.environ["MASTER_ADDR"] in (_LOOPBACK, "localhost")
 
 
 def _make_store(found: launch.Launch) -> Any:
@@ -211,8 +202,7 @@ def num_ticks() -> int:
 
 def barrier() -> None:
     """Waits for every rank; nothing on one process without a group."""
-    if dist.is_initialized():
-        gather(None)
+    gather(None)
 
 
 def gather(item: Any) -> list[Any]:
@@ -266,14 +256,23 @@ def read_back(values: torch.Tensor) -> list[float]:
     return values.tolist()
 
 
-def to_device(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    """Numbers of the host as float64 on the device; nothing waits for them."""
-    on_host = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)
-
-
 class LostRankError(RuntimeError):
     """Another rank is gone."""
+
+
+@contextmanager
+def _others_are_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(str(error)) from error
+
+
+def connect_to_store() -> Any:
+    """The store of the process group, by a connection of its own: the group's may be waiting inside a collective."""
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
+    )
 
 
 def first_to_fail(code: int) -> tuple[int, int]:
@@ -285,11 +284,7 @@ def first_to_fail(code: int) -> tuple[int, int]:
     if not dist.is_initialized() or world_size() == 1:
         return rank(), code
     try:
-        # A connection of its own: the group's may be waiting inside a collective.
-        store: Any = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
-        )
-        first = store.compare_set("cfpretrain/first to fail", "", f"{rank()} {code}").decode()
+        first = connect_to_store().compare_set("cfpretrain/first to fail", "", f"{rank()} {code}").decode()
     except RuntimeError:  # rank 0, which keeps the store, is gone
         return rank(), code
     if rank() == 0:
@@ -304,20 +299,9 @@ def leave_after_the_first(code: int) -> NoReturn:
     os._exit(code)
 
 
-def exit_without_memory(error: Exception) -> None:
-    """Ends this rank where the error comes of too little memory, with one line of the first rank to which it came."""
-    explained = explain_no_memory(error)
-    if explained is None:
-        return
-    first, code = first_to_fail(EXIT_USER_ERROR)
-    if first != rank():
-        leave_after_the_first(code)
-    exit_with(explained, speaks=True)
-
-
 @contextmanager
 def ranks_of_a_tool(device: torch.device) -> Iterator[None]:
-    """What a tool works in: all ranks begin together, and one that loses another leaves."""
+    """The process group of a tool: all ranks begin together, and one that loses another leaves."""
     with phase("waiting for all ranks", announce=False):
         start(device)
     try:
@@ -326,21 +310,19 @@ def ranks_of_a_tool(device: torch.device) -> Iterator[None]:
         _, code = first_to_fail(EXIT_REQUEUE)
         if code != EXIT_REQUEUE:
             leave_after_the_first(code)
-        leave_with(f"another rank is gone ({error})")
+        # Without a farewell to the others, which may not answer.
+        print_error(f"rank {rank()}: another rank is gone ({error}); the same command goes on")
+        os._exit(EXIT_REQUEUE)
     except Exception as error:
-        # Before the others hear that this rank has left the group.
-        exit_without_memory(error)
+        explained = explain_no_memory(error)
+        if explained is not None:  # here, before the others hear that this rank has left the group
+            first, code = first_to_fail(EXIT_USER_ERROR)
+            if first != rank():
+                leave_after_the_first(code)
+            exit_with(explained, speaks=True)
         raise
     finally:
         stop()
-
-
-@contextmanager
-def _others_are_there() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostRankError(str(error)) from error
 
 
 class Exchange:
@@ -356,7 +338,7 @@ class Exchange:
         LostRankError: a rank is gone without a word.
     """
 
-    def __init__(self, on_exchange: Callable[[int], None]) -> None:
+    def __init__(self, on_exchange: Callable[[int], None] = lambda num_done: None) -> None:
         self._on_exchange = on_exchange
         self._num_done, self._exchanged_at = 0, time.monotonic()
         self._failed = False
@@ -370,9 +352,7 @@ class Exchange:
     def __enter__(self) -> "Exchange":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, UserError) and not self._failed:
             self._exchange(has_ended=True, problem=str(error))
         while error is None and not self._exchange(has_ended=True):
@@ -388,44 +368,6 @@ class Exchange:
                 raise UserError(found)
         self._on_exchange(sum(num_done for _, num_done, _ in states))
         return all(ended for ended, _, _ in states)
-
-
-class FolderLock:
-    """Keeps two runs from writing into one folder: a lock on a file in it, held by rank 0 until its process ends.
-
-    Args:
-        file: the lock.
-        wait_seconds: how long to wait for another run, which may be about to end.
-
-    Raises:
-        UserError: another process still holds it.
-    """
-
-    def __init__(self, file: Path, wait_seconds: float) -> None:
-        if rank() != 0:
-            return
-        deadline = time.monotonic() + wait_seconds
-        # A record lock: a loader's worker, forked from this process and left behind by its death, does not hold it.
-        self._lock = files.open_to_change(file)
-        while not self._try():
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"run.folder: {file.parent} is in use by another run ({self._holder()}); "
-                    "end that one, or choose another run.folder"
-                )
-            time.sleep(0.2)
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-    def _try(self) -> bool:
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-        return True
-
-    def _holder(self) -> str:
-        return os.pread(self._lock, 256, 0).decode(errors="replace").strip() or "of an unknown process"
 
 
 def package_versions(*modules: str) -> dict[str, str]:

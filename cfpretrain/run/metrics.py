@@ -3,17 +3,17 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cfpretrain.base import files, runtime
-from cfpretrain.base.config import ModelConfig
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.config import Config, ModelConfig
+from cfpretrain.base.console import explaining, say
 from cfpretrain.base.files import open_to_read, parse_json
 
 _MAX_BYTES, _MAX_LINE_BYTES = 2**32, 2**24  # of a metrics file
@@ -66,55 +66,87 @@ def peak_memory_gb(device: torch.device) -> tuple[float, ...]:
 
 
 # ---------------------------------------------------------------------------
-# Steps and windows
+# Windows
 
 
-@dataclass
-class StepRecord:
-    """One step.
+class Window:
+    """The rows of the steps since the last row on disk, and the clock of their speed.
 
     Attributes:
-        row: values that are equal on all ranks: step, loss, learning_rate, grad_norm, ...
-        flops: the step's FLOPs over all ranks.
-        sample_ids: of this rank; None where they are not logged.
+        rows: of the steps; a step's values are equal on all ranks: step, loss, learning_rate, grad_norm, ...
     """
 
-    row: dict[str, Any]
-    flops: float
-    sample_ids: list[int] | None = None
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._sample_ids: list[list[int]] = []
+        self._flops = 0.0
+        self._begin, self._aside = time.perf_counter(), 0.0
+        self._waited_before = 0.0
 
+    def add(self, row: dict[str, Any], flops: float, sample_ids: list[int] | None = None) -> None:
+        """Adds a step.
 
-@dataclass
-class Window:
-    """The steps since the last line."""
+        Args:
+            row: its values.
+            flops: over all ranks.
+            sample_ids: of this rank; None where they are not logged.
+        """
+        self.rows.append(row)
+        self._flops += flops
+        if sample_ids is not None:
+            self._sample_ids.append(sample_ids)
 
-    records: list[StepRecord] = field(default_factory=list)
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What runs inside (a checkpoint, samples, a score) is not part of the steps' time."""
+        begin = time.perf_counter()
+        yield
+        self._aside += time.perf_counter() - begin
 
-    def close(self, seconds: Sequence[float]) -> tuple[list[dict[str, Any]], float, list[float]]:
-        """Empties the window; all ranks call it.
+    def close(
+        self, config: Config, device: torch.device, waited_seconds: float
+    ) -> tuple[list[dict[str, Any]], float, float]:
+        """Sums the window over ranks and begins the next; all ranks call it.
+
+        Args:
+            config: of the run.
+            device: of this rank.
+            waited_seconds: how long this rank has waited for data since the run began.
 
         Returns:
-            The rows, the window's FLOPs over all ranks, and rank 0's `seconds`.
+            The rows, the last of them with speed and memory; the seconds that the steps took, and those aside.
         """
-        # Rank 0's clock decides for all, so that all ranks stop at the same step.
-        clocks = [s if runtime.rank() == 0 else 0.0 for s in seconds]
-        agreed = runtime.sum_over_ranks(torch.tensor(clocks, dtype=torch.float64)).tolist()
-        self._gather_sample_ids()
-        rows, flops = [r.row for r in self.records], sum(r.flops for r in self.records)
-        self.records = []
-        return rows, flops, agreed
-
-    def _gather_sample_ids(self) -> None:
-        if not any(record.sample_ids for record in self.records):
-            return
-        of_ranks = runtime.gather([record.sample_ids for record in self.records])
-        for record, parts in zip(self.records, zip(*of_ranks, strict=True), strict=True):
-            record.row["sample_ids"] = sorted(i for part in parts for i in part)
+        now = time.perf_counter()
+        steps_aside = now - self._begin - self._aside, self._aside
+        waited = waited_seconds - self._waited_before
+        told = runtime.gather((steps_aside, (waited, *peak_memory_gb(device)), self._sample_ids))
+        # Rank 0's clock decides for all, so that all ranks stop at the same step. One slow rank keeps all waiting, and
+        # one without memory ends all.
+        seconds, aside = told[0][0]
+        waited, *peaks = map(max, zip(*(of_rank[1] for of_rank in told), strict=True))
+        for row, parts in zip(self.rows, zip(*(of_rank[2] for of_rank in told), strict=True), strict=False):
+            row["sample_ids"] = sorted(i for part in parts for i in part)
+        peak = peak_flops(device, config.engine.precision)
+        rows, flops_per_second = self.rows, self._flops / seconds
+        rows[-1] |= {
+            "images_per_second": len(rows) * config.train.global_batch_size / seconds,
+            "tflops_per_second": flops_per_second / 1e12,
+            "mfu": flops_per_second / (peak * runtime.world_size()) if peak else None,
+            "data_wait_share": waited / seconds,
+            **dict(zip(("peak_memory_gb", "peak_reserved_gb"), peaks, strict=False)),
+        }
+        self.rows, self._sample_ids, self._flops = [], [], 0.0
+        self._begin, self._aside, self._waited_before = now, 0.0, waited_seconds
+        return rows, seconds, aside
 
 
 def finite_or_none(value: float) -> float | None:
-    """What JSON, which has no NaN, can hold of a number."""
+    """The number; None in place of one that JSON cannot hold."""
     return value if math.isfinite(value) else None
+
+
+# ---------------------------------------------------------------------------
+# The file
 
 
 class MetricsFile:
@@ -134,15 +166,10 @@ class MetricsFile:
         self._path = path
         self._num_bytes = 0  # of the rows on disk
         self._pending: list[str] = []
-        with runtime.together():
+        fix = "free some space there or choose another run.folder"
+        with runtime.together(), explaining(f"{path} cannot be written: {{reason}}; {fix}"):
             if runtime.rank() == 0:
-                try:
-                    self._begin(resume_step)
-                except OSError as error:
-                    raise UserError(
-                        f"{path} cannot be written: {error.strerror or error}; free some space there or choose "
-                        "another run.folder"
-                    ) from error
+                self._begin(resume_step)
 
     def _begin(self, resume_step: int) -> None:
         path = self._path
@@ -212,11 +239,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows, and how many lines before the last are none."""
-    try:
-        with open_to_read(path, _MAX_BYTES) as file:
-            found = [_to_row(line) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b"")]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); restore or remove it") from error
+    with (
+        explaining(f"{path} cannot be read ({{reason}}); restore or remove it"),
+        open_to_read(path, _MAX_BYTES) as file,
+    ):
+        found = [_to_row(line) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b"")]
     return [row for row in found if row is not None], sum(row is None for row in found[:-1])
 
 
