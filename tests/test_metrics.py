@@ -1,4 +1,4 @@
-"""Metrics: FLOPs against published figures, windows, the file across a resume."""
+"""Metrics: FLOPs against published figures, the file across a resume."""
 
 import errno
 import json
@@ -7,7 +7,6 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,8 +15,6 @@ from cfpretrain.base.config import ModelConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.core import ar as order
 from cfpretrain.run import metrics
-from tests.digits import small_config
-from tests.processes import run_in_processes
 
 
 @pytest.mark.parametrize(
@@ -36,33 +33,6 @@ def test_flops_of_an_image_as_published(width, depth, heads, tera) -> None:
         visible += int(order.count_visible(layout.intervals_BMI))
     assert float(table.sum()) == pytest.approx(1)
     assert metrics.training_flops(model, 200, tokens, visible) / 200 / 1e12 == pytest.approx(tera, rel=0.03)
-
-
-def close_a_window() -> tuple[list[dict[str, Any]], float, float]:
-    from cfpretrain.base import runtime
-
-    runtime.start(torch.device("cpu"))
-    rank = runtime.rank()
-    window = metrics.Window()
-    window._begin -= 1e6 * (1 + rank)
-    window.add({"step": 1}, 10.0, [4 + rank, 1 + rank])
-    window.add({"step": 2}, 30.0, [9, 8 - rank])
-    closed = window.close(small_config(Path("shards"), Path("run")), torch.device("cpu"), waited_seconds=5e5 * rank)
-    assert window.rows == []
-    runtime.stop()
-    return closed
-
-
-def test_a_window_gathers_sample_ids_and_takes_the_clock_of_rank_zero() -> None:
-    (rows, seconds, aside), other = run_in_processes(close_a_window, 2)
-    assert other == (rows, seconds, aside)
-    assert 1e6 <= seconds < 1.5e6
-    assert aside == 0
-    assert rows[0] == {"step": 1, "sample_ids": [1, 2, 4, 5]}
-    assert rows[1]["sample_ids"] == [7, 8, 9, 9]
-    assert rows[1]["tflops_per_second"] == pytest.approx(40.0 / seconds / 1e12)
-    assert rows[1]["data_wait_share"] == pytest.approx(5e5 / seconds)  # of the rank that waited longest
-    assert rows[1]["mfu"] is None
 
 
 def test_json_has_no_nan() -> None:

@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain.base import launch
-from cfpretrain.base.console import Progress, add_allow_env, ending_in_one_line, phase, say
+from cfpretrain.base.console import add_allow_env, ending_in_one_line, phase, say
 
 _KINDS = ("bare", "unguarded", "full", "saving")
 _ADDS = {
@@ -80,7 +80,6 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
     from cfpretrain.base import runtime
     from tools.measuring import refuse_skipped, synchronise
 
-    progress = Progress(trainer.config.train.num_steps, 0)
     kinds = [kind for kind in _KINDS if kind in arguments.kinds]
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     stalls: list[float] = []
@@ -97,8 +96,8 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
                 stalls.append(time.perf_counter() - begin)
             for _ in range(arguments.block_steps):
                 trainer.train_step()
-                if kind != "bare" and trainer.window_ends():
-                    trainer.close_window(progress)
+                if kind != "bare" and trainer.log.is_due(trainer.at.step):
+                    trainer.close_window()
             trainer.ema.wait()
             synchronise(trainer.device)
             runtime.barrier()
@@ -122,19 +121,19 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
 
 def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     """What a kind of block does without: (owner, name, what stands in for it)."""
-    from cfpretrain.training.step import Agreed
+    from cfpretrain.training.step import StepResult
 
     step = trainer.step
-    step.agreed = Agreed(
+    step.result = StepResult(
         1.0, 1.0, 1.0, must_stop=False, is_writing=False, has_failed=False, lacks_data=False, problem=None
     )
     unguarded = [
-        (step, "exchange", lambda terms: None),
+        (step, "exchange", lambda terms, batches: None),
         (step, "decide", lambda told, grad_norm: True),
         # Losses that nobody computed do not tell the next block's guard what is usual.
         (trainer.guard, "applied", lambda loss, grad_norm: None),
     ]
-    bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer, "_row", lambda *_: {})]
+    bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer.log, "add", lambda *_: {})]
     return {"bare": bare, "unguarded": unguarded, "full": [], "saving": []}
 
 

@@ -120,7 +120,7 @@ _rank = 0
 
 
 def speak_as(rank: int) -> None:
-    """Says which rank of a run this process is, so that rank 0 alone speaks; a tool that runs alone need not."""
+    """Sets the rank of this process, since rank 0 alone speaks."""
     global _rank
     _rank = rank
 
@@ -131,7 +131,7 @@ def is_rank_zero() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints one line from rank 0, at once; where nobody reads any more, it is silent from then on."""
+    """Prints one line from rank 0, at once; silent once nobody reads any more."""
     if is_rank_zero():
         try:
             print(printable(masked(f"[cfpretrain] {text}")), flush=True)
@@ -148,7 +148,7 @@ def print_error(text: str) -> None:
 
 
 def visible(text: str) -> str:
-    """A text on one line, in which what has no shape (control characters, marks of direction) is as in a literal."""
+    """A text on one line; control characters and marks of direction are escaped as in a literal."""
     if text.isprintable():
         return text
     return "".join(c.encode("unicode_escape").decode() if category(c) in _UNSEEN else c for c in text)
@@ -168,7 +168,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def ending_in_one_line() -> Iterator[None]:
-    """What a command runs in: what its user can do something about, or Ctrl-C, ends the process with one line."""
+    """The context of a command: an error that its user can do something about, or Ctrl-C, ends it with one line."""
     try:
         yield
     except (UserError, SickRunError) as error:
@@ -194,11 +194,11 @@ def ending_in_one_line() -> Iterator[None]:
 
 
 def explain_no_memory(error: Exception) -> UserError | None:
-    """Of an error that comes of too little memory, on a GPU or the host: what a user can do; None for all others.
+    """What a user can do about an error of too little memory, on a GPU or the host; None for all other errors.
 
     Args:
         error: it, or one of its causes, may be torch's, CUDA's, Python's or the system's. Its notes
-            (`BaseException.add_note`) say what to change, where somebody knew.
+            (`BaseException.add_note`) are the advice, where there are any.
     """
     cause: BaseException | None = error
     while cause is not None and not _says_no_memory(cause):
@@ -246,9 +246,9 @@ phase_seconds: dict[str, float] = {}
 
 @contextmanager
 def phase(name: str, announce: bool = True) -> Iterator[None]:
-    """Names what begins now, and repeats it every 5 s until it ends, so that nobody waits in the dark.
+    """Says what begins now, and again every 5 s until it ends.
 
-    What is usually over in a moment need not be announced: it is named once it takes longer.
+    Work that is usually over in a moment need not be announced: it is named once it takes longer.
     """
     if announce:
         say(f"{name} ...")

@@ -36,6 +36,7 @@ _STORE_TIMEOUT = timedelta(seconds=10)
 # Rank 0 keeps the store that the others ask who failed first; and who was not the first does not end first.
 _KEEP_STORE_SECONDS = 3.0
 _LOOPBACK = "127.0.0.1"
+_LOOPBACK_NAMES = (_LOOPBACK, "localhost")  # what launchers call it
 _LET_SPEAK_SECONDS = 8.0
 
 _num_ticks = 0
@@ -66,14 +67,8 @@ def pick_device(device_files: Path = Path("/dev")) -> torch.device:
     """This rank's GPU where there is one, else the CPU; DS_ACCELERATOR=cpu chooses the CPU.
 
     To be called before anything is on a GPU: memory there is then taken in segments that grow, which fragment less,
-    unless the user has settings of his own.
-
-    Args:
-        device_files: where the system shows its GPUs.
-
-    Raises:
-        UserError: more ranks on this machine than GPUs, or a GPU that torch cannot use: nobody wants days of training
-            on the CPUs beside it.
+    unless the user has other settings. A GPU that torch cannot use (in `device_files`) is an error: nobody wants days
+    of training on the CPUs beside it.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch prefers
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -121,16 +116,13 @@ def _why_no_cuda() -> str:
 def start(device: torch.device) -> None:
     """Joins the process group (nccl with gloo for CPU tensors on a GPU, gloo on a CPU).
 
-    Sets LOCAL_WORLD_SIZE, which mosaicml-streaming reads and the deepspeed launcher leaves unset. Where ranks meet at
-    the loopback address, no port of theirs can be reached from another machine.
-
-    Raises:
-        UserError: on rank 0: another process listens on the port where ranks meet.
+    Where ranks meet at the loopback address, no port of theirs can be reached from another machine. UserError on rank 0
+    where another process listens on the port.
     """
     global _started
     found = _started = launch.read()
     speak_as(found.rank)
-    os.environ["LOCAL_WORLD_SIZE"] = str(found.local_size)
+    os.environ["LOCAL_WORLD_SIZE"] = str(found.local_size)  # mosaicml-streaming reads it; deepspeed does not set it
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed takes it over LOCAL_RANK, or refuses both
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -138,7 +130,7 @@ def start(device: torch.device) -> None:
     if found.world_size == 1:  # DeepSpeed reads them all
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(found.local_rank)}
         os.environ |= {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": "0"}
-    if _is_on_one_machine(found):
+    if os.environ["MASTER_ADDR"] in _LOOPBACK_NAMES:
         # Gloo and NCCL listen where the machine's name leads, else, even for one rank.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(name, "lo")
@@ -155,17 +147,12 @@ def start(device: torch.device) -> None:
         ) from error
 
 
-def _is_on_one_machine(found: launch.Launch) -> bool:
-    """Whether nobody on another machine is meant to connect."""
-    return found.world_size == 1 or os.environ["MASTER_ADDR"] in (_LOOPBACK, "localhost")
-
-
 def _make_store(found: launch.Launch) -> Any:
     """Where ranks meet; None: as torch's environment says, which listens on all addresses."""
     if found.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined] # of this process, on no port
     # An agent of torchrun's keeps the store by itself.
-    if not _is_on_one_machine(found) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if os.environ["MASTER_ADDR"] not in _LOOPBACK_NAMES or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     port = int(os.environ["MASTER_PORT"])
     store = partial(dist.TCPStore, _LOOPBACK, port, found.world_size, timeout=_TIMEOUT)  # type: ignore[attr-defined]
@@ -216,14 +203,7 @@ def gather(item: Any) -> list[Any]:
 
 
 def agree(problem: str | None) -> None:
-    """Ends the run on all ranks together when one of them has a problem.
-
-    Args:
-        problem: what is wrong on this rank, or None.
-
-    Raises:
-        UserError: on every rank, with the problem of the first rank that has one.
-    """
+    """UserError on every rank where one of them has a problem: that of the first that has one."""
     if not sum_over_ranks(torch.tensor([float(problem is not None)])):
         return  # one number travels in a third of the time that texts take: it is asked in every step
     for found in gather(problem):
@@ -276,7 +256,7 @@ def connect_to_store() -> Any:
 
 
 def first_to_fail(code: int) -> tuple[int, int]:
-    """The rank that called this first, and the exit code that it gave: it says what is wrong, the others fail with it.
+    """The rank that called this first, and its exit code: it says what is wrong, and the others end with that code.
 
     Args:
         code: with which this rank would end.
@@ -328,14 +308,10 @@ def ranks_of_a_tool(device: torch.device) -> Iterator[None]:
 class Exchange:
     """Keeps ranks in touch while each works through its own share: none works on, or waits, where another has failed.
 
-    Used as a context around the work; its end waits for the work of all ranks.
+    A context around the work; its end waits for the work of all ranks. A UserError of one is raised on every rank.
 
     Args:
         on_exchange: called on every rank, every few seconds and at the end, with what all have done together.
-
-    Raises:
-        UserError: on every rank, where the work of one ended with it.
-        LostRankError: a rank is gone without a word.
     """
 
     def __init__(self, on_exchange: Callable[[int], None] = lambda num_done: None) -> None:
@@ -360,14 +336,14 @@ class Exchange:
 
     def _exchange(self, has_ended: bool, problem: str | None = None) -> bool:
         """Whether the work of all ranks has ended."""
-        states = gather((has_ended, self._num_done, problem))
+        ended, num_done, problems = zip(*gather((has_ended, self._num_done, problem)), strict=True)
         self._exchanged_at = time.monotonic()
-        for _, _, found in states:
+        for found in problems:
             if found is not None:
                 self._failed = True
                 raise UserError(found)
-        self._on_exchange(sum(num_done for _, num_done, _ in states))
-        return all(ended for ended, _, _ in states)
+        self._on_exchange(sum(num_done))
+        return all(ended)
 
 
 def package_versions(*modules: str) -> dict[str, str]:

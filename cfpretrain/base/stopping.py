@@ -11,7 +11,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+
+import psutil
 
 from cfpretrain.base.console import EXIT_REQUEUE, is_rank_zero, say
 
@@ -25,21 +26,14 @@ class StopRequest:
 
     The run then finishes its step, saves and ends. Signals within 2 s of the first count as one; a later one ends the
     process at once.
-
-    Attributes:
-        reason: what asked it to stop; None where nothing has.
-        leave: ends the process at the first request, as long as there is nothing to save; None once there is.
-        end_waiting: called at the first request, from a thread: the main thread may wait for what is needed no longer.
-        is_in_step: ranks are on their way to the end of a step, where they agree to stop, and none writes to a disk.
-        longest_step: in seconds, without the first.
     """
 
     def __init__(self, leave: Callable[[str], None] | None = None) -> None:
-        self.reason: str | None = None
-        self.leave = leave
-        self.end_waiting: Callable[[], None] | None = None
-        self.is_in_step = False
-        self.longest_step = 0.0
+        self.reason: str | None = None  # what asked it to stop; None where nothing has
+        self.leave = leave  # ends the process at the first request; None once there is something to save
+        self.end_waiting: Callable[[], None] | None = None  # by the main thread, for what is needed no longer
+        self.is_in_step = False  # ranks are on their way to where they agree to stop, and none writes to a disk
+        self.longest_step = 0.0  # seconds, without the first
         self._lock = threading.Lock()
         self._first_signal_at: float | None = None
 
@@ -50,7 +44,7 @@ class StopRequest:
         os.set_blocking(write_end, False)
         signals = stop_signals()
         for number in signals:
-            signal.signal(number, _do_nothing)
+            signal.signal(number, lambda *_: None)  # without a handler in python the pipe is not written
         signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         os.register_at_fork(after_in_child=leave_signals_to_the_rank)
         threading.Thread(target=self._read_signals, args=(read_end, signals), name="signals", daemon=True).start()
@@ -126,10 +120,6 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return always if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*always, signal.SIGHUP)
 
 
-def _do_nothing(*_: object) -> None:
-    """A handler in python, without which the pipe is not written."""
-
-
 def leave_signals_to_the_rank(*_: object) -> None:
     """In a forked child (a loader's worker): signals to a whole process group are for the rank, which still needs it.
 
@@ -144,12 +134,12 @@ def leave_signals_to_the_rank(*_: object) -> None:
 
 def write_line(text: str) -> None:
     """A line from any thread, also while the main thread is in the middle of one."""
-    with suppress(OSError):  # whoever read it may be gone
+    with suppress(OSError):  # the reader may be gone
         os.write(sys.stdout.fileno(), f"[cfpretrain] {text}\n".encode())
 
 
 def _leave_terminal() -> None:
-    """Writes nowhere what a terminal would get that was closed: each write to it would fail."""
+    """Points the output to nowhere where it went to a terminal that was closed: each write to it would fail."""
     for descriptor in (1, 2):
         with suppress(OSError):  # it may be closed
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
@@ -164,13 +154,13 @@ class Launcher:
 
     def __init__(self) -> None:
         above = _ancestors()
-        found = [i for i, process in enumerate(above) if b"deepspeed.launcher" in _read_proc(process, "cmdline")]
+        found = [i for i, process in enumerate(above) if "deepspeed.launcher" in _command(process)]
         # The launcher alone sets it. Where it was killed while this process was starting, the first process is in its
         # place, or in that of the one above it; else it is left over from another command.
         is_expected = "CROSS_RANK" in os.environ
         self._chain = above[: found[0] + 2] if found and is_expected else []
         is_orphan = self._chain[-1:] == [1] if found else above[:1] == [1]
-        self._is_gone = is_expected and is_orphan and b"deepspeed" not in _read_proc(1, "cmdline")
+        self._is_gone = is_expected and is_orphan and "deepspeed" not in _command(1)
 
     def is_there(self) -> bool:
         return not self._is_gone and _ancestors()[: len(self._chain)] == self._chain
@@ -179,15 +169,14 @@ class Launcher:
 def _ancestors() -> list[int]:
     """Parent, grandparent and so on, as far as this process may see."""
     found = [os.getppid()]
-    while found[-1] > 1:
-        # "pid (name) state ppid ...", and a name may hold anything.
-        fields = _read_proc(found[-1], "stat").rpartition(b")")[2].split()
-        found.append(int(fields[1]) if len(fields) > 1 else 0)
+    with suppress(psutil.Error):
+        while found[-1] > 1:
+            found.append(psutil.Process(found[-1]).ppid())
     return found
 
 
-def _read_proc(process: int, name: str) -> bytes:
+def _command(process: int) -> str:
     try:
-        return Path(f"/proc/{process}/{name}").read_bytes()
-    except OSError:
-        return b""
+        return " ".join(psutil.Process(process).cmdline())
+    except psutil.Error:
+        return ""

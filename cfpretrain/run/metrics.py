@@ -1,18 +1,17 @@
-"""Numbers a person will plot: one JSON line a step, windows summed over ranks, and FLOPs."""
+"""Numbers a person will plot: one JSON line a step, FLOPs, memory."""
 
 import json
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cfpretrain.base import files, runtime
-from cfpretrain.base.config import Config, ModelConfig
+from cfpretrain.base.config import ModelConfig
 from cfpretrain.base.console import explaining, say
 from cfpretrain.base.files import open_to_read, parse_json
 
@@ -33,8 +32,8 @@ def training_flops(model: ModelConfig, num_sequences: int, num_tokens: int, num_
     Args:
         model: sizes.
         num_sequences: sequences, one image each.
-        num_tokens: their tokens, all together.
-        num_visible: visible pairs of query and key, all together.
+        num_tokens: tokens of all sequences.
+        num_visible: visible pairs of query and key of all sequences.
     """
     D, L = model.width, model.num_tokens
     blocks = model.depth * (24 * D**2 * num_tokens + 4 * D * num_visible)
@@ -44,7 +43,7 @@ def training_flops(model: ModelConfig, num_sequences: int, num_tokens: int, num_
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The device's dense bf16 rate in FLOP/s; None where it is not known to us."""
+    """The device's dense bf16 rate in FLOP/s; None where it is not known."""
     if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
@@ -54,90 +53,14 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def peak_memory_gb(device: torch.device) -> tuple[float, ...]:
     """The most memory of this process, in 1e9 bytes; it waits for no device.
 
-    Returns:
-        On a GPU, what tensors held there since the last call, and what torch had reserved for them: where the second is
-        near the GPU's memory and the first is not, memory is fragmented. On a CPU, what the process has ever held.
+    On a GPU two numbers: held by tensors since the last call, and reserved by torch for them. Where the second is near
+    the GPU's memory and the first is not, memory is fragmented. On a CPU, what the process has ever held.
     """
     if device.type != "cuda":
         return (runtime.peak_rss_mb() / 1e3,)
     found = torch.cuda.max_memory_allocated(device) / 1e9, torch.cuda.max_memory_reserved(device) / 1e9
     torch.cuda.reset_peak_memory_stats(device)
     return found
-
-
-# ---------------------------------------------------------------------------
-# Windows
-
-
-class Window:
-    """The rows of the steps since the last row on disk, and the clock of their speed.
-
-    Attributes:
-        rows: of the steps; a step's values are equal on all ranks: step, loss, learning_rate, grad_norm, ...
-    """
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-        self._sample_ids: list[list[int]] = []
-        self._flops = 0.0
-        self._begin, self._aside = time.perf_counter(), 0.0
-        self._waited_before = 0.0
-
-    def add(self, row: dict[str, Any], flops: float, sample_ids: list[int] | None = None) -> None:
-        """Adds a step.
-
-        Args:
-            row: its values.
-            flops: over all ranks.
-            sample_ids: of this rank; None where they are not logged.
-        """
-        self.rows.append(row)
-        self._flops += flops
-        if sample_ids is not None:
-            self._sample_ids.append(sample_ids)
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What runs inside (a checkpoint, samples, a score) is not part of the steps' time."""
-        begin = time.perf_counter()
-        yield
-        self._aside += time.perf_counter() - begin
-
-    def close(
-        self, config: Config, device: torch.device, waited_seconds: float
-    ) -> tuple[list[dict[str, Any]], float, float]:
-        """Sums the window over ranks and begins the next; all ranks call it.
-
-        Args:
-            config: of the run.
-            device: of this rank.
-            waited_seconds: how long this rank has waited for data since the run began.
-
-        Returns:
-            The rows, the last of them with speed and memory; the seconds that the steps took, and those aside.
-        """
-        now = time.perf_counter()
-        steps_aside = now - self._begin - self._aside, self._aside
-        waited = waited_seconds - self._waited_before
-        told = runtime.gather((steps_aside, (waited, *peak_memory_gb(device)), self._sample_ids))
-        # Rank 0's clock decides for all, so that all ranks stop at the same step. One slow rank keeps all waiting, and
-        # one without memory ends all.
-        seconds, aside = told[0][0]
-        waited, *peaks = map(max, zip(*(of_rank[1] for of_rank in told), strict=True))
-        for row, parts in zip(self.rows, zip(*(of_rank[2] for of_rank in told), strict=True), strict=False):
-            row["sample_ids"] = sorted(i for part in parts for i in part)
-        peak = peak_flops(device, config.engine.precision)
-        rows, flops_per_second = self.rows, self._flops / seconds
-        rows[-1] |= {
-            "images_per_second": len(rows) * config.train.global_batch_size / seconds,
-            "tflops_per_second": flops_per_second / 1e12,
-            "mfu": flops_per_second / (peak * runtime.world_size()) if peak else None,
-            "data_wait_share": waited / seconds,
-            **dict(zip(("peak_memory_gb", "peak_reserved_gb"), peaks, strict=False)),
-        }
-        self.rows, self._sample_ids, self._flops = [], [], 0.0
-        self._begin, self._aside, self._waited_before = now, 0.0, waited_seconds
-        return rows, seconds, aside
 
 
 def finite_or_none(value: float) -> float | None:
@@ -150,16 +73,10 @@ def finite_or_none(value: float) -> float | None:
 
 
 class MetricsFile:
-    """`metrics.jsonl`: a row for each step and one for each score, by rank 0. A disk that is full does not end the run.
+    """`metrics.jsonl`: a row for each step and one for each score, by rank 0. A full disk does not end the run.
 
-    All ranks construct it together.
-
-    Args:
-        path: the file.
-        resume_step: rows after this step are of work that a kill lost; they are dropped.
-
-    Raises:
-        UserError: on all ranks: the file cannot be written at all.
+    All ranks construct it together; UserError on all where it cannot be written at all. Rows after `resume_step` are of
+    work that a kill has lost, and dropped.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -183,11 +100,7 @@ class MetricsFile:
         self._num_bytes = len(data)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows, on disk on return; where they cannot be written they wait in memory for the next call.
-
-        Args:
-            rows: none tries again to write those that wait.
-        """
+        """Adds rows, on disk on return; where they cannot be written they wait in memory for the next call."""
         if runtime.rank() != 0:
             return
         num_waiting = len(self._pending)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,18 @@ from cfpretrain.training.step import Counters
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 
 
+@dataclass
 class Checkpoints:
-    """The checkpoints of a run in training: read, written beside the steps, gone back to.
+    """The checkpoints of a run in training: read, written beside the steps, gone back to."""
 
-    Attributes:
-        saved_step: of the latest complete checkpoint that the run has written or read.
-        resume_from: in place of those in the run folder, best first.
-    """
+    config: Config
+    engine: Engine
+    guard: Guard
+    resume_from: Sequence[Path] | None  # in place of those in the run folder, best first
 
-    def __init__(self, config: Config, engine: Engine, guard: Guard, resume_from: Sequence[Path] | None) -> None:
-        self.config, self.engine, self.guard, self.resume_from = config, engine, guard, resume_from
-        self.store = make_store(config)
-        self.saved_step: int | None = None
+    def __post_init__(self) -> None:
+        self.store = make_store(self.config)
+        self.saved_step: int | None = None  # of the latest complete one that the run has written or read
         self._num_failed = 0
 
     def prepare(self) -> TrainingState | None:
@@ -188,31 +189,22 @@ class _AskedToStopError(Exception):
     """Ends sampling on all ranks, where one of them is asked to stop."""
 
 
+@dataclass
 class Samples:
-    """Pictures and scores of the EMA weights.
+    """Pictures and scores of the EMA weights."""
 
-    Attributes:
-        was_stopped: a rank was asked to stop meanwhile, and all have left.
+    config: Config
+    device: torch.device
+    engine: Engine
+    ema: ShardedEMA
+    tracker: Tracker
+    stop: StopRequest
+    class_names: Sequence[str]  # of the latents trained on
 
-    Args:
-        class_names: of the latents trained on.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        device: torch.device,
-        engine: Engine,
-        ema: ShardedEMA,
-        tracker: Tracker,
-        stop: StopRequest,
-        class_names: Sequence[str],
-    ) -> None:
-        self.config, self.device, self.engine, self.ema = config, device, engine, ema
-        self.tracker, self.stop, self.class_names = tracker, stop, class_names
-        self.was_stopped = False
+    def __post_init__(self) -> None:
+        self.was_stopped = False  # a rank was asked to stop meanwhile, and all have left
         with runtime.together():
-            self.decode, self.decode_note = decode_to_look_at(config, device)
+            self.decode, self.decode_note = decode_to_look_at(self.config, self.device)
 
     def draw(self, step: int) -> None:
         """Writes a labelled grid for each number of AR steps of `config.sample`."""

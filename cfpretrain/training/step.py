@@ -32,90 +32,71 @@ class Counters:
     train_seconds: float = 0.0  # in the loop, over all resumes
 
 
-@dataclass(frozen=True)
-class Agreed:
-    """What the ranks tell each other in a step, before its update.
+@dataclass
+class StepResult:
+    """What came of a step; the same on all ranks but for `batches`."""
 
-    Attributes:
-        loss: of the global batch.
-        grad_norm: of the whole gradient before clipping; infinite where one is not finite.
-        flops: over all ranks.
-        problem: why the update is not applied; None where it is.
-        must_stop: a rank was asked to stop.
-        is_writing, has_failed: of the checkpoint in flight, on any rank.
-        lacks_data: a rank could not read its share of the next step.
-    """
-
-    loss: float
-    grad_norm: float
-    flops: float
-    problem: str | None
-    must_stop: bool
-    is_writing: bool
-    has_failed: bool
-    lacks_data: bool
+    loss: float  # of the global batch
+    grad_norm: float  # of the whole gradient before clipping; infinite where one is not finite
+    flops: float  # over all ranks
+    problem: str | None  # why the update is not applied; None where it is
+    must_stop: bool  # a rank was asked to stop
+    is_writing: bool  # a rank still writes its part of the checkpoint in flight
+    has_failed: bool  # a rank could not write its part
+    lacks_data: bool  # a rank could not read its share of the next step
+    learning_rate: float = 0.0
+    batches: Sequence[Batch] = ()  # of this rank, in host memory
 
 
 class LostDataError(UserError):
     """Data that cannot be read any more, on all ranks at once, between two steps."""
 
 
+@dataclass
 class TrainingStep:
-    """Makes one step a call; ranks call it together.
+    """Makes one step a call; ranks call it together."""
 
-    Attributes:
-        loss: the objective.
-        agreed: by the ranks in the latest step.
-        batches: of this rank in the latest step, in host memory.
-        learning_rate: of the latest step.
-    """
+    config: Config
+    device: torch.device
+    engine: Engine
+    ema: ShardedEMA
+    loader: Loader[Batch]
+    guard: Guard
+    writer: CheckpointWriter
+    stop: StopRequest
 
-    def __init__(
-        self,
-        config: Config,
-        device: torch.device,
-        engine: Engine,
-        ema: ShardedEMA,
-        loader: Loader[Batch],
-        guard: Guard,
-        writer: CheckpointWriter,
-        stop: StopRequest,
-    ) -> None:
-        self.config, self.device, self.engine, self.ema = config, device, engine, ema
-        self.loader, self.guard, self.writer, self.stop = loader, guard, writer, stop
-        self.loss = make_loss(config)
-        self.agreed: Agreed | None = None
-        self.batches: list[Batch] = []
-        self.learning_rate = 0.0
+    def __post_init__(self) -> None:
+        self.loss = make_loss(self.config)
+        self.result: StepResult | None = None  # of the latest step
 
-    def __call__(self, at: Counters) -> Agreed:
+    def __call__(self, at: Counters) -> StepResult:
         """Consumes a global batch, and counts it in `at`."""
-        self.batches = self._next_batches(at.step)
+        batches = self._next_batches(at.step)
         terms = []
-        for batch in upload_ahead(self.batches, self.device):
+        for batch in upload_ahead(batches, self.device):
             terms.append(self.loss(self.engine, batch))
             self.engine.backward(terms[-1].total / terms[-1].count)
         if self.stop.reason is None:
             self.loader.read_ahead()  # a GPU is at work on the backward meanwhile
 
-        told = self.exchange(terms)
-        self.learning_rate = learning_rate(self.config.train, at)
+        told, rate = self.exchange(terms, batches), learning_rate(self.config.train, at)
         self.ema.wait()
-        applied = self.engine.step(self.learning_rate, functools.partial(self.decide, told))
-        agreed = self.agreed
-        assert agreed is not None
+        applied = self.engine.step(rate, functools.partial(self.decide, told))
+        result = self.result
+        assert result is not None
+        result.learning_rate, result.batches = rate, batches
         at.step += 1
         if applied:
             self.ema.update()
-            self.guard.applied(agreed.loss, agreed.grad_norm)
+            self.guard.applied(result.loss, result.grad_norm)
         else:
             self.guard.skipped()
             at.num_skipped += 1
-        return agreed
+        return result
 
     def _next_batches(self, step: int) -> list[Batch]:
         """The step's micro-batches; `LostDataError` on all ranks where one of them cannot read its own."""
-        if self.agreed is None or self.agreed.lacks_data:
+        if self.result is None or self.result.lacks_data:
             self.loader.read_ahead()
             try:
                 runtime.agree(self.loader.problem)
@@ -126,9 +107,9 @@ class TrainingStep:
             raise RuntimeError(f"the loader gave batches of step {batches[0].step} at step {step}")
         return batches
 
-    def exchange(self, terms: Sequence[LossTerms]) -> Tensor:
+    def exchange(self, terms: Sequence[LossTerms], batches: Sequence[Batch]) -> Tensor:
         """The only exchange between ranks before the update: a sum on the device, in the order of `decide`."""
-        counts = [(len(batch), batch.num_tokens, batch.num_visible) for batch in self.batches]
+        counts = [(len(batch), batch.num_tokens, batch.num_visible) for batch in batches]
         num_sequences, num_tokens, num_visible = map(sum, zip(*counts, strict=True))
         told = [
             sum(t.count for t in terms),
@@ -148,7 +129,9 @@ class TrainingStep:
         total, count, flops, must_stop, is_writing, has_failed, lacks_data, norm = values
         loss = total / count
         problem = self.guard.problem_of_loss(loss) or self.guard.problem_of_grad_norm(norm)
-        self.agreed = Agreed(loss, norm, flops, problem, must_stop > 0, is_writing > 0, has_failed > 0, lacks_data > 0)
+        self.result = StepResult(
+            loss, norm, flops, problem, must_stop > 0, is_writing > 0, has_failed > 0, lacks_data > 0
+        )
         return problem is None
 
 

@@ -12,7 +12,6 @@ from cfpretrain.base.config import Config, to_plain, to_shown
 from cfpretrain.base.console import (
     EXIT_FAILED,
     EXIT_USER_ERROR,
-    Progress,
     SickRunError,
     UserError,
     count,
@@ -37,7 +36,7 @@ from cfpretrain.run.build import (
 )
 from cfpretrain.run.checkpoint import Best
 from cfpretrain.run.guard import Guard
-from cfpretrain.run.metrics import MetricsFile, Window, finite_or_none, read_metrics
+from cfpretrain.run.metrics import MetricsFile, read_metrics
 from cfpretrain.run.state import TrainingState
 from cfpretrain.run.tracker import Tracker
 from cfpretrain.training.engine import build_engine
@@ -52,10 +51,9 @@ from cfpretrain.training.folder import (
     write_requeue,
     write_summary,
 )
+from cfpretrain.training.log import Log
 from cfpretrain.training.memory import advise, plan_memory
-from cfpretrain.training.step import Agreed, Counters, LostDataError, TrainingStep
-
-_LONG_WAIT_SHARE = 0.05  # of a step's time: the loader is worth a look
+from cfpretrain.training.step import Counters, LostDataError, StepResult, TrainingStep
 
 
 class Trainer:
@@ -102,17 +100,17 @@ class Trainer:
         self.step = TrainingStep(
             config, device, self.engine, self.ema, self.loader, self.guard, self.checkpoints.writer, self.stop
         )
-        self.metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
+        metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
         self.scored_step = self.checkpoints.last_scored_step(evaluator) if evaluator is not None else None
         tracker_id = tracker_run_id(saved, self.folder)
         self.tracker = Tracker(
             config.metrics.wandb, config.metrics.wandb_project, self.folder, tracker_id, to_shown(config)
         )
+        self.log = Log(config, device, metrics, self.tracker)
         self.samples = Samples(
             config, device, self.engine, self.ema, self.tracker, self.stop, self.latents_info.class_names
         )
         self.stop.end_waiting = self._end_waiting
-        self.window = Window()
 
     def _make_loader(self, position: Position) -> Loader[Batch]:
         ranks_per_node = runtime.ranks_per_node()
@@ -138,107 +136,49 @@ class Trainer:
 
     def train(self) -> bool:
         """Trains from wherever the run stands; returns whether it came to the end of the config, or was stopped."""
-        config = self.config
-        progress = Progress(config.train.num_steps, self.at.step)
-        say(f"training from step {self.at.step} to {config.train.num_steps}")
-        self.window = Window()
+        say(f"training from step {self.at.step} to {self.config.train.num_steps}")
+        self.log.start_clock()
         try:
-            with self.window.aside():
-                if self.must_score():  # what a stop has cut short
+            with self.log.aside():
+                if self.must_score():  # a stop has cut it short
                     self.score()
-            while not self.must_stop and not is_done(config, self.at.step, self.at.train_seconds):
+            while not self.must_stop and not is_done(self.config, self.at.step, self.at.train_seconds):
                 self.train_step()
-                if self.window_ends() or self.must_stop:
-                    self.close_window(progress)
-                with self.window.aside():
+                if self.log.is_due(self.at.step) or self.must_stop:
+                    self.close_window()
+                with self.log.aside():
                     if not self.must_stop:
                         self.follow_step()
             if not self.must_stop:
-                progress.close()
+                self.log.close()
                 self._finish()
             if self.must_stop:
                 self._pause()
         except (SickRunError, LostDataError) as error:
-            self._close_early(progress, saves=isinstance(error, LostDataError))
+            self._close_early(saves=isinstance(error, LostDataError))
             raise
         finally:
             self.loader.close()
             self.tracker.close(seconds=1.0)  # where something failed: the launcher soon ends all ranks
         return not self.must_stop
 
-    def train_step(self) -> Agreed:
+    def train_step(self) -> StepResult:
         """One step, its row, and what the ranks agreed to do."""
         runtime.tick()
         with self.stop.step():
-            agreed = self.step(self.at)
-            row = self._row(agreed)
-        self.must_stop |= agreed.must_stop
-        self.checkpoints.note(self.checkpoints.writer.advance(agreed.is_writing, agreed.has_failed))
+            result = self.step(self.at)
+            row = self.log.add(self.at, result, self.loader.position.epoch)
+        self.must_stop |= result.must_stop
+        self.checkpoints.note(self.checkpoints.writer.advance(result.is_writing, result.has_failed))
         if self.guard.must_rewind:
-            with self.window.aside():
-                row["rewound_to_step"] = self.checkpoints.rewind(self.at, str(agreed.problem))
+            with self.log.aside():
+                row["rewound_to_step"] = self.checkpoints.rewind(self.at, str(result.problem))
             row |= {"num_skipped_steps": self.at.num_skipped, "num_rewinds": self.at.num_rewinds}
-        return agreed
+        return result
 
-    def _row(self, agreed: Agreed) -> dict[str, Any]:
-        """Notes the step for the metrics."""
-        row: dict[str, Any] = {
-            "step": self.at.step,
-            "loss": finite_or_none(agreed.loss),
-            "grad_norm": finite_or_none(agreed.grad_norm),
-            "learning_rate": self.step.learning_rate,
-            "epoch": self.loader.position.epoch,
-            "num_ranks": runtime.world_size(),
-            "zero_stage": self.config.engine.zero_stage,
-        }
-        if agreed.problem is not None:
-            row["skipped"] = agreed.problem
-            say(f"step {self.at.step} is skipped: {agreed.problem}")
-        row |= {"num_skipped_steps": self.at.num_skipped, "num_rewinds": self.at.num_rewinds}
-        is_logged = self.config.metrics.log_sample_ids
-        ids = [i for batch in self.step.batches for i in batch.ids_B.tolist()] if is_logged else None
-        self.window.add(row, agreed.flops, ids)
-        return row
-
-    def window_ends(self) -> bool:
-        """Whether the present step's row is due on disk."""
-        # A checkpoint's metrics are on disk before it, so that a resume finds all rows up to its step; and wandb takes
-        # no row once it has a picture of a later step.
-        config = self.config
-        every = (
-            config.metrics.log_every_steps,
-            config.checkpoint.every_steps,
-            config.sample.every_steps,
-            config.evaluation.every_steps,
-            config.train.num_steps,
-        )
-        return any(n and self.at.step % n == 0 for n in every)
-
-    def close_window(self, progress: Progress) -> None:
-        """Sums the window over ranks and writes, logs and shows it."""
-        train, at = self.config.train, self.at
-        rows, seconds, seconds_aside = self.window.close(self.config, self.device, self.loader.waited_seconds)
-        at.train_seconds += seconds + seconds_aside
-        last = rows[-1]
-        last["train_seconds"] = at.train_seconds
-        self._write(rows)
-        seconds_left = (train.num_steps - at.step) * seconds / len(rows)
-        if train.max_train_seconds:
-            seconds_left = min(seconds_left, max(0.0, train.max_train_seconds - at.train_seconds))
-        loss = "not finite" if last["loss"] is None else f"{last['loss']:.4f}"
-        text = f"loss {loss}  {last['images_per_second']:.0f} images/s  {last['peak_memory_gb']:.1f} GB"
-        if at.num_skipped:
-            text += f"  skipped {at.num_skipped}"
-        if last["data_wait_share"] > _LONG_WAIT_SHARE:
-            # Without workers, what takes the time is making the batches.
-            doing = "waiting for data" if self.config.data.num_workers else "making batches"
-            text += f"  {last['data_wait_share']:.0%} {doing}"
-        progress.show(at.step, text, seconds_left)
-
-    def _write(self, rows: Sequence[dict[str, Any]]) -> None:
-        self.metrics.append(rows)
-        for row in rows:
-            self.tracker.log(row)
+    def close_window(self) -> None:
+        """Writes the rows of the steps since the last call."""
+        self.log.close_window(self.at, self.loader.waited_seconds)
 
     # ------------------------------------------------------------------
     # Between steps
@@ -302,7 +242,7 @@ class Trainer:
         score = row[evaluator.name]
         is_best = runtime.rank() == 0 and self.checkpoints.keep_if_best(Best(step, score, evaluator.measured_by))
         # Last: a run that goes on from here and finds this row has no score to make up for.
-        self._write([row])
+        self.log.write([row])
         self.scored_step = step
         floor = "" if evaluator.floor is None else f" (floor {evaluator.floor:.4g})"
         say(f"step {step}: {evaluator.name} {score:.4g}{floor}{', the best so far' * is_best}")
@@ -310,10 +250,10 @@ class Trainer:
     # ------------------------------------------------------------------
     # The end
 
-    def _close_early(self, progress: Progress, saves: bool) -> None:
+    def _close_early(self, saves: bool) -> None:
         """Before an error between two steps ends the run: the rows that say why, and what was trained, if `saves`."""
-        if self.window.rows:
-            self.close_window(progress)
+        if self.log.rows:
+            self.close_window()
         if saves and self.at.step:
             self.checkpoints.complete(self.state())
         self.tracker.close()
@@ -326,7 +266,7 @@ class Trainer:
         # A rank without a request takes the reason from one that has it.
         reason = next(found for found in runtime.gather(self.stop.reason) if found is not None)
         write_requeue(self.folder, reason)
-        self.metrics.append([])  # what a full disk kept waiting
+        self.log.write([])  # what a full disk kept waiting
         self.tracker.close()
         runtime.barrier()  # the launcher ends the others within a second of the first that ends
         say(f"stopped at step {self.at.step} with a checkpoint ({reason}); the same command goes on")
@@ -349,7 +289,7 @@ class Trainer:
         )
         with phase("drawing curves and closing", announce=False), runtime.together(), explaining(full_disk):
             if runtime.rank() == 0:
-                self.metrics.append([])  # what a full disk kept waiting
+                self.log.write([])  # what a full disk kept waiting
                 rows = read_metrics(self.folder / METRICS_FILE)
                 with tolerating("drawing curves"):
                     self._draw_curves(rows)
