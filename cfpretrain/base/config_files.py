@@ -40,6 +40,13 @@ _SHELL_VARIABLE = re.compile(r"\$[A-Za-z_]\w*")
 _TRUE_OR_FALSE = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 
 
+class Range(NamedTuple):
+    """What a number may be, of a field's type `Annotated[int, Range(1)]`; none may be infinite or NaN."""
+
+    low: float
+    high: float = math.inf
+
+
 class Origin(NamedTuple):
     """Where a value came from: later places win."""
 
@@ -113,6 +120,28 @@ def from_plain(kind: type, plain: Any, source: str) -> Any:
     built = _build(kind, plain, (), problems)
     _raise_all([(source, problem) for problem in problems])
     return built
+
+
+def out_of_range(config: Any) -> list[Problem]:
+    """The numbers of a dataclass of dataclasses that its `Range`s do not allow."""
+    problems: list[Problem] = []
+    for section, kind in typing.get_type_hints(type(config)).items():
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            value = getattr(getattr(config, section), name)
+            is_tuple = typing.get_origin(hint) is tuple
+            item = typing.get_args(hint)[0] if is_tuple else hint
+            for bounds in getattr(item, "__metadata__", ()):
+                if isinstance(bounds, Range):
+                    for one in value if is_tuple else (value,):
+                        problems += in_range((section, name), one, *bounds)
+    return problems
+
+
+def in_range(key: tuple[str, ...], value: float, low: float, high: float = math.inf) -> Iterator[Problem]:
+    """The problem with a number that is not finite, or not from `low` to `high`; none where it is."""
+    if not (math.isfinite(value) and low <= value <= high):
+        wanted = f"at least {low:g}" if high == math.inf else f"between {low:g} and {high:g}"
+        yield Problem(key, f"expected {wanted}, got {value}")
 
 
 def refuse_references(plain: Any, source: str) -> None:
@@ -322,6 +351,8 @@ def _suggest(name: str, known: Mapping[str, Any], key: tuple[Any, ...]) -> str:
 
 def _convert(value: Any, hint: Any, key: tuple[Any, ...], problems: list[Problem]) -> Any:
     """`value` as the type `hint`; appends to `problems` where it is not of that type."""
+    if hint not in (FilePath, Address):
+        hint = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (value is None and type(None) in (hint, *inner)):
         return value

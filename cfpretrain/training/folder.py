@@ -25,6 +25,7 @@ from cfpretrain.run.build import (
     CONFIG_FILE,
     LOCK_FILE,
     REQUEUE_FILE,
+    SAMPLES,
     SUMMARY_FILE,
     check_relative,
     choose_blocks,
@@ -104,8 +105,8 @@ def prepare_folder(config: Config, device: torch.device) -> None:
             files.make_folder(folder, follow=True)
             take(folder)
             remove_requeue(folder)
-            for leftover in files.leftovers(folder) if runtime.rank() == 0 else ():
-                files.remove(leftover)
+            for place in (folder.resolve(), folder.resolve() / SAMPLES) if runtime.rank() == 0 else ():
+                files.remove_leftovers(place)
 
 
 def _unwritable(folder: Path, reason: str = "{reason}") -> str:
@@ -156,18 +157,22 @@ def take(folder: Path) -> None:
     if runtime.rank() != 0 or folder.resolve() in _locks:
         return
     deadline = time.monotonic() + _LOCK_SECONDS
-    lock = files.open_to_change(folder / LOCK_FILE)
+    lock = files.open_lock(folder / LOCK_FILE)
+    # Of a copy by hard links (`cp -al`): it and the original run one at a time, and the text is any file's.
+    is_shared = os.fstat(lock).st_nlink > 1
     with phase(f"waiting for the run that uses {folder}", announce=False):
         while not _try_lock(lock):
             if time.monotonic() > deadline:
                 holder = os.pread(lock, 256, 0).decode(errors="replace").strip() or "of an unknown process"
+                fix = f"; or, where this is a copy of that run by hard links, remove {folder / LOCK_FILE}" * is_shared
                 raise UserError(
                     f"run.folder: {folder} is in use by another run ({holder}); end that one, or choose another "
-                    "run.folder"
+                    f"run.folder{fix}"
                 )
             time.sleep(0.2)
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    if not is_shared:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _locks[folder.resolve()] = lock
 
 
