@@ -22,7 +22,7 @@ def make_guard(
     window_steps: int = DEFAULT.window_steps,
     max_skips_in_row: int = DEFAULT.max_skips_in_row,
 ) -> Guard:
-    return Guard(spike_deviations, window_steps, max_skips_in_row)
+    return Guard(GuardConfig(spike_deviations, window_steps, max_skips_in_row))
 
 
 def with_losses(losses: Iterable[float], window_steps: int = DEFAULT.window_steps) -> Guard:

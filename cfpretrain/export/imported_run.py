@@ -162,7 +162,7 @@ def _make_state(config: Config, counters: Counters) -> TrainingState:
         autoencoder=autoencoder,
         working_folder=str(Path.cwd()),
         data_fingerprint="",  # any data will do
-        guard=Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row).to_plain(),
+        guard=Guard(config.guard).to_plain(),
         wandb_run_id=None,
         versions=runtime.package_versions("torch"),
     )

@@ -63,14 +63,11 @@ def remove_requeue(folder: Path) -> None:
 
 
 def check_moved(paths: Sequence[str], config: Config) -> None:
-    """Refuses the config of a moved or copied run that still says where it was: the original would train, or a new run.
+    """Refuses the config of a moved or copied run that still names the old folder, where another run would train.
 
     Args:
         paths: files that the config was read from.
         config: as it was read from them and the command line.
-
-    Raises:
-        UserError: names the folder that was hardly meant.
     """
     for file in (Path(path).expanduser() for path in paths):
         is_of_run = configs.is_recorded(file) and (file.parent / CHECKPOINTS).is_dir()
@@ -84,13 +81,10 @@ def check_moved(paths: Sequence[str], config: Config) -> None:
 
 
 def prepare_folder(config: Config, device: torch.device) -> None:
-    """Checks what a run reads and where it writes, and takes the run folder, in which nothing is recorded yet.
+    """Checks what a run reads and where it writes, and locks the run folder, in which nothing is recorded yet.
 
-    It is quicker than building an engine. All ranks call it.
-
-    Raises:
-        UserError: on all ranks: the shards do not fit the config, the latest checkpoint is of another run, the
-            folder cannot be written, or the device cannot do what the config asks for.
+    All ranks call it, before the engine is built. UserError on all of them where the shards do not fit the config, the
+    latest checkpoint is of another run, the folder cannot be written, or the device cannot do what the config asks for.
     """
     folder = Path(config.run.folder)
     with runtime.together():
@@ -117,11 +111,7 @@ def _unwritable(folder: Path, reason: str = "{reason}") -> str:
 
 
 def record_config(config: Config) -> None:
-    """Puts the resolved config into the run folder and says what it changes: what follows trains. All ranks call it.
-
-    Raises:
-        UserError: on all ranks: it cannot be written.
-    """
+    """Writes the resolved config into the run folder, and says what it changes. All ranks call it."""
     folder = Path(config.run.folder)
     with runtime.together(), explaining(_unwritable(folder)):
         if runtime.rank() == 0:
@@ -130,7 +120,7 @@ def record_config(config: Config) -> None:
 
 
 def _say_changes(folder: Path, config: Config) -> None:
-    """Names the knobs that are set otherwise than when the latest checkpoint was written."""
+    """Names the settings that differ from those of the latest checkpoint."""
     latest = _newest_readable(make_store(config))
     if latest is not None and latest[1].has_record:
         since, before = f"step {latest[1].step}", latest[1].config
@@ -149,11 +139,7 @@ _locks: dict[Path, int] = {}
 
 
 def take(folder: Path) -> None:
-    """Locks the run folder for this process, for its life; rank 0 does, and waits for another run's end.
-
-    Raises:
-        UserError: on rank 0: another run works in it.
-    """
+    """Locks the run folder for the life of this process; rank 0 does, and waits a while for another run's end."""
     if runtime.rank() != 0 or folder.resolve() in _locks:
         return
     deadline = time.monotonic() + _LOCK_SECONDS
@@ -231,15 +217,15 @@ def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | Non
 
 def finished_step(config: Config) -> int | None:
     """The step at which this run folder's run was completed under this config; None where there is work left."""
-    # One rank's view of the folder decides.
-    summary = runtime.gather(read_summary(Path(config.run.folder)) if runtime.rank() == 0 else None)[0]
-    if summary is None:
-        return None
-    step = int(summary["num_steps"])
-    latest = runtime.gather(_newest_readable(make_store(config)) if runtime.rank() == 0 else None)[0]
-    if latest is not None and latest[1].step < step:
-        return None  # set back by hand
-    return step if is_done(config, step, float(summary["train_seconds"])) else None
+    step = None
+    with runtime.together():
+        summary = read_summary(Path(config.run.folder)) if runtime.rank() == 0 else None
+        if summary is not None and is_done(config, int(summary["num_steps"]), float(summary["train_seconds"])):
+            latest = _newest_readable(make_store(config))
+            if latest is None or latest[1].step >= summary["num_steps"]:  # else it was set back by hand
+                step = int(summary["num_steps"])
+    agreed: int | None = runtime.gather(step)[0]  # one rank's view of the folder decides
+    return agreed
 
 
 def is_done(config: Config, step: int, train_seconds: float) -> bool:
@@ -254,14 +240,7 @@ def package_versions() -> dict[str, str]:
 
 
 def write_summary(config: Config, at: Counters, rows: Sequence[Mapping[str, Any]], peak_rss_mb: float) -> None:
-    """Says in the run folder that the run is complete, and what it came to; rank 0 calls it.
-
-    Args:
-        config: of the run.
-        at: its end.
-        rows: of its metrics.
-        peak_rss_mb: the most memory that a rank's process has held.
-    """
+    """Writes the summary of a complete run, from its end and the rows of its metrics; rank 0 calls it."""
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     tail = losses[-max(1, len(losses) // 20) :]
     summary = {
@@ -285,16 +264,16 @@ def write_summary(config: Config, at: Counters, rows: Sequence[Mapping[str, Any]
 
 
 def tracker_run_id(saved: TrainingState | None, folder: Path) -> str | None:
-    """The wandb run to go on with; None begins one: a new run has none yet, and a copy of a run leaves that one alone.
+    """The wandb run to go on with; None begins one, as for a new run or a copy of a run.
 
     Args:
-        saved: what the run goes on from, where it does.
+        saved: the checkpoint that the run goes on from; None for a new run.
         folder: of the run.
     """
     if saved is None or saved.wandb_run_id is None or not saved.working_folder or runtime.rank() != 0:
         return saved.wandb_run_id if saved else None
     run_id, before = saved.wandb_run_id, Path(saved.working_folder, str(saved.config.get("run", {}).get("folder", "")))
-    with suppress(OSError, UserError):  # what cannot be read at its earlier place is no run that goes on there
+    with suppress(OSError, UserError):  # a run that cannot be read at its earlier place does not go on there
         theirs = _newest_readable(CheckpointStore(before / CHECKPOINTS, keep_last=1, keep_every_steps=0))
         if theirs is not None and theirs[1].wandb_run_id == run_id and not before.samefile(folder):
             say(f"{folder} is a copy of {before}, to which wandb run {run_id} belongs: it begins one of its own")

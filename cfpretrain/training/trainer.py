@@ -23,7 +23,6 @@ from cfpretrain.base.console import (
 )
 from cfpretrain.base.stopping import StopRequest
 from cfpretrain.base.watchdog import Watchdog
-from cfpretrain.core.model import BlockSettings
 from cfpretrain.core.objective import Batch
 from cfpretrain.data.loader import Loader, Position, open_folders
 from cfpretrain.evaluation.evaluator import Evaluator
@@ -59,15 +58,11 @@ from cfpretrain.training.step import Counters, LostDataError, StepResult, Traini
 class Trainer:
     """A run: built once, then `train`.
 
-    Attributes:
-        at: how far it is.
-        step: makes the next step.
-
     Args:
         config: checked for the number of ranks.
         device: this rank's.
         stop: what asks the run to stop before its end.
-        resume_from: checkpoints to begin with, wherever they lie, best first; None takes the run folder's.
+        resume_from: checkpoints to resume from, best first; None takes the run folder's.
         evaluator: gives scores every `evaluation.every_steps` and at the end; None: no scores.
     """
 
@@ -83,12 +78,8 @@ class Trainer:
         self.folder, self.must_stop = Path(config.run.folder), False
         with runtime.together():
             self.latents_info = open_folders(config)[0].latents_info
-        blocks, num_ranks = choose_blocks(config, device.type), runtime.world_size()
-        with phase(f"building the model on {count(num_ranks, 'rank')}, ZeRO stage {config.engine.zero_stage}"):
-            self.engine = build_engine(lambda: make_model(config, blocks), config, device)
-        say(f"{_describe(blocks)}; {self.engine.optimizer_name}")
-        guard = config.guard
-        self.guard = Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row)
+        self._build_engine()
+        self.guard = Guard(config.guard)
         self.checkpoints = Checkpoints(config, self.engine, self.guard, resume_from)
         saved = self.checkpoints.prepare()
         self.ema = self.checkpoints.ema
@@ -96,7 +87,18 @@ class Trainer:
         if saved is not None:
             self.at = Counters(saved.step, saved.num_skipped, saved.num_rewinds, saved.train_seconds)
             position, self.history = Position(saved.epoch, saved.samples_in_epoch), saved.history_with(to_plain(config))
-        self.loader = self._make_loader(position)
+        ranks_per_node = runtime.ranks_per_node()
+        with runtime.together():
+            self.loader: Loader[Batch] = Loader(
+                config,
+                make_prepare(config),
+                runtime.rank(),
+                runtime.world_size(),
+                position,
+                self.at.step,
+                ranks_per_node,
+                pinned=device.type == "cuda",
+            )
         self.step = TrainingStep(
             config, device, self.engine, self.ema, self.loader, self.guard, self.checkpoints.writer, self.stop
         )
@@ -112,19 +114,16 @@ class Trainer:
         )
         self.stop.end_waiting = self._end_waiting
 
-    def _make_loader(self, position: Position) -> Loader[Batch]:
-        ranks_per_node = runtime.ranks_per_node()
-        with runtime.together():
-            return Loader(
-                self.config,
-                make_prepare(self.config),
-                runtime.rank(),
-                runtime.world_size(),
-                position,
-                self.at.step,
-                ranks_per_node,
-                pinned=self.device.type == "cuda",
-            )
+    def _build_engine(self) -> None:
+        config, num_ranks = self.config, runtime.world_size()
+        blocks = choose_blocks(config, self.device.type)
+        with phase(f"building the model on {count(num_ranks, 'rank')}, ZeRO stage {config.engine.zero_stage}"):
+            self.engine = build_engine(lambda: make_model(config, blocks), config, self.device)
+        ways = [f"attention {blocks.attention}, in sampling {blocks.cached_attention}"]
+        ways += ["blocks compiled"] * blocks.compile
+        ways += ["activations recomputed"] * blocks.checkpoint_activations
+        ways += ["apex LayerNorm"] * blocks.fused_norm
+        say("; ".join([*ways, self.engine.optimizer_name]))
 
     def _end_waiting(self) -> None:
         """At a request to stop, from a thread of its own."""
@@ -353,11 +352,3 @@ def _advise_on_memory(config: Config, device: torch.device) -> str:
     return (
         f"{advise(network, plan)}; all choices: python tools/estimate_memory.py --config {file} --num-gpus {num_ranks}"
     )
-
-
-def _describe(blocks: BlockSettings) -> str:
-    ways = [f"attention {blocks.attention}, in sampling {blocks.cached_attention}"]
-    ways += ["blocks compiled"] * blocks.compile
-    ways += ["activations recomputed"] * blocks.checkpoint_activations
-    ways += ["apex LayerNorm"] * blocks.fused_norm
-    return "; ".join(ways)
