@@ -3,13 +3,14 @@
 Threads of their own watch, since the main thread may be inside a collective that never returns.
 """
 
+import functools
 import os
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 
 from cfpretrain.base import runtime
+from cfpretrain.base.background import Task
 from cfpretrain.base.console import EXIT_FAILED, EXIT_REQUEUE
 from cfpretrain.base.stopping import StopRequest, write_line
 
@@ -30,7 +31,7 @@ class Watchdog:
     """Ends the run when a rank died, or keeps the others waiting for too long.
 
     Every rank says each second that it lives, and how far it is (`runtime.tick`), in the store of the process group.
-    Rank 0 reads that of all; what it finds, or its own silence, ends every rank with `EXIT_REQUEUE`. A rank that was
+    Rank 0 reads that of all; its verdict, or its own silence, ends every rank with `EXIT_REQUEUE`. A rank that was
     asked to stop says so there as well: another may wait for data, and never come to where ranks agree.
 
     Args:
@@ -100,7 +101,10 @@ class Watchdog:
         while not self._ended.wait(_POLL_SECONDS):
             try:
                 self._beat()
-                self._share_request()
+                if self._stop.reason is not None:
+                    self._store.set(_key("stop"), self._stop.reason)
+                elif self._store.check([_key("stop")]):
+                    self._stop.ask(self._store.get(_key("stop")).decode())
                 verdict = self._judge() if self._rank == 0 else self._read_verdict()
                 self._answered_at = time.monotonic()
             except RuntimeError:
@@ -123,12 +127,6 @@ class Watchdog:
     def _beat(self) -> None:
         self._beats += 1
         self._store.set(_key("alive", self._rank), f"{self._beats} {runtime.num_ticks()}")
-
-    def _share_request(self) -> None:
-        if self._stop.reason is not None:
-            self._store.set(_key("stop"), self._stop.reason)
-        elif self._store.check([_key("stop")]):
-            self._stop.ask(self._store.get(_key("stop")).decode())
 
     def _judge(self) -> _Verdict | None:
         """What rank 0 finds wrong, told to all."""
@@ -155,7 +153,7 @@ class Watchdog:
             self._ticks = sum(ticks.values()), now
         waited, has_begun = now - self._ticks[1], min(ticks.values()) > 0
         limit, why = self._timeout if has_begun else max(self._timeout, _START_SECONDS), "guard.rank_timeout_seconds"
-        if self._is_finishing_a_step():
+        if self._is_ending:
             limit, why = min(limit, max(_STOP_SECONDS, _STEPS_TO_STOP * self._stop.longest_step)), "asked to stop"
         if waited <= limit:
             return None
@@ -164,12 +162,13 @@ class Watchdog:
             return f"no rank has gone on for {waited:.0f} s ({why})"
         return f"{_name(late)} did not arrive for {waited:.0f} s ({why})"
 
-    def _is_finishing_a_step(self) -> bool:
+    @property
+    def _is_ending(self) -> bool:
+        """Whether it was asked to stop and is on its way to the end of the step."""
         return self._stop.reason is not None and self._stop.is_in_step
 
     def _longest_silence(self) -> float:
-        silence = min(_SILENCE_SECONDS, self._timeout)
-        return min(silence, _STOP_SECONDS) if self._is_finishing_a_step() else silence
+        return min(_STOP_SECONDS if self._is_ending else _SILENCE_SECONDS, self._timeout)
 
     def _read(self, ranks: list[int]) -> dict[int, tuple[int, int]]:
         """(beats, ticks) of each rank."""
@@ -190,16 +189,12 @@ class Watchdog:
         code, reason = verdict
         if code == EXIT_REQUEUE:
             # Beside this thread: a file system that is gone may never answer.
-            threading.Thread(target=self._tell, args=(reason,), daemon=True).start()
+            Task(functools.partial(self._on_lost, reason), "requeue")
         if self._rank == speaker:
             what_next = "; the same command goes on from the latest checkpoint" if code == EXIT_REQUEUE else ""
             write_line(f"{reason}: the run ends{what_next}")
         time.sleep(2 * _POLL_SECONDS)  # for the file, and for the others to read rank 0's verdict
         os._exit(code)
-
-    def _tell(self, reason: str) -> None:
-        with suppress(OSError):
-            self._on_lost(reason)
 
 
 def _key(kind: str, rank: int = 0) -> str:

@@ -145,7 +145,6 @@ def write_run(folder: Path, config: Config, counters: Counters, read_tensor: Rea
 
 
 def _make_state(config: Config, counters: Counters) -> TrainingState:
-    guard = config.guard
     class_names, autoencoder = _latents_of(config)
     return TrainingState(
         step=counters.step,

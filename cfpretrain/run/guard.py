@@ -52,10 +52,6 @@ class Guard:
         """Counts a step that was not applied."""
         self.num_skips_in_row += 1
 
-    def begin_row(self) -> None:
-        """After a rewind: the skips that led to it no longer count, nor do those before the checkpoint."""
-        self.num_skips_in_row = 0
-
     @property
     def must_rewind(self) -> bool:
         """Whether so many steps in a row were skipped that the weights themselves must be sick."""

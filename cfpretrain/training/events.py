@@ -103,15 +103,12 @@ class Checkpoints:
         Raises:
             SickRunError: on all ranks: there were too many rewinds, or there is no such checkpoint.
         """
-        config, skipped = (
-            self.config,
-            f"{self.guard.num_skips_in_row} steps in a row were skipped, the last one {at.step}",
-        )
-        if at.num_rewinds >= config.guard.max_rewinds:
+        skipped = f"{self.guard.num_skips_in_row} steps in a row were skipped, the last one {at.step}"
+        if at.num_rewinds >= self.config.guard.max_rewinds:
             raise SickRunError(
                 f"{skipped}: {problem}; after {at.num_rewinds} rewinds (guard.max_rewinds) the run stops; look at the "
-                f"skipped rows of {Path(config.run.folder) / METRICS_FILE}, lower train.learning_rate, or go on from "
-                "an earlier checkpoint"
+                f"skipped rows of {Path(self.config.run.folder) / METRICS_FILE}, lower train.learning_rate, or go on "
+                "from an earlier checkpoint"
             )
         self.wait()
         good = runtime.gather([path for path in self.candidates() if is_healthy(path)])[0]
@@ -121,7 +118,7 @@ class Checkpoints:
                 "train.learning_rate or fix the data, and begin again in another run.folder"
             )
         saved, _ = self._restore(good)
-        self.guard.begin_row()
+        self.guard.num_skips_in_row = 0
         # The learning rate goes back with the weights: it counts the steps whose update is in them.
         at.num_skipped = at.step - (saved.step - saved.num_skipped)
         at.num_rewinds += 1
@@ -136,7 +133,7 @@ class Checkpoints:
         self.writer.begin(state)
 
     def complete(self, state: TrainingState) -> None:
-        """Writes a checkpoint, unless it is there, and waits until it is on disk; UserError where it cannot be."""
+        """Writes a checkpoint, unless it is there already, and waits until it is on disk."""
         with phase(f"writing the checkpoint of step {state.step}", announce=False):
             self.wait()
             if self.saved_step == state.step:
@@ -153,7 +150,7 @@ class Checkpoints:
         self.note(self.writer.wait())
 
     def note(self, outcome: Outcome | None) -> None:
-        """Takes note of a checkpoint that is complete, or could not be written; UserError after some in a row."""
+        """Notes a checkpoint that is complete or has failed; UserError after some failures in a row."""
         if outcome is None:
             return
         if outcome.error is None:
