@@ -72,13 +72,8 @@ class Log:
         # A checkpoint's metrics are on disk before it, so that a resume finds all rows up to its step; and wandb takes
         # no row once it has a picture of a later step.
         config = self.config
-        every = (
-            config.metrics.log_every_steps,
-            config.checkpoint.every_steps,
-            config.sample.every_steps,
-            config.evaluation.every_steps,
-            config.train.num_steps,
-        )
+        events = (config.checkpoint, config.sample, config.evaluation)
+        every = [config.metrics.log_every_steps, config.train.num_steps, *(event.every_steps for event in events)]
         return any(n and step % n == 0 for n in every)
 
     def close_window(self, at: Counters, waited_seconds: float) -> None:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -77,16 +78,26 @@ class Trainer:
         self.config, self.device, self.stop, self.evaluator = config, device, stop or StopRequest(), evaluator
         self.folder, self.must_stop = Path(config.run.folder), False
         with runtime.together():
-            self.latents_info = open_folders(config)[0].latents_info
+            latents_info = open_folders(config)[0].latents_info
         self._build_engine()
         self.guard = Guard(config.guard)
         self.checkpoints = Checkpoints(config, self.engine, self.guard, resume_from)
         saved = self.checkpoints.prepare()
         self.ema = self.checkpoints.ema
-        self.at, position, self.history = Counters(), Position(), []
+        self.at, position = Counters(), Position()
         if saved is not None:
             self.at = Counters(saved.step, saved.num_skipped, saved.num_rewinds, saved.train_seconds)
-            position, self.history = Position(saved.epoch, saved.samples_in_epoch), saved.history_with(to_plain(config))
+            position = Position(saved.epoch, saved.samples_in_epoch)
+        # What a checkpoint says besides counters and tensors.
+        self.record: dict[str, Any] = {
+            "seed": config.run.seed,
+            "config": to_plain(config),
+            "history": [] if saved is None else saved.history_with(to_plain(config)),
+            "class_names": list(latents_info.class_names),
+            "autoencoder": latents_info.autoencoder,
+            "working_folder": os.getcwd(),
+            "versions": package_versions(),
+        }
         ranks_per_node = runtime.ranks_per_node()
         with runtime.together():
             self.loader: Loader[Batch] = Loader(
@@ -109,9 +120,7 @@ class Trainer:
             config.metrics.wandb, config.metrics.wandb_project, self.folder, tracker_id, to_shown(config)
         )
         self.log = Log(config, device, metrics, self.tracker)
-        self.samples = Samples(
-            config, device, self.engine, self.ema, self.tracker, self.stop, self.latents_info.class_names
-        )
+        self.samples = Samples(config, device, self.engine, self.ema, self.tracker, self.stop, latents_info.class_names)
         self.stop.end_waiting = self._end_waiting
 
     def _build_engine(self) -> None:
@@ -197,25 +206,14 @@ class Trainer:
 
     def state(self) -> TrainingState:
         """The counters and the record of the present step."""
-        position = self.loader.position
         return TrainingState(
-            step=self.at.step,
+            **asdict(self.at),
+            **asdict(self.loader.position),
+            **self.record,
             optimizer_step=self.engine.optimizer_step,
-            num_skipped=self.at.num_skipped,
-            num_rewinds=self.at.num_rewinds,
             guard=self.guard.to_plain(),
-            epoch=position.epoch,
-            samples_in_epoch=position.samples_in_epoch,
-            train_seconds=self.at.train_seconds,
-            seed=self.config.run.seed,
-            config=to_plain(self.config),
-            history=self.history,
-            class_names=list(self.latents_info.class_names),
-            autoencoder=self.latents_info.autoencoder,
-            working_folder=os.getcwd(),
             data_fingerprint=self.loader.fingerprint,
             wandb_run_id=self.tracker.run_id,
-            versions=package_versions(),
         )
 
     def draw_samples(self) -> None:
