@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from cfpretrain.base import config as configs
 from cfpretrain.base import files
+from cfpretrain.base.config import GuardConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.core.model import write_initial_values
 from cfpretrain.data.shard_writer import ShardWriter
@@ -77,7 +78,7 @@ def victim(tmp_path: Path) -> Victim:
 @pytest.fixture
 def run(tmp_path: Path, shards: Path) -> Path:
     # Of any data, and ready to be trained on.
-    return write_run(tmp_path / "run", shards, data_fingerprint="", guard=Guard(6.0, 100, 10).to_plain())
+    return write_run(tmp_path / "run", shards, data_fingerprint="", guard=Guard(GuardConfig(6.0, 100, 10)).to_plain())
 
 
 def succeeds_or_says_why(work: Callable[[], Any]) -> str:
