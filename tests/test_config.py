@@ -164,6 +164,15 @@ def test_impossible_values_are_refused_by_name(override, message) -> None:
     assert message in str(caught.value)
 
 
+def test_flow_matching_has_no_betas() -> None:
+    few = ["noise.num_timesteps=20", "sample.num_denoising_steps=20"]
+    configs.check(configs.load(TINY, ["noise.process=flow", "noise.flow_times=uniform", *few]), world_size=1)
+    with pytest.raises(UserError, match=r"noise\.num_timesteps: expected more than 20"):
+        configs.check(configs.load(TINY, ["noise.process=v", *few]), world_size=1)
+    with pytest.raises(UserError, match=r"noise\.process: expected one of epsilon, v, flow; got 'x0'"):
+        configs.load(TINY, ["noise.process=x0"])
+
+
 def test_a_rank_that_waits_for_a_storage_is_not_taken_for_lost() -> None:
     local = configs.load(TINY, ["data.download_patience_seconds=600"])
     configs.check(local, world_size=1)

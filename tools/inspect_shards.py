@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cfpretrain.base import files
 from cfpretrain.base.config import DataConfig
 from cfpretrain.base.console import (
-    ItemProgress,
+    Progress,
     UserError,
     address_argument,
     ending_in_one_line,
@@ -214,7 +214,7 @@ def _verify(shards: "Shards") -> None:
     ids = np.empty(len(shards), np.int64)
     labels: Counter[int] = Counter()
     done = 0
-    progress = ItemProgress(len(shards), 0, "sample")
+    progress = Progress(len(shards), 0, "sample")
     for number, file in enumerate(shards.files):
         name = f"{shards.source.address}/{file.name}"
         with shards.source.open(file) as opened:

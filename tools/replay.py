@@ -177,7 +177,7 @@ def _replay(
     with phase(f"making {step - trainer.at.step} steps again", announce=False):
         while trainer.at.step < step - 1:
             _make_step(trainer, checkpoints, logged)
-        trainer.loss = watched = _Watched(trainer.loss)  # type: ignore[assignment]
+        trainer.step.loss = watched = _Watched(trainer.step.loss)  # type: ignore[assignment]
         try:
             _make_step(trainer, checkpoints, logged)
         except SickRunError as error:
@@ -188,9 +188,9 @@ def _replay(
 
 def _make_step(trainer: "Trainer", checkpoints: Sequence[Path], logged: Mapping[int, Mapping[str, Any]]) -> None:
     # A rewind goes to one of the checkpoints that the run had at that time.
-    trainer.resume_from = [path for path in checkpoints if _step_of(path) <= trainer.at.step]
+    trainer.checkpoints.resume_from = [path for path in checkpoints if _step_of(path) <= trainer.at.step]
     trainer.train_step()
-    row = trainer.window.records[-1].row
+    row = trainer.log.rows[-1]
     there = logged.get(row["step"], {}).get("rewound_to_step")
     here = row.get("rewound_to_step")
     if there is not None and there != here:
@@ -231,7 +231,7 @@ def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
         digest.update(fragment.values.cpu().numpy().tobytes())
     of_ranks = runtime.gather((samples, images, digest.hexdigest()))
     all_samples = [sample for of_rank, _, _ in of_ranks for sample in of_rank]
-    row = trainer.window.records[-1].row
+    row = trainer.log.rows[-1]
     return {
         "samples": sorted(all_samples, key=_worst_first),
         "images": {i: image for _, of_rank, _ in of_ranks for i, image in of_rank.items()},
