@@ -26,7 +26,7 @@ from cfpretrain.base import files
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import choose_sizes
-from cfpretrain.core.model import patchify, unpatchify
+from cfpretrain.core.latents import patchify, unpatchify
 from cfpretrain.core.regions import parse_region
 from cfpretrain.core.sampler import Guidance
 from cfpretrain.core.solvers import SOLVERS

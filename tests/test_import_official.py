@@ -20,7 +20,7 @@ from torch import Tensor
 from cfpretrain.base import config as configs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
-from cfpretrain.core.model import sincos_positions
+from cfpretrain.core.modalities import sincos_positions
 from cfpretrain.data.loader import Loader
 from cfpretrain.export import imported_run
 from cfpretrain.export.official import our_name, to_official, write_official

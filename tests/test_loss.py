@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import seeds
-from cfpretrain.core.objective import Batch, DenoisingLoss, Draws, LossTerms
+from cfpretrain.core.modalities import LossTerms
+from cfpretrain.core.objective import Batch, DenoisingLoss, Draws
 from cfpretrain.core.process import make_process
 from tests.closeness import disagreement
 from tests.golden_cases import FOLDER
@@ -145,9 +146,9 @@ def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
     latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
     rows = []
 
-    def watched(parts, intervals_BMI):
+    def watched(segments, intervals_BMI):
         rows.append(len(intervals_BMI))
-        return model(parts, intervals_BMI)
+        return model(segments, intervals_BMI)
 
     batch = loss.prepare(latents, draw(loss))
     whole = loss(watched, batch)
@@ -155,8 +156,7 @@ def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
     alone = [loss.prepare(latents[[i]], draw(loss, ids=IDS[[i]], labels=LABELS[[i]])) for i in range(4)]
     errors = [loss(model, one).squared_error_BLP for one in alone]
     assert disagreement(whole.squared_error_BLP, torch.cat(errors)) < 1e-5
-    assert batch.num_tokens == sum(one.num_tokens for one in alone)
-    assert batch.num_visible == sum(one.num_visible for one in alone)
+    assert batch.work == tuple(map(sum, zip(*(one.work for one in alone), strict=True)))
 
 
 @pytest.mark.parametrize("clean_multiple", [2, 4, 9])
@@ -170,20 +170,20 @@ def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:
     for step in range(20):
         seen = []
 
-        def watched(parts, intervals_BMI, seen=seen):
-            seen.append((model(parts, intervals_BMI), intervals_BMI.shape[1]))
+        def watched(segments, intervals_BMI, seen=seen):
+            seen.append((model(segments, intervals_BMI), intervals_BMI.shape[1]))
             return seen[-1][0]
 
         draws = draw(plain, step=step)
         batch, padded_batch = plain.prepare(latents, draws), padded.prepare(latents, draws)
         want, got = plain(watched, batch), padded(watched, padded_batch)
-        (prediction, length), (padded_prediction, padded_length) = seen
+        ([prediction], length), ([padded_prediction], padded_length) = seen
         torch.testing.assert_close(padded_prediction, prediction, rtol=0, atol=1e-12)
         torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
         # FLOPs are of useful work: padding is none.
-        counts = [(b.num_tokens, b.num_visible, t.count) for b, t in ((batch, want), (padded_batch, got))]
+        counts = [(b.work, t.count) for b, t in ((batch, want), (padded_batch, got))]
         assert counts[0] == counts[1]
-        assert batch.num_tokens == 4 * length
+        assert batch.work.tokens == 4 * length
         lengths.append((length, padded_length))
     assert any(length < padded_length for length, padded_length in lengths)
     assert {n for _, n in lengths} <= {2 + 9 + min(i * clean_multiple, 9) for i in range(9)}
@@ -219,9 +219,13 @@ def test_batches_are_those_that_runs_have_trained_on(name: str) -> None:
     knobs, others = GOLDEN[name]
     loss = dataclasses.replace(with_ar(**knobs), **others)
     batch = loss.prepare(seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6)), draw(loss))
-    got = batch.tensors() | {"order_BL": batch.positions_BL, "clean_BLP": batch.clean_BLP[:, : batch.num_clean]}
+    image = batch.of_kind("image").keep_clean(batch.num_clean[1])
+    names = {"clean_BLP": "clean", "noised_BLP": "noised", "target_BLP": "targets", "timesteps_B": "times_B"}
+    names |= {"order_BL": "positions_BL", "positions_BL": "positions_BL"} | {key: key for key in image.tensors()}
+    got = {key: getattr(image, name) for key, name in names.items()} | batch.tensors()
+    got["labels_B"] = batch.of_kind("class").clean
     counts = want.pop("counts").tolist()
-    assert counts == [batch.target_BLP.numel(), batch.num_tokens, batch.num_visible]
+    assert counts == [image.targets.numel(), batch.work.tokens, batch.work.visible]
     for key, value in want.items():
         assert got[key].dtype == value.dtype, key
         if value.dtype.is_floating_point:
@@ -237,11 +241,15 @@ def test_a_batch_that_is_pickled_is_the_same(last: int) -> None:
     latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
     draws = dataclasses.replace(draw(), steps_BL=(torch.arange(9) >= 9 - last).long().expand(4, 9))
     batch = LOSS.prepare(latents, draws)
-    assert batch.num_clean == 9 - last
+    assert batch.num_clean == (2, 9 - last)
     again = pickle.loads(pickle.dumps(batch))
-    assert vars(again).keys() == vars(batch).keys()
-    for name, value in vars(batch).items():
-        assert torch.equal(vars(again)[name], value) if isinstance(value, torch.Tensor) else vars(again)[name] == value
+    for got, want in ((again, batch), *zip(again.segments, batch.segments, strict=True)):
+        assert vars(got).keys() == vars(want).keys()
+        for name, value in vars(want).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(vars(got)[name], value), name
+            else:
+                assert name == "segments" or vars(got)[name] == value, name
     assert len({value.untyped_storage().data_ptr() for value in again.tensors().values()}) == 1
 
 
@@ -249,17 +257,18 @@ def test_a_batch_that_is_pickled_is_the_same(last: int) -> None:
 def test_a_batch_is_pinned_where_samples_share_their_rows() -> None:
     loss = with_ar(ar_split="batch", token_order="raster")
     batch = loss.prepare(torch.zeros(4, 1, 6, 6), draw(loss))
-    assert batch.steps_BL.stride(0) == batch.positions_BL.stride(0) == 0
+    image = batch.of_kind("image")
+    assert image.steps_BL.stride(0) == image.positions_BL.stride(0) == 0
     pinned = batch.pin_memory()
     assert all(tensor.is_pinned() for tensor in pinned.tensors().values())
-    assert torch.equal(pinned.positions_BL, batch.positions_BL)
+    assert torch.equal(pinned.of_kind("image").positions_BL, image.positions_BL)
 
 
 def test_a_batch_moves_with_all_its_tensors() -> None:
     batch = LOSS.prepare(torch.zeros(4, 1, 6, 6), draw())
     moved = batch.to("meta")
     assert isinstance(moved, Batch)
-    assert len(moved.tensors()) == 10
+    assert len(moved.tensors()) == 11
     for name, value in batch.tensors().items():
         assert moved.tensors()[name].device.type == "meta"
         assert moved.tensors()[name].shape == value.shape

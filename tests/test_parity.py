@@ -6,9 +6,12 @@ from safetensors.torch import load_file
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import sampler
-from cfpretrain.core.model import CausalFusion, patchify
+from cfpretrain.core.latents import patchify
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.objective import DenoisingLoss, Draws
 from cfpretrain.core.process import make_process
+from cfpretrain.core.segments import build_layout, may_attend
 from cfpretrain.core.solvers import Solver
 from cfpretrain.export.official import from_official, to_official
 from tests.closeness import disagreement
@@ -45,7 +48,7 @@ def test_prediction_loss_and_gradients(name: str) -> None:
     case = load(name)
     model = case.model()
     predictions = []
-    model.register_forward_hook(lambda module, args, output: predictions.append(output.detach()))
+    model.register_forward_hook(lambda module, args, output: predictions.append(output[0].detach()))
     terms, batch = loss_of(case, model)
     mean = terms.total / terms.count
     mean.backward()
@@ -53,7 +56,7 @@ def test_prediction_loss_and_gradients(name: str) -> None:
     assert disagreement(predictions[0], want["prediction"]) < TOLERANCE
     assert disagreement(terms.squared_error_BLP.mean(-1), want["squared_error"].mean(-1)) < TOLERANCE
     assert disagreement(mean, want["loss"].squeeze()) < TOLERANCE
-    assert disagreement(batch.weights_BL[0], want["ar_weights"]) < TOLERANCE
+    assert disagreement(batch.of_kind("image").weights_BL[0], want["ar_weights"]) < TOLERANCE
 
     grads = to_official({name: p.grad for name, p in model.named_parameters()}, model.grid)
     norms = case.group("output.grad_norm.")
@@ -74,9 +77,9 @@ def test_prediction_loss_and_gradients(name: str) -> None:
 def test_visibility(name: str) -> None:
     case = load(name)
     steps = order.steps_from_sizes(case.tensors["input.ar_step_sizes"])[None]
-    layout = order.build_layout([order.Condition(case.config["cond_tokens"]), order.Image(steps)])
+    layout = build_layout([class_segment(case.config["cond_tokens"]), image_segment(steps)])
     hidden = case.tensors["output.hidden_from_attention"].bool()
-    assert torch.equal(order.may_attend(layout.intervals_BMI, hidden.shape[1])[0], ~hidden)
+    assert torch.equal(may_attend(layout.intervals_BMI, hidden.shape[1])[0], ~hidden)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -6,7 +6,7 @@ import torch
 from cfpretrain.base import config as configs
 from cfpretrain.base.console import UserError
 from cfpretrain.core import ar as order
-from cfpretrain.core.model import patchify
+from cfpretrain.core.latents import patchify
 from cfpretrain.core.objective import Draws
 from cfpretrain.core.process import make_process
 from tests.closeness import disagreement

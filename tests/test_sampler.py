@@ -8,11 +8,14 @@ from torch import Tensor
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import sampler
-from cfpretrain.core.model import CausalFusion, ClassPart, ImagePart, take_tokens
+from cfpretrain.core.latents import take_tokens
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.process import make_process
+from cfpretrain.core.segments import build_layout
 from cfpretrain.core.solvers import Solver
 from tests.closeness import disagreement
-from tests.test_transformer import small_model
+from tests.test_transformer import image_of, small_model
 
 SOLVER = Solver(make_process(), 4)
 PLAIN = sampler.Guidance()
@@ -30,8 +33,8 @@ def generate_without_cache(model: CausalFusion, sizes: Sequence[int], guidance: 
     """Every denoising step recomputes the whole training sequence, of which only the current AR step is read."""
     orders = sampler.sampling_orders(0, IDS, model.grid**2)
     draw = sampler.noise_by_image(0, IDS, model.patch_values)
-    layout = order.build_layout([order.Condition(2), order.Image(order.steps_from_sizes(sizes)[None])])
-    num_clean = layout.num_clean_image_tokens[0]
+    layout = build_layout([class_segment(2), image_segment(order.steps_from_sizes(sizes)[None])])
+    num_clean = layout.num_clean[1]
     clean = torch.zeros(3, model.grid**2, model.patch_values)
     begin = 0
     for size in sizes:
@@ -42,10 +45,10 @@ def generate_without_cache(model: CausalFusion, sizes: Sequence[int], guidance: 
             noised = torch.zeros_like(clean)
             noised[:, now] = x
             t = SOLVER.levels.times_T[left - 1].expand(3)
-            image = ImagePart(clean[:, :num_clean], orders[:, :num_clean], noised, orders, t)
+            image = image_of(clean[:, :num_clean], noised, orders, t)
             null = torch.full_like(LABELS, model.null_class)
             cond, uncond = (
-                model([ClassPart(labels), image], layout.intervals_BMI)[:, now] for labels in (LABELS, null)
+                model([class_segment(2, labels), image], layout.intervals_BMI)[0][:, now] for labels in (LABELS, null)
             )
             epsilon = uncond + guidance * (cond - uncond)
             alpha, sigma = float(SOLVER.levels.alphas_T[left - 1]), float(SOLVER.levels.sigmas_T[left - 1])
@@ -155,8 +158,8 @@ def test_the_branch_without_a_class_is_computed_only_where_it_counts() -> None:
     """Outside of the interval the numbers are those without guidance, and half of the batch is not computed."""
     model = small_model()
     batches: list[int] = []
-    model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0][0].noised_positions_BN))
-                                    if isinstance(inputs[0][0], ImagePart) else None)  # fmt: skip
+    model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0][0].noised))
+                                    if inputs[0][0].noised is not None else None)  # fmt: skip
     never = sampler.Guidance(4.0, first_timestep=2000)
     orders, draw = sampler.sampling_orders(0, IDS, 9), sampler.noise_by_image(0, IDS, model.patch_values)
     images = sampler.generate(model, LABELS, orders, [4, 5], SOLVER, never, draw)

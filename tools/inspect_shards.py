@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from cfpretrain.base import files
 from cfpretrain.base.config import DataConfig
 from cfpretrain.base.console import (
-    ItemProgress,
+    Progress,
     UserError,
     address_argument,
     ending_in_one_line,
@@ -172,6 +172,7 @@ def _draw(shards: "Shards", path: Path, decoder: "KLAutoencoder | None") -> None
             images = torch.nn.functional.interpolate(images, (cell, cell), mode="area")
         try:
             files.make_folder(path.parent, follow=True)
+            files.remove_leftovers(path.parent.resolve(), path.name)
             pictures.sample_grid(path, images, [""] * num_rows, title, (0.0, 1.0), cell, captions)
         except OSError as error:
             raise UserError(f"--grid: {path} cannot be written ({error.strerror or error}); give another") from error
@@ -183,7 +184,8 @@ def _look_at(shards: "Shards", samples: list[dict[str, Any]], decoder: "KLAutoen
     import numpy as np
     import torch
 
-    from cfpretrain.autoencoder import IdentityAutoencoder, LatentScaling
+    from cfpretrain.autoencoder import IdentityAutoencoder
+    from cfpretrain.core.latents import LatentScaling
     from cfpretrain.data.images import centre_crop, read_image
     from cfpretrain.data.shards import ImagesInfo
     from cfpretrain.evaluation.pictures import false_colours
@@ -212,7 +214,7 @@ def _verify(shards: "Shards") -> None:
     ids = np.empty(len(shards), np.int64)
     labels: Counter[int] = Counter()
     done = 0
-    progress = ItemProgress(len(shards), 0, "sample")
+    progress = Progress(len(shards), 0, "sample")
     for number, file in enumerate(shards.files):
         name = f"{shards.source.address}/{file.name}"
         with shards.source.open(file) as opened:

@@ -126,7 +126,7 @@ def measure_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     config = configs.load(arguments.config, (), arguments.allow_env)
     _check_ar_steps(arguments.num_ar_steps, config.model.num_tokens)
     head_width = config.model.width // config.model.num_heads
-    cached = attention.choose_cached("auto", device.type, arguments.precision, head_width, say)
+    cached = attention.choose("auto", "sampling", device.type, arguments.precision, head_width, say)
     with device:
         model = make_model(config, BlockSettings(cached_attention=cached)).eval().requires_grad_(False)
     initialise(model, seed=0)
@@ -194,7 +194,7 @@ def generate_plainly(
     """What `sampler.generate` does, with the context computed anew at every denoising step."""
     import torch
 
-    from cfpretrain.core.model import take_tokens
+    from cfpretrain.core.latents import take_tokens
 
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
     labels = torch.cat(branches)
@@ -226,18 +226,19 @@ def _predict_plainly(
 ) -> "Tensor":
     import torch
 
-    from cfpretrain.core.model import ClassPart, ImagePart
+    from cfpretrain.core.modalities import CLASS, IMAGE
+    from cfpretrain.core.segments import Segment
 
     n = len(labels) // len(x_BNP)
-    image = ImagePart(
-        made_BLP.repeat(n, 1, 1),
-        before_BK.repeat(n, 1),
-        x_BNP.repeat(n, 1, 1),
-        at_BN.repeat(n, 1),
-        torch.full((len(labels),), time, device=labels.device),
-    )
+    made, noised = made_BLP.repeat(n, 1, 1), x_BNP.repeat(n, 1, 1)
+    times = torch.full((len(labels),), time, device=labels.device)
+    segments = [
+        Segment(CLASS, clean=labels),
+        Segment(IMAGE, clean=made, positions_BL=before_BK.repeat(n, 1)),
+        Segment(IMAGE, noised=noised, positions_BL=at_BN.repeat(n, 1), times_B=times),
+    ]
     with torch.no_grad():
-        prediction = model([ClassPart(labels), image], intervals_1MI)
+        (prediction,) = model(segments, intervals_1MI)
     if n == 1:
         return prediction
     with_class, without_class = prediction.chunk(2)
@@ -434,7 +435,7 @@ def _edit(
     """Scores of edits, of images spread evenly over the held-out ones: these may lie class by class."""
     import torch
 
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation.editing import encode_tokens, pixels_of, seam_steps
     from cfpretrain.evaluation.generation import edit_tokens
 

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from cfpretrain.core import seeds
 from cfpretrain.core.ar import draw_orders
-from cfpretrain.core.model import ClassPart, ImagePart, KeyValueCache, Part
+from cfpretrain.core.modalities import CLASS, IMAGE
+from cfpretrain.core.model import KeyValueCache
+from cfpretrain.core.segments import Segment
 from cfpretrain.core.solvers import Solver
 
 
@@ -28,9 +30,9 @@ class Model(Protocol):
     patch_values: int
 
     def __call__(
-        self, parts: Sequence[Part], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
-        """Predicts what its noise process asks for, for the noised tokens of `parts`."""
+        self, segments: Sequence[Segment], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> list[Tensor]:
+        """For each noised segment, what its noise process asks for."""
 
 
 # draw(k, positions_BN) -> float32 [B, N, P]: k = 0 is where denoising starts, k = 1, 2, ... the noise after the k-th
@@ -126,7 +128,7 @@ def generate(
     # The branch without a class keeps its own cache: the same clean context under the null class.
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
     cache = KeyValueCache(model.depth, model.num_cond_tokens + L)
-    model([ClassPart(torch.cat(branches))], cache=cache)
+    model([Segment(CLASS, clean=torch.cat(branches))], cache=cache)
 
     tokens_BLP = torch.zeros(B, L, model.patch_values, device=labels_B.device)
     sizes = [num_given, *ar_step_sizes] if num_given else list(ar_step_sizes)
@@ -142,8 +144,8 @@ def generate(
             step_BNP = denoised.run(solver, draw_noise, functools.partial(watch, ar_step))
         tokens_BLP.scatter_(1, positions_BN.unsqueeze(-1).expand_as(step_BNP), step_BNP)
         if begin < L:
-            part = _clean_part(step_BNP.repeat(len(branches), 1, 1), positions_BN.repeat(len(branches), 1))
-            model([part], cache=cache)
+            clean_BNP, places_BN = step_BNP.repeat(len(branches), 1, 1), positions_BN.repeat(len(branches), 1)
+            model([Segment(IMAGE, clean=clean_BNP, positions_BL=places_BN)], cache=cache)
     return tokens_BLP
 
 
@@ -170,19 +172,11 @@ class _Denoised:
         num_branches = 1 if scale == 1 else self.num_branches
         positions_BN = self.positions_BN.repeat(num_branches, 1)
         timesteps_B = torch.full((len(positions_BN),), timestep, device=positions_BN.device)
-        part = _noised_part(noised_BNP.repeat(num_branches, 1, 1), positions_BN, timesteps_B)
+        noised = noised_BNP.repeat(num_branches, 1, 1)
+        segment = Segment(IMAGE, noised=noised, positions_BL=positions_BN, times_B=timesteps_B)
         cache = self.cache if num_branches == self.num_branches else self.cache.of_first(len(positions_BN))
-        prediction_BNP = self.model([part], cache=cache).float()
+        prediction_BNP = self.model([segment], cache=cache)[0].float()
         if num_branches == 1:
             return prediction_BNP
         with_class, without_class = prediction_BNP.chunk(2)
         return without_class + scale * (with_class - without_class)
-
-
-def _clean_part(clean_BNP: Tensor, positions_BN: Tensor) -> ImagePart:
-    timesteps_B = torch.zeros(len(clean_BNP), dtype=torch.int64, device=clean_BNP.device)
-    return ImagePart(clean_BNP, positions_BN, clean_BNP[:, :0], positions_BN[:, :0], timesteps_B)
-
-
-def _noised_part(noised_BNP: Tensor, positions_BN: Tensor, timesteps_B: Tensor) -> ImagePart:
-    return ImagePart(noised_BNP[:, :0], positions_BN[:, :0], noised_BNP, positions_BN, timesteps_B)

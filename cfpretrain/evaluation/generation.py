@@ -11,7 +11,7 @@ from torch import Tensor
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
-from cfpretrain.core.model import take_tokens, unpatchify
+from cfpretrain.core.latents import take_tokens, unpatchify
 from cfpretrain.core.regions import kept_first
 from cfpretrain.core.sampler import Guidance, Model, Watch, generate, noise_by_image, sampling_orders
 from cfpretrain.core.solvers import Solver

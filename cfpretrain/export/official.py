@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
-from cfpretrain.core.model import sincos_positions
+from cfpretrain.core.modalities import sincos_positions
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import POSITIONS, check_shapes
 from cfpretrain.run import build, outputs

@@ -13,9 +13,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from cfpretrain.autoencoder import LatentScaling
 from cfpretrain.core.ar import choose_sizes
-from cfpretrain.core.model import CausalFusion, patchify, take_tokens, unpatchify
+from cfpretrain.core.latents import LatentScaling, patchify, take_tokens, unpatchify
+from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.process import process_of_scheduler
 from cfpretrain.core.regions import kept_first, parse_region
 from cfpretrain.core.sampler import Guidance, generate, noise_by_image, sampling_orders

@@ -11,13 +11,14 @@ from typing import Any, Literal
 
 import torch
 
-from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
 from cfpretrain.base.files import read_json
 from cfpretrain.core import attention
 from cfpretrain.core.ar import ARSettings
+from cfpretrain.core.latents import LatentScaling
 from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValues, initialise, write_initial_values
 from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import Batch, DenoisingLoss
@@ -105,13 +106,8 @@ def choose_blocks(config: Config, device_type: str) -> BlockSettings:
     Raises:
         UserError: what the config asks for does not run there.
     """
-    engine, model = config.engine, config.model
-    try:
-        cached = attention.choose_cached(
-            engine.cached_attention, device_type, engine.precision, model.width // model.num_heads, say
-        )
-    except ValueError as error:
-        raise UserError(f"engine.cached_attention: {error}") from error
+    engine = config.engine
+    cached = _choose_backend(config, "cached_attention", "sampling", device_type)
     fused_norm = device_type == "cuda" and not engine.compile_blocks and has_apex()
     return BlockSettings(
         choose_attention(config, device_type),
@@ -124,11 +120,15 @@ def choose_blocks(config: Config, device_type: str) -> BlockSettings:
 
 def choose_attention(config: Config, device_type: str) -> str:
     """The backend of attention in training on a device ("cpu" or "cuda"); raises as `choose_blocks` does."""
-    engine, model = config.engine, config.model
+    return _choose_backend(config, "attention", "training", device_type)
+
+
+def _choose_backend(config: Config, key: str, job: str, device_type: str) -> str:
+    engine, head_width = config.engine, config.model.width // config.model.num_heads
     try:
-        return attention.choose(engine.attention, device_type, model.width // model.num_heads)
+        return attention.choose(getattr(engine, key), job, device_type, engine.precision, head_width, say)
     except ValueError as error:
-        raise UserError(f"engine.attention: {error}") from error
+        raise UserError(f"engine.{key}: {error}") from error
 
 
 def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFusion:
