@@ -154,12 +154,12 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     drawn = "" if order.num_ar_steps else f" in the mean, decay {order.ar_step_decay:g}"
     yield f"AR steps: {mean:g}{drawn}, {order.ar_step_sizes} sizes, {order.token_order} order"
 
-    before = [class_segment(model.num_cond_tokens)]
-    share_by_length = segments.sequence_lengths(before, L, *law, order.ar_step_sizes, config.clean_token_multiple())
+    before, settings = [class_segment(model.num_cond_tokens)], ar.ARSettings(**vars(order))
+    share_by_length = segments.sequence_lengths(before, L, settings, config.clean_token_multiple())
     lengths = list(share_by_length)
     shown = ", ".join(map(str, lengths)) if len(lengths) < 10 else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
     padded = sum(length * share for length, share in share_by_length.items())
-    work = segments.expected_work(before, L, *law, order.ar_step_sizes)
+    work = segments.expected_work(before, L, settings)
     yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
     flops = num_sequences * metrics.training_flops(model, work)
     yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"
