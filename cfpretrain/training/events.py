@@ -262,7 +262,7 @@ class Samples:
 
 @contextmanager
 def tolerating(what: str, of_kind: type[Exception] = Exception) -> Iterator[None]:
-    """An error in a picture or a score is said, and the run goes on; on all ranks where they work together."""
+    """Reports an error in a picture or a score, and goes on; on all ranks where they work together."""
     try:
         yield
     except of_kind as error:
