@@ -152,7 +152,8 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     """AR steps, lengths and FLOPs of the training sequences, exact in the mean over splits."""
     import torch
 
-    from cfpretrain.core import ar
+    from cfpretrain.core import ar, segments
+    from cfpretrain.core.modalities import class_segment
     from cfpretrain.run import metrics
 
     model, order, num_sequences = config.model, config.order, config.train.global_batch_size
@@ -161,18 +162,15 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     drawn = "" if order.num_ar_steps else f" in the mean, decay {order.ar_step_decay:g}"
     yield f"AR steps: {mean:g}{drawn}, {order.ar_step_sizes} sizes, {order.token_order} order"
 
-    share_by_length = ar.sequence_lengths(
-        model.num_cond_tokens, L, *law, order.ar_step_sizes, config.clean_token_multiple()
-    )
+    before = [class_segment(model.num_cond_tokens)]
+    share_by_length = segments.sequence_lengths(before, L, *law, order.ar_step_sizes, config.clean_token_multiple())
     lengths = list(share_by_length)
     shown = ", ".join(map(str, lengths)) if len(lengths) < 10 else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
     padded = sum(length * share for length, share in share_by_length.items())
-    num_tokens, num_visible = ar.expected_work(model.num_cond_tokens, L, *law, order.ar_step_sizes)
-    yield f"tokens a sequence: {num_tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
-    flops = metrics.training_flops(
-        model, num_sequences, round(num_tokens * num_sequences), round(num_visible * num_sequences)
-    )
-    yield f"visible pairs: {num_visible / num_tokens**2:.1%} of the mean length's square"
+    work = segments.expected_work(before, L, *law, order.ar_step_sizes)
+    yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
+    flops = num_sequences * metrics.training_flops(model, work)
+    yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"
     yield f"training FLOPs: {flops / num_sequences:.3e} an image, {flops:.3e} a step"
 
 

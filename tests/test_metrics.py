@@ -14,6 +14,8 @@ import torch
 from cfpretrain.base.config import ModelConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.core import ar as order
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.segments import build_layout, count_work
 from cfpretrain.run import metrics
 
 
@@ -26,13 +28,12 @@ def test_flops_of_an_image_as_published(width, depth, heads, tera) -> None:
     table = order.last_size_table(256, 0.9)
     keys = torch.arange(2000)
     steps = order.draw_shared_steps
-    tokens, visible = 0, 0
+    flops = 0.0
     for i in keys[:200].tolist():
-        layout = order.build_layout([order.Condition(64), order.Image(steps(torch.tensor(i * 7919 + 1), 1, 256, 0.9))])
-        tokens += layout.step_BM.shape[1]
-        visible += int(order.count_visible(layout.intervals_BMI))
+        segments = [class_segment(64), image_segment(steps(torch.tensor(i * 7919 + 1), 1, 256, 0.9))]
+        flops += metrics.training_flops(model, count_work(segments, build_layout(segments)))
     assert float(table.sum()) == pytest.approx(1)
-    assert metrics.training_flops(model, 200, tokens, visible) / 200 / 1e12 == pytest.approx(tera, rel=0.03)
+    assert flops / 200 / 1e12 == pytest.approx(tera, rel=0.03)
 
 
 def test_json_has_no_nan() -> None:

@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, ShardWriter]":
     import torch
 
-    from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
+    from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
+    from cfpretrain.core.latents import LatentScaling
     from cfpretrain.data.encoding import Encoding
     from cfpretrain.data.shard_writer import ShardWriter
     from cfpretrain.data.shards import Shards, read_images_info

@@ -184,7 +184,8 @@ def _look_at(shards: "Shards", samples: list[dict[str, Any]], decoder: "KLAutoen
     import numpy as np
     import torch
 
-    from cfpretrain.autoencoder import IdentityAutoencoder, LatentScaling
+    from cfpretrain.autoencoder import IdentityAutoencoder
+    from cfpretrain.core.latents import LatentScaling
     from cfpretrain.data.images import centre_crop, read_image
     from cfpretrain.data.shards import ImagesInfo
     from cfpretrain.evaluation.pictures import false_colours

@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.run import build, outputs
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
-    _check(arguments, config.model.num_tokens, len(build.make_loss(config).schedule))
+    _check(arguments, config.model.num_tokens, config.noise.num_timesteps)
     _check_decodes(arguments.run, config)
     num_real = _check_images(arguments, config)
     # As many of each set, and the real ones are cut into halves.

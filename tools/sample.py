@@ -159,7 +159,7 @@ def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "Gener
 
 def _draw_trajectory(path: Path, source: "Source", label: int, settings: "GenerationSettings") -> None:
     from cfpretrain.base import runtime
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import decode_to_look_at, follow, grid_title
     from cfpretrain.run.outputs import whole_or_nothing

@@ -96,8 +96,7 @@ class BareSide:
             self._engine.backward(all_terms[-1].total / all_terms[-1].count)
         self._engine.step(self._config.train.learning_rate)
         loss = statistics.mean(float(terms.total.detach()) / terms.count for terms in all_terms)
-        counts = (sum(getattr(batch, name) for batch in batches) for name in ("num_tokens", "num_visible"))
-        return loss, training_flops(self._config.model, sum(map(len, batches)), *counts)
+        return loss, sum(training_flops(self._config.model, batch.work) for batch in batches)
 
     def close(self) -> None:
         """Ends the loader's workers."""

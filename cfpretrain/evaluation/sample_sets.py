@@ -31,7 +31,7 @@ class SampleSet:
 
     Attributes:
         name: for people, e.g. "AR steps 4".
-        make_model: gives what predicts the noise; called where images are missing.
+        make_model: gives the network; called where images are missing.
         labels: the class of each image.
         settings: how they are made.
         folder: of all sets.

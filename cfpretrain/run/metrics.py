@@ -14,6 +14,7 @@ from cfpretrain.base import files, runtime
 from cfpretrain.base.config import ModelConfig
 from cfpretrain.base.console import explaining, say
 from cfpretrain.base.files import open_to_read, parse_json
+from cfpretrain.core.segments import Work
 
 _MAX_BYTES, _MAX_LINE_BYTES = 2**32, 2**24  # of a metrics file
 # Dense bf16 rate of one GPU, in FLOP/s, by a part of its name (the makers' data sheets, without sparsity).
@@ -24,22 +25,18 @@ _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A
 # FLOPs
 
 
-def training_flops(model: ModelConfig, num_sequences: int, num_tokens: int, num_visible: int) -> float:
-    """FLOPs of forward and backward over some sequences; of attention, visible pairs alone count.
+def training_flops(model: ModelConfig, work: Work) -> float:
+    """FLOPs of forward and backward; of attention, visible pairs alone count.
 
     Embeddings of classes and timesteps, norms and pointwise operations are left out (under 1 %).
 
     Args:
         model: sizes.
-        num_sequences: sequences, one image each.
-        num_tokens: tokens of all sequences.
-        num_visible: visible pairs of query and key of all sequences.
+        work: tokens and visible pairs of the sequences, counted by their layouts.
     """
-    D, L = model.width, model.num_tokens
-    blocks = model.depth * (24 * D**2 * num_tokens + 4 * D * num_visible)
-    image_tokens = num_tokens - model.num_cond_tokens * num_sequences
-    ends = 2 * model.patch_values * D * (image_tokens + L * num_sequences)
-    return 3.0 * (blocks + ends)
+    D = model.width
+    blocks = model.depth * (24 * D**2 * work.tokens + 4 * D * work.visible)
+    return 3.0 * (blocks + 2 * model.patch_values * D * work.patches)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -12,7 +12,8 @@ from cfpretrain.base import runtime
 from cfpretrain.base.config import Config, TrainConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.base.stopping import StopRequest
-from cfpretrain.core.objective import Batch, LossTerms
+from cfpretrain.core.modalities import LossTerms
+from cfpretrain.core.objective import Batch
 from cfpretrain.data.loader import Loader
 from cfpretrain.run.build import make_loss
 from cfpretrain.run.checkpoint_writer import CheckpointWriter
@@ -112,11 +113,9 @@ class TrainingStep:
 
     def exchange(self, terms: Sequence[LossTerms], batches: Sequence[Batch]) -> Tensor:
         """The only exchange between ranks before the update: a sum on the device, in the order of `decide`."""
-        counts = [(len(batch), batch.num_tokens, batch.num_visible) for batch in batches]
-        num_sequences, num_tokens, num_visible = map(sum, zip(*counts, strict=True))
         told = [
             sum(t.count for t in terms),
-            training_flops(self.config.model, num_sequences, num_tokens, num_visible),
+            sum(training_flops(self.config.model, batch.work) for batch in batches),
             self.stop.reason is not None,
             self.writer.is_working,  # before `has_failed`
             self.writer.has_failed,
