@@ -177,7 +177,7 @@ class Trainer:
             result = self.step(self.at)
             row = self.log.add(self.at, result, self.loader.position.epoch)
         self.must_stop |= result.must_stop
-        self.checkpoints.note(self.checkpoints.writer.advance(result.is_writing, result.has_failed))
+        self.checkpoints.advance(result)
         if self.guard.must_rewind:
             with self.log.aside():
                 row["rewound_to_step"] = self.checkpoints.rewind(self.at, str(result.problem))
