@@ -231,7 +231,7 @@ def _begin(run: Path) -> int:
 
 @contextmanager
 def _writing(run: Path) -> Iterator[None]:
-    from cfpretrain.run.checkpoint import reason_of
+    from cfpretrain.run.tensor_files import reason_of
 
     try:
         yield

@@ -142,7 +142,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    from cfpretrain.run.checkpoint import reason_of
+    from cfpretrain.run.tensor_files import reason_of
 
     try:
         yield

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from cfpretrain.base.config import Config, can_checkpoint
 from cfpretrain.core.ar import sequence_lengths, shares_split
 from cfpretrain.run.build import choose_attention, make_model
-from cfpretrain.training.engine import ds_config
+from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
 

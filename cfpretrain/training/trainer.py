@@ -49,7 +49,8 @@ from cfpretrain.run.build import (
     make_prepare,
     make_store,
 )
-from cfpretrain.run.checkpoint import Best, is_healthy
+from cfpretrain.run.checkpoint import load
+from cfpretrain.run.checkpoint_store import Best, is_healthy
 from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.run.guard import Guard
 from cfpretrain.run.metrics import (
@@ -239,7 +240,7 @@ class Trainer:
         for checkpoint in candidates:
             try:
                 with phase(f"resuming from {checkpoint}"):
-                    saved = self.store.load(checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config))
+                    saved = load(checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config))
             except DamagedCheckpointError as error:
                 say(f"WARNING: {checkpoint} is damaged and left out: {error}")
                 self.damaged.append(checkpoint)
