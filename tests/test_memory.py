@@ -12,8 +12,9 @@ import torch
 from cfpretrain.base import config as configs
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
-from cfpretrain.core import ar as order
+from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
+from cfpretrain.core.segments import build_layout
 from cfpretrain.run import build
 from cfpretrain.training import memory, zero
 from cfpretrain.training.memory import Network, Plan, TensorAccount, plan_memory
@@ -216,7 +217,9 @@ def test_masks_are_those_of_the_backend_that_runs() -> None:
         ["order.num_ar_steps=4", "order.ar_step_sizes=equal"],
     ):
         assert plan_of(*shared, on_gpu=False).mask == "shared"
-    with pytest.raises(configs.UserError, match=r"engine\.attention: flex trains on a GPU only"):
+    with pytest.raises(
+        configs.UserError, match=r"engine\.attention: flex needs a GPU, and this run computes on the cpu; or use sdpa"
+    ):
         plan_of("engine.attention=flex", on_gpu=False)
 
 
@@ -255,8 +258,8 @@ def test_the_longest_sequence_is_estimated_and_measured(overrides: list[str]) ->
     loss, num_tokens = build.make_loss(config), config.model.num_tokens
 
     def length(draws: Draws) -> int:
-        segments = [order.Condition(config.model.num_cond_tokens), order.Image(draws.steps_BL)]
-        return order.build_layout(segments, loss.clean_multiple).step_BM.shape[1]
+        segments = [class_segment(config.model.num_cond_tokens), image_segment(draws.steps_BL)]
+        return build_layout(segments, loss.clean_multiple).step_BM.shape[1]
 
     drawn = [loss.draw(step, 0, torch.arange(2), torch.arange(2), num_tokens, 1) for step in range(200)]
     network, _ = plan_memory(config, 1, on_gpu=False)

@@ -149,7 +149,6 @@ def write_run(folder: Path, config: Config, counters: Counters, read_tensor: Rea
 
 
 def _make_state(config: Config, counters: Counters) -> TrainingState:
-    guard = config.guard
     class_names, autoencoder = _latents_of(config)
     return TrainingState(
         step=counters.step,
@@ -166,7 +165,7 @@ def _make_state(config: Config, counters: Counters) -> TrainingState:
         autoencoder=autoencoder,
         working_folder=str(Path.cwd()),
         data_fingerprint="",  # any data will do
-        guard=Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row).to_plain(),
+        guard=Guard(config.guard).to_plain(),
         wandb_run_id=None,
         versions=runtime.package_versions("torch"),
     )

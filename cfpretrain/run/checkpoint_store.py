@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from cfpretrain.base import files, runtime
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.console import UserError, reason_of, say
 from cfpretrain.base.files import read_json, read_text
 from cfpretrain.run.checkpoint import RANGES_FILE, tensor_file
 from cfpretrain.run.state import STATE_FILE, dump, read_state
-from cfpretrain.run.tensor_files import PlainHashes, checked_hashes, read_header, reason_of
+from cfpretrain.run.tensor_files import PlainHashes, checked_hashes, read_header
 
 _LATEST_FILE, BEST_FILE = "latest", "best.json"
 _COMPLETE_NAME = re.compile(r"step_([0-9]{8,18})")

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.background import Task
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, reason_of
 from cfpretrain.run.checkpoint import gather_shapes, held_tensors, tensor_file
 from cfpretrain.run.checkpoint_store import CheckpointStore, remove
 from cfpretrain.run.state import TrainingState
-from cfpretrain.run.tensor_files import VALUE_BYTES, Fragment, PlainHashes, Shapes, bytes_of, reason_of, write_ranges
+from cfpretrain.run.tensor_files import VALUE_BYTES, Fragment, PlainHashes, Shapes, bytes_of, write_ranges
 
 _POLL_SECONDS = 0.01
 
