@@ -20,7 +20,8 @@ from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.evaluator import Evaluator
 from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_images, grid_title
 from cfpretrain.run.build import METRICS_FILE, SAMPLES, initial_weights, make_store
-from cfpretrain.run.checkpoint import Best, is_healthy
+from cfpretrain.run.checkpoint import load
+from cfpretrain.run.checkpoint_store import Best, is_healthy
 from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.run.guard import Guard
 from cfpretrain.run.metrics import read_metrics
@@ -77,7 +78,7 @@ class Checkpoints:
         for i, checkpoint in enumerate(candidates):
             try:
                 with phase(f"resuming from {checkpoint}"):
-                    saved = self.store.load(checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config))
+                    saved = load(checkpoint, self.engine.fragments(), self.ema.values, to_plain(self.config))
             except DamagedCheckpointError as error:
                 say(f"WARNING: {checkpoint} is damaged and left out: {error}")
                 continue

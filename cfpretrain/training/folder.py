@@ -33,7 +33,7 @@ from cfpretrain.run.build import (
     make_store,
     read_summary,
 )
-from cfpretrain.run.checkpoint import CheckpointStore
+from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.state import TrainingState, changes, read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError
 from cfpretrain.training.step import Counters

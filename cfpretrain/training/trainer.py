@@ -34,7 +34,7 @@ from cfpretrain.run.build import (
     make_model,
     make_prepare,
 )
-from cfpretrain.run.checkpoint import Best
+from cfpretrain.run.checkpoint_store import Best
 from cfpretrain.run.guard import Guard
 from cfpretrain.run.metrics import MetricsFile, read_metrics
 from cfpretrain.run.state import TrainingState
