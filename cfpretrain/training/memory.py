@@ -20,7 +20,7 @@ from cfpretrain.core.attention import BACKENDS
 from cfpretrain.core.modalities import class_segment
 from cfpretrain.core.segments import sequence_lengths
 from cfpretrain.run.build import choose_attention, make_model
-from cfpretrain.training.engine import ds_config
+from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
 
