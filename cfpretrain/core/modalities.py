@@ -5,7 +5,6 @@ Classes and images are two; a further kind is a file with one more, its line in 
 `Network`.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfpretrain.core.norm import layer_norm
-from cfpretrain.core.segments import Segment, one_step
+from cfpretrain.core.segments import Segment
 
 CLASS, IMAGE = "class", "image"
 
@@ -80,7 +79,7 @@ class Modality:
 
 def class_segment(num_cond_tokens: int, labels_B: Tensor | None = None) -> Segment:
     """The condition tokens of a class: clean, in one AR step. `labels_B`: int64, for the network."""
-    return dataclasses.replace(one_step(CLASS, num_cond_tokens), clean=labels_B)
+    return Segment(CLASS, torch.zeros(1, num_cond_tokens, dtype=torch.int64), clean=labels_B)
 
 
 class ClassEmbedder(nn.Module):

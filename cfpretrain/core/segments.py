@@ -69,11 +69,6 @@ class Segment:
         return dataclasses.replace(self, clean=self.clean[:, :num_clean])
 
 
-def one_step(kind: str, num_tokens: int) -> Segment:
-    """Tokens that come at once, and clean: one AR step, such as the condition tokens of a class or a given image."""
-    return Segment(kind, torch.zeros(1, num_tokens, dtype=torch.int64))
-
-
 # ---------------------------------------------------------------------------
 # Layout
 
@@ -257,12 +252,8 @@ class Work(NamedTuple):
     patches: float = 0
 
 
-def count_visible(intervals_BMI: Tensor) -> Tensor:
-    """Pairs of query and key that attention computes, for each sample: int64 [B]."""
-    return _visible_keys(intervals_BMI).sum(-1)
-
-
-def _visible_keys(intervals_BMI: Tensor) -> Tensor:
+def visible_keys(intervals_BMI: Tensor) -> Tensor:
+    """How many keys each row sees: int64 [B, M]."""
     prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.long().unbind(-1)
     return prefix_end - prefix_begin + own_end - own_begin
 
@@ -270,7 +261,7 @@ def _visible_keys(intervals_BMI: Tensor) -> Tensor:
 def count_work(segments: Sequence[Segment], layout: Layout, batch_size: int = 1) -> Work:
     """The work of the sequences of a batch; a layout of one row serves all samples."""
     is_useful_BM = ~layout.is_padding_BM
-    num_visible_B = (_visible_keys(layout.intervals_BMI) * is_useful_BM).sum(-1)
+    num_visible_B = (visible_keys(layout.intervals_BMI) * is_useful_BM).sum(-1)
     # The weight of a column of the sequence: [clean of all segments | noised of those that are].
     clean = [torch.full((n,), int(one.kind == "image")) for one, n in zip(segments, layout.num_clean, strict=True)]
     noised = [torch.full((one.num_tokens,), 2 * int(one.kind == "image")) for one in segments if one.is_noised]
