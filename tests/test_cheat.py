@@ -4,8 +4,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from cfpretrain.base.console import UserError
-from cfpretrain.evaluation.cheat import best_cheat, class_means
-from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance, pixel_features
+from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance
+from examples.digits.cheat import best_cheat, class_means
+from examples.digits.pixels import pixel_features
 
 
 @pytest.fixture(scope="module")

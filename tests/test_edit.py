@@ -11,9 +11,10 @@ from PIL import Image
 from cfpretrain.autoencoder import KLAutoencoder, LatentScaling
 from cfpretrain.base import config as configs
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
-from cfpretrain.evaluation.editing import encode_tokens, read_crop, read_region, seam_steps
+from cfpretrain.evaluation.editing import encode_tokens, read_crop, read_region
 from cfpretrain.evaluation.pictures import grid_layout
 from cfpretrain.run import build
+from examples.digits.seams import seam_steps
 from tests.digits import digits
 from tests.processes import REPOSITORY, Ended, run_script
 from tests.runs import write_run

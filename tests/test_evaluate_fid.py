@@ -18,11 +18,11 @@ from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.evaluation import scores
 from cfpretrain.evaluation.feature_sums import Summing
 from cfpretrain.evaluation.features import FeatureExtractor
-from cfpretrain.evaluation.frechet import frechet_between
 from cfpretrain.evaluation.given_images import open_images, say_sizes
 from cfpretrain.evaluation.inception_score import ClassSums, inception_score, splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
 from cfpretrain.evaluation.references import STATISTICS_FILE, load_reference
+from examples.digits.pixels import frechet_between
 from tests import small_features
 from tests.image_files import digits, write_folder
 from tests.processes import Ended, run_in_processes, run_script

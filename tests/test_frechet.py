@@ -12,7 +12,8 @@ from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from cfpretrain.base.console import UserError
-from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_between, frechet_distance, pixel_features
+from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance
+from examples.digits.pixels import frechet_between, pixel_features
 
 
 def correlated(count: int, num_features: int, seed: int, shift: float = 0.0) -> Tensor:

@@ -11,8 +11,8 @@ from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.sampler import Guidance
 from cfpretrain.evaluation.generation import GenerationSettings, generate_images, plan_of
-from cfpretrain.evaluation.sample_sets import SampleSet, make_missing
 from cfpretrain.run import build
+from examples.digits.sample_sets import SampleSet, make_missing
 from tests.runs import write_run
 
 CPU = torch.device("cpu")

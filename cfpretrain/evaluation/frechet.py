@@ -23,29 +23,6 @@ from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
 
 
-def pixel_features(images: Tensor, name: str) -> Tensor:
-    """The pixels of each image as its features.
-
-    Args:
-        images: [N, ...], any real dtype; the scale of the pixels is the scale of the features.
-        name: what the images are, for the message.
-
-    Returns:
-        float64 [N, F] on the CPU.
-
-    Raises:
-        UserError: a value is NaN or infinite.
-    """
-    features_NF = images.detach().to("cpu", torch.float64).flatten(1)
-    num_broken = int((~features_NF.isfinite().all(dim=1)).sum())
-    if num_broken:
-        raise UserError(
-            f"{name}: expected finite numbers, got NaN or infinity in {num_broken} of {len(features_NF)} images; "
-            "the model that made them has diverged, or they were read wrongly"
-        )
-    return features_NF
-
-
 @dataclass(frozen=True)
 class Gaussian:
     """What the distance knows of a set: mean and covariance of its features, float64 [F] and [F, F]."""
@@ -104,11 +81,3 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     overlap = torch.linalg.svdvals(first.factor.T @ second.factor).sum()
     spread = first.covariance_FF.trace() + second.covariance_FF.trace() - 2 * overlap
     return max(float((first.mean_F - second.mean_F).square().sum() + spread), 0.0)  # in this order NaN stays NaN
-
-
-def frechet_between(first: Tensor, second: Tensor) -> float:
-    """`frechet_distance` between two sets of images, by their pixels; arguments as for `pixel_features`."""
-    return frechet_distance(
-        Moments.of(pixel_features(first, "first set of images")).gaussian,
-        Moments.of(pixel_features(second, "second set of images")).gaussian,
-    )

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
-from cfpretrain.evaluation import classifier
-from cfpretrain.evaluation.cheat import best_cheat
-from cfpretrain.evaluation.frechet import Moments, frechet_distance, pixel_features
+from cfpretrain.evaluation.frechet import Moments, frechet_distance
 from cfpretrain.evaluation.neighbours import precision_recall
+from examples.digits import classifier
+from examples.digits.cheat import best_cheat
+from examples.digits.pixels import pixel_features
 
 _WHO = ("value", "real_against_real", "cheat")
 _METRICS = ("precision", "recall", "frechet_pixel")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
-from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance, pixel_features
+from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance
+from examples.digits.pixels import pixel_features
 
 # In units of the pixels: nothing in [-1, 1] has a larger standard deviation than 1. 0 would make copies of the means.
 STRENGTHS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0)
