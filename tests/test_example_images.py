@@ -94,15 +94,15 @@ def test_a_killed_write_leaves_nothing_under_the_final_name(
 
     monkeypatch.setattr(Image.Image, "save", die_in_the_middle)
     with pytest.raises(KeyboardInterrupt):
-        tool.write_folder(tmp_path / "out", files)
+        tool.write_folder(tmp_path / "out", files, "--out")
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
-    (tmp_path / ".out.unfinished" / "0" / "99.png").write_bytes(b"of another run")
-    (tmp_path / "out").mkdir()
-    assert tool.write_folder(tmp_path / "out", files)
+    (tmp_path / ".out.partial" / "out" / "0").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "out" / "0" / "99.png").write_bytes(b"of a run that was killed")
+    assert tool.write_folder(tmp_path / "out", files, "--out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert {str(path.relative_to(tmp_path / "out")) for path in tmp_path.rglob("*.png")} == files.keys()
-    assert not tool.write_folder(tmp_path / "out", files)
+    assert not tool.write_folder(tmp_path / "out", files, "--out")
 
 
 def test_mistakes(
@@ -112,9 +112,9 @@ def test_mistakes(
     (tmp_path / "notes" / "todo.txt").write_text("milk")
     for out, held_out, words in (
         (tmp_path / "a", tmp_path / "a", "--held-out: expected another folder than --out"),
-        (tmp_path / "notes", tmp_path / "b", "holds something else already; delete it or choose another folder"),
-        (tmp_path / "notes" / "todo.txt", tmp_path / "b", "holds something else already"),
-        (tmp_path / "notes" / "todo.txt" / "a", tmp_path / "b", "cannot be written (Not a directory)"),
+        (tmp_path / "notes", tmp_path / "b", "--out: expected a path where nothing is yet, got "),
+        (tmp_path / "notes" / "todo.txt", tmp_path / "b", "--out: expected a path where nothing is yet, got "),
+        (tmp_path / "notes" / "todo.txt" / "a", tmp_path / "b", "cannot be written (Not a directory"),
     ):
         with pytest.raises(SystemExit) as ended:
             run(tool, monkeypatch, "digits", "--out", out, "--held-out", held_out)

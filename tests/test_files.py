@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_a_link_is_replaced_and_not_written_through(tmp_path: Path, victim: Path
         (tmp_path / "file").unlink()
     check_untouched(victim)
     assert not (tmp_path / "nowhere").exists()
-    assert files.leftovers(tmp_path) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["victim"]
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
@@ -48,7 +49,8 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     "change",
     [
         files.create,
-        files.open_to_change,
+        files.open_lock,
+        lambda path: files.open_to_change(path, os.O_RDWR),
         files.try_lock,
         files.make_folder,
         files.check_folder,
@@ -82,10 +84,57 @@ def test_what_a_link_leads_to_is_not_removed(tmp_path: Path, victim: Path) -> No
 
 
 def test_a_hard_link_would_change_another_file(tmp_path: Path, victim: Path) -> None:
-    (tmp_path / "lock").hardlink_to(victim / "key")
+    (tmp_path / "file").hardlink_to(victim / "key")
     with pytest.raises(OSError, match="another name"):
-        files.open_to_change(tmp_path / "lock")
+        files.open_to_change(tmp_path / "file", os.O_RDWR)
     check_untouched(victim)
+
+
+def test_leftovers_of_the_dead_go_and_what_lives_stays(tmp_path: Path, victim: Path) -> None:
+    for name in ("out", "out.json", "o*t"):
+        files.hidden_beside(tmp_path / name).write_text("half")
+    hidden = files.hidden_beside(tmp_path / "out")
+    hidden.symlink_to(victim / "key")
+    files.hidden_beside(tmp_path / "out").mkdir()
+
+    def write(opened: IO[bytes]) -> None:
+        opened.write(b"new")
+        files.remove_leftovers(tmp_path, "o*t")
+        assert len(list(tmp_path.glob(".writing.*"))) == 5
+        files.remove_leftovers(tmp_path, "out")
+        assert [path.name[:-9] for path in tmp_path.glob(".writing.*")].count(".writing.out") == 1
+        assert len(list(tmp_path.glob(".writing.*"))) == 2
+        files.remove_leftovers(tmp_path)
+        assert len(list(tmp_path.glob(".writing.*"))) == 1
+
+    files.replace(tmp_path / "out", write)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "victim"]
+    (tmp_path / "link").symlink_to(victim)
+    files.hidden_beside(victim / "key").write_text("half")
+    for name in ("link", "absent"):
+        files.remove_leftovers(tmp_path / name)
+    assert len(list(victim.iterdir())) == 2
+    files.remove_leftovers(victim)
+    check_untouched(victim)
+
+
+def test_a_file_that_is_taken_for_a_leftover_as_it_is_made_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    create = files.create
+
+    def create_late(file: Path) -> IO[bytes]:
+        opened = create(file)
+        if not made:
+            files.remove_leftovers(tmp_path)  # before it is locked
+        made.append(file)
+        return opened
+
+    monkeypatch.setattr(files, "create", create_late)
+    files.replace(tmp_path / "file", "new")
+    assert len(made) == 2
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_only_a_regular_file_of_the_right_kind_is_copied(tmp_path: Path) -> None:

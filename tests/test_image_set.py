@@ -222,7 +222,7 @@ def test_damaged_settings_are_said(tmp_path: Path, text) -> None:
 
 def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / ".out.unfinished").write_text("mine")
-    with pytest.raises(UserError, match=r"--out: expected \S*\.out\.unfinished to be a folder, .*; remove it"):
+    with pytest.raises(UserError, match=r"--out: \S*\.out\.unfinished is in the way of .*; remove it"):
         images_of(tmp_path, "out").begin()
 
 

@@ -175,7 +175,7 @@ def test_no_command_on_ranks_is_left_out() -> None:
 
 STARTED = """
 import torch
-from cfpretrain import runtime
+from cfpretrain.base import runtime
 runtime.start(torch.device("cpu"))
 print(runtime.rank(), runtime.local_rank(), runtime.world_size(), runtime.ranks_per_node())
 runtime.stop()

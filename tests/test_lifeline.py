@@ -417,7 +417,7 @@ def hold(folder: Path) -> int:
 def _in_another_process(folder: Path) -> None:
     code = f"""
 from pathlib import Path
-from cfpretrain import runtime
+from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
 try:
     runtime.FolderLock(Path({str(folder)!r}) / "lock", 0.3)
@@ -437,6 +437,28 @@ def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:
         os.kill(worker, signal.SIGKILL)
 
 
+def hold_beside_a_copy(folder: Path, copy: Path) -> None:
+    lock = runtime.FolderLock(folder / "lock", 0.0)
+    (copy / "lock").hardlink_to(folder / "lock")
+    message = rf"{copy} is in use by .*; or, where this is a copy of that run by hard links, remove {copy}/lock$"
+    with pytest.raises(UserError, match=message):
+        _in_another_process(copy)
+    (copy / "lock").unlink()
+    _in_another_process(copy)
+    del lock
+
+
+def test_a_copy_by_hard_links_has_the_lock_of_the_original(tmp_path: Path) -> None:
+    folder, copy = tmp_path / "run", tmp_path / "copy"
+    folder.mkdir()
+    copy.mkdir()
+    run_in_processes(hold_beside_a_copy, 1, folder, copy)
+    (folder / "lock").write_text("of another file")
+    (folder / "other").hardlink_to(folder / "lock")
+    _in_another_process(folder)  # it may be used, and the other file stays as it is
+    assert (folder / "other").read_text() == "of another file"
+
+
 # ---------------------------------------------------------------------------
 # Ranks without memory
 
@@ -444,7 +466,7 @@ def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:
 GREEDY = """
 import runpy, sys
 import torch
-from cfpretrain import runtime
+from cfpretrain.base import runtime
 from cfpretrain.training.trainer import Trainer
 
 step_as_it_is = Trainer.train_step

@@ -139,6 +139,18 @@ def test_rows_that_cannot_be_written_wait_in_memory(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out == ""
 
 
+def test_a_copy_by_hard_links_keeps_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = metrics.MetricsFile(path, resume_step=0)
+    file.append([{"step": 1}])
+    (tmp_path / "copy.jsonl").hardlink_to(path)
+    for step in (2, 3):
+        file.append([{"step": step}])
+    assert steps_on_disk(path) == [1, 2, 3]
+    assert steps_on_disk(tmp_path / "copy.jsonl") == [1]
+    assert capsys.readouterr().out == ""
+
+
 def test_a_call_without_rows_tries_again(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     file = metrics.MetricsFile(path, resume_step=0)

@@ -11,7 +11,7 @@ def run(code: str) -> None:
 def test_a_start_does_not_import_what_streaming_knows() -> None:
     run(
         "import sys\n"
-        "from cfpretrain import run_folder, trainer\n"
+        "from cfpretrain.training import folder, trainer\n"
         "found = {'transformers', 'sklearn', 'streaming', 'streaming.base'} & sys.modules.keys()\n"
         "assert not found, found"
     )

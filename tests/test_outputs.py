@@ -1,9 +1,11 @@
 """Outputs are whole or not there."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from cfpretrain.base import files
 from cfpretrain.base.console import UserError
 from cfpretrain.run import outputs
 
@@ -53,7 +55,10 @@ def test_an_output_that_fails_leaves_nothing_of_its_own(tmp_path: Path, way, mes
     ("in_the_way", "message"),
     [
         ("out", "expected a path where nothing is yet"),
-        (".out.partial", r"expected \S*/\.out\.partial to be a folder, .*; remove it"),
+        (
+            ".out.partial",
+            r"\S*/\.out\.partial is in the way of .*: expected a folder of your own, got no folder; remove it",
+        ),
         ("", r"cannot be written \(Not a directory"),
     ],
 )
@@ -65,3 +70,18 @@ def test_what_is_in_the_way_of_an_output_is_named(tmp_path: Path, in_the_way, me
     with pytest.raises(UserError, match=f"^OUT: .*{message}"), outputs.whole_or_nothing(folder / "out", "OUT"):
         raise AssertionError
     assert (folder / in_the_way).read_text() == "mine"
+
+
+def test_a_hidden_folder_that_is_a_link_is_called_one(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").symlink_to(tmp_path)
+    message = r"\.out\.partial is in the way of \S*/out: expected a folder of your own, got a link; remove it$"
+    with pytest.raises(UserError, match=message), outputs.whole_or_nothing(tmp_path / "out", "OUT"):
+        raise AssertionError
+
+
+def test_what_a_killed_writer_of_the_output_left_beside_it_is_removed(tmp_path: Path) -> None:
+    """As of `evaluate_fid.py --out scores.json`, which was killed while it wrote its scores."""
+    for name in ("scores.json", "other.json"):
+        files.hidden_beside(tmp_path / name).write_text("half")
+    os.close(outputs.take_hidden(tmp_path / ".scores.json.unfinished", tmp_path / "scores.json", "--out"))
+    assert [path.name[:-9] for path in tmp_path.glob(".writing.*")] == [".writing.other.json"]

@@ -2,19 +2,24 @@
 
 import os
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from safetensors.torch import save_file
 
+from cfpretrain.base import config as configs
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError
 from cfpretrain.base.runtime import FolderLock
+from cfpretrain.core.model import write_initial_values
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.feature_sums import Work
@@ -25,9 +30,13 @@ from cfpretrain.run import build, outputs
 from cfpretrain.run.guard import Guard
 from cfpretrain.run.metrics import MetricsFile
 from cfpretrain.training.folder import write_requeue
+from tests import image_files
 from tests.digits import small_run
-from tests.processes import run_script
+from tests.processes import Rank, run_in_processes, run_script
 from tests.runs import write_run
+from tests.test_import_autoencoder import SMALL, random_tensors
+from tests.test_import_deepspeed import make_config, make_engine
+from tests.test_report import write_digits
 
 # What a run's folder may hold, today and in earlier versions.
 NAMES = (
@@ -252,3 +261,146 @@ def test_a_lock_that_is_a_link_ends_a_run_in_one_line(run: Path, victim: Victim,
     assert ended.code == 2
     assert f"run.folder: {run} cannot be written (" in (ended.out + ended.err)
     assert victim.is_whole()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What writes beside the folder that it was given, as scripts
+
+# What lies in the hidden folders of unfinished work.
+_UNFINISHED = (
+    "out",
+    "made",
+    "records",
+    "checkpoints",
+    "config.yaml",
+    "plan.json",
+    "settings.json",
+    "start",
+    "state.safetensors",
+    "reconstructions.png",
+    "joined.npz",
+    "shard.00000.mds",
+    "index.json",
+    "cfpretrain.json",
+    "rejected.jsonl",
+    "sums_00001_00000.npz",
+    "rows_00000000.npy",
+    "batch_000000.npy",
+    "report_ar_steps_0001_guidance_1.png",
+    "report_ar_steps_0001_guidance_2.png",
+    ".writing.plan.json.01234567",
+)
+
+
+class Sources(NamedTuple):
+    """What the tools read, all small."""
+
+    run: Path
+    images: Path
+    held_out: Path
+    tree: Path
+    archive: Path
+    official: Path
+    autoencoder: Path
+    deepspeed: Path
+    entry: str  # of the archive's reference in a cache
+
+
+def save_deepspeed(folder: Path) -> None:
+    """What `save_checkpoint` of DeepSpeed writes on one rank, and the config of its model."""
+    dist.init_process_group("gloo")
+    config = make_config()
+    engine = make_engine(config)
+    engine.initialise(partial(write_initial_values, 0, config.model.grid))
+    engine._deepspeed.save_checkpoint(str(folder))
+    (folder / "config.yaml").write_text(configs.to_yaml(config))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Sources:
+    folder = tmp_path_factory.mktemp("sources")
+    names = ("run", "images", "held_out", "tree", "archive.npz", "official.pt", "autoencoder.safetensors", "deepspeed")
+    found = Sources(*(folder / name for name in names), entry="")
+    write_run(found.run, shards)
+    write_official(found.run, found.official)
+    write_digits(found.images, 0, 120)
+    write_digits(found.held_out, 120, 60)
+    image_files.write_folder(found.tree, image_files.digits(0, 20))
+    np.savez(found.archive, arr_0=image_files.digits(20, 20))
+    save_file(random_tensors(SMALL), found.autoencoder)
+    run_in_processes(save_deepspeed, 1, found.deepspeed)
+    arguments = COMMANDS["evaluate_fid"].format(given=folder, **found._asdict()).split()
+    (ended,) = run_script("tools/evaluate_fid.py", arguments, 1)
+    assert ended.code == 0, ended.err
+    [entry] = (folder / "cache").iterdir()
+    return found._replace(entry=entry.name)
+
+
+# {given} is the folder full of links; what each is given to read is small, and makes it write all that it can.
+COMMANDS = {
+    "report": "{given}/run --images {images} --held-out {held_out} --num-images 100 --num-ar-steps 1 "
+    "--num-denoising-steps 2 --batch-size 100",
+    "evaluate_fid": "{archive} --reference {tree} --features tests.small_features:make --out {given}/out "
+    "--cache {given}/cache",
+    "export_hf": "{given}/run {given}/out",
+    "export_hf official": "{given}/run {given}/out --format official",
+    "import_official": "{official} {given}/out --config {run}/config.yaml",
+    "import_autoencoder": "{autoencoder} {given}/out --scaling-factor 1",
+    "import_deepspeed": "{deepspeed} {given}/out --config {deepspeed}/config.yaml",
+    "train_autoencoder": "{images} {given}/out --channels 8 8 --num-steps 2 --batch-size 8 --save-seconds 0",
+    "encode_latents": "{images} --autoencoder identity --out {given}/out --no-mirror",
+    "make_shards": "{tree} --out {given}/out --size 8 --hold-out 0.2 --held-out {given}/rest --workers 1",
+    "inspect_shards": "{images} --grid {given}/out.png",
+    "example_images": "digits --out {given}/out --held-out {given}/rest",
+    "sample": "{given}/run --out {given}/out --num-images 2 --num-denoising-steps 2",
+}
+
+
+def plant_outputs(given: Path, where: str, entry: str, victim: Victim) -> list[Path]:
+    """Links at what the tools write, or at the hidden folders where it comes into being, or at all in such folders."""
+    outs = [given / name for name in ("out", "rest", "out.png", f"cache/{entry}", "run/report.json")]
+    hidden = [folder for out in outs for folder in hidden_of(out)] + [given / "run" / ".report.partial"]
+    if where == "outputs":
+        (given / "run" / ".report.partial").mkdir()
+        return [link_to(path, victim.folder) for path in (*outs, given / "run" / "samples")]
+    (given / "run" / "samples").mkdir()
+    if where == "hidden folders":
+        return [link_to(path, victim.folder) for path in hidden]
+    for folder in hidden:
+        folder.mkdir()
+    links = [folder / name for folder in (*hidden, given / "run" / "samples") for name in _UNFINISHED]
+    if where == "files to come":  # whatever is not read first
+        return [link_to(link, victim.folder / "new") for link in links if "." in link.name]
+    return [link_to(link, victim.file if "." in link.name else victim.folder) for link in links]
+
+
+def link_to(path: Path, target: Path) -> Path:
+    if not os.path.lexists(path):
+        path.symlink_to(target)
+    return path
+
+
+@pytest.mark.parametrize("where", ["outputs", "hidden folders", "in hidden folders", "files to come"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_tools_write_goes_through_no_link(
+    command: str, where: str, sources: Sources, victim: Victim, tmp_path: Path
+) -> None:
+    given = tmp_path / "given"
+    shutil.copytree(sources.run, given / "run")
+    (given / "cache").mkdir()
+    planted = plant_outputs(given, where, sources.entry, victim)
+    plant(given / "run", victim.file)
+    arguments = COMMANDS[command].format(given=given, **sources._asdict()).split()
+    tool = Rank(f"tools/{command.split()[0]}.py", arguments, {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    out, err = tool.communicate(timeout=120)
+    said = out + err
+    assert victim.is_whole()
+    assert "Traceback" not in said
+    assert "secret" not in said
+    if where == "files to come":
+        assert tool.returncode == 0, said
+        assert not [path for path in (given / "out").glob("**/*") if path.is_symlink()] or command == "sample"
+    elif tool.returncode != 0:  # the mistake is a link, and not the command's
+        assert tool.returncode == 2, said
+        assert err.count("\n") == 1, said
+        assert any(str(path) in err for path in planted), said

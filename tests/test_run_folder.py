@@ -1,13 +1,15 @@
-"""The run folder around training: whose wandb run a moved or a copied folder logs to."""
+"""The run folder around training: whose wandb run a moved or a copied folder logs to, and what is cleared in it."""
 
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from cfpretrain.base import files
 from cfpretrain.base.config import to_plain
 from cfpretrain.run.state import TrainingState, read_state
-from cfpretrain.training.folder import tracker_run_id
+from cfpretrain.training.folder import prepare_folder, tracker_run_id
 from tests.digits import small_config
 from tests.runs import write_run
 
@@ -53,3 +55,12 @@ def test_a_copied_run_begins_a_wandb_run_of_its_own(run: Path, capsys: pytest.Ca
     assert "copy is a copy of " in (said := capsys.readouterr().out)
     assert "runs/one, to which wandb run abc belongs: it begins one of its own" in said
     assert tracker_run_id(state_of(run), run) == "abc"
+
+
+def test_what_killed_writers_left_in_a_run_goes(tmp_path: Path, shards: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "samples").mkdir(parents=True)
+    for file in (folder / "requeue", folder / "samples" / "step_00000004_ar_steps_0001.png"):
+        files.hidden_beside(file).write_text("half")
+    prepare_folder(small_config(shards, folder), torch.device("cpu"))
+    assert not list(folder.rglob(".writing.*"))

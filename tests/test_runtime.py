@@ -144,7 +144,7 @@ def test_a_port_in_use_is_one_line_with_a_free_one() -> None:
 
 TOOL = """
 import torch
-from cfpretrain import runtime
+from cfpretrain.base import runtime
 from cfpretrain.base.console import ending_in_one_line
 
 with ending_in_one_line(), runtime.ranks_of_a_tool(torch.device("cpu")):

@@ -172,6 +172,7 @@ def _draw(shards: "Shards", path: Path, decoder: "KLAutoencoder | None") -> None
             images = torch.nn.functional.interpolate(images, (cell, cell), mode="area")
         try:
             files.make_folder(path.parent, follow=True)
+            files.remove_leftovers(path.parent.resolve(), path.name)
             pictures.sample_grid(path, images, [""] * num_rows, title, (0.0, 1.0), cell, captions)
         except OSError as error:
             raise UserError(f"--grid: {path} cannot be written ({error.strerror or error}); give another") from error

@@ -261,6 +261,7 @@ def _write(folder: Path, found: dict[str, Any], logged: dict[str, Any], config: 
     is_equal = (row["loss"], row["grad_norm"]) == (logged["loss"], logged["grad_norm"])
     files.make_folder(folder.parent)
     files.make_folder(folder)
+    files.remove_leftovers(folder)
     result = {
         "step": row["step"],
         "loss": row["loss"],

@@ -26,6 +26,7 @@ PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 _MAX_DEPTH = 32  # of JSON: what shows, copies and compares values calls itself for each level
 _COPY_BYTES = 2**20
 _WRITING = ".writing."  # before the name of a file, until it is whole
+_SUFFIX_LETTERS = 8  # behind it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -123,8 +124,16 @@ def create(file: Path) -> IO[bytes]:
     return os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb")
 
 
-def open_to_change(file: Path, flags: int = os.O_RDWR | os.O_CREAT) -> int:
-    """A descriptor of a file that is changed where it is: a lock, or one that grows.
+def open_lock(file: Path) -> int:
+    """A descriptor to lock a file by, which is made where it is not there; OSError where it is a link, or no file.
+
+    It may have other names, in a copy of the folder by hard links: who writes into it looks at that.
+    """
+    return _open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+
+
+def open_to_change(file: Path, flags: int) -> int:
+    """A descriptor of a file that is changed where it is, as one that grows.
 
     Args:
         file: what it holds is left as it is.
@@ -166,9 +175,9 @@ def try_lock(file: Path) -> int | None:
         The descriptor; None where another process holds the lock, or the file has lost its name meanwhile.
 
     Raises:
-        OSError: it cannot be opened, or is none to change (`open_to_change`).
+        OSError: as of `open_lock`.
     """
-    descriptor = open_to_change(file)
+    descriptor = open_lock(file)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Its last holder may have finished, and moved or removed the folder, since it was opened.
@@ -186,7 +195,7 @@ def try_lock(file: Path) -> int | None:
 def replace(file: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
     """Writes a file that is never there in part: what has its name is on the disk.
 
-    Any number of processes may; each writes under a name of its own (`leftovers`).
+    Any number of processes may; each writes under a name of its own (`remove_leftovers`).
 
     Args:
         file: what is there is replaced, were it a link.
@@ -195,9 +204,9 @@ def replace(file: Path, content: bytes | str | Callable[[IO[bytes]], object]) ->
     Raises:
         OSError: it cannot be written, or a folder is there.
     """
-    writing = hidden_beside(file)
+    writing, made = _create_beside(file)
     try:
-        with create(writing) as made:
+        with made:
             if callable(content):
                 content(made)
             else:
@@ -213,12 +222,47 @@ def replace(file: Path, content: bytes | str | Callable[[IO[bytes]], object]) ->
 
 def hidden_beside(path: Path) -> Path:
     """A name of its own for what will be moved to a path once it is whole."""
-    return path.with_name(f"{_WRITING}{path.name}.{os.urandom(4).hex()}")
+    return path.with_name(f"{_WRITING}{path.name}.{os.urandom(_SUFFIX_LETTERS // 2).hex()}")
 
 
-def leftovers(folder: Path) -> list[Path]:
-    """Temporary files of `replace` whose writers were killed; only the sole writer of the folder may remove them."""
-    return list(folder.glob(f"{_WRITING}*"))
+def _create_beside(file: Path) -> tuple[Path, IO[bytes]]:
+    """Makes a file under such a name, and locks it: a sign that its writer lives."""
+    while True:
+        writing = hidden_beside(file)
+        made = create(writing)
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(made, fcntl.LOCK_EX)
+        if os.path.lexists(writing):
+            return writing, made
+        made.close()  # taken for a leftover before it was locked
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed writers left under names of `hidden_beside`; what cannot be removed stays.
+
+    A file of `replace` stays while its writer lives. Folders go: where some are, the sole writer may call this.
+
+    Args:
+        folder: one that is not there, or is a link, is left alone.
+        name: of the file or folder that was written; None: any.
+    """
+    found = [] if folder.is_symlink() else list(folder.glob(f"{_WRITING}*"))
+    for path in found:
+        if name is None or path.name[: -_SUFFIX_LETTERS - 1] == f"{_WRITING}{name}":
+            with suppress(OSError):
+                _remove_leftover(path)
+
+
+def _remove_leftover(path: Path) -> None:
+    if path.is_symlink() or not path.is_file():
+        remove(path)
+        return
+    descriptor = _open(path, os.O_WRONLY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def copy(
@@ -339,8 +383,9 @@ def clear(folder: Path, *kept: str) -> None:
     """Removes all that lies in a folder but some names; NotADirectoryError where the folder is a link."""
     if folder.is_symlink():
         raise NotADirectoryError(errno.ENOTDIR, "a link, where a folder is expected", str(folder))
+    names = set(kept)
     for leftover in folder.iterdir():
-        if leftover.name not in kept:
+        if leftover.name not in names:
             remove(leftover)
 
 

@@ -406,16 +406,20 @@ class FolderLock:
             return
         deadline = time.monotonic() + wait_seconds
         # A record lock: a loader's worker, forked from this process and left behind by its death, does not hold it.
-        self._lock = files.open_to_change(file)
+        self._lock = files.open_lock(file)
+        # Of a copy by hard links (`cp -al`): it and the original run one at a time, and the text is any file's.
+        is_shared = os.fstat(self._lock).st_nlink > 1
+        shared = f"; or, where this is a copy of that run by hard links, remove {file}" if is_shared else ""
         while not self._try():
             if time.monotonic() > deadline:
                 raise UserError(
                     f"run.folder: {file.parent} is in use by another run ({self._holder()}); "
-                    "end that one, or choose another run.folder"
+                    f"end that one, or choose another run.folder{shared}"
                 )
             time.sleep(0.2)
-        os.ftruncate(self._lock, 0)
-        os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        if not is_shared:
+            os.ftruncate(self._lock, 0)
+            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def _try(self) -> bool:
         try:

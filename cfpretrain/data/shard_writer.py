@@ -100,7 +100,9 @@ class ShardWriter:
             try:
                 files.make_folder(self.unfinished, private=True)
             except FileExistsError as error:
-                raise UserError(f"{error.filename} is in the way of the unfinished folder; remove it") from error
+                raise UserError(
+                    f"{error.filename} is in the way of {self.folder}: {error.strerror}; remove it"
+                ) from error
             self._lock = files.try_lock(self.unfinished / _LOCK_FILE)
             if self._lock is None:
                 raise UserError(f"{self.folder} is being written by another process; wait for its end, or stop it")
@@ -114,8 +116,7 @@ class ShardWriter:
                     )
             files.make_folder(self.unfinished / _RECORDS)
             for folder in (self.unfinished, self.unfinished / _RECORDS):
-                for leftover in files.leftovers(folder):
-                    files.remove(leftover)
+                files.remove_leftovers(folder)
             files.replace(plan_file, json.dumps(self.plan))
 
     def _has_written(self) -> bool:
@@ -211,13 +212,17 @@ class ShardWriter:
         if max(one["max_label"] for one in kept) >= len(info.class_names):
             raise RuntimeError(f"{self.folder}: a label is beyond the {len(info.class_names)} classes")
         description = info_text(info, self.plan)
+        entries = [one["entry"] for one in kept if one["entry"] is not None]
         index = {
             "version": 2,
-            "shards": [one["entry"] for one in kept if one["entry"] is not None],
+            "shards": entries,
             INFO_HASH: hashlib.new(HASH, description.encode()).hexdigest(),
         }
         texts = {**(extra_files or {}), INDEX_FILE: json.dumps(index), INFO_FILE: description}
         with self._writing():
+            # Nothing that others put there gets the name.
+            shards = [entry["raw_data"]["basename"] for entry in entries]
+            files.clear(self.unfinished, *shards, _RECORDS, _PLAN_FILE, _LOCK_FILE)
             for name, text in texts.items():
                 files.replace(self.unfinished / name, text)
             files.publish(self.unfinished, self.folder)

@@ -257,8 +257,7 @@ class CheckpointStore:
                 _move(path, original)
             else:
                 remove(path)
-        for path in files.leftovers(self.folder):
-            remove(path)
+        files.remove_leftovers(self.folder)
 
     def publish(self, partial: Path, final: Path, state_text: str) -> None:
         """Turns a written folder into the checkpoint to resume from; each line leaves something usable.

@@ -33,12 +33,12 @@ def take_hidden(folder: Path, out: Path, name: str) -> int:
     try:
         files.make_folder(folder, private=True)
     except FileExistsError as error:
-        raise UserError(f"{name}: expected {folder} to be a folder, where {out} is made; remove it") from error
+        raise UserError(f"{name}: {error.filename} is in the way of {out}: {error.strerror}; remove it") from error
     lock = files.try_lock(folder / LOCK_FILE)
     if lock is None:
         raise UserError(f"{name}: {out} is being written by another process; wait for its end, or stop it")
-    for leftover in files.leftovers(folder):
-        files.remove(leftover)
+    files.remove_leftovers(folder)
+    files.remove_leftovers(out.parent.resolve(), out.name)
     return lock
 
 

@@ -19,6 +19,7 @@ from cfpretrain.run.build import (
     CONFIG_FILE,
     LOCK_FILE,
     REQUEUE_FILE,
+    SAMPLES,
     check_relative,
     choose_blocks,
     make_autoencoder,
@@ -92,8 +93,8 @@ def prepare_folder(config: Config, device: torch.device) -> None:
             take(folder)
             remove_requeue(folder)
             if runtime.rank() == 0:
-                for leftover in files.leftovers(folder):
-                    files.remove(leftover)
+                for place in (folder.resolve(), folder.resolve() / SAMPLES):
+                    files.remove_leftovers(place)
         except OSError as error:
             raise _unwritable(folder, error.strerror or str(error)) from error
 

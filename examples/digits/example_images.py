@@ -46,9 +46,9 @@ def run(source: str, out: Path, held_out: Path) -> None:
         pixels_BYX, labels_B = read_mnist() if source == "mnist" else read_digits()
         held = split(labels_B.tolist(), _SHARES[source])
     train = sorted(set(range(len(labels_B))) - set(held))
-    for folder, indices in ((out, train), (held_out, held)):
+    for option, folder, indices in (("--out", out, train), ("--held-out", held_out, held)):
         pictures = {f"{labels_B[i]}/{i:05d}.png": pixels_BYX[i] for i in indices}
-        is_new = write_folder(folder, pictures)
+        is_new = write_folder(folder, pictures, option)
         size = f"{pixels_BYX.shape[1]} x {pixels_BYX.shape[2]}"
         say(f"{folder}: {'' if is_new else 'already there: '}{len(pictures)} images of {source}, {size}")
 
@@ -88,35 +88,24 @@ def split(labels: Iterable[int], share: float) -> list[int]:
     return sorted(held_out)
 
 
-def write_folder(folder: Path, pictures: "dict[str, NDArray[np.uint8]]") -> bool:
+def write_folder(folder: Path, pictures: "dict[str, NDArray[np.uint8]]", option: str) -> bool:
     """Writes images [Y, X] as PNG files under their names; False if they are there already.
 
     Raises:
-        UserError: the folder holds something else or cannot be written.
+        UserError: something else is there, or it cannot be written; with the option that gave the folder.
     """
     from PIL import Image
 
-    if folder.exists():
-        there = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()}
-        if there == pictures.keys():
-            return False
-        if there or not folder.is_dir():
-            raise UserError(f"{folder} holds something else already; delete it or choose another folder")
-    unfinished = folder.parent / f".{folder.name}.unfinished"
-    try:
-        with phase(f"writing {folder}"):
-            files.remove(unfinished)  # a kill left it
-            files.make_folder(unfinished, private=True)
-            for name, pixels_YX in pictures.items():
-                path = unfinished / name
-                files.make_folder(path.parent)
-                with files.create(path) as opened:
-                    Image.fromarray(pixels_YX).save(opened, "PNG")
-            files.publish(unfinished, folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror or error}); mend that, and the same command goes on"
-        ) from error
+    from cfpretrain.run.outputs import whole_or_nothing
+
+    if {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} == pictures.keys():
+        return False
+    with phase(f"writing {folder}"), whole_or_nothing(folder, option) as unfinished:
+        for name, pixels_YX in pictures.items():
+            path = unfinished / name
+            files.make_folder(path.parent)
+            with files.create(path) as opened:
+                Image.fromarray(pixels_YX).save(opened, "PNG")
     return True
 
 

@@ -14,7 +14,8 @@ Exit code 2: a mistake; 75: it was asked to stop.
 import argparse
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -103,7 +104,8 @@ def run(arguments: argparse.Namespace) -> None:
         with phase(f"comparing {num_embedded} images by {extractor.name}"):
             embedded = _score_embedded(arguments, made, num_embedded, extractor)
         if lock is not None:
-            _report(arguments, config, model, step, sets, embedded, settings)
+            with _writing(arguments.run):
+                _report(arguments, config, model, step, sets, embedded, settings)
             outputs.remove_hidden(_kept(arguments.run))
             os.close(lock)
 
@@ -218,11 +220,21 @@ def _kept(run: Path) -> Path:
 
 def _begin(run: Path) -> int:
     """Takes the folder of the samples, so that no second report works there; returns its lock."""
-    from cfpretrain.run import outputs
+    from cfpretrain.run import build, outputs
+
+    with _writing(run):
+        files.make_folder(run / build.SAMPLES)
+        for folder in (run.resolve(), run / build.SAMPLES):
+            files.remove_leftovers(folder)
+        return outputs.take_hidden(_kept(run), run / _REPORT_FILE, "RUN")
+
+
+@contextmanager
+def _writing(run: Path) -> Iterator[None]:
     from cfpretrain.run.tensor_files import reason_of
 
     try:
-        return outputs.take_hidden(_kept(run), run / _REPORT_FILE, "RUN")
+        yield
     except OSError as error:
         raise UserError(f"RUN: {run} cannot be written ({reason_of(error)}); mend that") from error
 
@@ -369,7 +381,6 @@ def _draw_grids(folder: Path, generated: dict[tuple[int, float], Any], names: Se
     from cfpretrain.evaluation.generation import grid_title
     from cfpretrain.run import build
 
-    files.make_folder(folder / build.SAMPLES)
     for (num_ar_steps, guidance), (made, how) in generated.items():
         rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
         path = folder / build.SAMPLES / f"report_ar_steps_{num_ar_steps:04d}_guidance_{guidance:g}.png"
