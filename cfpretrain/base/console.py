@@ -84,6 +84,14 @@ def one_line(error: BaseException) -> str:
     return excerpt(" ".join(str(error).split())) or type(error).__name__
 
 
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in a few words; with the file, of an error of the system."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
+
+
 def leave_with(reason: str) -> NoReturn:
     """Ends a rank whose command is to be given again, without a farewell to the others, which may not answer."""
     _print_to_stderr(f"rank {os.environ.get('RANK', '0')}: {reason}; the same command goes on")

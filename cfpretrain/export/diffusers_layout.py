@@ -25,15 +25,15 @@ from torch import Tensor
 
 from cfpretrain import autoencoder
 from cfpretrain.base import config as configs
-from cfpretrain.base import files
+from cfpretrain.base import files, outputs
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.console import UserError, reason_of, say
 from cfpretrain.export import model_card
 from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
 from cfpretrain.export.run_checkpoint import CheckpointTensors
-from cfpretrain.run import build, outputs, tensor_files
+from cfpretrain.run import build, tensor_files
 from cfpretrain.run.state import TrainingState
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -205,7 +205,7 @@ def _copy_picture(picture: Path, target: Path) -> None:
         files.copy(picture, target, files.is_png, _MAX_PICTURE_BYTES)
     except OSError as error:
         raise UserError(
-            f"RUN: {picture}: expected a picture to show, which is no link ({tensor_files.reason_of(error)}); remove it"
+            f"RUN: {picture}: expected a picture to show, which is no link ({reason_of(error)}); remove it"
         ) from error
 
 

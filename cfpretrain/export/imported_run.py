@@ -15,12 +15,12 @@ from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config, to_plain, to_yaml
 from cfpretrain.base.console import UserError
+from cfpretrain.base.outputs import whole_or_nothing
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
 from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, make_model
 from cfpretrain.run.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, tensor_file
 from cfpretrain.run.guard import Guard
-from cfpretrain.run.outputs import whole_or_nothing
 from cfpretrain.run.state import TrainingState
 from cfpretrain.run.tensor_files import bytes_of, hashes_to_plain, make_header, write_ranges
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain.base import files, runtime
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.console import UserError, reason_of, say
 from cfpretrain.base.files import read_json, read_text
 from cfpretrain.run.state import STATE_FILE, TrainingState, dump, read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError as DamagedCheckpointError  # those who load catch it
@@ -45,7 +45,6 @@ from cfpretrain.run.tensor_files import (
     read_header,
     read_values,
     read_whole,
-    reason_of,
     remedy,
     unreadable,
     verify_ranges,

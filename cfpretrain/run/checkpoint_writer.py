@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.background import Task
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, reason_of
 from cfpretrain.base.files import read_json
 from cfpretrain.run.checkpoint import (
     CONTENTS,
@@ -41,7 +41,6 @@ from cfpretrain.run.tensor_files import (
     hashes_to_plain,
     make_header,
     read_header,
-    reason_of,
     write_ranges,
 )
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, reason_of
 from cfpretrain.base.files import opened, parse_json, write_fully
 
 VALUE_BYTES = 4
@@ -61,14 +61,6 @@ class DamagedCheckpointError(UserError):
 def remedy(file: Path) -> str:
     """What a person can do about a damaged file of a checkpoint."""
     return f"restore it, or delete {file.parent} to resume from an earlier checkpoint"
-
-
-def reason_of(error: BaseException) -> str:
-    """What went wrong, in a few words, with the file."""
-    if not isinstance(error, OSError):
-        return str(error)
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"
 
 
 def unreadable(task: str, error: Exception, fix: str) -> UserError:

@@ -25,6 +25,7 @@ from cfpretrain.base.console import (
     explain_no_memory,
     one_line,
     phase,
+    reason_of,
     say,
 )
 from cfpretrain.base.watchdog import EXIT_FAILED, StopRequest, Watch
@@ -63,7 +64,7 @@ from cfpretrain.run.metrics import (
     training_flops,
 )
 from cfpretrain.run.state import TrainingState
-from cfpretrain.run.tensor_files import DamagedCheckpointError, reason_of
+from cfpretrain.run.tensor_files import DamagedCheckpointError
 from cfpretrain.run.tracker import Tracker
 from cfpretrain.training.ema import ShardedEMA
 from cfpretrain.training.engine import Engine, build_engine
