@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain.base import launch
-from cfpretrain.base.console import Progress, add_allow_env, ending_in_one_line, phase, say
+from cfpretrain.base.console import add_allow_env, ending_in_one_line, phase, say
 
 _KINDS = ("bare", "unguarded", "full", "saving")
 _ADDS = {
@@ -80,7 +80,6 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
     from cfpretrain.base import runtime
     from tools.measuring import refuse_skipped, synchronise
 
-    progress = Progress(trainer.config.train.num_steps, 0)
     kinds = [kind for kind in _KINDS if kind in arguments.kinds]
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     stalls: list[float] = []
@@ -93,17 +92,17 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
             runtime.barrier()
             begin = time.perf_counter()
             if kind == "saving":
-                trainer.save_checkpoint()
+                trainer.checkpoints.write(trainer.state())
                 stalls.append(time.perf_counter() - begin)
             for _ in range(arguments.block_steps):
                 trainer.train_step()
-                if kind != "bare" and trainer.window_ends():
-                    trainer.close_window(progress)
+                if kind != "bare" and trainer.log.is_due(trainer.at.step):
+                    trainer.close_window()
             trainer.ema.wait()
             synchronise(trainer.device)
             runtime.barrier()
             seconds[kind].append((time.perf_counter() - begin) / arguments.block_steps)
-        trainer.writer.wait()
+        trainer.checkpoints.wait()
         refuse_skipped(trainer)
 
     with phase("warming up"):
@@ -122,16 +121,19 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
 
 def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     """What a kind of block does without: (owner, name, what stands in for it)."""
-    from cfpretrain.training.trainer import Exchanged
+    from cfpretrain.training.step import StepResult
 
-    trainer.exchanged = Exchanged(1.0, 1.0, 1.0, must_stop=False, is_writing=False, has_failed=False, lacks_data=False)
+    step = trainer.step
+    step.result = StepResult(
+        1.0, 1.0, 1.0, must_stop=False, is_writing=False, has_failed=False, lacks_data=False, problem=None
+    )
     unguarded = [
-        (trainer, "exchange", lambda terms, batches: None),
-        (trainer, "is_healthy", lambda told, grad_norm: True),
+        (step, "exchange", lambda terms, batches: None),
+        (step, "decide", lambda told, grad_norm: True),
         # Losses that nobody computed do not tell the next block's guard what is usual.
         (trainer.guard, "applied", lambda loss, grad_norm: None),
     ]
-    bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer, "record_step", lambda *_: None)]
+    bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer.log, "add", lambda *_: {})]
     return {"bare": bare, "unguarded": unguarded, "full": [], "saving": []}
 
 

@@ -10,6 +10,7 @@ the ratio of the medians.
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -22,9 +23,9 @@ from cfpretrain.base.console import UserError, add_allow_env, ending_in_one_line
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfpretrain.core import process as noise
     from cfpretrain.core import sampler
     from cfpretrain.core.model import CausalFusion
+    from cfpretrain.core.solvers import Solver
 
 _TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}  # of the largest value
 
@@ -90,7 +91,7 @@ def measure_speed(arguments: argparse.Namespace) -> dict[str, Any]:
     config = configs.load(arguments.config, (), arguments.allow_env)
     _check_ar_steps(arguments.num_ar_steps, config.model.num_tokens)
     head_width = config.model.width // config.model.num_heads
-    cached = attention.choose_cached("auto", device.type, arguments.precision, head_width, say)
+    cached = attention.choose("auto", "sampling", device.type, arguments.precision, head_width, say)
     with device:
         model = make_model(config, BlockSettings(cached_attention=cached)).eval().requires_grad_(False)
     initialise(model, seed=0)
@@ -106,17 +107,17 @@ def _time_both(
     import torch
 
     from cfpretrain.core import ar as order
-    from cfpretrain.core import process as noise
     from cfpretrain.core import sampler
+    from cfpretrain.core.process import make_process
+    from cfpretrain.core.solvers import Solver
 
-    schedule = noise.respace(noise.linear_schedule(), arguments.num_denoising_steps)
     ids_B = torch.arange(arguments.batch_size)
     given = (
         model,
         (ids_B % model.num_classes).to(device),
         sampler.sampling_orders(0, ids_B, model.grid**2).to(device),
         order.equal_sizes(model.grid**2, num_ar_steps),
-        schedule,
+        Solver(make_process(), arguments.num_denoising_steps),
         sampler.Guidance(arguments.guidance),
         sampler.noise_by_image(0, ids_B.to(device), model.patch_values),
     )
@@ -151,42 +152,62 @@ def generate_plainly(
     labels_B: "Tensor",
     order_BL: "Tensor",
     ar_step_sizes: Sequence[int],
-    schedule: "noise.Schedule",
+    solver: "Solver",
     guidance: "sampler.Guidance",
     draw_noise: "sampler.NoiseDraw",
 ) -> "Tensor":
     """What `sampler.generate` does, with the context computed anew at every denoising step."""
     import torch
 
-    from cfpretrain.core import process as noise
-    from cfpretrain.core.model import ClassPart, ImagePart, take_tokens
+    from cfpretrain.core.latents import take_tokens
 
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
-    labels, orders = torch.cat(branches), order_BL.repeat(len(branches), 1)
-    made_BLP = torch.zeros(*order_BL.shape[:1], 0, model.patch_values, device=labels_B.device)
-    begin = 0
+    labels = torch.cat(branches)
+    made_BLP = torch.zeros(len(order_BL), 0, model.patch_values, device=labels_B.device)
     for step, size in enumerate(ar_step_sizes):
-        end = begin + size
+        begin = made_BLP.shape[1]
+        before_BK, at_BN = order_BL[:, :begin], order_BL[:, begin : begin + size]
         intervals_1MI = _visible(model.num_cond_tokens, ar_step_sizes[: step + 1]).to(labels.device)
-        x_BNP = draw_noise(0, order_BL[:, begin:end])
-        for denoising_step, level in enumerate(reversed(range(len(schedule))), start=1):
-            image = ImagePart(
-                made_BLP.repeat(len(branches), 1, 1),
-                orders[:, :begin],
-                x_BNP.repeat(len(branches), 1, 1),
-                orders[:, begin:end],
-                schedule.timesteps_T[level].expand(len(labels)).to(labels.device),
-            )
-            with torch.no_grad():
-                epsilon = model([ClassPart(labels), image], intervals_1MI)
-            if len(branches) == 2:
-                with_class, without_class = epsilon.chunk(2)
-                epsilon = without_class + guidance.scale * (with_class - without_class)
-            noise_BNP = draw_noise(denoising_step, order_BL[:, begin:end]) if level else torch.zeros_like(x_BNP)
-            x_BNP = noise.ddpm_update(schedule, level, x_BNP, epsilon, noise_BNP)
+        x_BNP = solver.denoise(
+            functools.partial(
+                _predict_plainly, model, labels, made_BLP, before_BK, at_BN, intervals_1MI, guidance.scale
+            ),
+            lambda k, at_BN=at_BN: draw_noise(k, at_BN),
+        )
         made_BLP = torch.cat([made_BLP, x_BNP], dim=1)
-        begin = end
     return take_tokens(made_BLP, order_BL.argsort(1))
+
+
+def _predict_plainly(
+    model: "CausalFusion",
+    labels: "Tensor",
+    made_BLP: "Tensor",
+    before_BK: "Tensor",
+    at_BN: "Tensor",
+    intervals_1MI: "Tensor",
+    scale: float,
+    x_BNP: "Tensor",
+    time: float,
+) -> "Tensor":
+    import torch
+
+    from cfpretrain.core.modalities import CLASS, IMAGE
+    from cfpretrain.core.segments import Segment
+
+    n = len(labels) // len(x_BNP)
+    made, noised = made_BLP.repeat(n, 1, 1), x_BNP.repeat(n, 1, 1)
+    times = torch.full((len(labels),), time, device=labels.device)
+    segments = [
+        Segment(CLASS, clean=labels),
+        Segment(IMAGE, clean=made, positions_BL=before_BK.repeat(n, 1)),
+        Segment(IMAGE, noised=noised, positions_BL=at_BN.repeat(n, 1), times_B=times),
+    ]
+    with torch.no_grad():
+        (prediction,) = model(segments, intervals_1MI)
+    if n == 1:
+        return prediction
+    with_class, without_class = prediction.chunk(2)
+    return without_class + scale * (with_class - without_class)
 
 
 def _visible(num_cond_tokens: int, sizes: Sequence[int]) -> "Tensor":

@@ -17,7 +17,6 @@ Exit code 2: a mistake; 75: it was asked to stop.
 
 import argparse
 import math
-import signal
 import sys
 from dataclasses import dataclass
 from functools import partial
@@ -29,17 +28,15 @@ from cfpretrain.base.console import (
     EXIT_REQUEUE,
     UserError,
     ending_in_one_line,
-    leave_before_training,
     path_argument,
     phase,
     say,
-    stop_signals,
 )
+from cfpretrain.base.stopping import StopRequest, leave_before_training
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfpretrain.base.watchdog import StopRequest
     from examples.digits.autoencoder_training import Training
 
 _MOST_MEASURED = 1000  # images behind the latents' mean and deviation, and behind each error
@@ -80,11 +77,10 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Trains, measures, reads back what was written, and gives it its name; or saves, and ends with exit code 75."""
     _check(arguments)
-    for number in stop_signals():
-        signal.signal(number, leave_before_training)
+    stop = StopRequest(leave_before_training)
+    stop.listen()
     with phase("loading torch and diffusers"):
         from cfpretrain.base import outputs, runtime
-        from cfpretrain.base.watchdog import StopRequest
         from examples.digits.autoencoder_training import PICTURE_FILE, StoppedError, Training
     outputs.refuse_existing(arguments.out, "OUT")
     device = runtime.pick_device()
@@ -102,7 +98,7 @@ def run(arguments: argparse.Namespace) -> None:
         training = Training(network.to(device), images.train, images.held_out, settings, work.folder)
         training.settle(_NUM_STEPS, 60 * arguments.max_minutes)
         say(f"originals beside reconstructions, drawn with each saved state: {work.folder / PICTURE_FILE}")
-        stop = StopRequest()
+        stop.leave = None  # from here on there is something to save
         try:
             training.run(stop, arguments.save_seconds, 60 * arguments.max_minutes)
             overrides = _finish(training, images, stop)
