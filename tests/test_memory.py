@@ -16,8 +16,7 @@ from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
 from cfpretrain.core.segments import build_layout
 from cfpretrain.run import build
-from cfpretrain.training import engine as engine_module
-from cfpretrain.training import memory
+from cfpretrain.training import memory, zero
 from cfpretrain.training.memory import Network, Plan, TensorAccount, plan_memory
 from tests.processes import REPOSITORY, run_in_processes, run_script
 from tools import estimate_memory
@@ -73,12 +72,12 @@ ACTIVATIONS = [
 def measure(cases: list[Config]) -> list[tuple[int, int]]:
     """In a rank: (bytes held between micro-batches, peak) of real steps of each config."""
     runtime.start(CPU)
-    with patch.object(engine_module, "_BUCKET_NUMEL", BUCKET_NUMEL):
+    with patch.object(zero, "_BUCKET_NUMEL", BUCKET_NUMEL):
         return [estimate_memory.measure_step(config, CPU) for config in cases]
 
 
 def expect(config: Config, world_size: int) -> tuple[memory.Estimate, Plan]:
-    with patch.object(engine_module, "_BUCKET_NUMEL", BUCKET_NUMEL):
+    with patch.object(zero, "_BUCKET_NUMEL", BUCKET_NUMEL):
         network, plan = plan_memory(config, world_size, on_gpu=False)
     return memory.estimate(network, plan), plan
 

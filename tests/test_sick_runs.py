@@ -48,7 +48,7 @@ def hash_of_state(trainer: Any) -> str:
     """Of this rank's weights, moments and averages."""
     digest = hashlib.sha256()
     for fragment, average in zip(trainer.engine.fragments(), trainer.ema.values, strict=True):
-        for values in (fragment.values, fragment.exp_avg, fragment.exp_avg_sq, average):
+        for values in (fragment.values, *fragment.state.values(), average):
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 

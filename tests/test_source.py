@@ -17,7 +17,7 @@ from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.evaluation.source import Source, load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.run import build
-from cfpretrain.run.checkpoint import Best
+from cfpretrain.run.checkpoint_store import Best
 from tests.runs import as_before_noise_processes, as_older, write_run
 from tests.test_autoencoder import write as write_autoencoder
 

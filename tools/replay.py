@@ -139,7 +139,7 @@ def _read_rows(metrics: Path, step: int) -> dict[int, dict[str, Any]]:
 
 def _find_checkpoints(folder: Path, step: int) -> list[Path]:
     """The complete checkpoints of before the step, newest first."""
-    from cfpretrain.run.checkpoint import CheckpointStore
+    from cfpretrain.run.checkpoint_store import CheckpointStore
 
     complete = CheckpointStore(folder, 1, 0).candidates()
     before = [path for path in complete if _step_of(path) < step]

@@ -117,10 +117,12 @@ class TrainConfig:
     learning_rate: NotNegative = 8e-4
     warmup_steps: Natural = 25_000
     decay_steps: int = 0  # the last of num_steps, over which the learning rate falls to 0; 0 = constant
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices of the blocks by Muon, the rest by AdamW
+    muon_momentum: Annotated[float, Range(0, 1 - 1e-9)] = 0.95
     adam_beta1: Annotated[float, Range(0, 1 - 1e-9)] = 0.9
     adam_beta2: Annotated[float, Range(0, 1 - 1e-9)] = 0.95
     adam_eps: NotNegative = 1e-15
-    weight_decay: NotNegative = 0.0
+    weight_decay: NotNegative = 0.0  # of matrices: norms, biases and embeddings do not decay
     clip_grad_norm: NotNegative = 1.0  # 0 = no clipping
     ema_decay: Share = 0.9999
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cfpretrain.core.ar import equal_sizes, last_size_probabilities, last_size_table, step_begin
+from cfpretrain.core.ar import ARSettings, equal_sizes, last_size_probabilities, last_size_table, step_begin
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,11 @@ class Segment:
     times_B: Tensor | None = None
     targets: Tensor | None = None
     weights_BL: Tensor | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions, those that a sample lacks among them."""
+        return 0 if self.steps_BL is None else self.steps_BL.shape[1]
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by the names of their fields."""
@@ -113,13 +118,12 @@ def build_layout(segments: Sequence[Segment], clean_multiple: int = 1) -> Layout
     clean, noised, num_clean = [], [], []
     next_step = torch.zeros(1, 1, dtype=torch.int64)
     for i, segment in enumerate(segments):
-        assert segment.steps_BL is not None
-        if segment.steps_BL.shape[1] == 0:
+        if segment.steps_BL is None or segment.num_tokens == 0:
             raise ValueError(f"a segment needs at least one token, got {segment}")
         steps_BL = next_step + segment.steps_BL
         missing_BL = segment.is_padding_BL
         missing_BL = torch.zeros_like(steps_BL[:1], dtype=torch.bool) if missing_BL is None else missing_BL
-        num_kept = steps_BL.shape[1]
+        num_kept = segment.num_tokens
         if segment.is_noised:
             noised.append((steps_BL, missing_BL))
             if i == len(segments) - 1:
@@ -255,52 +259,46 @@ def count_work(segments: Sequence[Segment], layout: Layout, batch_size: int = 1)
     """The work of the sequences of a batch; a layout of one row serves all samples."""
     is_useful_BM = ~layout.is_padding_BM
     num_visible_B = (_visible_keys(layout.intervals_BMI) * is_useful_BM).sum(-1)
-    patches_M = torch.zeros(is_useful_BM.shape[1], dtype=torch.int64)
-    begin, begin_noised = 0, sum(layout.num_clean)
-    for segment, num_clean in zip(segments, layout.num_clean, strict=True):
-        assert segment.steps_BL is not None
-        patches_M[begin : begin + num_clean] = int(segment.kind == "image")
-        begin += num_clean
-        if segment.is_noised:
-            patches_M[begin_noised : begin_noised + segment.steps_BL.shape[1]] = 2 * int(segment.kind == "image")
-            begin_noised += segment.steps_BL.shape[1]
+    # The weight of a column of the sequence: [clean of all segments | noised of those that are].
+    clean = [torch.full((n,), int(one.kind == "image")) for one, n in zip(segments, layout.num_clean, strict=True)]
+    noised = [torch.full((one.num_tokens,), 2 * int(one.kind == "image")) for one in segments if one.is_noised]
+    patches_M = torch.cat([*clean, *noised])
     counts = (is_useful_BM.sum(-1), num_visible_B, (is_useful_BM * patches_M).sum(-1))
     return Work(*(int(count_B.expand(batch_size).sum()) for count_B in counts))
 
 
 def sequence_lengths(
-    before: Sequence[Segment], num_tokens: int, decay: float, num_ar_steps: int, ar_step_sizes: str, clean_multiple: int
+    before: Sequence[Segment], num_tokens: int, ar: ARSettings, clean_multiple: int
 ) -> dict[int, float]:
     """The lengths that sequences with an image at their end can have, padding included, and their probabilities.
 
     Args:
         before: what stands before the image.
-        num_tokens, decay, num_ar_steps, ar_step_sizes: of the image, as for `last_size_probabilities`.
+        num_tokens: L, of the image.
+        ar: its AR steps.
         clean_multiple: as for `build_layout`.
 
     Returns:
         {tokens: probability}, the shortest first.
     """
-    last_L = last_size_probabilities(num_tokens, decay, num_ar_steps, ar_step_sizes)
+    last_L = last_size_probabilities(num_tokens, ar.ar_step_decay, ar.num_ar_steps, ar.ar_step_sizes)
     begin_L = num_tokens - torch.arange(1, num_tokens + 1)
-    of_one_step = build_layout([*before, Segment("image", torch.zeros(1, num_tokens, dtype=torch.int64), True)])
+    of_one_step = build_layout(_ending_in_one_step(before, num_tokens))
     lengths_L = of_one_step.step_BM.shape[1] + num_clean_kept(begin_L, num_tokens, clean_multiple)
     return {length: float(last_L[lengths_L == length].sum()) for length in lengths_L[last_L > 0].unique().tolist()}
 
 
-def expected_work(
-    before: Sequence[Segment], num_tokens: int, decay: float, num_ar_steps: int, ar_step_sizes: str
-) -> Work:
+def expected_work(before: Sequence[Segment], num_tokens: int, ar: ARSettings) -> Work:
     """The work of a sequence with an image at its end, in the mean over splits; arguments as for `sequence_lengths`."""
-    L = num_tokens
+    L, law = num_tokens, (num_tokens, ar.ar_step_decay, ar.num_ar_steps)
     size = torch.arange(1, L + 1, dtype=torch.float64)
-    last = float(last_size_probabilities(L, decay, num_ar_steps, ar_step_sizes) @ size)
-    if ar_step_sizes == "equal":
-        squares = float(sum(n**2 for n in equal_sizes(L, num_ar_steps)))
+    last = float(last_size_probabilities(*law, ar.ar_step_sizes) @ size)
+    if ar.ar_step_sizes == "equal":
+        squares = float(sum(n**2 for n in equal_sizes(L, ar.num_ar_steps)))
     else:
         # Sizes of a split are exchangeable: S times the last one's square has the mean of the sum of squares.
-        squares = float(size.square() @ last_size_table(L, decay, num_ar_steps) @ size)
-    segments = [*before, Segment("image", torch.zeros(1, L, dtype=torch.int64), is_noised=True)]
+        squares = float(size.square() @ last_size_table(*law) @ size)
+    segments = _ending_in_one_step(before, L)
     layout = build_layout(segments)
     of_one_step, num_before = count_work(segments, layout), sum(layout.num_clean)
     # Beside an image of one AR step, L - last clean tokens more. A token of a step that ends at e sees num_before + e,
@@ -311,3 +309,7 @@ def expected_work(
         of_one_step.visible + num_before * num_more + squares - L * last,
         of_one_step.patches + num_more,
     )
+
+
+def _ending_in_one_step(before: Sequence[Segment], num_tokens: int) -> list[Segment]:
+    return [*before, Segment("image", torch.zeros(1, num_tokens, dtype=torch.int64), is_noised=True)]

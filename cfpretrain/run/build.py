@@ -25,7 +25,8 @@ from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
 from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
-from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
+from cfpretrain.run.checkpoint import read_tensors
+from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.state import TrainingState, means_the_same, read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError
 

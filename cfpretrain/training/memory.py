@@ -20,7 +20,7 @@ from cfpretrain.core.attention import BACKENDS
 from cfpretrain.core.modalities import class_segment
 from cfpretrain.core.segments import sequence_lengths
 from cfpretrain.run.build import choose_attention, make_model
-from cfpretrain.training.engine import ds_config
+from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
 
@@ -117,15 +117,9 @@ class Plan:
 
 def network_of(config: Config, parameter_numels: Sequence[int]) -> Network:
     """The sizes of a config's network; `parameter_numels` are those of `build.make_model`."""
-    model, order = config.model, config.order
-    lengths = sequence_lengths(
-        [class_segment(model.num_cond_tokens)],
-        model.num_tokens,
-        order.ar_step_decay,
-        order.num_ar_steps,
-        order.ar_step_sizes,
-        config.clean_token_multiple(),
-    )
+    model = config.model
+    before, ar = [class_segment(model.num_cond_tokens)], ARSettings(**vars(config.order))
+    lengths = sequence_lengths(before, model.num_tokens, ar, config.clean_token_multiple())
     return Network(
         parameter_numels=tuple(parameter_numels),
         width=model.width,
