@@ -37,9 +37,6 @@ def read_crop(path: Path, image_size: int, is_grey: bool, background: Colour = W
 
     Returns:
         float32 [1, C, Y, X] in [0, 1], and (width, height); upright, where EXIF says that it is not.
-
-    Raises:
-        UserError: it cannot be read, decoded or cropped.
     """
     try:
         changes: Counter[str] = Counter()
@@ -66,9 +63,6 @@ def read_region(text: str, grid: int, image_size: int, file_size: tuple[int, int
         grid: rows = columns of the token grid.
         image_size: pixels a side of the image that is edited.
         file_size: (width, height) of the file it was cropped from, whose masks are cropped alike; None without one.
-
-    Raises:
-        UserError: there is no such region, or the mask is of another size.
     """
     try:
         if not text.startswith("mask:"):

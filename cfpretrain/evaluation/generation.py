@@ -260,19 +260,12 @@ def edit_tokens(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One image on its way: AR steps by noise levels.
+    """One image on its way: AR steps by noise levels."""
 
-    Attributes:
-        states: float32 [rows, columns, L, P], the clean tokens of earlier AR steps and the noised ones of this.
-        is_made: bool [rows, L], the tokens that are there, be they noised.
-        ar_steps: of the rows, counted from 1.
-        timesteps: of the columns; None: clean.
-    """
-
-    states: Tensor
-    is_made: Tensor
-    ar_steps: Sequence[int]
-    timesteps: Sequence[int | None]
+    states: Tensor  # float32 [rows, columns, L, P], the clean tokens of earlier AR steps and the noised ones of this
+    is_made: Tensor  # bool [rows, L], the tokens that are there, be they noised
+    ar_steps: Sequence[int]  # of the rows, counted from 1
+    timesteps: Sequence[int | None]  # of the columns; None: clean
 
 
 def follow(

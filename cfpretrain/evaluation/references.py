@@ -57,20 +57,14 @@ _KEY = "--reference"
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference.
+    """A reference."""
 
-    Attributes:
-        statistics: of all of it.
-        floor: scores of one random half against the other, what a perfect model of half as many images would get; its
-            Inception Score is that of both. None where there are statistics alone, or too few images.
-        record: where the statistics come from, JSON-able; its `fingerprint` changes when they do.
-        image_size: width and height; None where there are no images.
-    """
-
-    statistics: ImageStatistics
+    statistics: ImageStatistics  # of all of it
+    # scores of one random half against the other, what a perfect model of half as many images would get; its
+    # Inception Score is that of both. None where there are statistics alone, or too few images
     floor: dict[str, float] | None
-    record: dict[str, Any]
-    image_size: tuple[int, int] | None = None
+    record: dict[str, Any]  # where the statistics come from, JSON-able; its `fingerprint` changes when they do
+    image_size: tuple[int, int] | None = None  # width and height; None where there are no images
 
     @property
     def floor_num_images(self) -> int:
@@ -95,9 +89,6 @@ def load_reference(
         on_begin: called on every rank with how many images are done, of how many, where there is work to do.
         on_done: called every few seconds with how many images are done.
         background: behind what is transparent in a folder of images.
-
-    Raises:
-        UserError: there is no such thing, it is of other features, or the cache cannot be written.
     """
     with runtime.together():
         given = _given_statistics(path, extractor) if path.is_file() and is_archive(path) else None
@@ -306,14 +297,7 @@ def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extracto
             score = float(mean), float(deviation)
         if record["num_images"] != plan["num_images"]:
             raise ValueError("it says another number of images")
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # a UserError is a ValueError
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # UserError, too
         raise UserError(f"--cache: {entry} is damaged ({one_line(error):.100}); {advice}") from error
     if given is None:
         raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")

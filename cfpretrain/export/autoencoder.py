@@ -89,9 +89,6 @@ def from_ldm(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Any], 
     Args:
         tensors: `pick_tensors`.
         name: where they come from, for the message.
-
-    Raises:
-        UserError: they are no autoencoder's in this layout.
     """
     try:
         config = _infer_config(tensors)
