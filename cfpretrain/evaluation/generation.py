@@ -21,26 +21,16 @@ from cfpretrain.run.build import Autoencoder, make_autoencoder, make_noise_proce
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How images are made.
+    """How images are made."""
 
-    Attributes:
-        ar_step_sizes: tokens of each AR step.
-        num_denoising_steps: levels that each AR step runs through.
-        guidance: towards the class.
-        batch_size: images a forward on one rank.
-        seed: of noise and orders.
-        solver, spacing: see `Solver`.
-        token_order, block_size: see `ar.draw_orders`; None: as the model was trained.
-    """
-
-    ar_step_sizes: Sequence[int]
-    num_denoising_steps: int
-    guidance: Guidance
-    batch_size: int
-    seed: int
+    ar_step_sizes: Sequence[int]  # tokens of each AR step
+    num_denoising_steps: int  # levels that each AR step runs through
+    guidance: Guidance  # towards the class
+    batch_size: int  # images a forward on one rank
+    seed: int  # of noise and orders
     solver: str = "ddpm"
-    spacing: str = "time"
-    token_order: str | None = None
+    spacing: str = "time"  # of the solver's levels
+    token_order: str | None = None  # see `ar.draw_orders`; None: as the model was trained
     block_size: int | None = None
 
     @property

@@ -112,7 +112,6 @@ def sum_up(
         on_done: called every few seconds with how many are done.
 
     Raises:
-        UserError: on every rank, where one cannot read an image or write its sums.
         LostRankError: another rank is gone.
     """
     with runtime.together():
