@@ -32,7 +32,6 @@ from cfpretrain.evaluation.frechet import Gaussian
 from cfpretrain.evaluation.given_images import (
     IMAGES,
     GivenImages,
-    has_array,
     is_archive,
     open_images,
     read_arrays,
@@ -120,8 +119,8 @@ class _Given:
 
 
 def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
-    arrays = read_arrays(file, _KEY, ["mu", "sigma", "mu_s", "sigma_s", _OWN_KEY])
-    has_images = has_array(file, _KEY, IMAGES)
+    arrays, names = read_arrays(file, _KEY, ["mu", "sigma", "mu_s", "sigma_s", _OWN_KEY])
+    has_images = IMAGES in names
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         there = [name for name in (mean, covariance) if name in arrays]
         if len(there) == 1:
