@@ -59,7 +59,7 @@ def read_region(text: str, grid: int, image_size: int, file_size: tuple[int, int
     """A region as the command line says it: bool [L].
 
     Args:
-        text: as for `regions.parse_region`, or "mask:FILE", a picture that is white where the image is made anew.
+        text: as for `regions.parse_region`, or "mask:FILE", a picture that is white where the image is generated again.
         grid: rows = columns of the token grid.
         image_size: pixels a side of the image that is edited.
         file_size: (width, height) of the file it was cropped from, whose masks are cropped alike; None without one.
@@ -83,5 +83,5 @@ def _read_mask(path: Path, image_size: int, file_size: tuple[int, int] | None) -
         if mask.size == file_size:
             mask = centre_crop(mask, image_size)
     except RejectedImageError as error:
-        raise ValueError(f"{path}: {error}; give a mask as a PNG, white where the image is made anew") from error
+        raise ValueError(f"{path}: {error}; give a mask as a PNG, white where the image is generated again") from error
     return torch.from_numpy(np.asarray(mask) >= _WHITE)

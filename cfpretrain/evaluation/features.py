@@ -1,4 +1,4 @@
-"""What images are compared by: networks that turn them into features, and what their distances may be called."""
+"""Feature extractors for FID-like metrics, and the metric names each may use."""
 
 import hashlib
 import importlib

@@ -222,12 +222,12 @@ def edit_tokens(
     device: torch.device,
     first_id: int = 0,
 ) -> Tensor:
-    """Makes a region of images anew, under a class of each one's own; on one rank.
+    """Generates a region of images again, each under a class of its own; on one rank.
 
     Args:
         config, model, device: as for `generate_batches`.
         tokens_BLP: the images, in the model's scale.
-        region_L: bool, the tokens made anew; see `regions`.
+        region_L: bool, the tokens that are generated again; see `regions`.
         labels: the new class of each image.
         settings: how; the AR steps add up to the tokens of the region.
         first_id: ids, which fix noise and orders, begin here.

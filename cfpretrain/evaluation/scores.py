@@ -27,7 +27,7 @@ Batches = Callable[[list[int]], Iterator[tuple[int, Tensor]]]
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """What a set of images is compared by; what is not known of it is None."""
+    """The statistics by which sets of images are compared; None for those that are not known."""
 
     num_images: int | None  # behind all but the neighbours
     pooled: Gaussian  # for the Frechet distance

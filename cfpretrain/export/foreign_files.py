@@ -43,7 +43,7 @@ def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any
     try:
         content = _read(file, placeholders)
     except OSError as error:
-        raise UserError(f"{name}: {file} cannot be read ({error.strerror or error}); mend it") from error
+        raise UserError(f"{name}: {file} cannot be read ({error.strerror or error}); make it readable") from error
     except Exception as error:  # a foreign file can break the reader in any way
         raise UserError(f"{name}: {_reason(file, error)}") from error
     unfit = _find_unfit(content)

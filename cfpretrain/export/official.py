@@ -65,7 +65,7 @@ def our_names(names: Iterable[str], source: str) -> dict[str, str]:
     except ValueError as error:
         raise UserError(f"{source}: {error}; give a checkpoint of CausalFusion") from error
     if len(set(renamed.values())) < len(renamed):
-        raise UserError(f"{source}: expected each tensor once, got some under two names; mend it")
+        raise UserError(f"{source}: expected each tensor once, got some under two names; give another file")
     return renamed
 
 
