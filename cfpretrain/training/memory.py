@@ -368,7 +368,7 @@ def _update(network: Network, plan: Plan, share: int) -> int:
 
 
 def _muon_share(network: Network, plan: Plan) -> int:
-    """Values on one rank that Muon moves, with one buffer each where Adam has two: qkv, proj, fc1 and fc2 of a block."""
+    """Values that Muon moves on one rank, with one buffer where Adam has two: qkv, proj, fc1 and fc2 of the blocks."""
     matrices = 12 * network.width**2 * network.depth if plan.optimizer == "muon" else 0
     return matrices if plan.zero_stage == 0 else -(-matrices // plan.num_ranks)
 
