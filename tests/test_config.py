@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from cfpretrain.base import config as configs
 from cfpretrain.base.config_files import Address, FilePath
 from cfpretrain.base.console import UserError
+from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.modalities import class_segment
 from cfpretrain.core.segments import sequence_lengths
 from tests.processes import REPOSITORY
@@ -297,7 +298,7 @@ def test_lengths_are_counted_before_they_are_compiled(num_ar_steps, multiple) ->
         order=dataclasses.replace(base.order, num_ar_steps=num_ar_steps),
         engine=dataclasses.replace(base.engine, clean_token_multiple=multiple),
     )
-    lengths = sequence_lengths([class_segment(4)], 36, 0.9, num_ar_steps, "random", multiple)
+    lengths = sequence_lengths([class_segment(4)], 36, ARSettings(num_ar_steps), multiple)
     if len(lengths) <= 16:
         configs.check(config, world_size=1)
     else:

@@ -12,9 +12,10 @@ from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.core.latents import LatentScaling
-from cfpretrain.evaluation.editing import encode_tokens, read_crop, read_region, seam_steps
+from cfpretrain.evaluation.editing import encode_tokens, read_crop, read_region
 from cfpretrain.evaluation.pictures import grid_layout
 from cfpretrain.run import build
+from examples.digits.seams import seam_steps
 from tests.digits import digits
 from tests.processes import REPOSITORY, Ended, run_script
 from tests.runs import write_run

@@ -18,11 +18,11 @@ from cfpretrain.core.segments import (
     Segment,
     Work,
     build_layout,
-    count_visible,
     count_work,
     expected_work,
     may_attend,
     sequence_lengths,
+    visible_keys,
 )
 
 
@@ -108,7 +108,7 @@ def assert_follows_the_rule(segments: list[Segment], clean_multiple: int) -> Non
     num_rows = len(layout.step_BM)
     assert count_work(segments, layout, num_rows)[:2] == (num_tokens, num_visible)
     # No key counts twice, and no row is blind.
-    assert torch.equal(count_visible(layout.intervals_BMI), mask.sum((1, 2)))
+    assert torch.equal(visible_keys(layout.intervals_BMI), mask.sum(2))
     assert mask.any(-1).all()
 
 
@@ -185,11 +185,10 @@ def test_empty_sequences_are_refused(segments) -> None:
 
 
 @given(sizes)
-def test_steps_begin_and_end_where_sizes_say(parts) -> None:
+def test_steps_begin_where_sizes_say(parts) -> None:
     steps = order.steps_from_sizes(parts)[None]
     edges = [0, *torch.tensor(parts).cumsum(0).tolist()]
     assert order.step_begin(steps)[0].tolist() == [a for a, n in zip(edges, parts, strict=False) for _ in range(n)]
-    assert order.step_end(steps)[0].tolist() == [b for b, n in zip(edges[1:], parts, strict=True) for _ in range(n)]
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
@@ -338,7 +337,7 @@ def test_expected_work_is_the_mean_over_all_splits(num_tokens, decay, num_ar_ste
     for parts, p in split_probabilities(num_tokens, decay, num_ar_steps).items():
         segments = [class_segment(3), image_segment(order.steps_from_sizes(parts)[None])]
         mean = [a + p * b for a, b in zip(mean, count_work(segments, build_layout(segments, 4)), strict=True)]
-    got = expected_work([class_segment(3)], num_tokens, decay, num_ar_steps, "random")
+    got = expected_work([class_segment(3)], num_tokens, order.ARSettings(num_ar_steps, decay))
     assert got == pytest.approx(Work(*mean))
 
 
@@ -350,15 +349,16 @@ def test_lengths_have_the_probabilities_of_their_splits(num_tokens, decay, num_a
         image = image_segment(order.steps_from_sizes(parts)[None])
         length = build_layout([class_segment(3), image], clean_multiple).step_BM.shape[1]
         expected[length] = expected.get(length, 0.0) + p
-    got = sequence_lengths([class_segment(3)], num_tokens, decay, num_ar_steps, "random", clean_multiple)
+    got = sequence_lengths([class_segment(3)], num_tokens, order.ARSettings(num_ar_steps, decay), clean_multiple)
     assert got == pytest.approx(expected)
     assert list(got) == sorted(expected)
 
 
 def test_equal_steps_have_one_length() -> None:
     """The last of four steps of 64 tokens is never clean: 4 + 192 + 256."""
-    assert sequence_lengths([class_segment(4)], 256, 0.9, 4, "equal", 64) == {452: 1.0}
-    assert sequence_lengths([class_segment(4)], 256, 0.9, 4, "equal", 128) == {516: 1.0}
+    four = order.ARSettings(4, ar_step_sizes="equal")
+    assert sequence_lengths([class_segment(4)], 256, four, 64) == {452: 1.0}
+    assert sequence_lengths([class_segment(4)], 256, four, 128) == {516: 1.0}
 
 
 @given(st.integers(1, 30), st.data())
@@ -366,8 +366,8 @@ def test_work_of_equal_sizes(num_tokens, data) -> None:
     num_ar_steps = data.draw(st.integers(1, num_tokens))
     parts = order.equal_sizes(num_tokens, num_ar_steps)
     segments = [class_segment(2), image_segment(order.steps_from_sizes(parts)[None])]
-    want = count_work(segments, build_layout(segments))
-    assert expected_work([class_segment(2)], num_tokens, 0.9, num_ar_steps, "equal") == want
+    want, equal = count_work(segments, build_layout(segments)), order.ARSettings(num_ar_steps, ar_step_sizes="equal")
+    assert expected_work([class_segment(2)], num_tokens, equal) == want
     assert order.last_size_probabilities(num_tokens, 0.9, num_ar_steps, "equal").nonzero().tolist() == [[parts[-1] - 1]]
 
 

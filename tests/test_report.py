@@ -18,11 +18,11 @@ from cfpretrain.base.console import UserError
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, image_columns
 from cfpretrain.run import build
+from examples.digits import report
 from tests.digits import digits, digits_info, write_latents
 from tests.processes import Rank, run_script, start_script, wait_until
 from tests.runs import write_run
 from tests.test_config import TINY
-from tools import report
 
 
 def refused(

@@ -388,7 +388,7 @@ def test_each_checkpoint_says_what_it_was_trained_with(shards: Path, whole_run: 
         assert ended.code == 0, ended.err
     state = read_state(folder / "checkpoints" / "step_00000015")
     changed = [(resume["step"], resume["changed"]["train.learning_rate"]) for resume in state.history]
-    assert changed == [(12, [0.001, 0.5]), (13, [0.5, 0.25])]
+    assert changed == [(12, (0.001, 0.5)), (13, (0.5, 0.25))]
     assert state.history[0]["changed"].keys() == {"train.num_steps", "train.learning_rate"}
     assert state.class_names == list("0123456789")
     assert state.autoencoder == "identity"

@@ -23,10 +23,10 @@ from sklearn.datasets import load_digits
 from cfpretrain.autoencoder import WEIGHTS_FILE, KLAutoencoder
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, image_columns
-from cfpretrain.evaluation.reconstruction import reconstruction_error
-from cfpretrain.training.autoencoder import PICTURE_FILE
+from examples.digits import example_images, train_autoencoder
+from examples.digits.autoencoder_training import PICTURE_FILE
+from examples.digits.reconstruction import reconstruction_error
 from tests.processes import REPOSITORY, Rank, wait_until
-from tools import example_images, train_autoencoder
 
 LONG = ["--channels", "8", "8", "--num-steps", "100", "--batch-size", "16", "--save-seconds", "0"]
 STEPS = ["--channels", "8", "16", "--num-steps", "60", "--batch-size", "32", "--learning-rate", "0.004"]

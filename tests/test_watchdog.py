@@ -389,7 +389,7 @@ def test_a_lost_disk_does_not_keep_a_run_alive(disk: str) -> None:
         check=False,
     )
     assert ended.returncode == EXIT_REQUEUE, ended.stderr
-    assert "rank 1 died: the run ends" in ended.stdout
+    assert "rank 1 died: the run ends" in ended.stderr
 
 
 def leave(disk: str) -> None:

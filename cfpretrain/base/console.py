@@ -134,7 +134,8 @@ def say(text: str) -> None:
     """Prints one line from rank 0, at once; silent once nobody reads any more."""
     if is_rank_zero():
         try:
-            print(printable(masked(f"[cfpretrain] {text}")), flush=True)
+            # As one write: threads speak too.
+            print(printable(masked(f"[cfpretrain] {text}")) + "\n", end="", flush=True)
         except OSError:
             # The rest of the line is flushed at the end of the process, and must not fail there.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # noqa: TID251
@@ -144,7 +145,7 @@ def print_error(text: str) -> None:
     """Prints one line to stderr, whatever the rank."""
     with suppress(OSError):  # nobody reads it any more
         sys.stdout.flush()
-        print(printable(masked(f"[cfpretrain] {text}")), file=sys.stderr, flush=True)
+        print(printable(masked(f"[cfpretrain] {text}")) + "\n", end="", file=sys.stderr, flush=True)
 
 
 def visible(text: str) -> str:

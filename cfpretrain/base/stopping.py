@@ -6,7 +6,6 @@ Threads of their own listen, since the main thread may be inside a collective th
 import os
 import signal
 import stat
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from cfpretrain.base.console import EXIT_REQUEUE, is_rank_zero, say
+from cfpretrain.base.console import EXIT_REQUEUE, say
 
 # A launcher turns one Ctrl-C into SIGINT and, milliseconds later, SIGTERM.
 _ONE_REQUEST_SECONDS = 2.0
@@ -61,8 +60,7 @@ class StopRequest:
             self.reason = reason
         if self.end_waiting is not None:
             self.end_waiting()
-        if is_rank_zero():
-            write_line(f"{reason}: stopping after this step, with a checkpoint; a further signal ends it at once")
+        say(f"{reason}: stopping after this step, with a checkpoint; a further signal ends it at once")
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -130,12 +128,6 @@ def leave_signals_to_the_rank(*_: object) -> None:
     for number in stop_signals():
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None if os.getppid() == rank else os._exit(0))
-
-
-def write_line(text: str) -> None:
-    """A line from any thread, also while the main thread is in the middle of one."""
-    with suppress(OSError):  # the reader may be gone
-        os.write(sys.stdout.fileno(), f"[cfpretrain] {text}\n".encode())
 
 
 def _leave_terminal() -> None:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 
 from cfpretrain.base import runtime
 from cfpretrain.base.background import Task
-from cfpretrain.base.console import EXIT_FAILED, EXIT_REQUEUE
-from cfpretrain.base.stopping import StopRequest, write_line
+from cfpretrain.base.console import EXIT_FAILED, EXIT_REQUEUE, print_error
+from cfpretrain.base.stopping import StopRequest
 
 _POLL_SECONDS = 1.0
 # A rank that does not say that it lives for so long is dead: its process, its machine or the network between.
@@ -192,7 +192,7 @@ class Watchdog:
             Task(functools.partial(self._on_lost, reason), "requeue")
         if self._rank == speaker:
             what_next = "; the same command goes on from the latest checkpoint" if code == EXIT_REQUEUE else ""
-            write_line(f"{reason}: the run ends{what_next}")
+            print_error(f"{reason}: the run ends{what_next}")
         time.sleep(2 * _POLL_SECONDS)  # for the file, and for the others to read rank 0's verdict
         os._exit(code)
 

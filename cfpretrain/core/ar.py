@@ -1,7 +1,8 @@
 """The AR axis: AR steps and their sizes, orders, AR weights (section 3 of arXiv 2412.12095).
 
 An image's L tokens are put in an order and cut into S AR steps: S = 1 is a diffusion transformer, S = L pure
-autoregression, and training draws S, the sizes and the order anew for each sample.
+autoregression. Training draws S with P(S) ~ gamma^(S-1), since long splits are easy (most of the image is given), then
+cut points and the order uniformly, and weighs the loss down along the axis for the same reason.
 """
 
 import functools
@@ -20,13 +21,7 @@ from cfpretrain.core import seeds
 
 
 def step_count_probabilities(num_tokens: int, decay: float, num_ar_steps: int = 0) -> Tensor:
-    """P(S) for S = 1..L: float64 [L].
-
-    Args:
-        num_tokens: L.
-        decay: P(S) is proportional to decay^(S-1); 1 is uniform.
-        num_ar_steps: the S that is always taken; 0 draws it.
-    """
+    """P(S) for S = 1..L: float64 [L], proportional to decay^(S-1), or all on `num_ar_steps` where that is not 0."""
     if num_ar_steps:
         _check_num_ar_steps(num_tokens, num_ar_steps)
         return F.one_hot(torch.tensor(num_ar_steps - 1), num_tokens).double()
@@ -74,8 +69,7 @@ def draw_shared_steps(
         shared_key: int64 scalar, equal on all ranks and micro-batches of an optimizer step.
         batch_size: B.
         num_tokens: L.
-        decay: gamma of P(S).
-        num_ar_steps: the S that is always taken; 0 draws it.
+        decay, num_ar_steps: of P(S), see `step_count_probabilities`.
 
     Returns:
         int64 [B, L]: the AR step (0-based) of each position of the ordered tokens.
@@ -92,17 +86,7 @@ def draw_steps(
 
     A sequence's length depends on the size of its last step only. That size is drawn once from its marginal with
     `shared_key`, the rest of each split from the exact conditional, so that lengths are equal and every sample's split
-    has the law of `draw_shared_steps`.
-
-    Args:
-        shared_key: int64 scalar, equal on all ranks and micro-batches of an optimizer step.
-        sample_keys_B: int64 [B], one key a sample.
-        num_tokens: L.
-        decay: gamma of P(S).
-        num_ar_steps: the S that is always taken; 0 draws it.
-
-    Returns:
-        int64 [B, L]: the AR step (0-based) of each position of the ordered tokens.
+    has the law of `draw_shared_steps`. Arguments and result as there; `sample_keys_B`: int64 [B], one key a sample.
     """
     table = last_size_table(num_tokens, decay, num_ar_steps)
     last = _draw_index(last_size_probabilities(num_tokens, decay, num_ar_steps, "random"), shared_key)
@@ -184,23 +168,13 @@ def step_begin(steps_BL: Tensor) -> Tensor:
     return torch.where(begins_BL, position_L, 0).cummax(1).values
 
 
-def step_end(steps_BL: Tensor) -> Tensor:
-    """The position after the last one of each position's AR step: int64 [B, L]."""
-    length = steps_BL.shape[1]
-    return length - step_begin(steps_BL.flip(1)).flip(1)
-
-
 def ar_weights(steps_BL: Tensor, first: float, last: float, schedule: str) -> Tensor:
-    """The loss weight of each token: from `first` for a step that begins at token 0 down to `last` at token L.
+    """The loss weight of each token, by the position x at which its AR step begins: float32 [B, L].
 
     Args:
         steps_BL: int64 [B, L], the AR step of each position.
-        first: weight at x = 0, where x is the position at which the token's step begins.
-        last: weight at x = L.
-        schedule: "linear" or "cosine".
-
-    Returns:
-        float32 [B, L].
+        first, last: the weights at x = 0 and x = L.
+        schedule: "linear" or "cosine", from one to the other.
     """
     share_BL = step_begin(steps_BL).float() / steps_BL.shape[1]
     if schedule == "cosine":
@@ -211,14 +185,7 @@ def ar_weights(steps_BL: Tensor, first: float, last: float, schedule: str) -> Te
 
 @functools.lru_cache(maxsize=8)
 def last_size_probabilities(num_tokens: int, decay: float, num_ar_steps: int, ar_step_sizes: str) -> Tensor:
-    """P(last = l) for l = 1..L, on which alone a sequence's length depends: float64 [L].
-
-    Args:
-        num_tokens: L.
-        decay: gamma of P(S).
-        num_ar_steps: the S that is always taken; 0 draws it.
-        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
-    """
+    """P(last = l) for l = 1..L, on which alone a sequence's length depends: float64 [L]; arguments as `ARSettings`."""
     if ar_step_sizes == "equal":
         return F.one_hot(torch.tensor(equal_sizes(num_tokens, num_ar_steps)[-1] - 1), num_tokens).double()
     return last_size_table(num_tokens, decay, num_ar_steps).sum(1)

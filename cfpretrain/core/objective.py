@@ -6,13 +6,13 @@ step itself computes the network and its squared error.
 
 import dataclasses
 import functools
-import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cfpretrain.core import seeds
@@ -98,15 +98,12 @@ class Batch:
             for one in (self, *self.segments)
         ]
         del others[0]["segments"]
-        layout: list[_Place] = []
         tensors = self.tensors()
-        for name, value in tensors.items():
-            begin = layout[-1].end if layout else 0
-            layout.append(_Place(name, value.dtype, tuple(value.shape), begin, begin + -(-value.nbytes // 8) * 8))
-        packed = torch.empty(layout[-1].end, dtype=torch.uint8)
-        for place in layout:
-            place.view(packed).copy_(tensors[place.name])
-        return _unpack, (others, layout, packed)
+        forms = {name: (value.dtype, value.shape, value.nbytes) for name, value in tensors.items()}
+        # Each begins at a multiple of 8 bytes.
+        as_bytes = (value.contiguous().flatten().view(torch.uint8) for value in tensors.values())
+        packed = torch.cat([F.pad(value, (0, -len(value) % 8)) for value in as_bytes])
+        return _unpack, (others, forms, packed)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         segments = (
@@ -118,24 +115,13 @@ class Batch:
         )
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies in a packed batch, in bytes."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    def view(self, packed: Tensor) -> Tensor:
-        num_bytes = math.prod(self.shape) * self.dtype.itemsize
-        return packed[self.begin : self.begin + num_bytes].view(self.dtype).view(self.shape)
-
-
-def _unpack(others: list[dict[str, Any]], layout: list[_Place], packed: Tensor) -> Batch:
-    for place in layout:
-        *number, name = place.name.split(".")
-        others[1 + int(number[0]) if number else 0][name] = place.view(packed)
+def _unpack(
+    others: list[dict[str, Any]], forms: dict[str, tuple[torch.dtype, torch.Size, int]], packed: Tensor
+) -> Batch:
+    pieces = packed.split([num_bytes + -num_bytes % 8 for _, _, num_bytes in forms.values()])
+    for (name, (dtype, shape, num_bytes)), piece in zip(forms.items(), pieces, strict=True):
+        *number, field = name.split(".")
+        others[1 + int(number[0]) if number else 0][field] = piece[:num_bytes].view(dtype).view(shape)
     return Batch(**others[0], segments=tuple(Segment(**fields) for fields in others[1:]))
 
 

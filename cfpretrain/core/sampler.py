@@ -63,7 +63,7 @@ def sampling_orders(
         seed: of random orders.
         image_ids_B: int64 [B]; an image's random order depends on its id alone.
         num_tokens: L.
-        token_order, block_size: see `order.draw_orders`.
+        token_order, block_size: see `ar.draw_orders`.
     """
     return draw_orders(seeds.fold(seeds.key(seed, "sampling order"), image_ids_B), num_tokens, token_order, block_size)
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import open_to_read
 from cfpretrain.export import foreign_files
 
@@ -41,6 +41,11 @@ class Features:
     pooled_BF: Tensor
     spatial_BF: Tensor | None = None
     logits_BK: Tensor | None = None
+
+    def some(self, is_wanted_B: Tensor) -> "Features":
+        """Those of some of the images, on the CPU."""
+        some = {name: None if part is None else part.cpu()[is_wanted_B] for name, part in vars(self).items()}
+        return Features(**some)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -87,8 +92,7 @@ class FeatureExtractor:
 
     def none(self) -> Features:
         """Features of no images, for their shapes."""
-        of_one = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-        return Features(*(None if part is None else part[:0] for part in vars(of_one).values()))  # type: ignore[arg-type]
+        return self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).some(torch.tensor([False]))
 
 
 def make_extractor(
@@ -122,8 +126,12 @@ def make_extractor(
 
 
 def _inception(device: torch.device, file: Path | None, label: str | None) -> FeatureExtractor:
-    from cfpretrain.evaluation.inception import Inception
-
+    try:
+        from cfpretrain.evaluation.inception import Inception
+    except ImportError as error:
+        raise UserError(
+            f"--features: {INCEPTION} needs the package torch-fidelity ({one_line(error)}); pip install torch-fidelity"
+        ) from error
     wanted = f"pt_inception-2015-12-05-{_PUBLISHED_SHA256}.pth"
     if file is None:
         raise UserError(

@@ -30,7 +30,7 @@ class GenerationSettings:
         batch_size: images a forward on one rank.
         seed: of noise and orders.
         solver, spacing: see `Solver`.
-        token_order, block_size: see `order.draw_orders`; None: as the model was trained.
+        token_order, block_size: see `ar.draw_orders`; None: as the model was trained.
     """
 
     ar_step_sizes: Sequence[int]

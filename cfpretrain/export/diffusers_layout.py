@@ -18,14 +18,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
 
 from cfpretrain import autoencoder
 from cfpretrain.base import config as configs
-from cfpretrain.base import files
+from cfpretrain.base import files, outputs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, reason_of, say
 from cfpretrain.export import model_card
@@ -33,7 +33,7 @@ from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
 from cfpretrain.export.run_checkpoint import CheckpointTensors
-from cfpretrain.run import build, outputs, tensor_files
+from cfpretrain.run import build, tensor_files
 from cfpretrain.run.state import TrainingState
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -42,6 +42,26 @@ SCHEDULER_FILE, SAMPLES_FILE = "scheduler_config.json", "samples.png"
 
 _MAX_PICTURE_BYTES = 2**28
 _DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
+
+
+_Part = tuple[str | None, ...]  # a package, or a file of code, and the class in it
+
+
+class ModelIndex(TypedDict, total=False):
+    """`model_index.json`; diffusers writes more keys where it saves a folder again."""
+
+    _class_name: _Part
+    transformer: _Part
+    scheduler: _Part
+    vae: _Part
+    id2label: dict[str, str]
+
+
+class WeightsIndex(TypedDict):
+    """Which file holds which tensor, where there are several."""
+
+    metadata: dict[str, Any]
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -125,11 +145,11 @@ class _Source:
         _write_json(folder / TRANSFORMER / "config.json", transformer_config(self.config) | scaling)
         scheduler = scheduler_config(self.config)
         _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler)
-        index = {
-            "_class_name": [pipeline_name, "CausalFusionPipeline"],
-            TRANSFORMER: [transformer_name, "CausalFusionTransformer"],
-            SCHEDULER: ["diffusers", scheduler["_class_name"]],
-            VAE: ["diffusers", "AutoencoderKL"] if self.vae else [None, None],
+        index: ModelIndex = {
+            "_class_name": (pipeline_name, "CausalFusionPipeline"),
+            "transformer": (transformer_name, "CausalFusionTransformer"),
+            "scheduler": ("diffusers", scheduler["_class_name"]),
+            "vae": ("diffusers", "AutoencoderKL") if self.vae else (None, None),
             # A list would be taken for one more part.
             "id2label": {str(number): label for number, label in enumerate(self.class_names)},
         }
@@ -161,7 +181,8 @@ class _Source:
                     del values  # before the next one is read
         if len(shards) > 1:
             weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": dtype.itemsize * self._num_values()}, "weight_map": weight_map}
+            size = dtype.itemsize * self._num_values()
+            index: WeightsIndex = {"metadata": {"total_size": size}, "weight_map": weight_map}
             _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)
 
     def _num_values(self) -> int:

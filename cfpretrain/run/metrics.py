@@ -138,7 +138,7 @@ def _to_line(row: Mapping[str, Any]) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """A row for each step of a metrics file, with the scores at that step, which the file has on lines of their own.
 
-    A last line that a kill cut short is left out; damaged ones are too, and are said.
+    A last line that a kill cut short is left out; damaged lines are left out with a warning.
     """
     rows, num_damaged = _read_rows(path)
     if num_damaged:

@@ -30,7 +30,7 @@ from cfpretrain.run.tensor_files import DamagedCheckpointError
 from cfpretrain.run.tracker import Tracker
 from cfpretrain.training.ema import ShardedEMA
 from cfpretrain.training.engine import Engine
-from cfpretrain.training.step import Counters
+from cfpretrain.training.step import Counters, StepResult
 
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
 
@@ -144,13 +144,17 @@ class Checkpoints:
         assert outcome is not None
         if outcome.error is not None:
             raise UserError(outcome.error)
-        self.note(outcome)
+        self._note(outcome)
+
+    def advance(self, result: StepResult) -> None:
+        """After a step: leads the checkpoint in flight to its next phase."""
+        self._note(self.writer.advance(result.is_writing, result.has_failed))
 
     def wait(self) -> None:
         """Until no checkpoint is in flight; all ranks call it together."""
-        self.note(self.writer.wait())
+        self._note(self.writer.wait())
 
-    def note(self, outcome: Outcome | None) -> None:
+    def _note(self, outcome: Outcome | None) -> None:
         """Notes a checkpoint that is complete or has failed; UserError after some failures in a row."""
         if outcome is None:
             return
@@ -263,7 +267,7 @@ class Samples:
 
 @contextmanager
 def tolerating(what: str, of_kind: type[Exception] = Exception) -> Iterator[None]:
-    """An error in a picture or a score is said, and the run goes on; on all ranks where they work together."""
+    """Reports an error in a picture or a score, and goes on; on all ranks where they work together."""
     try:
         yield
     except of_kind as error:

@@ -192,7 +192,7 @@ def _check_inputs(config: Config) -> None:
             f"data.shards: expected latents of the autoencoder {saved.autoencoder}, as checkpoint {latest} was trained "
             f"on, got those of {infos[0].autoencoder}; set data.shards as it was or choose another run.folder"
         )
-    # An imported checkpoint has none: it stands at the beginning of an epoch of any data.
+    # An imported checkpoint has none: it is at the beginning of an epoch of any data.
     if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config):
         raise UserError(
             f"data.shards: checkpoint {latest} was trained on other shards than {', '.join(config.data.shards)}, or "

@@ -63,8 +63,8 @@ class Log:
         row |= {"num_skipped_steps": at.num_skipped, "num_rewinds": at.num_rewinds}
         self.rows.append(row)
         self._flops += result.flops
-        if self.config.metrics.log_sample_ids:
-            self._sample_ids.append([i for batch in result.batches for i in batch.ids_B.tolist()])
+        if result.sample_ids is not None:
+            self._sample_ids.append(result.sample_ids)
         return row
 
     def is_due(self, step: int) -> bool:

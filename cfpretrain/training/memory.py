@@ -119,15 +119,9 @@ class Plan:
 
 def network_of(config: Config, parameter_numels: Sequence[int]) -> Network:
     """The sizes of a config's network; `parameter_numels` are those of `build.make_model`."""
-    model, order = config.model, config.order
-    lengths = sequence_lengths(
-        [class_segment(model.num_cond_tokens)],
-        model.num_tokens,
-        order.ar_step_decay,
-        order.num_ar_steps,
-        order.ar_step_sizes,
-        config.clean_token_multiple(),
-    )
+    model = config.model
+    before, ar = [class_segment(model.num_cond_tokens)], ARSettings(**vars(config.order))
+    lengths = sequence_lengths(before, model.num_tokens, ar, config.clean_token_multiple())
     return Network(
         parameter_numels=tuple(parameter_numels),
         width=model.width,
@@ -368,7 +362,7 @@ def _update(network: Network, plan: Plan, share: int) -> int:
 
 
 def _muon_share(network: Network, plan: Plan) -> int:
-    """Values that Muon moves on one rank, with one buffer where Adam has two: qkv, proj, fc1 and fc2 of the blocks."""
+    """Values on one rank that Muon moves, with one buffer where Adam has two: qkv, proj, fc1 and fc2 of a block."""
     matrices = 12 * network.width**2 * network.depth if plan.optimizer == "muon" else 0
     return matrices if plan.zero_stage == 0 else -(-matrices // plan.num_ranks)
 

@@ -35,7 +35,7 @@ class Counters:
 
 @dataclass
 class StepResult:
-    """What came of a step; the same on all ranks but for `batches`."""
+    """What came of a step; the same on all ranks but for `sample_ids`."""
 
     loss: float  # of the global batch
     grad_norm: float  # of the whole gradient before clipping; infinite where one is not finite
@@ -46,7 +46,7 @@ class StepResult:
     has_failed: bool  # a rank could not write its part
     lacks_data: bool  # a rank could not read its share of the next step
     learning_rate: float = 0.0
-    batches: Sequence[Batch] = ()  # of this rank, in host memory
+    sample_ids: list[int] | None = None  # of this rank; None where they are not logged
 
 
 class LostDataError(UserError):
@@ -80,12 +80,15 @@ class TrainingStep:
         if self.stop.reason is None:
             self.loader.read_ahead()  # a GPU is at work on the backward meanwhile
 
-        told, rate = self.exchange(terms, batches), learning_rate(self.config.train, at)
+        told = self.exchange(terms, batches)
+        rate = learning_rate(self.config.train, at)
         self.ema.wait()
         applied = self.engine.step(rate, functools.partial(self.decide, told))
         result = self.result
         assert result is not None
-        result.learning_rate, result.batches = rate, batches
+        result.learning_rate = rate
+        if self.config.metrics.log_sample_ids:
+            result.sample_ids = [i for batch in batches for i in batch.ids_B.tolist()]
         at.step += 1
         if applied:
             self.ema.update()
@@ -136,7 +139,7 @@ class TrainingStep:
 
 def learning_rate(train: TrainConfig, at: Counters) -> float:
     """Of the next step: linear warm-up, constant, and with `decay_steps` a linear fall to 0 over the last steps."""
-    # A skipped step does not move the warm-up; the end stands fixed.
+    # A skipped step does not move the warm-up; the end of the decay is fixed.
     warm_up = (at.step - at.num_skipped + 1) / max(train.warmup_steps, 1)
     fall = (train.num_steps - at.step) / max(train.decay_steps, 1)
     return train.learning_rate * min(1.0, warm_up, fall)

@@ -177,7 +177,7 @@ class Trainer:
             result = self.step(self.at)
             row = self.log.add(self.at, result, self.loader.position.epoch)
         self.must_stop |= result.must_stop
-        self.checkpoints.note(self.checkpoints.writer.advance(result.is_writing, result.has_failed))
+        self.checkpoints.advance(result)
         if self.guard.must_rewind:
             with self.log.aside():
                 row["rewound_to_step"] = self.checkpoints.rewind(self.at, str(result.problem))
@@ -238,7 +238,7 @@ class Trainer:
             return
         score = row[evaluator.name]
         is_best = runtime.rank() == 0 and self.checkpoints.keep_if_best(Best(step, score, evaluator.measured_by))
-        # Last: a run that goes on from here and finds this row has no score to make up for.
+        # Last: a run that resumes from here and finds this row need not score again.
         self.log.write([row])
         self.scored_step = step
         floor = "" if evaluator.floor is None else f" (floor {evaluator.floor:.4g})"
@@ -248,7 +248,7 @@ class Trainer:
     # The end
 
     def _close_early(self, saves: bool) -> None:
-        """Before an error between two steps ends the run: the rows that say why, and what was trained, if `saves`."""
+        """Before an error between two steps ends the run: writes the rows, and a checkpoint if `saves`."""
         if self.log.rows:
             self.close_window()
         if saves and self.at.step:

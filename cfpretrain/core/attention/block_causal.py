@@ -17,9 +17,7 @@ not depend on the order of execution:
     forward, dQ: a tile of rows (=) meets the hull of its         dK, dV: a tile of keys (#) meets, of the rows without
     prefixes, then the hull of its own intervals                  an own interval and of those with one, a range each
 
-Each loop is cut in two: tiles that are visible as a whole need no mask, and run first; the others are masked by the
-intervals, element by element. So any intervals are computed right, packed samples and padding among them; those of
-`segments.py` are computed fast.
+Any intervals are computed right, packed samples and padding among them; those of `segments.py` are computed fast.
 """
 
 from typing import Any, NamedTuple

@@ -6,7 +6,7 @@ from sklearn.svm import SVC
 from torch import Tensor
 
 from cfpretrain.base.console import UserError
-from cfpretrain.evaluation.frechet import pixel_features
+from examples.digits.pixels import pixel_features
 
 
 class Classifier:

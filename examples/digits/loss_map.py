@@ -1,15 +1,18 @@
-"""The loss over the paper's two axes: noise level and AR position."""
+"""The loss over the paper's two axes, noise level and AR position: measured, and drawn as a heat map."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpretrain.core.ar import step_begin
 from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.objective import DenoisingLoss
+from cfpretrain.evaluation.figures import Floats, label_log, make_figure, quiet_ticks, save
+from cfpretrain.evaluation.pictures import INK, PAPER, QUIET
 
 _BATCH = 256
 
@@ -17,7 +20,7 @@ _BATCH = 256
 @torch.no_grad()
 def measure_loss_map(
     model: CausalFusion, loss: DenoisingLoss, latents_NCYX: Tensor, labels_N: Tensor, num_bins: int, passes: int
-) -> tuple[NDArray[np.float64], list[float], list[float]]:
+) -> tuple[Floats, list[float], list[float]]:
     """Mean squared error of the prediction, by timestep and by the number of clean tokens before the AR step.
 
     Splits, orders and timesteps follow their training laws; labels are not dropped and AR weights not applied.
@@ -50,3 +53,48 @@ def measure_loss_map(
     errors = (totals / counts).reshape(num_bins, num_tokens).numpy()
     timestep_edges = np.linspace(0, num_timesteps, num_bins + 1).tolist()
     return errors, timestep_edges, list(range(num_tokens + 1))
+
+
+def draw_loss_map(
+    path: Path, loss_TS: Floats, timestep_edges: Sequence[float], position_edges: Sequence[float], title: str
+) -> None:
+    """Writes the errors of `measure_loss_map` as a PNG; cells in which nothing fell are hatched."""
+    from matplotlib.colors import LogNorm, Normalize  # after `figures`, which says how it is imported
+
+    figure = make_figure(8.2, 4.8, title)
+    axes = figure.subplots()
+    axes.set_facecolor("#eceff3")
+    axes.set_xlabel("noise level: timestep t of the diffusion (0 = clean)")
+    axes.set_ylabel("AR position: clean tokens\nbefore the AR step")
+    axes.set_xlim(timestep_edges[0], timestep_edges[-1])
+    axes.set_ylim(position_edges[0], position_edges[-1])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    quiet_ticks(axes)
+    known = loss_TS[np.isfinite(loss_TS)]
+    if len(known) == 0:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=QUIET)
+        save(figure, path)
+        return
+    spread_is_large = known.min() > 0 and known.max() > 8 * known.min()
+    limits = (float(known.min()), float(known.max()))
+    scale = LogNorm(*limits) if spread_is_large else Normalize(*limits)
+    axes.fill_between(
+        [timestep_edges[0], timestep_edges[-1]],
+        position_edges[0],
+        position_edges[-1],
+        hatch="///",
+        facecolor="#eceff3",
+        edgecolor="#c3c9d2",
+        lw=0,
+    )
+    mesh = axes.pcolormesh(
+        timestep_edges, position_edges, loss_TS.T, norm=scale, cmap="viridis", edgecolor=PAPER, linewidth=0.6
+    )
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=24)
+    bar.set_label("mean squared error per value" + (" (log scale)" if spread_is_large else ""), color=INK)
+    bar.outline.set_visible(False)
+    quiet_ticks(bar.ax)
+    if spread_is_large:
+        label_log(bar.ax.yaxis)
+    save(figure, path)

@@ -21,7 +21,7 @@ from cfpretrain.base import files, plans
 from cfpretrain.base.console import Progress, SickRunError, UserError, phase, say
 from cfpretrain.base.stopping import StopRequest
 from cfpretrain.core import seeds
-from cfpretrain.evaluation.reconstruction import draw_reconstructions
+from examples.digits.reconstruction import draw_reconstructions
 
 PICTURE_FILE = "reconstructions.png"
 NUM_STEPS = "--num-steps"  # of the settings
