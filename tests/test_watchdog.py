@@ -20,9 +20,11 @@ from tests.processes import (
     Rank,
     free_port,
     launcher_environment,
+    run_alone,
     run_in_processes,
     run_script,
     start_script,
+    wait_until,
 )
 
 TRAIN = "cfpretrain/train.py"
@@ -36,11 +38,7 @@ def rows(folder: Path) -> list[dict]:
 
 def wait_for_steps(folder: Path, num_steps: int, ranks: list[Rank]) -> None:
     metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 200
-    while not (metrics.exists() and metrics.read_text().count("\n") >= num_steps):
-        assert time.monotonic() < deadline
-        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
-        time.sleep(0.01)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= num_steps, 200, ranks)
 
 
 def end(ranks: list[Rank]) -> list[tuple[int, str]]:
@@ -139,11 +137,7 @@ def test_a_signal_while_it_waits_for_other_ranks_ends_it_at_once(shards: Path, t
     """As where rank 0 has found its port in use, and the launcher ends the others."""
     arguments = ["--local_rank=0", *small_run(shards, tmp_path / "run", *LONG)]
     rank = Rank(TRAIN, arguments, launcher_environment(0, 2, free_port()))
-    deadline = time.monotonic() + 200
-    while "still waiting for all ranks" not in rank.said():
-        assert time.monotonic() < deadline
-        assert rank.poll() is None, rank.communicate()
-        time.sleep(0.05)
+    wait_until(lambda: "still waiting for all ranks" in rank.said(), 200, [rank])
     rank.send_signal(signal.SIGTERM)
     [(code, said)] = end([rank])
     assert code == EXIT_REQUEUE, said
@@ -164,19 +158,20 @@ time.sleep(60)
 
 
 def test_a_later_signal_ends_at_once() -> None:
-    process = subprocess.Popen([sys.executable, "-c", SLEEPER], stdout=subprocess.PIPE, text=True, cwd=REPOSITORY)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    process = Rank(SLEEPER, [], {})
+    wait_until(lambda: process.said() == "ready\n")
     process.send_signal(signal.SIGUSR1)
     process.send_signal(signal.SIGUSR1)  # within 2 s: the same request
-    assert "SIGUSR1: stopping after this step" in process.stdout.readline()
-    assert process.stdout.readline() == "SIGUSR1\n"
+    wait_until(lambda: process.said().count("\n") == 3)
+    _, announced, reason = process.said().splitlines()
+    assert "SIGUSR1: stopping after this step" in announced
+    assert reason == "SIGUSR1"
     assert process.poll() is None
     time.sleep(stopping._ONE_REQUEST_SECONDS + 0.5)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
-    assert out == ""
+    assert out.splitlines() == ["ready", announced, reason]
 
 
 FORKER = """
@@ -193,8 +188,8 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), stop.reason, flush=Tru
 
 
 def test_a_worker_leaves_signals_to_the_rank() -> None:
-    ended = subprocess.run([sys.executable, "-c", FORKER], capture_output=True, text=True, cwd=REPOSITORY, check=True)
-    assert ended.stdout == "7 None\n", ended.stderr
+    ended = run_alone(FORKER)
+    assert (ended.code, ended.out) == (0, "7 None\n"), ended.err
 
 
 RANK = """
@@ -380,16 +375,9 @@ def test_a_bug_is_no_reason_to_run_again(shards: Path, tmp_path: Path, ranks: tu
 @pytest.mark.parametrize("disk", ["refuses", "hangs"])
 def test_a_lost_disk_does_not_keep_a_run_alive(disk: str) -> None:
     """The reason cannot be written: the process ends all the same."""
-    ended = subprocess.run(
-        [sys.executable, "-c", f"from tests import test_watchdog; test_watchdog.leave({disk!r})"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert ended.returncode == EXIT_REQUEUE, ended.stderr
-    assert "rank 1 died: the run ends" in ended.stderr
+    ended = run_alone(f"from tests import test_watchdog\ntest_watchdog.leave({disk!r})\n", timeout_s=120)
+    assert ended.code == EXIT_REQUEUE, ended.err
+    assert "rank 1 died: the run ends" in ended.err
 
 
 def leave(disk: str) -> None:
@@ -466,7 +454,7 @@ def test_a_copy_by_hard_links_has_the_lock_of_the_original(tmp_path: Path) -> No
 
 # What is replaced only asks for memory that no machine has: the error is the allocator's, in the middle of a step.
 GREEDY = """
-import runpy, sys
+import runpy, sys, time
 import torch
 from cfpretrain.base import runtime
 from cfpretrain.training.trainer import Trainer
@@ -475,6 +463,7 @@ step_as_it_is = Trainer.train_step
 
 def train_step(self):
     if self.at.step == 2 and runtime.rank() in {ranks}:
+        time.sleep(0.5 * runtime.rank())  # rank 0 fails first where it does, and ends before the others
         torch.empty(2**46)
     step_as_it_is(self)
 
@@ -489,8 +478,9 @@ def test_a_rank_without_memory_ends_the_run_with_one_line(shards: Path, tmp_path
     folder, script, port = tmp_path / "run", tmp_path / "greedy.py", free_port()
     script.write_text(GREEDY.format(ranks=ranks))
     arguments = small_run(shards, folder)
+    outlives = {"base.runtime._LET_SPEAK_SECONDS": 8.0}  # the rank that speaks, as in earnest
     started = [
-        Rank(str(script), [f"--local_rank={rank}", *arguments], launcher_environment(rank, 2, port))
+        Rank(str(script), [f"--local_rank={rank}", *arguments], launcher_environment(rank, 2, port), constants=outlives)
         for rank in range(2)
     ]
     outs = [rank.communicate(timeout=120) for rank in started]

@@ -80,6 +80,8 @@ class Watchdog:
         if lost:
             self._leave((EXIT_REQUEUE, f"{_name(lost)} died"), min(set(range(self._world_size)) - set(lost)))
         if first != self._rank:
+            # Rank 0 may end meanwhile, and torch prints a trace for each question to a store that is gone.
+            self._ended.set()
             runtime.leave_after_the_first(code)
 
     def _find_lost(self) -> list[int]:
