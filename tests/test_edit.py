@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cfpretrain.autoencoder import KLAutoencoder, LatentScaling
+from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
+from cfpretrain.core.latents import LatentScaling
 from cfpretrain.evaluation.editing import encode_tokens, read_crop, read_region
 from cfpretrain.evaluation.pictures import grid_layout
 from cfpretrain.run import build

@@ -15,8 +15,8 @@ from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
 from cfpretrain.data.shards import read_latents_info
 from tests.processes import REPOSITORY, Ended, Rank, run_script, start_script
 from tests.test_encoding import content, write_autoencoder
-from tests.test_lifeline import LAUNCHER
 from tests.test_pixels import crops, encoded, write_images
+from tests.test_watchdog import LAUNCHER
 
 SCRIPT = "tools/encode_latents.py"
 SIZE = 32
@@ -188,7 +188,7 @@ def test_a_launcher_that_is_gone_ends_it_and_the_same_command_goes_on(tmp_path: 
             time.sleep(0.01)
         launcher.kill()  # the rank lives on, and holds the pipe open until it ends
         said = launcher.stdout.read()
-    assert said.endswith("[cfpretrain] rank 0: the launcher is gone; the same command goes on\n")
+    assert said.endswith("[cfpretrain] stopped (the launcher is gone); the same command goes on\n")
     assert not out.exists()
     ended = run(arguments("latents"))
     assert (ended.code, ended.err) == (0, "")
@@ -208,7 +208,7 @@ def test_a_signal_stops_it(tmp_path: Path, images: Path) -> None:
         rank.send_signal(number)
         out, err = rank.communicate(timeout=60)
         assert (rank.returncode, err) == (EXIT_REQUEUE, "")
-        assert out.endswith("[cfpretrain] stopped; the same command goes on\n")
+        assert out.endswith(f"[cfpretrain] stopped ({number.name}); the same command goes on\n")
 
 
 def test_a_folder_belongs_to_one_command_with_one_way_of_encoding(tmp_path: Path, long_images: Path) -> None:

@@ -20,14 +20,16 @@ from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.config import load as load_config
 from cfpretrain.core import seeds
+from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.model import BlockSettings, CausalFusion, write_initial_values
 from cfpretrain.core.norm import has_apex
-from cfpretrain.core.objective import NoisePredictionLoss
-from cfpretrain.core.process import linear_schedule
+from cfpretrain.core.objective import DenoisingLoss
+from cfpretrain.core.process import make_process
 from cfpretrain.run.build import make_model
 from cfpretrain.run.tensor_files import Fragment
-from cfpretrain.training import engine as engine_module
-from cfpretrain.training.engine import Decide, Engine, build_engine, ds_config
+from cfpretrain.training import optim, zero
+from cfpretrain.training.engine import Engine, build_engine
+from cfpretrain.training.zero import Decide, ds_config
 from tests.closeness import disagreement
 from tests.processes import REPOSITORY, run_in_processes
 from tests.strictness import make_warnings_errors
@@ -153,7 +155,7 @@ def backward_step(engine: Engine, step: int, poison: bool = False) -> float:
 
 
 def content(fragment: Fragment) -> dict[str, Tensor]:
-    return {"values": fragment.values, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
+    return {"values": fragment.values, **fragment.state}
 
 
 def gather(engine: Engine) -> dict[str, Tensor]:
@@ -373,7 +375,7 @@ def campaign_of_two() -> dict[Any, Run]:
         check_restore(0, (0, 1), "fp32", micro_batch_size=1)
         check_restore(3, (2, 3), "fp32", micro_batch_size=1)
         # As on a GPU: small parameters stay gathered at stage 3.
-        with patch.object(engine_module, "_persistent_numel", lambda device: 100_000):
+        with patch.object(zero, "_persistent_numel", lambda device: 100_000):
             for precision in PRECISIONS:
                 check_skip(3, precision)
                 check_sampling(3, precision)
@@ -599,13 +601,14 @@ class CountsInTheGroup(torch.optim.Optimizer):
 
 def test_steps_that_apex_counts_are_saved_and_restored() -> None:
     ours, theirs = (torch.ones(3, requires_grad=True) for _ in range(2))
-    optimizer = engine_module._with_step_in_state(CountsInTheGroup([ours], lr=0.1))
-    (state,) = engine_module._create_adam_states(optimizer, [ours])
+    optimizer = optim._with_step_in_state(CountsInTheGroup([ours], lr=0.1))
+    optim.create_state(optimizer, [(ours, optimizer.param_groups[0])])
+    state = optimizer.state[ours]
     control = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     for step in range(4):
         if step == 2:
             # Another process goes on from the states alone.
-            optimizer = engine_module._with_step_in_state(CountsInTheGroup([ours], lr=0.1))
+            optimizer = optim._with_step_in_state(CountsInTheGroup([ours], lr=0.1))
             optimizer.state[ours] = state
         ours.grad = theirs.grad = seeds.normal(seeds.fold(seeds.key(0, "gradient"), step), (3,))
         optimizer.step()
@@ -614,11 +617,11 @@ def test_steps_that_apex_counts_are_saved_and_restored() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(engine_module._apex_fused_adam() is not None, reason="the real apex is installed")
+@pytest.mark.skipif(optim._apex_fused_adam() is not None, reason="the real apex is installed")
 def test_the_registry_package_apex_is_not_taken_for_nvidias(monkeypatch) -> None:
     found = {"apex"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in found else None)
-    assert engine_module._apex_fused_adam() is None
+    assert optim._apex_fused_adam() is None
     assert not has_apex()
 
 
@@ -647,7 +650,7 @@ def network_losses(stage: int, precision: str, blocks: BlockSettings) -> tuple[l
         CPU,
     )
     engine.initialise(functools.partial(write_initial_values, 0, 3))
-    loss = NoisePredictionLoss(linear_schedule(), 1, 2, 5, 0.1, 0.9, "sample", 2.0, 1.0, "linear", seed=0)
+    loss = DenoisingLoss(make_process(), ARSettings(), 1, 2, 5, 0.1, seed=0)
     ids = torch.arange(4) + 4 * dist.get_rank()
     losses = []
     for step in (0, 1, 0, 2):

@@ -185,9 +185,9 @@ def train_where_side_work_fails(shards: Path, folder: Path, real: Path) -> tuple
     import io
 
     from cfpretrain.base import runtime
-    from cfpretrain.base.watchdog import StopRequest
+    from cfpretrain.base.stopping import StopRequest
     from cfpretrain.evaluation import evaluator, figures
-    from cfpretrain.training import trainer
+    from cfpretrain.training import events, trainer
 
     def fail(error: Exception) -> Callable[..., None]:
         def function(*_: object, **__: object) -> None:
@@ -195,7 +195,7 @@ def train_where_side_work_fails(shards: Path, folder: Path, real: Path) -> tuple
 
         return function
 
-    trainer.pictures.sample_grid = fail(ZeroDivisionError("no width"))
+    events.pictures.sample_grid = fail(ZeroDivisionError("no width"))
     figures.curves = fail(MemoryError("no room"))
     evaluator.compare = fail(torch.linalg.LinAlgError("no eigenvalues"))
     runtime.start(CPU)

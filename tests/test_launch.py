@@ -174,7 +174,7 @@ STARTED = """
 import torch
 from cfpretrain.base import runtime
 runtime.start(torch.device("cpu"))
-print(runtime.rank(), runtime.local_rank(), runtime.world_size(), runtime.ranks_per_node())
+print(runtime.rank(), runtime.world_size(), runtime.ranks_per_node())
 runtime.stop()
 """
 
@@ -188,4 +188,4 @@ def test_what_is_accepted_stays_accepted_after_a_start(variables: dict[str, str]
     command = [sys.executable, "-c", STARTED]
     ended = subprocess.run(command, cwd=REPOSITORY, env=environment | variables, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split()[::2] == ["0", "1"]
+    assert ended.stdout.split()[:2] == ["0", "1"]

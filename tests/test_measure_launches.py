@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from cfpretrain.core import block_causal
-from cfpretrain.core.block_causal import Launch
+from cfpretrain.core.attention import block_causal
+from cfpretrain.core.attention.block_causal import Launch
 from tests.test_block_causal import Interpret, interpret  # noqa: F401  # a fixture
 from tools import measure as command
 from tools.measuring import launches

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("_backward_kv_kernel", "attention"),
+        ("backward_kv_kernel", "attention"),
         ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention"),
         ("nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_TNN", "matrix products"),
         ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", "matrix products"),
@@ -73,7 +73,7 @@ def test_events_of_a_gpu_are_summarised() -> None:
             event("nvjet_tst_128x256", 20.0, 60.0, gpu),
             event("ncclDevKernel_AllReduce_Sum_f32_RING_LL", 50.0, 70.0, gpu),
             event("Memcpy HtoD (Pinned -> Device)", 70.0, 80.0, gpu),
-            event("_backward_kv_kernel", 110.0, 130.0, gpu),  # launched in the step
+            event("backward_kv_kernel", 110.0, 130.0, gpu),  # launched in the step
         ],
         on_gpu=True,
     )

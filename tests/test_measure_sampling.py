@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from cfpretrain.base.console import EXIT_USER_ERROR
-from cfpretrain.core import process as noise
 from cfpretrain.core import sampler
+from cfpretrain.core.process import make_process
+from cfpretrain.core.solvers import Solver
 from tests.closeness import disagreement
 from tests.test_transformer import small_model
 from tools import measure as command
@@ -24,7 +25,7 @@ def test_the_plain_sampler_makes_the_same_images(guidance) -> None:
         ids,
         sampler.sampling_orders(0, ids, 9),
         [2, 3, 4],
-        noise.respace(noise.linear_schedule(), 3),
+        Solver(make_process(), 3),
         sampler.Guidance(guidance),
         sampler.noise_by_image(0, ids, model.patch_values),
     )

@@ -203,7 +203,7 @@ def train_tiny(variant: str, shards: Path, folder: Path) -> list[float]:
         for _ in range(NUM_STEPS):
             run.train_step()
     run.loader.close()
-    return [record.row["loss"] for record in run.window.records]
+    return [row["loss"] for row in run.log.rows]
 
 
 def plain_attention(variant: str) -> Callable[[Tensor, Tensor, Tensor, attention.Visibility], Tensor]:

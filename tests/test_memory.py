@@ -12,11 +12,11 @@ import torch
 from cfpretrain.base import config as configs
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
-from cfpretrain.core import ar as order
+from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
+from cfpretrain.core.segments import build_layout
 from cfpretrain.run import build
-from cfpretrain.training import engine as engine_module
-from cfpretrain.training import memory
+from cfpretrain.training import memory, zero
 from cfpretrain.training.memory import Network, Plan, TensorAccount, plan_memory
 from tests.processes import REPOSITORY, run_in_processes, run_script
 from tools import estimate_memory
@@ -72,12 +72,12 @@ ACTIVATIONS = [
 def measure(cases: list[Config]) -> list[tuple[int, int]]:
     """In a rank: (bytes held between micro-batches, peak) of real steps of each config."""
     runtime.start(CPU)
-    with patch.object(engine_module, "_BUCKET_NUMEL", BUCKET_NUMEL):
+    with patch.object(zero, "_BUCKET_NUMEL", BUCKET_NUMEL):
         return [estimate_memory.measure_step(config, CPU) for config in cases]
 
 
 def expect(config: Config, world_size: int) -> tuple[memory.Estimate, Plan]:
-    with patch.object(engine_module, "_BUCKET_NUMEL", BUCKET_NUMEL):
+    with patch.object(zero, "_BUCKET_NUMEL", BUCKET_NUMEL):
         network, plan = plan_memory(config, world_size, on_gpu=False)
     return memory.estimate(network, plan), plan
 
@@ -217,7 +217,9 @@ def test_masks_are_those_of_the_backend_that_runs() -> None:
         ["order.num_ar_steps=4", "order.ar_step_sizes=equal"],
     ):
         assert plan_of(*shared, on_gpu=False).mask == "shared"
-    with pytest.raises(configs.UserError, match=r"engine\.attention: flex trains on a GPU only"):
+    with pytest.raises(
+        configs.UserError, match=r"engine\.attention: flex needs a GPU, and this run computes on the cpu; or use sdpa"
+    ):
         plan_of("engine.attention=flex", on_gpu=False)
 
 
@@ -256,8 +258,8 @@ def test_the_longest_sequence_is_estimated_and_measured(overrides: list[str]) ->
     loss, num_tokens = build.make_loss(config), config.model.num_tokens
 
     def length(draws: Draws) -> int:
-        segments = [order.Condition(config.model.num_cond_tokens), order.Image(draws.steps_BL)]
-        return order.build_layout(segments, loss.clean_multiple).step_BM.shape[1]
+        segments = [class_segment(config.model.num_cond_tokens), image_segment(draws.steps_BL)]
+        return build_layout(segments, loss.clean_multiple).step_BM.shape[1]
 
     drawn = [loss.draw(step, 0, torch.arange(2), torch.arange(2), num_tokens, 1) for step in range(200)]
     network, _ = plan_memory(config, 1, on_gpu=False)

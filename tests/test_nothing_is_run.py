@@ -33,7 +33,7 @@ from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build
-from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
+from cfpretrain.run.checkpoint import load, read_tensors
 from cfpretrain.run.metrics import read_metrics
 from cfpretrain.run.state import read_state
 from tests.checkpoints import random_bits, whole, zero_like
@@ -90,7 +90,7 @@ def resume(run: Path) -> None:
     config = load_config(run / build.CONFIG_FILE)
     shapes = {name: tuple(value.shape) for name, value in build.make_model(config).named_parameters()}
     path = build.make_store(config).candidates()[0]
-    CheckpointStore.load(path, *whole(zero_like(random_bits(shapes, 0))), config=to_plain(config))
+    load(path, *whole(zero_like(random_bits(shapes, 0))), config=to_plain(config))
 
 
 def read_run(run: Path) -> list[Callable[[], Any]]:

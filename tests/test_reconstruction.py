@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling, make_network
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, make_network
+from cfpretrain.core.latents import LatentScaling
 from cfpretrain.evaluation.pictures import grid_layout
 from examples.digits.reconstruction import draw_reconstructions, reconstruction_error
 from tests.test_autoencoder import SMALL

@@ -196,7 +196,7 @@ def test_a_report_that_is_cut_off_keeps_its_samples(shards: Path, tmp_path: Path
             assert rank.returncode == -signal.SIGKILL
         else:
             assert rank.returncode == 75
-            assert said.endswith("stopped; the same command goes on\n")
+            assert said.endswith(f"stopped ({number.name}); the same command goes on\n")
         if kept:
             assert f"; {20 * kept} of 500 are there already" in said
         assert num_kept(run) > kept

@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     with phase("loading torch"):
         from cfpretrain.base import runtime
-        from cfpretrain.core.model import unpatchify
+        from cfpretrain.core.latents import unpatchify
         from cfpretrain.data.images import parse_background
         from cfpretrain.evaluation.editing import read_region
         from cfpretrain.evaluation.generation import edit_tokens
@@ -134,7 +134,7 @@ class _Original:
 
 
 def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int, background: "Colour") -> _Original:
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation.editing import encode_tokens, read_crop
 
     config = source.config
@@ -151,7 +151,7 @@ def _make_image(source: "Source", label: int, autoencoder: Any, settings: "Gener
     import torch
 
     from cfpretrain.core.ar import equal_sizes
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation.generation import edit_tokens
 
     model = source.config.model

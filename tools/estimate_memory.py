@@ -112,7 +112,7 @@ def _alternatives(plan: "Plan") -> list["Plan"]:
 
 
 def _change(plan: "Plan", **changes: Any) -> "Plan":
-    from cfpretrain.training.engine import overlaps
+    from cfpretrain.training.zero import overlaps
 
     changed = dataclasses.replace(plan, **changes)
     overlap = overlaps(changed.zero_stage, changed.num_ranks, changed.on_gpu)

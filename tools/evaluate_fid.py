@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files, launch
 from cfpretrain.base.console import (
-    ItemProgress,
+    Progress,
     UserError,
     ending_in_one_line,
-    leave_on_signals,
-    leave_with,
     path_argument,
     phase,
     say,
 )
+from cfpretrain.base.stopping import leave_when_asked
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ def main() -> None:
     add_sampling_options(parser, batch_size=64, guidance=1.0)
     arguments = parser.parse_args()
     launch.check()
-    leave_on_signals()
+    leave_when_asked()
     with ending_in_one_line():
         run(arguments)
 
@@ -296,22 +295,18 @@ def _line(scores: dict[str, float], floor: dict[str, float] | None, floor_num_im
 
 
 class _Progress:
-    """A bar of images, once there is something to do; without its launcher a rank leaves."""
+    """A bar of images, once there is something to do."""
 
     def __init__(self, what: str) -> None:
-        from cfpretrain.base.watchdog import Launcher
-
-        self._what, self._launcher = what, Launcher()
-        self._bar: ItemProgress | None = None
+        self._what = what
+        self._bar: Progress | None = None
 
     def begin(self, num_done: int, num_images: int) -> None:
         there = f"; {num_done} of {num_images} are done already" if num_done else ""
         say(f"{self._what}: {num_images - num_done} images{there}")
-        self._bar = ItemProgress(num_images, num_done, "image")
+        self._bar = Progress(num_images, num_done, "image")
 
     def show(self, num_done: int) -> None:
-        if not self._launcher.is_there():
-            leave_with("the launcher is gone")
         if self._bar is not None:
             self._bar.show(num_done)
 

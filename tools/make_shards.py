@@ -35,8 +35,8 @@ from cfpretrain.base.console import (
     path_argument,
     phase,
     say,
-    stop_signals,
 )
+from cfpretrain.base.stopping import stop_signals
 
 
 def main() -> None:

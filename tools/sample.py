@@ -17,16 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import launch
 from cfpretrain.base.console import (
-    ItemProgress,
+    Progress,
     UserError,
     count,
     ending_in_one_line,
-    leave_on_signals,
-    leave_with,
     path_argument,
     phase,
     say,
 )
+from cfpretrain.base.stopping import leave_when_asked
 from cfpretrain.evaluation.sampling_options import (
     add_sampling_options,
     check_picture,
@@ -70,7 +69,7 @@ def main() -> None:
     add_sampling_options(parser, batch_size=64)
     arguments = parser.parse_args()
     launch.check()
-    leave_on_signals()
+    leave_when_asked()
     with ending_in_one_line():
         run(arguments)
 
@@ -160,7 +159,7 @@ def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "Gener
 
 def _draw_trajectory(path: Path, source: "Source", label: int, settings: "GenerationSettings") -> None:
     from cfpretrain.base import runtime
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import decode_to_look_at, follow, grid_title
     from cfpretrain.run.outputs import whole_or_nothing
@@ -192,11 +191,10 @@ def _write_set(
     arguments: argparse.Namespace, source: "Source", labels: list[int], settings: "GenerationSettings"
 ) -> None:
     from cfpretrain.base import runtime
-    from cfpretrain.base.watchdog import Launcher
     from cfpretrain.evaluation.generation import generate_batches
     from cfpretrain.evaluation.image_set import ImageSet
 
-    config, device, launcher = source.config, source.device, Launcher()
+    config, device = source.config, source.device
     with runtime.together():
         autoencoder = source.make_autoencoder()
         plan = _plan(source, autoencoder, labels, settings) if runtime.rank() == 0 else {}
@@ -206,14 +204,10 @@ def _write_set(
     if missing is None:
         return
 
-    def check_launcher(_: int) -> None:
-        if not launcher.is_there():
-            leave_with("the launcher is gone")
-
     num_done = len(labels) - images.count(missing)
     with (
         _Progress(len(labels), num_done, len(missing), settings) as progress,
-        runtime.Exchange(check_launcher) as exchange,
+        runtime.Exchange() as exchange,
     ):
         for ids, made in generate_batches(
             config, source.model, labels, settings, device, autoencoder.decode, missing, progress.step
@@ -261,7 +255,7 @@ class _Progress:
     def __init__(self, num_images: int, num_done: int, num_batches: int, settings: "GenerationSettings") -> None:
         from cfpretrain.base import runtime
 
-        self._bar = ItemProgress(num_images, num_done, "image")
+        self._bar = Progress(num_images, num_done, "image")
         self._num_done, self._num_left, self._steps = num_done, num_images - num_done, 0
         steps_a_batch = settings.num_ar_steps * settings.num_denoising_steps
         self._num_steps = -(-num_batches // runtime.world_size()) * steps_a_batch

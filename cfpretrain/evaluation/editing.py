@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
-from cfpretrain.core.model import patchify
+from cfpretrain.core.latents import patchify
 from cfpretrain.core.regions import mask_region, parse_region
 from cfpretrain.data.images import (
     BLACK,

@@ -102,7 +102,7 @@ class Evaluator:
         """The model's scores, by the names of `scores.compare`; equal on all ranks.
 
         Args:
-            model: predicts epsilon; called alike on all ranks.
+            model: called alike on all ranks.
             decode: makes images of its latents.
             on_step: called after every denoising step, on all ranks at once.
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
-from cfpretrain.core.model import take_tokens, unpatchify
-from cfpretrain.core.process import Schedule, respace
+from cfpretrain.core.latents import take_tokens, unpatchify
 from cfpretrain.core.regions import kept_first
 from cfpretrain.core.sampler import Guidance, Model, Watch, generate, noise_by_image, sampling_orders
+from cfpretrain.core.solvers import Solver
 from cfpretrain.evaluation.pictures import false_colours, to_rgb
-from cfpretrain.run.build import Autoencoder, make_autoencoder, make_loss
+from cfpretrain.run.build import Autoencoder, make_autoencoder, make_noise_process
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,8 @@ class GenerationSettings:
         guidance: towards the class.
         batch_size: images a forward on one rank.
         seed: of noise and orders.
-        solver: see `noise.Walk`.
-        spacing: see `noise.respace`.
-        token_order, block_size: see `order.draw_orders`; None: as the model was trained.
+        solver, spacing: see `Solver`.
+        token_order, block_size: see `ar.draw_orders`; None: as the model was trained.
     """
 
     ar_step_sizes: Sequence[int]
@@ -153,7 +152,7 @@ def generate_batches(
 
     Args:
         config: says which schedule and order the model was trained with.
-        model: predicts epsilon; called alike on all ranks.
+        model: called alike on all ranks.
         labels: the class of each image.
         settings: how.
         device: where the model computes.
@@ -201,10 +200,9 @@ def _make_tokens(
         labels_B.to(device),
         order_BL,
         settings.ar_step_sizes,
-        _schedule(config, settings),
+        _solver(config, settings),
         settings.guidance,
         noise_by_image(settings.seed, ids_B.to(device), config.model.patch_values),
-        settings.solver,
         given_BKP,
         watch,
     )
@@ -216,8 +214,8 @@ def _orders(config: Config, settings: GenerationSettings, ids_B: Tensor, device:
     return sampling_orders(settings.seed, ids_B, config.model.num_tokens, token_order, block_size).to(device)
 
 
-def _schedule(config: Config, settings: GenerationSettings) -> Schedule:
-    return respace(make_loss(config).schedule, settings.num_denoising_steps, settings.spacing)
+def _solver(config: Config, settings: GenerationSettings) -> Solver:
+    return Solver(make_noise_process(config), settings.num_denoising_steps, settings.spacing, settings.solver)
 
 
 # ---------------------------------------------------------------------------
@@ -305,12 +303,12 @@ def follow(
     ids_B = torch.tensor([0])
     order_BL = _orders(config, settings, ids_B, device)
     _make_tokens(config, model, torch.tensor([label]), ids_B, order_BL, settings, watch)
-    timesteps = _schedule(config, settings).timesteps_T
+    times = _solver(config, settings).levels.times_T.tolist()
     return Trajectory(
         torch.stack(states).unflatten(0, (len(ar_steps), len(levels_left))),
         torch.stack(is_made),
         [ar_step + 1 for ar_step in ar_steps],
-        [int(timesteps[left - 1]) if left else None for left in levels_left],
+        [round(times[left - 1]) if left else None for left in levels_left],
     )
 
 

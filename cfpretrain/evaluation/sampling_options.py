@@ -81,7 +81,7 @@ def step_or_best(text: str) -> int | Literal["best"]:
 
 
 def usual_spacing(solver: str) -> str:
-    """What the noise levels of a solver are even in where nothing else is asked for; see `noise.respace`."""
+    """What the noise levels of a solver are even in where nothing else is asked for; see `NoiseProcess.levels`."""
     return _BY_SOLVER[solver][1]
 
 

@@ -4,7 +4,7 @@
     pipeline_<hash>.py                     `pipeline_template.py`
     transformer/transformer_<hash>.py      `transformer_template.py` with the modules that it uses, joined by `bundle`
     transformer/config.json, *.safetensors
-    scheduler/scheduler_config.json        the betas
+    scheduler/scheduler_config.json        the noise schedule
     vae/                                   the run's autoencoder; pixels have none
     config.yaml, README.md, samples.png    the run's config, the model card, a grid of samples where the run has one
 
@@ -27,7 +27,7 @@ from cfpretrain import autoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base import files
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.console import UserError, reason_of, say
 from cfpretrain.export import model_card
 from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
@@ -123,11 +123,12 @@ class _Source:
         files.replace(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
         scaling = {"latent_shift": list(self.shift), "latent_scale": list(self.scale)}
         _write_json(folder / TRANSFORMER / "config.json", transformer_config(self.config) | scaling)
-        _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler_config(self.config))
+        scheduler = scheduler_config(self.config)
+        _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler)
         index = {
             "_class_name": [pipeline_name, "CausalFusionPipeline"],
             TRANSFORMER: [transformer_name, "CausalFusionTransformer"],
-            SCHEDULER: ["diffusers", "DDPMScheduler"],
+            SCHEDULER: ["diffusers", scheduler["_class_name"]],
             VAE: ["diffusers", "AutoencoderKL"] if self.vae else [None, None],
             # A list would be taken for one more part.
             "id2label": {str(number): label for number, label in enumerate(self.class_names)},
@@ -205,7 +206,7 @@ def _copy_picture(picture: Path, target: Path) -> None:
         files.copy(picture, target, files.is_png, _MAX_PICTURE_BYTES)
     except OSError as error:
         raise UserError(
-            f"RUN: {picture}: expected a picture to show, which is no link ({tensor_files.reason_of(error)}); remove it"
+            f"RUN: {picture}: expected a picture to show, which is no link ({reason_of(error)}); remove it"
         ) from error
 
 
@@ -227,24 +228,13 @@ def transformer_config(config: Config) -> dict[str, Any]:
         "block_size": order.block_size,
         "latent_shift": list(config.data.latent_shift),
         "latent_scale": list(config.data.latent_scale),
+        "prediction_type": build.make_noise_process(config).prediction_type,
     }
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
-    """The noise schedule that the model was trained with, as diffusers' DDPMScheduler has it."""
-    noise = config.noise
-    scale = 1000 / noise.num_timesteps  # as in `noise.linear_schedule`
-    return {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": noise.num_timesteps,
-        "beta_start": scale * noise.beta_first,
-        "beta_end": scale * noise.beta_last,
-        "beta_schedule": "linear",
-        "prediction_type": "epsilon",
-        "variance_type": "fixed_large",
-        "clip_sample": False,
-        "timestep_spacing": "linspace",
-    }
+    """The noise process that the model was trained with, as diffusers' schedulers write it down."""
+    return build.make_noise_process(config).scheduler_config()
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

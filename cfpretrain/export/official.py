@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
-from cfpretrain.core.model import sincos_positions
+from cfpretrain.core.modalities import sincos_positions
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import POSITIONS, check_shapes
 from cfpretrain.run import build, outputs
@@ -117,6 +117,7 @@ def read_official(file: Path, config: Config, name: str = "FILE") -> dict[str, d
     Raises:
         UserError: the file cannot be read, or is not of the config's model.
     """
+    _check_process(config)
     content = foreign_files.read(file, name, placeholders=["argparse.Namespace"])
     found = {ours: content[key] for ours, key in _KEYS.items() if isinstance(content.get(key), Mapping)}
     left_out = sorted(str(key) for key in content if key not in _KEYS.values()) if found else []
@@ -132,6 +133,11 @@ def read_official(file: Path, config: Config, name: str = "FILE") -> dict[str, d
     say(f"WARNING: {file} {what}: its one set of tensors becomes both the weights and their averages (EMA)")
     [only] = taken.values()
     return dict.fromkeys(_KEYS, only)
+
+
+def _check_process(config: Config) -> None:
+    if config.noise.process != "epsilon":
+        raise UserError(f"noise.process: expected epsilon, which official models predict, got {config.noise.process}")
 
 
 def _take(tensors: Mapping[Any, Any], config: Config, source: str) -> dict[str, Tensor]:
@@ -185,6 +191,7 @@ def write_official(run: Path, out: Path) -> None:
     """
     outputs.refuse_existing(out, "OUT")
     found = build.find_checkpoint(run)
+    _check_process(found.config)
     grid = found.config.model.grid
     foreign_files.write(
         out,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.run import tensor_files
-from cfpretrain.run.checkpoint import check_file, read_hashes, tensor_file
+from cfpretrain.run.checkpoint import open_tensors, tensor_file
 from cfpretrain.run.tensor_files import HashedRange, Header, remedy
 
 
@@ -33,7 +33,7 @@ class CheckpointTensors:
         """Reads where the tensors lie; UserError where the file or its hashes are missing or damaged."""
         file = tensor_file(checkpoint, content)
         try:
-            header, ranges = check_file(checkpoint, content, step, read_hashes(checkpoint))
+            _, header, ranges = open_tensors(checkpoint, step, [content])[content]
         except OSError as error:
             raise _unreadable(file, error) from error
         by_name: dict[str, list[HashedRange]] = {name: [] for name in header.shapes}

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cfpretrain.base import files
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, reason_of
 from cfpretrain.base.files import parse_json
-from cfpretrain.run.tensor_files import reason_of
 
 LOCK_FILE = "lock"
 

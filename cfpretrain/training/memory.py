@@ -15,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cfpretrain.base.config import Config, can_checkpoint
-from cfpretrain.core.ar import sequence_lengths, shares_split
+from cfpretrain.core.ar import ARSettings
+from cfpretrain.core.attention import BACKENDS
+from cfpretrain.core.modalities import class_segment
+from cfpretrain.core.segments import sequence_lengths
 from cfpretrain.run.build import choose_attention, make_model
-from cfpretrain.training.engine import ds_config
+from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
 
@@ -114,15 +117,9 @@ class Plan:
 
 def network_of(config: Config, parameter_numels: Sequence[int]) -> Network:
     """The sizes of a config's network; `parameter_numels` are those of `build.make_model`."""
-    model, order = config.model, config.order
-    lengths = sequence_lengths(
-        model.num_cond_tokens,
-        model.num_tokens,
-        order.ar_step_decay,
-        order.num_ar_steps,
-        order.ar_step_sizes,
-        config.clean_token_multiple(),
-    )
+    model = config.model
+    before, ar = [class_segment(model.num_cond_tokens)], ARSettings(**vars(config.order))
+    lengths = sequence_lengths(before, model.num_tokens, ar, config.clean_token_multiple())
     return Network(
         parameter_numels=tuple(parameter_numels),
         width=model.width,
@@ -145,7 +142,7 @@ def plan_of(config: Config, num_ranks: int, zero_settings: dict[str, Any], atten
         on_gpu: whether the ranks compute on GPUs.
     """
     engine, order = config.engine, config.order
-    shared = shares_split(order.ar_split, order.num_ar_steps, order.ar_step_sizes)
+    shared = ARSettings(**vars(order)).shares_split
     return Plan(
         num_ranks=num_ranks,
         zero_stage=engine.zero_stage,
@@ -154,7 +151,7 @@ def plan_of(config: Config, num_ranks: int, zero_settings: dict[str, Any], atten
         accumulation_steps=config.accumulation_steps(num_ranks),
         checkpointing=engine.activation_checkpointing,
         compiled=engine.compile_blocks,
-        mask="none" if attention != "sdpa" else "shared" if shared else "sample",
+        mask="none" if not BACKENDS[attention].has_dense_mask else "shared" if shared else "sample",
         ema_on_host=engine.ema_on_host,
         on_gpu=on_gpu,
         bucket_numel=zero_settings["reduce_bucket_size"],

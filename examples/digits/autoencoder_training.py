@@ -19,7 +19,7 @@ from torch import Tensor
 from cfpretrain.autoencoder import PIXELS_AT_ONCE, KLAutoencoder, read_state, write_state
 from cfpretrain.base import files, plans
 from cfpretrain.base.console import Progress, SickRunError, UserError, phase, say
-from cfpretrain.base.watchdog import StopRequest
+from cfpretrain.base.stopping import StopRequest
 from cfpretrain.core import seeds
 from examples.digits.reconstruction import draw_reconstructions
 

@@ -256,7 +256,7 @@ def _edit(
     """Scores of edits, of images spread evenly over the held-out ones: these may lie class by class."""
     import torch
 
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation.editing import encode_tokens
     from cfpretrain.evaluation.generation import edit_tokens
     from examples.digits.seams import pixels_of, seam_steps

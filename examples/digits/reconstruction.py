@@ -7,7 +7,8 @@ from typing import IO
 import torch
 from torch import Tensor
 
-from cfpretrain.autoencoder import PIXELS_AT_ONCE, LatentScaling
+from cfpretrain.autoencoder import PIXELS_AT_ONCE
+from cfpretrain.core.latents import LatentScaling
 from cfpretrain.evaluation import pictures
 from cfpretrain.run.build import Autoencoder
 

@@ -24,13 +24,13 @@ from cfpretrain.base import files, launch
 from cfpretrain.base.console import (
     UserError,
     ending_in_one_line,
-    leave_on_signals,
     path_argument,
     phase,
     printable,
     say,
 )
 from cfpretrain.base.files import read_json
+from cfpretrain.base.stopping import leave_when_asked
 from cfpretrain.evaluation.sampling_options import check_guidance
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def main() -> None:
     add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
     arguments = parser.parse_args()
     launch.check()
-    leave_on_signals()
+    leave_when_asked()
     with ending_in_one_line():
         run(arguments)
 
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> None:
         from examples.digits.sample_sets import make_missing
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
-    _check(arguments, config.model.num_tokens, len(build.make_loss(config).schedule))
+    _check(arguments, config.model.num_tokens, config.noise.num_timesteps)
     _check_decodes(arguments.run, config)
     num_real = _check_images(arguments, config)
     # As many of each set, and the real ones are cut into halves.
@@ -231,7 +231,7 @@ def _begin(run: Path) -> int:
 
 @contextmanager
 def _writing(run: Path) -> Iterator[None]:
-    from cfpretrain.run.tensor_files import reason_of
+    from cfpretrain.base.console import reason_of
 
     try:
         yield

@@ -19,12 +19,10 @@ from torch import Tensor
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import ItemProgress, UserError, count, leave_with, say
-from cfpretrain.base.watchdog import Launcher
+from cfpretrain.base.console import Progress, UserError, count, reason_of, say
 from cfpretrain.core.sampler import Model
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.generation import GenerationSettings, generate_batches
-from cfpretrain.run.tensor_files import reason_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +31,7 @@ class SampleSet:
 
     Attributes:
         name: for people, e.g. "AR steps 4".
-        make_model: gives what predicts the noise; called where images are missing.
+        make_model: gives the network; called where images are missing.
         labels: the class of each image.
         settings: how they are made.
         folder: of all sets.
@@ -118,16 +116,10 @@ def make_missing(config: Config, sets: Sequence[SampleSet], device: torch.device
     Raises:
         UserError: a batch cannot be written.
     """
-    launcher = Launcher()
-
-    def check_launcher(_: int) -> None:
-        if not launcher.is_there():
-            leave_with("the launcher is gone")
-
     missing = runtime.gather([one.missing() for one in sets] if runtime.rank() == 0 else None)[0]
     progress = _Progress(sets, missing)
     try:
-        with runtime.Exchange(check_launcher) as exchange:
+        with runtime.Exchange() as exchange:
             for one, numbers in zip(sets, missing, strict=True):
                 if not numbers:
                     continue
@@ -153,7 +145,7 @@ class _Progress:
         left = sum(len(numbers) * one.work for one, numbers in zip(sets, missing, strict=True))
         self._work = sum(one.settings.num_batches(len(one.labels)) * one.work for one in sets)
         self._done: float = self._work - left
-        self._bar = ItemProgress(self._work, int(self._done), "forward")
+        self._bar = Progress(self._work, int(self._done), "forward")
         self._a_step, self._name = 0.0, ""
 
     def begin(self, one: SampleSet, numbers: Sequence[int]) -> None:

@@ -18,7 +18,6 @@ Exit code 2: a mistake; 75: it was asked to stop.
 import argparse
 import math
 import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,17 +31,15 @@ from cfpretrain.base.console import (
     EXIT_REQUEUE,
     UserError,
     ending_in_one_line,
-    leave_before_training,
     path_argument,
     phase,
     say,
-    stop_signals,
 )
+from cfpretrain.base.stopping import StopRequest, leave_before_training
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfpretrain.base.watchdog import StopRequest
     from examples.digits.autoencoder_training import Training
 
 _MOST_MEASURED = 1000  # images behind the latents' mean and deviation, and behind each error
@@ -83,11 +80,10 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Trains, measures, reads back what was written, and gives it its name; or saves, and ends with exit code 75."""
     _check(arguments)
-    for number in stop_signals():
-        signal.signal(number, leave_before_training)
+    stop = StopRequest(leave_before_training)
+    stop.listen()
     with phase("loading torch and diffusers"):
         from cfpretrain.base import runtime
-        from cfpretrain.base.watchdog import StopRequest
         from cfpretrain.run import outputs
         from examples.digits.autoencoder_training import PICTURE_FILE, StoppedError, Training
     outputs.refuse_existing(arguments.out, "OUT")
@@ -106,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
         training = Training(network.to(device), images.train, images.held_out, settings, hidden)
         training.settle(_NUM_STEPS, 60 * arguments.max_minutes)
         say(f"originals beside reconstructions, drawn with each saved state: {hidden / PICTURE_FILE}")
-        stop = StopRequest()
+        stop.leave = None  # from here on there is something to save
         try:
             training.run(stop, arguments.save_seconds, 60 * arguments.max_minutes)
             overrides = _finish(training, images, stop)
@@ -142,7 +138,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    from cfpretrain.run.tensor_files import reason_of
+    from cfpretrain.base.console import reason_of
 
     try:
         yield

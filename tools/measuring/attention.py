@@ -26,11 +26,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cfpretrain.base import runtime
+from cfpretrain.base.console import say
 from cfpretrain.core import attention, seeds
-from cfpretrain.core.ar import Condition, Image, build_layout, count_visible, draw_steps
+from cfpretrain.core.ar import draw_steps
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.segments import build_layout, count_visible
 from tools.measuring.common import alternate, seconds_of
 
-_OURS = ("sdpa", "flex", "triton")
 _DENSE = {"dense flash": SDPBackend.FLASH_ATTENTION, "dense cudnn": SDPBackend.CUDNN_ATTENTION}
 _NUM_COND_TOKENS = 64
 _TOKENS = {"cuda": [128, 256, 608, 1024], "cpu": [128, 256]}  # sequences of 320, 576, 1280 and 2112
@@ -105,9 +107,10 @@ def _measure_size(
 def backends(device: torch.device, head_width: int) -> tuple[list[str], dict[str, str]]:
     """What there is to measure, and of our backends that do not train here why not."""
     run, missing = ["naive"], {}
-    for name in _OURS:
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    for name in attention.names("training")[1:]:
         try:
-            run.append(attention.choose(name, device.type, head_width))
+            run.append(attention.choose(name, "training", device.type, precision, head_width, say))
         except ValueError as error:
             missing[name] = str(error)
     return [*run, *_DENSE], missing
@@ -119,7 +122,7 @@ def full_intervals(seed: int, batch_size: int, num_cond_tokens: int, num_tokens:
     while True:
         steps_BL = draw_steps(key, seeds.fold(key, torch.arange(batch_size)), num_tokens, 0.9)
         if bool(steps_BL[0, -1] > 0):
-            return build_layout([Condition(num_cond_tokens), Image(steps_BL)], num_tokens).intervals_BMI
+            return build_layout([class_segment(num_cond_tokens), image_segment(steps_BL)], num_tokens).intervals_BMI
         # One AR step has no clean tokens.
         key = seeds.fold(key, 0)
 

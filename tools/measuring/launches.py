@@ -4,7 +4,8 @@
 
 For each kernel, head width and length: every setting that could do is compiled, in parallel, and then timed alone, on
 the layouts of `measure.py attention`. What is printed at the end are lines for `LAUNCHES` of
-cfpretrain/core/block_causal.py: the setting whose times, each divided by the best at its length, have the least sum.
+cfpretrain/core/attention/block_causal.py: the setting whose times, each divided by the best at its length, have the
+least sum.
 """
 
 import argparse
@@ -24,8 +25,8 @@ import torch
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.console import UserError, say
-from cfpretrain.core import block_causal
-from cfpretrain.core.block_causal import Launch
+from cfpretrain.core.attention import block_causal
+from cfpretrain.core.attention.block_causal import Launch
 from tools.measuring.attention import full_intervals
 from tools.measuring.common import seconds_of
 
@@ -112,9 +113,7 @@ class Inputs:
 
     def call(self, kernel: str, launch: Launch) -> Callable[[], Any]:
         """Runs the kernel; that of the backward in its operator, beside the other one."""
-        tiles = block_causal.make_tiles(
-            self.intervals_BMI, self.length, launch.keys if kernel == "backward_kv" else None
-        )
+        tiles = block_causal.prepare(self.intervals_BMI, self.length, launch.keys if kernel == "backward_kv" else None)
         given = self.q, self.k, self.v
         if kernel == "forward":
             return lambda: torch.ops.cfpretrain.block_causal_forward(*given, *tiles)

@@ -15,7 +15,7 @@ from tools.measuring.common import synchronise
 
 # By a part of the name of a kernel, or on a CPU of an operator; the first that fits counts.
 _KINDS = {
-    "attention": r"block_causal|^_(forward|backward_q|backward_kv)_kernel|attention|flash|fmha|flex|sdpa",
+    "attention": r"block_causal|^(forward|backward_q|backward_kv)_kernel|attention|flash|fmha|flex|sdpa",
     "communication": r"nccl|gloo|all_?reduce|all_?gather|reduce_?scatter|broadcast$",
     "matrix products": r"gemm|nvjet|cutlass|cublas|::b?mm$|addmm|::linear|matmul|splitk|mkldnn",
     "optimizer": r"adam|multi_tensor_apply|foreach|lerp",

@@ -23,8 +23,12 @@ from cfpretrain.base import runtime
 from cfpretrain.base.command_line import check_range
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core import ar, attention, sampler
-from cfpretrain.core import process as noise
-from cfpretrain.core.model import BlockSettings, CausalFusion, ClassPart, ImagePart, initialise, take_tokens
+from cfpretrain.core.latents import take_tokens
+from cfpretrain.core.modalities import CLASS, IMAGE
+from cfpretrain.core.model import BlockSettings, CausalFusion, initialise
+from cfpretrain.core.process import make_process
+from cfpretrain.core.segments import Segment
+from cfpretrain.core.solvers import Solver
 from cfpretrain.run.build import make_model
 from tools.measuring.common import alternate
 
@@ -39,7 +43,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for num_ar_steps in arguments.num_ar_steps:
         check_range("--num-ar-steps", num_ar_steps, 1, config.model.num_tokens)
     head_width = config.model.width // config.model.num_heads
-    cached = attention.choose_cached("auto", device.type, arguments.precision, head_width, say)
+    cached = attention.choose("auto", "sampling", device.type, arguments.precision, head_width, say)
     with device:
         model = make_model(config, BlockSettings(cached_attention=cached)).eval().requires_grad_(False)
     initialise(model, seed=0)
@@ -58,7 +62,7 @@ def _time_both(
         (ids_B % model.num_classes).to(device),
         sampler.sampling_orders(0, ids_B, model.grid**2).to(device),
         ar.equal_sizes(model.grid**2, num_ar_steps),
-        noise.respace(noise.linear_schedule(), arguments.num_denoising_steps),
+        Solver(make_process(), arguments.num_denoising_steps),
         sampler.Guidance(arguments.guidance),
         sampler.noise_by_image(0, ids_B.to(device), model.patch_values),
     )
@@ -93,36 +97,35 @@ def generate_plainly(
     labels_B: Tensor,
     order_BL: Tensor,
     ar_step_sizes: Sequence[int],
-    schedule: noise.Schedule,
+    solver: Solver,
     guidance: sampler.Guidance,
     draw_noise: sampler.NoiseDraw,
 ) -> Tensor:
     """What `sampler.generate` does, with the context computed again at every denoising step."""
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
-    labels, orders = torch.cat(branches), order_BL.repeat(len(branches), 1)
-    made_BLP = torch.zeros(*order_BL.shape[:1], 0, model.patch_values, device=labels_B.device)
-    begin = 0
+    labels, n = torch.cat(branches), len(branches)
+    made_BLP = torch.zeros(len(order_BL), 0, model.patch_values, device=labels_B.device)
     for step, size in enumerate(ar_step_sizes):
-        end = begin + size
+        begin = made_BLP.shape[1]
+        before_BK, at_BN = order_BL[:, :begin], order_BL[:, begin : begin + size]
         intervals_1MI = _visible(model.num_cond_tokens, ar_step_sizes[: step + 1]).to(labels.device)
-        x_BNP = draw_noise(0, order_BL[:, begin:end])
-        for denoising_step, level in enumerate(reversed(range(len(schedule))), start=1):
-            image = ImagePart(
-                made_BLP.repeat(len(branches), 1, 1),
-                orders[:, :begin],
-                x_BNP.repeat(len(branches), 1, 1),
-                orders[:, begin:end],
-                schedule.timesteps_T[level].expand(len(labels)).to(labels.device),
-            )
-            with torch.no_grad():
-                epsilon = model([ClassPart(labels), image], intervals_1MI)
-            if len(branches) == 2:
-                with_class, without_class = epsilon.chunk(2)
-                epsilon = without_class + guidance.scale * (with_class - without_class)
-            noise_BNP = draw_noise(denoising_step, order_BL[:, begin:end]) if level else torch.zeros_like(x_BNP)
-            x_BNP = noise.ddpm_update(schedule, level, x_BNP, epsilon, noise_BNP)
+        before = [
+            Segment(CLASS, clean=labels),
+            Segment(IMAGE, clean=made_BLP.repeat(n, 1, 1), positions_BL=before_BK.repeat(n, 1)),
+        ]
+
+        @torch.no_grad()
+        def predict(x_BNP: Tensor, time: float, before=before, at_BN=at_BN, intervals_1MI=intervals_1MI) -> Tensor:
+            times = torch.full((len(labels),), time, device=labels.device)
+            noised = Segment(IMAGE, noised=x_BNP.repeat(n, 1, 1), positions_BL=at_BN.repeat(n, 1), times_B=times)
+            (prediction,) = model([*before, noised], intervals_1MI)
+            if n == 1:
+                return prediction
+            with_class, without_class = prediction.chunk(2)
+            return without_class + guidance.scale * (with_class - without_class)
+
+        x_BNP = solver.denoise(predict, lambda k, at_BN=at_BN: draw_noise(k, at_BN))
         made_BLP = torch.cat([made_BLP, x_BNP], dim=1)
-        begin = end
     return take_tokens(made_BLP, order_BL.argsort(1))
 
 

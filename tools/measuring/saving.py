@@ -23,8 +23,9 @@ from unittest.mock import patch
 
 from cfpretrain.base import config as configs
 from cfpretrain.base import runtime
-from cfpretrain.base.console import Progress, phase
+from cfpretrain.base.console import phase
 from cfpretrain.training import trainer as training
+from cfpretrain.training.step import StepResult
 from tools.measuring.common import alternate, on_noise, refuse_skipped, synchronise
 
 _KINDS = ("bare", "unguarded", "full", "saving")
@@ -51,7 +52,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of a step, by kind of block, and seconds that a save keeps the step after it waiting."""
-    progress = Progress(trainer.config.train.num_steps, 0)
     kinds = [kind for kind in _KINDS if kind in arguments.kinds]
     stalls: list[float] = []
 
@@ -63,17 +63,17 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
             runtime.barrier()
             begin = time.perf_counter()
             if kind == "saving":
-                trainer.save_checkpoint()
+                trainer.checkpoints.write(trainer.state())
                 stalls.append(time.perf_counter() - begin)
             for _ in range(arguments.block_steps):
                 trainer.train_step()
-                if kind != "bare" and trainer.window_ends():
-                    trainer.close_window(progress)
+                if kind != "bare" and trainer.log.is_due(trainer.at.step):
+                    trainer.close_window()
             trainer.ema.wait()
             synchronise(trainer.device)
             runtime.barrier()
             seconds = (time.perf_counter() - begin) / arguments.block_steps
-        trainer.writer.wait()
+        trainer.checkpoints.wait()
         refuse_skipped(trainer)
         return seconds
 
@@ -88,16 +88,17 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
 
 def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     """What a kind of block does without: (owner, name, what stands in for it)."""
-    trainer.exchanged = training.Exchanged(
-        1.0, 1.0, 1.0, must_stop=False, is_writing=False, has_failed=False, lacks_data=False
+    step = trainer.step
+    step.result = StepResult(
+        1.0, 1.0, 1.0, must_stop=False, is_writing=False, has_failed=False, lacks_data=False, problem=None
     )
     unguarded = [
-        (trainer, "exchange", lambda terms, batches: None),
-        (trainer, "is_healthy", lambda told, grad_norm: True),
+        (step, "exchange", lambda terms, batches: None),
+        (step, "decide", lambda told, grad_norm: True),
         # Losses that nobody computed do not tell the next block's guard what is usual.
         (trainer.guard, "applied", lambda loss, grad_norm: None),
     ]
-    bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer, "record_step", lambda *_: None)]
+    bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer.log, "add", lambda *_: {})]
     return {"bare": bare, "unguarded": unguarded, "full": [], "saving": []}
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from cfpretrain.base import console, runtime
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import Progress
 from cfpretrain.core.objective import Batch, Draws
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.reader import Prepare, Samples
@@ -53,7 +52,6 @@ class TrainerSide:
         config = replace(config, metrics=metrics)
         trainer.prepare_folder(config, device)
         self._trainer = trainer.Trainer(config, device)
-        self._progress = Progress(config.train.num_steps, 0)
 
     def prepare(self, num_steps: int) -> None:
         """Nothing: its loader is part of the step."""
@@ -61,12 +59,11 @@ class TrainerSide:
     def step(self) -> tuple[float, float]:
         """The next step, and what training does with its row; returns the loss and the FLOPs."""
         trainer = self._trainer
-        trainer.train_step()
-        record = trainer.window.records[-1]
-        if trainer.window_ends():
-            trainer.close_window(self._progress)
+        result = trainer.train_step()
+        if trainer.log.is_due(trainer.at.step):
+            trainer.close_window()
         refuse_skipped(trainer)
-        return record.row["loss"], record.flops
+        return result.loss, result.flops
 
     def close(self) -> None:
         """Ends the loader's workers and the EMA's update."""
@@ -99,8 +96,7 @@ class BareSide:
             self._engine.backward(all_terms[-1].total / all_terms[-1].count)
         self._engine.step(self._config.train.learning_rate)
         loss = statistics.mean(float(terms.total.detach()) / terms.count for terms in all_terms)
-        counts = (sum(getattr(batch, name) for batch in batches) for name in ("num_tokens", "num_visible"))
-        return loss, training_flops(self._config.model, sum(map(len, batches)), *counts)
+        return loss, sum(training_flops(self._config.model, batch.work) for batch in batches)
 
     def close(self) -> None:
         """Ends the loader's workers."""

@@ -29,7 +29,8 @@ from cfpretrain.base import config as configs
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
-from cfpretrain.core.ar import Condition, Image, build_layout
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.segments import build_layout
 from cfpretrain.run.build import choose_attention, choose_blocks, make_loss
 from cfpretrain.run.metrics import peak_flops
 from cfpretrain.training import memory
@@ -137,7 +138,7 @@ def _length_of(config: Config, loss: Any, step: int) -> int:
     """Tokens that a sequence of this step is computed with: a function of the step alone."""
     nobody = torch.zeros(1, dtype=torch.int64)
     draws = loss.draw(step, 0, nobody, nobody, config.model.num_tokens, config.model.patch_values)
-    segments = [Condition(config.model.num_cond_tokens), Image(draws.steps_BL)]
+    segments = [class_segment(config.model.num_cond_tokens), image_segment(draws.steps_BL)]
     return int(build_layout(segments, config.clean_token_multiple()).step_BM.shape[1])
 
 

@@ -22,7 +22,7 @@ def make_guard(
     window_steps: int = DEFAULT.window_steps,
     max_skips_in_row: int = DEFAULT.max_skips_in_row,
 ) -> Guard:
-    return Guard(spike_deviations, window_steps, max_skips_in_row)
+    return Guard(GuardConfig(spike_deviations, window_steps, max_skips_in_row))
 
 
 def with_losses(losses: Iterable[float], window_steps: int = DEFAULT.window_steps) -> Guard:
@@ -151,7 +151,7 @@ def test_a_row_of_skips_asks_for_a_rewind() -> None:
         guard.skipped()
     assert guard.must_rewind
     assert guard.num_skips_in_row == 3
-    guard.begin_row()
+    guard.num_skips_in_row = 0  # as after a rewind
     assert (guard.num_skips_in_row, guard.must_rewind) == (0, False)
 
 

@@ -5,16 +5,15 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from cfpretrain.base import runtime
-from cfpretrain.base import watchdog as lifeline
+from cfpretrain.base import runtime, stopping, watchdog
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
+from cfpretrain.training import folder as run_folder
 from tests.digits import small_config, small_run
 from tests.processes import (
     REPOSITORY,
@@ -153,8 +152,9 @@ def test_a_signal_while_it_waits_for_other_ranks_ends_it_at_once(shards: Path, t
 
 SLEEPER = """
 import sys, time
-from cfpretrain.base.watchdog import StopRequest
+from cfpretrain.base.stopping import StopRequest
 stop = StopRequest()
+stop.listen()
 print("ready", flush=True)
 while stop.reason is None:
     time.sleep(0.01)
@@ -172,7 +172,7 @@ def test_a_later_signal_ends_at_once() -> None:
     assert "SIGUSR1: stopping after this step" in process.stdout.readline()
     assert process.stdout.readline() == "SIGUSR1\n"
     assert process.poll() is None
-    time.sleep(lifeline._ONE_REQUEST_SECONDS + 0.5)
+    time.sleep(stopping._ONE_REQUEST_SECONDS + 0.5)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
@@ -181,8 +181,9 @@ def test_a_later_signal_ends_at_once() -> None:
 
 FORKER = """
 import os, signal
-from cfpretrain.base.watchdog import StopRequest
+from cfpretrain.base.stopping import StopRequest
 stop = StopRequest()
+stop.listen()
 if (child := os.fork()) == 0:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
         os.kill(os.getpid(), number)
@@ -201,8 +202,8 @@ import os, sys, time
 with open(sys.argv[1], "w") as file:
     print(os.getppid(), file=file)
 time.sleep(0.5)
-from tests import test_lifeline
-test_lifeline.launched()
+from tests import test_watchdog
+test_watchdog.launched()
 """
 LAUNCHER = """
 import subprocess, sys  # deepspeed
@@ -213,7 +214,8 @@ subprocess.run([sys.executable, "-c", middle, *sys.argv[1:]])
 
 def launched() -> None:
     """A rank whose launcher is two processes, as deepspeed's are."""
-    stop = lifeline.StopRequest()
+    stop = stopping.StopRequest()
+    stop.listen()
     print("watching", flush=True)
     deadline = time.monotonic() + 60
     while stop.reason is None and time.monotonic() < deadline:
@@ -247,7 +249,7 @@ def test_a_rank_notices_that_its_launcher_is_gone(tmp_path: Path, moment: str) -
 
 ASKED = """
 import subprocess, sys
-from cfpretrain.base.watchdog import Launcher
+from cfpretrain.base.stopping import Launcher
 print(Launcher().is_there())
 """
 
@@ -268,16 +270,15 @@ def test_a_launcher_is_found_above_a_wrapper_and_a_variable_alone_is_none() -> N
 
 def test_a_launcher_that_goes_is_no_second_signal(tmp_path: Path) -> None:
     """It ends once its ranks were told to stop, while they still write their checkpoint."""
-    stop = object.__new__(lifeline.StopRequest)
-    stop.reason, stop.leave, stop._lock = "SIGUSR1", None, threading.Lock()
-    stop._first_signal_at = time.monotonic() - 10 * lifeline._ONE_REQUEST_SECONDS
+    stop = stopping.StopRequest()
+    stop.reason = "SIGUSR1"
+    stop._first_signal_at = time.monotonic() - 10 * stopping._ONE_REQUEST_SECONDS
 
     class Gone:
         def is_there(self) -> bool:
             return False
 
-    stop._launcher = Gone()  # type: ignore[assignment]
-    stop._watch_launcher()  # were it a signal, this process would end
+    stop._watch(Gone())  # type: ignore[arg-type]  # were it a signal, this process would end
     assert stop.reason == "SIGUSR1"
 
 
@@ -325,7 +326,8 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
 
     config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=5")
     device = torch.device("cpu")
-    stop = lifeline.StopRequest()
+    stop = stopping.StopRequest()
+    stop.listen()
     runtime.start(device)
     real = trainer.Trainer.train_step
 
@@ -348,7 +350,8 @@ def train_with_a_bug(shards: Path, folder: Path, ranks: tuple[int, ...]) -> None
     from cfpretrain.training import trainer
 
     device = torch.device("cpu")
-    stop = lifeline.StopRequest()
+    stop = stopping.StopRequest()
+    stop.listen()
     runtime.start(device)
     real = trainer.Trainer.train_step
 
@@ -378,7 +381,7 @@ def test_a_bug_is_no_reason_to_run_again(shards: Path, tmp_path: Path, ranks: tu
 def test_a_lost_disk_does_not_keep_a_run_alive(disk: str) -> None:
     """The reason cannot be written: the process ends all the same."""
     ended = subprocess.run(
-        [sys.executable, "-c", f"from tests import test_lifeline; test_lifeline.leave({disk!r})"],
+        [sys.executable, "-c", f"from tests import test_watchdog; test_watchdog.leave({disk!r})"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
@@ -386,7 +389,7 @@ def test_a_lost_disk_does_not_keep_a_run_alive(disk: str) -> None:
         check=False,
     )
     assert ended.returncode == EXIT_REQUEUE, ended.stderr
-    assert "rank 1 died: the run ends" in ended.stdout
+    assert "rank 1 died: the run ends" in ended.stderr
 
 
 def leave(disk: str) -> None:
@@ -395,7 +398,7 @@ def leave(disk: str) -> None:
             raise OSError(30, "Read-only file system")
         time.sleep(600)
 
-    lifeline.Watch(5.0, on_lost)._leave(EXIT_REQUEUE, "rank 1 died")
+    watchdog.Watchdog(5.0, on_lost, stopping.StopRequest())._leave((EXIT_REQUEUE, "rank 1 died"))
 
 
 # ---------------------------------------------------------------------------
@@ -403,24 +406,24 @@ def leave(disk: str) -> None:
 
 
 def hold(folder: Path) -> int:
-    lock = runtime.FolderLock(folder / "lock", 0.0)
+    run_folder.take(folder)
     with pytest.raises(UserError, match=rf"{folder} is in use by another run \(process \d+ on "):
         _in_another_process(folder)
     worker = os.fork()
     if worker == 0:
         time.sleep(600)
         os._exit(0)
-    del lock
     return worker
 
 
 def _in_another_process(folder: Path) -> None:
     code = f"""
 from pathlib import Path
-from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
+from cfpretrain.training import folder
+folder._LOCK_SECONDS = 0.3
 try:
-    runtime.FolderLock(Path({str(folder)!r}) / "lock", 0.3)
+    folder.take(Path({str(folder)!r}))
 except UserError as error:
     print(error)
 """
@@ -438,14 +441,13 @@ def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:
 
 
 def hold_beside_a_copy(folder: Path, copy: Path) -> None:
-    lock = runtime.FolderLock(folder / "lock", 0.0)
+    run_folder.take(folder)
     (copy / "lock").hardlink_to(folder / "lock")
     message = rf"{copy} is in use by .*; or, where this is a copy of that run by hard links, remove {copy}/lock$"
     with pytest.raises(UserError, match=message):
         _in_another_process(copy)
     (copy / "lock").unlink()
     _in_another_process(copy)
-    del lock
 
 
 def test_a_copy_by_hard_links_has_the_lock_of_the_original(tmp_path: Path) -> None:
