@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cfpretrain.base import config as configs
-from cfpretrain.base import files
+from cfpretrain.base import files, outputs
 from cfpretrain.base.config import GuardConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.core.model import write_initial_values
@@ -26,7 +26,7 @@ from cfpretrain.evaluation.feature_sums import Work
 from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
-from cfpretrain.run import build, outputs
+from cfpretrain.run import build
 from cfpretrain.run.guard import Guard
 from cfpretrain.run.metrics import MetricsFile
 from cfpretrain.training.folder import take, write_requeue
@@ -122,9 +122,9 @@ def sum_features(out: Path) -> None:
 
 
 def train_hidden(out: Path) -> None:
-    [hidden, _] = hidden_of(out)
-    lock = outputs.take_hidden(hidden, out, "OUT")
-    os.close(lock)
+    work = outputs.Unfinished(out, "OUT", kind="partial")
+    work.take()
+    work.release()
 
 
 # How the tools give an output its name; a run stands beside it.

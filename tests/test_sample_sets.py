@@ -65,5 +65,5 @@ def test_sets_that_differ_lie_apart(loaded: Loaded, tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_one_line(loaded: Loaded, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written .*; mend that, and the same command goes on"):
+    with pytest.raises(UserError, match=r"cannot be written .*; fix that, and the same command goes on"):
         make_missing(loaded[0], [make_set(loaded, tmp_path / "file")], CPU)

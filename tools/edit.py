@@ -175,9 +175,9 @@ def _draw(
     """Writes the picture, a row for each class, and the edited images where they are wanted."""
     import torch
 
+    from cfpretrain.base.outputs import whole_or_nothing
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
-    from cfpretrain.run.outputs import whole_or_nothing
 
     names = [source.class_names[source.label_of(text)] for text in arguments.classes]
     image = original.image

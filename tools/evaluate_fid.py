@@ -249,9 +249,8 @@ def _score(
 
 def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What this very command has written; None: nothing is there."""
-    from cfpretrain.base import plans
+    from cfpretrain.base import outputs, plans
     from cfpretrain.base.files import read_text
-    from cfpretrain.run import outputs
 
     if not out.exists():
         return None

@@ -52,9 +52,9 @@ def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float
         raise UserError(f"--shift-factor: expected a number, got {shift_factor}")
     with phase("loading torch and diffusers"):
         from cfpretrain import autoencoder
+        from cfpretrain.base import outputs
         from cfpretrain.export import foreign_files
         from cfpretrain.export.autoencoder import pick_tensors
-        from cfpretrain.run import outputs
     with phase(f"reading {file}"):
         tensors = pick_tensors(foreign_files.read(file, "FILE"))
         for name, values in tensors.items():

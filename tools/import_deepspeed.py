@@ -43,10 +43,11 @@ def run(source: Path, folder: Path, paths: list[str], overrides: list[str], allo
     with phase("loading torch"):
         import torch
 
+        from cfpretrain.base import outputs
         from cfpretrain.export import imported_run
         from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
         from cfpretrain.export.official import our_names
-        from cfpretrain.run import build, outputs
+        from cfpretrain.run import build
 
     outputs.refuse_existing(folder, "RUN")
     config = build.load_config(paths, overrides, allow_env)

@@ -50,8 +50,9 @@ def run(
     with phase("loading torch"):
         import torch
 
+        from cfpretrain.base import outputs
         from cfpretrain.export import imported_run, official
-        from cfpretrain.run import build, outputs
+        from cfpretrain.run import build
 
     outputs.refuse_existing(folder, "RUN")
     config = build.load_config(paths, overrides, allow_env)

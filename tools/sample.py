@@ -138,9 +138,9 @@ def _labels(arguments: argparse.Namespace, origin: "Origin") -> list[int]:
 
 def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "GenerationSettings") -> None:
     from cfpretrain.base import runtime
+    from cfpretrain.base.outputs import whole_or_nothing
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import decode_to_look_at, generate_images, grid_title
-    from cfpretrain.run.outputs import whole_or_nothing
 
     config, device = source.config, source.device
     decode, note = decode_to_look_at(config, device, source.make_autoencoder)
@@ -159,10 +159,10 @@ def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "Gener
 
 def _draw_trajectory(path: Path, source: "Source", label: int, settings: "GenerationSettings") -> None:
     from cfpretrain.base import runtime
+    from cfpretrain.base.outputs import whole_or_nothing
     from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import decode_to_look_at, follow, grid_title
-    from cfpretrain.run.outputs import whole_or_nothing
 
     config, device = source.config, source.device
     decode, colours = decode_to_look_at(config, device, source.make_autoencoder)

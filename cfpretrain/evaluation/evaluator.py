@@ -17,7 +17,7 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, one_line, phase
 from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.sampler import Guidance, Model
-from cfpretrain.evaluation.feature_sums import FeatureSums
+from cfpretrain.evaluation.feature_sums import add, over_ranks, sums_of
 from cfpretrain.evaluation.features import make_extractor
 from cfpretrain.evaluation.generation import Decode, GenerationSettings, generate_batches, to_pixels
 from cfpretrain.evaluation.given_images import say_sizes
@@ -96,7 +96,7 @@ class Evaluator:
             usual_spacing(asked.solver),
         )
         # A rank may have no image to make: its sums need their shape.
-        self._none = FeatureSums.of(self._extractor.none(), torch.zeros(0, dtype=torch.int64))
+        self._none = sums_of(self._extractor.none(), torch.zeros(0, dtype=torch.int64))
 
     def __call__(self, model: Model, decode: Decode, on_step: Callable[[], None] = lambda: None) -> dict[str, float]:
         """The model's scores, by the names of `scores.compare`; equal on all ranks.
@@ -116,8 +116,8 @@ class Evaluator:
             say_sizes((images_BCYX.shape[3], images_BCYX.shape[2]), self._real_size)
             self._real_size = None
             features = self._extractor(to_pixels(images_BCYX))
-            sums = sums + FeatureSums.of(features, self._splits_N[ids_B])
-        sums = sums.over_ranks()
+            sums = add(sums, sums_of(features, self._splits_N[ids_B]))
+        sums = over_ranks(sums)
         scores: dict[str, float] = {}
         with runtime.together():
             if runtime.rank() == 0:

@@ -42,6 +42,11 @@ class Features:
     spatial_BF: Tensor | None = None
     logits_BK: Tensor | None = None
 
+    def some(self, is_wanted_B: Tensor) -> "Features":
+        """Those of some of the images, on the CPU."""
+        some = {name: None if part is None else part.cpu()[is_wanted_B] for name, part in vars(self).items()}
+        return Features(**some)  # type: ignore[arg-type]
+
 
 @dataclass(frozen=True)
 class FeatureExtractor:
@@ -87,8 +92,7 @@ class FeatureExtractor:
 
     def none(self) -> Features:
         """Features of no images, for their shapes."""
-        of_one = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-        return Features(*(None if part is None else part[:0] for part in vars(of_one).values()))  # type: ignore[arg-type]
+        return self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).some(torch.tensor([False]))
 
 
 def make_extractor(

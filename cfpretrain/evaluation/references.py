@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain.base import files, runtime
+from cfpretrain.base import files, outputs, runtime
 from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import parse_json, read_json
 from cfpretrain.core import seeds
 from cfpretrain.data.images import WHITE, Colour
 from cfpretrain.evaluation import array_files
-from cfpretrain.evaluation.feature_sums import Work
+from cfpretrain.evaluation.feature_sums import Work, add
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian
 from cfpretrain.evaluation.given_images import (
@@ -48,7 +48,6 @@ from cfpretrain.evaluation.scores import (
     given_batches,
     sum_up,
 )
-from cfpretrain.run import outputs
 
 STATISTICS_FILE, NEIGHBOURS_FILE, RECORD_FILE = "statistics.npz", "neighbours.npy", "record.json"
 _OWN_KEY = "cfpretrain"  # of the note by which our archives say of which features they are
@@ -240,13 +239,12 @@ def _make_entry(
     say_changes(images, _KEY)
     halves, kept_KF = work.total(), work.kept()
     group_K = groups_N[is_kept_N]
-    whole = ImageStatistics.of(halves[0] + halves[1], kept_KF)
+    whole = ImageStatistics.of(add(*halves), kept_KF)
     floor = None
     if num_images >= _FEWEST_FOR_FLOOR:
         # A half may have no image in a split of the Inception Score.
         first, second = (
-            ImageStatistics.of(replace(half, classes=None), kept_KF[group_K == group])
-            for group, half in enumerate(halves)
+            ImageStatistics.of(half, kept_KF[group_K == group], with_score=False) for group, half in enumerate(halves)
         )
         second = replace(second, inception_score=whole.inception_score)
         floor = compare(second, first, extractor.name, together=True)

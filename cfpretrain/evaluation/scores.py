@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
-from cfpretrain.evaluation.feature_sums import SAVE_SECONDS, FeatureSums, Summing, Work
+from cfpretrain.evaluation.feature_sums import SAVE_SECONDS, Sums, Work, part_of
 from cfpretrain.evaluation.features import FeatureExtractor
-from cfpretrain.evaluation.frechet import Gaussian, frechet_distance
+from cfpretrain.evaluation.frechet import Gaussian, frechet_distance, gaussian_of
 from cfpretrain.evaluation.given_images import GivenImages
 from cfpretrain.evaluation.inception_score import NUM_SPLITS, inception_score, splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
@@ -44,13 +44,14 @@ class ImageStatistics:
     neighbours_KF: Tensor | None = None
 
     @classmethod
-    def of(cls, sums: FeatureSums, neighbours_KF: Tensor | None) -> "ImageStatistics":
+    def of(cls, sums: Sums, neighbours_KF: Tensor | None, with_score: bool = True) -> "ImageStatistics":
         """Of the sums over all images; UserError for fewer than two, or too few for the Inception Score."""
+        spatial, classes = part_of(sums, "spatial"), part_of(sums, "classes")
         return cls(
-            sums.pooled.count,
-            sums.pooled.gaussian,
-            None if sums.spatial is None else sums.spatial.gaussian,
-            None if sums.classes is None else inception_score(sums.classes),
+            int(sums["pooled/count"]),
+            gaussian_of(part_of(sums, "pooled")),
+            gaussian_of(spatial) if spatial else None,
+            inception_score(classes) if classes and with_score else None,
             neighbours_KF,
         )
 
@@ -124,13 +125,14 @@ def sum_up(
     """
     with runtime.together():
         begun = work.begin() if runtime.rank() == 0 else None
-    start, missing = runtime.gather(begun)[0]
+    work.start, missing = runtime.gather(begun)[0]
     num_done = work.num_images - sum(len(work.ids(number)) for number in missing)
     on_begin(num_done)
-    with runtime.Exchange(lambda num_now: on_done(num_done + num_now)) as exchange, Summing(work, start) as summing:
+    with runtime.Exchange(lambda num_now: on_done(num_done + num_now)) as exchange:
         for number, images in batches(missing):
-            summing.add(number, extractor(images))
+            work.add(number, extractor(images))
             exchange.add(len(images))
+        work.save()
 
 
 def make_work(

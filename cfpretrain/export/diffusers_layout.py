@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cfpretrain import autoencoder
 from cfpretrain.base import config as configs
-from cfpretrain.base import files
+from cfpretrain.base import files, outputs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, reason_of, say
 from cfpretrain.export import model_card
@@ -33,7 +33,7 @@ from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
 from cfpretrain.export.run_checkpoint import CheckpointTensors
-from cfpretrain.run import build, outputs, tensor_files
+from cfpretrain.run import build, tensor_files
 from cfpretrain.run.state import TrainingState
 
 WEIGHTS_STEM = "diffusion_pytorch_model"

@@ -19,7 +19,7 @@ from torch import Tensor
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError
 from cfpretrain.base.files import check_safetensors
-from cfpretrain.run.outputs import whole_or_nothing
+from cfpretrain.base.outputs import whole_or_nothing
 
 
 class Placeholder:

@@ -13,13 +13,13 @@ from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config, to_plain, to_yaml
 from cfpretrain.base.console import UserError
+from cfpretrain.base.outputs import whole_or_nothing
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
 from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, make_model
 from cfpretrain.run.checkpoint import EMA, WEIGHTS, tensor_file
 from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.guard import Guard
-from cfpretrain.run.outputs import whole_or_nothing
 from cfpretrain.run.state import TrainingState
 from cfpretrain.run.tensor_files import Shapes, bytes_of, write_ranges
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfpretrain.base import outputs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core.modalities import sincos_positions
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import POSITIONS, check_shapes
-from cfpretrain.run import build, outputs
+from cfpretrain.run import build
 from cfpretrain.run.checkpoint import read_tensors
 
 _OURS_BY_OFFICIAL = {

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
-from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance
-from examples.digits.pixels import pixel_features
+from cfpretrain.evaluation.frechet import Gaussian, frechet_distance
+from examples.digits.pixels import gaussian_of_pixels
 
 # In units of the pixels: nothing in [-1, 1] has a larger standard deviation than 1. 0 would make copies of the means.
 STRENGTHS = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.7, 1.0)
@@ -86,6 +86,6 @@ def best_cheat(
     def made(strength: float) -> Tensor:
         return means[which_G] + strength * noise
 
-    distances = [frechet_distance(reference, Moments.of(pixel_features(made(s), "cheat")).gaussian) for s in strengths]
+    distances = [frechet_distance(reference, gaussian_of_pixels(made(s), "cheat")) for s in strengths]
     best = min(range(len(strengths)), key=distances.__getitem__)
     return Cheat(made(strengths[best]), classes[which_G], strengths[best], distances[best])

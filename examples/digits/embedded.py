@@ -6,8 +6,9 @@ from torch import Tensor
 
 from cfpretrain.base import runtime
 from cfpretrain.core import seeds
+from cfpretrain.evaluation.feature_sums import add, over_ranks
 from cfpretrain.evaluation.features import FeatureExtractor
-from cfpretrain.evaluation.frechet import Moments, frechet_distance
+from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of, moments_of
 
 _BATCH = 32
 
@@ -32,11 +33,11 @@ def distances_beside_floor(
     sets = {"": reference, **candidates, "real_against_real": other}
     size = min(map(len, sets.values()))
     batches = [(name, first) for name in sets for first in range(0, size, _BATCH)]
-    zero = Moments.of(extractor.none().pooled_BF.cpu())
+    zero = moments_of(extractor.none().pooled_BF.cpu())
     moments = dict.fromkeys(sets, zero)
     for name, first in batches[runtime.rank() :: runtime.world_size()]:
         images = sets[name][first : min(first + _BATCH, size)]
-        moments[name] = moments[name] + Moments.of(extractor(images).pooled_BF.cpu())
-    gaussians = {name: part.over_ranks().gaussian for name, part in moments.items()}
+        moments[name] = add(moments[name], moments_of(extractor(images).pooled_BF.cpu()))
+    gaussians = {name: gaussian_of(over_ranks(part)) for name, part in moments.items()}
     target = gaussians.pop("")
     return {name: frechet_distance(target, gaussian) for name, gaussian in gaussians.items()}

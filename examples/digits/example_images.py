@@ -96,7 +96,7 @@ def write_folder(folder: Path, pictures: "dict[str, NDArray[np.uint8]]", option:
     """
     from PIL import Image
 
-    from cfpretrain.run.outputs import whole_or_nothing
+    from cfpretrain.base.outputs import whole_or_nothing
 
     if {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} == pictures.keys():
         return False

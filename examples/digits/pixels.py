@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain.base.console import UserError
-from cfpretrain.evaluation.frechet import Moments, frechet_distance
+from cfpretrain.evaluation.frechet import Gaussian, frechet_distance, gaussian_of, moments_of
 
 
 def pixel_features(images: Tensor, name: str) -> Tensor:
@@ -30,9 +30,12 @@ def pixel_features(images: Tensor, name: str) -> Tensor:
     return features_NF
 
 
+def gaussian_of_pixels(images: Tensor, name: str) -> Gaussian:
+    """What the Frechet distance knows of images; arguments as for `pixel_features`."""
+    return gaussian_of(moments_of(pixel_features(images, name)))
+
+
 def frechet_between(first: Tensor, second: Tensor) -> float:
-    """`frechet_distance` between two sets of images, by their pixels; arguments as for `pixel_features`."""
-    return frechet_distance(
-        Moments.of(pixel_features(first, "first set of images")).gaussian,
-        Moments.of(pixel_features(second, "second set of images")).gaussian,
-    )
+    """The Frechet distance of two sets of images, by their pixels."""
+    sets = (("first", first), ("second", second))
+    return frechet_distance(*(gaussian_of_pixels(images, f"{name} set of images") for name, images in sets))

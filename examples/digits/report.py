@@ -13,9 +13,7 @@ Exit code 2: a mistake; 75: it was asked to stop.
 
 import argparse
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +32,7 @@ from cfpretrain.base.stopping import leave_when_asked
 from cfpretrain.evaluation.sampling_options import check_guidance
 
 if TYPE_CHECKING:
+    from cfpretrain.base.outputs import Unfinished
     from examples.digits.sample_sets import SampleSet
 
 # For few denoising steps; examples/digits/measure_quality.py holds it against DDPM's.
@@ -78,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     with phase("loading torch"):
         from cfpretrain.base import runtime
         from cfpretrain.evaluation.features import EFFNET, make_extractor
-        from cfpretrain.run import build, outputs
+        from cfpretrain.run import build
         from examples.digits.sample_sets import make_missing
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
@@ -97,17 +96,16 @@ def run(arguments: argparse.Namespace) -> None:
     with runtime.ranks_of_a_tool(device):
         with runtime.together():
             extractor = make_extractor(EFFNET, device)
-            lock = _begin(arguments.run) if runtime.rank() == 0 else None
+            work = _begin(arguments.run) if runtime.rank() == 0 else None
         sets = _plan(arguments, config, model, num_embedded, device)
         make_missing(config, list(sets.values()), device)
         made = _judged(sets, arguments)
         with phase(f"comparing {num_embedded} images by {extractor.name}"):
             embedded = _score_embedded(arguments, made, num_embedded, extractor)
-        if lock is not None:
-            with _writing(arguments.run):
+        if work is not None:
+            with work.writing():
                 _report(arguments, config, model, step, sets, embedded, settings)
-            outputs.remove_hidden(_kept(arguments.run))
-            os.close(lock)
+            work.remove()
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
@@ -218,25 +216,18 @@ def _kept(run: Path) -> Path:
     return run / ".report.partial"
 
 
-def _begin(run: Path) -> int:
-    """Takes the folder of the samples, so that no second report works there; returns its lock."""
-    from cfpretrain.run import build, outputs
+def _begin(run: Path) -> "Unfinished":
+    """Takes the folder of the samples, so that no second report works there."""
+    from cfpretrain.base.outputs import Unfinished
+    from cfpretrain.run import build
 
-    with _writing(run):
+    work = Unfinished(run / "report", "RUN", kind="partial")
+    with work.writing():
         files.make_folder(run / build.SAMPLES)
         for folder in (run.resolve(), run / build.SAMPLES):
             files.remove_leftovers(folder)
-        return outputs.take_hidden(_kept(run), run / _REPORT_FILE, "RUN")
-
-
-@contextmanager
-def _writing(run: Path) -> Iterator[None]:
-    from cfpretrain.base.console import reason_of
-
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"RUN: {run} cannot be written ({reason_of(error)}); mend that") from error
+        work.take()
+    return work
 
 
 def _plan(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import Progress, UserError, count, reason_of, say
+from cfpretrain.base.console import Progress, count, say
+from cfpretrain.base.outputs import writing
 from cfpretrain.core.sampler import Model
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.generation import GenerationSettings, generate_batches
@@ -74,13 +75,9 @@ class SampleSet:
     def write(self, ids_B: Tensor, images_BCYX: Tensor) -> None:
         """Writes one batch, float32; UserError where it cannot be written."""
         file = _file(self.place, int(ids_B[0]) // self.settings.batch_size)
-        try:
+        with writing(str(file)):
             files.make_folder(file.parent)
             files.replace(file, lambda opened: np.save(opened, images_BCYX.numpy(), allow_pickle=False))
-        except OSError as error:
-            raise UserError(
-                f"{file} cannot be written ({reason_of(error)}); mend that, and the same command goes on"
-            ) from error
 
     def read(self) -> Tensor:
         """All images, float32 [N, C, Y, X], not clamped, once none is missing."""

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
-from cfpretrain.evaluation.frechet import Moments, frechet_distance
+from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of, moments_of
 from cfpretrain.evaluation.neighbours import precision_recall
 from examples.digits import classifier
 from examples.digits.cheat import best_cheat
@@ -112,12 +112,12 @@ def _compare(
         reference_R, other_R = _halves(real.labels_N, seeds.fold(seeds.key(seed, "real halves"), split))
         drawn_G, _ = _balanced_order(generated.labels_N, seeds.fold(seeds.key(seed, "generated drawn"), split))
         reference_RF, other_RF = real_NF[reference_R], real_NF[other_R[:num_compared]]
-        reference = Moments.of(reference_RF).gaussian
+        reference = gaussian_of(moments_of(reference_RF))
         cheat = best_cheat(real_train.images, real_train.labels_N, reference, num_compared, seed + split)
         strength += cheat.strength / num_splits
         candidates = (generated_NF[drawn_G[:num_compared]], other_RF, pixel_features(cheat.images, "cheat"))
         for who, candidate_GF in zip(_WHO, candidates, strict=True):
-            distance = frechet_distance(reference, Moments.of(candidate_GF).gaussian)
+            distance = frechet_distance(reference, gaussian_of(moments_of(candidate_GF)))
             scores = (*precision_recall(reference_RF, candidate_GF), distance)
             for metric, score in zip(_METRICS, scores, strict=True):
                 totals[metric][who] += score / num_splits

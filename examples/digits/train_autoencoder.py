@@ -17,10 +17,7 @@ Exit code 2: a mistake; 75: it was asked to stop.
 
 import argparse
 import math
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -83,8 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
     stop = StopRequest(leave_before_training)
     stop.listen()
     with phase("loading torch and diffusers"):
-        from cfpretrain.base import runtime
-        from cfpretrain.run import outputs
+        from cfpretrain.base import outputs, runtime
         from examples.digits.autoencoder_training import PICTURE_FILE, StoppedError, Training
     outputs.refuse_existing(arguments.out, "OUT")
     device = runtime.pick_device()
@@ -95,13 +91,13 @@ def run(arguments: argparse.Namespace) -> None:
         network = read_network(arguments.init, images.train.shape[1])
     parameters = sum(value.numel() for value in network.parameters())
     say(f"{len(images.train)} images of {' x '.join(map(str, images.train.shape[1:]))}, {parameters:,} parameters")
-    hidden = arguments.out.with_name(f".{arguments.out.name}.partial")
-    with _writing(arguments.out):
-        lock = outputs.take_hidden(hidden, arguments.out, "OUT")
+    work = outputs.Unfinished(arguments.out, "OUT", kind="partial")
+    with work.writing():
+        work.take()
         settings = _settings(arguments, images, network)
-        training = Training(network.to(device), images.train, images.held_out, settings, hidden)
+        training = Training(network.to(device), images.train, images.held_out, settings, work.folder)
         training.settle(_NUM_STEPS, 60 * arguments.max_minutes)
-        say(f"originals beside reconstructions, drawn with each saved state: {hidden / PICTURE_FILE}")
+        say(f"originals beside reconstructions, drawn with each saved state: {work.folder / PICTURE_FILE}")
         stop.leave = None  # from here on there is something to save
         try:
             training.run(stop, arguments.save_seconds, 60 * arguments.max_minutes)
@@ -109,9 +105,7 @@ def run(arguments: argparse.Namespace) -> None:
         except StoppedError:
             say(f"stopped at step {training.step} of {training.num_steps}; the same command goes on")
             sys.exit(EXIT_REQUEUE)
-        files.publish(hidden / _MADE, arguments.out)
-        outputs.remove_hidden(hidden)
-        os.close(lock)
+    work.publish(work.folder / _MADE)
     say(f"{arguments.out} is written; originals beside reconstructions: {arguments.out / PICTURE_FILE}")
     say(f"in a config: {overrides}")
 
@@ -134,18 +128,6 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--learning-rate: expected a number between 0 and 1, got {arguments.learning_rate}")
     if not arguments.max_minutes > 0:
         raise UserError(f"--max-minutes: expected more than 0, got {arguments.max_minutes}")
-
-
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    from cfpretrain.base.console import reason_of
-
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"OUT: {out} cannot be written ({reason_of(error)}); mend that, and the same command goes on"
-        ) from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

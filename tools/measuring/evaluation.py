@@ -27,9 +27,9 @@ import torch
 from cfpretrain.base import files, runtime
 from cfpretrain.base.command_line import check_range
 from cfpretrain.base.console import UserError, phase
-from cfpretrain.evaluation.feature_sums import FeatureSums
+from cfpretrain.evaluation.feature_sums import Sums, add, part_of, sums_of
 from cfpretrain.evaluation.features import INCEPTION, FeatureExtractor, Features, make_extractor
-from cfpretrain.evaluation.frechet import frechet_distance
+from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of
 from cfpretrain.evaluation.inception_score import splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
 from tools.measuring.common import alternate
@@ -51,17 +51,16 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     sets = [torch.randn(num_images, num_features, generator=generator).relu_() for _ in range(2)]
     sums, sum_seconds, per_thousand = [], 0.0, {}
     for features_NF in sets:
-        total, begin = None, time.perf_counter()
+        total, begin = Sums(), time.perf_counter()
         with phase(f"sums of {num_images} images"):
             for first in range(0, num_images, _BATCH):
                 rows_BF = features_NF[first : first + _BATCH]
-                batch = FeatureSums.of(Features(rows_BF), splits_of(len(rows_BF)))
-                total = batch if total is None else total + batch
+                batch = sums_of(Features(rows_BF), splits_of(len(rows_BF)))
+                total = add(total, batch)
                 if first + _BATCH in (num_images // 10, num_images // 2, num_images):
                     per_thousand[first + _BATCH] = 1000 * (time.perf_counter() - begin) / (first + _BATCH)
         sum_seconds = time.perf_counter() - begin
-        assert total is not None
-        sums.append(total.pooled.gaussian)
+        sums.append(gaussian_of(part_of(total, "pooled")))
     begin = time.perf_counter()
     with phase("Frechet distance"):
         distance = frechet_distance(*sums)
