@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cfpretrain
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError, add_allow_env, exit_with, path_argument
 
@@ -369,7 +370,7 @@ class Runner:
 
     def start(self, name: str, num_ranks: int) -> Command:
         """Starts the command for the run folder `name`."""
-        train = Path(__file__).parent.parent / "cfpretrain" / "train.py"
+        train = Path(cfpretrain.__file__).parent / "train.py"
         launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(num_ranks)]
         # The end must be that of the steps: a limit in seconds comes at another step each time.
         ours = ["train.max_train_seconds=0", "metrics.wandb=disabled", "metrics.log_every_steps=1"]
