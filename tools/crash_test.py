@@ -32,7 +32,8 @@ from typing import Any
 
 import cfpretrain
 from cfpretrain.base import files
-from cfpretrain.base.console import UserError, add_allow_env, exit_with, path_argument
+from cfpretrain.base.command_line import Parser, add_config
+from cfpretrain.base.console import UserError, exit_with, path_argument
 
 MOMENTS = ("start", "loader", "step", "step", "checkpoint", "checkpoint", "sampling")  # as often as they stand there
 TARGETS = ("rank", "ranks", "launcher", "node")
@@ -630,12 +631,8 @@ def _free_port() -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Kill a run, restart it, compare it with a run left alone.")
-    parser.add_argument(
-        "--config", required=True, action="append", metavar="FILE", help="a YAML file; of several, later ones win"
-    )
-    add_allow_env(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser = Parser(__doc__)
+    add_config(parser)
     parser.add_argument("--out", required=True, type=path_argument, help="a new folder for the runs and their output")
     parser.add_argument("--kills", type=int, default=50, help="default 50, about 20 s each on two cores")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and targets (default 0)")
