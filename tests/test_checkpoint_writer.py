@@ -291,7 +291,7 @@ def test_waiting_ticks_only_as_long_as_something_moves(tmp_path: Path, monkeypat
     writer.begin(make_state(1))
     assert writer.wait() == Outcome(1, tmp_path / "step_00000001", None)
     held = ticks[:-1]
-    assert len(held) == 20, "as many as writes"
+    assert len(held) == 19, "as many as writes"
     assert all(len(set(at_polls[2:])) == 1 for at_polls in held), "what moved before is seen by the second poll"
     after = [at_polls[-1] for at_polls in held]
     # 4 x 3 chunks; the 4 ends of files come with a chunk's tick or have one of their own; then publishing.
@@ -415,8 +415,8 @@ def test_a_real_kill_leaves_a_usable_checkpoint(tmp_path: Path):
     assert len(found) == 12
 
 
-# A save of SHAPES writes 4 headers, 4 x 3 tensors with values, the hashes as a part and whole, the state, `latest`.
-@pytest.mark.parametrize("call", [1, 5, 16, 17, 18, 19, 20])
+# A save of SHAPES writes 4 headers, 4 x 3 tensors with values, the hashes, the state, `latest`.
+@pytest.mark.parametrize("call", [1, 5, 16, 17, 18, 19])
 def test_a_full_disk_costs_only_the_new_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int):
     store = make_store(tmp_path)
     full = save(store, 1)
@@ -427,7 +427,7 @@ def test_a_full_disk_costs_only_the_new_checkpoint(tmp_path: Path, monkeypatch: 
     monkeypatch.undo()
     complete = {"latest", "step_00000001"}
     # Where only moving `latest` failed, the new folder is complete and has its name.
-    assert names_in(tmp_path) == (complete | {"step_00000002"} if call == 20 else complete)
+    assert names_in(tmp_path) == (complete | {"step_00000002"} if call == 19 else complete)
     assert store.latest() == tmp_path / "step_00000001"
     assert holds(load(tmp_path / "step_00000001")[1], full)
     save(store, 3)
@@ -504,7 +504,7 @@ def test_a_folder_that_became_read_only(small_disk: Path, capsys: pytest.Capture
 def test_a_folder_that_vanishes_during_a_write(tmp_path: Path, what: str):
     pwrite = os.pwrite
     num_failed = 0
-    for vanish_at in range(1, 21):
+    for vanish_at in range(1, 20):
         folder, away = tmp_path / f"{vanish_at}", tmp_path / f"{vanish_at}_away"
         store = make_store(folder)
         full = save(store, 1)
@@ -533,4 +533,4 @@ def test_a_folder_that_vanishes_during_a_write(tmp_path: Path, what: str):
             assert "step_00000002 cannot be written: No such file or directory" in outcome.error
             assert store.latest() == folder / "step_00000001"
         assert holds(load(folder / "step_00000001")[1], full)
-    assert num_failed >= 19
+    assert num_failed >= 18

@@ -83,7 +83,7 @@ def test_true_or_false_however_it_is_written(text, tmp_path: Path) -> None:
         ),
         ("run.folder", "???", "expected a value, got ???; give one, or leave the key out for its default"),
         ("run.folder", "[a]", "expected a text, got ['a']"),
-        ("run.folder", '"a\\0b"', "expected a path, got 'a\\x00b'"),
+        ("run.folder", '"a\\0b"', "expected a text, got 'a\\x00b'"),
         ("run.folder", "on", "expected a text, got True; put it in quotes"),
         ("engine.compile_blocks", "1", "expected true or false, got 1"),
         ("metrics.wandb", "off", "expected one of auto, online, offline, disabled; got False"),

@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from cfpretrain.evaluation.references import STATISTICS_FILE, load_reference
 from examples.digits.pixels import frechet_between
 from tests import small_features
 from tests.image_files import digits, write_folder
-from tests.processes import Ended, run_in_processes, run_script
+from tests.processes import run_in_processes, run_tool
 from tests.runs import write_run
 from tests.test_inspect_shards import write_images
 
@@ -47,11 +48,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(arguments: Sequence[object], world_size: int = 1) -> Ended:
-    """Rank 0, after all ended as it did."""
-    ended = run_script(SCRIPT, list(map(str, arguments)), world_size)
-    assert len({rank.code for rank in ended}) == 1, ended
-    return ended[0]
+run = partial(run_tool, SCRIPT)
 
 
 def scored(folder: Path, arguments: Sequence[object], world_size: int = 1) -> dict[str, Any]:
@@ -494,7 +491,7 @@ def test_mistakes_end_all_ranks_with_one_line(tmp_path: Path, sets: Path) -> Non
 def test_a_models_images_are_scored_as_if_they_had_been_written(tmp_path: Path, shards: Path, sets: Path) -> None:
     source = write_run(tmp_path / "run", shards)
     how = ["--solver", "ddim", "--num-denoising-steps", "2", "--batch-size", "8", "--num-images", 30, "--guidance", 2]
-    (ended,) = run_script("tools/sample.py", list(map(str, [source, "--out", tmp_path / "made.npz", *how])))
+    ended = run_tool("tools/sample.py", [source, "--out", tmp_path / "made.npz", *how])
     assert (ended.code, ended.err) == (0, "")
     stored = scored(tmp_path, [tmp_path / "made.npz", "--reference", sets / "real", *SMALL])
     arguments = [source, "--reference", sets / "real", *SMALL, *how]

@@ -383,12 +383,17 @@ def test_an_array_of_an_archive_is_held_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [HUGE, "text", -1, None, [1]])
-def test_summaries_that_no_run_wrote(number: object, given: Path) -> None:
-    summary = {"num_steps": STEP, "train_seconds": 1.5, "world_size": number, "loss_first": number}
-    (given / "run" / "summary.json").write_text(json.dumps(summary))
+def test_summaries_that_no_run_wrote(number: object, given: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    summary = {"num_steps": STEP, "train_seconds": 1.5, "loss_first": None, "of_another_version": 1}
+    file = given / "run" / "summary.json"
+    file.write_text(json.dumps(summary))
     assert build.read_summary(given / "run") == {"num_steps": STEP, "train_seconds": 1.5}
-    (given / "run" / "summary.json").write_text(json.dumps(summary | {"num_steps": number}))
-    assert build.read_summary(given / "run") is None
+    assert not capsys.readouterr().out
+    for name in ("num_steps", "world_size", "images_per_second", "versions"):
+        file.write_text(json.dumps(summary | {name: number}))
+        assert build.read_summary(given / "run") is None
+        (line,) = capsys.readouterr().out.splitlines()
+        assert f"WARNING: {file} is left out, as if the run were not complete: summary.json: {name}" in line
     export(given / "run", given / "out", ExportSettings())
 
 
@@ -427,6 +432,28 @@ def test_tensors_that_stand_for_more_than_they_hold(tmp_path: Path) -> None:
     for tensor in (torch.zeros(1).expand(10**6, 10**6), sparse):
         torch.save({"model": {"x": tensor}}, tmp_path / "x.pt")
         assert "expected plain tensors" in refusal(lambda: foreign_files.read(tmp_path / "x.pt", "FILE"))
+
+
+@pytest.mark.parametrize(
+    ("file", "changed", "said"),
+    [
+        ("model_index.json", {"id2label": {"3": 7}}, "id2label.3: expected a text, got 7"),
+        ("model_index.json", {"id2label": ["a"]}, "id2label: expected keys with values, got ['a']"),
+        ("model_index.json", {"vae": {"a": 1}}, "vae: expected a text, got {'a': 1}"),
+        ("transformer/diffusion_pytorch_model.safetensors.index.json", {"weight_map": {"x": None}}, "weight_map.x: "),
+        ("transformer/diffusion_pytorch_model.safetensors.index.json", {"metadata": 3}, "metadata: expected keys"),
+    ],
+)
+def test_the_fields_of_an_export_have_their_types(
+    file: str, changed: dict[str, object], said: str, given: Path
+) -> None:
+    path = given / "export" / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"of_another_version": 1}))
+    load_source(given / "export", CPU)
+    path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+    line = refusal(lambda: load_source(given / "export", CPU))
+    assert line.startswith(f"{path}: {said}")
+    assert line.endswith("; export the run again")
 
 
 @pytest.mark.parametrize("name", ["../config.yaml", "/etc/passwd", "..", "a/../b.safetensors", "x.pt", ".safetensors"])

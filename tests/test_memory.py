@@ -39,10 +39,12 @@ def engine_overrides(stage: int, precision: str) -> tuple[str, str]:
     return f"engine.zero_stage={stage}", f"engine.precision={precision}"
 
 
-def states_config(stage: int, precision: str, world_size: int) -> Config:
+def states_config(stage: int, precision: str, world_size: int, *others: str) -> Config:
     """Two micro-batches of one sample on each rank: the states outweigh the activations."""
     batch = ("train.micro_batch_size=1", f"train.global_batch_size={2 * world_size}")
-    return load(*engine_overrides(stage, precision), "model.width=96", "model.depth=4", "model.num_classes=40", *batch)
+    return load(
+        *engine_overrides(stage, precision), "model.width=96", "model.depth=4", "model.num_classes=40", *batch, *others
+    )
 
 
 def activations_config(precision: str, checkpointing: bool, split: str) -> Config:
@@ -88,15 +90,16 @@ def expect(config: Config, world_size: int) -> tuple[memory.Estimate, Plan]:
 
 @pytest.fixture(scope="module")
 def one() -> list[tuple[int, int]]:
-    """What steps on one rank held: first those of KINDS, then those of ACTIVATIONS."""
+    """What steps on one rank held: those of KINDS, those of ACTIVATIONS, those of KINDS with Muon."""
     cases = [states_config(*kind, 1) for kind in KINDS[1]] + [activations_config(*kind) for kind in ACTIVATIONS]
+    cases += [states_config(*kind, 1, "train.optimizer=muon") for kind in KINDS[1]]
     measured: list[tuple[int, int]] = run_in_processes(measure, 1, cases)[0]
     return measured
 
 
-def check_states(world_size: int, measured: list[tuple[int, int]]) -> None:
+def check_states(world_size: int, measured: list[tuple[int, int]], *others: str) -> None:
     for (stage, precision), (held, peak) in zip(KINDS[world_size], measured, strict=True):
-        found, _ = expect(states_config(stage, precision, world_size), world_size)
+        found, _ = expect(states_config(stage, precision, world_size, *others), world_size)
         assert found.between_micro_batches == pytest.approx(held, rel=0.02), (stage, precision)
         # Here the reduction or the update is often the worst moment.
         assert 0.95 < found.peak / peak < 1.15, (stage, precision, found, peak)
@@ -106,13 +109,17 @@ def test_states_of_one_rank(one: list[tuple[int, int]]) -> None:
     check_states(1, one[: len(KINDS[1])])
 
 
+def test_states_of_muon(one: list[tuple[int, int]]) -> None:
+    check_states(1, one[len(KINDS[1]) + len(ACTIVATIONS) :], "train.optimizer=muon")
+
+
 def test_states_of_two_ranks() -> None:
     for measured in run_in_processes(measure, 2, [states_config(*kind, 2) for kind in KINDS[2]]):
         check_states(2, measured)
 
 
 def test_activations(one: list[tuple[int, int]]) -> None:
-    for kind, (held, peak) in zip(ACTIVATIONS, one[len(KINDS[1]) :], strict=True):
+    for kind, (held, peak) in zip(ACTIVATIONS, one[len(KINDS[1]) : len(KINDS[1]) + len(ACTIVATIONS)], strict=True):
         found, _ = expect(activations_config(*kind), 1)
         assert found.worst_moment == "backward"
         assert found.peak - found.static == pytest.approx(peak - held, rel=0.1), kind

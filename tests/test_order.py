@@ -18,11 +18,11 @@ from cfpretrain.core.segments import (
     Segment,
     Work,
     build_layout,
-    count_visible,
     count_work,
     expected_work,
     may_attend,
     sequence_lengths,
+    visible_keys,
 )
 
 
@@ -108,7 +108,7 @@ def assert_follows_the_rule(segments: list[Segment], clean_multiple: int) -> Non
     num_rows = len(layout.step_BM)
     assert count_work(segments, layout, num_rows)[:2] == (num_tokens, num_visible)
     # No key counts twice, and no row is blind.
-    assert torch.equal(count_visible(layout.intervals_BMI), mask.sum((1, 2)))
+    assert torch.equal(visible_keys(layout.intervals_BMI), mask.sum(2))
     assert mask.any(-1).all()
 
 

@@ -99,9 +99,14 @@ def test_damaged_exports(exported: Path) -> None:
     broken.write_bytes(whole)
     index = exported / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text("[]")
-    with pytest.raises(UserError, match=r"index\.json: expected keys with values, got \[\]; export the run again"):
+    with pytest.raises(
+        UserError, match=r"index\.json: the file: expected keys with values, got \[\]; export the run again"
+    ):
         load_source(exported, CPU)
     index.write_text("{}")
+    with pytest.raises(UserError, match=r"index\.json: .*weight_map: missing; export the run again"):
+        load_source(exported, CPU)
+    index.write_text('{"metadata": {}, "weight_map": {}}')
     with pytest.raises(UserError, match=r"transformer does not fit .*config\.yaml: .*Missing key"):
         load_source(exported, CPU)
 

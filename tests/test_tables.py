@@ -104,6 +104,19 @@ def test_spaces_around_values_make_no_other_class(tmp_path: Path) -> None:
     assert list_images(table(tmp_path, lines, "t.jsonl")).class_names == ("cat",)
 
 
+@pytest.mark.parametrize("name", ["notes, of mine", 'notes\n"of" mine'])
+@pytest.mark.parametrize("space", ["", " "])
+def test_a_quoted_name_among_spaces_may_hold_anything(space: str, name: str, tmp_path: Path) -> None:
+    quoted = space + '"' + name.replace('"', '""') + '"'
+    text = f'\n{quoted}, path, label\n"x, y", a.png, cat\n\nz, b.png, "dog"\n'
+    listing = list_images(table(tmp_path, text), ignore_columns=[name])
+    assert [(row.path, row.label) for row in listing.rows] == [("a.png", 0), ("b.png", 1)]
+    assert listing.class_names == ("cat", "dog")
+    line = text.count("\n") + 1
+    with pytest.raises(UserError, match=f"line {line}: expected 3 values, as the first line names, got fewer"):
+        list_images(table(tmp_path, f"{text}c.png, z\n"), ignore_columns=[name])
+
+
 @pytest.mark.parametrize("name", ["labels", "class", "Class", "lable", "class_name", "category", "target"])
 def test_a_column_that_may_be_meant_for_the_label_is_refused(name: str, tmp_path: Path) -> None:
     message = rf"got `{name}`; rename `{name}` to `label`, or leave .* --ignore-columns {name}$"

@@ -37,7 +37,6 @@ from cfpretrain.base.console import UserError, exit_with, path_argument
 
 MOMENTS = ("start", "loader", "step", "step", "checkpoint", "checkpoint", "sampling")  # as often as they stand there
 TARGETS = ("rank", "ranks", "launcher", "node")
-CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 
 _MARKER = "CFPRETRAIN_CRASH_TEST"  # in the environment of everything we start, so that orphans are found as well
 _START = "CFPRETRAIN_CRASH_TEST_START"  # of one start of the command, which orphans of the one before do not carry
@@ -502,8 +501,9 @@ def equal_tensors(ours: Path, theirs: Path) -> dict[str, bool]:
     """Whether two runs' last checkpoints hold the same bits, for each of their files."""
     from safetensors.numpy import load_file
 
-    equal = {}
-    for content in CONTENTS:
+    contents = [{file.stem for file in _latest(folder).glob("*.safetensors")} for folder in (ours, theirs)]
+    equal = dict.fromkeys(contents[0] ^ contents[1], False)
+    for content in contents[0] & contents[1]:
         a, b = (load_file(_latest(folder) / f"{content}.safetensors") for folder in (ours, theirs))
         equal[content] = a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
     return equal
@@ -578,7 +578,7 @@ def report(out: Path, attempts: list[Attempt], planned: int, controls: Sequence[
         "loss_equal": loss_equal,
         "weights_equal": tensors["weights"],
         "ema_equal": tensors["ema"],
-        "moments_equal": tensors["exp_avg"] and tensors["exp_avg_sq"],
+        "moments_equal": all(equal for content, equal in tensors.items() if content not in ("weights", "ema")),
         "max_relative_loss_error": max(errors, default=float("inf")),
         "seconds": round(ended - began, 1),
         "goodput": round(where["steps"] / (ended - began), 4),

@@ -311,7 +311,7 @@ def check(config: Config, world_size: int) -> None:
     Raises:
         UserError: each problem names its key, what was expected, what came and the fix.
     """
-    outside = config_files.out_of_range(config)
+    outside = list(config_files.out_of_range(config, Config))
     wrong = {problem.key for problem in outside}
     problems = [*map(str, outside), *_check_numbers(config), *_check_data(config)]
     if not wrong & {("train", "global_batch_size"), ("train", "micro_batch_size")}:

@@ -1,6 +1,7 @@
 """Typed dataclasses from YAML files and `key.sub=value` overrides, with the file that each value came from.
 
-It knows no key: what there is, of which type, the dataclass says. A text is a path where its type is `FilePath`.
+It knows no key: what there is, of which type, the dataclass says (or a TypedDict, of what stays a dict). A text is a
+path where its type is `FilePath`.
 
 Files and overrides that a user wrote may refer to keys, and to the environment where that is allowed; files that were
 recorded hold values alone. Nothing else is resolved: omegaconf has resolvers that import modules.
@@ -8,6 +9,7 @@ recorded hold values alone. Nothing else is resolved: omegaconf has resolvers th
 
 import dataclasses
 import difflib
+import functools
 import io
 import math
 import os
@@ -37,6 +39,7 @@ _OCTAL, _SEXAGESIMAL = re.compile(r"[-+]?0[0-9_]+"), re.compile(r"[-+]?[0-9][0-9
 _KEY_REFERENCE = re.compile(r"\$\{[A-Za-z_][\w.\[\]]*\}")
 _ENV_REFERENCE = re.compile(r"\$\{oc\.env:(\w+)(,[^${}]*)?\}")
 _SHELL_VARIABLE = re.compile(r"\$[A-Za-z_]\w*")
+_UNIONS = (types.UnionType, typing.Union)  # of plain types, and of annotated ones
 _TRUE_OR_FALSE = dict.fromkeys(("true", "yes", "on"), True) | dict.fromkeys(("false", "no", "off"), False)
 
 
@@ -114,27 +117,46 @@ def load(
     return loaded, {".".join(key): origin for key, origin in origins.items() if len(key) > 1}
 
 
-def from_plain(kind: type, plain: Any, source: str) -> Any:
-    """Builds the dataclass from nested dicts; raises UserError with every unknown key and wrong type."""
+def from_plain(kind: Any, plain: Any, source: str, ignore_unknown: bool = False) -> Any:
+    """Builds a dataclass, or a value of another type, from plain values such as JSON's.
+
+    Args:
+        kind: the type.
+        plain: nested dicts.
+        source: the file, for messages.
+        ignore_unknown: whether keys that the type does not have are left out; only those on top.
+
+    Raises:
+        UserError: unknown keys, wrong types and numbers out of range, all in one message.
+    """
+    if ignore_unknown and isinstance(plain, dict) and _has_keys(kind):
+        plain = {name: value for name, value in plain.items() if name in _hints(kind)}
     problems: list[Problem] = []
-    built = _build(kind, plain, (), problems)
-    _raise_all([(source, problem) for problem in problems])
+    built = _convert(plain, kind, (), problems)
+    _raise_all([(source, problem) for problem in problems or out_of_range(built, kind)])
     return built
 
 
-def out_of_range(config: Any) -> list[Problem]:
-    """The numbers of a dataclass of dataclasses that its `Range`s do not allow."""
-    problems: list[Problem] = []
-    for section, kind in typing.get_type_hints(type(config)).items():
-        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-            value = getattr(getattr(config, section), name)
-            is_tuple = typing.get_origin(hint) is tuple
-            item = typing.get_args(hint)[0] if is_tuple else hint
-            for bounds in getattr(item, "__metadata__", ()):
-                if isinstance(bounds, Range):
-                    for one in value if is_tuple else (value,):
-                        problems += in_range((section, name), one, *bounds)
-    return problems
+def out_of_range(value: Any, hint: Any, key: tuple[str, ...] = ()) -> Iterator[Problem]:
+    """The numbers in a value of a type, e.g. a dataclass of dataclasses, that its `Range`s do not allow."""
+    for bounds in getattr(hint, "__metadata__", ()):
+        if isinstance(bounds, Range):
+            yield from in_range(key, value, *bounds)
+    for name, part, of_part in _parts(value, hint):
+        yield from out_of_range(part, of_part, (*key, *name))
+
+
+def _parts(value: Any, hint: Any) -> Iterable[tuple[tuple[str, ...], Any, Any]]:
+    """What a value of a type consists of: where it has one the name of each part, the part and its type."""
+    inner = typing.get_args(hint)
+    if _has_keys(hint):
+        found = value if isinstance(value, dict) else vars(value)
+        return [((name,), found[name], of_name) for name, of_name in _hints(hint).items() if name in found]
+    if typing.get_origin(hint) in _UNIONS:  # with None
+        return [] if value is None else [((), value, inner[0])]
+    if inner and isinstance(value, dict):
+        return [((name,), part, inner[1]) for name, part in value.items()]
+    return [((), part, inner[0]) for part in value] if inner and isinstance(value, list | tuple) else []
 
 
 def in_range(key: tuple[str, ...], value: float, low: float, high: float = math.inf) -> Iterator[Problem]:
@@ -162,10 +184,7 @@ def to_shown(config: Any) -> dict[str, Any]:
 
 def without_texts(config: Any) -> dict[str, Any]:
     """As `to_plain`, for strangers: without paths, addresses and names, which are of the machine that trained."""
-    hints = {
-        name: typing.get_type_hints(kind, include_extras=True)
-        for name, kind in typing.get_type_hints(type(config)).items()
-    }
+    hints = {name: _hints(kind) for name, kind in _hints(config.__class__).items()}
     return {
         section: {key: value for key, value in values.items() if not _is_text(hints[section][key])}
         for section, values in to_plain(config).items()
@@ -319,7 +338,7 @@ def _build(kind: type, plain: Any, key: tuple[Any, ...], problems: list[Problem]
     if not isinstance(plain, dict):
         problems.append(_no_keys(key, plain))
         return None
-    hints = typing.get_type_hints(kind, include_extras=True)
+    hints = _hints(kind)
     values = {}
     for name, value in plain.items():
         path, hint = (*key, name), hints.get(name)
@@ -327,12 +346,25 @@ def _build(kind: type, plain: Any, key: tuple[Any, ...], problems: list[Problem]
             problems.append(Problem(path, f"unknown key{_suggest(str(name), hints, key)}"))
         else:
             values[name] = _convert(value, hint, path, problems)
-    missing = [one.name for one in dataclasses.fields(kind) if one.name not in plain and _is_required(one)]
+    missing = [name for name in hints if name not in plain and _is_required(kind, name)]
     problems += [Problem((*key, name), "missing") for name in missing]
     return None if missing else kind(**values)
 
 
-def _is_required(field: Any) -> bool:
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The type of each key; kept, since an index has thousands of entries of one kind."""
+    return typing.get_type_hints(kind, include_extras=True)
+
+
+def _has_keys(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint) or typing.is_typeddict(hint)
+
+
+def _is_required(kind: Any, name: str) -> bool:
+    if typing.is_typeddict(kind):
+        return name in kind.__required_keys__
+    field = kind.__dataclass_fields__[name]
     return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
@@ -356,10 +388,10 @@ def _convert(value: Any, hint: Any, key: tuple[Any, ...], problems: list[Problem
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (value is None and type(None) in (hint, *inner)):
         return value
-    if origin is types.UnionType:  # with None
+    if origin in _UNIONS:  # with None
         return _convert(value, inner[0], key, problems)
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, key, problems)
+    if _has_keys(hint):
+        return _build(hint, value, key, problems)
     try:
         if origin in (tuple, list, dict):
             return _convert_items(value, origin, inner, key, problems)
@@ -408,7 +440,7 @@ def _choice(value: Any, choices: Iterable[Any]) -> Any:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "\0" in value:  # which no path may hold, nor anything that is shown
         quoted = f"""; put it in quotes, on a command line in both kinds: "'{value}'\""""
         raise _refusal("a text", value, quoted if isinstance(value, int | float) else "")
     return value
@@ -421,8 +453,6 @@ def _path(text: str) -> str:
         )
     if _SHELL_VARIABLE.search(text):
         raise ValueError(f"expected a path, got {text!r}: only a shell replaces variables; write ~ or ${{oc.env:NAME}}")
-    if "\0" in text:
-        raise _refusal("a path", text)
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
         raise ValueError(f"expected a path, got {text!r}: there is no such user; a folder of that name is ./{text}")

@@ -1,10 +1,10 @@
 """Modalities: what is particular to a kind of token, beside a trunk that all kinds share.
 
 A modality embeds the segments of its kind, predicts what is to be learned of them, and says what the prediction costs.
-Classes and images are two; a further kind is a file with one more and its place in a `Network`.
+Classes and images are two; a further kind is a file with one more, its line in `MODALITIES` and its place in a
+`Network`.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfpretrain.core.norm import layer_norm
-from cfpretrain.core.segments import Segment, one_step
+from cfpretrain.core.segments import Segment
 
 CLASS, IMAGE = "class", "image"
 
@@ -79,7 +79,7 @@ class Modality:
 
 def class_segment(num_cond_tokens: int, labels_B: Tensor | None = None) -> Segment:
     """The condition tokens of a class: clean, in one AR step. `labels_B`: int64, for the network."""
-    return dataclasses.replace(one_step(CLASS, num_cond_tokens), clean=labels_B)
+    return Segment(CLASS, torch.zeros(1, num_cond_tokens, dtype=torch.int64), clean=labels_B)
 
 
 class ClassEmbedder(nn.Module):
@@ -209,7 +209,11 @@ class Images(Modality):
 
     @staticmethod
     def loss(prediction_BLP: Tensor, segment: Segment) -> LossTerms:
-        """The squared error, weighted along the AR axis."""
+        """w(s) |target - f(x_t of step s, t, x_0 of the steps before s)|^2 over the tokens of all AR steps s at once.
+
+        The weights are those of the AR axis (`ar.ar_weights`), and the attention's mask makes one pass of all steps
+        (section 3 of arXiv 2412.12095).
+        """
         assert segment.targets is not None
         assert segment.weights_BL is not None
         squared_error_BLP = (prediction_BLP.float() - segment.targets).square()
@@ -225,5 +229,5 @@ def take_pieces(tokens_BLD: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
     """Views of the tokens, one after another, of so many each."""
     begin = 0
     for size in sizes:
-        yield tokens_BLD[:, begin : begin + size]
+        yield tokens_BLD if size == tokens_BLD.shape[1] else tokens_BLD[:, begin : begin + size]
         begin += size

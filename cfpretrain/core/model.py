@@ -221,8 +221,11 @@ class Network(nn.Module):
             The prediction for each segment of which something is predicted in this call, in order: [B, N, P] for the
             noised tokens of an image.
         """
-        kinds = dict.fromkeys(one.kind for one in segments)
-        embedded = {kind: iter(self.modalities[kind].embedder(_of_kind(segments, kind))) for kind in kinds}
+        # One call for all segments of a kind: ranks whose rows hold other numbers of them call alike, as ZeRO-3 wants.
+        embedded = {
+            kind: iter(self.modalities[kind].embedder([one for one in segments if one.kind == kind]))
+            for kind in dict.fromkeys(one.kind for one in segments)
+        }
         vectors = [next(embedded[one.kind]) for one in segments]
         entering = [part for clean_or_noised in zip(*vectors, strict=True) for part in clean_or_noised]
         num_clean = sum(clean.shape[1] for clean, _ in vectors if clean is not None)
@@ -241,17 +244,11 @@ class Network(nn.Module):
                 continue
             read = {i: modality.read(*vectors[i]) for i, one in enumerate(segments) if one.kind == kind}
             read = {i: of_segment for i, of_segment in read.items() if of_segment.shape[1]}
-            if len(read) == 1:  # no copy
-                predictions |= {i: modality.head(of_segment) for i, of_segment in read.items()}
-            elif read:
-                predicted = modality.head(torch.cat(list(read.values()), dim=1))
-                sizes = [of_segment.shape[1] for of_segment in read.values()]
-                predictions |= dict(zip(read, predicted.split(sizes, dim=1), strict=True))
+            if read:
+                all_read = list(read.values())
+                predicted = modality.head(torch.cat(all_read, dim=1) if len(read) > 1 else all_read[0])
+                predictions |= zip(read, take_pieces(predicted, [one.shape[1] for one in all_read]), strict=True)
         return [predictions[i] for i in sorted(predictions)]
-
-
-def _of_kind(segments: Sequence[Segment], kind: str) -> list[Segment]:
-    return [one for one in segments if one.kind == kind]
 
 
 class CausalFusion(Network):

@@ -69,11 +69,6 @@ class Segment:
         return dataclasses.replace(self, clean=self.clean[:, :num_clean])
 
 
-def one_step(kind: str, num_tokens: int) -> Segment:
-    """Tokens that come at once, and clean: one AR step, such as the condition tokens of a class or a given image."""
-    return Segment(kind, torch.zeros(1, num_tokens, dtype=torch.int64))
-
-
 # ---------------------------------------------------------------------------
 # Layout
 
@@ -121,22 +116,32 @@ def build_layout(segments: Sequence[Segment], clean_multiple: int = 1) -> Layout
         if segment.steps_BL is None or segment.num_tokens == 0:
             raise ValueError(f"a segment needs at least one token, got {segment}")
         steps_BL = next_step + segment.steps_BL
-        missing_BL = segment.is_padding_BL
-        missing_BL = torch.zeros_like(steps_BL[:1], dtype=torch.bool) if missing_BL is None else missing_BL
         num_kept = segment.num_tokens
         if segment.is_noised:
-            noised.append((steps_BL, missing_BL))
+            noised.append(steps_BL)
             if i == len(segments) - 1:
                 num_kept = _clean_tokens_at_end(segment.steps_BL, clean_multiple)
         num_clean.append(num_kept)
-        clean.append((steps_BL[:, :num_kept], missing_BL[:, :num_kept]))
+        clean.append(steps_BL[:, :num_kept])
         next_step = steps_BL[:, -1:] + 1
-    step_BM, missing_BM = (_cat([pair[i] for pair in [*clean, *noised]]) for i in (0, 1))
-    step_BM, missing_BM = torch.broadcast_tensors(step_BM, missing_BM)
+    step_BM = _cat([*clean, *noised])
     is_clean_M = torch.arange(step_BM.shape[1]) < sum(num_clean)
     is_unseen_BM = is_clean_M & (step_BM == next_step - 1) & segments[-1].is_noised
-    intervals_BMI = _intervals(step_BM, sum(num_clean), missing_BM)
+    if all(segment.is_padding_BL is None for segment in segments):
+        intervals_BMI = _intervals(step_BM, sum(num_clean))
+        return Layout(step_BM, intervals_BMI.to(torch.int32), tuple(num_clean), is_unseen_BM)
+    missing = [_missing(segment) for segment in segments]
+    missing_clean = [missing_BL[:, :num] for missing_BL, num in zip(missing, num_clean, strict=True)]
+    missing_noised = [missing_BL for missing_BL, segment in zip(missing, segments, strict=True) if segment.is_noised]
+    step_BM, missing_BM = torch.broadcast_tensors(step_BM, _cat([*missing_clean, *missing_noised]))
+    intervals_BMI = _padded_intervals(step_BM, sum(num_clean), missing_BM)
     return Layout(step_BM, intervals_BMI.to(torch.int32), tuple(num_clean), missing_BM | is_unseen_BM)
+
+
+def _missing(segment: Segment) -> Tensor:
+    return (
+        torch.zeros(1, segment.num_tokens, dtype=torch.bool) if segment.is_padding_BL is None else segment.is_padding_BL
+    )
 
 
 def _clean_tokens_at_end(steps_BL: Tensor, clean_multiple: int) -> int:
@@ -158,40 +163,42 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.expand(batch_size, -1) for part in parts], dim=1)
 
 
-def _intervals(step_BM: Tensor, num_clean: int, missing_BM: Tensor) -> Tensor:
+def _intervals(step_BM: Tensor, num_clean: int) -> Tensor:
     """The row intervals of a sequence whose first `num_clean` tokens are clean; steps never decrease in either part."""
     clean_BK, noised_BN = step_BM[:, :num_clean].contiguous(), step_BM[:, num_clean:].contiguous()
-    first_B1 = torch.zeros_like(step_BM[:, :1])
-    if missing_BM.any():
-        # Padding before a sample's tokens counts as a step before all, padding behind them as one behind all.
-        missing_BK, missing_BN = missing_BM[:, :num_clean], missing_BM[:, num_clean:]
-        first_B1 = missing_BK.int().cumprod(1).sum(1, keepdim=True)
-        is_behind_BK = missing_BK & (torch.arange(num_clean) >= first_B1)
-        if (is_behind_BK.int().diff(dim=1) < 0).any():
-            raise ValueError("padding of a sample must stand before or after all of its clean tokens")
-        clean_BK = clean_BK.masked_fill(missing_BK, -1).masked_fill(is_behind_BK, step_BM.max() + 1)
-        # A noised segment is padded at its end: between its last step and the next one's first.
-        noised_BN, clean_BK = 2 * noised_BN + missing_BN.long(), 2 * clean_BK
+    zero_BM = torch.zeros_like(step_BM)
     # A clean row sees the clean tokens up to the end of its own step: one interval, its own is empty.
     clean_end = torch.searchsorted(clean_BK, clean_BK, right=True)
     before = torch.searchsorted(clean_BK, noised_BN, right=False)
     own_begin = num_clean + torch.searchsorted(noised_BN, noised_BN, right=False)
     own_end = num_clean + torch.searchsorted(noised_BN, noised_BN, right=True)
-    none_BK = torch.zeros_like(clean_BK)
-    intervals_BMI = torch.stack(
+    none_BK = zero_BM[:, :num_clean]
+    return torch.stack(
         [
-            first_B1.expand_as(step_BM),
+            zero_BM,
             torch.cat([clean_end, before], dim=1),
             torch.cat([none_BK, own_begin], dim=1),
             torch.cat([none_BK, own_end], dim=1),
         ],
         dim=-1,
     )
-    if not missing_BM.any():
-        return intervals_BMI
-    # A row that is padding sees itself, since no row may see nothing.
+
+
+def _padded_intervals(step_BM: Tensor, num_clean: int, missing_BM: Tensor) -> Tensor:
+    """The same where samples miss tokens: rows that are padding see themselves, since none may see nothing."""
+    missing_BK = missing_BM[:, :num_clean]
+    first_B1 = missing_BK.int().cumprod(1).sum(1, keepdim=True)
+    is_behind_BK = missing_BK & (torch.arange(num_clean) >= first_B1)
+    if (is_behind_BK.int().diff(dim=1) < 0).any():
+        raise ValueError("padding of a sample must stand before or after all of its clean tokens")
+    # Padding before a sample's clean tokens counts as a step before all, and behind them as one behind all. A noised
+    # segment is padded at its end: between its last step and the next one's first.
+    clean_BK = 2 * step_BM[:, :num_clean].masked_fill(missing_BK, -1).masked_fill(is_behind_BK, step_BM.max() + 1)
+    noised_BN = 2 * step_BM[:, num_clean:] + missing_BM[:, num_clean:]
+    intervals_BMI = _intervals(torch.cat([clean_BK, noised_BN], dim=1), num_clean)
+    intervals_BMI[..., 0] = first_B1
     itself_M = torch.arange(step_BM.shape[1])
-    itself_MI = torch.stack([itself_M, itself_M + 1, torch.zeros_like(itself_M), torch.zeros_like(itself_M)], -1)
+    itself_MI = torch.stack([itself_M, itself_M + 1, 0 * itself_M, 0 * itself_M], -1)
     return torch.where(missing_BM.unsqueeze(-1), itself_MI, intervals_BMI)
 
 
@@ -245,12 +252,8 @@ class Work(NamedTuple):
     patches: float = 0
 
 
-def count_visible(intervals_BMI: Tensor) -> Tensor:
-    """Pairs of query and key that attention computes, for each sample: int64 [B]."""
-    return _visible_keys(intervals_BMI).sum(-1)
-
-
-def _visible_keys(intervals_BMI: Tensor) -> Tensor:
+def visible_keys(intervals_BMI: Tensor) -> Tensor:
+    """How many keys each row sees: int64 [B, M]."""
     prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.long().unbind(-1)
     return prefix_end - prefix_begin + own_end - own_begin
 
@@ -258,7 +261,7 @@ def _visible_keys(intervals_BMI: Tensor) -> Tensor:
 def count_work(segments: Sequence[Segment], layout: Layout, batch_size: int = 1) -> Work:
     """The work of the sequences of a batch; a layout of one row serves all samples."""
     is_useful_BM = ~layout.is_padding_BM
-    num_visible_B = (_visible_keys(layout.intervals_BMI) * is_useful_BM).sum(-1)
+    num_visible_B = (visible_keys(layout.intervals_BMI) * is_useful_BM).sum(-1)
     # The weight of a column of the sequence: [clean of all segments | noised of those that are].
     clean = [torch.full((n,), int(one.kind == "image")) for one, n in zip(segments, layout.num_clean, strict=True)]
     noised = [torch.full((one.num_tokens,), 2 * int(one.kind == "image")) for one in segments if one.is_noised]

@@ -564,7 +564,7 @@ def _open_readers(source: Source, columns: Mapping[str, str], key: str) -> list[
         index = parse_json(_required_text(source, INDEX_FILE, key))
         _check_description(source, index, key)
         entries = config_files.from_plain(
-            _Index, {"shards": index["shards"]}, f"{key}: {name} cannot be read, {again}"
+            _Index, index, f"{key}: {name} cannot be read, {again}", ignore_unknown=True
         ).shards
         readers: list[_Reader] = [_Reader.from_json("", "", dataclasses.asdict(entry)) for entry in entries]
         for reader in readers:

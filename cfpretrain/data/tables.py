@@ -6,6 +6,7 @@ named to be ignored: a model trained without its labels for a typo would not say
 
 import csv
 import io
+import itertools
 import re
 import shlex
 import unicodedata
@@ -110,17 +111,17 @@ class _Reader:
             )
 
     def _csv(self, text: io.TextIOBase) -> Iterator[tuple[int, dict[str, Any]]]:
-        reader, lines_before = csv.reader(text, strict=True), 0
         columns: list[str] | None = None
         begin = 1  # of a record; the reader's own count is where it ends
         try:
-            while (values := next(reader, None)) is not None:
+            head, lines = itertools.tee(text)
+            names = next(filter(None, csv.reader(head, strict=True)), [])
+            del head  # else the lines would be kept for it
+            # Whoever writes `path, label` means no value to begin with a space either.
+            has_spaces = any(name[:1].isspace() for name in names)
+            reader = csv.reader(lines, strict=True, skipinitialspace=has_spaces)
+            for values in reader:
                 if columns is None and values:
-                    if any(name[:1].isspace() for name in values):
-                        # Whoever writes `path, label` means no value to begin with a space either.
-                        lines_before = reader.line_num
-                        reader = csv.reader(text, strict=True, skipinitialspace=True)
-                        values = next(csv.reader([",".join(values)], strict=True, skipinitialspace=True))
                     self._check_has_path(values)
                     columns = self._columns(values, "")
                 elif columns is not None and values:
@@ -132,7 +133,7 @@ class _Reader:
                         )
                     cells = zip(columns, values, strict=True)
                     yield begin, {name: from_cell(value) if name == "label" else value for name, value in cells if name}
-                begin = lines_before + reader.line_num + 1
+                begin = reader.line_num + 1
         except csv.Error as error:
             raise UserError(
                 f"images: {self._file}, line {begin}: expected CSV ({error}); close its quotes, or shorten it"

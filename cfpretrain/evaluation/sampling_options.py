@@ -118,9 +118,6 @@ def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: i
         arguments: of `add_sampling_options`.
         config: of the model.
         num_tokens: that are to be made of an image.
-
-    Raises:
-        UserError: a value that the model or the sampler does not take.
     """
     from cfpretrain.core.ar import choose_sizes, fixed_order
     from cfpretrain.core.sampler import Guidance

@@ -13,6 +13,7 @@ from torch import Tensor
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base.class_names import label_of
 from cfpretrain.base.config import Config
+from cfpretrain.base.config_files import from_plain
 from cfpretrain.base.console import UserError, say
 from cfpretrain.base.files import read_json
 from cfpretrain.core import attention
@@ -24,6 +25,8 @@ from cfpretrain.export.diffusers_layout import (
     TRANSFORMER,
     VAE,
     WEIGHTS_STEM,
+    ModelIndex,
+    WeightsIndex,
     scheduler_config,
     transformer_config,
 )
@@ -47,23 +50,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model to sample from is, and what is known of it before its weights are read.
+    """Where a model to sample from is, and what is known of it before its weights are read."""
 
-    Attributes:
-        path: a run folder, or an exported one.
-        config: that the weights were trained with.
-        class_names: one for each class; their numbers where names are not known.
-        title: whose weights they are, for people.
-        checkpoint: of a run; None: an export.
-        weights: of a run: "ema" or "raw".
-    """
-
-    path: Path
-    config: Config
-    class_names: tuple[str, ...]
-    title: str
-    checkpoint: RunCheckpoint | None
-    weights: str
+    path: Path  # a run folder, or an exported one
+    config: Config  # that the weights were trained with
+    class_names: tuple[str, ...]  # one for each class; their numbers where names are not known
+    title: str  # whose weights they are, for people
+    checkpoint: RunCheckpoint | None  # of a run; None: an export
+    weights: str  # of a run: "ema" or "raw"
 
     def label_of(self, text: str) -> int:
         """The class that a word means (see `class_names.label_of`); UserError where it means none, or several."""
@@ -89,15 +83,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Source(Origin):
-    """A model to sample from.
+    """A model to sample from."""
 
-    Attributes:
-        model: on `device`, for sampling alone.
-        device: where it computes.
-    """
-
-    model: CausalFusion
-    device: torch.device
+    model: CausalFusion  # on `device`, for sampling alone
+    device: torch.device  # where it computes
 
     def make_autoencoder(self) -> Autoencoder:
         """What decodes its latents; UserError where it names none and its latents are no pixels."""
@@ -122,9 +111,6 @@ def load_source(
         precision: in which: "fp32" or "bf16".
         weights: of a run: "ema" or "raw"; an export holds one of them, and is asked for none.
         step: of a run's checkpoint; see `build.find_checkpoint`.
-
-    Raises:
-        UserError: it is neither, or not complete.
     """
     return open_source(path, weights, step).load(device, precision)
 
@@ -137,7 +123,7 @@ def open_source(path: Path, weights: str = "ema", step: Step = None) -> Origin:
         if step is not None:
             raise UserError(f"--step: {path} is an export, of one step; leave it out")
         config = _export_config(path)
-        names = _texts_of(path / INDEX_FILE, "id2label")
+        names = _read_json(path / INDEX_FILE, ModelIndex).get("id2label", {})
         class_names = tuple(names.get(str(i), str(i)) for i in range(config.model.num_classes))
         return Origin(path, config, class_names, f"{path}", None, weights)
     if (path / CONFIG_FILE).is_file():
@@ -199,7 +185,9 @@ def _load_export(folder: Path, config: Config) -> CausalFusion:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     whole = f"{WEIGHTS_STEM}.safetensors"
     index = folder / f"{whole}.index.json"
-    files = set(_texts_of(index, "weight_map").values()) if os.path.lexists(index) else {whole}
+    files = {whole}
+    if os.path.lexists(index):
+        files = set(_read_json(index, WeightsIndex)["weight_map"].values())
     for file in files:
         if not _WEIGHTS_FILE.fullmatch(file):
             raise UserError(
@@ -210,19 +198,11 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     }
 
 
-def _texts_of(path: Path, key: str) -> dict[str, str]:
-    """Texts by name, under a key of a JSON file; none where it is missing."""
-    found = _read_json(path).get(key) or {}
-    if not isinstance(found, dict) or not all(isinstance(text, str) for text in found.values()):
-        raise UserError(f"{path}: expected texts by name as {key}, got {found!s:.60}; export the run again")
-    return found
-
-
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
+    """What a JSON file holds, as a value of a type."""
     try:
-        content = read_json(path)
+        return from_plain(kind, read_json(path), str(path), ignore_unknown=True)
+    except UserError as error:
+        raise UserError(f"{error}; export the run again") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); export the run again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected keys with values, got {content!r:.40}; export the run again")
-    return content

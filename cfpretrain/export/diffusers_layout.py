@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -44,23 +44,35 @@ _MAX_PICTURE_BYTES = 2**28
 _DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
 
 
+_Part = tuple[str | None, ...]  # a package, or a file of code, and the class in it
+
+
+class ModelIndex(TypedDict, total=False):
+    """`model_index.json`; diffusers writes more keys where it saves a folder again."""
+
+    _class_name: _Part
+    transformer: _Part
+    scheduler: _Part
+    vae: _Part
+    id2label: dict[str, str]
+
+
+class WeightsIndex(TypedDict):
+    """Which file holds which tensor, where there are several."""
+
+    metadata: dict[str, Any]
+    weight_map: dict[str, str]
+
+
 @dataclass(frozen=True)
 class ExportSettings:
-    """What leaves of a run, and how.
+    """What leaves of a run, and how."""
 
-    Attributes:
-        weights: "ema", or "raw" for the trained weights themselves.
-        step: of the checkpoint; see `build.find_checkpoint`.
-        dtype: of the weights' files.
-        max_shard_bytes: a file of weights is no larger, unless one tensor is.
-        licence: for the model card.
-    """
-
-    weights: Literal["ema", "raw"] = "ema"
-    step: build.Step = None
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    max_shard_bytes: int = 5 * 10**9
-    licence: str = "unknown"
+    weights: Literal["ema", "raw"] = "ema"  # "ema", or "raw" for the trained weights themselves
+    step: build.Step = None  # of the checkpoint; see `build.find_checkpoint`
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights' files
+    max_shard_bytes: int = 5 * 10**9  # a file of weights is no larger, unless one tensor is
+    licence: str = "unknown"  # for the model card
 
 
 def export(run: Path, out: Path, settings: ExportSettings) -> None:
@@ -72,9 +84,6 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
         run: a run folder, of any ranks and ZeRO stage.
         out: the folder to make.
         settings: what and how.
-
-    Raises:
-        UserError: it is no run's folder, a file of it is missing or damaged, `out` exists, or it cannot be written.
     """
     outputs.refuse_existing(out, "OUT")
     source = _Source.open(run, settings)
@@ -125,11 +134,11 @@ class _Source:
         _write_json(folder / TRANSFORMER / "config.json", transformer_config(self.config) | scaling)
         scheduler = scheduler_config(self.config)
         _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler)
-        index = {
-            "_class_name": [pipeline_name, "CausalFusionPipeline"],
-            TRANSFORMER: [transformer_name, "CausalFusionTransformer"],
-            SCHEDULER: ["diffusers", scheduler["_class_name"]],
-            VAE: ["diffusers", "AutoencoderKL"] if self.vae else [None, None],
+        index: ModelIndex = {
+            "_class_name": (pipeline_name, "CausalFusionPipeline"),
+            "transformer": (transformer_name, "CausalFusionTransformer"),
+            "scheduler": ("diffusers", scheduler["_class_name"]),
+            "vae": ("diffusers", "AutoencoderKL") if self.vae else (None, None),
             # A list would be taken for one more part.
             "id2label": {str(number): label for number, label in enumerate(self.class_names)},
         }
@@ -161,7 +170,8 @@ class _Source:
                     del values  # before the next one is read
         if len(shards) > 1:
             weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-            index = {"metadata": {"total_size": dtype.itemsize * self._num_values()}, "weight_map": weight_map}
+            size = dtype.itemsize * self._num_values()
+            index: WeightsIndex = {"metadata": {"total_size": size}, "weight_map": weight_map}
             _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)
 
     def _num_values(self) -> int:
@@ -285,11 +295,7 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 def push(folder: Path, repository: str) -> None:
-    """Uploads an exported folder to a repository of the hub, which is made (private) where it is not there.
-
-    Raises:
-        UserError: the hub refuses, or cannot be reached.
-    """
+    """Uploads an exported folder to a repository of the hub, which is made (private) where it is not there."""
     from huggingface_hub import HfApi
 
     try:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 
 from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
 from cfpretrain.base import config as configs
-from cfpretrain.base.config import Config
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.config import Config, Natural, NotNegative
+from cfpretrain.base.config_files import from_plain
+from cfpretrain.base.console import UserError, one_line, say
 from cfpretrain.base.files import read_json
 from cfpretrain.core import attention
 from cfpretrain.core.ar import ARSettings
@@ -46,22 +47,38 @@ LOCK_FILE = "lock"
 Autoencoder = IdentityAutoencoder | KLAutoencoder
 
 
+class _End(TypedDict):
+    num_steps: Natural
+    train_seconds: NotNegative
+
+
+class Summary(_End, total=False):
+    """What a complete run says of itself; earlier versions did not say all of it."""
+
+    world_size: Natural
+    zero_stage: Natural
+    engine_precision: str
+    num_skipped_steps: Natural
+    num_rewinds: Natural
+    skipped_steps: list[Natural]
+    images_per_second: NotNegative
+    loss_first: NotNegative | None  # where no loss was finite
+    loss_last: NotNegative | None
+    peak_rss_mb: NotNegative
+    versions: dict[str, str]
+
+
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """What a complete run says of itself, without `SUMMARY_NUMBERS` that are none; None where it is not complete."""
+    """The `Summary` of a complete run, without what is None in it; None where there is none, or it is damaged."""
+    file = folder / SUMMARY_FILE
     try:
-        summary = read_json(folder / SUMMARY_FILE)
-    except (OSError, ValueError):
+        summary: Summary = from_plain(Summary, read_json(file), SUMMARY_FILE, ignore_unknown=True)
+    except FileNotFoundError:
         return None
-    if not isinstance(summary, dict):
+    except (OSError, ValueError) as error:
+        say(f"WARNING: {file} is left out, as if the run were not complete: {one_line(error)}")
         return None
-    broken = [name for name in SUMMARY_NUMBERS if not _is_number(summary.get(name))]
-    for name in broken:
-        summary.pop(name, None)
-    return None if {"num_steps", "train_seconds"} & set(broken) else summary
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 2**63
+    return {name: value for name, value in summary.items() if value is not None}
 
 
 def load_config(

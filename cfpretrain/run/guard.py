@@ -4,9 +4,9 @@ import math
 import statistics
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict
 
-from cfpretrain.base.config import GuardConfig
+from cfpretrain.base.config import GuardConfig, Natural, NotNegative
 
 # A normal distribution's standard deviation is so many of its median absolute deviations.
 _DEVIATIONS_PER_MAD = 1.4826
@@ -16,6 +16,14 @@ _DEVIATIONS_PER_MAD = 1.4826
 _MIN_SHARE = 0.05
 # No verdict on spikes from fewer steps, nor from less than a quarter of the window.
 _MIN_STEPS = 8
+
+
+class GuardState(TypedDict, total=False):
+    """What `Guard.to_plain` says, for JSON."""
+
+    losses: list[NotNegative]
+    grad_norms: list[NotNegative]
+    num_skips_in_row: Natural
 
 
 class Guard:
@@ -57,7 +65,7 @@ class Guard:
         """Whether so many steps in a row were skipped that the weights themselves must be sick."""
         return self.num_skips_in_row >= self._config.max_skips_in_row
 
-    def to_plain(self) -> dict[str, Any]:
+    def to_plain(self) -> GuardState:
         """The state for JSON, exact: a resumed run decides as an uninterrupted one."""
         return {
             "losses": list(self._losses),
@@ -65,7 +73,7 @@ class Guard:
             "num_skips_in_row": self.num_skips_in_row,
         }
 
-    def restore(self, plain: dict[str, Any]) -> None:
+    def restore(self, plain: GuardState) -> None:
         """Restores the state of `to_plain`, or an empty one; of a longer window the latest steps."""
         self._losses.clear()
         self._losses.extend(plain.get("losses", ()))

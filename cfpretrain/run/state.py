@@ -9,19 +9,20 @@ import dataclasses
 import hashlib
 import json
 import math
-import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
+from cfpretrain.base import config_files
+from cfpretrain.base.config import Natural, NotNegative
 from cfpretrain.base.console import UserError
 from cfpretrain.base.files import parse_json, read_text
+from cfpretrain.run.guard import GuardState
 from cfpretrain.run.tensor_files import DamagedCheckpointError, remedy, unreadable
 
 # 1 had no hashes, and neither `guard` nor `num_rewinds`; 2 had `model`, a section of the config, and no other record.
-_LARGEST = 2**63  # of whole numbers
-SCHEMA_VERSION = 3
+SCHEMA_VERSION: Literal[3] = 3
 STATE_FILE = "state.json"
 
 TRAINING_SECTIONS = ("order", "data", "train", "guard")  # of a config: other values train otherwise from there on
@@ -31,28 +32,35 @@ _FIXED_SECTIONS, _FIXED_KEYS = ("model", "noise"), ("data.latent_shift", "data.l
 _ADDED_KEYS = {"noise.process": "epsilon", "noise.flow_times": "logit_normal"}
 
 
+class Resume(TypedDict):
+    """What a resume changed: values before and after, by key."""
+
+    step: Natural
+    changed: dict[str, tuple[Any, Any]]
+
+
 @dataclass(frozen=True)
 class TrainingState:
     """What a run needs besides its tensors to go on as if it had never stopped, and others to know what was trained."""
 
-    step: int  # optimizer steps taken or skipped = global batches consumed
-    optimizer_step: int  # steps Adam has applied: its bias correction
-    num_skipped: int  # steps that the weights know nothing of: skipped, or gone back behind
-    num_rewinds: int
-    epoch: int
-    samples_in_epoch: int  # samples of this epoch consumed, over all ranks
-    train_seconds: float
-    seed: int
-    config: dict[str, Any]  # resolved, as plain values; of a checkpoint of schema 2 its section model alone
-    history: list[Any]  # {"step": of a resume, "changed": {key: [before, after]}}, in their order
+    step: Natural  # optimizer steps taken or skipped = global batches consumed
+    optimizer_step: Natural  # steps Adam has applied: its bias correction
+    num_skipped: Natural  # steps that the weights know nothing of: skipped, or gone back behind
+    num_rewinds: Natural
+    epoch: Natural
+    samples_in_epoch: Natural  # samples of this epoch consumed, over all ranks
+    train_seconds: NotNegative
+    seed: Natural
+    config: dict[str, dict[str, Any]]  # resolved, as plain values; of a checkpoint of schema 2 its section model alone
+    history: list[Resume]  # in their order
     class_names: list[str]  # by number; none where they are not known
     autoencoder: str  # fingerprint of the one behind the latents, or "identity"; empty where it is not known
     working_folder: str  # what relative paths of the config are relative to; empty where it is not known
     data_fingerprint: str
-    guard: dict[str, Any]  # the window of losses and gradient norms that says what is usual
+    guard: GuardState  # the window of losses and gradient norms that says what is usual
     wandb_run_id: str | None
     versions: dict[str, str]  # of the packages that wrote it
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[3] = SCHEMA_VERSION
 
     def to_json(self) -> str:
         """The state as JSON text, one key a line, and a hash of it."""
@@ -76,21 +84,22 @@ class TrainingState:
             plain = parse_json(text)
         except ValueError as error:
             raise DamagedCheckpointError(f"{source}: expected JSON, got {error}; {remedy(source)}") from error
-        if not isinstance(plain, dict):
-            raise DamagedCheckpointError(f"{source}: expected keys with values, got {plain!r:.40}; {remedy(source)}")
-        _check_schema(plain, source)
-        sha256 = plain.pop("sha256", None)
-        is_what_was_written = sha256 is not None and sha256 == _hash(plain)
-        if plain.get("schema_version") == 2:
-            plain = _from_schema_2(plain)
-        problems = _state_problems(plain)
-        if problems:
-            raise DamagedCheckpointError(f"{source}: {' | '.join(problems)}; {remedy(source)}")
+        is_what_was_written = False
+        if isinstance(plain, dict):
+            _check_schema(plain, source)
+            sha256 = plain.pop("sha256", None)
+            is_what_was_written = sha256 is not None and sha256 == _hash(plain)
+            if plain.get("schema_version") == 2:
+                plain = _from_schema_2(plain)
+        try:
+            state: TrainingState = config_files.from_plain(cls, plain, str(source))
+        except UserError as error:
+            raise DamagedCheckpointError(f"{error}; {remedy(source)}") from error
         if not is_what_was_written:
             raise DamagedCheckpointError(
                 f"{source}: its contents are not those that were written (sha256); {remedy(source)}"
             )
-        return cls(**plain)
+        return state
 
     @property
     def has_record(self) -> bool:
@@ -104,11 +113,11 @@ class TrainingState:
             if resume["step"] < step:
                 break
             for path, (before, _) in resume["changed"].items():
-                section, key = path.split(".")
+                section, _, key = path.partition(".")
                 config.setdefault(section, {})[key] = before
         return config
 
-    def history_with(self, config: Mapping[str, Any]) -> list[Any]:
+    def history_with(self, config: Mapping[str, Any]) -> list[Resume]:
         """The history of a run that goes on from here under this config, of plain values."""
         changed = changes(self.config, config) if self.has_record else {}
         return [*self.history, {"step": self.step, "changed": changed}] if changed else self.history
@@ -145,11 +154,11 @@ class TrainingState:
         ]
 
 
-def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """What two configs of plain values set differently, {key: [before, after]}; where the run lies does not count."""
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two configs of plain values set differently, {key: (before, after)}; where the run lies does not count."""
     then, now = _flat(before), _flat(after)
     return {
-        path: [then[path], value]
+        path: (then[path], value)
         for path, value in now.items()
         if path in then and then[path] != value and path != "run.folder"
     }
@@ -238,76 +247,3 @@ def _from_schema_2(plain: Mapping[str, Any]) -> dict[str, Any]:
     config = {"config": {"model": plain["model"]}} if isinstance(plain.get("model"), dict) else {}
     empty: dict[str, Any] = {"history": [], "class_names": [], "autoencoder": "", "working_folder": ""}
     return empty | rest | config | {"schema_version": SCHEMA_VERSION}
-
-
-def _state_problems(plain: Mapping[str, Any]) -> list[str]:
-    hints = typing.get_type_hints(TrainingState)
-    problems = [f"{key}: missing" for key in hints if key not in plain]
-    if plain.get("schema_version") == 0:
-        problems.append(f"schema_version: expected {SCHEMA_VERSION}, got 0")
-    for key, value in plain.items():
-        if key not in hints:
-            problems.append(f"{key}: unknown key")
-        elif not _has_type(value, hints[key]):
-            problems.append(f"{key}: expected {_describe(hints[key])}, got {value!r:.40}")
-        elif key in _PARTS and not all(map(_PARTS[key], value if isinstance(value, list) else value.values())):
-            problems.append(f"{key}: expected what training writes, got {value!r:.40}")
-    return [*problems, *_guard_problems(plain.get("guard"))]
-
-
-def _is_resume(entry: Any) -> bool:
-    """Whether it is an entry of the history."""
-    if not isinstance(entry, dict) or not (
-        _has_type(entry.get("step"), int) and isinstance(entry.get("changed"), dict)
-    ):
-        return False
-    return all(
-        key.count(".") == 1 and isinstance(pair, list) and len(pair) == 2 for key, pair in entry["changed"].items()
-    )
-
-
-def _is_of_guard(value: Any) -> bool:
-    return all(_has_type(one, float) for one in (value if isinstance(value, list) else [value]))
-
-
-def _guard_problems(guard: Any) -> Iterator[str]:
-    """Parts of a guard's state that are none of `health.Guard.to_plain`."""
-    kinds = {"losses": list, "grad_norms": list, "num_skips_in_row": int}
-    for name, value in guard.items() if isinstance(guard, dict) else ():
-        if type(value) is not kinds.get(name):
-            yield (
-                f"guard: expected a {kinds[name].__name__} as {name}" if name in kinds else f"guard.{name}: unknown key"
-            )
-
-
-# What the parts of a state are that hold others.
-_PARTS: dict[str, Callable[[Any], bool]] = {
-    "config": lambda section: isinstance(section, dict),
-    "history": _is_resume,
-    "guard": _is_of_guard,
-}
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a field's type; every number of a state counts something, so none is negative."""
-    if isinstance(value, bool):
-        return False
-    if hint in (int, float):
-        return isinstance(value, hint | int) and 0 <= value < (_LARGEST if isinstance(value, int) else math.inf)
-    kind, inner = typing.get_origin(hint), typing.get_args(hint)
-    if kind in (dict, list):
-        items = value.values() if isinstance(value, dict) else value
-        return isinstance(value, kind) and (inner[-1] is not str or all(_has_type(item, str) for item in items))
-    return isinstance(value, hint) and (not isinstance(value, str) or "\0" not in value)
-
-
-def _describe(hint: Any) -> str:
-    names: dict[Any, str] = {
-        int: "a whole number of at least 0",
-        float: "a number of at least 0",
-        str: "a text",
-        str | None: "a text or null",
-        list[str]: "a list of texts",
-        list[Any]: "a list",
-    }
-    return names.get(hint, "keys with values")

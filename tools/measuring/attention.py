@@ -30,7 +30,7 @@ from cfpretrain.base.console import say
 from cfpretrain.core import attention, seeds
 from cfpretrain.core.ar import draw_steps
 from cfpretrain.core.modalities import class_segment, image_segment
-from cfpretrain.core.segments import build_layout, count_visible
+from cfpretrain.core.segments import build_layout, visible_keys
 from tools.measuring.common import alternate, seconds_of
 
 _DENSE = {"dense flash": SDPBackend.FLASH_ATTENTION, "dense cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -78,7 +78,7 @@ def _measure_size(
             runs[name] = run
     if arguments.compile:
         return []
-    num_visible, num_pairs = int(count_visible(intervals_BMI).sum()), batch_size * length**2
+    num_visible, num_pairs = int(visible_keys(intervals_BMI).sum()), batch_size * length**2
     rows = []
     for name, seconds in _race(runs, device).items():
         pairs = num_pairs if name in _DENSE else num_visible
