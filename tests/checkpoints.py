@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cfpretrain.base.console import UserError
-from cfpretrain.run import checkpoint_writer
-from cfpretrain.run.checkpoint import CheckpointStore
+from cfpretrain.run import checkpoint, checkpoint_writer
+from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.state import TrainingState
 
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
@@ -33,9 +33,12 @@ class Fragment:
     shape: tuple[int, ...]
     offset: int
     values: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    state: dict[str, Tensor]
     replicated: bool
+
+    @property
+    def numel(self) -> int:
+        return self.values.numel()
 
 
 def random_bits(shapes: dict[str, tuple[int, ...]], seed: int) -> Full:
@@ -54,9 +57,8 @@ def cut(full: Full, name: str, begin: int, end: int, replicated: bool) -> tuple[
     """One rank's copies of a flat range of a parameter."""
     pieces = {content: full[content][name].reshape(-1)[begin:end].clone() for content in CONTENTS}
     shape = tuple(full["weights"][name].shape)
-    fragment = Fragment(
-        name, shape, begin, pieces["weights"], pieces["exp_avg"], pieces["exp_avg_sq"], replicated=replicated
-    )
+    state = {name: pieces[name] for name in CONTENTS[2:]}
+    fragment = Fragment(name, shape, begin, pieces["weights"], state, replicated)
     return fragment, pieces["ema"]
 
 
@@ -83,8 +85,7 @@ def holds(rank: Rank, full: Full) -> bool:
         pairs = [
             (fragment.values, expected.values),
             (ema, expected_ema),
-            (fragment.exp_avg, expected.exp_avg),
-            (fragment.exp_avg_sq, expected.exp_avg_sq),
+            *((fragment.state[name], expected.state[name]) for name in CONTENTS[2:]),
         ]
         if not all(same_bits(a, b) for a, b in pairs):
             return False
@@ -126,7 +127,7 @@ def save(store: CheckpointStore, step: int, shapes: dict[str, tuple[int, ...]] =
 
 def load(path: Path, shapes: dict[str, tuple[int, ...]] = SHAPES) -> tuple[TrainingState, Rank]:
     rank = whole(zero_like(random_bits(shapes, 0)))
-    state = CheckpointStore.load(path, *rank, config=CONFIG)
+    state = checkpoint.load(path, *rank, config=CONFIG)
     return state, rank
 
 
@@ -134,24 +135,22 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def write_partial_as_ranks(folder: Path, ranks: Sequence[Rank], full: Full, step: int) -> Path:
+def write_partial_as_ranks(folder: Path, ranks: Sequence[Rank], full: Full, step: int) -> list[dict[str, Any]]:
     """What writers do on several ranks before anything is published, one rank after another, the last one first."""
-    partial = folder / f"step_{step:08d}.partial"
     folder.mkdir(parents=True, exist_ok=True)
-    shapes = {name: tuple(t.shape) for name, t in full["weights"].items()}
+    shapes = {content: {name: tuple(t.shape) for name, t in full[content].items()} for content in CONTENTS}
+    hashes = []
     for index, rank in reversed(list(enumerate(ranks))):
-        snapshot = checkpoint_writer._Snapshot(*rank, index, len(ranks))
-        snapshot.take()
-        checkpoint_writer._write_share(partial, shapes, step, snapshot, index, lambda: None)
-    return partial
+        part = checkpoint_writer.RankPart(*rank, shapes, index, len(ranks))
+        part.take()
+        hashes.append(part.write(folder / f"step_{step:08d}.partial", step, lambda: None))
+    return hashes[::-1]
 
 
 def write_as_ranks(store: CheckpointStore, ranks: Sequence[Rank], full: Full, step: int) -> Path:
     """A checkpoint that several ranks have written, in this process."""
-    partial = write_partial_as_ranks(store.folder, ranks, full, step)
-    checkpoint_writer._join_parts(partial, len(ranks))
-    store.publish(partial, partial.with_suffix(""), make_state(step).to_json())
-    return partial.with_suffix("")
+    store.publish(step, write_partial_as_ranks(store.folder, ranks, full, step), make_state(step).to_json())
+    return store.path(step)
 
 
 def message(action: Callable[[], Any]) -> str:

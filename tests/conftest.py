@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from tests import processes
-from tests.digits import write_digits
+from tests.digits import small_run, write_digits
 from tests.strictness import FOREIGN_WARNINGS
 
 # No test passes or fails by the clock.
@@ -19,8 +19,36 @@ settings.load_profile("timeless")
 torch.set_warn_always(True)
 
 
+# Where several processes take file after file, the last one ends with a short one.
+_LONGEST_FIRST = [
+    "watchdog",
+    "stopping",
+    "fuzz",
+    "block_causal",
+    "train",
+    "sample",
+    "s3",
+    "train_autoencoder",
+    "engine",
+    "replay",
+    "evaluator",
+    "evaluate_fid",
+    "nothing_is_run",
+    "sick_runs",
+    "runtime",
+    "device_runs",
+    "loader",
+    "memory",
+    "checkpoint_writer",
+    "encode_latents",
+    "elastic",
+]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Ignores foreign warnings by marks: `pytest -W error` overrules filters in pyproject.toml, but not those."""
+    places = {f"test_{name}.py": place for place, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
     for item in items:
         for message, category in FOREIGN_WARNINGS.items():
             item.add_marker(pytest.mark.filterwarnings(f"ignore:{message}:{category.__name__}"))
@@ -36,3 +64,12 @@ def _no_rank_is_left_running() -> Iterator[None]:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards of 100 real digits; tests read them only."""
     return write_digits(tmp_path_factory.mktemp("data") / "digits")
+
+
+@pytest.fixture(scope="session")
+def whole_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of 12 steps on 2 ranks, over two epochs of 6 steps and a tail; tests read it only."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    for ended in processes.run_script("cfpretrain/train.py", small_run(shards, folder), 2):
+        assert ended.code == 0, ended.err
+    return folder

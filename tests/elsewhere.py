@@ -1,10 +1,10 @@
 """Run where cfpretrain is not: loads exports in one process, and leaves what they make and what they refuse.
 
-    python elsewhere.py DIGITS RAW VERSION LATENTS GIVEN MADE SOLVERS
+    python elsewhere.py DIGITS RAW VERSION LATENTS GIVEN MADE SOLVERS PROCESS...
 
 Four exported folders (DIGITS, the same code with other weights, with other code, one with an autoencoder), the tensors
-to work on, where to leave those that are made, and the names of solvers, with commas. The last line it prints is what
-else there is to say, as JSON.
+to work on, where to leave those that are made, the names of solvers, with commas, and exported folders that are named
+like their noise process. The last line it prints is what else there is to say, as JSON.
 """
 
 import contextlib
@@ -68,7 +68,7 @@ def refusal(call: Callable[[], Any]) -> str | None:
 
 
 def main() -> None:
-    digits, raw, version, latents, given_file, made_file, solvers = sys.argv[1:]
+    digits, raw, version, latents, given_file, made_file, solvers, *processes = sys.argv[1:]
     with contextlib.suppress(ImportError):
         importlib.import_module("cfpretrain")
         sys.exit("cfpretrain can be imported here")
@@ -154,6 +154,11 @@ def main() -> None:
         out[f"autoencoder {kind}"] = make(decoded, [0, 4], num_ar_steps=2, output_type=kind)
     for name, folder, labels in (("raw", raw, LABELS), ("autoencoder latent", latents, [0, 4])):
         out[f"{name} from hub"] = make(load_from_hub(folder), labels, num_ar_steps=4 if name == "raw" else 2)
+    for process in processes:
+        other_process = load(process)
+        for solver in solvers.split(","):
+            out[f"{Path(process).name} {solver}"] = make(other_process, LABELS, solver=solver)
+    other_process.scheduler = pipe.scheduler
     half = load(digits, torch_dtype=torch.bfloat16)
     out["half"] = make(half, LABELS, solver="ddim")
     out |= {f"weights.{name}": value for name, value in pipe.transformer.state_dict().items()}
@@ -161,6 +166,7 @@ def main() -> None:
     packages = {name.split(".")[0] for name in sys.modules}
     said = {
         "refusals": refusals,
+        "swapped": refusal(lambda: make(other_process, LABELS)),
         "strangers": sorted(packages & {"cfpretrain", "deepspeed", "streaming", "omegaconf"}),
         "modules": [type(one).__module__ for one in (pipe, pipe.transformer, other, other.transformer)],
     }

@@ -4,6 +4,7 @@ The processes are forked from a server that has imported torch and DeepSpeed onc
 second instead of ten.
 """
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from multiprocessing.connection import Connection
@@ -32,7 +33,19 @@ def _server() -> Any:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["torch", "deepspeed", "streaming", "cfpretrain.training.trainer", "tests.processes"]
+        [
+            "torch",
+            "deepspeed",
+            "deepspeed.runtime.zero.utils",
+            "torch._inductor.compile_fx",  # by DeepSpeed's engine
+            "matplotlib.figure",
+            "matplotlib.backends.backend_agg",
+            "streaming",
+            "cfpretrain.training.trainer",
+            "cfpretrain.evaluation.figures",
+            "tests.processes",
+            "tests.preloaded",
+        ]
     )
     return context
 
@@ -48,12 +61,13 @@ def _environment(rank: int, world_size: int, port: int, device: str) -> dict[str
     return launcher_environment(rank, world_size, port) | {"DS_ACCELERATOR": device} | hidden
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    """Waits for what another process does; the clock ends a wait for one that hangs."""
+def wait_until(condition: Callable[[], bool], timeout_s: float = 60, ranks: Sequence["Rank"] = ()) -> None:
+    """Waits for what another process does, none of `ranks` ending; the clock ends a wait for one that hangs."""
     end = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
+        assert time.monotonic() < end, [rank.said() for rank in ranks]
+        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
+        time.sleep(0.005)
 
 
 def free_port() -> int:
@@ -74,6 +88,15 @@ def launcher_environment(rank: int, world_size: int, port: int) -> dict[str, str
         "MASTER_PORT": str(port),
         "OMP_NUM_THREADS": "1",
     }
+
+
+def set_constants(constants: Mapping[str, Any]) -> None:
+    """Sets constants of the library in this process, named as in "base.console._LINGER_SECONDS"."""
+    for name, value in constants.items():
+        module, _, constant = name.rpartition(".")
+        found = importlib.import_module(f"cfpretrain.{module}")
+        assert hasattr(found, constant), name
+        setattr(found, constant, value)
 
 
 def run_in_processes(
@@ -172,15 +195,33 @@ def end_ranks() -> None:
 
 
 class Rank:
-    """A script that runs as a rank, with the methods of `subprocess.Popen` that tests need."""
+    """A script that runs as a rank, with the methods of `subprocess.Popen` that tests need.
 
-    def __init__(self, script: str, arguments: Sequence[str], environment: dict[str, str]) -> None:
+    Args:
+        script: a file of the repository, or the text of a program.
+        arguments: of its command line.
+        environment: added to the server's.
+        cwd: the folder it runs in.
+        path: folders of further modules that it may import.
+        constants: of the library that are others for it, as `set_constants` takes them.
+    """
+
+    def __init__(
+        self,
+        script: str,
+        arguments: Sequence[str],
+        environment: dict[str, str],
+        cwd: Path = REPOSITORY,
+        path: Sequence[Path] = (),
+        constants: Mapping[str, Any] | None = None,
+    ) -> None:
         context = _context(environment.get("DS_ACCELERATOR", "cpu"))
         self.args = [script, *arguments]
         self._folder: tempfile.TemporaryDirectory[str] | None = tempfile.TemporaryDirectory()
         self._said: tuple[str, ...] = ()
         self._written = [Path(self._folder.name) / name for name in ("out", "err")]
-        self._process = context.Process(target=_run_script, args=(script, arguments, environment, self._written))
+        how = (script, arguments, environment, self._written, cwd, path, constants or {})
+        self._process = context.Process(target=_run_script, args=how)
         self._process.start()
         _STARTED.append(self)
 
@@ -220,29 +261,61 @@ class Rank:
         return self._said
 
 
-def _run_script(script: str, arguments: Sequence[str], environment: dict[str, str], written: Sequence[Path]) -> None:
-    for stream, path in zip((1, 2), written, strict=True):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
+def _run_script(
+    script: str,
+    arguments: Sequence[str],
+    environment: dict[str, str],
+    written: Sequence[Path],
+    cwd: Path,
+    path: Sequence[Path],
+    constants: Mapping[str, Any],
+) -> None:
+    for stream, file in zip((1, 2), written, strict=True):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(environment)
-    os.chdir(REPOSITORY)
+    os.chdir(cwd)
+    sys.path += map(str, path)
+    set_constants(constants)
     sys.argv = [script, *arguments]
-    runpy.run_path(str(REPOSITORY / script), run_name="__main__")
+    if "\n" in script:
+        sys.argv[0] = "-c"
+        exec(compile(script, "<a test>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(str(REPOSITORY / script), run_name="__main__")
 
 
-def start_script(script: str, arguments: Sequence[str], world_size: int, device: str = "cpu") -> list[Rank]:
-    """Starts a script of the repository on each rank, with the launcher's environment and `--local_rank`."""
+def start_script(script: str, arguments: Sequence[str], world_size: int, device: str = "cpu", **how: Any) -> list[Rank]:
+    """Starts a script on each rank, with the launcher's environment and `--local_rank`; `how`: as `Rank` takes it."""
     port = free_port()
     return [
-        Rank(script, [f"--local_rank={rank}", *arguments], _environment(rank, world_size, port, device))
+        Rank(script, [f"--local_rank={rank}", *arguments], _environment(rank, world_size, port, device), **how)
         for rank in range(world_size)
     ]
 
 
 def run_script(
-    script: str, arguments: Sequence[str], world_size: int = 1, timeout_s: float = 240, device: str = "cpu"
+    script: str, arguments: Sequence[str], world_size: int = 1, timeout_s: float = 240, device: str = "cpu", **how: Any
 ) -> list[Ended]:
-    """Runs a script of the repository on each rank and waits for all; none is left running."""
-    ranks = start_script(script, arguments, world_size, device)
+    """Runs a script on each rank and waits for all; none is left running."""
+    return end_of(start_script(script, arguments, world_size, device, **how), timeout_s)
+
+
+def run_tool(script: str, arguments: Sequence[object], world_size: int = 1) -> Ended:
+    """Rank 0 of a script, after all ranks ended as it did."""
+    ended = run_script(script, list(map(str, arguments)), world_size)
+    assert len({rank.code for rank in ended}) == 1, ended
+    return ended[0]
+
+
+def run_alone(script: str, arguments: Sequence[str] = (), timeout_s: float = 240, **how: Any) -> Ended:
+    """Runs a script, or the text of a program, without the launcher's environment."""
+    environment = {"OMP_NUM_THREADS": "1", **how.pop("environment", {})}
+    [ended] = end_of([Rank(script, arguments, environment, **how)], timeout_s)
+    return ended
+
+
+def end_of(ranks: Sequence[Rank], timeout_s: float = 240) -> list[Ended]:
+    """Waits for the end of ranks; after an error none is left running."""
     try:
         ended = []
         for process in ranks:

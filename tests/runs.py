@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,35 @@ def write_run(folder: Path, shards: Path, *overrides: str, **state: Any) -> Path
 
 def as_older(run: Path) -> Path:
     """Turns a run's checkpoints into those of schema 2, which recorded nothing of the config but the model."""
+
+    def change(plain: dict[str, Any]) -> dict[str, Any]:
+        for key in ("history", "class_names", "autoencoder", "working_folder"):
+            del plain[key]
+        return plain | {"schema_version": 2, "model": plain.pop("config")["model"]}
+
+    return _with_changed_states(run, change)
+
+
+def as_before_noise_processes(run: Path) -> Path:
+    """Takes the choice of a noise process out of a run's config and records."""
+    keys = ("process", "flow_times")
+
+    def change(plain: dict[str, Any]) -> dict[str, Any]:
+        noise = {key: value for key, value in plain["config"]["noise"].items() if key not in keys}
+        return plain | {"config": plain["config"] | {"noise": noise}}
+
+    lines = (run / build.CONFIG_FILE).read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.strip().startswith(tuple(f"{key}:" for key in keys))]
+    assert len(kept) == len(lines) - len(keys)
+    (run / build.CONFIG_FILE).write_text("".join(kept))
+    return _with_changed_states(run, change)
+
+
+def _with_changed_states(run: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> Path:
     for file in run.glob("checkpoints/step_*/state.json"):
         plain = json.loads(file.read_text())
-        for key in ("sha256", "history", "class_names", "autoencoder", "working_folder"):
-            del plain[key]
-        plain |= {"schema_version": 2, "model": plain.pop("config")["model"]}
+        del plain["sha256"]
+        plain = change(plain)
         sha256 = hashlib.sha256((json.dumps(plain, indent=2, sort_keys=True) + "\n").encode()).hexdigest()
         file.write_text(json.dumps(plain | {"sha256": sha256}))
     return run

@@ -9,13 +9,16 @@ import torch
 import torch._dynamo.testing
 
 from cfpretrain.base import config as configs
-from cfpretrain.base.console import say
+from cfpretrain.base.console import UserError, say
 from cfpretrain.core import ar as order
-from cfpretrain.core import attention, block_causal, seeds
-from cfpretrain.core.attention import attend, choose, choose_cached, make_visibility
+from cfpretrain.core import attention, seeds
+from cfpretrain.core.attention import attend, block_causal, flash, flex, make_visibility
+from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.model import Block, BlockSettings
+from cfpretrain.core.segments import Layout, Segment, build_layout, may_attend
 from tests.closeness import disagreement
 from tests.test_config import TINY
+from tests.test_order import text
 
 HEAD_WIDTHS = (32, 64, 128)
 
@@ -25,20 +28,20 @@ def oracle(q, k, v, may_attend):
     return scores.masked_fill(~may_attend, -torch.inf).softmax(-1) @ v.double()
 
 
-def random_segments(key: torch.Tensor, batch_size: int, most_tokens: int) -> list[order.Segment]:
+def random_segments(key: torch.Tensor, batch_size: int, most_tokens: int) -> list[Segment]:
     """A condition and two segments of random kinds; images with a split for each sample or a shared one."""
     kinds = seeds.integers(seeds.fold(key, torch.arange(3)), 4).tolist()
     sizes = (2 + seeds.integers(seeds.fold(key, torch.arange(3, 6)), most_tokens - 1)).tolist()
-    segments: list[order.Segment] = [order.Condition(sizes[0])]
+    segments: list[Segment] = [class_segment(sizes[0])]
     for i, (kind, size) in enumerate(zip(kinds[1:], sizes[1:], strict=True)):
         image_key = seeds.fold(key, 10 + i)
         if kind == 0:
-            segments.append(order.Text(size))
+            segments.append(text(size))
         elif kind == 1:
-            segments.append(order.Image(order.draw_shared_steps(image_key, 1, size, 0.9)))
+            segments.append(image_segment(order.draw_shared_steps(image_key, 1, size, 0.9)))
         else:
             sample_keys = seeds.fold(image_key, torch.arange(batch_size))
-            segments.append(order.Image(order.draw_steps(image_key, sample_keys, size, 0.9)))
+            segments.append(image_segment(order.draw_steps(image_key, sample_keys, size, 0.9)))
     return segments
 
 
@@ -46,7 +49,7 @@ def random_case(number: int, most_tokens: int, dtype: torch.dtype = torch.float3
     """q, k, v as the network makes them (views of one projection), a direction and the intervals of a random layout."""
     key = seeds.fold(seeds.key(0, "layouts"), number)
     batch_size, num_heads = 1 + number % 3, 1 + number % 2
-    layout = order.build_layout(random_segments(key, batch_size, most_tokens))
+    layout = build_layout(random_segments(key, batch_size, most_tokens))
     M, E = layout.step_BM.shape[1], HEAD_WIDTHS[number % 3]
     qkv = seeds.normal(seeds.fold(key, 100), (batch_size, M, 3, num_heads, E)).to(dtype)
     direction = seeds.normal(seeds.fold(key, 101), (batch_size, num_heads, M, E)).to(dtype)
@@ -64,7 +67,7 @@ def test_sdpa_over_500_layouts(tenth) -> None:
         ours, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
         M = qkv.shape[1]
         out = attend(*split(ours), make_visibility(intervals, M, "sdpa"))
-        want = oracle(*split(theirs), order.may_attend(intervals, M).unsqueeze(1))
+        want = oracle(*split(theirs), may_attend(intervals, M).unsqueeze(1))
         assert disagreement(out, want) < 1e-5, number
         (out * direction).sum().backward()
         (want * direction).sum().backward()
@@ -76,19 +79,19 @@ def test_sdpa_in_bf16() -> None:
         qkv, direction, intervals = random_case(number, 40, torch.bfloat16)
         ours, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
         out = attend(*split(ours), make_visibility(intervals, qkv.shape[1], "sdpa"))
-        want = oracle(*split(theirs), order.may_attend(intervals, qkv.shape[1]).unsqueeze(1))
+        want = oracle(*split(theirs), may_attend(intervals, qkv.shape[1]).unsqueeze(1))
         assert disagreement(out, want) < 2e-2
         (out * direction).sum().backward()
         (want * direction.double()).sum().backward()
         assert disagreement(ours.grad, theirs.grad) < 2e-2
 
 
-def layout_of_one_length(number: int, batch_size: int) -> order.Layout:
+def layout_of_one_length(number: int, batch_size: int) -> Layout:
     """Layouts of 179 tokens, more than a tile of FlexAttention and no multiple of one."""
     keys = seeds.fold(seeds.fold(seeds.key(0, "layouts of one length"), number), torch.arange(3 * batch_size))
     inner = order.draw_steps(seeds.fold(keys[0], 1), keys[:batch_size], 20, 0.9)
     last = order.draw_steps(seeds.key(8, "last step"), keys[batch_size : 2 * batch_size], 60, 0.9)
-    return order.build_layout([order.Condition(30), order.Image(inner), order.Text(9), order.Image(last)])
+    return build_layout([class_segment(30), image_segment(inner), text(9), image_segment(last)])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +108,7 @@ def test_flex_forward(num_splits, head_width, dtype) -> None:
         qkv = seeds.normal(seeds.key(number, "qkv"), (2, M, 3, 2, head_width)).to(dtype)
         with torch.no_grad():
             out = attend(*split(qkv), make_visibility(layout.intervals_BMI, M, "flex"))
-        want = oracle(*split(qkv), order.may_attend(layout.intervals_BMI, M).unsqueeze(1))
+        want = oracle(*split(qkv), may_attend(layout.intervals_BMI, M).unsqueeze(1))
         assert disagreement(out, want) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
@@ -113,7 +116,7 @@ def test_flex_forward(num_splits, head_width, dtype) -> None:
 def test_flex_is_compiled_once_for_all_layouts_of_a_length(batch_size) -> None:
     torch._dynamo.reset()
     graphs = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    compiled = torch.compile(attention.flex_attention, backend=graphs, dynamic=False)
+    compiled = torch.compile(flex.flex_attention, backend=graphs, dynamic=False)
     for number in range(4):
         layout = layout_of_one_length(number, batch_size)
         M = layout.step_BM.shape[1]
@@ -130,19 +133,19 @@ def test_a_compiled_block_with_flex_is_one_graph_for_all_layouts_of_a_length() -
         layout = layout_of_one_length(number, 2)
         M = layout.step_BM.shape[1]
         x_BMD = seeds.normal(seeds.key(number, "tokens"), (2, M, 64))
-        flex, sdpa = (make_visibility(layout.intervals_BMI, M, backend) for backend in ("flex", "sdpa"))
+        tiled, dense = (make_visibility(layout.intervals_BMI, M, backend) for backend in ("flex", "sdpa"))
         with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile" if number else "default"):
-            out = compiled(x_BMD, flex, None)
-        assert disagreement(out, block(x_BMD, sdpa)) < 1e-5
+            out = compiled(x_BMD, tiled, None)
+        assert disagreement(out, block(x_BMD, dense)) < 1e-5
 
 
 def test_tiles_of_flex_are_those_of_the_dense_mask() -> None:
     for number in range(30):
         _, _, intervals = random_case(number, 60)
         M = intervals.shape[1]
-        dense = order.may_attend(intervals, M)
+        dense = may_attend(intervals, M)
         missing = -M % 16
-        seen, whole = attention._tiles_seen(intervals, M, 16)
+        seen, whole = flex._tiles_seen(intervals, M, 16)
         rows = torch.nn.functional.pad(dense, (0, 0, 0, missing), value=False).unflatten(1, (-1, 16)).any(2)
         all_rows = torch.nn.functional.pad(dense, (0, 0, 0, missing), value=True).unflatten(1, (-1, 16)).all(2)
         want = torch.nn.functional.pad(rows, (0, missing), value=False).unflatten(2, (-1, 16)).any(3)
@@ -165,12 +168,12 @@ def test_no_intervals_means_everything_is_visible() -> None:
 GPU = "cuda"
 
 
-def layout_of_2112_tokens(number: int) -> order.Layout:
+def layout_of_2112_tokens(number: int) -> Layout:
     """64 condition tokens and all 1024 of an image, twice; a split for each of two samples."""
     key = seeds.fold(seeds.key(0, "long layouts"), number)
     while True:
         steps_BL = order.draw_steps(key, seeds.fold(key, torch.arange(2)), 1024, 0.9)
-        layout = order.build_layout([order.Condition(64), order.Image(steps_BL)], clean_multiple=1024)
+        layout = build_layout([class_segment(64), image_segment(steps_BL)], clean_multiple=1024)
         if layout.step_BM.shape[1] == 2112:  # one AR step has no clean tokens
             return layout
         key = seeds.fold(key, 0)
@@ -191,7 +194,7 @@ def test_long_sequences_on_a_gpu(backend, head_width, dtype) -> None:
         direction = seeds.normal(seeds.fold(key, 1), (2, 2, M, head_width)).to(GPU, dtype)
         ours, theirs = qkv.clone().requires_grad_(), qkv.double().requires_grad_()
         out = attend(*split(ours), make_visibility(intervals, M, backend))
-        want = oracle(*split(theirs), order.may_attend(intervals, M).unsqueeze(1))
+        want = oracle(*split(theirs), may_attend(intervals, M).unsqueeze(1))
         assert disagreement(out, want) < tolerance
         out.backward(direction)
         want.backward(direction.double())
@@ -236,21 +239,31 @@ def test_a_compiled_block_on_a_gpu(backend) -> None:
 # Choosing
 
 
+def choose(name: str, device_type: str, head_width: int) -> str:
+    return attention.choose(name, "training", device_type, "bf16", head_width, say)
+
+
+def choose_cached(name: str, device_type: str, precision: str, head_width: int) -> str:
+    return attention.choose(name, "sampling", device_type, precision, head_width, say)
+
+
 def test_auto() -> None:
     assert [choose("auto", "cuda", width) for width in (32, 64, 128)] == ["triton"] * 3
     assert [choose("auto", "cuda", width) for width in (16, 48, 256)] == ["flex"] * 3
     assert choose("auto", "cuda", 8) == "sdpa"
     assert choose("sdpa", "cuda", 64) == "sdpa"
     assert {choose("auto", "cpu", width) for width in (8, 16, 64)} == {"sdpa"}
-    assert choose_cached("auto", "cpu", "bf16", 64, say) == "sdpa"
+    assert choose_cached("auto", "cpu", "bf16", 64) == "sdpa"
 
 
-def test_auto_without_triton(monkeypatch) -> None:
+def test_auto_without_triton(monkeypatch, capsys) -> None:
     """Torch compiles FlexAttention with Triton."""
     monkeypatch.setattr(block_causal, "is_available", lambda: False)
+    attention._say_once.cache_clear()
     assert {choose("auto", "cuda", width) for width in (16, 64)} == {"sdpa"}
+    assert "training attends by sdpa, not by triton, which needs the package triton" in capsys.readouterr().out
     for name in ("flex", "triton"):
-        with pytest.raises(ValueError, match=f"{name} needs the package triton.*pip install triton, or use sdpa"):
+        with pytest.raises(ValueError, match=rf"{name} needs the package triton.*\(pip install triton\); or use sdpa"):
             choose(name, "cuda", 64)
 
 
@@ -259,19 +272,29 @@ def test_the_config_knows_what_is_compiled_for_each_length(name) -> None:
     for width in (8, 16, 24, 32, 48, 64, 96, 128, 256):
         overrides = ["model.num_heads=2", f"model.width={2 * width}", f"engine.attention={name}"]
         config = configs.load(TINY, overrides)
+        if name != "auto" and width not in attention.BACKENDS[name].head_widths:
+            with pytest.raises(ValueError, match=f"{name} needs heads of width (16 or more|32, 64, 128); or use sdpa"):
+                choose(name, "cuda", width)
+            continue
         is_flex = choose(name, "cuda", width) == "flex"
         assert config.compiles_lengths() == is_flex, width
         assert (config.clean_token_multiple() > 1) == is_flex, width
 
 
-def test_the_config_knows_what_the_kernels_can_do() -> None:
-    assert configs._TRITON_HEAD_WIDTHS == block_causal.HEAD_WIDTHS
-    assert configs._FLEX_MIN_HEAD_WIDTH == attention.FLEX_MIN_HEAD_WIDTH
+@pytest.mark.parametrize("key", ["attention", "cached_attention"])
+def test_a_backend_that_there_is_not_is_refused(key) -> None:
+    known = {"attention": "auto, triton, flex, sdpa", "cached_attention": "auto, flash, sdpa"}[key]
+    with pytest.raises(UserError, match=f"engine.{key}: expected one of {known}; got 'xformers'"):
+        configs.check(configs.load(TINY, [f"engine.{key}=xformers"]), world_size=1)
+
+
+def test_the_kernel_can_do_what_is_said_of_it() -> None:
+    assert {width for _, width, _ in block_causal.LAUNCHES} == {*attention.BACKENDS["triton"].head_widths}
 
 
 @pytest.mark.parametrize("name", ["flex", "triton"])
 def test_what_needs_a_gpu_is_refused_on_a_cpu(name) -> None:
-    with pytest.raises(ValueError, match=f"{name} trains on a GPU only.*use sdpa"):
+    with pytest.raises(ValueError, match=f"{name} needs a GPU.*use sdpa"):
         choose(name, "cpu", 64)
 
 
@@ -291,7 +314,7 @@ def flash_attn(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
     """Puts a package flash_attn of the given source where Python finds it first."""
 
     def forget() -> None:
-        attention._load_flash.cache_clear()
+        flash._load.cache_clear()
         attention._say_once.cache_clear()
         monkeypatch.delitem(sys.modules, "flash_attn", raising=False)
 
@@ -309,8 +332,8 @@ def flash_attn(monkeypatch, tmp_path) -> Iterator[Callable[[str], None]]:
 def test_a_missing_flash_attn_is_named(capability, flash_attn, capsys) -> None:
     capability(9, 0)
     with pytest.raises(ValueError, match=r"flash needs the package \(pip install 'flash-attn.*; or use sdpa"):
-        choose_cached("flash", "cuda", "bf16", 64, say)
-    assert choose_cached("auto", "cuda", "bf16", 64, say) == "sdpa"
+        choose_cached("flash", "cuda", "bf16", 64)
+    assert choose_cached("auto", "cuda", "bf16", 64) == "sdpa"
     assert "not by flash, which needs the package (pip install 'flash-attn>=2.8'" in capsys.readouterr().out
 
 
@@ -325,28 +348,28 @@ def test_a_broken_flash_attn_is_found_when_it_is_chosen(source, capability, flas
     with pytest.raises(
         ValueError, match=r"flash needs a package flash-attn that can be imported, got .*Error: "
     ) as caught:
-        choose_cached("flash", "cuda", "bf16", 64, say)
+        choose_cached("flash", "cuda", "bf16", 64)
     assert "\n" not in str(caught.value)
     for precision in ("fp32", "bf16", "bf16"):
-        assert choose_cached("auto", "cuda", precision, 64, say) == "sdpa"
+        assert choose_cached("auto", "cuda", precision, 64) == "sdpa"
     [said] = capsys.readouterr().out.splitlines()
-    assert "sampling attends by torch's sdpa, not by flash, which needs a package flash-attn that can be imp" in said
+    assert "sampling attends by sdpa, not by flash, which needs a package flash-attn that can be imp" in said
 
 
 def test_flash_needs_an_ampere_gpu_bf16_and_heads_that_are_not_too_wide(capability, flash_attn) -> None:
     flash_attn("def flash_attn_func(q, k, v): ...")
     capability(8, 0)
-    assert choose_cached("auto", "cuda", "bf16", 256, say) == "flash"
-    assert choose_cached("auto", "cuda", "fp32", 64, say) == "sdpa"
-    assert choose_cached("auto", "cuda", "bf16", 320, say) == "sdpa"
-    with pytest.raises(ValueError, match=r"flash needs heads of width 256 at most; or use sdpa"):
-        choose_cached("flash", "cuda", "bf16", 320, say)
+    assert choose_cached("auto", "cuda", "bf16", 256) == "flash"
+    assert choose_cached("auto", "cuda", "fp32", 64) == "sdpa"
+    assert choose_cached("auto", "cuda", "bf16", 320) == "sdpa"
+    with pytest.raises(ValueError, match=r"flash needs heads of width 256 or less; or use sdpa"):
+        choose_cached("flash", "cuda", "bf16", 320)
     with pytest.raises(ValueError, match=r"a GPU from Ampere on .* and engine.precision=bf16"):
-        choose_cached("flash", "cpu", "fp32", 64, say)
+        choose_cached("flash", "cpu", "fp32", 64)
     capability(7, 5)
-    assert choose_cached("auto", "cuda", "bf16", 64, say) == "sdpa"
+    assert choose_cached("auto", "cuda", "bf16", 64) == "sdpa"
     with pytest.raises(ValueError, match=r"compute capability 8\.0"):
-        choose_cached("flash", "cuda", "bf16", 64, say)
+        choose_cached("flash", "cuda", "bf16", 64)
 
 
 def test_flash_is_called_with_tokens_before_heads(flash_attn) -> None:

@@ -16,12 +16,12 @@ from cfpretrain.autoencoder import (
     WEIGHTS_FILE,
     IdentityAutoencoder,
     KLAutoencoder,
-    LatentScaling,
     fingerprint,
     make_network,
     write_folder,
 )
 from cfpretrain.base.console import UserError
+from cfpretrain.core.latents import LatentScaling
 from tests.closeness import disagreement
 from tests.processes import REPOSITORY
 

@@ -10,7 +10,7 @@ import torch
 
 from cfpretrain.autoencoder import fingerprint, make_network
 from cfpretrain.base.console import SickRunError, UserError
-from cfpretrain.training.autoencoder import StoppedError, Training, evenly
+from examples.digits.autoencoder_training import StoppedError, Training, evenly
 from tests.test_autoencoder import SMALL
 
 NUM = 10

@@ -18,10 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cfpretrain.core import ar as order
-from cfpretrain.core import attention, block_causal
+from cfpretrain.core import attention
 from cfpretrain.core import model as transformer
+from cfpretrain.core.attention import block_causal, block_causal_kernels
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.segments import build_layout, may_attend
 from tests.closeness import disagreement
 from tests.strictness import make_warnings_errors
+from tests.test_order import text
 
 if not block_causal.is_available():
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -42,36 +46,36 @@ def random_steps(generator: torch.Generator, num_samples: int, num_tokens: int, 
     return cuts_BL.long().cumsum(1)
 
 
-def image(generator: torch.Generator, num_samples: int, num_tokens: int, last: int) -> order.Image:
-    return order.Image(random_steps(generator, num_samples, num_tokens, last))
+def image(generator: torch.Generator, num_samples: int, num_tokens: int, last: int) -> image_segment:
+    return image_segment(random_steps(generator, num_samples, num_tokens, last))
 
 
 def shared_split(g: torch.Generator) -> Tensor:
-    return order.build_layout([order.Condition(7), image(g, 1, 50, 9)]).intervals_BMI
+    return build_layout([class_segment(7), image(g, 1, 50, 9)]).intervals_BMI
 
 
 def split_a_sample(g: torch.Generator) -> Tensor:
-    return order.build_layout([order.Condition(5), image(g, 2, 85, 13)]).intervals_BMI
+    return build_layout([class_segment(5), image(g, 2, 85, 13)]).intervals_BMI
 
 
 def one_ar_step(g: torch.Generator) -> Tensor:
-    return order.build_layout([order.Condition(64), image(g, 1, 70, 70)]).intervals_BMI
+    return build_layout([class_segment(64), image(g, 1, 70, 70)]).intervals_BMI
 
 
 def steps_of_one_token(g: torch.Generator) -> Tensor:
-    return order.build_layout([order.Condition(1), order.Image(torch.arange(65)[None])]).intervals_BMI
+    return build_layout([class_segment(1), image_segment(torch.arange(65)[None])]).intervals_BMI
 
 
 def text_after_image(g: torch.Generator) -> Tensor:
-    segments = [order.Text(9), image(g, 2, 20, 6), order.Text(40), order.Condition(3), image(g, 2, 30, 30)]
-    return order.build_layout(segments).intervals_BMI
+    segments = [text(9), image(g, 2, 20, 6), text(40), class_segment(3), image(g, 2, 30, 30)]
+    return build_layout(segments).intervals_BMI
 
 
 def packed(g: torch.Generator) -> Tensor:
     """Samples one after another in a row, each [clean | noised]."""
     parts, first = [], 0
     for num_tokens, last in ((20, 5), (37, 3), (1, 1), (15, 15)):
-        intervals_BMI = order.build_layout([order.Condition(4), image(g, 1, num_tokens, last)]).intervals_BMI
+        intervals_BMI = build_layout([class_segment(4), image(g, 1, num_tokens, last)]).intervals_BMI
         parts.append(intervals_BMI + first)
         first += intervals_BMI.shape[1]
     return torch.cat(parts, 1)
@@ -79,7 +83,7 @@ def packed(g: torch.Generator) -> Tensor:
 
 def padded(g: torch.Generator) -> Tensor:
     """Padding between the clean and the noised tokens and at the end; each of its rows sees itself."""
-    plain_MI = order.build_layout([order.Condition(6), image(g, 1, 40, 11)]).intervals_BMI[0]
+    plain_MI = build_layout([class_segment(6), image(g, 1, 40, 11)]).intervals_BMI[0]
     clean = 6 + 40 - 11
     noised_MI = plain_MI[clean:] + torch.tensor([0, 0, 20, 20])
     rows = torch.arange(clean + 20 + 40 + 14)
@@ -119,7 +123,7 @@ LAYOUTS = [
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, intervals_BMI: Tensor) -> Tensor:
-    may_attend_B1MK = order.may_attend(intervals_BMI, k.shape[2]).unsqueeze(1)
+    may_attend_B1MK = may_attend(intervals_BMI, k.shape[2]).unsqueeze(1)
     score = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).masked_fill(~may_attend_B1MK, -1e300)
     return (score.softmax(-1) * may_attend_B1MK) @ v
 
@@ -136,7 +140,7 @@ def relative_errors(
     ours = [x.detach().requires_grad_() for x in qkv.permute(2, 0, 3, 1, 4).unbind(0)]
     exact = [x.detach().double().requires_grad_() for x in ours]
     intervals_BMI = intervals_BMI.to(device)
-    out = block_causal.block_causal_attention(*ours, block_causal.make_tiles(intervals_BMI, M))
+    out = block_causal.attend(*ours, block_causal.prepare(intervals_BMI, M))
     out_exact = dense_attention(*exact, intervals_BMI)
     out.backward(grad)
     out_exact.backward(grad.double())
@@ -154,7 +158,7 @@ def be_strict() -> None:
     warnings.simplefilter("ignore", DeprecationWarning)  # Triton's own, of how it uses numpy
     allocate = block_causal._allocate
     block_causal._allocate = lambda *args, **kwargs: allocate(*args, **kwargs).fill_(float("nan"))
-    assert block_causal._IS_INTERPRETED
+    assert block_causal.IS_INTERPRETED
 
 
 Interpret = Callable[..., Any]
@@ -206,7 +210,7 @@ def test_equals_the_oracle_on_many_layouts(interpret: Interpret, head_width: int
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_equals_the_oracle_on_a_gpu(head_width: int, dtype: torch.dtype) -> None:
     long = [
-        order.build_layout([order.Condition(64), image(torch.Generator().manual_seed(i), 2, L, last)]).intervals_BMI
+        build_layout([class_segment(64), image(torch.Generator().manual_seed(i), 2, L, last)]).intervals_BMI
         for i, (L, last) in enumerate([(256, 7), (256, 256), (1024, 40)])
     ]
     for intervals_BMI in [*(layout(torch.Generator().manual_seed(3)) for layout in LAYOUTS), *long]:
@@ -215,10 +219,10 @@ def test_equals_the_oracle_on_a_gpu(head_width: int, dtype: torch.dtype) -> None
 
 def unusual_inputs() -> dict[str, Any]:
     generator = torch.Generator().manual_seed(2)
-    tiles = block_causal.make_tiles(shared_split(generator), 98)
+    tiles = block_causal.prepare(shared_split(generator), 98)
     # Neighbours in a row are not neighbours in memory; the gradient of a sum has stride 0.
     q, k, v = (torch.randn(1, 1, 32, 98, generator=generator).transpose(2, 3).requires_grad_() for _ in range(3))
-    out = block_causal.block_causal_attention(q, k, v, tiles)
+    out = block_causal.attend(q, k, v, tiles)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     exact = dense_attention(*(x.double() for x in (q, k, v)), tiles.intervals_BMI)
     grads_exact = torch.autograd.grad(exact.sum(), (q, k, v))
@@ -235,7 +239,7 @@ def rows_without_keys() -> tuple[Tensor, Tensor]:
     intervals_BMI = shared_split(generator).clone()
     intervals_BMI[:, 10:20] = 0
     q, k, v = (torch.randn(1, 1, 98, 32, generator=generator).requires_grad_() for _ in range(3))
-    out = block_causal.block_causal_attention(q, k, v, block_causal.make_tiles(intervals_BMI, 98))
+    out = block_causal.attend(q, k, v, block_causal.prepare(intervals_BMI, 98))
     (dq,) = torch.autograd.grad(out.square().sum(), q)
     return out.detach()[0, 0, 10:20], dq[0, 0, 10:20]
 
@@ -253,7 +257,7 @@ def test_rows_that_see_nothing_give_zero_and_get_no_gradient(interpret: Interpre
 def count_executed_tiles(intervals_BMI: Tensor) -> dict[str, int]:
     """How many tiles each kernel computes, for one sample and one head."""
     counts, helpers = {}, ("_attend_tile", "_grad_q_tile", "_grad_kv_tile")
-    originals = {name: getattr(block_causal, name) for name in helpers}
+    originals = {name: getattr(block_causal_kernels, name) for name in helpers}
 
     def counting(name: str) -> Callable[..., Any]:
         def count(*args: Any) -> Any:
@@ -266,13 +270,13 @@ def count_executed_tiles(intervals_BMI: Tensor) -> dict[str, int]:
     q, k, v = (torch.randn(1, 1, M, 64, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
     for name in helpers:
         counts[name] = 0
-        setattr(block_causal, name, counting(name))
+        setattr(block_causal_kernels, name, counting(name))
     try:
-        out = block_causal.block_causal_attention(q, k, v, block_causal.make_tiles(intervals_BMI, M))
+        out = block_causal.attend(q, k, v, block_causal.prepare(intervals_BMI, M))
         out.sum().backward()
     finally:
         for name, original in originals.items():
-            setattr(block_causal, name, original)
+            setattr(block_causal_kernels, name, original)
     return counts
 
 
@@ -291,7 +295,7 @@ def tiles_by_the_bounds(intervals_MI: Tensor) -> dict[str, int]:
     forward, backward_q, backward_kv = (
         block_causal.LAUNCHES[name, 64, 2] for name in ("forward", "backward_q", "backward_kv")
     )
-    tiles, rows, count = block_causal.make_tiles(intervals_MI[None], len(intervals_MI)), backward_kv.rows, 0
+    tiles, rows, count = block_causal.prepare(intervals_MI[None], len(intervals_MI)), backward_kv.rows, 0
     for ranges, whole in zip(tiles.row_ranges_BT4[0].tolist(), tiles.whole_ranges_BT4[0].tolist(), strict=True):
         for i in (0, 2):
             num_whole = (whole[i + 1] - whole[i]) // rows
@@ -305,8 +309,8 @@ def tiles_by_the_bounds(intervals_MI: Tensor) -> dict[str, int]:
 
 
 def test_tiles_that_no_row_sees_are_not_computed(interpret: Interpret) -> None:
-    segments = [order.Condition(32), order.Image(order.steps_from_sizes([32, 96])[None])]
-    intervals_BMI = order.build_layout(segments).intervals_BMI
+    segments = [class_segment(32), image_segment(order.steps_from_sizes([32, 96])[None])]
+    intervals_BMI = build_layout(segments).intervals_BMI
     executed = interpret(count_executed_tiles, intervals_BMI)
     assert executed == tiles_by_the_bounds(intervals_BMI[0])
     # Tiles of 64 rows and 64 keys, 64 and 32, 128 and 64; dense: 9, 18 and 6.
@@ -320,7 +324,7 @@ def test_tiles_computed_of_all(num_tokens: int, at_most: float) -> None:
     num_layouts = 20
     for seed in range(num_layouts):
         steps_BL = order.draw_steps(torch.tensor(seed), torch.tensor([seed]), num_tokens, 0.9)
-        intervals_MI = order.build_layout([order.Condition(64), order.Image(steps_BL)]).intervals_BMI[0]
+        intervals_MI = build_layout([class_segment(64), image_segment(steps_BL)]).intervals_BMI[0]
         for (name, count), kernel in zip(
             tiles_by_the_bounds(intervals_MI).items(), ("forward", "backward_q", "backward_kv"), strict=True
         ):
@@ -334,8 +338,8 @@ def test_tiles_computed_of_all(num_tokens: int, at_most: float) -> None:
 def test_the_ranges_of_a_tile_hold_every_row_that_sees_it(seed, layout, key_tile) -> None:
     intervals_BMI = layout(torch.Generator().manual_seed(seed))
     B, M, _ = intervals_BMI.shape
-    tiles = block_causal.make_tiles(intervals_BMI, M, key_tile)
-    may_attend_BMK = order.may_attend(intervals_BMI, M)
+    tiles = block_causal.prepare(intervals_BMI, M, key_tile)
+    may_attend_BMK = may_attend(intervals_BMI, M)
     row_M = torch.arange(M)
     for b in range(B):
         for t, may_attend_MK in enumerate(may_attend_BMK[b].split(key_tile, dim=1)):
@@ -352,8 +356,8 @@ def test_the_ranges_of_a_tile_hold_every_row_that_sees_it(seed, layout, key_tile
 
 def test_rows_that_see_a_clean_tile_whole_need_no_mask() -> None:
     steps_BL = order.steps_from_sizes([64, 64, 64])[None]
-    intervals_BMI = order.build_layout([order.Condition(64), order.Image(steps_BL)]).intervals_BMI
-    tiles = block_causal.make_tiles(intervals_BMI, 384)
+    intervals_BMI = build_layout([class_segment(64), image_segment(steps_BL)]).intervals_BMI
+    tiles = block_causal.prepare(intervals_BMI, 384)
     assert tiles.row_ranges_BT4[0].tolist() == [
         [0, 192, 192, 384],  # the condition: all rows
         [64, 192, 256, 384],  # step 1, clean: its own rows and later ones
@@ -374,7 +378,7 @@ def check_operator() -> None:
     intervals_BMI = shared_split(generator)
     M = intervals_BMI.shape[1]
     q, k, v = torch.randn(1, M, 3, 1, 32, generator=generator).permute(2, 0, 3, 1, 4).requires_grad_().unbind(0)
-    tiles = block_causal.make_tiles(intervals_BMI, M)
+    tiles = block_causal.prepare(intervals_BMI, M)
     torch.library.opcheck(
         block_causal._forward,
         (q, k, v, *tiles),
@@ -409,12 +413,12 @@ def test_a_compiled_block_is_one_graph_for_all_layouts_of_a_length(interpret: In
 
 
 def refusals() -> list[str]:
-    tiles = block_causal.make_tiles(torch.zeros(1, 8, 4, dtype=torch.int32), 8)
+    tiles = block_causal.prepare(torch.zeros(1, 8, 4, dtype=torch.int32), 8)
     x, narrow, long = torch.zeros(1, 1, 8, 32), torch.zeros(1, 1, 8, 48), torch.zeros(1, 1, 9, 32)
     messages = []
     for q, k, v in ((narrow,) * 3, (x, x, x.bfloat16()), (x.double(),) * 3, (x, x, long), (long,) * 3):
         with pytest.raises(ValueError) as refusal:  # noqa: PT011 the caller looks at what it says
-            block_causal.block_causal_attention(q, k, v, tiles)
+            block_causal.attend(q, k, v, tiles)
         messages.append(str(refusal.value))
     return messages
 
@@ -431,15 +435,13 @@ def test_what_is_not_supported_is_refused(interpret: Interpret) -> None:
 def test_refuses_the_cpu() -> None:
     x = torch.zeros(1, 1, 8, 32)
     with pytest.raises(ValueError, match="runs on a GPU, got tensors on the cpu"):
-        block_causal.block_causal_attention(
-            x, x, x, block_causal.make_tiles(torch.zeros(1, 8, 4, dtype=torch.int32), 8)
-        )
+        block_causal.attend(x, x, x, block_causal.prepare(torch.zeros(1, 8, 4, dtype=torch.int32), 8))
 
 
 def test_module_imports_without_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from cfpretrain.model import block_causal\n"
+        "from cfpretrain.core.attention import block_causal\n"
         "assert not block_causal.is_available()"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -454,7 +456,7 @@ def compile_for_sm90(name: str, head_width: int, value_bytes: int) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    kernel, launch = getattr(block_causal, f"_{name}_kernel"), block_causal.LAUNCHES[name, head_width, value_bytes]
+    kernel, launch = getattr(block_causal, f"{name}_kernel"), block_causal.LAUNCHES[name, head_width, value_bytes]
     values = {2: "*bf16", 4: "*fp32"}[value_bytes]
     constants = {"E": head_width, "ROWS": launch.rows, "KEYS": launch.keys or block_causal.KEY_TILE}
     types = {"scale": "fp32", "lse": "*fp32", "delta": "*fp32"} | dict.fromkeys(constants, "constexpr")
@@ -501,15 +503,15 @@ def test_kernels_are_compiled_once_for_all_lengths_and_batches(monkeypatch: pyte
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    kernels = {name: getattr(block_causal, f"_{name}_kernel") for name in ("forward", "backward_q", "backward_kv")}
+    kernels = {name: getattr(block_causal, f"{name}_kernel") for name in ("forward", "backward_q", "backward_kv")}
     recorders = {name: Recorder() for name in kernels}
     for name, recorder in recorders.items():
-        monkeypatch.setattr(block_causal, f"_{name}_kernel", recorder)
+        monkeypatch.setattr(block_causal, f"{name}_kernel", recorder)
     # Lengths and numbers of key tiles that 16 divides and that it does not, and masks of one and of all samples.
     for num_rows, batch_size in ((98, 2), (101, 1), (320, 3), (1024, 1), (1008, 2), (1, 1)):
         qkv = torch.zeros(batch_size, num_rows, 3, 2, 64, dtype=torch.bfloat16)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        tiles = block_causal.make_tiles(torch.zeros(batch_size, num_rows, 4, dtype=torch.int32), num_rows)
+        tiles = block_causal.prepare(torch.zeros(batch_size, num_rows, 4, dtype=torch.int32), num_rows)
         out, lse = block_causal._forward(q, k, v, *tiles)
         block_causal._backward(out, q, k, v, out, lse, *tiles)
     backend = make_backend(GPUTarget("cuda", 90, 32))

@@ -4,8 +4,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from cfpretrain.base.console import UserError
-from cfpretrain.evaluation.cheat import best_cheat, class_means
-from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance, pixel_features
+from cfpretrain.evaluation.frechet import Gaussian, frechet_distance, gaussian_of, moments_of
+from examples.digits.cheat import best_cheat, class_means
+from examples.digits.pixels import pixel_features
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +16,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def gaussian(images: Tensor) -> Gaussian:
-    return Moments.of(pixel_features(images, "images")).gaussian
+    return gaussian_of(moments_of(pixel_features(images, "images")))
 
 
 def test_is_far_worse_than_real_digits_and_the_best_of_its_kind(digits: tuple[Tensor, Tensor]) -> None:

@@ -24,11 +24,12 @@ from hypothesis import strategies as st
 
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError
-from cfpretrain.run import checkpoint, checkpoint_writer, tensor_files
-from cfpretrain.run.checkpoint import Best, CheckpointStore, DamagedCheckpointError, is_healthy, read_tensors
+from cfpretrain.run import checkpoint, checkpoint_store, checkpoint_writer, tensor_files
+from cfpretrain.run.checkpoint import TensorFile, open_tensors, read_tensors
+from cfpretrain.run.checkpoint_store import Best, CheckpointStore, is_healthy
 from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.run.state import TrainingState, read_state
-from cfpretrain.run.tensor_files import HashedRange
+from cfpretrain.run.tensor_files import DamagedCheckpointError, HashedRange
 from tests.checkpoints import (
     CONFIG,
     CONTENTS,
@@ -88,7 +89,7 @@ def test_bits_survive_any_change_of_ranks(data: Any, shapes: list[tuple[int, ...
         store = make_store(Path(folder) / "checkpoints")
         path = write_as_ranks(store, draw_ranks(data.draw, full), full, step=7)
         for rank in draw_ranks(data.draw, zero_like(full)):
-            checkpoint._read_ranges(path, *rank)
+            checkpoint._read_ranges(open_tensors(path, 7, CONTENTS), *rank)
             assert holds(rank, full)
         for content in CONTENTS:
             with safetensors.safe_open(path / f"{content}.safetensors", "pt") as opened:
@@ -118,7 +119,7 @@ def test_weights_that_require_gradients(tmp_path: Path):
     full = save(store, 1)
     fragments, ema = whole(zero_like(full))
     fragments = [dataclasses.replace(f, values=f.values.requires_grad_()) for f in fragments]
-    store.load(tmp_path / "step_00000001", fragments, ema, config=CONFIG)
+    checkpoint.load(tmp_path / "step_00000001", fragments, ema, config=CONFIG)
     checkpoint_writer.save(store, make_state(2), fragments, ema)
     assert holds(load(tmp_path / "step_00000002")[1], full)
 
@@ -154,33 +155,19 @@ def test_short_writes_and_reads_are_continued(tmp_path: Path, monkeypatch: pytes
     assert (state, holds(rank, full)) == (make_state(1), True)
 
 
-@pytest.mark.parametrize(
-    ("rows", "what"),
-    [
-        ([("p", (4,), 0, 2), ("p", (4,), 3, 4)], "begins at 3"),  # a gap
-        ([("p", (4,), 0, 3), ("p", (4,), 2, 4)], "begins at 2"),  # an overlap
-        ([("p", (4,), 0, 3)], "3 of 4"),
-        ([("p", (4,), 0, 4), ("p", (2, 2), 4, 4)], "shape"),
-    ],
-)
-def test_ranges_must_cover_each_parameter_once(rows: list[Any], what: str):
-    with pytest.raises(RuntimeError, match=what):
-        checkpoint._join_ranges(rows)
-
-
 @settings(max_examples=100, deadline=None)
 @given(sizes=st.lists(st.integers(1, 1000), max_size=30), world_size=st.integers(1, 5))
 def test_the_ranks_verify_every_range_once_and_equal_shares(sizes: list[int], world_size: int):
     ends = list(itertools.accumulate(sizes))
     ranges = [HashedRange("p", end - size, end, "") for end, size in zip(ends, sizes, strict=True)]
-    contents: Any = {"weights": (None, ranges[::2]), "ema": (None, ranges[1::2])}
+    opened: Any = [TensorFile(Path("weights"), None, ranges[::2]), TensorFile(Path("ema"), None, ranges[1::2])]
     verified: list[list[tuple[str, HashedRange]]] = [[] for _ in range(world_size)]
     with pytest.MonkeyPatch.context() as patch:
         for rank, mine in enumerate(verified):
             patch.setattr(checkpoint, "verify_ranges", lambda file, _, r, m=mine: m.extend((file.stem, p) for p in r))
-            checkpoint._verify_share(Path(), contents, rank, world_size)
+            checkpoint._verify_share(opened, rank, world_size)
     assert [place for mine in verified for place in mine] == [
-        (content, place) for content, (_, places) in contents.items() for place in places
+        (one.path.stem, place) for one in opened for place in one.ranges
     ]
     shares = [sum(place.end - place.begin for _, place in mine) for mine in verified]
     assert max(shares) <= sum(sizes) / world_size + max(sizes, default=0)
@@ -256,7 +243,7 @@ def test_nothing_goes_while_the_best_one_is_not_known(tmp_path: Path, monkeypatc
     save(store, 10)
     assert store.keep_if_best(best(10, 1.0))
     with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "read_json", failing)
+        broken.setattr(checkpoint_store, "read_json", failing)
         save(store, 20)
         save(store, 30)
     assert names_in(tmp_path) == names_of(10, 20, 30)
@@ -659,7 +646,7 @@ def _damage(path: Path, full: Full, file: Path) -> str:
     """How loading takes a checkpoint one of whose files was changed."""
     rank = whole(zero_like(full))
     try:
-        state = CheckpointStore.load(path, *rank, config=CONFIG)
+        state = checkpoint.load(path, *rank, config=CONFIG)
     except UserError as error:
         if not holds(rank, zero_like(full)):
             return "read before all was verified"
@@ -788,7 +775,7 @@ def test_another_model_is_refused_with_its_keys(saved: Path):
     rank = whole(random_bits(SHAPES, 5))
     other = {"model": {"width": 64, "depth": 2, "num_heads": 4}}
     with pytest.raises(UserError) as raised:
-        CheckpointStore.load(saved, *rank, config=other)
+        checkpoint.load(saved, *rank, config=other)
     assert "model.width is 32 there and 64 in the config" in str(raised.value)
     assert "model.num_heads is absent there and 4 in the config" in str(raised.value)
     assert "model.position_embedding is sincos there and absent in the config" in str(raised.value)
@@ -859,7 +846,9 @@ def test_a_file_of_another_content_or_step_is_refused(saved: Path):
 def test_a_strange_header_is_refused(saved: Path, entries: Any):
     text = json.dumps(entries).encode()
     (saved / "ema.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
-    with pytest.raises(DamagedCheckpointError, match=r"ema\.safetensors: expected a safetensors header"):
+    with pytest.raises(
+        DamagedCheckpointError, match=r"ema\.safetensors: expected (a safetensors header|ema written by)"
+    ):
         read_tensors(saved, "ema")
 
 

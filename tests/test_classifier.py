@@ -6,7 +6,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from cfpretrain.base.console import UserError
-from cfpretrain.evaluation import classifier
+from examples.digits import classifier
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from cfpretrain.base import config as configs
 from cfpretrain.base.config_files import Address, FilePath
 from cfpretrain.base.console import UserError
-from cfpretrain.core import ar as order
+from cfpretrain.core.ar import ARSettings
+from cfpretrain.core.modalities import class_segment
+from cfpretrain.core.segments import sequence_lengths
 from tests.processes import REPOSITORY
 
 TINY = REPOSITORY / "configs" / "tiny.yaml"
@@ -163,6 +165,15 @@ def test_impossible_values_are_refused_by_name(override, message) -> None:
     assert message in str(caught.value)
 
 
+def test_flow_matching_has_no_betas() -> None:
+    few = ["noise.num_timesteps=20", "sample.num_denoising_steps=20"]
+    configs.check(configs.load(TINY, ["noise.process=flow", "noise.flow_times=uniform", *few]), world_size=1)
+    with pytest.raises(UserError, match=r"noise\.num_timesteps: expected more than 20"):
+        configs.check(configs.load(TINY, ["noise.process=v", *few]), world_size=1)
+    with pytest.raises(UserError, match=r"noise\.process: expected one of epsilon, v, flow; got 'x0'"):
+        configs.load(TINY, ["noise.process=x0"])
+
+
 def test_a_rank_that_waits_for_a_storage_is_not_taken_for_lost() -> None:
     local = configs.load(TINY, ["data.download_patience_seconds=600"])
     configs.check(local, world_size=1)
@@ -287,7 +298,7 @@ def test_lengths_are_counted_before_they_are_compiled(num_ar_steps, multiple) ->
         order=dataclasses.replace(base.order, num_ar_steps=num_ar_steps),
         engine=dataclasses.replace(base.engine, clean_token_multiple=multiple),
     )
-    lengths = order.sequence_lengths(4, 36, 0.9, num_ar_steps, "random", multiple)
+    lengths = sequence_lengths([class_segment(4)], 36, ARSettings(num_ar_steps), multiple)
     if len(lengths) <= 16:
         configs.check(config, world_size=1)
     else:
@@ -401,7 +412,8 @@ def test_every_key_that_is_a_path_is_known_as_one() -> None:
             if of_item in (str, FilePath, Address):
                 found["text" if of_item is str else "path"].append(f"{section}.{name}")
     assert found["path"] == PATHS
-    assert found["text"] == ["evaluation.features", "evaluation.feature_label", "metrics.wandb_project"]
+    backends = ["engine.attention", "engine.cached_attention"]
+    assert found["text"] == [*backends, "evaluation.features", "evaluation.feature_label", "metrics.wandb_project"]
 
 
 @pytest.mark.parametrize("text", ["$HOME/x", "runs/$SLURM_JOB_ID", "~nobody-of-this-name/x"])

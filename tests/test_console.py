@@ -84,7 +84,7 @@ def test_seconds_of_phases_add_up(monkeypatch) -> None:
 
 def test_progress_without_a_terminal_is_lines(monkeypatch, capsys) -> None:
     monkeypatch.setattr(console, "_HEARTBEAT_SECONDS", 0.0)
-    progress = console.Progress(num_steps=100, step=0)
+    progress = console.Progress(total=100, done=0)
     progress.show(10, "loss 0.5", seconds_left=125)
     progress.close()
     assert capsys.readouterr().out == "[cfpretrain] step 10/100  loss 0.5  2:05 left\n"
@@ -92,7 +92,7 @@ def test_progress_without_a_terminal_is_lines(monkeypatch, capsys) -> None:
 
 def test_progress_on_a_terminal_is_a_bar(monkeypatch, capsys) -> None:
     monkeypatch.setattr(console, "_has_terminal", lambda: True)
-    progress = console.Progress(num_steps=100, step=40)
+    progress = console.Progress(total=100, done=40)
     progress.show(60, "loss 0.5", seconds_left=5)
     progress.close()
     shown = capsys.readouterr().err
@@ -104,7 +104,7 @@ def test_progress_of_many_items_has_their_rate_and_the_time_left(monkeypatch, ca
     now = 100.0
     monkeypatch.setattr(console, "_HEARTBEAT_SECONDS", 0.0)
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    progress = console.ItemProgress(num_items=500, done=200, unit="image")
+    progress = console.Progress(total=500, done=200, unit="image")
     progress.show(200)
     now += 10
     progress.show(220, "3 rejected")

@@ -1,6 +1,6 @@
 """tools/edit.py, whole: images of any size, regions of any kind, and what it refuses."""
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,14 +8,16 @@ import pytest
 import torch
 from PIL import Image
 
-from cfpretrain.autoencoder import KLAutoencoder, LatentScaling
+from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
-from cfpretrain.evaluation.editing import encode_tokens, read_crop, read_region, seam_steps
+from cfpretrain.core.latents import LatentScaling
+from cfpretrain.evaluation.editing import encode_tokens, read_crop, read_region
 from cfpretrain.evaluation.pictures import grid_layout
 from cfpretrain.run import build
+from examples.digits.seams import seam_steps
 from tests.digits import digits
-from tests.processes import REPOSITORY, Ended, run_script
+from tests.processes import REPOSITORY, run_tool
 from tests.runs import write_run
 from tests.test_config import TINY
 
@@ -37,9 +39,7 @@ def digit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(arguments: Sequence[object]) -> Ended:
-    (ended,) = run_script(SCRIPT, list(map(str, arguments)))
-    return ended
+run = partial(run_tool, SCRIPT)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -83,7 +83,7 @@ def test_a_generated_image_is_the_one_that_sample_makes(tmp_path: Path, source: 
     ended = run([*edit, "--out", tmp_path / "edit.png", "--images", tmp_path / "edits"])
     assert (ended.code, ended.err) == (0, "")
     sample = [source, "--classes", "7", "--num-images", 1, "--out", tmp_path / "sample", "--batch-size", 1, *QUICK]
-    (ended,) = run_script("tools/sample.py", list(map(str, sample)))
+    ended = run_tool("tools/sample.py", sample)
     assert (ended.code, ended.err) == (0, "")
     made, edited = pixels(tmp_path / "sample" / "000000.png"), pixels(tmp_path / "edits" / "row_1_edit_1.png")
     kept = np.ones((4, 4), bool)

@@ -44,7 +44,7 @@ def go_on(shards: Path, folder: Path, *overrides: str) -> list[float]:
     runtime.start(device)
     trainer.prepare_folder(config, device)
     resumed = trainer.Trainer(config, device)
-    latest = resumed.store.latest()
+    latest = resumed.checkpoints.store.latest()
     if latest is not None:
         assert_state_is_of(latest, resumed)
     runtime.barrier()
@@ -59,8 +59,9 @@ def assert_state_is_of(checkpoint: Path, resumed) -> None:
     files = {content: load_file(checkpoint / f"{content}.safetensors") for content in _STATE}
     held = dict.fromkeys(files["weights"], 0)
     for fragment, average in zip(resumed.engine.fragments(), resumed.ema.values, strict=True):
-        ours = dict(zip(_STATE, (fragment.values, average, fragment.exp_avg, fragment.exp_avg_sq), strict=True))
+        ours = {"weights": fragment.values, "ema": average, **fragment.state}
         begin, end = fragment.offset, fragment.offset + fragment.values.numel()
+        assert ours.keys() == files.keys()
         for content, values in ours.items():
             theirs = files[content][fragment.name].flatten()[begin:end]
             # Bits, so that -0.0 is not 0.0.

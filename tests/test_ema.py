@@ -91,7 +91,7 @@ def test_sharded_ema_at_every_stage() -> None:
 
 
 def fragment(values: Tensor) -> Fragment:
-    return Fragment("w", (values.numel(),), 0, values, torch.zeros_like(values), torch.zeros_like(values), False)
+    return Fragment("w", (values.numel(),), 0, values, {}, False)
 
 
 @pytest.mark.parametrize("on_host", [False, True])

@@ -7,16 +7,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
 from cfpretrain.data.shards import read_latents_info
-from tests.processes import REPOSITORY, Ended, Rank, run_script, start_script
+from tests.processes import REPOSITORY, Rank, run_tool, start_script, wait_until
 from tests.test_encoding import content, write_autoencoder
-from tests.test_lifeline import LAUNCHER
 from tests.test_pixels import crops, encoded, write_images
+from tests.test_watchdog import LAUNCHER
 
 SCRIPT = "tools/encode_latents.py"
 SIZE = 32
@@ -40,11 +41,7 @@ def command(images: Path, autoencoder: Path | str, out: Path, *options: str) -> 
     return [str(images), "--autoencoder", str(autoencoder), "--out", str(out), "--batch-size", "4", *options]
 
 
-def run(arguments: Sequence[str], world_size: int = 1) -> Ended:
-    """Rank 0, after all ended as it did."""
-    ended = run_script(SCRIPT, arguments, world_size)
-    assert len({rank.code for rank in ended}) == 1, ended
-    return ended[0]
+run = partial(run_tool, SCRIPT)
 
 
 def write_undisturbed(folder: Path, images: Path, autoencoder: Path | str, shape: str) -> dict[str, bytes]:
@@ -137,9 +134,7 @@ def long_images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wait_for_long_work(ranks: Sequence[Rank], out: Path) -> None:
     """Until all but the long shard is written."""
     records = out.parent / f".{out.name}.unfinished" / "records"
-    while not all((records / f"{number:05d}.json").exists() for number in range(3)):
-        assert all(rank.poll() is None for rank in ranks), ranks[0].communicate()
-        time.sleep(0.002)
+    wait_until(lambda: all((records / f"{number:05d}.json").exists() for number in range(3)), 120, ranks)
 
 
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path, long_images: Path) -> None:
@@ -188,7 +183,7 @@ def test_a_launcher_that_is_gone_ends_it_and_the_same_command_goes_on(tmp_path: 
             time.sleep(0.01)
         launcher.kill()  # the rank lives on, and holds the pipe open until it ends
         said = launcher.stdout.read()
-    assert said.endswith("[cfpretrain] rank 0: the launcher is gone; the same command goes on\n")
+    assert said.endswith("[cfpretrain] stopped (the launcher is gone); the same command goes on\n")
     assert not out.exists()
     ended = run(arguments("latents"))
     assert (ended.code, ended.err) == (0, "")
@@ -202,13 +197,11 @@ def test_a_signal_stops_it(tmp_path: Path, images: Path) -> None:
         # Of two ranks one is missing, for which the other waits.
         rank, missing = start_script(SCRIPT, arguments, 2)
         missing.kill()
-        while "loading torch" not in rank.said():
-            assert rank.poll() is None
-            time.sleep(0.002)
+        wait_until(lambda rank=rank: "loading torch" in rank.said(), 60, [rank])
         rank.send_signal(number)
         out, err = rank.communicate(timeout=60)
         assert (rank.returncode, err) == (EXIT_REQUEUE, "")
-        assert out.endswith("[cfpretrain] stopped; the same command goes on\n")
+        assert out.endswith(f"[cfpretrain] stopped ({number.name}); the same command goes on\n")
 
 
 def test_a_folder_belongs_to_one_command_with_one_way_of_encoding(tmp_path: Path, long_images: Path) -> None:

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling, make_network, write_folder
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, make_network, write_folder
 from cfpretrain.base.console import UserError
+from cfpretrain.core.latents import LatentScaling
 from cfpretrain.data.encoding import Encoding, encode
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import Shards, columns_of, read_latents_info, read_plan

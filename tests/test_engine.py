@@ -5,8 +5,9 @@ import functools
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -19,15 +20,22 @@ from torch import Tensor, nn
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.config import load as load_config
+from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
+from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.model import BlockSettings, CausalFusion, write_initial_values
 from cfpretrain.core.norm import has_apex
-from cfpretrain.core.objective import NoisePredictionLoss
-from cfpretrain.core.process import linear_schedule
+from cfpretrain.core.objective import DenoisingLoss
+from cfpretrain.core.process import make_process
+from cfpretrain.run import checkpoint_writer
 from cfpretrain.run.build import make_model
+from cfpretrain.run.checkpoint import load
+from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.tensor_files import Fragment
-from cfpretrain.training import engine as engine_module
-from cfpretrain.training.engine import Decide, Engine, build_engine, ds_config
+from cfpretrain.training import optim, zero
+from cfpretrain.training.engine import Engine, build_engine
+from cfpretrain.training.zero import Decide, ds_config
+from tests.checkpoints import CONFIG, make_state
 from tests.closeness import disagreement
 from tests.processes import REPOSITORY, run_in_processes
 from tests.strictness import make_warnings_errors
@@ -153,7 +161,7 @@ def backward_step(engine: Engine, step: int, poison: bool = False) -> float:
 
 
 def content(fragment: Fragment) -> dict[str, Tensor]:
-    return {"values": fragment.values, "exp_avg": fragment.exp_avg, "exp_avg_sq": fragment.exp_avg_sq}
+    return {"values": fragment.values, **fragment.state}
 
 
 def gather(engine: Engine) -> dict[str, Tensor]:
@@ -373,7 +381,7 @@ def campaign_of_two() -> dict[Any, Run]:
         check_restore(0, (0, 1), "fp32", micro_batch_size=1)
         check_restore(3, (2, 3), "fp32", micro_batch_size=1)
         # As on a GPU: small parameters stay gathered at stage 3.
-        with patch.object(engine_module, "_persistent_numel", lambda device: 100_000):
+        with patch.object(zero, "_persistent_numel", lambda device: 100_000):
             for precision in PRECISIONS:
                 check_skip(3, precision)
                 check_sampling(3, precision)
@@ -458,9 +466,11 @@ def plain_torch(num_steps: int = 4) -> tuple[list[float], list[float], dict[str,
         for name, parameter in module.named_parameters():
             parameter.copy_(toy_values(name, parameter))
     betas = (train.adam_beta1, train.adam_beta2)
-    optimizer = torch.optim.AdamW(
-        module.parameters(), LEARNING_RATE, betas, train.adam_eps, train.weight_decay, foreach=False
-    )
+    # Norms, biases and embeddings do not decay.
+    decaying = [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
+    others = [p for p in module.parameters() if all(p is not weight for weight in decaying)]
+    groups: list[Any] = [{"params": decaying}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, LEARNING_RATE, betas, train.adam_eps, train.weight_decay, foreach=False)
     losses, norms = [], []
     for step in range(num_steps):
         tokens, targets = toy_batch(step)
@@ -599,13 +609,14 @@ class CountsInTheGroup(torch.optim.Optimizer):
 
 def test_steps_that_apex_counts_are_saved_and_restored() -> None:
     ours, theirs = (torch.ones(3, requires_grad=True) for _ in range(2))
-    optimizer = engine_module._with_step_in_state(CountsInTheGroup([ours], lr=0.1))
-    (state,) = engine_module._create_adam_states(optimizer, [ours])
+    optimizer = optim._with_step_in_state(CountsInTheGroup([ours], lr=0.1))
+    optim.create_state(optimizer, [(ours, optimizer.param_groups[0])])
+    state = optimizer.state[ours]
     control = torch.optim.AdamW([theirs], lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     for step in range(4):
         if step == 2:
             # Another process goes on from the states alone.
-            optimizer = engine_module._with_step_in_state(CountsInTheGroup([ours], lr=0.1))
+            optimizer = optim._with_step_in_state(CountsInTheGroup([ours], lr=0.1))
             optimizer.state[ours] = state
         ours.grad = theirs.grad = seeds.normal(seeds.fold(seeds.key(0, "gradient"), step), (3,))
         optimizer.step()
@@ -614,11 +625,11 @@ def test_steps_that_apex_counts_are_saved_and_restored() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(engine_module._apex_fused_adam() is not None, reason="the real apex is installed")
+@pytest.mark.skipif(optim._apex_fused_adam() is not None, reason="the real apex is installed")
 def test_the_registry_package_apex_is_not_taken_for_nvidias(monkeypatch) -> None:
     found = {"apex"}
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name in found else None)
-    assert engine_module._apex_fused_adam() is None
+    assert optim._apex_fused_adam() is None
     assert not has_apex()
 
 
@@ -632,6 +643,12 @@ def network_losses(stage: int, precision: str, blocks: BlockSettings) -> tuple[l
     torch._dynamo.utils.counters.clear()
     config = toy_config(stage, precision, micro_batch_size=4)
     config = replace(config, engine=replace(config.engine, compile_blocks=blocks.compile))
+    engine = network_engine(config, blocks)
+    losses = network_steps(engine, (0, 1, 0, 2))
+    return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def network_engine(config: Config, blocks: BlockSettings) -> Engine:
     engine = build_engine(
         lambda: CausalFusion(
             grid=3,
@@ -647,21 +664,92 @@ def network_losses(stage: int, precision: str, blocks: BlockSettings) -> tuple[l
         CPU,
     )
     engine.initialise(functools.partial(write_initial_values, 0, 3))
-    loss = NoisePredictionLoss(linear_schedule(), 1, 2, 5, 0.1, 0.9, "sample", 2.0, 1.0, "linear", seed=0)
+    return engine
+
+
+def network_steps(engine: Engine, steps: Sequence[int]) -> list[float]:
+    loss = DenoisingLoss(make_process(), ARSettings(), 1, 2, 5, 0.1, seed=0)
     ids = torch.arange(4) + 4 * dist.get_rank()
     losses = []
-    for step in (0, 1, 0, 2):
+    for step in steps:
         total = 0.0
         for part in range(engine.accumulation_steps):
-            part_ids = ids + 8 * part
+            part_ids = ids + 4 * dist.get_world_size() * part
             latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), part_ids), (4, 3, 3))
             draws = loss.draw(step, 0, part_ids, part_ids % 5, 9, 4)
             terms = loss(engine, loss.prepare(latents, draws))
             engine.backward(terms.total / terms.count)
             total += float(terms.total.detach()) / terms.count
         assert engine.step(1e-2)
-        losses.append(total)
-    return losses, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        losses.append(total / engine.accumulation_steps)
+    return losses
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Muon
+
+
+def is_matrix_of_block(name: str) -> bool:
+    return name.startswith("trunk.blocks.") and name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight"))
+
+
+def muon_at_all_stages(folder: Path) -> list[float]:
+    """The losses of steps with Muon, which are the same at every stage, and after resuming at another."""
+    runtime.start(CPU)
+    everything = []
+    store = CheckpointStore(folder, 9, 0)
+    for stage in STAGES:
+        config = toy_config(stage, "fp32", micro_batch_size=4, clip_grad_norm=0.0)
+        config = replace(config, train=replace(config.train, optimizer="muon"))
+        engine = network_engine(config, BlockSettings())
+        first = network_steps(engine, (0, 1))
+        ema = [fragment.values.clone() for fragment in engine.fragments()]
+        for fragment in engine.fragments():
+            names = {"momentum_buffer"} if is_matrix_of_block(fragment.name) else {"exp_avg", "exp_avg_sq"}
+            assert fragment.state.keys() == names, fragment.name
+            assert all(tensor.count_nonzero() for tensor in fragment.state.values() if fragment.numel > 9)
+        checkpoint_writer.save(store, make_state(stage + 1), engine.fragments(), ema)
+        everything.append(first + network_steps(engine, (2, 0, 1)))
+        assert engine.optimizer_step == 5
+        resumed = network_engine(config, BlockSettings())
+        network_steps(resumed, (3,))
+        load(store.path(1), resumed.fragments(), ema, CONFIG)
+        resumed.optimizer_step = 2
+        resumed.refresh()
+        assert network_steps(resumed, (2, 0, 1)) == everything[0][2:], stage
+        with pytest.raises(UserError, match=r"holds the state of train.optimizer = adamw, and the config says muon"):
+            load(store.path(1), resumed.fragments(), ema, {**CONFIG, "train": {"optimizer": "muon"}})
+    assert all(losses == everything[0] for losses in everything), everything
+    return everything[0]
+
+
+def muon_of_torch() -> list[float]:
+    """The same steps by torch's own optimizers."""
+    runtime.start(CPU)
+    config = toy_config(0, "fp32", micro_batch_size=4, clip_grad_norm=0.0)
+    train = replace(config.train, optimizer="muon")
+    engine = network_engine(replace(config, train=train), BlockSettings())
+    named = dict(engine.module.named_parameters())
+    matrices = [p for name, p in named.items() if is_matrix_of_block(name)]
+    linears = [p for part in engine.module.modules() if isinstance(part, nn.Linear) for p in [part.weight]]
+    rest = [p for name, p in named.items() if not is_matrix_of_block(name)]
+    groups: list[Any] = [
+        {"params": [p for p in rest if any(p is one for one in linears)]},
+        {"params": [p for p in rest if all(p is not one for one in linears)], "weight_decay": 0.0},
+    ]
+    muon = torch.optim.Muon(matrices, 1e-2, train.weight_decay, train.muon_momentum, adjust_lr_fn="match_rms_adamw")
+    adam = torch.optim.AdamW(groups, 1e-2, (train.adam_beta1, train.adam_beta2), train.adam_eps, train.weight_decay)
+    combined: Any = engine._deepspeed.basic_optimizer
+    combined.parts = [muon, adam]
+    return network_steps(engine, (0, 1, 2, 0, 1))
+
+
+def test_muon_makes_the_same_update_at_every_stage_and_that_of_torch(tmp_path: Path) -> None:
+    ours, again = run_in_processes(muon_at_all_stages, 2, tmp_path)
+    [torchs] = run_in_processes(muon_of_torch, 1)
+    assert len(set(ours)) == 5
+    # Each of the two ranks knows the loss of its share.
+    assert [a + b for a, b in zip(ours, again, strict=True)] == pytest.approx(torchs, rel=1e-3)
 
 
 COMPILED = [(3, "fp32", True), (3, "bf16", False), (1, "bf16", True), (0, "bf16", False)]

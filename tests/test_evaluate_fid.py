@@ -5,6 +5,7 @@ import json
 import os
 import zipfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ from PIL import Image
 from cfpretrain.base import runtime
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.evaluation import scores
-from cfpretrain.evaluation.feature_sums import Summing
+from cfpretrain.evaluation.feature_sums import Work
 from cfpretrain.evaluation.features import FeatureExtractor
-from cfpretrain.evaluation.frechet import frechet_between
 from cfpretrain.evaluation.given_images import open_images, say_sizes
-from cfpretrain.evaluation.inception_score import ClassSums, inception_score, splits_of
+from cfpretrain.evaluation.inception_score import class_sums, inception_score, splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
 from cfpretrain.evaluation.references import STATISTICS_FILE, load_reference
+from examples.digits.pixels import frechet_between
 from tests import small_features
 from tests.image_files import digits, write_folder
-from tests.processes import Ended, run_in_processes, run_script
+from tests.processes import run_in_processes, run_tool
 from tests.runs import write_run
 from tests.test_inspect_shards import write_images
 
@@ -47,11 +48,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(arguments: Sequence[object], world_size: int = 1) -> Ended:
-    """Rank 0, after all ended as it did."""
-    ended = run_script(SCRIPT, list(map(str, arguments)), world_size)
-    assert len({rank.code for rank in ended}) == 1, ended
-    return ended[0]
+run = partial(run_tool, SCRIPT)
 
 
 def scored(folder: Path, arguments: Sequence[object], world_size: int = 1) -> dict[str, Any]:
@@ -80,7 +77,7 @@ def test_scores_are_those_of_the_metrics_on_any_ranks_and_from_any_set(
     expected = [
         frechet_between(real[0], generated[0]),
         frechet_between(real[1], generated[1]),
-        inception_score(ClassSums.of(generated[2], splits_of(333)))[0],
+        inception_score(class_sums(generated[2], splits_of(333)))[0],
     ]
     # float32 features depend on the batch in their last bits; on ranks they must not.
     assert [result[name] for name in NAMES[:3]] == pytest.approx(expected, rel=1e-5)
@@ -127,8 +124,8 @@ def test_kills_and_other_numbers_of_ranks_leave_no_trace(tmp_path: Path, sets: P
     (whole,) = run_in_processes(sum_until, 1, tmp_path / "whole", sets / "generated.npz", None)
     assert run_in_processes(sum_until, 1, tmp_path / "killed", sets / "generated.npz", 3) == [None]
     assert run_in_processes(sum_until, 2, tmp_path / "killed", sets / "generated.npz", 2) == [None, None]
-    files = sorted(file.name for file in (tmp_path / ".killed.unfinished").glob("*sums_*"))
-    assert files == ["done_sums_000001_00000.npz", "sums_000002_00000.npz", "sums_000002_00001.npz"]
+    files = sorted(file.name for file in (tmp_path / ".killed.unfinished").glob("*.npz"))
+    assert files == ["done.npz", "sums_000002_00000.npz", "sums_000002_00001.npz"]
     for made in run_in_processes(sum_until, 4, tmp_path / "killed", sets / "generated.npz", None):
         assert made == pytest.approx(whole, rel=1e-12)
 
@@ -140,51 +137,50 @@ def begin(out: Path, seed: int) -> None:
 
 def test_work_of_other_settings_is_refused(tmp_path: Path) -> None:
     run_in_processes(begin, 1, tmp_path / "work", 1)
-    with pytest.raises(UserError, match=r"unfinished work of others \(seed: 1 there, 2 now\)"):
+    with pytest.raises(UserError, match=r"unfinished work of other settings \(seed: 1 there, 2 now\)"):
         begin(tmp_path / "work", 2)
 
 
-def test_work_on_images_that_have_changed_begins_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_work_on_images_that_have_changed_starts_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = scores.make_work(tmp_path / "work", "--out", {"images": "with a damaged one"}, 10, 2)
     first.begin()
     (first.folder / "rows_00000000.npy").touch()
-    assert first._lock is not None
-    os.close(first._lock)
-    mended = scores.make_work(tmp_path / "work", "--out", {"images": "mended"}, 9, 2)
-    assert mended.begin() == (1, [0, 1, 2, 3, 4])
-    assert not (mended.folder / "rows_00000000.npy").exists()
-    assert "the images have changed; beginning anew" in capsys.readouterr().out
+    first._unfinished.release()
+    second = scores.make_work(tmp_path / "work", "--out", {"images": "repaired"}, 9, 2)
+    assert second.begin() == (1, [0, 1, 2, 3, 4])
+    assert not (second.folder / "rows_00000000.npy").exists()
+    assert (
+        "other inputs than before (images: with a damaged one there, repaired now); starting over"
+        in capsys.readouterr().out
+    )
 
 
 def test_a_rank_of_an_earlier_start_that_lives_on_is_not_counted(tmp_path: Path, sets: Path) -> None:
     images, extractor = open_images(sets / "generated.npz", "GENERATED"), small_features.make(CPU, None)
 
-    def made() -> Any:
+    def made() -> Work:
         return scores.make_work(tmp_path / "work", "--out", {}, 40, 8, save_seconds=0.0)
 
-    def add(summing: Summing, number: int) -> None:
-        summing.add(number, extractor(images.read(summing._work.ids(number))))
+    def add(work: Work, number: int) -> None:
+        work.add(number, extractor(images.read(work.ids(number))))
 
     first = made()
     assert first.begin() == (1, [0, 1, 2, 3, 4])
-    left_behind = Summing(first, 1)
-    add(left_behind, 0)
-    os.close(first._lock)  # of a machine that died, while another goes on
+    add(first, 0)
+    first._unfinished.release()  # of a machine that died, while another goes on
     second = made()
     assert second.begin() == (2, [1, 2, 3, 4])
-    with Summing(second, 2) as summing:
-        for number in (1, 2):
-            add(summing, number)
-            add(left_behind, number)
-    os.close(second._lock)
+    for number in (1, 2):
+        add(second, number)
+        add(first, number)
+    second._unfinished.release()
     third = made()
     assert third.begin() == (3, [3, 4])
-    with Summing(third, 3) as summing:
-        add(summing, 3)
-        add(summing, 4)
+    add(third, 3)
+    add(third, 4)
     (total,) = third.total()
     expected = features(images.read(range(40)).permute(0, 2, 3, 1).numpy())[0].double()
-    assert total.pooled.sum_F.tolist() == pytest.approx(expected.sum(0).tolist(), rel=1e-5)
+    assert total["pooled/sum_F"].tolist() == pytest.approx(expected.sum(0).tolist(), rel=1e-5)
     assert third.kept().shape == (40, 24)
     third.remove()
 
@@ -495,7 +491,7 @@ def test_mistakes_end_all_ranks_with_one_line(tmp_path: Path, sets: Path) -> Non
 def test_a_models_images_are_scored_as_if_they_had_been_written(tmp_path: Path, shards: Path, sets: Path) -> None:
     source = write_run(tmp_path / "run", shards)
     how = ["--solver", "ddim", "--num-denoising-steps", "2", "--batch-size", "8", "--num-images", 30, "--guidance", 2]
-    (ended,) = run_script("tools/sample.py", list(map(str, [source, "--out", tmp_path / "made.npz", *how])))
+    ended = run_tool("tools/sample.py", [source, "--out", tmp_path / "made.npz", *how])
     assert (ended.code, ended.err) == (0, "")
     stored = scored(tmp_path, [tmp_path / "made.npz", "--reference", sets / "real", *SMALL])
     arguments = [source, "--reference", sets / "real", *SMALL, *how]

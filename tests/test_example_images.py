@@ -1,6 +1,5 @@
 """tools/example_images.py: real digits as PNG files in class folders."""
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,17 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.processes import REPOSITORY
+from examples.digits import example_images
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("example_images", REPOSITORY / "tools" / "example_images.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return example_images
 
 
 def run(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:

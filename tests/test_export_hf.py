@@ -1,6 +1,5 @@
 """Exports: whole or not there, the same from any ranks, and they load and sample where cfpretrain is not installed."""
 
-import argparse
 import dataclasses
 import errno
 import json
@@ -26,16 +25,16 @@ from cfpretrain.base import files
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import choose_sizes
-from cfpretrain.core.model import patchify, unpatchify
-from cfpretrain.core.process import SOLVERS
+from cfpretrain.core.latents import patchify, unpatchify
 from cfpretrain.core.regions import parse_region
 from cfpretrain.core.sampler import Guidance
+from cfpretrain.core.solvers import SOLVERS
 from cfpretrain.evaluation.generation import GenerationSettings, edit_tokens, generate_batches
 from cfpretrain.evaluation.sampling_options import _BY_SOLVER
 from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import diffusers_layout
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.export.official import from_official
+from cfpretrain.export.official import our_name
 from cfpretrain.run import build, tensor_files
 from cfpretrain.run.checkpoint import read_tensors
 from tests import checkpoints
@@ -44,7 +43,8 @@ from tests.closeness import disagreement
 from tests.digits import small_config
 from tests.processes import REPOSITORY, run_in_processes
 from tests.runs import STEP, write_run
-from tools import export_hf, measure_export
+from tools import export_hf
+from tools import measure as measuring
 
 CPU = torch.device("cpu")
 
@@ -188,10 +188,17 @@ def train(shards: Path, folder: Path, *overrides: str) -> None:
 
     steps = ("train.num_steps=2", "train.decay_steps=0", "train.learning_rate=0", "checkpoint.every_steps=2")
     config = small_config(shards, folder, *steps, *overrides)
-    runtime.start(CPU)
+    if not torch.distributed.is_initialized():
+        runtime.start(CPU)
     trainer.prepare_folder(config, CPU)
     trainer.record_config(config)
     assert trainer.Trainer(config, CPU).train()
+
+
+def train_each(shards: Path, folders: dict[str, Path]) -> None:
+    """A run of each noise process, whose weights change."""
+    for process, folder in folders.items():
+        train(shards, folder, f"noise.process={process}", "train.learning_rate=0.01", "train.warmup_steps=0")
 
 
 @pytest.mark.slow
@@ -209,14 +216,13 @@ def test_ranks_and_stages_of_training_leave_the_same_weights(shards: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, capsys) -> None:
     """160 MB of weights, of which one tensor has 4."""
     sizes = [f"model.{size}" for size in ("width=512", "depth=12", "num_heads=8")]
     config = str(REPOSITORY / "configs" / "tiny.yaml")
-    arguments = argparse.Namespace(
-        allow_env=False, overrides=sizes, config=config, dtype="bf16", max_shard_gb=0.03, folder=tmp_path
-    )
-    figures = measure_export.measure(arguments)
+    told = ["--config", config, "--dtype", "bf16", "--max-shard-gb", "0.03", "--folder", str(tmp_path)]
+    measuring.main(["export", *sizes, *told])
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["model"]["parameters"] > 38e6
     assert figures["model"]["peak_rss_gb"] - figures["tiny"]["peak_rss_gb"] < 0.05
 
@@ -337,7 +343,8 @@ def test_the_official_format(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     content = torch.load(out, weights_only=True)
     [path] = (run / "checkpoints").glob("step_*")
     for key, which in (("model", "weights"), ("ema", "ema")):
-        assert equal(from_official(content[key]), read_tensors(path, which))  # type: ignore[arg-type]
+        tensors = {our_name(name): value for name, value in content[key].items()}
+        assert equal(tensors, read_tensors(path, which))  # type: ignore[arg-type]
 
 
 def test_pushing_is_asked_for(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,6 +422,7 @@ def write_autoencoder(folder: Path) -> Path:
 class Results:
     run: Path
     latents_run: Path
+    by_process: dict[str, Path]
     made: dict[str, Tensor]
     given: Tensor
     said: dict[str, Any]
@@ -439,15 +447,20 @@ def results(
     scales = (f"data.autoencoder={autoencoder}", "data.latent_shift=0.1", "data.latent_scale=0.7")
     latents_run = write_run(folder / "latents_run", shards, *options, *scales)
     export(latents_run, folder / "latents", ExportSettings())
+    by_process = {process: folder / f"{process}_run" for process in ("v", "flow")}
+    run_in_processes(train_each, 1, shards, by_process)
+    for process, trained in by_process.items():
+        export(trained, folder / process, ExportSettings())
     given = torch.rand(3, 1, 8, 8) * 2 - 1
     from safetensors.torch import save_file
 
     save_file({"latents": given}, folder / "given.safetensors")
     exports = (exported, folder / "raw", folder / "version", folder / "latents")
     tensors = [folder / "given.safetensors", folder / "made.safetensors"]
-    out, err = run_elsewhere(elsewhere, folder, *exports, *tensors, ",".join(SOLVERS))
+    others = (folder / process for process in by_process)
+    out, err = run_elsewhere(elsewhere, folder, *exports, *tensors, ",".join(SOLVERS), *others)
     made = load_file(tensors[1])
-    return Results(run, latents_run, made, given, json.loads(out.splitlines()[-1]), err)
+    return Results(run, latents_run, by_process, made, given, json.loads(out.splitlines()[-1]), err)
 
 
 def ours(
@@ -485,6 +498,26 @@ def test_the_same_pixels_elsewhere(results: Results, solver) -> None:
     latents, images = ours(results.run, solver=solver, spacing=spacing)
     assert torch.equal(results.made[f"{solver} latent"], latents)
     assert torch.equal(results.made[f"{solver} pt"], images)
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("process", ["v", "flow"])
+def test_other_processes_elsewhere(results: Results, process, solver) -> None:
+    """Trained, sampled and exported; and scored, of which the loss is finite."""
+    run = results.by_process[process]
+    assert build.load_run_config(run).noise.process == process
+    latents, _ = ours(run, solver=solver, spacing=_BY_SOLVER[solver][1])
+    assert torch.equal(results.made[f"{process} {solver}"], latents)
+    assert len(list((run / "samples").glob("*.png"))) == 2
+    summary = build.read_summary(run)
+    assert summary is not None
+    assert 0 < summary["loss_last"] < 10
+
+
+def test_a_scheduler_for_another_process_is_refused_elsewhere(results: Results) -> None:
+    assert results.said["swapped"] == (
+        "scheduler: expected flow_prediction and linear betas, as the model was trained, got epsilon and linear"
+    )
 
 
 def test_all_settings_elsewhere(results: Results) -> None:

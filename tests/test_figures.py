@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cfpretrain.base.console import UserError
-from cfpretrain.evaluation.figures import _column, _skipped_steps, _smooth, curves, loss_map
+from cfpretrain.evaluation.figures import _column, _skipped_steps, _smooth, curves
 from tests.processes import REPOSITORY
 from tests.test_pictures import num_near, pixels
 
@@ -108,50 +107,6 @@ def test_smoothing_averages_over_gaps_without_bias() -> None:
     smooth = _smooth(rough)
     assert np.isnan(smooth[100:103]).all()
     assert np.nanmax(np.abs(smooth[10:-10])) < 0.4
-
-
-# The loss over both axes
-
-
-def test_loss_map_shows_each_cell_on_its_side(tmp_path: Path) -> None:
-    # Noise to the right, AR position upward: only the cell of high noise and first position is large.
-    loss_TS = np.full((4, 2), 1.0)
-    loss_TS[3, 0] = 2.0
-    loss_map(tmp_path / "map.png", loss_TS, [0, 250, 500, 750, 1000], [0, 8, 16])
-    shown = pixels(tmp_path / "map.png")
-    yellow = (np.abs(shown - np.array([253, 231, 37])).max(-1) < 10).nonzero()
-    in_map = yellow[1] < 0.87 * shown.shape[1]  # the colour bar is right of it
-    assert in_map.sum() > 5000
-    assert yellow[0][in_map].min() > 0.4 * shown.shape[0]
-    assert yellow[1][in_map].min() > 0.6 * shown.shape[1]
-
-
-@pytest.mark.parametrize("spread", [1.5, 1000.0])
-def test_loss_map_of_small_and_large_ranges_with_gaps(tmp_path: Path, spread: float) -> None:
-    loss_TS = np.geomspace(1.0, spread, 60).reshape(10, 6)
-    loss_TS[0, 0] = math.nan
-    loss_map(tmp_path / "map.png", loss_TS, list(range(11)), list(range(7)))
-    # Values that rise evenly, or by an even factor, spread evenly over the colours only on the fitting scale: on a
-    # linear one half of the large range would share the darkest purple.
-    shown = pixels(tmp_path / "map.png")
-    in_map = shown[:, : int(0.87 * shown.shape[1])]
-    dark = (np.abs(in_map - np.array([68, 1, 84])).max(-1) < 24).mean()
-    assert 0.01 < dark < 0.15
-
-
-def test_loss_map_without_any_loss(tmp_path: Path) -> None:
-    loss_map(tmp_path / "map.png", np.full((2, 2), math.nan), [0, 1, 2], [0, 1, 2])
-    assert num_near(tmp_path / "map.png", (236, 239, 243)) > 100_000
-
-
-def test_loss_map_of_one_constant_value(tmp_path: Path) -> None:
-    loss_map(tmp_path / "map.png", np.full((1, 1), 0.5), [0, 1], [0, 1])
-    assert pixels(tmp_path / "map.png").shape[1] > 800
-
-
-def test_edges_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected 3 x 2 values for its edges, got 2 x 2"):
-        loss_map(tmp_path / "map.png", np.ones((2, 2)), [0, 1, 2, 3], [0, 1, 2])
 
 
 def test_a_backend_for_windows_that_is_not_there_matters_to_no_file(monkeypatch: pytest.MonkeyPatch) -> None:

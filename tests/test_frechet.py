@@ -12,7 +12,9 @@ from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
 from cfpretrain.base.console import UserError
-from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_between, frechet_distance, pixel_features
+from cfpretrain.evaluation.feature_sums import add
+from cfpretrain.evaluation.frechet import Gaussian, frechet_distance, gaussian_of, moments_of
+from examples.digits.pixels import frechet_between, pixel_features
 
 
 def correlated(count: int, num_features: int, seed: int, shift: float = 0.0) -> Tensor:
@@ -102,12 +104,13 @@ def test_closed_form_of_scaled_images() -> None:
 def test_moments_of_parts_add_up_to_the_whole(cuts: list[int], seed: int) -> None:
     features_NF = correlated(60, 5, seed)
     edges = [0, *sorted(cuts), 60]
-    merged = Moments.of(features_NF[:0])
+    merged = moments_of(features_NF[:0])
     for begin, end in itertools.pairwise(edges):
-        merged = Moments.of(features_NF[begin:end]) + merged
-    assert merged.count == 60
-    torch.testing.assert_close(merged.gaussian.mean_F, features_NF.mean(0), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(merged.gaussian.covariance_FF, features_NF.T.cov(), rtol=1e-11, atol=1e-11)
+        merged = add(moments_of(features_NF[begin:end]), merged)
+    assert merged["count"] == 60
+    gaussian = gaussian_of(merged)
+    torch.testing.assert_close(gaussian.mean_F, features_NF.mean(0), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gaussian.covariance_FF, features_NF.T.cov(), rtol=1e-11, atol=1e-11)
 
 
 @settings(max_examples=30, deadline=None)

@@ -102,8 +102,8 @@ def test_the_order_of_tokens_is_the_models() -> None:
     settings = settings_of(3, batch_size=7)
     seen: list[Tensor] = []
 
-    def spy(model, parts, intervals=None, cache=None):
-        seen.extend(part.noised_positions_BN for part in parts if hasattr(part, "noised_positions_BN"))
+    def spy(model, segments, intervals=None, cache=None):
+        seen.extend(one.positions_BL for one in segments if one.noised is not None)
 
     model = small_model()
     model.register_forward_pre_hook(lambda module, args, kwargs: spy(module, *args, **kwargs), with_kwargs=True)
@@ -180,7 +180,7 @@ def test_editing_everything_is_generating() -> None:
     edited = edit_tokens(config, model, tokens, region, LABELS, settings, CPU)
     images = generate_images(config, model, LABELS, settings, CPU)
     decode, _ = decode_to_look_at(config, CPU)
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
 
     assert torch.equal(decode(unpatchify(edited, 2)), images)
 
@@ -196,7 +196,7 @@ def test_a_trajectory_ends_at_the_image_and_shows_what_is_made() -> None:
     assert way.states.shape == (3, 4, 9, 4)
     assert way.is_made.sum(1).tolist() == [3, 6, 9]
     (image,) = generate_images(config, model, [3], settings, CPU)
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
 
     decode, _ = decode_to_look_at(config, CPU)
     assert torch.equal(decode(unpatchify(way.states[-1, -1][None], 2))[0], image)

@@ -39,7 +39,7 @@ def write_all(folder: Path, out: str) -> ImageSet:
 
 def kill(images: ImageSet) -> None:
     """Frees the lock, as the end of its process does."""
-    os.close(images._lock)
+    images._work.release()
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -216,7 +216,9 @@ def test_damaged_settings_are_said(tmp_path: Path, text) -> None:
     with pytest.raises(UserError, match="is none of these images; delete it, or choose another"):
         images_of(tmp_path, "out").is_complete()
     images.out.rename(images.unfinished)
-    with pytest.raises(UserError, match=r"settings\.json is damaged; delete \S*\.out\.unfinished to begin again$"):
+    with pytest.raises(
+        UserError, match=r"settings\.json is damaged \(.*\); delete \S*\.out\.unfinished to begin again$"
+    ):
         images_of(tmp_path, "out").begin()
 
 
@@ -231,6 +233,6 @@ def test_a_full_disk_is_said(tmp_path: Path, out, monkeypatch: pytest.MonkeyPatc
     images = images_of(tmp_path, out)
     images.begin()
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(UserError, match=r"--out: .* cannot be written \(No space left on device\); mend that, and"):
+    with pytest.raises(UserError, match=r"--out: .* cannot be written \(No space left on device\); fix that, and"):
         write(images, 0)
     assert images.missing() == [0, 1, 2]

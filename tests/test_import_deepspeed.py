@@ -26,10 +26,12 @@ from cfpretrain.core.model import write_initial_values
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.official import our_name, to_official
 from cfpretrain.run import build, checkpoint_writer
-from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
+from cfpretrain.run.checkpoint import load, read_tensors
+from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.state import TrainingState, read_state
-from cfpretrain.training import engine as engine_module
-from cfpretrain.training.engine import Engine, build_engine, ds_config
+from cfpretrain.training import optim, zero
+from cfpretrain.training.engine import Engine, build_engine
+from cfpretrain.training.zero import ds_config
 from tests.checkpoints import make_state
 from tests.processes import run_in_processes
 from tests.strictness import make_warnings_errors
@@ -84,19 +86,19 @@ def make_engine_of_others(config: Config) -> Engine:
         settings["zero_optimization"] |= OTHERS[config.engine.zero_stage, config.engine.precision]
         return settings
 
-    def make_optimizer(parameters: list[nn.Parameter], config: Config, device: torch.device) -> torch.optim.Optimizer:
+    def make_optimizer(module: nn.Module, config: Config, *_: Any) -> torch.optim.Optimizer:
         def rank_of(parameter: nn.Parameter) -> int:
             return len(getattr(parameter, "ds_shape", parameter.shape))
 
         train = config.train
-        groups = [[p for p in parameters if (rank_of(p) < 2) == is_vector] for is_vector in (True, False)]
+        groups = [[p for p in module.parameters() if (rank_of(p) < 2) == is_vector] for is_vector in (True, False)]
         return torch.optim.AdamW(
             [{"params": group} for group in groups], 1e-2, (train.adam_beta1, train.adam_beta2), train.adam_eps, 0.0
         )
 
     with (
-        patch.object(engine_module, "ds_config", make_settings),
-        patch.object(engine_module, "_make_optimizer", make_optimizer),
+        patch.object(zero, "ds_config", make_settings),
+        patch.object(optim, "make_optimizer", make_optimizer),
     ):
         return make_engine(config)
 
@@ -122,7 +124,7 @@ def train_step(engine: Engine, config: Config, step: int) -> float:
 def restore(engine: Engine, path: Path, config: Config) -> TrainingState:
     """As the trainer resumes."""
     ema = [fragment.values.clone() for fragment in engine.fragments()]
-    state = CheckpointStore.load(path, engine.fragments(), ema, to_plain(config))
+    state = load(path, engine.fragments(), ema, to_plain(config))
     engine.optimizer_step = state.optimizer_step
     engine.refresh()
     return state

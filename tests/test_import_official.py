@@ -20,7 +20,7 @@ from torch import Tensor
 from cfpretrain.base import config as configs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
-from cfpretrain.core.model import sincos_positions
+from cfpretrain.core.modalities import sincos_positions
 from cfpretrain.data.loader import Loader
 from cfpretrain.export import imported_run
 from cfpretrain.export.official import our_name, to_official, write_official
@@ -32,6 +32,7 @@ from tests.checkpoints import same_bits
 from tests.digits import small_config, small_run, write_digits
 from tests.golden_cases import CASES, load
 from tests.processes import run_script
+from tests.runs import write_run
 from tools import import_official
 
 State = dict[str, Tensor]
@@ -477,6 +478,17 @@ def test_what_a_kill_left_is_no_run_and_is_written_over(tmp_path: Path, empty_co
 def test_a_step_that_no_run_takes_is_refused(step: int, tmp_path: Path, empty_config: list[str]) -> None:
     with pytest.raises(UserError, match=rf"^--step: expected 0 to 1000000000000, got {step}"):
         import_official.run(tmp_path / "a.pt", tmp_path / "run", empty_config, overrides(), step)
+
+
+def test_official_models_predict_epsilon(tmp_path: Path, empty_config: list[str], shards: Path) -> None:
+    torch.save(small_state(), tmp_path / "a.pt")
+    message = "noise.process: expected epsilon, which official models predict, got v"
+    with pytest.raises(UserError, match=message):
+        import_official.run(tmp_path / "a.pt", tmp_path / "run", empty_config, [*overrides(), "noise.process=v"])
+    with pytest.raises(UserError, match=message):
+        write_official(write_run(tmp_path / "v", shards, "noise.process=v"), tmp_path / "out.pt")
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_an_export_needs_a_run_and_a_free_place(

@@ -6,7 +6,8 @@ import torch
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
 from cfpretrain.base.console import UserError
-from cfpretrain.evaluation.inception_score import ClassSums, inception_score, splits_of
+from cfpretrain.evaluation.feature_sums import add
+from cfpretrain.evaluation.inception_score import class_sums, inception_score, splits_of
 
 
 def logits_of(num_images: int, num_classes: int = 1008, scale: float = 3.0) -> torch.Tensor:
@@ -26,7 +27,7 @@ def by_definition(logits_NK: np.ndarray, splits_N: np.ndarray) -> list[float]:
 @pytest.mark.parametrize("num_images", [10, 103, 1000])
 def test_agrees_with_torch_fidelity_and_the_definition(num_images: int) -> None:
     logits_NK, splits_N = logits_of(num_images), splits_of(num_images)
-    mean, deviation = inception_score(ClassSums.of(logits_NK, splits_N))
+    mean, deviation = inception_score(class_sums(logits_NK, splits_N))
     theirs = isc_features_to_metric(logits_NK)
     assert mean == pytest.approx(theirs[KEY_METRIC_ISC_MEAN], rel=1e-9)
     assert deviation == pytest.approx(theirs[KEY_METRIC_ISC_STD], rel=1e-6, abs=1e-9)
@@ -36,22 +37,22 @@ def test_agrees_with_torch_fidelity_and_the_definition(num_images: int) -> None:
 
 def test_parts_add_up() -> None:
     logits_NK, splits_N = logits_of(97), splits_of(97)
-    whole = inception_score(ClassSums.of(logits_NK, splits_N))
-    parts = [ClassSums.of(logits_NK[part], splits_N[part]) for part in (slice(0, 1), slice(1, 60), slice(60, 97))]
-    assert inception_score(parts[2] + parts[0] + parts[1]) == pytest.approx(whole, rel=1e-12)
+    whole = inception_score(class_sums(logits_NK, splits_N))
+    parts = [class_sums(logits_NK[part], splits_N[part]) for part in (slice(0, 1), slice(1, 60), slice(60, 97))]
+    assert inception_score(add(add(parts[2], parts[0]), parts[1])) == pytest.approx(whole, rel=1e-12)
 
 
 def test_the_two_ends_of_the_scale() -> None:
     sure = torch.eye(10).repeat(10, 1) * 1e4
     spread = torch.zeros(100, dtype=torch.int64)
-    assert inception_score(ClassSums.of(sure, spread, 1)) == (pytest.approx(10.0, rel=1e-12), 0.0)
-    constant = ClassSums.of(logits_of(1).expand(100, -1), splits_of(100))
+    assert inception_score(class_sums(sure, spread, 1)) == (pytest.approx(10.0, rel=1e-12), 0.0)
+    constant = class_sums(logits_of(1).expand(100, -1), splits_of(100))
     assert inception_score(constant) == (pytest.approx(1.0, rel=1e-12), pytest.approx(0.0, abs=1e-12))
 
 
 def test_too_few_images_are_refused() -> None:
     with pytest.raises(UserError, match="at least an image in each of 10 splits, got 9"):
-        inception_score(ClassSums.of(logits_of(9), splits_of(9)))
+        inception_score(class_sums(logits_of(9), splits_of(9)))
 
 
 def test_splits_are_equal_and_fixed() -> None:

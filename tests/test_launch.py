@@ -11,7 +11,7 @@ import pytest
 from cfpretrain.base import launch
 from cfpretrain.base.console import UserError
 from cfpretrain.base.launch import Launch
-from tests.processes import REPOSITORY, launcher_environment
+from tests.processes import REPOSITORY, Ended, launcher_environment, run_alone
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 PAIR = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", **MEETING}
@@ -26,12 +26,9 @@ COMMANDS = {
     "tools/evaluate_fid.py": ["runs/none", "--reference", "images"],
     "tools/report.py": ["runs/none", "--images", "images", "--held-out", "images"],
     "tools/replay.py": ["runs/none", "--step", "1"],
-    "tools/measure_overhead.py": ["--config", "configs/tiny.yaml"],
-    "tools/measure_evaluation.py": ["one-rank"],
+    "tools/measure.py": ["saving", "--config", "configs/tiny.yaml"],
     "tools/measure_step.py": ["--config", "configs/tiny.yaml"],
 }
-# These load torch with their modules: they are for those who measure.
-LOAD_TORCH_FIRST = {"tools/measure_evaluation.py", "tools/measure_step.py"}
 
 
 @pytest.fixture
@@ -130,23 +127,34 @@ def test_a_rank_that_is_not_told_its_place_among_gpus_is_refused(environment) ->
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {**PAIR, "RANK": "2"}], ids=["left over", "no such rank"])
 def test_every_command_on_ranks_ends_with_one_line(command, variables, tmp_path: Path) -> None:
     """Before torch is loaded, and before anything is read or written."""
-    hidden = "" if command in LOAD_TORCH_FIRST else "sys.modules['torch'] = None; "
-    program = f"import runpy, sys; {hidden}sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
-    ended = subprocess.run(
-        [sys.executable, "-c", program, str(REPOSITORY / command), *COMMANDS[command]],
-        cwd=tmp_path,
-        env={name: value for name, value in os.environ.items() if name not in VARIABLES} | variables,
-        capture_output=True,
-        text=True,
-    )
-    assert ended.returncode == 2, ended.stderr
-    assert ended.stdout == ""
-    lines = ended.stderr.splitlines()
-    assert len(lines) == 1, ended.stderr
+    ended = without_torch([str(REPOSITORY / command), *COMMANDS[command]], tmp_path, variables)
+    assert ended.code == 2, ended.err
+    assert ended.out == ""
+    lines = ended.err.splitlines()
+    assert len(lines) == 1, ended.err
     assert lines[0].startswith(
         f"[cfpretrain] error: {'WORLD_SIZE' if len(variables) == 1 else 'RANK'} in the environment"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules["torch"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def without_torch(command: list[str], folder: Path, variables: dict[str, str]) -> Ended:
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *command],
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name not in VARIABLES} | variables,
+        capture_output=True,
+        text=True,
+    )
+    return Ended(ended.returncode, ended.stdout, ended.stderr)
 
 
 def test_a_command_that_runs_alone_does_not_mind(tmp_path: Path) -> None:
@@ -177,7 +185,7 @@ STARTED = """
 import torch
 from cfpretrain.base import runtime
 runtime.start(torch.device("cpu"))
-print(runtime.rank(), runtime.local_rank(), runtime.world_size(), runtime.ranks_per_node())
+print(runtime.rank(), runtime.world_size(), runtime.ranks_per_node())
 runtime.stop()
 """
 
@@ -187,8 +195,6 @@ runtime.stop()
 )
 def test_what_is_accepted_stays_accepted_after_a_start(variables: dict[str, str]) -> None:
     """A start completes the environment for the libraries that read it."""
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    command = [sys.executable, "-c", STARTED]
-    ended = subprocess.run(command, cwd=REPOSITORY, env=environment | variables, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.split()[::2] == ["0", "1"]
+    ended = run_alone(STARTED, environment=variables)
+    assert ended.code == 0, ended.err
+    assert ended.out.split()[:2] == ["0", "1"]

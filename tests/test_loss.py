@@ -8,35 +8,37 @@ import torch
 from safetensors.torch import load_file
 
 from cfpretrain.core import ar as order
-from cfpretrain.core import process as noise
 from cfpretrain.core import seeds
-from cfpretrain.core.objective import Batch, Draws, LossTerms, NoisePredictionLoss
+from cfpretrain.core.modalities import LossTerms
+from cfpretrain.core.objective import Batch, DenoisingLoss, Draws
+from cfpretrain.core.process import make_process
 from tests.closeness import disagreement
 from tests.golden_cases import FOLDER
 from tests.test_transformer import small_model
 
-LOSS = NoisePredictionLoss(
-    schedule=noise.linear_schedule(),
+LOSS = DenoisingLoss(
+    process=make_process(),
+    ar=order.ARSettings(),
     patch_size=2,
     num_cond_tokens=2,
     null_class=5,
     label_drop_prob=0.25,
-    ar_step_decay=0.9,
-    ar_split="sample",
-    ar_weight_first=2.0,
-    ar_weight_last=1.0,
-    ar_weight_schedule="linear",
     seed=0,
 )
 IDS = torch.tensor([3, 141, 59, 26])
 LABELS = torch.tensor([0, 1, 2, 3])
 
 
-def draw(loss: NoisePredictionLoss = LOSS, step: int = 7, epoch: int = 1, ids=IDS, labels=LABELS) -> Draws:
+def draw(loss: DenoisingLoss = LOSS, step: int = 7, epoch: int = 1, ids=IDS, labels=LABELS) -> Draws:
     return loss.draw(step, epoch, ids, labels, num_tokens=9, patch_values=4)
 
 
-def loss_of(loss: NoisePredictionLoss, model, latents_BCYX: torch.Tensor, draws: Draws) -> LossTerms:
+def with_ar(**knobs) -> DenoisingLoss:
+    """The loss with other settings of the AR axis."""
+    return dataclasses.replace(LOSS, ar=dataclasses.replace(LOSS.ar, **knobs))
+
+
+def loss_of(loss: DenoisingLoss, model, latents_BCYX: torch.Tensor, draws: Draws) -> LossTerms:
     return loss(model, loss.prepare(latents_BCYX, draws))
 
 
@@ -54,7 +56,7 @@ def fields(draws: Draws) -> dict[str, torch.Tensor]:
     ],
 )
 def test_a_sample_draws_the_same_numbers_in_any_micro_batch(knobs) -> None:
-    loss = dataclasses.replace(LOSS, **knobs)
+    loss = with_ar(**knobs)
     whole = fields(draw(loss))
     parts = [fields(draw(loss, ids=IDS[i], labels=LABELS[i])) for i in ([2], [0, 3])]
     for name, value in whole.items():
@@ -112,13 +114,13 @@ def test_a_zero_head_predicts_nothing() -> None:
 
 def test_ablations_reach_the_draws() -> None:
     """A plain diffusion transformer, pure autoregression, and blocks in raster order."""
-    dit = draw(dataclasses.replace(LOSS, num_ar_steps=1))
+    dit = draw(with_ar(num_ar_steps=1))
     assert dit.steps_BL.unique().tolist() == [0]
-    pure = draw(dataclasses.replace(LOSS, num_ar_steps=9, ar_step_sizes="equal"))
+    pure = draw(with_ar(num_ar_steps=9, ar_step_sizes="equal"))
     assert torch.equal(pure.steps_BL, torch.arange(9).expand(4, -1))
-    blocks = dataclasses.replace(
-        LOSS, num_ar_steps=4, ar_step_sizes="equal", token_order="block_raster", block_size=2
-    ).draw(7, 1, IDS, LABELS, num_tokens=16, patch_values=4)
+    blocks = with_ar(num_ar_steps=4, ar_step_sizes="equal", token_order="block_raster", block_size=2).draw(
+        7, 1, IDS, LABELS, num_tokens=16, patch_values=4
+    )
     assert torch.equal(blocks.order_BL, order.fixed_order(4, "block_raster", 2).expand(4, -1))
     assert torch.equal(blocks.steps_BL, (torch.arange(16) // 4).expand(4, -1))
     # Nothing else moves with them.
@@ -140,13 +142,13 @@ def test_ablations_reach_the_draws() -> None:
 )
 def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
     """And changes nothing: each sample alone has the same loss."""
-    loss, model = dataclasses.replace(LOSS, **knobs), small_model()
+    loss, model = with_ar(**knobs), small_model()
     latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
     rows = []
 
-    def watched(parts, intervals_BMI):
+    def watched(segments, intervals_BMI):
         rows.append(len(intervals_BMI))
-        return model(parts, intervals_BMI)
+        return model(segments, intervals_BMI)
 
     batch = loss.prepare(latents, draw(loss))
     whole = loss(watched, batch)
@@ -154,8 +156,7 @@ def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
     alone = [loss.prepare(latents[[i]], draw(loss, ids=IDS[[i]], labels=LABELS[[i]])) for i in range(4)]
     errors = [loss(model, one).squared_error_BLP for one in alone]
     assert disagreement(whole.squared_error_BLP, torch.cat(errors)) < 1e-5
-    assert batch.num_tokens == sum(one.num_tokens for one in alone)
-    assert batch.num_visible == sum(one.num_visible for one in alone)
+    assert batch.work == tuple(map(sum, zip(*(one.work for one in alone), strict=True)))
 
 
 @pytest.mark.parametrize("clean_multiple", [2, 4, 9])
@@ -163,26 +164,26 @@ def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
 def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:
     # In fp64, where rounding of other summation orders cannot hide a difference.
     model, latents = small_model().double(), seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
-    plain = dataclasses.replace(LOSS, ar_split=split)
+    plain = with_ar(ar_split=split)
     padded = dataclasses.replace(plain, clean_multiple=clean_multiple)
     lengths = []
     for step in range(20):
         seen = []
 
-        def watched(parts, intervals_BMI, seen=seen):
-            seen.append((model(parts, intervals_BMI), intervals_BMI.shape[1]))
+        def watched(segments, intervals_BMI, seen=seen):
+            seen.append((model(segments, intervals_BMI), intervals_BMI.shape[1]))
             return seen[-1][0]
 
         draws = draw(plain, step=step)
         batch, padded_batch = plain.prepare(latents, draws), padded.prepare(latents, draws)
         want, got = plain(watched, batch), padded(watched, padded_batch)
-        (prediction, length), (padded_prediction, padded_length) = seen
+        ([prediction], length), ([padded_prediction], padded_length) = seen
         torch.testing.assert_close(padded_prediction, prediction, rtol=0, atol=1e-12)
         torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
         # FLOPs are of useful work: padding is none.
-        counts = [(b.num_tokens, b.num_visible, t.count) for b, t in ((batch, want), (padded_batch, got))]
+        counts = [(b.work, t.count) for b, t in ((batch, want), (padded_batch, got))]
         assert counts[0] == counts[1]
-        assert batch.num_tokens == 4 * length
+        assert batch.work.tokens == 4 * length
         lengths.append((length, padded_length))
     assert any(length < padded_length for length, padded_length in lengths)
     assert {n for _, n in lengths} <= {2 + 9 + min(i * clean_multiple, 9) for i in range(9)}
@@ -192,17 +193,21 @@ def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:
 # Ready batches
 
 
+# Settings of the AR axis, and others.
 GOLDEN = {
-    "sample": {},
-    "batch_padded": {"ar_split": "batch", "clean_multiple": 4},
-    "equal_dilated_cosine": {
-        "num_ar_steps": 4,
-        "ar_step_sizes": "equal",
-        "token_order": "dilated",
-        "block_size": 3,
-        "ar_weight_schedule": "cosine",
-    },
-    "raster_padded": {"token_order": "raster", "clean_multiple": 4, "seed": 7},
+    "sample": ({}, {}),
+    "batch_padded": ({"ar_split": "batch"}, {"clean_multiple": 4}),
+    "equal_dilated_cosine": (
+        {
+            "num_ar_steps": 4,
+            "ar_step_sizes": "equal",
+            "token_order": "dilated",
+            "block_size": 3,
+            "ar_weight_schedule": "cosine",
+        },
+        {},
+    ),
+    "raster_padded": ({"token_order": "raster"}, {"clean_multiple": 4, "seed": 7}),
 }
 
 
@@ -211,11 +216,16 @@ def test_batches_are_those_that_runs_have_trained_on(name: str) -> None:
     """Of the version that drew and laid out in the training thread: a run that goes on sees the same numbers."""
     tensors = load_file(FOLDER / "batches.safetensors")
     want = {key.removeprefix(f"{name}/"): value for key, value in tensors.items() if key.startswith(f"{name}/")}
-    loss = dataclasses.replace(LOSS, **GOLDEN[name])
+    knobs, others = GOLDEN[name]
+    loss = dataclasses.replace(with_ar(**knobs), **others)
     batch = loss.prepare(seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6)), draw(loss))
-    got = batch.tensors() | {"order_BL": batch.positions_BL, "clean_BLP": batch.clean_BLP[:, : batch.num_clean]}
+    image = batch.of_kind("image").keep_clean(batch.num_clean[1])
+    names = {"clean_BLP": "clean", "noised_BLP": "noised", "target_BLP": "targets", "timesteps_B": "times_B"}
+    names |= {"order_BL": "positions_BL", "positions_BL": "positions_BL"} | {key: key for key in image.tensors()}
+    got = {key: getattr(image, name) for key, name in names.items()} | batch.tensors()
+    got["labels_B"] = batch.of_kind("class").clean
     counts = want.pop("counts").tolist()
-    assert counts == [batch.target_BLP.numel(), batch.num_tokens, batch.num_visible]
+    assert counts == [image.targets.numel(), batch.work.tokens, batch.work.visible]
     for key, value in want.items():
         assert got[key].dtype == value.dtype, key
         if value.dtype.is_floating_point:
@@ -231,29 +241,34 @@ def test_a_batch_that_is_pickled_is_the_same(last: int) -> None:
     latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
     draws = dataclasses.replace(draw(), steps_BL=(torch.arange(9) >= 9 - last).long().expand(4, 9))
     batch = LOSS.prepare(latents, draws)
-    assert batch.num_clean == 9 - last
+    assert batch.num_clean == (2, 9 - last)
     again = pickle.loads(pickle.dumps(batch))
-    assert vars(again).keys() == vars(batch).keys()
-    for name, value in vars(batch).items():
-        assert torch.equal(vars(again)[name], value) if isinstance(value, torch.Tensor) else vars(again)[name] == value
+    for got, want in ((again, batch), *zip(again.segments, batch.segments, strict=True)):
+        assert vars(got).keys() == vars(want).keys()
+        for name, value in vars(want).items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(vars(got)[name], value), name
+            else:
+                assert name == "segments" or vars(got)[name] == value, name
     assert len({value.untyped_storage().data_ptr() for value in again.tensors().values()}) == 1
 
 
 @pytest.mark.gpu
 def test_a_batch_is_pinned_where_samples_share_their_rows() -> None:
-    loss = dataclasses.replace(LOSS, ar_split="batch", token_order="raster")
+    loss = with_ar(ar_split="batch", token_order="raster")
     batch = loss.prepare(torch.zeros(4, 1, 6, 6), draw(loss))
-    assert batch.steps_BL.stride(0) == batch.positions_BL.stride(0) == 0
+    image = batch.of_kind("image")
+    assert image.steps_BL.stride(0) == image.positions_BL.stride(0) == 0
     pinned = batch.pin_memory()
     assert all(tensor.is_pinned() for tensor in pinned.tensors().values())
-    assert torch.equal(pinned.positions_BL, batch.positions_BL)
+    assert torch.equal(pinned.of_kind("image").positions_BL, image.positions_BL)
 
 
 def test_a_batch_moves_with_all_its_tensors() -> None:
     batch = LOSS.prepare(torch.zeros(4, 1, 6, 6), draw())
     moved = batch.to("meta")
     assert isinstance(moved, Batch)
-    assert len(moved.tensors()) == 10
+    assert len(moved.tensors()) == 11
     for name, value in batch.tensors().items():
         assert moved.tensors()[name].device.type == "meta"
         assert moved.tensors()[name].shape == value.shape

@@ -1,29 +1,75 @@
 """The loss over noise level and AR position."""
 
+import dataclasses
+import math
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
 from cfpretrain.core import seeds
-from cfpretrain.evaluation.loss_map import measure_loss_map
+from cfpretrain.core.process import make_process
+from examples.digits.loss_map import draw_loss_map, measure_loss_map
 from tests.test_loss import LOSS
+from tests.test_pictures import num_near, pixels
 from tests.test_transformer import small_model
 
 LATENTS = seeds.normal(seeds.fold(seeds.key(0, "latents"), torch.arange(40)), (1, 6, 6))
 LABELS = torch.arange(40) % 5
 
 
-def test_a_model_that_predicts_nothing_has_unit_loss_everywhere() -> None:
-    model = small_model(random_head=False)
-    errors, timestep_edges, position_edges = measure_loss_map(model, LOSS, LATENTS, LABELS, num_bins=4, passes=50)
+@pytest.mark.parametrize(
+    ("process", "expected"), [(make_process(), 1), (make_process("flow", flow_times="uniform"), 2)], ids=str
+)
+def test_a_model_that_predicts_nothing_has_the_same_loss_everywhere(process, expected) -> None:
+    model, loss = small_model(random_head=False), dataclasses.replace(LOSS, process=process)
+    errors, timestep_edges, position_edges = measure_loss_map(model, loss, LATENTS, LABELS, num_bins=4, passes=50)
     assert errors.shape == (4, 9)
     assert timestep_edges == [0.0, 250.0, 500.0, 750.0, 1000.0]
     assert position_edges == list(range(10))
-    # The error of predicting 0 is the square of standard normal noise.
-    assert np.nanmax(abs(errors - 1)) < 0.5
-    assert abs(np.nanmean(errors) - 1) < 0.05
+    # The error of predicting 0 is the square of standard normal noise; of a velocity, of noise and as much image.
+    assert np.nanmax(abs(errors / expected - 1)) < 0.5
+    assert abs(np.nanmean(errors) / expected - 1) < 0.05
 
 
 def test_cells_without_samples_are_nan() -> None:
     errors, *_ = measure_loss_map(small_model(), LOSS, LATENTS[:2], LABELS[:2], num_bins=50, passes=1)
     assert np.isnan(errors).any()
     assert np.isfinite(errors).any()
+
+
+def test_loss_map_shows_each_cell_on_its_side(tmp_path: Path) -> None:
+    # Noise to the right, AR position upward: only the cell of high noise and first position is large.
+    loss_TS = np.full((4, 2), 1.0)
+    loss_TS[3, 0] = 2.0
+    draw_loss_map(tmp_path / "map.png", loss_TS, [0, 250, 500, 750, 1000], [0, 8, 16], "A title")
+    shown = pixels(tmp_path / "map.png")
+    yellow = (np.abs(shown - np.array([253, 231, 37])).max(-1) < 10).nonzero()
+    in_map = yellow[1] < 0.87 * shown.shape[1]  # the colour bar is right of it
+    assert in_map.sum() > 5000
+    assert yellow[0][in_map].min() > 0.4 * shown.shape[0]
+    assert yellow[1][in_map].min() > 0.6 * shown.shape[1]
+
+
+@pytest.mark.parametrize("spread", [1.5, 1000.0])
+def test_loss_map_of_small_and_large_ranges_with_gaps(tmp_path: Path, spread: float) -> None:
+    loss_TS = np.geomspace(1.0, spread, 60).reshape(10, 6)
+    loss_TS[0, 0] = math.nan
+    draw_loss_map(tmp_path / "map.png", loss_TS, list(range(11)), list(range(7)), "A title")
+    # Values that rise evenly, or by an even factor, spread evenly over the colours only on the fitting scale: on a
+    # linear one half of the large range would share the darkest purple.
+    shown = pixels(tmp_path / "map.png")
+    in_map = shown[:, : int(0.87 * shown.shape[1])]
+    dark = (np.abs(in_map - np.array([68, 1, 84])).max(-1) < 24).mean()
+    assert 0.01 < dark < 0.15
+
+
+def test_loss_map_without_any_loss(tmp_path: Path) -> None:
+    draw_loss_map(tmp_path / "map.png", np.full((2, 2), math.nan), [0, 1, 2], [0, 1, 2], "A title")
+    assert num_near(tmp_path / "map.png", (236, 239, 243)) > 100_000
+
+
+def test_loss_map_of_one_constant_value(tmp_path: Path) -> None:
+    draw_loss_map(tmp_path / "map.png", np.full((1, 1), 0.5), [0, 1], [0, 1], "A title")
+    assert pixels(tmp_path / "map.png").shape[1] > 800

@@ -8,7 +8,6 @@ import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -25,10 +24,10 @@ from cfpretrain.data.listing import list_images
 from cfpretrain.data.shards import ImagesInfo, Shards, read_info
 from cfpretrain.data.storing import deal_images
 from tests.disks import mounted_disk
-from tests.processes import Ended, Rank
+from tests.processes import Ended, Rank, wait_until
 from tests.test_images import encoded, oracle, picture, write_tree
 from tests.test_tables import table
-from tools import measure_data
+from tools.measuring.data import plain_shards, write_photos
 
 _WAIT_SECONDS = 120
 
@@ -65,14 +64,6 @@ def refused(*arguments: object) -> str:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def wait_for(condition: Callable[[], bool], process: Rank) -> None:
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, process.said()
-        time.sleep(0.002)
 
 
 def children(process: Rank) -> list[int]:
@@ -234,10 +225,10 @@ def test_every_image_is_dealt_once(num_images: int, each: int) -> None:
 def test_the_plain_loop_that_it_is_measured_against_makes_the_same(tmp_path: Path) -> None:
     from streaming.base.format.mds import MDSReader
 
-    photos = measure_data.write_photos(tmp_path / "photos", 6)
+    photos = write_photos(tmp_path / "photos", 6)
     made(photos, "--out", tmp_path / "ours", "--size", 100)
     ours = Shards(tmp_path / "ours", "--out")
-    measure_data.plain_shards(photos, tmp_path / "plain", 100, "lossless")
+    plain_shards(photos, tmp_path / "plain", 100, "lossless")
     (entry,) = json.loads((tmp_path / "plain" / "index.json").read_text())["shards"]
     plain = MDSReader.from_json(str(tmp_path / "plain"), "", entry)
     for i in range(6):
@@ -480,15 +471,12 @@ def test_changed_images_do_not_go_on_with_old_shards(tmp_path: Path) -> None:
 
 def kill_at_a_random_moment(process: Rank, out: Path, rng: random.Random) -> bool:
     """Kills a command while or after it writes `out`; whether it was in time. Its workers end with it."""
-    wait_for(lambda: num_written(out) > 0 or "listing" in process.said(), process)
+    wait_until(lambda: num_written(out) > 0 or "listing" in process.said(), _WAIT_SECONDS, [process])
     time.sleep(rng.uniform(0, 0.6))
     workers = children(process) if process.poll() is None else []
     process.kill()
     process.communicate(timeout=_WAIT_SECONDS)
-    deadline = time.monotonic() + _WAIT_SECONDS
-    while not all(map(is_gone, workers)):
-        assert time.monotonic() < deadline, "a worker outlives the command"
-        time.sleep(0.01)
+    wait_until(lambda: all(map(is_gone, workers)), _WAIT_SECONDS)  # none outlives the command
     return process.returncode == -signal.SIGKILL
 
 
@@ -522,7 +510,7 @@ def test_twenty_kills_at_random_moments_change_nothing(
 def test_asked_to_stop(number: signal.Signals, big_tree: Path, big_content: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(big_tree, "--out", out, *_BIG)
-    wait_for(lambda: num_written(out) > 2, process)
+    wait_until(lambda: num_written(out) > 2, _WAIT_SECONDS, [process])
     workers = children(process)
     assert workers
     process.send_signal(number)
@@ -539,7 +527,7 @@ def test_asked_to_stop(number: signal.Signals, big_tree: Path, big_content: dict
 def test_a_worker_that_is_killed_is_an_error(big_tree: Path, big_content: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(big_tree, "--out", out, *_BIG, "--workers", 2)
-    wait_for(lambda: num_written(out) > 2, process)
+    wait_until(lambda: num_written(out) > 2, _WAIT_SECONDS, [process])
     os.kill(children(process)[1], signal.SIGKILL)
     ended = end(process)
     assert ended.code == 2

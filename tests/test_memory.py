@@ -12,11 +12,11 @@ import torch
 from cfpretrain.base import config as configs
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
-from cfpretrain.core import ar as order
+from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
+from cfpretrain.core.segments import build_layout
 from cfpretrain.run import build
-from cfpretrain.training import engine as engine_module
-from cfpretrain.training import memory
+from cfpretrain.training import memory, zero
 from cfpretrain.training.memory import Network, Plan, TensorAccount, plan_memory
 from tests.processes import REPOSITORY, run_in_processes, run_script
 from tools import estimate_memory
@@ -39,10 +39,12 @@ def engine_overrides(stage: int, precision: str) -> tuple[str, str]:
     return f"engine.zero_stage={stage}", f"engine.precision={precision}"
 
 
-def states_config(stage: int, precision: str, world_size: int) -> Config:
+def states_config(stage: int, precision: str, world_size: int, *others: str) -> Config:
     """Two micro-batches of one sample on each rank: the states outweigh the activations."""
     batch = ("train.micro_batch_size=1", f"train.global_batch_size={2 * world_size}")
-    return load(*engine_overrides(stage, precision), "model.width=96", "model.depth=4", "model.num_classes=40", *batch)
+    return load(
+        *engine_overrides(stage, precision), "model.width=96", "model.depth=4", "model.num_classes=40", *batch, *others
+    )
 
 
 def activations_config(precision: str, checkpointing: bool, split: str) -> Config:
@@ -72,12 +74,12 @@ ACTIVATIONS = [
 def measure(cases: list[Config]) -> list[tuple[int, int]]:
     """In a rank: (bytes held between micro-batches, peak) of real steps of each config."""
     runtime.start(CPU)
-    with patch.object(engine_module, "_BUCKET_NUMEL", BUCKET_NUMEL):
+    with patch.object(zero, "_BUCKET_NUMEL", BUCKET_NUMEL):
         return [estimate_memory.measure_step(config, CPU) for config in cases]
 
 
 def expect(config: Config, world_size: int) -> tuple[memory.Estimate, Plan]:
-    with patch.object(engine_module, "_BUCKET_NUMEL", BUCKET_NUMEL):
+    with patch.object(zero, "_BUCKET_NUMEL", BUCKET_NUMEL):
         network, plan = plan_memory(config, world_size, on_gpu=False)
     return memory.estimate(network, plan), plan
 
@@ -88,15 +90,16 @@ def expect(config: Config, world_size: int) -> tuple[memory.Estimate, Plan]:
 
 @pytest.fixture(scope="module")
 def one() -> list[tuple[int, int]]:
-    """What steps on one rank held: first those of KINDS, then those of ACTIVATIONS."""
+    """What steps on one rank held: those of KINDS, those of ACTIVATIONS, those of KINDS with Muon."""
     cases = [states_config(*kind, 1) for kind in KINDS[1]] + [activations_config(*kind) for kind in ACTIVATIONS]
+    cases += [states_config(*kind, 1, "train.optimizer=muon") for kind in KINDS[1]]
     measured: list[tuple[int, int]] = run_in_processes(measure, 1, cases)[0]
     return measured
 
 
-def check_states(world_size: int, measured: list[tuple[int, int]]) -> None:
+def check_states(world_size: int, measured: list[tuple[int, int]], *others: str) -> None:
     for (stage, precision), (held, peak) in zip(KINDS[world_size], measured, strict=True):
-        found, _ = expect(states_config(stage, precision, world_size), world_size)
+        found, _ = expect(states_config(stage, precision, world_size, *others), world_size)
         assert found.between_micro_batches == pytest.approx(held, rel=0.02), (stage, precision)
         # Here the reduction or the update is often the worst moment.
         assert 0.95 < found.peak / peak < 1.15, (stage, precision, found, peak)
@@ -106,13 +109,17 @@ def test_states_of_one_rank(one: list[tuple[int, int]]) -> None:
     check_states(1, one[: len(KINDS[1])])
 
 
+def test_states_of_muon(one: list[tuple[int, int]]) -> None:
+    check_states(1, one[len(KINDS[1]) + len(ACTIVATIONS) :], "train.optimizer=muon")
+
+
 def test_states_of_two_ranks() -> None:
     for measured in run_in_processes(measure, 2, [states_config(*kind, 2) for kind in KINDS[2]]):
         check_states(2, measured)
 
 
 def test_activations(one: list[tuple[int, int]]) -> None:
-    for kind, (held, peak) in zip(ACTIVATIONS, one[len(KINDS[1]) :], strict=True):
+    for kind, (held, peak) in zip(ACTIVATIONS, one[len(KINDS[1]) : len(KINDS[1]) + len(ACTIVATIONS)], strict=True):
         found, _ = expect(activations_config(*kind), 1)
         assert found.worst_moment == "backward"
         assert found.peak - found.static == pytest.approx(peak - held, rel=0.1), kind
@@ -217,7 +224,9 @@ def test_masks_are_those_of_the_backend_that_runs() -> None:
         ["order.num_ar_steps=4", "order.ar_step_sizes=equal"],
     ):
         assert plan_of(*shared, on_gpu=False).mask == "shared"
-    with pytest.raises(configs.UserError, match=r"engine\.attention: flex trains on a GPU only"):
+    with pytest.raises(
+        configs.UserError, match=r"engine\.attention: flex needs a GPU, and this run computes on the cpu; or use sdpa"
+    ):
         plan_of("engine.attention=flex", on_gpu=False)
 
 
@@ -256,8 +265,8 @@ def test_the_longest_sequence_is_estimated_and_measured(overrides: list[str]) ->
     loss, num_tokens = build.make_loss(config), config.model.num_tokens
 
     def length(draws: Draws) -> int:
-        segments = [order.Condition(config.model.num_cond_tokens), order.Image(draws.steps_BL)]
-        return order.build_layout(segments, loss.clean_multiple).step_BM.shape[1]
+        segments = [class_segment(config.model.num_cond_tokens), image_segment(draws.steps_BL)]
+        return build_layout(segments, loss.clean_multiple).step_BM.shape[1]
 
     drawn = [loss.draw(step, 0, torch.arange(2), torch.arange(2), num_tokens, 1) for step in range(200)]
     network, _ = plan_memory(config, 1, on_gpu=False)

@@ -1,4 +1,4 @@
-"""Metrics: FLOPs against published figures, windows, the file across a resume."""
+"""Metrics: FLOPs against published figures, the file across a resume."""
 
 import errno
 import json
@@ -14,8 +14,9 @@ import torch
 from cfpretrain.base.config import ModelConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.core import ar as order
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.segments import build_layout, count_work
 from cfpretrain.run import metrics
-from tests.processes import run_in_processes
 
 
 @pytest.mark.parametrize(
@@ -27,32 +28,12 @@ def test_flops_of_an_image_as_published(width, depth, heads, tera) -> None:
     table = order.last_size_table(256, 0.9)
     keys = torch.arange(2000)
     steps = order.draw_shared_steps
-    tokens, visible = 0, 0
+    flops = 0.0
     for i in keys[:200].tolist():
-        layout = order.build_layout([order.Condition(64), order.Image(steps(torch.tensor(i * 7919 + 1), 1, 256, 0.9))])
-        tokens += layout.step_BM.shape[1]
-        visible += int(order.count_visible(layout.intervals_BMI))
+        segments = [class_segment(64), image_segment(steps(torch.tensor(i * 7919 + 1), 1, 256, 0.9))]
+        flops += metrics.training_flops(model, count_work(segments, build_layout(segments)))
     assert float(table.sum()) == pytest.approx(1)
-    assert metrics.training_flops(model, 200, tokens, visible) / 200 / 1e12 == pytest.approx(tera, rel=0.03)
-
-
-def close_a_window() -> tuple[list[dict[str, object]], float, list[float]]:
-    from cfpretrain.base import runtime
-
-    runtime.start(torch.device("cpu"))
-    rank = runtime.rank()
-    window = metrics.Window()
-    window.records.append(metrics.StepRecord({"step": 1}, 10.0, [4 + rank, 1 + rank]))
-    window.records.append(metrics.StepRecord({"step": 2}, 30.0, [9, 8 - rank]))
-    closed = window.close([1.5 + rank, 0.25])
-    assert window.records == []
-    runtime.stop()
-    return closed
-
-
-def test_a_window_gathers_sample_ids_and_takes_the_clock_of_rank_zero() -> None:
-    rows = [{"step": 1, "sample_ids": [1, 2, 4, 5]}, {"step": 2, "sample_ids": [7, 8, 9, 9]}]
-    assert run_in_processes(close_a_window, 2) == [(rows, 40.0, [1.5, 0.25])] * 2
+    assert flops / 200 / 1e12 == pytest.approx(tera, rel=0.03)
 
 
 def test_json_has_no_nan() -> None:

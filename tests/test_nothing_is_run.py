@@ -10,8 +10,6 @@ import os
 import pickle
 import shutil
 import socket
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -33,13 +31,13 @@ from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build
-from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
+from cfpretrain.run.checkpoint import load, read_tensors
 from cfpretrain.run.metrics import read_metrics
 from cfpretrain.run.state import read_state
 from tests.checkpoints import random_bits, whole, zero_like
 from tests.digits import write_digits
 from tests.latent_shards import as_read
-from tests.processes import REPOSITORY, Ended, run_in_processes
+from tests.processes import REPOSITORY, Ended, run_alone, run_in_processes
 from tests.runs import STEP, as_older, write_run
 from tools import replay
 
@@ -90,7 +88,7 @@ def resume(run: Path) -> None:
     config = load_config(run / build.CONFIG_FILE)
     shapes = {name: tuple(value.shape) for name, value in build.make_model(config).named_parameters()}
     path = build.make_store(config).candidates()[0]
-    CheckpointStore.load(path, *whole(zero_like(random_bits(shapes, 0))), config=to_plain(config))
+    load(path, *whole(zero_like(random_bits(shapes, 0))), config=to_plain(config))
 
 
 def read_run(run: Path) -> list[Callable[[], Any]]:
@@ -298,11 +296,8 @@ def test_no_text_of_the_machine_is_exported(made: Path, tmp_path: Path) -> None:
 
 def start(folder: Path, script: str, *arguments: str) -> Ended:
     """As a user does in a folder, which may hold a stranger's modules."""
-    command = [sys.executable, str(REPOSITORY / script), *arguments]
-    path = os.pathsep.join([str(REPOSITORY), str(folder)])
-    environment = os.environ | {"PYTHONPATH": path, "DS_ACCELERATOR": "cpu"}
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
+    store = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "S3_"))}
+    return run_alone(script, arguments, environment=store, cwd=folder, path=[folder])
 
 
 def test_code_is_named_on_the_command_line_alone(made: Path, tmp_path: Path) -> None:

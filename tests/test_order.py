@@ -13,6 +13,23 @@ from scipy.stats import chi2
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import seeds
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.segments import (
+    Segment,
+    Work,
+    build_layout,
+    count_work,
+    expected_work,
+    may_attend,
+    sequence_lengths,
+    visible_keys,
+)
+
+
+def text(num_tokens: int) -> Segment:
+    """Words: each a clean AR step."""
+    return Segment("text", torch.arange(num_tokens)[None])
+
 
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=6)
 
@@ -28,14 +45,14 @@ def images(draw):
         edges = [0, *sorted(c for c in cuts if c < rest), rest] if rest else []
         parts = [b - a for a, b in itertools.pairwise(edges)]
         samples.append(order.steps_from_sizes([*parts, last]))
-    return order.Image(torch.stack(samples))
+    return image_segment(torch.stack(samples))
 
 
 segment_lists = st.lists(
     st.one_of(
-        st.integers(1, 4).map(order.Condition),
-        st.integers(1, 4).map(order.Text),
-        sizes.map(lambda s: order.Image(order.steps_from_sizes(s)[None])),
+        st.integers(1, 4).map(class_segment),
+        st.integers(1, 4).map(text),
+        sizes.map(lambda s: image_segment(order.steps_from_sizes(s)[None])),
     ),
     min_size=1,
     max_size=4,
@@ -50,18 +67,16 @@ def by_the_rule(step: list[int], clean: list[bool]) -> list[list[bool]]:
     ]
 
 
-def plain_tokens(
-    segments: list[order.Segment], sample: int, clean_multiple: int
-) -> tuple[list[int], list[bool], list[bool]]:
+def plain_tokens(segments: list[Segment], sample: int, clean_multiple: int) -> tuple[list[int], list[bool], list[bool]]:
     """Steps, kinds and uses of the sequence's tokens, written down segment by segment."""
     clean_steps, noised_steps, step, num_padding = [], [], 0, 0
     for i, segment in enumerate(segments):
-        if isinstance(segment, order.Condition):
-            clean_steps += [step] * segment.num_tokens
+        if segment.kind == "class":
+            clean_steps += [step] * segment.steps_BL.shape[1]
             step += 1
-        elif isinstance(segment, order.Text):
-            clean_steps += range(step, step + segment.num_tokens)
-            step += segment.num_tokens
+        elif segment.kind == "text":
+            clean_steps += range(step, step + segment.steps_BL.shape[1])
+            step += segment.steps_BL.shape[1]
         else:
             own = [step + s for s in segment.steps_BL[sample % len(segment.steps_BL)].tolist()]
             noised_steps += own
@@ -71,27 +86,29 @@ def plain_tokens(
             clean_steps += own[:num_clean]
             step = own[-1] + 1
     clean = [True] * len(clean_steps) + [False] * len(noised_steps)
-    if not isinstance(segments[-1], order.Image):
+    if segments[-1].kind != "image":
         num_padding = 0
     padding = [len(clean_steps) - num_padding <= i < len(clean_steps) for i in range(len(clean))]
     return clean_steps + noised_steps, clean, padding
 
 
-def assert_follows_the_rule(segments: list[order.Segment], clean_multiple: int) -> None:
-    layout = order.build_layout(segments, clean_multiple)
-    mask = order.may_attend(layout.intervals_BMI, layout.step_BM.shape[1])
+def assert_follows_the_rule(segments: list[Segment], clean_multiple: int) -> None:
+    layout = build_layout(segments, clean_multiple)
+    mask = may_attend(layout.intervals_BMI, layout.step_BM.shape[1])
+    num_tokens = num_visible = 0
     for sample in range(len(layout.step_BM)):
         step, clean, padding = plain_tokens(segments, sample, clean_multiple)
-        assert layout.is_clean_M.tolist() == clean
+        assert sum(layout.num_clean) == sum(clean)
         assert layout.is_padding_BM[sample].tolist() == padding
         assert mask[sample].tolist() == by_the_rule(step, clean)
         useful = ~layout.is_padding_BM[sample]
         # Nobody sees the padding but itself; what is left counts as without it.
         assert not mask[sample][useful][:, ~useful].any()
-        num_tokens, num_visible = (counts[sample] for counts in order.count_useful(layout))
-        assert (num_tokens, num_visible) == (useful.sum(), mask[sample][useful].sum())
+        num_tokens, num_visible = num_tokens + int(useful.sum()), num_visible + int(mask[sample][useful].sum())
+    num_rows = len(layout.step_BM)
+    assert count_work(segments, layout, num_rows)[:2] == (num_tokens, num_visible)
     # No key counts twice, and no row is blind.
-    assert torch.equal(order.count_visible(layout.intervals_BMI), mask.sum((1, 2)))
+    assert torch.equal(visible_keys(layout.intervals_BMI), mask.sum(2))
     assert mask.any(-1).all()
 
 
@@ -104,16 +121,16 @@ def test_layout_follows_the_rule_for_any_segments(segments, clean_multiple) -> N
 def test_layout_follows_the_rule_for_splits_of_their_own(image, condition_first, text_after, clean_multiple) -> None:
     if text_after and len(image.steps_BL) > 1:
         text_after = len({int(s[-1]) for s in image.steps_BL}) == 1
-    before = [order.Condition(2)] if condition_first else []
-    assert_follows_the_rule([*before, image, *([order.Text(2)] if text_after else [])], clean_multiple)
+    before = [class_segment(2)] if condition_first else []
+    assert_follows_the_rule([*before, image, *([text(2)] if text_after else [])], clean_multiple)
 
 
 def test_two_images_and_a_caption_spelled_out() -> None:
-    image = order.Image(order.steps_from_sizes([1, 1])[None])
-    layout = order.build_layout([order.Condition(1), image, order.Text(1), image])
+    image = image_segment(order.steps_from_sizes([1, 1])[None])
+    layout = build_layout([class_segment(1), image, text(1), image])
     # clean: condition, both tokens of image 1, the word, the first token of image 2; noised: 2 + 2
     assert layout.step_BM.tolist() == [[0, 1, 2, 3, 4, 1, 2, 4, 5]]
-    assert layout.num_clean_image_tokens == (2, 1)
+    assert layout.num_clean == (1, 2, 1, 1)
     assert layout.intervals_BMI[0].tolist() == [
         [0, 1, 0, 0],
         [0, 2, 0, 0],
@@ -128,22 +145,22 @@ def test_two_images_and_a_caption_spelled_out() -> None:
 
 
 def test_unequal_last_steps_are_refused() -> None:
-    image = order.Image(torch.tensor([[0, 0, 1], [0, 1, 1]]))
+    image = image_segment(torch.tensor([[0, 0, 1], [0, 1, 1]]))
     with pytest.raises(ValueError, match="equal sizes"):
-        order.build_layout([order.Condition(1), image])
+        build_layout([class_segment(1), image])
     # What follows the image sees all of it: lengths are equal again.
-    assert order.build_layout([image, order.Condition(1)]).step_BM.shape == (2, 7)
+    assert build_layout([image, class_segment(1)]).step_BM.shape == (2, 7)
 
 
 def test_samples_need_only_agree_on_the_padded_length() -> None:
-    segments = [order.Condition(1), order.Image(torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]]))]
+    segments = [class_segment(1), image_segment(torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 2, 2]]))]
     with pytest.raises(ValueError, match="equal sizes"):
-        order.build_layout(segments, 3)
-    assert order.build_layout(segments, 2).num_clean_image_tokens == (4,)
-    assert order.count_useful(order.build_layout(segments, 2))[0].tolist() == [10, 11]
+        build_layout(segments, 3)
+    assert build_layout(segments, 2).num_clean == (1, 4)
+    assert count_work(segments, build_layout(segments, 2), 2).tokens == 10 + 11
     assert_follows_the_rule(segments, 2)
     with pytest.raises(ValueError, match="clean_multiple: expected at least 1, got 0"):
-        order.build_layout(segments, 0)
+        build_layout(segments, 0)
 
 
 @pytest.mark.parametrize(("num_tokens", "clean_multiple", "most"), [(256, 64, 5), (256, 100, 4), (64, 1, 64)])
@@ -152,27 +169,26 @@ def test_a_run_has_few_lengths(num_tokens, clean_multiple, most) -> None:
     lengths = set()
     for i in range(400):
         key = seeds.fold(seeds.key(5, "test"), i)
-        image = order.Image(order.draw_steps(key, seeds.fold(key, torch.arange(2)), num_tokens, 0.9))
-        layout = order.build_layout([order.Condition(4), image], clean_multiple)
-        num_clean = layout.num_clean_image_tokens[0]
+        image = image_segment(order.draw_steps(key, seeds.fold(key, torch.arange(2)), num_tokens, 0.9))
+        layout = build_layout([class_segment(4), image], clean_multiple)
+        num_clean = layout.num_clean[1]
         assert num_clean % clean_multiple == 0 or num_clean == num_tokens
         lengths.add(layout.step_BM.shape[1])
     assert lengths <= {4 + num_tokens + min(i * clean_multiple, num_tokens) for i in range(most)}
     assert len(lengths) > 2
 
 
-@pytest.mark.parametrize("segments", [[], [order.Condition(0)], [order.Text(0)]])
+@pytest.mark.parametrize("segments", [[], [class_segment(0)], [text(0)]])
 def test_empty_sequences_are_refused(segments) -> None:
     with pytest.raises(ValueError, match="at least one"):
-        order.build_layout(segments)
+        build_layout(segments)
 
 
 @given(sizes)
-def test_steps_begin_and_end_where_sizes_say(parts) -> None:
+def test_steps_begin_where_sizes_say(parts) -> None:
     steps = order.steps_from_sizes(parts)[None]
     edges = [0, *torch.tensor(parts).cumsum(0).tolist()]
     assert order.step_begin(steps)[0].tolist() == [a for a, n in zip(edges, parts, strict=False) for _ in range(n)]
-    assert order.step_end(steps)[0].tolist() == [b for b, n in zip(edges[1:], parts, strict=True) for _ in range(n)]
 
 
 @given(st.integers(1, 300), st.integers(1, 300))
@@ -317,12 +333,12 @@ def test_marginals_at_full_size_are_the_official_samplers() -> None:
 
 @pytest.mark.parametrize(("num_tokens", "decay", "num_ar_steps"), [(5, 0.9, 0), (9, 1.0, 0), (8, 0.9, 3), (6, 0.9, 1)])
 def test_expected_work_is_the_mean_over_all_splits(num_tokens, decay, num_ar_steps) -> None:
-    tokens = visible = 0.0
+    mean = [0.0, 0.0, 0.0]
     for parts, p in split_probabilities(num_tokens, decay, num_ar_steps).items():
-        segments = [order.Condition(3), order.Image(order.steps_from_sizes(parts)[None])]
-        counts = order.count_useful(order.build_layout(segments, 4))
-        tokens, visible = tokens + p * int(counts[0]), visible + p * int(counts[1])
-    assert order.expected_work(3, num_tokens, decay, num_ar_steps, "random") == pytest.approx((tokens, visible))
+        segments = [class_segment(3), image_segment(order.steps_from_sizes(parts)[None])]
+        mean = [a + p * b for a, b in zip(mean, count_work(segments, build_layout(segments, 4)), strict=True)]
+    got = expected_work([class_segment(3)], num_tokens, order.ARSettings(num_ar_steps, decay))
+    assert got == pytest.approx(Work(*mean))
 
 
 @pytest.mark.parametrize("clean_multiple", [1, 3, 4, 20])
@@ -330,28 +346,28 @@ def test_expected_work_is_the_mean_over_all_splits(num_tokens, decay, num_ar_ste
 def test_lengths_have_the_probabilities_of_their_splits(num_tokens, decay, num_ar_steps, clean_multiple) -> None:
     expected: dict[int, float] = {}
     for parts, p in split_probabilities(num_tokens, decay, num_ar_steps).items():
-        image = order.Image(order.steps_from_sizes(parts)[None])
-        length = order.build_layout([order.Condition(3), image], clean_multiple).step_BM.shape[1]
+        image = image_segment(order.steps_from_sizes(parts)[None])
+        length = build_layout([class_segment(3), image], clean_multiple).step_BM.shape[1]
         expected[length] = expected.get(length, 0.0) + p
-    got = order.sequence_lengths(3, num_tokens, decay, num_ar_steps, "random", clean_multiple)
+    got = sequence_lengths([class_segment(3)], num_tokens, order.ARSettings(num_ar_steps, decay), clean_multiple)
     assert got == pytest.approx(expected)
     assert list(got) == sorted(expected)
 
 
 def test_equal_steps_have_one_length() -> None:
     """The last of four steps of 64 tokens is never clean: 4 + 192 + 256."""
-    assert order.sequence_lengths(4, 256, 0.9, 4, "equal", 64) == {452: 1.0}
-    assert order.sequence_lengths(4, 256, 0.9, 4, "equal", 128) == {516: 1.0}
+    four = order.ARSettings(4, ar_step_sizes="equal")
+    assert sequence_lengths([class_segment(4)], 256, four, 64) == {452: 1.0}
+    assert sequence_lengths([class_segment(4)], 256, four, 128) == {516: 1.0}
 
 
 @given(st.integers(1, 30), st.data())
 def test_work_of_equal_sizes(num_tokens, data) -> None:
     num_ar_steps = data.draw(st.integers(1, num_tokens))
     parts = order.equal_sizes(num_tokens, num_ar_steps)
-    counts = order.count_useful(
-        order.build_layout([order.Condition(2), order.Image(order.steps_from_sizes(parts)[None])])
-    )
-    assert order.expected_work(2, num_tokens, 0.9, num_ar_steps, "equal") == tuple(map(int, counts))
+    segments = [class_segment(2), image_segment(order.steps_from_sizes(parts)[None])]
+    want, equal = count_work(segments, build_layout(segments)), order.ARSettings(num_ar_steps, ar_step_sizes="equal")
+    assert expected_work([class_segment(2)], num_tokens, equal) == want
     assert order.last_size_probabilities(num_tokens, 0.9, num_ar_steps, "equal").nonzero().tolist() == [[parts[-1] - 1]]
 
 

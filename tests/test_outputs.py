@@ -1,13 +1,11 @@
 """Outputs are whole or not there."""
 
-import os
 from pathlib import Path
 
 import pytest
 
-from cfpretrain.base import files
+from cfpretrain.base import files, outputs
 from cfpretrain.base.console import UserError
-from cfpretrain.run import outputs
 
 
 def test_an_output_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -83,5 +81,7 @@ def test_what_a_killed_writer_of_the_output_left_beside_it_is_removed(tmp_path: 
     """As of `evaluate_fid.py --out scores.json`, which was killed while it wrote its scores."""
     for name in ("scores.json", "other.json"):
         files.hidden_beside(tmp_path / name).write_text("half")
-    os.close(outputs.take_hidden(tmp_path / ".scores.json.unfinished", tmp_path / "scores.json", "--out"))
+    work = outputs.Unfinished(tmp_path / "scores.json", "--out")
+    work.take()
+    work.release()
     assert [path.name[:-9] for path in tmp_path.glob(".writing.*")] == [".writing.other.json"]

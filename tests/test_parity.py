@@ -5,11 +5,15 @@ import torch
 from safetensors.torch import load_file
 
 from cfpretrain.core import ar as order
-from cfpretrain.core import process as noise
 from cfpretrain.core import sampler
-from cfpretrain.core.model import CausalFusion, patchify
-from cfpretrain.core.objective import Draws, NoisePredictionLoss
-from cfpretrain.export.official import from_official, to_official
+from cfpretrain.core.latents import patchify
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.model import CausalFusion
+from cfpretrain.core.objective import DenoisingLoss, Draws
+from cfpretrain.core.process import make_process
+from cfpretrain.core.segments import build_layout, may_attend
+from cfpretrain.core.solvers import Solver
+from cfpretrain.export.official import our_name, to_official
 from tests.closeness import disagreement
 from tests.golden_cases import CASES, FOLDER, GoldenCase, load
 
@@ -18,17 +22,17 @@ TOLERANCE = 1e-5
 
 def loss_of(case: GoldenCase, model: CausalFusion):
     c, given = case.config, case.group("input.")
-    loss = NoisePredictionLoss(
-        schedule=noise.linear_schedule(),
+    loss = DenoisingLoss(
+        process=make_process(),
+        ar=order.ARSettings(
+            ar_weight_first=c["max_ar_weight"],
+            ar_weight_last=c["min_ar_weight"],
+            ar_weight_schedule=c["ar_weight_schedule"],
+        ),
         patch_size=c["patch"],
         num_cond_tokens=c["cond_tokens"],
         null_class=c["classes"],
         label_drop_prob=0.0,
-        ar_step_decay=0.9,
-        ar_split="sample",
-        ar_weight_first=c["max_ar_weight"],
-        ar_weight_last=c["min_ar_weight"],
-        ar_weight_schedule=c["ar_weight_schedule"],
         seed=0,
     )
     steps_BL = order.steps_from_sizes(given["ar_step_sizes"])[None].expand(len(given["labels"]), -1)
@@ -44,7 +48,7 @@ def test_prediction_loss_and_gradients(name: str) -> None:
     case = load(name)
     model = case.model()
     predictions = []
-    model.register_forward_hook(lambda module, args, output: predictions.append(output.detach()))
+    model.register_forward_hook(lambda module, args, output: predictions.append(output[0].detach()))
     terms, batch = loss_of(case, model)
     mean = terms.total / terms.count
     mean.backward()
@@ -52,7 +56,7 @@ def test_prediction_loss_and_gradients(name: str) -> None:
     assert disagreement(predictions[0], want["prediction"]) < TOLERANCE
     assert disagreement(terms.squared_error_BLP.mean(-1), want["squared_error"].mean(-1)) < TOLERANCE
     assert disagreement(mean, want["loss"].squeeze()) < TOLERANCE
-    assert disagreement(batch.weights_BL[0], want["ar_weights"]) < TOLERANCE
+    assert disagreement(batch.of_kind("image").weights_BL[0], want["ar_weights"]) < TOLERANCE
 
     grads = to_official({name: p.grad for name, p in model.named_parameters()}, model.grid)
     norms = case.group("output.grad_norm.")
@@ -73,16 +77,16 @@ def test_prediction_loss_and_gradients(name: str) -> None:
 def test_visibility(name: str) -> None:
     case = load(name)
     steps = order.steps_from_sizes(case.tensors["input.ar_step_sizes"])[None]
-    layout = order.build_layout([order.Condition(case.config["cond_tokens"]), order.Image(steps)])
+    layout = build_layout([class_segment(case.config["cond_tokens"]), image_segment(steps)])
     hidden = case.tensors["output.hidden_from_attention"].bool()
-    assert torch.equal(order.may_attend(layout.intervals_BMI, hidden.shape[1])[0], ~hidden)
+    assert torch.equal(may_attend(layout.intervals_BMI, hidden.shape[1])[0], ~hidden)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_forward_process(name: str) -> None:
     case = load(name)
     given = case.group("input.")
-    noised = noise.q_sample(noise.linear_schedule(), given["latents"], given["noise"], given["timesteps"])
+    noised, _ = make_process().noise(given["latents"], given["noise"], given["timesteps"])
     assert disagreement(noised, case.tensors["output.noised_latents"]) < TOLERANCE
 
 
@@ -102,7 +106,7 @@ def test_samples(name: str, guidance: int) -> None:
         case.tensors["input.labels"],
         raster,
         [raster.shape[1]],
-        noise.respace(noise.linear_schedule(), case.config["sample_steps"]),
+        Solver(make_process(), case.config["sample_steps"]),
         sampler.Guidance(float(guidance)),
         draw,
     )
@@ -111,12 +115,11 @@ def test_samples(name: str, guidance: int) -> None:
 
 def test_schedules() -> None:
     golden = load_file(FOLDER / "schedule.safetensors")
-    full = noise.linear_schedule()
     for num_steps in (1000, 250, 50, 10, 8):
-        respaced = noise.respace(full, num_steps)
-        assert torch.equal(respaced.timesteps_T, golden[f"timestep_map.{num_steps}"])
+        levels = make_process().levels(num_steps)
+        assert torch.equal(levels.times_T, golden[f"timestep_map.{num_steps}"])
         # The official betas come from another summation: equal up to float64 rounding.
-        torch.testing.assert_close(respaced.alphas_cumprod_T, golden[f"alphas_cumprod.{num_steps}"], rtol=1e-11, atol=0)
+        torch.testing.assert_close(levels.alphas_T**2, golden[f"alphas_cumprod.{num_steps}"], rtol=1e-11, atol=0)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -131,7 +134,7 @@ def test_official_names_round_trip(name: str) -> None:
 
 def test_foreign_tensor_is_refused() -> None:
     with pytest.raises(ValueError, match=r"adaLN.weight.*not part of"):
-        from_official({"adaLN.weight": torch.zeros(1)})
+        our_name("adaLN.weight")
 
 
 def test_published_parameter_counts() -> None:

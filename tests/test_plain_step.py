@@ -1,16 +1,17 @@
-"""tools/plain_step.py: the plain implementation is the official network."""
+"""tests/plain_step.py: the plain implementation is the official network."""
 
 import pytest
 import torch
 
 from cfpretrain.base import config as configs
+from cfpretrain.base.console import UserError
 from cfpretrain.core import ar as order
-from cfpretrain.core import process as noise
-from cfpretrain.core.model import patchify
+from cfpretrain.core.latents import patchify
 from cfpretrain.core.objective import Draws
+from cfpretrain.core.process import make_process
+from tests import plain_step
 from tests.closeness import disagreement
 from tests.golden_cases import CASES, load
-from tools import plain_step
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -41,8 +42,14 @@ def test_naive_has_the_official_prediction_loss_and_gradients(name: str) -> None
 
 
 def test_naive_schedule_is_the_run_s() -> None:
-    ours = noise.linear_schedule().alphas_cumprod_T
+    ours = make_process().levels(1000).alphas_T ** 2
     torch.testing.assert_close(plain_step.plain_schedule(configs.Config()), ours, rtol=1e-12, atol=0)
+
+
+def test_another_noise_process_is_refused() -> None:
+    config = configs.load("configs/tiny.yaml", ["noise.process=v"])
+    with pytest.raises(UserError, match=r"noise\.process: the plain implementation predicts epsilon, got v"):
+        plain_step.PlainTraining(config, torch.device("cpu"), autocast=False)
 
 
 def test_autocast_computes_in_bf16() -> None:

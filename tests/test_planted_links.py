@@ -16,9 +16,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from cfpretrain.base import config as configs
-from cfpretrain.base import files
+from cfpretrain.base import files, outputs
+from cfpretrain.base.config import GuardConfig
 from cfpretrain.base.console import UserError
-from cfpretrain.base.runtime import FolderLock
 from cfpretrain.core.model import write_initial_values
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.evaluation import pictures
@@ -26,10 +26,10 @@ from cfpretrain.evaluation.feature_sums import Work
 from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
-from cfpretrain.run import build, outputs
+from cfpretrain.run import build
 from cfpretrain.run.guard import Guard
 from cfpretrain.run.metrics import MetricsFile
-from cfpretrain.training.folder import write_requeue
+from cfpretrain.training.folder import take, write_requeue
 from tests import image_files
 from tests.digits import small_run
 from tests.processes import Rank, run_in_processes, run_script
@@ -78,7 +78,7 @@ def victim(tmp_path: Path) -> Victim:
 @pytest.fixture
 def run(tmp_path: Path, shards: Path) -> Path:
     # Of any data, and ready to be trained on.
-    return write_run(tmp_path / "run", shards, data_fingerprint="", guard=Guard(6.0, 100, 10).to_plain())
+    return write_run(tmp_path / "run", shards, data_fingerprint="", guard=Guard(GuardConfig(6.0, 100, 10)).to_plain())
 
 
 def succeeds_or_says_why(work: Callable[[], Any]) -> str:
@@ -122,9 +122,9 @@ def sum_features(out: Path) -> None:
 
 
 def train_hidden(out: Path) -> None:
-    [hidden, _] = hidden_of(out)
-    lock = outputs.take_hidden(hidden, out, "OUT")
-    os.close(lock)
+    work = outputs.Unfinished(out, "OUT", kind="partial")
+    work.take()
+    work.release()
 
 
 # How the tools give an output its name; a run stands beside it.
@@ -197,7 +197,7 @@ def test_a_sample_that_is_a_link_is_not_copied_into_an_export(
 @pytest.mark.parametrize(
     "write",
     [
-        lambda folder: FolderLock(folder / "lock", 0.0),
+        take,
         lambda folder: MetricsFile(folder / "metrics.jsonl", 3).append([{"step": 4}]),
         lambda folder: write_requeue(folder, "stopped"),
         lambda folder: files.replace(folder / build.CONFIG_FILE, "x: 1\n"),

@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling, make_network
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, make_network
+from cfpretrain.core.latents import LatentScaling
 from cfpretrain.evaluation.pictures import grid_layout
-from cfpretrain.evaluation.reconstruction import draw_reconstructions, reconstruction_error
+from examples.digits.reconstruction import draw_reconstructions, reconstruction_error
 from tests.test_autoencoder import SMALL
 
 CPU = torch.device("cpu")

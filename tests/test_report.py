@@ -18,11 +18,11 @@ from cfpretrain.base.console import UserError
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, image_columns
 from cfpretrain.run import build
+from examples.digits import report
 from tests.digits import digits, digits_info, write_latents
 from tests.processes import Rank, run_script, start_script, wait_until
 from tests.runs import write_run
 from tests.test_config import TINY
-from tools import report
 
 
 def refused(
@@ -196,7 +196,7 @@ def test_a_report_that_is_cut_off_keeps_its_samples(shards: Path, tmp_path: Path
             assert rank.returncode == -signal.SIGKILL
         else:
             assert rank.returncode == 75
-            assert said.endswith("stopped; the same command goes on\n")
+            assert said.endswith(f"stopped ({number.name}); the same command goes on\n")
         if kept:
             assert f"; {20 * kept} of 500 are there already" in said
         assert num_kept(run) > kept

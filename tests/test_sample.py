@@ -2,10 +2,8 @@
 
 import os
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
-from tests.processes import REPOSITORY, Ended, run_script, start_script
+from tests.processes import run_alone, run_script, run_tool, start_script
 from tests.runs import write_run
 
 SCRIPT = "tools/sample.py"
@@ -26,11 +24,7 @@ def source(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     return write_run(tmp_path_factory.mktemp("runs") / "run", shards)
 
 
-def run(arguments: Sequence[object], world_size: int = 1) -> Ended:
-    """Rank 0, after all ended as it did."""
-    ended = run_script(SCRIPT, list(map(str, arguments)), world_size)
-    assert len({rank.code for rank in ended}) == 1, ended
-    return ended[0]
+run = partial(run_tool, SCRIPT)
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -197,7 +191,7 @@ def test_names_that_are_numbers_of_others(tmp_path: Path, shards: Path) -> None:
     source = write_run(tmp_path / "run", shards, "model.num_classes=12", class_names=names)
     edit = ["tools/edit.py", source, "--generate", "10", "--class", "0", "--region", "top"]
     for script, *arguments in ([SCRIPT, source, "--classes", "10"], edit):
-        [ended] = run_script(script, list(map(str, arguments)))
+        ended = run_tool(script, arguments)
         assert ended.code == EXIT_USER_ERROR
         said = "class: '10' is the name of class 2, and class 10 is '8'; give name:10 or index:10"
         assert ended.err == f"[cfpretrain] error: {said}\n"
@@ -205,9 +199,8 @@ def test_names_that_are_numbers_of_others(tmp_path: Path, shards: Path) -> None:
     for word, folder in (("name:10", tmp_path), ("index:2", tmp_path), ("name:10", tmp_path / "run")):
         out = tmp_path / f"{len(made)}"
         arguments = [os.path.relpath(source, folder), "--out", str(out), "--classes", word, "--num-images", "2", *QUICK]
-        command = [sys.executable, str(REPOSITORY / SCRIPT), *arguments]
-        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-        subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+        ended = run_alone(SCRIPT, arguments, cwd=folder)
+        assert ended.code == 0, ended.err
         made[out] = content(out)
     first, *others = made.values()
     assert all(other == first for other in others)

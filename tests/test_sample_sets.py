@@ -11,8 +11,8 @@ from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.sampler import Guidance
 from cfpretrain.evaluation.generation import GenerationSettings, generate_images, plan_of
-from cfpretrain.evaluation.sample_sets import SampleSet, make_missing
 from cfpretrain.run import build
+from examples.digits.sample_sets import SampleSet, make_missing
 from tests.runs import write_run
 
 CPU = torch.device("cpu")
@@ -65,5 +65,5 @@ def test_sets_that_differ_lie_apart(loaded: Loaded, tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_one_line(loaded: Loaded, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written .*; mend that, and the same command goes on"):
+    with pytest.raises(UserError, match=r"cannot be written .*; fix that, and the same command goes on"):
         make_missing(loaded[0], [make_set(loaded, tmp_path / "file")], CPU)

@@ -7,13 +7,17 @@ import torch
 from torch import Tensor
 
 from cfpretrain.core import ar as order
-from cfpretrain.core import process as noise
 from cfpretrain.core import sampler
-from cfpretrain.core.model import CausalFusion, ClassPart, ImagePart, take_tokens
+from cfpretrain.core.latents import take_tokens
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.model import CausalFusion
+from cfpretrain.core.process import make_process
+from cfpretrain.core.segments import build_layout
+from cfpretrain.core.solvers import Solver
 from tests.closeness import disagreement
-from tests.test_transformer import small_model
+from tests.test_transformer import image_of, small_model
 
-SCHEDULE = noise.respace(noise.linear_schedule(), 4)
+SOLVER = Solver(make_process(), 4)
 PLAIN = sampler.Guidance()
 LABELS, IDS = torch.tensor([0, 3, 4]), torch.tensor([10, 11, 12])
 
@@ -21,7 +25,7 @@ LABELS, IDS = torch.tensor([0, 3, 4]), torch.tensor([10, 11, 12])
 def generate(model: CausalFusion, sizes: Sequence[int], guidance: float, ids: Tensor = IDS, labels: Tensor = LABELS):
     orders = sampler.sampling_orders(0, ids, model.grid**2)
     draw = sampler.noise_by_image(0, ids, model.patch_values)
-    return sampler.generate(model, labels, orders, sizes, SCHEDULE, sampler.Guidance(guidance), draw)
+    return sampler.generate(model, labels, orders, sizes, SOLVER, sampler.Guidance(guidance), draw)
 
 
 @torch.no_grad()
@@ -29,24 +33,27 @@ def generate_without_cache(model: CausalFusion, sizes: Sequence[int], guidance: 
     """Every denoising step recomputes the whole training sequence, of which only the current AR step is read."""
     orders = sampler.sampling_orders(0, IDS, model.grid**2)
     draw = sampler.noise_by_image(0, IDS, model.patch_values)
-    layout = order.build_layout([order.Condition(2), order.Image(order.steps_from_sizes(sizes)[None])])
-    num_clean = layout.num_clean_image_tokens[0]
+    layout = build_layout([class_segment(2), image_segment(order.steps_from_sizes(sizes)[None])])
+    num_clean = layout.num_clean[1]
     clean = torch.zeros(3, model.grid**2, model.patch_values)
     begin = 0
     for size in sizes:
         now = slice(begin, begin + size)
         x = draw(0, orders[:, now])
-        for k, level in enumerate(reversed(range(len(SCHEDULE))), start=1):
+        for k in range(1, 5):
+            left = 5 - k
             noised = torch.zeros_like(clean)
             noised[:, now] = x
-            t = SCHEDULE.timesteps_T[level].expand(3)
-            image = ImagePart(clean[:, :num_clean], orders[:, :num_clean], noised, orders, t)
+            t = SOLVER.levels.times_T[left - 1].expand(3)
+            image = image_of(clean[:, :num_clean], noised, orders, t)
             null = torch.full_like(LABELS, model.null_class)
             cond, uncond = (
-                model([ClassPart(labels), image], layout.intervals_BMI)[:, now] for labels in (LABELS, null)
+                model([class_segment(2, labels), image], layout.intervals_BMI)[0][:, now] for labels in (LABELS, null)
             )
             epsilon = uncond + guidance * (cond - uncond)
-            x = noise.ddpm_update(SCHEDULE, level, x, epsilon, draw(k, orders[:, now]))
+            alpha, sigma = float(SOLVER.levels.alphas_T[left - 1]), float(SOLVER.levels.sigmas_T[left - 1])
+            predicted = SOLVER.process.split(x, epsilon, alpha, sigma)
+            x = SOLVER.step(left, x, *predicted, drawn=draw(k, orders[:, now]) if left > 1 else None)
         clean[:, now] = x
         begin += size
     return take_tokens(clean, orders.argsort(1))
@@ -78,14 +85,14 @@ def test_what_is_watched_is_the_way_of_the_tokens() -> None:
 
     def watch(ar_step: int, num_left: int, positions: Tensor, tokens: Tensor) -> None:
         seen.append((ar_step, num_left))
-        if num_left == len(SCHEDULE):
+        if num_left == len(SOLVER.levels):
             assert torch.equal(tokens, draw(0, positions))
         if num_left == 0:
             made.scatter_(1, positions[..., None].expand_as(tokens), tokens)
 
     given = torch.ones(3, 2, model.patch_values)
-    images = sampler.generate(model, LABELS, orders, [4, 3], SCHEDULE, PLAIN, draw, given_BKP=given, watch=watch)
-    assert seen == [(ar_step, left) for ar_step in (0, 1) for left in range(len(SCHEDULE), -1, -1)]
+    images = sampler.generate(model, LABELS, orders, [4, 3], SOLVER, PLAIN, draw, given_BKP=given, watch=watch)
+    assert seen == [(ar_step, left) for ar_step in (0, 1) for left in range(len(SOLVER.levels), -1, -1)]
     assert torch.equal(take_tokens(made, orders[:, 2:]), take_tokens(images, orders[:, 2:]))
 
 
@@ -102,7 +109,7 @@ def test_image_ids_and_seed_make_different_images() -> None:
     images = generate(model, [9], 1.0, labels=same_label)
     assert disagreement(images[0], images[1]) > 1e-4
     draw = sampler.noise_by_image(1, IDS, model.patch_values)
-    other = sampler.generate(model, same_label, sampler.sampling_orders(0, IDS, 9), [9], SCHEDULE, PLAIN, draw)
+    other = sampler.generate(model, same_label, sampler.sampling_orders(0, IDS, 9), [9], SOLVER, PLAIN, draw)
     assert disagreement(images, other) > 1e-4
 
 
@@ -132,7 +139,7 @@ def test_every_call_has_the_same_number_of_forwards() -> None:
     want = len(calls)
     calls.clear()
     generate(model, [4, 5], 2.0, IDS[:1], LABELS[:1])
-    assert len(calls) == want == 1 + 2 * len(SCHEDULE) + 1
+    assert len(calls) == want == 1 + 2 * len(SOLVER.levels) + 1
 
 
 # ---------------------------------------------------------------------------
@@ -151,15 +158,15 @@ def test_the_branch_without_a_class_is_computed_only_where_it_counts() -> None:
     """Outside of the interval the numbers are those without guidance, and half of the batch is not computed."""
     model = small_model()
     batches: list[int] = []
-    model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0][0].noised_positions_BN))
-                                    if isinstance(inputs[0][0], ImagePart) else None)  # fmt: skip
+    model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0][0].noised))
+                                    if inputs[0][0].noised is not None else None)  # fmt: skip
     never = sampler.Guidance(4.0, first_timestep=2000)
     orders, draw = sampler.sampling_orders(0, IDS, 9), sampler.noise_by_image(0, IDS, model.patch_values)
-    images = sampler.generate(model, LABELS, orders, [4, 5], SCHEDULE, never, draw)
+    images = sampler.generate(model, LABELS, orders, [4, 5], SOLVER, never, draw)
     assert disagreement(images, generate(model, [4, 5], 1.0)) < 1e-5
     batches.clear()
     middle = sampler.Guidance(4.0, first_timestep=300, last_timestep=700)
-    halfway = sampler.generate(model, LABELS, orders, [9], SCHEDULE, middle, draw)
+    halfway = sampler.generate(model, LABELS, orders, [9], SOLVER, middle, draw)
     assert batches == [3, 6, 6, 3]  # timesteps 999, 666, 333, 0
     assert disagreement(halfway, generate(model, [9], 4.0)) > 1e-4
     assert disagreement(halfway, generate(model, [9], 1.0)) > 1e-4
@@ -175,12 +182,12 @@ def test_given_tokens_come_back_and_are_seen(sizes) -> None:
     model = small_model()
     orders, draw = sampler.sampling_orders(0, IDS, 9), sampler.noise_by_image(0, IDS, model.patch_values)
     guidance = sampler.Guidance(2.0)
-    whole = sampler.generate(model, LABELS, orders, [4, *sizes], SCHEDULE, guidance, draw)
+    whole = sampler.generate(model, LABELS, orders, [4, *sizes], SOLVER, guidance, draw)
     given = take_tokens(whole, orders[:, :4])
-    again = sampler.generate(model, LABELS, orders, sizes, SCHEDULE, guidance, draw, given_BKP=given)
+    again = sampler.generate(model, LABELS, orders, sizes, SOLVER, guidance, draw, given_BKP=given)
     assert disagreement(again, whole) < 1e-5
     assert torch.equal(take_tokens(again, orders[:, :4]), given)
-    other = sampler.generate(model, LABELS, orders, sizes, SCHEDULE, guidance, draw, given_BKP=given + 1)
+    other = sampler.generate(model, LABELS, orders, sizes, SOLVER, guidance, draw, given_BKP=given + 1)
     assert torch.equal(take_tokens(other, orders[:, :4]), given + 1)
     assert disagreement(take_tokens(other, orders[:, 4:]), take_tokens(whole, orders[:, 4:])) > 1e-4
 
@@ -189,5 +196,5 @@ def test_all_tokens_may_be_given() -> None:
     model = small_model()
     orders, draw = sampler.sampling_orders(0, IDS, 9), sampler.noise_by_image(0, IDS, model.patch_values)
     given = torch.randn(3, 9, model.patch_values)
-    made = sampler.generate(model, LABELS, orders, [], SCHEDULE, PLAIN, draw, given_BKP=given)
+    made = sampler.generate(model, LABELS, orders, [], SOLVER, PLAIN, draw, given_BKP=given)
     assert torch.equal(take_tokens(made, orders), given)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cfpretrain.base import runtime
-from cfpretrain.evaluation.scores import distances_beside_floor
+from examples.digits.embedded import distances_beside_floor
 from tests import small_features
 from tests.image_files import digits
 from tests.processes import run_in_processes

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain.base import runtime
-from cfpretrain.base.watchdog import StopRequest
+from cfpretrain.base.stopping import StopRequest
 from cfpretrain.core.objective import Batch
 from tests.digits import small_config
 from tests.processes import run_in_processes
@@ -48,7 +48,7 @@ def hash_of_state(trainer: Any) -> str:
     """Of this rank's weights, moments and averages."""
     digest = hashlib.sha256()
     for fragment, average in zip(trainer.engine.fragments(), trainer.ema.values, strict=True):
-        for values in (fragment.values, fragment.exp_avg, fragment.exp_avg_sq, average):
+        for values in (fragment.values, *fragment.state.values(), average):
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()
 
@@ -63,7 +63,7 @@ def train(
 ) -> str | None:
     """A run whose loss, or whose gradients alone, are spoilt; the error's text where it ends with one."""
     from cfpretrain.base.console import SickRunError
-    from cfpretrain.training import trainer
+    from cfpretrain.training import step, trainer
 
     config = small_config(shards, folder, *GUARD, *overrides)
     device, stop = torch.device("cpu"), StopRequest()
@@ -72,14 +72,15 @@ def train(
     class Noted(trainer.Trainer):
         """Leaves a hash of the state after each step."""
 
-        def train_step(self) -> None:
-            super().train_step()
+        def train_step(self) -> Any:
+            agreed = super().train_step()
             with (folder / f"hashes_{runtime.rank()}").open("a") as file:
                 file.write(f"{hash_of_state(self)}\n")
+            return agreed
 
     trainer.Trainer = Noted  # type: ignore[misc]
-    make = trainer.make_loss
-    trainer.make_loss = lambda config: FaultyLoss(make(config), factors, rank, spoil_gradients)  # type: ignore[assignment]
+    make = step.make_loss
+    step.make_loss = lambda config: FaultyLoss(make(config), factors, rank, spoil_gradients)  # type: ignore[assignment]
     try:
         assert trainer.run(config, device, stop)
     except SickRunError as error:

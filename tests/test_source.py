@@ -17,8 +17,8 @@ from cfpretrain.evaluation.image_set import ImageSet
 from cfpretrain.evaluation.source import Source, load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.run import build
-from cfpretrain.run.checkpoint import Best
-from tests.runs import as_older, write_run
+from cfpretrain.run.checkpoint_store import Best
+from tests.runs import as_before_noise_processes, as_older, write_run
 from tests.test_autoencoder import write as write_autoencoder
 
 CPU = torch.device("cpu")
@@ -144,6 +144,17 @@ def test_the_config_of_an_older_checkpoint_is_that_of_its_run(tmp_path: Path, ru
         load_source(older, CPU)
 
 
+def test_a_run_of_before_predicts_epsilon(tmp_path: Path, run: Path) -> None:
+    """Whose record says nothing of it."""
+    older = as_before_noise_processes(shutil.copytree(run, tmp_path / "run"))
+    source = load_source(older, CPU)
+    assert source.config.noise.process == "epsilon"
+    assert same_weights(source, load_source(run, CPU))
+    edit_config(older, "noise:\n", "noise:\n  process: flow\n")
+    with pytest.raises(UserError, match=r"contradicts checkpoint .*: noise.process is epsilon there and flow in the"):
+        load_source(older, CPU)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
@@ -175,6 +186,7 @@ def test_an_edited_config_that_contradicts_the_checkpoint_is_refused(
         ("beta_last: 0.02", "beta_last: 0.5", "beta_end is 0.02 there and 0.5 by config.yaml"),
         ("latent_scale:\n  - 2.0", "latent_scale:\n  - 1.0", "latent_scale is .2.0. there and .1.0"),
         ("token_order: random", "token_order: raster", "token_order is 'random' there and 'raster' by"),
+        ("process: epsilon", "process: flow", "prediction_type is 'epsilon' there and 'flow_prediction' by"),
     ],
 )
 def test_an_export_with_an_edited_config_is_refused(exported: Path, old: str, new: str, said: str) -> None:

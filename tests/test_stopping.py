@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from cfpretrain.base import runtime
-from cfpretrain.base import watchdog as lifeline
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
+from cfpretrain.base.stopping import StopRequest
 from tests.digits import digits, digits_info, small_config, small_run, write_latents
 from tests.object_store import ObjectStore, running_store
 from tests.processes import (
@@ -30,7 +30,7 @@ from tests.processes import (
     start_script,
     wait_until,
 )
-from tests.test_lifeline import LONG, TRAIN, end, rows, wait_for_steps
+from tests.test_watchdog import LONG, TRAIN, end, rows, wait_for_steps
 
 
 def latest_step(folder: Path) -> int:
@@ -191,7 +191,8 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
     from cfpretrain.training import trainer
 
     config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=600")
-    stop = lifeline.StopRequest()
+    stop = StopRequest()
+    stop.listen()
     runtime.start(torch.device("cpu"))
     real = trainer.Trainer.train_step
 
@@ -275,8 +276,9 @@ CLOSED = """
 import os, signal, sys, time
 os.close(1)
 os.close(2)
-from cfpretrain.base.watchdog import StopRequest
+from cfpretrain.base.stopping import StopRequest
 stop = StopRequest()
+stop.listen()
 for number in (signal.SIGHUP, signal.SIGTERM):
     os.kill(os.getpid(), number)
 end = time.monotonic() + 30

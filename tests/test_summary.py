@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
-from cfpretrain.evaluation.summary import LabelledImages, _balanced_order, _halves, summarise
+from examples.digits.summary import LabelledImages, _balanced_order, _halves, summarise
 
 
 @pytest.fixture(scope="module")

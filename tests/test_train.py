@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -25,20 +24,11 @@ from cfpretrain.run import build
 from cfpretrain.run.state import read_state
 from cfpretrain.training.folder import check_moved, prepare_folder
 from tests.digits import digits_info, small_config, small_run, write_digits, write_latents
-from tests.processes import REPOSITORY, Ended, run_script, start_script
+from tests.processes import REPOSITORY, Ended, run_alone, run_script, start_script, wait_until
 from tests.runs import as_older
 from tests.test_encoding import write_autoencoder
 
 TRAIN = "cfpretrain/train.py"
-
-
-@pytest.fixture(scope="module")
-def whole_run(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of 12 steps on 2 ranks, over two epochs of 6 steps and a tail."""
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    for ended in run_script(TRAIN, small_run(shards, folder), 2):
-        assert ended.code == 0, ended.err
-    return folder
 
 
 def numbers(folder: Path) -> list[tuple[object, ...]]:
@@ -83,9 +73,7 @@ def test_a_killed_run_goes_on_bit_by_bit(shards: Path, whole_run: Path, tmp_path
     # It would train on for long: the kill comes while it does.
     ranks = start_script(TRAIN, small_run(shards, folder, "train.num_steps=5000", "checkpoint.keep_last=1000"), 2)
     metrics = folder / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 6):
-        assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
-        time.sleep(0.01)
+    wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 6, 240, ranks)
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
         rank.communicate()
@@ -169,6 +157,8 @@ def test_draws_are_equal_on_1_2_and_4_ranks(shards: Path, tmp_path: Path) -> Non
     """Number by number, over more than an epoch: samples, orders, splits, t, noise, label drops."""
     from cfpretrain.run.build import make_prepare
 
+    shared = ("intervals_BMI", "0.steps_BL")
+
     def draws_of(world_size: int) -> list[dict[int, tuple[list[float], ...]]]:
         config = small_config(shards, tmp_path, "train.label_drop_prob=0.5", "data.mirror_prob=0.5")
         loaders = [Loader(config, make_prepare(config), rank, world_size) for rank in range(world_size)]
@@ -178,7 +168,7 @@ def test_draws_are_equal_on_1_2_and_4_ranks(shards: Path, tmp_path: Path) -> Non
             for loader in loaders:
                 for batch in next(loader):
                     assert batch.step == step
-                    of_samples = [value for name, value in batch.tensors().items() if name != "intervals_BMI"]
+                    of_samples = [value for name, value in batch.tensors().items() if name not in shared]
                     for i, sample in enumerate(batch.ids_B.tolist()):
                         assert sample not in found
                         found[sample] = tuple(value[i].flatten().tolist() for value in of_samples)
@@ -444,19 +434,15 @@ def test_relative_paths_say_what_they_are_relative_to(
     assert not (tmp_path / "run").exists()
 
 
-def test_secrets_stay_out_of_the_run_folder(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_secrets_stay_out_of_the_run_folder(shards: Path, tmp_path: Path) -> None:
     secrets = {"WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "AWS_SECRET_ACCESS_KEY": "planted/secret+value"}
-    for name, value in secrets.items():
-        monkeypatch.setenv(name, value)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     arguments = small_run(shards, tmp_path / "run", "metrics.wandb=offline", "train.num_steps=4")
-    ended = subprocess.run(
-        [sys.executable, TRAIN, *arguments], cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True
-    )
+    ended = run_alone(TRAIN, arguments, environment=secrets)
+    assert ended.code == 0, ended.err
     files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     for value in secrets.values():
-        assert value not in ended.stdout + ended.stderr
+        assert value not in ended.out + ended.err
         assert not [path for path in files if value.encode() in path.read_bytes()]
 
 

@@ -23,12 +23,12 @@ from sklearn.datasets import load_digits
 from cfpretrain.autoencoder import WEIGHTS_FILE, KLAutoencoder
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import ImagesInfo, image_columns
-from cfpretrain.evaluation.reconstruction import reconstruction_error
-from cfpretrain.training.autoencoder import PICTURE_FILE
+from examples.digits import example_images, train_autoencoder
+from examples.digits.autoencoder_training import PICTURE_FILE
+from examples.digits.reconstruction import reconstruction_error
 from tests.processes import REPOSITORY, Rank, wait_until
-from tools import example_images, train_autoencoder
 
-LONG = ["--channels", "8", "8", "--num-steps", "100", "--batch-size", "16", "--save-seconds", "0"]
+LONG = ["--channels", "8", "8", "--num-steps", "40", "--batch-size", "16", "--save-seconds", "0"]
 STEPS = ["--channels", "8", "16", "--num-steps", "60", "--batch-size", "32", "--learning-rate", "0.004"]
 
 
@@ -129,7 +129,7 @@ def test_killed_and_stopped_training_gives_the_weights_of_an_unstopped_one(image
         assert first_step(said) >= num_done
         num_done = first_step(said) + 1  # a state is saved after the first step here
         if number != signal.SIGKILL:
-            [stopped_at] = re.findall(r"stopped at step ([0-9]+) of 100; the same command goes on\n$", said)
+            [stopped_at] = re.findall(r"stopped at step ([0-9]+) of 40; the same command goes on\n$", said)
             assert int(stopped_at) >= num_done
             num_done = int(stopped_at)
     # A kill while OUT is written leaves a part of it.

@@ -10,18 +10,10 @@ from hypothesis import strategies as st
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import attention, seeds
-from cfpretrain.core.model import (
-    BlockSettings,
-    CausalFusion,
-    ClassPart,
-    ImageEmbedder,
-    ImagePart,
-    initialise,
-    patchify,
-    sincos_positions,
-    unpatchify,
-    write_initial_values,
-)
+from cfpretrain.core.latents import patchify, unpatchify
+from cfpretrain.core.modalities import IMAGE, ImageEmbedder, class_segment, image_segment, sincos_positions
+from cfpretrain.core.model import BlockSettings, CausalFusion, initialise, write_initial_values
+from cfpretrain.core.segments import Segment, build_layout
 from tests.closeness import disagreement
 
 
@@ -102,7 +94,10 @@ def test_positions_are_looked_up_as_if_by_index(learnable, dtype) -> None:
             parameter.copy_(seeds.normal(seeds.fold(key, i), parameter.shape))
     clean, noised = seeds.normal(seeds.fold(key, torch.tensor([100, 101])), (6, 9, 4))
     places_BL = seeds.permutation(seeds.fold(key, torch.arange(6)), 9)
-    out = torch.cat(embedder(ImagePart(clean, places_BL, noised, places_BL.flip(1), torch.arange(6))), 1)
+    given = Segment(IMAGE, clean=clean, positions_BL=places_BL)
+    learned = Segment(IMAGE, noised=noised, positions_BL=places_BL.flip(1), times_B=torch.arange(6))
+    (clean_vectors, _), (_, noised_vectors) = embedder([given, learned])
+    out = torch.cat([clean_vectors, noised_vectors], 1)
     direction = seeds.normal(seeds.fold(key, 200), out.shape).to(dtype)
 
     values, places = torch.cat([clean, noised], 1).to(dtype), torch.cat([places_BL, places_BL.flip(1)], 1)
@@ -135,13 +130,16 @@ def test_different_parameters_and_seeds_begin_differently() -> None:
     assert draw(0, names[0]) != draw(1, names[0])
 
 
+def image_of(clean: torch.Tensor, noised: torch.Tensor, positions: torch.Tensor, times: torch.Tensor) -> Segment:
+    return Segment(IMAGE, clean=clean, noised=noised, positions_BL=positions, times_B=times)
+
+
 def forward(model: CausalFusion, steps: torch.Tensor, clean: torch.Tensor, noised: torch.Tensor, label: int = 1):
     """The training forward of one sample in raster order."""
-    layout = order.build_layout([order.Condition(2), order.Image(steps[None])])
-    n = layout.num_clean_image_tokens[0]
-    positions = torch.arange(9)[None]
-    image = ImagePart(clean[None, :n], positions[:, :n], noised[None], positions, torch.tensor([500]))
-    return model([ClassPart(torch.tensor([label])), image], layout.intervals_BMI)[0]
+    layout = build_layout([class_segment(2), image_segment(steps[None])])
+    image = image_of(clean[None, : layout.num_clean[1]], noised[None], torch.arange(9)[None], torch.tensor([500]))
+    (prediction,) = model([class_segment(2, torch.tensor([label])), image], layout.intervals_BMI)
+    return prediction[0]
 
 
 @given(st.integers(0, 8), st.integers(0, 8), st.booleans())
@@ -168,8 +166,8 @@ def test_class_reaches_every_token() -> None:
 def test_several_segments_in_one_sequence() -> None:
     """Two classes with an image each: the second image sees the first one's clean tokens, not the other way."""
     model = small_model()
-    steps = order.Image(order.steps_from_sizes([4, 5])[None])
-    layout = order.build_layout([order.Condition(2), steps, order.Condition(2), steps])
+    steps = image_segment(order.steps_from_sizes([4, 5])[None])
+    layout = build_layout([class_segment(2), steps, class_segment(2), steps])
     positions, t = torch.arange(9)[None], torch.tensor([500])
     first_clean, first_noised, last_clean, last_noised = seeds.normal(
         seeds.fold(seeds.key(0, "t"), torch.arange(4)), (1, 9, 4)
@@ -177,12 +175,12 @@ def test_several_segments_in_one_sequence() -> None:
 
     def predict(first: torch.Tensor, last: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [
-            ClassPart(torch.tensor([1])),
-            ImagePart(first, positions, first_noised, positions, t),
-            ClassPart(torch.tensor([2])),
-            ImagePart(last[:, :4], positions[:, :4], last_noised, positions, t),
+            class_segment(2, torch.tensor([1])),
+            image_of(first, first_noised, positions, t),
+            class_segment(2, torch.tensor([2])),
+            image_of(last[:, :4], last_noised, positions, t),
         ]
-        one, two = model(parts, layout.intervals_BMI).split(9, dim=1)
+        one, two = model(parts, layout.intervals_BMI)
         return one, two
 
     one, two = predict(first_clean, last_clean)
@@ -212,13 +210,12 @@ def training_pass(model: CausalFusion, number: int, sizes: list[int]) -> tuple[t
     """Prediction and gradients for a batch of two with random orders and AR steps of the given sizes."""
     key = seeds.fold(seeds.key(0, "training pass"), number)
     order_BL = seeds.permutation(seeds.fold(key, torch.arange(2)), 9)
-    layout = order.build_layout([order.Condition(2), order.Image(order.steps_from_sizes(sizes)[None])])
-    num_clean = layout.num_clean_image_tokens[0]
+    layout = build_layout([class_segment(2), image_segment(order.steps_from_sizes(sizes)[None])])
     clean, noised, direction = seeds.normal(seeds.fold(key, torch.arange(3)), (2, 9, 4))
     labels, timesteps = torch.tensor([1, 4]), torch.tensor([3, 700])
-    image = ImagePart(clean[:, :num_clean], order_BL[:, :num_clean], noised, order_BL, timesteps)
+    image = image_of(clean[:, : layout.num_clean[1]], noised, order_BL, timesteps)
     model.zero_grad()
-    prediction = model([ClassPart(labels), image], layout.intervals_BMI)
+    (prediction,) = model([class_segment(2, labels), image], layout.intervals_BMI)
     (prediction * direction).sum().backward()
     return prediction.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -261,7 +258,7 @@ def test_forwards_without_gradients_compile_nothing() -> None:
     torch._dynamo.utils.counters.clear()
     model = small_model(blocks=BlockSettings(compile=True))
     with torch.no_grad():
-        model([ClassPart(torch.tensor([1]))])
+        model([class_segment(2, torch.tensor([1]))])
     assert not torch._dynamo.utils.counters["stats"]
 
 

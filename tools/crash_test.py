@@ -30,12 +30,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cfpretrain
 from cfpretrain.base import files
-from cfpretrain.base.console import UserError, add_allow_env, exit_with, path_argument
+from cfpretrain.base.command_line import Parser, add_config
+from cfpretrain.base.console import UserError, exit_with, path_argument
 
 MOMENTS = ("start", "loader", "step", "step", "checkpoint", "checkpoint", "sampling")  # as often as they stand there
 TARGETS = ("rank", "ranks", "launcher", "node")
-CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 
 _MARKER = "CFPRETRAIN_CRASH_TEST"  # in the environment of everything we start, so that orphans are found as well
 _START = "CFPRETRAIN_CRASH_TEST_START"  # of one start of the command, which orphans of the one before do not carry
@@ -369,7 +370,7 @@ class Runner:
 
     def start(self, name: str, num_ranks: int) -> Command:
         """Starts the command for the run folder `name`."""
-        train = Path(__file__).parent.parent / "cfpretrain" / "train.py"
+        train = Path(cfpretrain.__file__).parent / "train.py"
         launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(num_ranks)]
         # The end must be that of the steps: a limit in seconds comes at another step each time.
         ours = ["train.max_train_seconds=0", "metrics.wandb=disabled", "metrics.log_every_steps=1"]
@@ -500,8 +501,9 @@ def equal_tensors(ours: Path, theirs: Path) -> dict[str, bool]:
     """Whether two runs' last checkpoints hold the same bits, for each of their files."""
     from safetensors.numpy import load_file
 
-    equal = {}
-    for content in CONTENTS:
+    contents = [{file.stem for file in _latest(folder).glob("*.safetensors")} for folder in (ours, theirs)]
+    equal = dict.fromkeys(contents[0] ^ contents[1], False)
+    for content in contents[0] & contents[1]:
         a, b = (load_file(_latest(folder) / f"{content}.safetensors") for folder in (ours, theirs))
         equal[content] = a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
     return equal
@@ -576,7 +578,7 @@ def report(out: Path, attempts: list[Attempt], planned: int, controls: Sequence[
         "loss_equal": loss_equal,
         "weights_equal": tensors["weights"],
         "ema_equal": tensors["ema"],
-        "moments_equal": tensors["exp_avg"] and tensors["exp_avg_sq"],
+        "moments_equal": all(equal for content, equal in tensors.items() if content not in ("weights", "ema")),
         "max_relative_loss_error": max(errors, default=float("inf")),
         "seconds": round(ended - began, 1),
         "goodput": round(where["steps"] / (ended - began), 4),
@@ -629,12 +631,8 @@ def _free_port() -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Kill a run, restart it, compare it with a run left alone.")
-    parser.add_argument(
-        "--config", required=True, action="append", metavar="FILE", help="a YAML file; of several, later ones win"
-    )
-    add_allow_env(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser = Parser(__doc__)
+    add_config(parser)
     parser.add_argument("--out", required=True, type=path_argument, help="a new folder for the runs and their output")
     parser.add_argument("--kills", type=int, default=50, help="default 50, about 20 s each on two cores")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and targets (default 0)")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files, launch
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_picture, check_place, read_settings
 
@@ -39,11 +40,7 @@ _CELL_SIZE = 96  # picture pixels a side of an image
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Make a region of an image anew, under a new class.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(__doc__.splitlines()[1:]),
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--image", type=path_argument, metavar="FILE", help="an image of any size")
@@ -76,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
     _check(arguments)
     with phase("loading torch"):
         from cfpretrain.base import runtime
-        from cfpretrain.core.model import unpatchify
+        from cfpretrain.core.latents import unpatchify
         from cfpretrain.data.images import parse_background
         from cfpretrain.evaluation.editing import read_region
         from cfpretrain.evaluation.generation import edit_tokens
@@ -134,7 +131,7 @@ class _Original:
 
 
 def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int, background: "Colour") -> _Original:
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation.editing import encode_tokens, read_crop
 
     config = source.config
@@ -151,7 +148,7 @@ def _make_image(source: "Source", label: int, autoencoder: Any, settings: "Gener
     import torch
 
     from cfpretrain.core.ar import equal_sizes
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation.generation import edit_tokens
 
     model = source.config.model
@@ -175,9 +172,9 @@ def _draw(
     """Writes the picture, a row for each class, and the edited images where they are wanted."""
     import torch
 
+    from cfpretrain.base.outputs import whole_or_nothing
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
-    from cfpretrain.run.outputs import whole_or_nothing
 
     names = [source.class_names[source.label_of(text)] for text in arguments.classes]
     image = original.image

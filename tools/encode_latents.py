@@ -12,17 +12,17 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import launch
+from cfpretrain.base.command_line import Parser, add_local_rank
 from cfpretrain.base.console import (
-    ItemProgress,
+    Progress,
     UserError,
     address_argument,
     ending_in_one_line,
-    leave_on_signals,
-    leave_with,
     path_argument,
     phase,
     say,
 )
+from cfpretrain.base.stopping import leave_when_asked
 
 if TYPE_CHECKING:
     from cfpretrain.data.encoding import Encoding
@@ -35,7 +35,7 @@ _MOST_IN_A_BATCH = 4096
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Encode image shards into latent shards; the same command resumes.")
+    parser = Parser(__doc__)
     parser.add_argument("images", type=address_argument, help="a folder of image shards, as make_shards.py writes them")
     parser.add_argument(
         "--autoencoder",
@@ -51,10 +51,10 @@ def main() -> None:
     parser.add_argument(
         "--precision", choices=_PRECISIONS, default="fp32", help="of the autoencoder on a GPU (default fp32)"
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    add_local_rank(parser)
     arguments = parser.parse_args()
     launch.check()
-    leave_on_signals()
+    leave_when_asked()
     with ending_in_one_line():
         run(arguments)
 
@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, ShardWriter]":
     import torch
 
-    from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
+    from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
+    from cfpretrain.core.latents import LatentScaling
     from cfpretrain.data.encoding import Encoding
     from cfpretrain.data.shard_writer import ShardWriter
     from cfpretrain.data.shards import Shards, read_images_info
@@ -105,7 +106,6 @@ def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, Sha
 
 def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
     from cfpretrain.base import runtime
-    from cfpretrain.base.watchdog import Launcher
     from cfpretrain.data.encoding import encode
 
     with runtime.together():
@@ -115,12 +115,9 @@ def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
         return
     sizes = encoding.images.shard_sizes
     done_before = int(sizes.sum() - sizes[missing].sum())
-    launcher = Launcher()
-    progress = ItemProgress(int(sizes.sum()), done_before, "image")
+    progress = Progress(int(sizes.sum()), done_before, "image")
 
     def show(num_done: int) -> None:
-        if not launcher.is_there():
-            leave_with("the launcher is gone")
         progress.show(done_before + num_done)
 
     try:

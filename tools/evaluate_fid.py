@@ -19,16 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files, launch
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import (
-    ItemProgress,
+    Progress,
     UserError,
     ending_in_one_line,
-    leave_on_signals,
-    leave_with,
     path_argument,
     phase,
     say,
 )
+from cfpretrain.base.stopping import leave_when_asked
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
@@ -45,11 +45,7 @@ _DEFAULT_IMAGES = 50_000
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Score a model's images, or images that are there, against a reference.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(__doc__.splitlines()[1:]),
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "generated", type=path_argument, help="a run or exported folder; or images: folder, shards, .npz"
     )
@@ -83,7 +79,7 @@ def main() -> None:
     add_sampling_options(parser, batch_size=64, guidance=1.0)
     arguments = parser.parse_args()
     launch.check()
-    leave_on_signals()
+    leave_when_asked()
     with ending_in_one_line():
         run(arguments)
 
@@ -250,9 +246,8 @@ def _score(
 
 def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What this very command has written; None: nothing is there."""
-    from cfpretrain.base import plans
+    from cfpretrain.base import outputs, plans
     from cfpretrain.base.files import read_text
-    from cfpretrain.run import outputs
 
     if not out.exists():
         return None
@@ -296,22 +291,18 @@ def _line(scores: dict[str, float], floor: dict[str, float] | None, floor_num_im
 
 
 class _Progress:
-    """A bar of images, once there is something to do; without its launcher a rank leaves."""
+    """A bar of images, once there is something to do."""
 
     def __init__(self, what: str) -> None:
-        from cfpretrain.base.watchdog import Launcher
-
-        self._what, self._launcher = what, Launcher()
-        self._bar: ItemProgress | None = None
+        self._what = what
+        self._bar: Progress | None = None
 
     def begin(self, num_done: int, num_images: int) -> None:
         there = f"; {num_done} of {num_images} are done already" if num_done else ""
         say(f"{self._what}: {num_images - num_done} images{there}")
-        self._bar = ItemProgress(num_images, num_done, "image")
+        self._bar = Progress(num_images, num_done, "image")
 
     def show(self, num_done: int) -> None:
-        if not self._launcher.is_there():
-            leave_with("the launcher is gone")
         if self._bar is not None:
             self._bar.show(num_done)
 

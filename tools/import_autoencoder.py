@@ -9,12 +9,12 @@ The values of the tensors are kept bit for bit. Nothing in a file is run: pickle
 Where OUT holds that autoencoder already, it is left as it is.
 """
 
-import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Convert a published autoencoder to a folder in diffusers' layout.")
+    parser = Parser(__doc__)
     parser.add_argument(
         "file", type=path_argument, help="checkpoint: .safetensors, or a pickle (.ckpt, .pt, .pth, .bin)"
     )
@@ -52,9 +52,9 @@ def run(file: Path, out: Path, scaling_factor: float | None, shift_factor: float
         raise UserError(f"--shift-factor: expected a number, got {shift_factor}")
     with phase("loading torch and diffusers"):
         from cfpretrain import autoencoder
+        from cfpretrain.base import outputs
         from cfpretrain.export import foreign_files
         from cfpretrain.export.autoencoder import pick_tensors
-        from cfpretrain.run import outputs
     with phase(f"reading {file}"):
         tensors = pick_tensors(foreign_files.read(file, "FILE"))
         for name, values in tensors.items():

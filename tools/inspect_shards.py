@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.config import DataConfig
 from cfpretrain.base.console import (
-    ItemProgress,
+    Progress,
     UserError,
     address_argument,
     ending_in_one_line,
@@ -62,7 +63,7 @@ _CACHE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Show what a shard folder holds; with --verify, read all of it.")
+    parser = Parser(__doc__)
     parser.add_argument(
         "shards", type=address_argument, help="a folder of image or latent shards, or its address (s3://bucket/folder)"
     )
@@ -185,7 +186,8 @@ def _look_at(shards: "Shards", samples: list[dict[str, Any]], decoder: "KLAutoen
     import numpy as np
     import torch
 
-    from cfpretrain.autoencoder import IdentityAutoencoder, LatentScaling
+    from cfpretrain.autoencoder import IdentityAutoencoder
+    from cfpretrain.core.latents import LatentScaling
     from cfpretrain.data.images import centre_crop, read_image
     from cfpretrain.data.shards import ImagesInfo
     from cfpretrain.evaluation.pictures import false_colours
@@ -214,7 +216,7 @@ def _verify(shards: "Shards") -> None:
     ids = np.empty(len(shards), np.int64)
     labels: Counter[int] = Counter()
     done = 0
-    progress = ItemProgress(len(shards), 0, "sample")
+    progress = Progress(len(shards), 0, "sample")
     for number, file in enumerate(shards.files):
         name = f"{shards.source.address}/{file.name}"
         with shards.source.open(file) as opened:

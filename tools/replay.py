@@ -11,7 +11,6 @@ the results in RUN/replay/step_N/: samples.json and samples.png.
 Exit code 0: the loss equals the logged one; 1: it does not; 2: a mistake; 3: the run turned out sick before the step.
 """
 
-import argparse
 import hashlib
 import json
 import tempfile
@@ -20,11 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files, launch
+from cfpretrain.base.command_line import Parser, add_local_rank
 from cfpretrain.base.console import SickRunError, UserError, ending_in_one_line, linger, path_argument, phase, say
 
 if TYPE_CHECKING:
     from cfpretrain.base.config import Config
-    from cfpretrain.core.objective import Batch, LossTerms
+    from cfpretrain.core.modalities import LossTerms
+    from cfpretrain.core.objective import Batch
     from cfpretrain.training.trainer import Trainer
 
 _EXIT_UNEQUAL = 1
@@ -35,11 +36,11 @@ _COLUMNS, _MOST_IMAGES = 8, 64
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Make one step of a run again and compare it with what was logged.")
+    parser = Parser(__doc__)
     parser.add_argument("run", type=path_argument, help="a run folder, e.g. runs/demo")
     parser.add_argument("--step", type=int, required=True, help="the step, as in metrics.jsonl")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    add_local_rank(parser)
     arguments = parser.parse_intermixed_args()
     launch.check()
     with ending_in_one_line():
@@ -138,7 +139,7 @@ def _read_rows(metrics: Path, step: int) -> dict[int, dict[str, Any]]:
 
 def _find_checkpoints(folder: Path, step: int) -> list[Path]:
     """The complete checkpoints of before the step, newest first."""
-    from cfpretrain.run.checkpoint import CheckpointStore
+    from cfpretrain.run.checkpoint_store import CheckpointStore
 
     complete = CheckpointStore(folder, 1, 0).candidates()
     before = [path for path in complete if _step_of(path) < step]
@@ -176,7 +177,7 @@ def _replay(
     with phase(f"making {step - trainer.at.step} steps again", announce=False):
         while trainer.at.step < step - 1:
             _make_step(trainer, checkpoints, logged)
-        trainer.loss = watched = _Watched(trainer.loss)  # type: ignore[assignment]
+        trainer.step.loss = watched = _Watched(trainer.step.loss)  # type: ignore[assignment]
         try:
             _make_step(trainer, checkpoints, logged)
         except SickRunError as error:
@@ -187,9 +188,9 @@ def _replay(
 
 def _make_step(trainer: "Trainer", checkpoints: Sequence[Path], logged: Mapping[int, Mapping[str, Any]]) -> None:
     # A rewind goes to one of the checkpoints that the run had at that time.
-    trainer.resume_from = [path for path in checkpoints if _step_of(path) <= trainer.at.step]
+    trainer.checkpoints.resume_from = [path for path in checkpoints if _step_of(path) <= trainer.at.step]
     trainer.train_step()
-    row = trainer.window.records[-1].row
+    row = trainer.log.rows[-1]
     there = logged.get(row["step"], {}).get("rewound_to_step")
     here = row.get("rewound_to_step")
     if there is not None and there != here:
@@ -203,33 +204,34 @@ def _make_step(trainer: "Trainer", checkpoints: Sequence[Path], logged: Mapping[
 
 def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
     from cfpretrain.base import runtime
-    from cfpretrain.core.model import take_tokens, unpatchify
+    from cfpretrain.core.latents import take_tokens, unpatchify
     from cfpretrain.evaluation.generation import decode_to_look_at
     from cfpretrain.run.metrics import finite_or_none
 
     decode, _ = decode_to_look_at(trainer.config, trainer.device)
     samples, images, patch_size = [], {}, trainer.config.model.patch_size
     for batch, terms in watched.seen:
-        loss_B = (batch.weights_BL.double() * terms.squared_error_BLP.mean(-1).double().cpu()).mean(1)
+        image = batch.of_kind("image")
+        loss_B = (image.weights_BL.double() * terms.squared_error_BLP.mean(-1).double().cpu()).mean(1)
         for i, sample_id in enumerate(batch.ids_B.tolist()):
             samples.append(
                 {
                     "id": sample_id,
                     "rank": runtime.rank(),
-                    "label": int(batch.labels_B[i]),
-                    "timestep": int(batch.timesteps_B[i]),
-                    "ar_step_sizes": batch.steps_BL[i].unique(return_counts=True)[1].tolist(),
+                    "label": int(batch.of_kind("class").clean[i]),
+                    "timestep": int(image.times_B[i]),
+                    "ar_step_sizes": image.steps_BL[i].unique(return_counts=True)[1].tolist(),
                     "loss": finite_or_none(float(loss_B[i])),
                 }
             )
-        latents_BCYX = unpatchify(take_tokens(batch.clean_BLP, batch.positions_BL.argsort(1)), patch_size)
+        latents_BCYX = unpatchify(take_tokens(image.clean, image.positions_BL.argsort(1)), patch_size)
         images |= dict(zip(batch.ids_B.tolist(), decode(latents_BCYX.to(trainer.device)).cpu(), strict=True))
     digest = hashlib.sha256()
     for fragment in trainer.engine.fragments():
         digest.update(fragment.values.cpu().numpy().tobytes())
     of_ranks = runtime.gather((samples, images, digest.hexdigest()))
     all_samples = [sample for of_rank, _, _ in of_ranks for sample in of_rank]
-    row = trainer.window.records[-1].row
+    row = trainer.log.rows[-1]
     return {
         "samples": sorted(all_samples, key=_worst_first),
         "images": {i: image for _, of_rank, _ in of_ranks for i, image in of_rank.items()},

@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import launch
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import (
-    ItemProgress,
+    Progress,
     UserError,
     count,
     ending_in_one_line,
-    leave_on_signals,
-    leave_with,
     path_argument,
     phase,
     say,
 )
+from cfpretrain.base.stopping import leave_when_asked
 from cfpretrain.evaluation.sampling_options import (
     add_sampling_options,
     check_picture,
@@ -49,11 +49,7 @@ _OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  #
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Sample images from a run folder or an exported folder.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(__doc__.splitlines()[1:]),
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
     parser.add_argument(
         "--classes",
@@ -70,7 +66,7 @@ def main() -> None:
     add_sampling_options(parser, batch_size=64)
     arguments = parser.parse_args()
     launch.check()
-    leave_on_signals()
+    leave_when_asked()
     with ending_in_one_line():
         run(arguments)
 
@@ -139,9 +135,9 @@ def _labels(arguments: argparse.Namespace, origin: "Origin") -> list[int]:
 
 def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "GenerationSettings") -> None:
     from cfpretrain.base import runtime
+    from cfpretrain.base.outputs import whole_or_nothing
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import decode_to_look_at, generate_images, grid_title
-    from cfpretrain.run.outputs import whole_or_nothing
 
     config, device = source.config, source.device
     decode, note = decode_to_look_at(config, device, source.make_autoencoder)
@@ -160,10 +156,10 @@ def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "Gener
 
 def _draw_trajectory(path: Path, source: "Source", label: int, settings: "GenerationSettings") -> None:
     from cfpretrain.base import runtime
-    from cfpretrain.core.model import unpatchify
+    from cfpretrain.base.outputs import whole_or_nothing
+    from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import decode_to_look_at, follow, grid_title
-    from cfpretrain.run.outputs import whole_or_nothing
 
     config, device = source.config, source.device
     decode, colours = decode_to_look_at(config, device, source.make_autoencoder)
@@ -192,11 +188,10 @@ def _write_set(
     arguments: argparse.Namespace, source: "Source", labels: list[int], settings: "GenerationSettings"
 ) -> None:
     from cfpretrain.base import runtime
-    from cfpretrain.base.watchdog import Launcher
     from cfpretrain.evaluation.generation import generate_batches
     from cfpretrain.evaluation.image_set import ImageSet
 
-    config, device, launcher = source.config, source.device, Launcher()
+    config, device = source.config, source.device
     with runtime.together():
         autoencoder = source.make_autoencoder()
         plan = _plan(source, autoencoder, labels, settings) if runtime.rank() == 0 else {}
@@ -206,14 +201,10 @@ def _write_set(
     if missing is None:
         return
 
-    def check_launcher(_: int) -> None:
-        if not launcher.is_there():
-            leave_with("the launcher is gone")
-
     num_done = len(labels) - images.count(missing)
     with (
         _Progress(len(labels), num_done, len(missing), settings) as progress,
-        runtime.Exchange(check_launcher) as exchange,
+        runtime.Exchange() as exchange,
     ):
         for ids, made in generate_batches(
             config, source.model, labels, settings, device, autoencoder.decode, missing, progress.step
@@ -261,7 +252,7 @@ class _Progress:
     def __init__(self, num_images: int, num_done: int, num_batches: int, settings: "GenerationSettings") -> None:
         from cfpretrain.base import runtime
 
-        self._bar = ItemProgress(num_images, num_done, "image")
+        self._bar = Progress(num_images, num_done, "image")
         self._num_done, self._num_left, self._steps = num_done, num_images - num_done, 0
         steps_a_batch = settings.num_ar_steps * settings.num_denoising_steps
         self._num_steps = -(-num_batches // runtime.world_size()) * steps_a_batch

@@ -15,13 +15,11 @@ from cfpretrain.base.config_files import to_shown as to_shown
 from cfpretrain.base.config_files import to_yaml as to_yaml
 from cfpretrain.base.config_files import without_texts as without_texts
 from cfpretrain.base.console import UserError
+from cfpretrain.core import attention
 
 # What a run folder holds, and an export.
 CONFIG_FILE, CHECKPOINTS, INDEX_FILE = "config.yaml", "checkpoints", "model_index.json"
 
-# What kernels can do; `model.block_causal` and `model.attention` say it too.
-_TRITON_HEAD_WIDTHS = (32, 64, 128)
-_FLEX_MIN_HEAD_WIDTH = 16
 # The Inception Score has ten splits, and none may be empty.
 _FEWEST_SCORED = 20
 # Each length is compiled, which takes minutes, and torch has a limit.
@@ -84,9 +82,12 @@ class OrderConfig:
 
 @dataclass(frozen=True)
 class NoiseConfig:
+    # What the network predicts: the noise or v on DDPM's schedule, or the velocity of flow matching.
+    process: Literal["epsilon", "v", "flow"] = "epsilon"
     num_timesteps: Annotated[int, Range(2, 1_000_000)] = 1000
     beta_first: Annotated[float, Range(1e-9, 1)] = 1e-4  # betas are scaled by 1000 / num_timesteps
-    beta_last: Share = 0.02
+    beta_last: Share = 0.02  # both of epsilon and v
+    flow_times: Literal["logit_normal", "uniform"] = "logit_normal"  # how flow draws times in training
 
 
 @dataclass(frozen=True)
@@ -116,10 +117,12 @@ class TrainConfig:
     learning_rate: NotNegative = 8e-4
     warmup_steps: Natural = 25_000
     decay_steps: int = 0  # the last of num_steps, over which the learning rate falls to 0; 0 = constant
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: matrices of the blocks by Muon, the rest by AdamW
+    muon_momentum: Annotated[float, Range(0, 1 - 1e-9)] = 0.95
     adam_beta1: Annotated[float, Range(0, 1 - 1e-9)] = 0.9
     adam_beta2: Annotated[float, Range(0, 1 - 1e-9)] = 0.95
     adam_eps: NotNegative = 1e-15
-    weight_decay: NotNegative = 0.0
+    weight_decay: NotNegative = 0.0  # of matrices: norms, biases and embeddings do not decay
     clip_grad_norm: NotNegative = 1.0  # 0 = no clipping
     ema_decay: Share = 0.9999
 
@@ -129,8 +132,8 @@ class EngineConfig:
     zero_stage: Annotated[int, Range(0, 3)] = 3
     precision: Literal["bf16", "fp32"] = "bf16"
     # Where the mask holds: in training. auto: our kernel (triton) on a GPU, else what runs there.
-    attention: Literal["auto", "sdpa", "flex", "triton"] = "auto"
-    cached_attention: Literal["auto", "sdpa", "flash"] = "auto"  # where all is visible: in sampling
+    attention: str = "auto"  # a backend of core.attention
+    cached_attention: str = "auto"  # where all is visible: in sampling
     compile_blocks: bool = False  # torch.compile; the first steps of each length take minutes
     # Clean tokens are padded up to a multiple of it, so that sequences have few lengths; 0 = at most 9 lengths where
     # kernels are compiled for each (compile_blocks, or attention: flex, which auto is on a GPU where heads are 16 or
@@ -218,12 +221,10 @@ class Config:
     def compiles_lengths(self) -> bool:
         """Whether kernels are compiled for each length of a sequence, on whatever device that is.
 
-        `attention.choose` takes FlexAttention for "auto" on a GPU, where our kernel lacks the head width. A config
-        means the same sequences on every device, so a CPU pads them too.
+        A config means the same sequences on every device, so a CPU pads them as a GPU does.
         """
-        attention, head_width = self.engine.attention, self.model.width // self.model.num_heads
-        may_be_flex = head_width not in _TRITON_HEAD_WIDTHS and head_width >= _FLEX_MIN_HEAD_WIDTH
-        return self.engine.compile_blocks or attention == "flex" or (attention == "auto" and may_be_flex)
+        head_width = self.model.width // self.model.num_heads
+        return self.engine.compile_blocks or attention.needs_padding(self.engine.attention, head_width)
 
     def clean_token_multiple(self) -> int:
         """What the number of clean image tokens is padded up to a multiple of, resolved: 1 (no padding) to L."""
@@ -343,7 +344,8 @@ def _check_numbers(config: Config) -> Iterable[str]:
         )
     if config.noise.beta_first > config.noise.beta_last:
         yield f"noise.beta_first: expected at most noise.beta_last = {config.noise.beta_last:g}; noise grows with t"
-    if config.noise.num_timesteps >= 1 and config.noise.beta_last * 1000 / config.noise.num_timesteps >= 1:
+    has_betas = config.noise.process != "flow" and config.noise.num_timesteps >= 1
+    if has_betas and config.noise.beta_last * 1000 / config.noise.num_timesteps >= 1:
         yield (
             f"noise.num_timesteps: expected more than {1000 * config.noise.beta_last:g}, since betas are scaled by "
             f"1000 / num_timesteps and must stay under 1, got {config.noise.num_timesteps}"
@@ -421,6 +423,14 @@ def _check_engine(config: Config) -> Iterable[str]:
     engine, model = config.engine, config.model
     key = ("engine", "clean_token_multiple")
     yield from map(str, config_files.in_range(key, engine.clean_token_multiple, 0, model.num_tokens))
+    for knob, name, job in (
+        ("attention", engine.attention, "training"),
+        ("cached_attention", engine.cached_attention, "sampling"),
+    ):
+        if name not in attention.names(job):
+            yield f"engine.{knob}: expected one of {', '.join(attention.names(job))}; got {name!r}"
+    if engine.attention not in attention.names("training"):
+        return
     if model.width % model.num_heads == 0:
         yield from _check_head_width(engine.attention, model.width // model.num_heads)
     if 1 <= engine.clean_token_multiple <= model.num_tokens and config.compiles_lengths():
@@ -452,12 +462,12 @@ def _check_num_lengths(config: Config) -> Iterable[str]:
         )
 
 
-def _check_head_width(attention: str, head_width: int) -> Iterable[str]:
-    got = f"got model.width / model.num_heads = {head_width}; change model.num_heads, or set engine.attention=sdpa"
-    if attention == "triton" and head_width not in _TRITON_HEAD_WIDTHS:
-        yield f"engine.attention: triton needs heads of width {', '.join(map(str, _TRITON_HEAD_WIDTHS))}, {got}"
-    if attention == "flex" and head_width < _FLEX_MIN_HEAD_WIDTH:
-        yield f"engine.attention: flex needs heads of width {_FLEX_MIN_HEAD_WIDTH} or more, {got}"
+def _check_head_width(name: str, head_width: int) -> Iterable[str]:
+    if name != "auto" and head_width not in attention.BACKENDS[name].head_widths:
+        yield (
+            f"engine.attention: {name} needs heads of width {attention.BACKENDS[name].widths}, got model.width / "
+            f"model.num_heads = {head_width}; change model.num_heads, or set engine.attention=sdpa"
+        )
 
 
 def _check_data(config: Config) -> Iterable[str]:

@@ -4,7 +4,6 @@ import argparse
 import errno
 import os
 import re
-import signal
 import sys
 import threading
 import time
@@ -15,10 +14,11 @@ from typing import Any, NoReturn
 from unicodedata import category
 
 # Exit codes besides 0.
+EXIT_FAILED = 1  # as after a traceback
 EXIT_USER_ERROR = 2  # a mistake of the user's: a bad config, missing shards, an unwritable folder
 EXIT_SICK = 3  # training that does not recover by itself: the same command would not help
 EXIT_REQUEUE = 75  # stopped to be continued by the same command: asked to stop, or a rank was lost (EX_TEMPFAIL)
-EXIT_INTERRUPTED = 130  # by Ctrl-C, where the same command begins anew (128 + SIGINT)
+EXIT_INTERRUPTED = 130  # by Ctrl-C, where the same command starts over (128 + SIGINT)
 _HEARTBEAT_SECONDS = 5.0
 # The launcher ends all ranks within a second of the first that ends: rank 0 gets the time to speak before.
 _LINGER_SECONDS = 5.0
@@ -33,7 +33,7 @@ _LESS_MEMORY = "give a smaller batch (--batch-size, train.micro_batch_size), or 
 class UserError(ValueError):
     """A mistake of the user's: shown as one line, without a traceback.
 
-    The message names the key or file, what was expected, what came, and how to mend it; what is hidden is hidden there.
+    The message names the key or file, what was expected, what came, and how to fix it; secrets in it are masked.
     """
 
     def __init__(self, text: object = "") -> None:
@@ -44,12 +44,12 @@ class SickRunError(RuntimeError):
     """Training that does not recover by itself: shown as one line, without a traceback."""
 
 
-_hidden: dict[str, str] = {}  # by what is hidden, what is shown for it
-_FEWEST_HIDDEN = 4  # characters: a shorter text is no secret, and stands in many others
+_hidden: dict[str, str] = {}  # secrets, with the text that is shown for each
+_FEWEST_HIDDEN = 4  # characters: a shorter text is no secret, and occurs in many others
 
 
 def hide(value: str, shown: str) -> None:
-    """Has a text of the environment never shown, where it may be a key: no number, and not of a few characters."""
+    """Shows `shown` for a text of the environment from here on, where it may be a secret: no number, not too short."""
     if re.fullmatch(r"[-+.\deE]*|true|false", value, re.IGNORECASE):
         return
     for form in (value, repr(value)[1:-1], " ".join(value.split()), value.rstrip("/"), os.path.expanduser(value)):
@@ -58,14 +58,14 @@ def hide(value: str, shown: str) -> None:
 
 
 def masked(text: str) -> str:
-    """A text with what is hidden replaced by the names of it."""
+    """A text with each secret in it replaced by its name."""
     for value in sorted(_hidden, key=len, reverse=True):
         text = text.replace(value, _hidden[value])
     return text
 
 
 def excerpt(text: str, most: int | None = None) -> str:
-    """A text for a message, cut to `most` characters; first masked, since a part of a key is none that is known."""
+    """A text for a message, cut to `most` characters; masked before, since a part of a secret is not recognised."""
     return masked(text)[:most]
 
 
@@ -84,39 +84,21 @@ def one_line(error: BaseException) -> str:
     return excerpt(" ".join(str(error).split())) or type(error).__name__
 
 
-def leave_with(reason: str) -> NoReturn:
-    """Ends a rank whose command is to be given again, without a farewell to the others, which may not answer."""
-    _print_to_stderr(f"rank {os.environ.get('RANK', '0')}: {reason}; the same command goes on")
-    os._exit(EXIT_REQUEUE)
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in a few words; with the file, of an error of the system."""
+    if not isinstance(error, OSError):
+        return str(error)
+    where = f" ({error.filename})" if error.filename else ""
+    return f"{error.strerror or error}{where}"
 
 
-def stop_signals() -> tuple[signal.Signals, ...]:
-    """The signals that ask a run to stop, that of a closed terminal among them unless `nohup` has it ignored."""
-    always = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    return always if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*always, signal.SIGHUP)
-
-
-def leave_before_training(*_: object) -> NoReturn:
-    """Ends this process at a signal that comes before training: there is nothing to finish and nothing to save."""
-    say("stopped before training began; the same command starts it")
-    os._exit(EXIT_REQUEUE)
-
-
-def leave_on_signals() -> None:
-    """From here on `stop_signals` end this process: what is written stays, the rest is cheap to do again.
-
-    To be called while the process has one thread.
-    """
-    signals = stop_signals()
-
-    def wait() -> None:
-        signal.sigwait(signals)
-        say("stopped; the same command goes on")
-        os._exit(EXIT_REQUEUE)
-
-    # A thread of its own, since no handler is called while the main thread waits for other ranks.
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    threading.Thread(target=wait, daemon=True).start()
+@contextmanager
+def explaining(message: str) -> Iterator[None]:
+    """Raises an error of the system as a `UserError`: the message, with its reason in the place of "{reason}"."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(message.replace("{reason}", str(error.strerror or error))) from error
 
 
 def path_argument(text: str) -> Path:
@@ -138,7 +120,7 @@ _rank = 0
 
 
 def speak_as(rank: int) -> None:
-    """Says which rank of a run this process is, so that rank 0 alone speaks; a tool that runs alone need not."""
+    """Sets the rank of this process, since rank 0 alone speaks."""
     global _rank
     _rank = rank
 
@@ -149,23 +131,25 @@ def is_rank_zero() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints one line from rank 0, at once; where nobody reads any more, it is silent from then on."""
+    """Prints one line from rank 0, at once; silent once nobody reads any more."""
     if is_rank_zero():
         try:
-            print(printable(masked(f"[cfpretrain] {text}")), flush=True)
+            # As one write: threads speak too.
+            print(printable(masked(f"[cfpretrain] {text}")) + "\n", end="", flush=True)
         except OSError:
             # The rest of the line is flushed at the end of the process, and must not fail there.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # noqa: TID251
 
 
-def _print_to_stderr(text: str) -> None:
+def print_error(text: str) -> None:
+    """Prints one line to stderr, whatever the rank."""
     with suppress(OSError):  # nobody reads it any more
         sys.stdout.flush()
-        print(printable(masked(f"[cfpretrain] {text}")), file=sys.stderr, flush=True)
+        print(printable(masked(f"[cfpretrain] {text}")) + "\n", end="", file=sys.stderr, flush=True)
 
 
 def visible(text: str) -> str:
-    """A text on one line, in which what has no shape (control characters, marks of direction) is as in a literal."""
+    """A text on one line; control characters and marks of direction are escaped as in a literal."""
     if text.isprintable():
         return text
     return "".join(c.encode("unicode_escape").decode() if category(c) in _UNSEEN else c for c in text)
@@ -185,14 +169,14 @@ def printable(text: str) -> str:
 
 @contextmanager
 def ending_in_one_line() -> Iterator[None]:
-    """What a command runs in: what its user can do something about, or Ctrl-C, ends the process with one line."""
+    """The context of a command: an error that its user can do something about, or Ctrl-C, ends it with one line."""
     try:
         yield
     except (UserError, SickRunError) as error:
         exit_with(error)
     except KeyboardInterrupt:
         if is_rank_zero():
-            _print_to_stderr("interrupted")
+            print_error("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except ModuleNotFoundError as error:
         if error.name is None or "." in error.name:  # a package that is there, and lacks a part
@@ -211,11 +195,11 @@ def ending_in_one_line() -> Iterator[None]:
 
 
 def explain_no_memory(error: Exception) -> UserError | None:
-    """Of an error that comes of too little memory, on a GPU or the host: what a user can do; None for all others.
+    """What a user can do about an error of too little memory, on a GPU or the host; None for all other errors.
 
     Args:
         error: it, or one of its causes, may be torch's, CUDA's, Python's or the system's. Its notes
-            (`BaseException.add_note`) say what to change, where somebody knew.
+            (`BaseException.add_note`) are the advice, where there are any.
     """
     cause: BaseException | None = error
     while cause is not None and not _says_no_memory(cause):
@@ -238,16 +222,14 @@ def _says_no_memory(error: BaseException) -> bool:
 
 
 def exit_with(error: UserError | SickRunError, speaks: bool | None = None) -> NoReturn:
-    """Ends this process with what is wrong on one line.
+    """Ends this process with an error on one line.
 
     Args:
-        error: what is wrong.
+        error: decides the exit code.
         speaks: this rank prints it, and ends first; None: rank 0 does.
     """
-    if speaks is None:
-        speaks = is_rank_zero()
-    if speaks:
-        _print_to_stderr(f"error: {error}")
+    if is_rank_zero() if speaks is None else speaks:
+        print_error(f"error: {error}")
     else:
         time.sleep(_LINGER_SECONDS)
     sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_SICK)
@@ -265,9 +247,9 @@ phase_seconds: dict[str, float] = {}
 
 @contextmanager
 def phase(name: str, announce: bool = True) -> Iterator[None]:
-    """Names what begins now, and repeats it every 5 s until it ends, so that nobody waits in the dark.
+    """Says what begins now, and again every 5 s until it ends.
 
-    What is usually over in a moment need not be announced: it is named once it takes longer.
+    Work that is usually over in a moment need not be announced: it is named once it takes longer.
     """
     if announce:
         say(f"{name} ...")
@@ -300,16 +282,17 @@ def _has_terminal() -> bool:
 
 
 class Progress:
-    """How far training is: a bar on a terminal, else a line every few seconds; rank 0 only.
+    """How far some work is: a bar on a terminal, else a line every few seconds; rank 0 only.
 
     Args:
-        num_steps: the step at which training ends.
-        step: where it begins.
-        unit: what is counted.
+        total: where it ends.
+        done: by earlier runs.
+        unit: what is counted, e.g. "image".
     """
 
-    def __init__(self, num_steps: int, step: int, unit: str = "step") -> None:
-        self._num_steps, self._unit = num_steps, unit
+    def __init__(self, total: int, done: int, unit: str = "step") -> None:
+        self._total, self._first, self._unit = total, done, unit
+        self._begin = time.monotonic()
         self._said_at = 0.0
         self._bar: Any = None
         if is_rank_zero() and _has_terminal():
@@ -317,49 +300,35 @@ class Progress:
 
             # The text has a rate and the time left already.
             shape = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-            self._bar = tqdm(total=num_steps, initial=step, unit=unit, dynamic_ncols=True, bar_format=shape)
+            self._bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, bar_format=shape)
 
-    def show(self, step: int, text: str, seconds_left: float) -> None:
-        """Shows the step reached, with `text` (loss, speed) and the time left."""
+    def show(self, done: int, text: str = "", seconds_left: float | None = None) -> None:
+        """Shows how far it is, those done by earlier runs included.
+
+        Args:
+            done: how many.
+            text: e.g. loss and speed.
+            seconds_left: None: counted from the rate so far, which is shown before the text; silent without one.
+        """
+        if seconds_left is None:
+            rate = (done - self._first) / max(time.monotonic() - self._begin, 1e-3)
+            if rate <= 0:
+                return
+            text = f"{rate:.{0 if rate >= 10 else 2}f} {self._unit}s/s{text and f', {text}'}"
+            seconds_left = (self._total - done) / rate
         left = f"{int(seconds_left) // 60}:{int(seconds_left) % 60:02d} left"
         if self._bar is not None:
             try:
                 self._bar.set_postfix_str(f"{text}, {left}", refresh=False)
-                self._bar.update(step - self._bar.n)
+                self._bar.update(done - self._bar.n)
             except OSError:  # the terminal is gone
                 self._bar = None
         elif time.monotonic() - self._said_at >= _HEARTBEAT_SECONDS:
             self._said_at = time.monotonic()
-            say(f"{self._unit} {step}/{self._num_steps}  {text}  {left}")
+            say(f"{self._unit} {done}/{self._total}  {text}  {left}")
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
         if self._bar is not None:
             with suppress(OSError):
                 self._bar.close()
-
-
-class ItemProgress:
-    """How far a pass over many items is, with their rate and the time left; rank 0 only.
-
-    Args:
-        num_items: all of them.
-        done: how many earlier runs have done.
-        unit: what they are, e.g. "image".
-    """
-
-    def __init__(self, num_items: int, done: int, unit: str) -> None:
-        self._progress = Progress(num_items, done, unit)
-        self._num_items, self._first, self._unit = num_items, done, unit
-        self._begin = time.monotonic()
-
-    def show(self, done: int, text: str = "") -> None:
-        """Shows that `done` items are done, those of earlier runs among them; silent until there is a rate."""
-        rate = (done - self._first) / max(time.monotonic() - self._begin, 1e-3)
-        if rate > 0:
-            shown = f"{rate:.{0 if rate >= 10 else 2}f} {self._unit}s/s{text and f', {text}'}"
-            self._progress.show(done, shown, (self._num_items - done) / rate)
-
-    def close(self) -> None:
-        """Leaves the terminal as it was."""
-        self._progress.close()

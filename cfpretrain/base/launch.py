@@ -1,7 +1,7 @@
-"""The launch environment, read in one place and checked as a whole: who we are among the ranks that were started.
+"""The launch environment: which of the ranks this process is. Standard library only: read before torch is imported.
 
 The deepspeed launcher, torchrun and the scripts of cluster/ set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT
-and LOCAL_SIZE or LOCAL_WORLD_SIZE. Standard library only: it is read before torch is imported.
+and LOCAL_SIZE or LOCAL_WORLD_SIZE.
 """
 
 import os
@@ -27,26 +27,16 @@ _LAST_PORT, _MOST_DIGITS = 65535, 18
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher said; without one, the only rank.
-
-    Attributes:
-        rank, world_size: of the run.
-        local_rank: on this machine.
-        local_size: ranks on this machine; 1 where the launcher does not say.
-    """
+    """What the launcher said; without one, the only rank."""
 
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
+    local_rank: int = 0  # on this machine
+    local_size: int = 1  # ranks on this machine; 1 where the launcher does not say
 
 
 def read() -> Launch:
-    """The launch environment.
-
-    Raises:
-        UserError: it is no launcher's: a variable is missing, no number, or contradicts another.
-    """
+    """The launch environment; UserError where a variable is missing, no number, or contradicts another."""
     world_size = _number("WORLD_SIZE", 1)
     rank = _number("RANK", 0)
     if rank is None:
@@ -65,7 +55,12 @@ def read() -> Launch:
     if local_size is not None and local_rank is not None and local_rank >= local_size:
         raise _error("LOCAL_RANK", f"expected less than the {local_size} ranks of this machine, got {local_rank}")
     if world_size > 1:
-        _check_meeting(world_size)
+        for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+            if not os.environ.get(name):
+                raise _error(name, f"expected to be set where WORLD_SIZE = {world_size}, got nothing")
+        port = _number("MASTER_PORT", 1) or 0
+        if port > _LAST_PORT:
+            raise _error("MASTER_PORT", f"expected a port, 1 to {_LAST_PORT}, got {port}")
     return Launch(rank, world_size, local_rank or 0, local_size or 1)
 
 
@@ -96,15 +91,6 @@ def _local_size() -> int | None:
     if len(set(found.values())) > 1:
         raise _error(names[0], f"expected the same as LOCAL_WORLD_SIZE = {found[names[1]]}, got {found[names[0]]}")
     return next(iter(found.values()), None)
-
-
-def _check_meeting(world_size: int) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
-        if not os.environ.get(name):
-            raise _error(name, f"expected to be set where WORLD_SIZE = {world_size}, got nothing")
-    port = _number("MASTER_PORT", 1)
-    if port is not None and port > _LAST_PORT:
-        raise _error("MASTER_PORT", f"expected a port, 1 to {_LAST_PORT}, got {port}")
 
 
 def _refuse_tasks() -> None:

@@ -1,33 +1,31 @@
 """Ranks and the device: who we are in the run, and how ranks agree."""
 
-import fcntl
 import importlib
 import os
 import resource
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 
 from cfpretrain import __version__
-from cfpretrain.base import files, launch
+from cfpretrain.base import launch
 from cfpretrain.base.console import (
     EXIT_REQUEUE,
     EXIT_USER_ERROR,
     UserError,
     exit_with,
     explain_no_memory,
-    leave_with,
     one_line,
     phase,
+    print_error,
     speak_as,
 )
 
@@ -37,7 +35,7 @@ _EXCHANGE_SECONDS = 5.0
 _STORE_TIMEOUT = timedelta(seconds=10)
 # Rank 0 keeps the store that the others ask who failed first; and who was not the first does not end first.
 _KEEP_STORE_SECONDS = 3.0
-_LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
+_LOOPBACK = "127.0.0.1"
 _LOOPBACK_NAMES = (_LOOPBACK, "localhost")  # what launchers call it
 _LET_SPEAK_SECONDS = 8.0
 
@@ -52,11 +50,6 @@ def _launch() -> launch.Launch:
 def rank() -> int:
     """This process's rank; 0 without a launcher."""
     return _launch().rank
-
-
-def local_rank() -> int:
-    """This process's rank on its node; 0 without a launcher."""
-    return _launch().local_rank
 
 
 def world_size() -> int:
@@ -74,14 +67,8 @@ def pick_device(device_files: Path = Path("/dev")) -> torch.device:
     """This rank's GPU where there is one, else the CPU; DS_ACCELERATOR=cpu chooses the CPU.
 
     To be called before anything is on a GPU: memory there is then taken in segments that grow, which fragment less,
-    unless the user has settings of his own.
-
-    Args:
-        device_files: where the system shows its GPUs.
-
-    Raises:
-        UserError: more ranks on this machine than GPUs, or a GPU that torch cannot use: nobody wants days of training
-            on the CPUs beside it.
+    unless the user has other settings. A GPU that torch cannot use (in `device_files`) is an error: nobody wants days
+    of training on the CPUs beside it.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch prefers
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -94,18 +81,17 @@ def pick_device(device_files: Path = Path("/dev")) -> torch.device:
     if asked == "cpu":
         return torch.device("cpu")
     if torch.cuda.is_available():
-        num_ranks, num_gpus = launch.read().local_size, torch.cuda.device_count()
-        if num_ranks > num_gpus:
+        here, num_gpus = launch.read(), torch.cuda.device_count()
+        if here.local_size > num_gpus:
             raise UserError(
-                f"--num_accelerators: expected at most {num_gpus}, the GPUs of this machine, got {num_ranks}; "
+                f"--num_accelerators: expected at most {num_gpus}, the GPUs of this machine, got {here.local_size}; "
                 "leave the option out to take all"
             )
-        return torch.device("cuda", local_rank())
+        return torch.device("cuda", here.local_rank)
     unusable = next(iter(sorted(device_files.glob("nvidia[0-9]*"))), None)
     # Empty, -1 or Slurm's NoDevFiles hide them on purpose.
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    is_hidden = visible is not None and not visible.strip()[:1].isalnum()
-    if unusable is not None and not is_hidden and visible != "NoDevFiles":
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip()
+    if unusable is not None and visible[:1].isalnum() and visible != "NoDevFiles":
         raise UserError(
             f"this machine has a GPU ({unusable}) that torch {torch.__version__} cannot use: {_why_no_cuda()}; "
             "to compute on the CPU all the same, set DS_ACCELERATOR=cpu"
@@ -130,16 +116,13 @@ def _why_no_cuda() -> str:
 def start(device: torch.device) -> None:
     """Joins the process group (nccl with gloo for CPU tensors on a GPU, gloo on a CPU).
 
-    Sets LOCAL_WORLD_SIZE, which mosaicml-streaming reads and the deepspeed launcher leaves unset. Where ranks meet at
-    the loopback address, no port of theirs can be reached from another machine.
-
-    Raises:
-        UserError: on rank 0: another process listens on the port where ranks meet.
+    Where ranks meet at the loopback address, no port of theirs can be reached from another machine. UserError on rank 0
+    where another process listens on the port.
     """
     global _started
     found = _started = launch.read()
     speak_as(found.rank)
-    os.environ["LOCAL_WORLD_SIZE"] = str(found.local_size)
+    os.environ["LOCAL_WORLD_SIZE"] = str(found.local_size)  # mosaicml-streaming reads it; deepspeed does not set it
     os.environ.pop("OMPI_COMM_WORLD_LOCAL_RANK", None)  # DeepSpeed takes it over LOCAL_RANK, or refuses both
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -147,10 +130,10 @@ def start(device: torch.device) -> None:
     if found.world_size == 1:  # DeepSpeed reads them all
         os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": str(found.local_rank)}
         os.environ |= {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": "0"}
-    if _is_on_one_machine(found):
+    if os.environ["MASTER_ADDR"] in _LOOPBACK_NAMES:
         # Gloo and NCCL listen where the machine's name leads, else, even for one rank.
         for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, _LOOPBACK_INTERFACE)
+            os.environ.setdefault(name, "lo")
     try:
         dist.init_process_group(
             backend, store=_make_store(found), rank=found.rank, world_size=found.world_size, timeout=_TIMEOUT
@@ -164,17 +147,12 @@ def start(device: torch.device) -> None:
         ) from error
 
 
-def _is_on_one_machine(found: launch.Launch) -> bool:
-    """Whether nobody on another machine is meant to connect."""
-    return found.world_size == 1 or os.environ["MASTER_ADDR"] in _LOOPBACK_NAMES
-
-
 def _make_store(found: launch.Launch) -> Any:
     """Where ranks meet; None: as torch's environment says, which listens on all addresses."""
     if found.world_size == 1:
         return dist.HashStore()  # type: ignore[attr-defined] # of this process, on no port
     # An agent of torchrun's keeps the store by itself.
-    if not _is_on_one_machine(found) or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if os.environ["MASTER_ADDR"] not in _LOOPBACK_NAMES or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         return None
     port = int(os.environ["MASTER_PORT"])
     store = partial(dist.TCPStore, _LOOPBACK, port, found.world_size, timeout=_TIMEOUT)  # type: ignore[attr-defined]
@@ -211,8 +189,7 @@ def num_ticks() -> int:
 
 def barrier() -> None:
     """Waits for every rank; nothing on one process without a group."""
-    if dist.is_initialized():
-        gather(None)
+    gather(None)
 
 
 def gather(item: Any) -> list[Any]:
@@ -226,14 +203,7 @@ def gather(item: Any) -> list[Any]:
 
 
 def agree(problem: str | None) -> None:
-    """Ends the run on all ranks together when one of them has a problem.
-
-    Args:
-        problem: what is wrong on this rank, or None.
-
-    Raises:
-        UserError: on every rank, with the problem of the first rank that has one.
-    """
+    """UserError on every rank where one of them has a problem: that of the first that has one."""
     if not sum_over_ranks(torch.tensor([float(problem is not None)])):
         return  # one number travels in a third of the time that texts take: it is asked in every step
     for found in gather(problem):
@@ -266,18 +236,27 @@ def read_back(values: torch.Tensor) -> list[float]:
     return values.tolist()
 
 
-def to_device(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    """Numbers of the host as float64 on the device; nothing waits for them."""
-    on_host = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
-    return on_host.to(device, non_blocking=True)
-
-
 class LostRankError(RuntimeError):
     """Another rank is gone."""
 
 
+@contextmanager
+def _others_are_there() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise LostRankError(str(error)) from error
+
+
+def connect_to_store() -> Any:
+    """The store of the process group, by a connection of its own: the group's may be waiting inside a collective."""
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
+    )
+
+
 def first_to_fail(code: int) -> tuple[int, int]:
-    """The rank that called this first, and the exit code that it gave: it says what is wrong, the others fail with it.
+    """The rank that called this first, and its exit code: it says what is wrong, and the others end with that code.
 
     Args:
         code: with which this rank would end.
@@ -285,11 +264,7 @@ def first_to_fail(code: int) -> tuple[int, int]:
     if not dist.is_initialized() or world_size() == 1:
         return rank(), code
     try:
-        # A connection of its own: the group's may be waiting inside a collective.
-        store: Any = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=_STORE_TIMEOUT
-        )
-        first = store.compare_set("cfpretrain/first to fail", "", f"{rank()} {code}").decode()
+        first = connect_to_store().compare_set("cfpretrain/first to fail", "", f"{rank()} {code}").decode()
     except RuntimeError:  # rank 0, which keeps the store, is gone
         return rank(), code
     if rank() == 0:
@@ -304,20 +279,9 @@ def leave_after_the_first(code: int) -> NoReturn:
     os._exit(code)
 
 
-def exit_without_memory(error: Exception) -> None:
-    """Ends this rank where the error comes of too little memory, with one line of the first rank to which it came."""
-    explained = explain_no_memory(error)
-    if explained is None:
-        return
-    first, code = first_to_fail(EXIT_USER_ERROR)
-    if first != rank():
-        leave_after_the_first(code)
-    exit_with(explained, speaks=True)
-
-
 @contextmanager
 def ranks_of_a_tool(device: torch.device) -> Iterator[None]:
-    """What a tool works in: all ranks begin together, and one that loses another leaves."""
+    """The process group of a tool: all ranks begin together, and one that loses another leaves."""
     with phase("waiting for all ranks", announce=False):
         start(device)
     try:
@@ -326,37 +290,31 @@ def ranks_of_a_tool(device: torch.device) -> Iterator[None]:
         _, code = first_to_fail(EXIT_REQUEUE)
         if code != EXIT_REQUEUE:
             leave_after_the_first(code)
-        leave_with(f"another rank is gone ({error})")
+        # Without a farewell to the others, which may not answer.
+        print_error(f"rank {rank()}: another rank is gone ({error}); the same command goes on")
+        os._exit(EXIT_REQUEUE)
     except Exception as error:
-        # Before the others hear that this rank has left the group.
-        exit_without_memory(error)
+        explained = explain_no_memory(error)
+        if explained is not None:  # here, before the others hear that this rank has left the group
+            first, code = first_to_fail(EXIT_USER_ERROR)
+            if first != rank():
+                leave_after_the_first(code)
+            exit_with(explained, speaks=True)
         raise
     finally:
         stop()
 
 
-@contextmanager
-def _others_are_there() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise LostRankError(str(error)) from error
-
-
 class Exchange:
     """Keeps ranks in touch while each works through its own share: none works on, or waits, where another has failed.
 
-    Used as a context around the work; its end waits for the work of all ranks.
+    A context around the work; its end waits for the work of all ranks. A UserError of one is raised on every rank.
 
     Args:
         on_exchange: called on every rank, every few seconds and at the end, with what all have done together.
-
-    Raises:
-        UserError: on every rank, where the work of one ended with it.
-        LostRankError: a rank is gone without a word.
     """
 
-    def __init__(self, on_exchange: Callable[[int], None]) -> None:
+    def __init__(self, on_exchange: Callable[[int], None] = lambda num_done: None) -> None:
         self._on_exchange = on_exchange
         self._num_done, self._exchanged_at = 0, time.monotonic()
         self._failed = False
@@ -370,9 +328,7 @@ class Exchange:
     def __enter__(self) -> "Exchange":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, UserError) and not self._failed:
             self._exchange(has_ended=True, problem=str(error))
         while error is None and not self._exchange(has_ended=True):
@@ -380,56 +336,14 @@ class Exchange:
 
     def _exchange(self, has_ended: bool, problem: str | None = None) -> bool:
         """Whether the work of all ranks has ended."""
-        states = gather((has_ended, self._num_done, problem))
+        ended, num_done, problems = zip(*gather((has_ended, self._num_done, problem)), strict=True)
         self._exchanged_at = time.monotonic()
-        for _, _, found in states:
+        for found in problems:
             if found is not None:
                 self._failed = True
                 raise UserError(found)
-        self._on_exchange(sum(num_done for _, num_done, _ in states))
-        return all(ended for ended, _, _ in states)
-
-
-class FolderLock:
-    """Keeps two runs from writing into one folder: a lock on a file in it, held by rank 0 until its process ends.
-
-    Args:
-        file: the lock.
-        wait_seconds: how long to wait for another run, which may be about to end.
-
-    Raises:
-        UserError: another process still holds it.
-    """
-
-    def __init__(self, file: Path, wait_seconds: float) -> None:
-        if rank() != 0:
-            return
-        deadline = time.monotonic() + wait_seconds
-        # A record lock: a loader's worker, forked from this process and left behind by its death, does not hold it.
-        self._lock = files.open_lock(file)
-        # Of a copy by hard links (`cp -al`): it and the original run one at a time, and the text is any file's.
-        is_shared = os.fstat(self._lock).st_nlink > 1
-        shared = f"; or, where this is a copy of that run by hard links, remove {file}" if is_shared else ""
-        while not self._try():
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"run.folder: {file.parent} is in use by another run ({self._holder()}); "
-                    f"end that one, or choose another run.folder{shared}"
-                )
-            time.sleep(0.2)
-        if not is_shared:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-
-    def _try(self) -> bool:
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            return False
-        return True
-
-    def _holder(self) -> str:
-        return os.pread(self._lock, 256, 0).decode(errors="replace").strip() or "of an unknown process"
+        self._on_exchange(sum(num_done))
+        return all(ended)
 
 
 def package_versions(*modules: str) -> dict[str, str]:

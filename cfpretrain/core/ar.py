@@ -1,13 +1,8 @@
-"""The AR axis: AR steps and orders, the layout of a sequence, who sees whom, AR weights.
+"""The AR axis: AR steps and their sizes, orders, AR weights (section 3 of arXiv 2412.12095).
 
-A sequence is built from segments (condition, text, image), any number in any order. Every token has an AR step and is
-clean or noised; one rule says who sees whom (section 3 of arXiv 2412.12095):
-
-    a query sees a key  iff  the key is clean and its step comes before the query's,
-                        or   both are of the same step and of the same kind.
-
-The clean tokens of all segments come first, in order, then the noised tokens of all images. What a query row sees is
-then at most two intervals of keys, so four integers a row drive every attention backend and no dense mask need exist.
+An image's L tokens are put in an order and cut into S AR steps: S = 1 is a diffusion transformer, S = L pure
+autoregression. Training draws S with P(S) ~ gamma^(S-1), since long splits are easy (most of the image is given), then
+cut points and the order uniformly, and weighs the loss down along the axis for the same reason.
 """
 
 import functools
@@ -26,13 +21,7 @@ from cfpretrain.core import seeds
 
 
 def step_count_probabilities(num_tokens: int, decay: float, num_ar_steps: int = 0) -> Tensor:
-    """P(S) for S = 1..L: float64 [L].
-
-    Args:
-        num_tokens: L.
-        decay: P(S) is proportional to decay^(S-1); 1 is uniform.
-        num_ar_steps: the S that is always taken; 0 draws it.
-    """
+    """P(S) for S = 1..L: float64 [L], proportional to decay^(S-1), or all on `num_ar_steps` where that is not 0."""
     if num_ar_steps:
         _check_num_ar_steps(num_tokens, num_ar_steps)
         return F.one_hot(torch.tensor(num_ar_steps - 1), num_tokens).double()
@@ -80,8 +69,7 @@ def draw_shared_steps(
         shared_key: int64 scalar, equal on all ranks and micro-batches of an optimizer step.
         batch_size: B.
         num_tokens: L.
-        decay: gamma of P(S).
-        num_ar_steps: the S that is always taken; 0 draws it.
+        decay, num_ar_steps: of P(S), see `step_count_probabilities`.
 
     Returns:
         int64 [B, L]: the AR step (0-based) of each position of the ordered tokens.
@@ -98,17 +86,7 @@ def draw_steps(
 
     A sequence's length depends on the size of its last step only. That size is drawn once from its marginal with
     `shared_key`, the rest of each split from the exact conditional, so that lengths are equal and every sample's split
-    has the law of `draw_shared_steps`.
-
-    Args:
-        shared_key: int64 scalar, equal on all ranks and micro-batches of an optimizer step.
-        sample_keys_B: int64 [B], one key a sample.
-        num_tokens: L.
-        decay: gamma of P(S).
-        num_ar_steps: the S that is always taken; 0 draws it.
-
-    Returns:
-        int64 [B, L]: the AR step (0-based) of each position of the ordered tokens.
+    has the law of `draw_shared_steps`. Arguments and result as there; `sample_keys_B`: int64 [B], one key a sample.
     """
     table = last_size_table(num_tokens, decay, num_ar_steps)
     last = _draw_index(last_size_probabilities(num_tokens, decay, num_ar_steps, "random"), shared_key)
@@ -135,17 +113,6 @@ def _cut_uniformly(keys_B: Tensor, num_pieces_B: Tensor, num_tokens: int, end_B:
     allowed_BL = (position >= 1) & (position < end_B[:, None])
     rank_BL = torch.where(allowed_BL, bits_BL, torch.iinfo(torch.int64).max).argsort(1).argsort(1)
     return ((rank_BL < num_pieces_B[:, None] - 1) & allowed_BL).long()
-
-
-def shares_split(ar_split: str, num_ar_steps: int, ar_step_sizes: str) -> bool:
-    """Whether all samples of an optimizer step are cut alike, so that one row of a layout serves them.
-
-    Args:
-        ar_split: "batch" for a split that all share, "sample" for one of its own for each sample.
-        num_ar_steps: the S that is always taken; 0 draws it.
-        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
-    """
-    return ar_split == "batch" or ar_step_sizes == "equal" or num_ar_steps == 1
 
 
 def equal_sizes(num_tokens: int, num_ar_steps: int) -> list[int]:
@@ -201,23 +168,13 @@ def step_begin(steps_BL: Tensor) -> Tensor:
     return torch.where(begins_BL, position_L, 0).cummax(1).values
 
 
-def step_end(steps_BL: Tensor) -> Tensor:
-    """The position after the last one of each position's AR step: int64 [B, L]."""
-    length = steps_BL.shape[1]
-    return length - step_begin(steps_BL.flip(1)).flip(1)
-
-
 def ar_weights(steps_BL: Tensor, first: float, last: float, schedule: str) -> Tensor:
-    """The loss weight of each token: from `first` for a step that begins at token 0 down to `last` at token L.
+    """The loss weight of each token, by the position x at which its AR step begins: float32 [B, L].
 
     Args:
         steps_BL: int64 [B, L], the AR step of each position.
-        first: weight at x = 0, where x is the position at which the token's step begins.
-        last: weight at x = L.
-        schedule: "linear" or "cosine".
-
-    Returns:
-        float32 [B, L].
+        first, last: the weights at x = 0 and x = L.
+        schedule: "linear" or "cosine", from one to the other.
     """
     share_BL = step_begin(steps_BL).float() / steps_BL.shape[1]
     if schedule == "cosine":
@@ -228,55 +185,10 @@ def ar_weights(steps_BL: Tensor, first: float, last: float, schedule: str) -> Te
 
 @functools.lru_cache(maxsize=8)
 def last_size_probabilities(num_tokens: int, decay: float, num_ar_steps: int, ar_step_sizes: str) -> Tensor:
-    """P(last = l) for l = 1..L, on which alone a sequence's length depends: float64 [L].
-
-    Args:
-        num_tokens: L.
-        decay: gamma of P(S).
-        num_ar_steps: the S that is always taken; 0 draws it.
-        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
-    """
+    """P(last = l) for l = 1..L, on which alone a sequence's length depends: float64 [L]; arguments as `ARSettings`."""
     if ar_step_sizes == "equal":
         return F.one_hot(torch.tensor(equal_sizes(num_tokens, num_ar_steps)[-1] - 1), num_tokens).double()
     return last_size_table(num_tokens, decay, num_ar_steps).sum(1)
-
-
-def sequence_lengths(
-    num_cond_tokens: int, num_tokens: int, decay: float, num_ar_steps: int, ar_step_sizes: str, clean_multiple: int
-) -> dict[int, float]:
-    """The lengths of `[condition | clean | noised]` that can be drawn, padding included, and their probabilities.
-
-    Args:
-        num_cond_tokens: Q.
-        num_tokens, decay, num_ar_steps, ar_step_sizes: as for `last_size_probabilities`.
-        clean_multiple: as for `build_layout`.
-
-    Returns:
-        {tokens: probability}, the shortest first.
-    """
-    last_L = last_size_probabilities(num_tokens, decay, num_ar_steps, ar_step_sizes)
-    begin_L = num_tokens - torch.arange(1, num_tokens + 1)
-    lengths_L = num_cond_tokens + num_clean_kept(begin_L, num_tokens, clean_multiple) + num_tokens
-    return {length: float(last_L[lengths_L == length].sum()) for length in lengths_L[last_L > 0].unique().tolist()}
-
-
-def expected_work(
-    num_cond_tokens: int, num_tokens: int, decay: float, num_ar_steps: int, ar_step_sizes: str
-) -> tuple[float, float]:
-    """Tokens and visible pairs of `[condition | clean | noised]`, in the mean over splits.
-
-    They are what `count_useful` counts; arguments as for `last_size_probabilities`, and Q.
-    """
-    Q, L = num_cond_tokens, num_tokens
-    size = torch.arange(1, L + 1, dtype=torch.float64)
-    last = float(last_size_probabilities(L, decay, num_ar_steps, ar_step_sizes) @ size)
-    if ar_step_sizes == "equal":
-        squares = float(sum(n**2 for n in equal_sizes(L, num_ar_steps)))
-    else:
-        # Sizes of a split are exchangeable: S times the last one's square has the mean of the sum of squares.
-        squares = float(size.square() @ last_size_table(L, decay, num_ar_steps) @ size)
-    # A token of a step that ends at e sees Q + e, clean or noised; e adds up to (L^2 + squares) / 2 over an image.
-    return Q + 2 * L - last, Q**2 + Q * (2 * L - last) + L**2 + squares - L * last
 
 
 # ---------------------------------------------------------------------------
@@ -326,172 +238,50 @@ def fixed_order(grid: int, token_order: str, block_size: int) -> Tensor:
 
 
 # ---------------------------------------------------------------------------
-# Segments and their layout in one sequence
+# The AR axis of training
 
 
 @dataclass(frozen=True)
-class Condition:
-    """Condition tokens: one clean AR step."""
-
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Text:
-    """Text tokens: each a clean AR step of size one."""
-
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Image:
-    """An image: clean and noised tokens in the order of generation.
+class ARSettings:
+    """AR steps, orders and weights in training; section `order` of a config has the same keys.
 
     Attributes:
-        steps_BL: int64 [B, L], the AR step (0-based, not decreasing) of each position; B may be 1 for a shared split.
+        num_ar_steps: AR steps (S) of every split; 0 draws it.
+        ar_step_decay: P(S) is proportional to ar_step_decay^(S-1).
+        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
+        ar_split: "sample" for a split of its own for each sample (equal last sizes), "batch" for one that all share.
+        ar_weight_first, ar_weight_last, ar_weight_schedule: see `ar_weights`.
+        token_order, block_size: see `draw_orders`.
     """
 
-    steps_BL: Tensor
+    num_ar_steps: int = 0
+    ar_step_decay: float = 0.9
+    ar_step_sizes: str = "random"
+    ar_split: str = "sample"
+    ar_weight_first: float = 2.0
+    ar_weight_last: float = 1.0
+    ar_weight_schedule: str = "linear"
+    token_order: str = "random"
+    block_size: int = 4
 
+    @property
+    def shares_split(self) -> bool:
+        """Whether all samples of an optimizer step are cut alike, so that one row of a layout serves them."""
+        return self.ar_split == "batch" or self.ar_step_sizes == "equal" or self.num_ar_steps == 1
 
-Segment = Condition | Text | Image
+    def draw_steps(self, shared_key: Tensor, sample_keys_B: Tensor, num_tokens: int) -> Tensor:
+        """The AR step of each position, int64 [B, L]; arguments as for the function `draw_steps`."""
+        batch_size = len(sample_keys_B)
+        if self.ar_step_sizes == "equal":
+            return steps_from_sizes(equal_sizes(num_tokens, self.num_ar_steps)).expand(batch_size, -1)
+        if self.ar_split == "batch":
+            return draw_shared_steps(shared_key, batch_size, num_tokens, self.ar_step_decay, self.num_ar_steps)
+        return draw_steps(shared_key, sample_keys_B, num_tokens, self.ar_step_decay, self.num_ar_steps)
 
+    def draw_orders(self, sample_keys_B: Tensor, num_tokens: int) -> Tensor:
+        """The token at each position, int64 [B, L]; see the function `draw_orders`."""
+        return draw_orders(sample_keys_B, num_tokens, self.token_order, self.block_size)
 
-@dataclass(frozen=True)
-class Layout:
-    """Where tokens stand in a sequence and what each row sees; B is 1 where all samples share their splits.
-
-    Attributes:
-        step_BM: int64 [B, M], the AR step of each token, counted over all segments.
-        is_clean_M: bool [M], true for the clean tokens, which come first.
-        intervals_BMI: int32 [B, M, 4], (prefix_begin, prefix_end, own_begin, own_end) of each row: key k is visible iff
-            prefix_begin <= k < prefix_end or own_begin <= k < own_end. The two never overlap.
-        num_clean_image_tokens: for each image, how many of its tokens stand in the clean part.
-        is_padding_BM: bool [B, M], true for the clean tokens that no other step sees and that only fill the length up.
-    """
-
-    step_BM: Tensor
-    is_clean_M: Tensor
-    intervals_BMI: Tensor
-    num_clean_image_tokens: tuple[int, ...]
-    is_padding_BM: Tensor
-
-
-def build_layout(segments: Sequence[Segment], clean_multiple: int = 1) -> Layout:
-    """Lays segments out as [clean tokens of all segments | noised tokens of all images].
-
-    The clean tokens of an image's last AR step are left out where nothing follows the image: no one would see them.
-    Some of them may stay as padding, which changes no other token, so that sequences have few lengths: for segments of
-    given sizes at most ceil(L / clean_multiple) + 1.
-
-    Args:
-        segments: in the order of generation.
-        clean_multiple: the clean tokens of an image at the end are a multiple of it, or all L.
-
-    Raises:
-        ValueError: no segment, an empty one, a multiple below 1, or an image at the end whose samples have last steps
-            of different sizes (their sequences would differ in length).
-    """
-    if not segments:
-        raise ValueError("a sequence needs at least one segment")
-    if clean_multiple < 1:
-        raise ValueError(f"clean_multiple: expected at least 1, got {clean_multiple}")
-    clean_steps, noised_steps, num_clean_image_tokens = [], [], []
-    next_step = torch.zeros(1, 1, dtype=torch.int64)
-    for i, segment in enumerate(segments):
-        steps_BL = next_step + _steps_of(segment)
-        num_clean = steps_BL.shape[1]
-        if isinstance(segment, Image):
-            noised_steps.append(steps_BL)
-            if i == len(segments) - 1:
-                num_clean = _clean_tokens_at_end(segment.steps_BL, clean_multiple)
-            num_clean_image_tokens.append(num_clean)
-        clean_steps.append(steps_BL[:, :num_clean])
-        next_step = steps_BL[:, -1:] + 1
-    clean_BM, noised_BM = _cat(clean_steps), _cat(noised_steps)
-    step_BM = _cat([clean_BM, noised_BM])
-    is_clean_M = torch.arange(step_BM.shape[1]) < clean_BM.shape[1]
-    is_last_BM = step_BM == next_step - 1
-    return Layout(
-        step_BM,
-        is_clean_M,
-        _intervals(step_BM, clean_BM.shape[1]).to(torch.int32),
-        tuple(num_clean_image_tokens),
-        is_padding_BM=is_clean_M & is_last_BM & isinstance(segments[-1], Image),
-    )
-
-
-def _steps_of(segment: Segment) -> Tensor:
-    if isinstance(segment, Image):
-        steps_BL = segment.steps_BL
-    elif isinstance(segment, Text):
-        steps_BL = torch.arange(segment.num_tokens)[None]
-    else:
-        steps_BL = torch.zeros(1, segment.num_tokens, dtype=torch.int64)
-    if steps_BL.shape[1] == 0:
-        raise ValueError(f"a segment needs at least one token, got {segment}")
-    return steps_BL
-
-
-def _clean_tokens_at_end(steps_BL: Tensor, clean_multiple: int) -> int:
-    begins_B = step_begin(steps_BL)[:, -1]
-    kept_B = num_clean_kept(begins_B, steps_BL.shape[1], clean_multiple)
-    if (kept_B != kept_B[0]).any():
-        raise ValueError(f"the samples' last AR steps must have equal sizes, got them at positions {begins_B.tolist()}")
-    return int(kept_B[0])
-
-
-def num_clean_kept(begin_of_last: Tensor, num_tokens: int, clean_multiple: int) -> Tensor:
-    """Clean tokens of an image at the end of a sequence, padding included, by where its last AR step begins."""
-    return (-(-begin_of_last // clean_multiple) * clean_multiple).clamp(max=num_tokens)
-
-
-def _cat(parts: Sequence[Tensor]) -> Tensor:
-    """Joins [B or 1, n] parts along the second axis; no parts make [1, 0]."""
-    batch_size = max((part.shape[0] for part in parts), default=1)
-    return torch.cat([part.expand(batch_size, -1) for part in parts] or [torch.zeros(1, 0, dtype=torch.int64)], dim=1)
-
-
-def _intervals(step_BM: Tensor, num_clean: int) -> Tensor:
-    """The row intervals of a sequence whose first `num_clean` tokens are clean; steps never decrease in either part."""
-    clean_BK = step_BM[:, :num_clean].contiguous()
-    zero_BM = torch.zeros_like(step_BM)
-    # A clean row sees the clean tokens up to the end of its own step: one interval, its own is empty.
-    clean_end = torch.searchsorted(clean_BK, clean_BK, right=True)
-    noised_BN = step_BM[:, num_clean:].contiguous()
-    before = torch.searchsorted(clean_BK, noised_BN, right=False)
-    own_begin = num_clean + torch.searchsorted(noised_BN, noised_BN, right=False)
-    own_end = num_clean + torch.searchsorted(noised_BN, noised_BN, right=True)
-    none_BK = torch.zeros_like(clean_BK)
-    return torch.stack(
-        [
-            zero_BM,
-            torch.cat([clean_end, before], dim=1),
-            torch.cat([none_BK, own_begin], dim=1),
-            torch.cat([none_BK, own_end], dim=1),
-        ],
-        dim=-1,
-    )
-
-
-def may_attend(intervals_BMI: Tensor, num_keys: int) -> Tensor:
-    """The dense form of the row intervals: bool [B, M, K], true where the query row may attend to the key."""
-    key_K = torch.arange(num_keys, device=intervals_BMI.device)
-    prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.unsqueeze(-1).unbind(2)
-    return ((prefix_begin <= key_K) & (key_K < prefix_end)) | ((own_begin <= key_K) & (key_K < own_end))
-
-
-def count_visible(intervals_BMI: Tensor) -> Tensor:
-    """Pairs of query and key that attention computes, for each sample: int64 [B]."""
-    return _visible_keys(intervals_BMI).sum(-1)
-
-
-def _visible_keys(intervals_BMI: Tensor) -> Tensor:
-    prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.long().unbind(-1)
-    return prefix_end - prefix_begin + own_end - own_begin
-
-
-def count_useful(layout: Layout) -> tuple[Tensor, Tensor]:
-    """Tokens and visible pairs of each sample's sequence, padding left out: two int64 [B]."""
-    is_useful_BM = ~layout.is_padding_BM
-    return is_useful_BM.sum(-1), (_visible_keys(layout.intervals_BMI) * is_useful_BM).sum(-1)
+    def weights(self, steps_BL: Tensor) -> Tensor:
+        """The loss weight of each token, float32 [B, L]; see `ar_weights`."""
+        return ar_weights(steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule)

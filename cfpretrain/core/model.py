@@ -1,7 +1,7 @@
-"""The CausalFusion transformer: embedders and a head around a trunk that takes (tokens, intervals, cache).
+"""The CausalFusion transformer: modalities around a trunk that takes (tokens, intervals, cache).
 
-A pre-norm decoder without adaLN: timesteps are added to the noised tokens, classes are condition tokens. The trunk
-knows nothing of images or classes: a further kind of segment brings its own embedder and head and nothing else.
+A pre-norm decoder without adaLN: timesteps are added to the noised tokens, classes are condition tokens (section 3 of
+arXiv 2412.12095). The trunk knows nothing of images or classes; `modalities.py` does.
 
 Every parameter belongs to a module whose `forward` uses it, since ZeRO-3 gathers parameters only there.
 """
@@ -18,88 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from cfpretrain.core import seeds
 from cfpretrain.core.attention import Visibility, attend, compile_by_shape, make_visibility
+from cfpretrain.core.modalities import Classes, Images, Modality, sincos_positions, take_pieces
 from cfpretrain.core.norm import layer_norm
+from cfpretrain.core.segments import Segment
 
-_NORM_EPS = 1e-5
-_TIMESTEP_WIDTH = 256
-_MAX_PERIOD = 10000.0
 _EMBEDDING_STD = 0.02
-
-
-# ---------------------------------------------------------------------------
-# Tokens of an image
-
-
-def patchify(latents_BCYX: Tensor, patch_size: int) -> Tensor:
-    """Latents -> tokens in raster order, each flattened as (row in patch, column in patch, channel): [B, L, P]."""
-    B, C, Y, X = latents_BCYX.shape
-    p = patch_size
-    patches = latents_BCYX.reshape(B, C, Y // p, p, X // p, p)
-    return patches.permute(0, 2, 4, 3, 5, 1).reshape(B, (Y // p) * (X // p), p * p * C)
-
-
-def unpatchify(tokens_BLP: Tensor, patch_size: int) -> Tensor:
-    """The inverse of `patchify` on a square grid: [B, C, Y, X]."""
-    B, L, P = tokens_BLP.shape
-    p, grid = patch_size, math.isqrt(L)
-    patches = tokens_BLP.reshape(B, grid, grid, p, p, P // (p * p))
-    return patches.permute(0, 5, 1, 3, 2, 4).reshape(B, -1, grid * p, grid * p)
-
-
-def take_tokens(tokens_BLP: Tensor, index_BN: Tensor) -> Tensor:
-    """The tokens at the given indices: [B, N, P]."""
-    return tokens_BLP.gather(1, index_BN.unsqueeze(-1).expand(-1, -1, tokens_BLP.shape[2]))
-
-
-def sincos_positions(grid: int, width: int) -> Tensor:
-    """2-d sin-cos position embeddings: the first half of the width from the column, the second from the row.
-
-    Returns:
-        float32 [L, D]; each half is [sin | cos].
-    """
-    frequency = _MAX_PERIOD ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angle_GF = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
-    axis_GF = torch.cat([angle_GF.sin(), angle_GF.cos()], dim=1)
-    column = axis_GF[None, :, :].expand(grid, -1, -1)
-    row = axis_GF[:, None, :].expand(-1, grid, -1)
-    return torch.cat([column, row], dim=-1).reshape(grid * grid, width).float()
-
-
-# ---------------------------------------------------------------------------
-# Inputs: one part for each segment of the sequence
-
-
-@dataclass(frozen=True)
-class ClassPart:
-    """A condition segment.
-
-    Attributes:
-        labels_B: int64 [B]; `num_classes` is the null class.
-    """
-
-    labels_B: Tensor
-
-
-@dataclass(frozen=True)
-class ImagePart:
-    """An image segment, or what of it enters this call.
-
-    Attributes:
-        clean_BLP: clean tokens in the order of generation; may have no tokens.
-        clean_positions_BL: int64, their places on the grid (row * grid + column).
-        noised_BNP: noised tokens in the order of generation; may have no tokens.
-        noised_positions_BN: int64, their places.
-        timesteps_B: int64, the original timestep (0..999) of the noised tokens.
-    """
-
-    clean_BLP: Tensor
-    clean_positions_BL: Tensor
-    noised_BNP: Tensor
-    noised_positions_BN: Tensor
-    timesteps_B: Tensor
-
-
-Part = ClassPart | ImagePart
 
 
 class KeyValueCache:
@@ -152,65 +75,6 @@ ExtendContext = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # The network
 
 
-class TimestepEmbedder(nn.Module):
-    """Sinusoid [cos | sin] of the timestep, then a two-layer perceptron with SiLU."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(_TIMESTEP_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
-
-    def forward(self, timesteps_B: Tensor) -> Tensor:
-        """int64 [B] -> [B, D]."""
-        half = _TIMESTEP_WIDTH // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half
-        angle = timesteps_B[:, None].float() * torch.exp(-math.log(_MAX_PERIOD) * exponent)
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)
-        return self.mlp(wave.to(next(self.mlp.parameters()).dtype))
-
-
-class ImageEmbedder(nn.Module):
-    """Tokens of an image -> vectors: one projection for clean and noised, positions, timesteps for the noised."""
-
-    def __init__(self, grid: int, patch_values: int, width: int, learnable_positions: bool) -> None:
-        super().__init__()
-        self.grid, self.width = grid, width
-        self.x_proj = nn.Linear(patch_values, width)
-        self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, width)) if learnable_positions else None
-        self.t_embedder = TimestepEmbedder(width)
-
-    def forward(self, part: ImagePart) -> tuple[Tensor, Tensor]:
-        """Returns the clean [B, L', D] and the noised [B, N, D] vectors."""
-        num_clean = part.clean_BLP.shape[1]
-        values = torch.cat([part.clean_BLP, part.noised_BNP], dim=1)
-        positions = torch.cat([part.clean_positions_BL, part.noised_positions_BN], dim=1)
-        tokens: Tensor = self.x_proj(values.to(self.x_proj.weight.dtype))
-        # Not by an index, whose gradient is slow on a GPU where places occur often.
-        tokens = tokens + F.embedding(positions, self._position_table(tokens))
-        clean_BLD, noised_BND = tokens[:, :num_clean], tokens[:, num_clean:]
-        if noised_BND.shape[1]:
-            noised_BND = noised_BND + self.t_embedder(part.timesteps_B)[:, None]
-        return clean_BLD, noised_BND
-
-    def _position_table(self, like: Tensor) -> Tensor:
-        if self.pos_embed is not None:
-            return self.pos_embed.squeeze(0)
-        return sincos_positions(self.grid, self.width).to(like)
-
-
-class ClassEmbedder(nn.Module):
-    """A class -> its condition tokens; the last row of the table is the null class."""
-
-    def __init__(self, num_classes: int, num_cond_tokens: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, num_cond_tokens * width)
-        self.cond_pos_embed = nn.Parameter(torch.empty(1, num_cond_tokens, width))
-
-    def forward(self, part: ClassPart) -> Tensor:
-        """Returns [B, Q, D]."""
-        tokens_BQD = self.embedding_table(part.labels_B).unflatten(1, self.cond_pos_embed.shape[1:])
-        return tokens_BQD + self.cond_pos_embed
-
-
 class Attention(nn.Module):
     """Multi-head attention with LayerNorm over the head width on queries and keys."""
 
@@ -218,8 +82,8 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = layer_norm(width // num_heads, _NORM_EPS, fused_norm)
-        self.k_norm = layer_norm(width // num_heads, _NORM_EPS, fused_norm)
+        self.q_norm = layer_norm(width // num_heads, fused_norm)
+        self.k_norm = layer_norm(width // num_heads, fused_norm)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None) -> Tensor:
@@ -266,9 +130,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, num_heads: int, settings: BlockSettings) -> None:
         super().__init__()
-        self.norm1 = layer_norm(width, _NORM_EPS, settings.fused_norm)
+        self.norm1 = layer_norm(width, settings.fused_norm)
         self.attn = Attention(width, num_heads, settings.fused_norm)
-        self.norm2 = layer_norm(width, _NORM_EPS, settings.fused_norm)
+        self.norm2 = layer_norm(width, settings.fused_norm)
         self.mlp = Mlp(width)
         # One graph a length serves all blocks: they differ in their weights only.
         self._compiled = compile_by_shape(self._compute) if settings.compile else None
@@ -296,12 +160,13 @@ class Trunk(nn.Module):
         """Tokens through all blocks.
 
         Args:
-            intervals_BMI: what each row sees (`order.Layout`); None lets each see all tokens and the whole cache.
+            intervals_BMI: what each row sees (`segments.Layout`); None lets each see all tokens and the whole cache.
             cache: context of earlier calls, extended by this one's tokens; None without context.
         """
         settings = self.settings
         backend = settings.cached_attention if intervals_BMI is None else settings.attention
-        visibility = make_visibility(intervals_BMI, x_BMD.shape[1], backend)
+        num_keys = x_BMD.shape[1] + (0 if cache is None else cache.length)
+        visibility = make_visibility(intervals_BMI, num_keys, backend)
         for i, block in enumerate(self.blocks):
             if cache is not None:
                 x_BMD = block(x_BMD, visibility, functools.partial(cache.extend, i))
@@ -313,20 +178,81 @@ class Trunk(nn.Module):
         return x_BMD
 
 
-class NoiseHead(nn.Module):
-    """Noised tokens' vectors -> predicted epsilon."""
+class Network(nn.Module):
+    """Modalities around a trunk.
 
-    def __init__(self, width: int, patch_values: int) -> None:
+    Args:
+        modalities: one for each kind of token.
+        width: D.
+        depth: blocks.
+        num_heads: heads; divides the width.
+        blocks: how the blocks compute.
+    """
+
+    def __init__(
+        self,
+        modalities: Sequence[Modality],
+        width: int,
+        depth: int,
+        num_heads: int,
+        blocks: BlockSettings | None = None,
+    ) -> None:
         super().__init__()
-        self.norm = layer_norm(width, _NORM_EPS)
-        self.linear = nn.Linear(width, patch_values)
+        self.depth = depth
+        self.modalities = {one.kind: one for one in modalities}
+        for one in modalities:
+            self.add_module(f"{one.kind}_embedder", one.embedder)
+        self.trunk = Trunk(width, depth, num_heads, blocks or BlockSettings())
+        for one in modalities:
+            if one.head is not None:
+                self.add_module(one.head_name, one.head)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        return self.linear(self.norm(x_BND))
+    def forward(
+        self, segments: Sequence[Segment], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> list[Tensor]:
+        """Predicts what is to be learned of the segments.
+
+        Args:
+            segments: in order; the sequence is [clean tokens of all | noised tokens of all].
+            intervals_BMI: int32 [B or 1, M, 4], what each row sees (`segments.Layout`); None: all, and the whole cache.
+            cache: context of earlier calls. The clean tokens of this call are kept in it, the noised ones are not.
+
+        Returns:
+            The prediction for each segment of which something is predicted in this call, in order: [B, N, P] for the
+            noised tokens of an image.
+        """
+        # One call for all segments of a kind: ranks whose rows hold other numbers of them call alike, as ZeRO-3 wants.
+        embedded = {
+            kind: iter(self.modalities[kind].embedder([one for one in segments if one.kind == kind]))
+            for kind in dict.fromkeys(one.kind for one in segments)
+        }
+        vectors = [next(embedded[one.kind]) for one in segments]
+        entering = [part for clean_or_noised in zip(*vectors, strict=True) for part in clean_or_noised]
+        num_clean = sum(clean.shape[1] for clean, _ in vectors if clean is not None)
+        x_BMD = self.trunk(torch.cat([part for part in entering if part is not None], dim=1), intervals_BMI, cache)
+        if cache is not None:
+            cache.keep(num_clean)
+        pieces = iter(take_pieces(x_BMD, [0 if part is None else part.shape[1] for part in entering]))
+        clean = [next(pieces) for _ in segments]
+        return self._predict(segments, list(zip(clean, pieces, strict=True)))
+
+    def _predict(self, segments: Sequence[Segment], vectors: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+        predictions: dict[int, Tensor] = {}
+        for kind in dict.fromkeys(one.kind for one in segments):
+            modality = self.modalities[kind]
+            if modality.head is None:
+                continue
+            read = {i: modality.read(*vectors[i]) for i, one in enumerate(segments) if one.kind == kind}
+            read = {i: of_segment for i, of_segment in read.items() if of_segment.shape[1]}
+            if read:
+                all_read = list(read.values())
+                predicted = modality.head(torch.cat(all_read, dim=1) if len(read) > 1 else all_read[0])
+                predictions |= zip(read, take_pieces(predicted, [one.shape[1] for one in all_read]), strict=True)
+        return [predictions[i] for i in sorted(predictions)]
 
 
-class CausalFusion(nn.Module):
-    """CausalFusion for one kind of image and class conditions.
+class CausalFusion(Network):
+    """CausalFusion for images of one size and class conditions.
 
     Args:
         grid: rows = columns of the token grid (L = grid^2).
@@ -353,47 +279,16 @@ class CausalFusion(nn.Module):
         learnable_positions: bool = True,
         blocks: BlockSettings | None = None,
     ) -> None:
-        super().__init__()
-        self.grid, self.patch_values, self.depth = grid, patch_values, depth
+        images = Images(grid, patch_values, width, learnable_positions)
+        classes = Classes(num_classes, num_cond_tokens, width)
+        super().__init__([images, classes], width, depth, num_heads, blocks)
+        self.grid, self.patch_values = grid, patch_values
         self.num_cond_tokens, self.num_classes = num_cond_tokens, num_classes
-        self.image_embedder = ImageEmbedder(grid, patch_values, width, learnable_positions)
-        self.class_embedder = ClassEmbedder(num_classes, num_cond_tokens, width)
-        self.trunk = Trunk(width, depth, num_heads, blocks or BlockSettings())
-        self.noise_head = NoiseHead(width, patch_values)
 
     @property
     def null_class(self) -> int:
         """The label that stands for "no class"."""
         return self.num_classes
-
-    def forward(
-        self, parts: Sequence[Part], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
-        """Predicts epsilon for the noised tokens.
-
-        Args:
-            parts: one for each segment, in order; the sequence is [clean tokens of all | noised tokens of all].
-            intervals_BMI: int32 [B or 1, M, 4], what each row sees (`order.Layout`); None: all, and the whole cache.
-            cache: context of earlier calls. The clean tokens of this call are kept in it, the noised ones are not.
-
-        Returns:
-            [B, N, P] for the noised tokens of all parts, in order; [B, 0, P] where there are none.
-        """
-        clean, noised = [], []
-        for part in parts:
-            if isinstance(part, ClassPart):
-                clean.append(self.class_embedder(part))
-            else:
-                clean_BLD, noised_BND = self.image_embedder(part)
-                clean.append(clean_BLD)
-                noised.append(noised_BND)
-        num_clean = sum(tokens.shape[1] for tokens in clean)
-        x_BMD = self.trunk(torch.cat(clean + noised, dim=1), intervals_BMI, cache)
-        if cache is not None:
-            cache.keep(num_clean)
-        if x_BMD.shape[1] == num_clean:
-            return x_BMD.new_empty(x_BMD.shape[0], 0, self.patch_values)
-        return self.noise_head(x_BMD[:, num_clean:])
 
 
 # ---------------------------------------------------------------------------

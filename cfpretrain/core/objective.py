@@ -1,34 +1,26 @@
-"""The training loss: order -> noise -> a ready batch, then model -> (sum, count).
+"""The training loss: AR steps -> noise -> a ready batch, then model -> (sum, count).
 
 All that is random or derived is made by `draw` and `prepare`, on the CPU and ahead of the step (`data.loader`); the
 step itself computes the network and its squared error.
 """
 
 import dataclasses
-import math
+import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cfpretrain.core import seeds
-from cfpretrain.core.ar import (
-    Condition,
-    Image,
-    ar_weights,
-    build_layout,
-    count_useful,
-    draw_orders,
-    draw_shared_steps,
-    draw_steps,
-    equal_sizes,
-    shares_split,
-    steps_from_sizes,
-)
-from cfpretrain.core.model import ClassPart, ImagePart, patchify, take_tokens
-from cfpretrain.core.process import Schedule, q_sample
+from cfpretrain.core.ar import ARSettings
+from cfpretrain.core.latents import patchify, take_tokens
+from cfpretrain.core.modalities import IMAGE, MODALITIES, LossTerms, class_segment
+from cfpretrain.core.process import NoiseProcess
+from cfpretrain.core.segments import Segment, Work, build_layout, count_work
 
 
 @dataclass(frozen=True)
@@ -41,7 +33,7 @@ class Draws:
         labels_B: int64 [B], labels after the drop to the null class.
         order_BL: int64 [B, L], which token of the grid stands at each position.
         steps_BL: int64 [B, L], the AR step of each position.
-        timesteps_B: int64 [B].
+        timesteps_B: [B], the times that the network is told (`NoiseProcess.draw_times`).
         noise_BLP: float32 [B, L, P], in raster order.
     """
 
@@ -56,46 +48,39 @@ class Draws:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, ready for the network and its loss. Tokens stand in the order of generation.
+    """A micro-batch, ready for the network and its loss.
 
     Attributes:
         step: the optimizer step it was made for.
         ids_B: int64 [B], the samples' ids.
-        labels_B: int64 [B], the null class among them.
-        clean_BLP: float32 [B, L, P].
-        noised_BLP: float32 [B, L, P].
-        target_BLP: float32 [B, L, P], what the network is to predict.
-        positions_BL: int64 [B, L], the tokens' places on the grid (row * grid + column).
-        steps_BL: int64 [B, L], the tokens' AR steps.
-        timesteps_B: int64 [B].
-        weights_BL: float32 [B, L], the tokens' loss weights.
-        intervals_BMI: int32 [B or 1, M, 4], see `order.Layout`.
-        num_clean: the first clean tokens, those that stand in the sequence; no token sees the others.
-        num_tokens: tokens of all sequences, padding left out.
-        num_visible: their visible pairs of query and key.
+        segments: of the samples' sequences, with their values, targets and weights; all tokens of an image are there
+            clean, though no token sees those of its last AR step.
+        num_clean: for each segment, how many of the first clean tokens stand in the sequence.
+        intervals_BMI: int32 [B or 1, M, 4], see `segments.Layout`.
+        work: what the sequences' FLOPs are counted by.
     """
 
     step: int
     ids_B: Tensor
-    labels_B: Tensor
-    clean_BLP: Tensor
-    noised_BLP: Tensor
-    target_BLP: Tensor
-    positions_BL: Tensor
-    steps_BL: Tensor
-    timesteps_B: Tensor
-    weights_BL: Tensor
+    segments: tuple[Segment, ...]
+    num_clean: tuple[int, ...]
     intervals_BMI: Tensor
-    num_clean: int
-    num_tokens: int
-    num_visible: int
+    work: Work
 
     def __len__(self) -> int:
         return len(self.ids_B)
 
+    def of_kind(self, kind: str) -> Segment:
+        """The only segment of a kind."""
+        (found,) = (segment for segment in self.segments if segment.kind == kind)
+        return found
+
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by the names of their fields."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        """Its tensors by the names of their fields, those of a segment behind its number."""
+        of_segments = {
+            f"{i}.{name}": value for i, one in enumerate(self.segments) for name, value in one.tensors().items()
+        }
+        return {"ids_B": self.ids_B, "intervals_BMI": self.intervals_BMI} | of_segments
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -108,102 +93,67 @@ class Batch:
 
     def __reduce__(self) -> tuple[Callable[..., "Batch"], tuple[Any, ...]]:
         # Each tensor that comes from a worker costs the training thread 0.2 ms, so all come as one.
-        others = {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
-        layout: list[_Place] = []
-        for name, value in self.tensors().items():
-            begin = layout[-1].end if layout else 0
-            layout.append(_Place(name, value.dtype, tuple(value.shape), begin, begin + -(-value.nbytes // 8) * 8))
-        packed = torch.empty(layout[-1].end, dtype=torch.uint8)
-        for place in layout:
-            place.view(packed).copy_(getattr(self, place.name))
-        return _unpack, (others, layout, packed)
+        others = [
+            {name: value for name, value in vars(one).items() if not isinstance(value, Tensor)}
+            for one in (self, *self.segments)
+        ]
+        del others[0]["segments"]
+        tensors = self.tensors()
+        forms = {name: (value.dtype, value.shape, value.nbytes) for name, value in tensors.items()}
+        # Each begins at a multiple of 8 bytes.
+        as_bytes = (value.contiguous().flatten().view(torch.uint8) for value in tensors.values())
+        packed = torch.cat([F.pad(value, (0, -len(value) % 8)) for value in as_bytes])
+        return _unpack, (others, forms, packed)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
-        mapped: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
-        return dataclasses.replace(self, **mapped)
+        segments = (
+            Segment(**vars(one) | {name: function(value) for name, value in one.tensors().items()})
+            for one in self.segments
+        )
+        return dataclasses.replace(
+            self, ids_B=function(self.ids_B), intervals_BMI=function(self.intervals_BMI), segments=tuple(segments)
+        )
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies in a packed batch, in bytes."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    def view(self, packed: Tensor) -> Tensor:
-        num_bytes = math.prod(self.shape) * self.dtype.itemsize
-        return packed[self.begin : self.begin + num_bytes].view(self.dtype).view(self.shape)
-
-
-def _unpack(others: dict[str, Any], layout: list[_Place], packed: Tensor) -> Batch:
-    fields: dict[str, Any] = others | {place.name: place.view(packed) for place in layout}
-    return Batch(**fields)
+def _unpack(
+    others: list[dict[str, Any]], forms: dict[str, tuple[torch.dtype, torch.Size, int]], packed: Tensor
+) -> Batch:
+    pieces = packed.split([num_bytes + -num_bytes % 8 for _, _, num_bytes in forms.values()])
+    for (name, (dtype, shape, num_bytes)), piece in zip(forms.items(), pieces, strict=True):
+        *number, field = name.split(".")
+        others[1 + int(number[0]) if number else 0][field] = piece[:num_bytes].view(dtype).view(shape)
+    return Batch(**others[0], segments=tuple(Segment(**fields) for fields in others[1:]))
 
 
 @dataclass(frozen=True)
-class LossTerms:
-    """A loss as a pair, since counts may differ between ranks.
+class DenoisingLoss:
+    """Squared error of the network's prediction over AR steps of random number, size and order.
 
     Attributes:
-        total: scalar, the weighted squared errors added up.
-        count: number of values added.
-        squared_error_BLP: float32 [B, L, P], unweighted, in the order of generation; detached.
-    """
-
-    total: Tensor
-    count: int
-    squared_error_BLP: Tensor
-
-
-@dataclass(frozen=True)
-class NoisePredictionLoss:
-    """Squared error of the predicted noise over AR steps of random number, size and order.
-
-    Attributes:
-        schedule: noise levels; t is uniform over them, one for each sample.
+        process: how tokens are noised, and what is predicted; one time for each sample.
+        ar: AR steps, orders and weights.
         patch_size: latent rows = columns of a token.
         num_cond_tokens: Q.
         null_class: the label that stands for "no class".
         label_drop_prob: probability of it.
-        ar_step_decay: gamma in P(S) ~ gamma^(S-1).
-        ar_split: "sample" for a split of its own for each sample (equal last sizes), "batch" for one that all share.
-        ar_weight_first, ar_weight_last, ar_weight_schedule: see `order.ar_weights`.
         seed: the run's seed.
-        num_ar_steps: AR steps of every split; 0 draws them.
-        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
-        token_order, block_size: see `order.draw_orders`.
-        clean_multiple: clean tokens are padded up to a multiple of it; see `order.build_layout`.
+        clean_multiple: clean tokens are padded up to a multiple of it; see `build_layout`.
     """
 
-    schedule: Schedule
+    process: NoiseProcess
+    ar: ARSettings
     patch_size: int
     num_cond_tokens: int
     null_class: int
     label_drop_prob: float
-    ar_step_decay: float
-    ar_split: str
-    ar_weight_first: float
-    ar_weight_last: float
-    ar_weight_schedule: str
     seed: int
-    num_ar_steps: int = 0
-    ar_step_sizes: str = "random"
-    token_order: str = "random"
-    block_size: int = 4
     clean_multiple: int = 1
 
     def draw(self, step: int, epoch: int, ids_B: Tensor, labels_B: Tensor, num_tokens: int, patch_values: int) -> Draws:
-        """The random numbers of a micro-batch: functions of the seed, the step, the epoch and the samples' ids.
+        """The random numbers of a micro-batch of samples with these ids and labels, int64 [B].
 
-        Args:
-            step: optimizer step; what a whole global batch shares depends on it alone.
-            epoch: pass over the data.
-            ids_B: int64 [B], the samples' ids.
-            labels_B: int64 [B], their labels.
-            num_tokens: L.
-            patch_values: P.
+        They are functions of the seed, the pass over the data and the samples' ids; what a whole global batch shares is
+        one of the seed and the optimizer step.
         """
 
         def sample_keys(purpose: str) -> Tensor:
@@ -215,19 +165,11 @@ class NoisePredictionLoss:
             step,
             ids_B,
             labels_B=torch.where(dropped_B, self.null_class, labels_B),
-            order_BL=draw_orders(sample_keys("order"), num_tokens, self.token_order, self.block_size),
-            steps_BL=self._draw_steps(shared_key, sample_keys("ar split"), num_tokens),
-            timesteps_B=seeds.integers(sample_keys("timestep"), len(self.schedule)),
+            order_BL=self.ar.draw_orders(sample_keys("order"), num_tokens),
+            steps_BL=self.ar.draw_steps(shared_key, sample_keys("ar split"), num_tokens),
+            timesteps_B=self.process.draw_times(sample_keys("timestep")),
             noise_BLP=seeds.normal(sample_keys("noise"), (num_tokens, patch_values)),
         )
-
-    def _draw_steps(self, shared_key: Tensor, sample_keys_B: Tensor, num_tokens: int) -> Tensor:
-        batch_size = len(sample_keys_B)
-        if self.ar_step_sizes == "equal":
-            return steps_from_sizes(equal_sizes(num_tokens, self.num_ar_steps)).expand(batch_size, -1)
-        if self.ar_split == "batch":
-            return draw_shared_steps(shared_key, batch_size, num_tokens, self.ar_step_decay, self.num_ar_steps)
-        return draw_steps(shared_key, sample_keys_B, num_tokens, self.ar_step_decay, self.num_ar_steps)
 
     def prepare(self, latents_BCYX: Tensor, draws: Draws) -> Batch:
         """The batch that the draws make of latents, all on the CPU.
@@ -239,34 +181,31 @@ class NoisePredictionLoss:
         order_BL = draws.order_BL
         clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
         noise_BLP = take_tokens(draws.noise_BLP, order_BL)
-        shared = shares_split(self.ar_split, self.num_ar_steps, self.ar_step_sizes)
-        steps_BL = draws.steps_BL[:1] if shared else draws.steps_BL
-        layout = build_layout([Condition(self.num_cond_tokens), Image(steps_BL)], self.clean_multiple)
-        num_tokens, num_visible = (int(n_B.expand(len(latents_BCYX)).sum()) for n_B in count_useful(layout))
-        return Batch(
-            step=draws.step,
-            ids_B=draws.ids_B,
-            labels_B=draws.labels_B,
-            clean_BLP=clean_BLP,
-            noised_BLP=q_sample(self.schedule, clean_BLP, noise_BLP, draws.timesteps_B),
-            target_BLP=noise_BLP,
+        noised_BLP, target_BLP = self.process.noise(clean_BLP, noise_BLP, draws.timesteps_B)
+        image = Segment(
+            IMAGE,
+            draws.steps_BL,
+            is_noised=True,
+            clean=clean_BLP,
+            noised=noised_BLP,
             positions_BL=order_BL,
-            steps_BL=draws.steps_BL,
-            timesteps_B=draws.timesteps_B,
-            weights_BL=ar_weights(draws.steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule),
-            intervals_BMI=layout.intervals_BMI,
-            num_clean=layout.num_clean_image_tokens[0],
-            num_tokens=num_tokens,
-            num_visible=num_visible,
+            times_B=draws.timesteps_B,
+            targets=target_BLP,
+            weights_BL=self.ar.weights(draws.steps_BL),
         )
+        segments = (class_segment(self.num_cond_tokens, draws.labels_B), image)
+        # Where samples share their split, one row of a layout serves all.
+        laid_out = dataclasses.replace(image, steps_BL=draws.steps_BL[:1] if self.ar.shares_split else draws.steps_BL)
+        layout = build_layout([segments[0], laid_out], self.clean_multiple)
+        work = count_work(segments, layout, len(latents_BCYX))
+        return Batch(draws.step, draws.ids_B, segments, layout.num_clean, layout.intervals_BMI, work)
 
-    def __call__(self, model: Callable[..., Tensor], batch: Batch) -> LossTerms:
+    def __call__(self, model: Callable[..., list[Tensor]], batch: Batch) -> LossTerms:
         """The loss of a micro-batch that lies on the model's device."""
-        n = batch.num_clean
-        image = ImagePart(
-            batch.clean_BLP[:, :n], batch.positions_BL[:, :n], batch.noised_BLP, batch.positions_BL, batch.timesteps_B
+        entering = [one.keep_clean(num) for one, num in zip(batch.segments, batch.num_clean, strict=True)]
+        predictions = model(entering, batch.intervals_BMI)
+        learned = [one for one in entering if one.targets is not None]
+        terms = (
+            MODALITIES[one.kind].loss(prediction, one) for prediction, one in zip(predictions, learned, strict=True)
         )
-        prediction_BLP = model([ClassPart(batch.labels_B), image], batch.intervals_BMI)
-        squared_error_BLP = (prediction_BLP.float() - batch.target_BLP).square()
-        total = (squared_error_BLP * batch.weights_BL.unsqueeze(-1)).sum()
-        return LossTerms(total, squared_error_BLP.numel(), squared_error_BLP.detach())
+        return functools.reduce(operator.add, terms)

@@ -1,65 +1,146 @@
-"""The noise axis: the DDPM schedule, the forward process, and the solvers that walk from noise to clean tokens.
+"""The noise axis: how tokens are noised, what the network predicts, and the levels that sampling passes.
 
-Ho, Jain, Abbeel 2020 (arXiv 2006.11239), with the respacing of Nichol, Dhariwal 2021 (arXiv 2102.09672); DDIM: Song,
-Meng, Ermon 2021 (arXiv 2010.02502); DPM-Solver++(2M) and its stochastic sister: Lu et al. 2022 (arXiv 2211.01095). The
-model predicts epsilon.
+Every process noises alike, x_t = alpha_t x_0 + sigma_t epsilon. Processes differ in the curve (alpha, sigma), in the
+law of the times drawn in training, and in the mixture of x_0 and epsilon that the network predicts. Another process is
+one more class here, its name in `make_process`, and the same name among the choices of `noise.process` in the config.
+
 Coefficients are computed in float64 and applied in the dtype of the tokens.
 """
 
+import functools
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from cfpretrain.core import seeds
+
+# Between these times levels of flow matching are even in log SNR; beyond them x_t is nearly x_0, or nearly noise.
+_FLOW_ENDS = (0.01, 0.99)
+
 
 @dataclass(frozen=True)
-class Schedule:
-    """A noise schedule, or a respaced part of one.
+class Levels:
+    """Noise levels, the least noised first.
 
     Attributes:
-        timesteps_T: int64 [T], the original index of each level, ascending: what the model is told.
-        alphas_cumprod_T: float64 [T], the share of the signal's variance left at each level.
+        times_T: [T], what the network is told: int64, or float32 where times are continuous.
+        alphas_T, sigmas_T: float64 [T], x_t = alpha x_0 + sigma epsilon.
     """
 
-    timesteps_T: Tensor
-    alphas_cumprod_T: Tensor
+    times_T: Tensor
+    alphas_T: Tensor
+    sigmas_T: Tensor
 
     def __len__(self) -> int:
-        return len(self.timesteps_T)
+        return len(self.times_T)
+
+    def log_snr(self) -> Tensor:
+        """log(alpha / sigma) of each level, float64 [T]: falls as noise grows, to -inf where no signal is left."""
+        return self.alphas_T.log() - self.sigmas_T.log()
 
 
-def linear_schedule(num_timesteps: int = 1000, beta_first: float = 1e-4, beta_last: float = 0.02) -> Schedule:
-    """Betas from `beta_first` to `beta_last`, both scaled by 1000 / num_timesteps, equally spaced."""
-    scale = 1000 / num_timesteps
-    betas = torch.linspace(scale * beta_first, scale * beta_last, num_timesteps, dtype=torch.float64)
-    return Schedule(torch.arange(num_timesteps), (1 - betas).cumprod(0))
+class NoiseProcess(ABC):
+    """A way of noising tokens, and what the network predicts of it.
 
-
-def respace(schedule: Schedule, num_steps: int, spacing: str = "time") -> Schedule:
-    """Some of a schedule's levels, both ends among them.
-
-    Args:
-        schedule: T levels.
-        num_steps: how many of them.
-        spacing: "time", evenly in the level, round(i * (T-1) / (n-1)), as DDPM has it; "log_snr", evenly in the
-            logarithm of the signal-to-noise ratio, which suits solvers of few steps.
-
-    Raises:
-        ValueError: fewer than 2 or more than T steps.
+    Attributes:
+        num_timesteps: times told to the network lie between 0 (clean, or nearly) and num_timesteps - 1 (noise).
+        prediction_type: diffusers' name of what the network predicts.
     """
-    last = len(schedule) - 1
-    if not 2 <= num_steps <= last + 1:
-        raise ValueError(f"denoising steps: expected 2 to {last + 1}, got {num_steps}")
-    if spacing == "time":
-        kept = torch.tensor([round(i * last / (num_steps - 1)) for i in range(num_steps)])
-    else:
-        assert spacing == "log_snr", spacing
-        falling_T = log_snr(schedule)
-        wanted = torch.linspace(float(falling_T[0]), float(falling_T[-1]), num_steps, dtype=torch.float64)
-        kept = (falling_T[None] - wanted[:, None]).abs().argmin(1)
-        kept = _spread(kept.tolist(), last)
-    return Schedule(schedule.timesteps_T[kept], schedule.alphas_cumprod_T[kept])
+
+    num_timesteps: int
+    prediction_type: ClassVar[str]
+
+    @abstractmethod
+    def draw_times(self, keys_B: Tensor) -> Tensor:
+        """A time of training for each key of `seeds`: [B]."""
+
+    @abstractmethod
+    def coefficients(self, times_B: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at each time: two float64 [B]."""
+
+    @abstractmethod
+    def levels(self, num_steps: int, spacing: str = "time") -> Levels:
+        """The levels of so many denoising steps, even in "time", or in "log_snr", which suits solvers of few steps.
+
+        Raises ValueError where there are fewer than 2 or more than `num_timesteps`.
+        """
+
+    @abstractmethod
+    def target(self, clean: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What the network is to predict; all broadcast."""
+
+    @abstractmethod
+    def split(self, noised: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        """The (x_0, epsilon) that a prediction at a level means; x_0 is not clipped."""
+
+    @abstractmethod
+    def scheduler_config(self) -> dict[str, Any]:
+        """The process as diffusers' schedulers write it down; `process_of_scheduler` reads it."""
+
+    def noise(self, clean: Tensor, epsilon: Tensor, times_B: Tensor) -> tuple[Tensor, Tensor]:
+        """x_t and the network's target, of x_0 [B, ...], as much standard normal noise, and a time for each sample."""
+        shape = (-1, *[1] * (clean.ndim - 1))
+        alpha, sigma = (one_B.to(clean.dtype).reshape(shape) for one_B in self.coefficients(times_B))
+        return alpha * clean + sigma * epsilon, self.target(clean, epsilon, alpha, sigma)
+
+    def _check(self, num_steps: int) -> None:
+        if not 2 <= num_steps <= self.num_timesteps:
+            raise ValueError(f"denoising steps: expected 2 to {self.num_timesteps}, got {num_steps}")
+
+
+@dataclass(frozen=True)
+class _Ddpm(NoiseProcess):
+    """DDPM's schedule (Ho, Jain, Abbeel 2020, arXiv 2006.11239): betas are equally spaced, and so are times."""
+
+    num_timesteps: int
+    beta_start: float
+    beta_end: float
+
+    @functools.cached_property
+    def schedule(self) -> Levels:
+        """All levels."""
+        betas_T = torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64)
+        # Equation 4: q(x_t | x_0) has the mean sqrt(abar_t) x_0 and the variance 1 - abar_t.
+        alphas_bar_T = (1 - betas_T).cumprod(0)
+        return Levels(torch.arange(self.num_timesteps), alphas_bar_T.sqrt(), (1 - alphas_bar_T).sqrt())
+
+    def draw_times(self, keys_B: Tensor) -> Tensor:
+        return seeds.integers(keys_B, self.num_timesteps)
+
+    def coefficients(self, times_B: Tensor) -> tuple[Tensor, Tensor]:
+        alphas_T, sigmas_T = self.schedule.alphas_T.to(times_B.device), self.schedule.sigmas_T.to(times_B.device)
+        return alphas_T[times_B], sigmas_T[times_B]
+
+    def levels(self, num_steps: int, spacing: str = "time") -> Levels:
+        # Some of the levels of training: the respacing of Nichol, Dhariwal 2021 (arXiv 2102.09672), section 4.
+        self._check(num_steps)
+        all_levels, last = self.schedule, self.num_timesteps - 1
+        if spacing == "time":
+            kept = torch.tensor([round(i * last / (num_steps - 1)) for i in range(num_steps)])
+        else:
+            assert spacing == "log_snr", spacing
+            log_snr_T = all_levels.log_snr()
+            wanted = torch.linspace(float(log_snr_T[0]), float(log_snr_T[-1]), num_steps, dtype=torch.float64)
+            kept = _spread((log_snr_T[None] - wanted[:, None]).abs().argmin(1).tolist(), last)
+        return Levels(all_levels.times_T[kept], all_levels.alphas_T[kept], all_levels.sigmas_T[kept])
+
+    def scheduler_config(self) -> dict[str, Any]:
+        return {
+            "_class_name": "DDPMScheduler",
+            "num_train_timesteps": self.num_timesteps,
+            "beta_start": self.beta_start,
+            "beta_end": self.beta_end,
+            "beta_schedule": "linear",
+            "prediction_type": self.prediction_type,
+            "variance_type": "fixed_large",
+            "clip_sample": False,
+            "timestep_spacing": "linspace",
+        }
 
 
 def _spread(levels: list[int], last: int) -> Tensor:
@@ -71,120 +152,111 @@ def _spread(levels: list[int], last: int) -> Tensor:
     return torch.tensor(levels)
 
 
-def log_snr(schedule: Schedule) -> Tensor:
-    """log(sqrt(abar) / sqrt(1 - abar)) of each level, float64 [T]: falls as noise grows."""
-    alphas_T = schedule.alphas_cumprod_T
-    return 0.5 * (alphas_T.log() - (-alphas_T).log1p())
+class Epsilon(_Ddpm):
+    """The network predicts the noise: equation 14 of arXiv 2006.11239."""
+
+    prediction_type = "epsilon"
+
+    def target(self, clean: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return epsilon
+
+    def split(self, noised: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        # Equation 4, solved for x_0.
+        return (noised - sigma * prediction) / alpha, prediction
 
 
-def q_sample(schedule: Schedule, clean: Tensor, noise: Tensor, level_B: Tensor) -> Tensor:
-    """The forward process q(x_t | x_0): sqrt(abar_t) x_0 + sqrt(1 - abar_t) epsilon.
+class VPrediction(_Ddpm):
+    """The network predicts v, on the same schedule (Salimans, Ho 2022, arXiv 2202.00512, section 4 and appendix D)."""
 
-    Args:
-        clean: [B, ...].
-        noise: as `clean`, standard normal.
-        level_B: int64 [B], index into the schedule.
-    """
-    alpha = schedule.alphas_cumprod_T.to(level_B.device)[level_B].reshape(-1, *[1] * (clean.ndim - 1))
-    return alpha.sqrt().to(clean.dtype) * clean + (1 - alpha).sqrt().to(clean.dtype) * noise
+    prediction_type = "v_prediction"
 
+    def target(self, clean: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        # v = alpha_t epsilon - sigma_t x, the derivative of x_t by the angle between signal and noise.
+        return alpha * epsilon - sigma * clean
 
-def predicted_clean(schedule: Schedule, level: int, noised: Tensor, epsilon: Tensor) -> Tensor:
-    """The x_0 that a prediction of epsilon amounts to; not clipped."""
-    alpha_bar = float(schedule.alphas_cumprod_T[level])
-    return (noised - (1 - alpha_bar) ** 0.5 * epsilon) / alpha_bar**0.5
+    def split(self, noised: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        # x = alpha_t x_t - sigma_t v and epsilon = sigma_t x_t + alpha_t v, since alpha^2 + sigma^2 = 1.
+        return alpha * noised - sigma * prediction, sigma * noised + alpha * prediction
 
 
-def ddpm_update(schedule: Schedule, level: int, noised: Tensor, epsilon: Tensor, noise: Tensor) -> Tensor:
-    """One ancestral step from `level` to the level below (or to x_0 from level 0); x_0 is not clipped.
+@dataclass(frozen=True)
+class Flow(NoiseProcess):
+    """Flow matching on straight paths: the network predicts their velocity.
 
-    The variance is "fixed large": beta_t of the respaced chain. `noise` is not used at level 0.
+    Lipman et al. 2022 (arXiv 2210.02747), equations 22 and 23 with sigma_min = 0 and time reversed: here t = 0 is clean
+    and t = 1 noise, as in Esser et al. 2024 (arXiv 2403.03206), equation 13. The network is told (num_timesteps - 1) t.
 
-    Args:
-        level: index into the schedule; equal for all samples.
-        noised: x_t, any shape.
-        epsilon: the model's prediction, as `noised`.
-        noise: standard normal, as `noised`.
-    """
-    alpha_bar = float(schedule.alphas_cumprod_T[level])
-    alpha_bar_below = float(schedule.alphas_cumprod_T[level - 1]) if level > 0 else 1.0
-    alpha = alpha_bar / alpha_bar_below
-    beta = 1 - alpha
-    clean = predicted_clean(schedule, level, noised, epsilon)
-    # Equation 7 of arXiv 2006.11239.
-    mean = (alpha_bar_below**0.5 * beta * clean + alpha**0.5 * (1 - alpha_bar_below) * noised) / (1 - alpha_bar)
-    if level == 0:
-        return mean
-    return mean + beta**0.5 * noise
-
-
-def ddim_update(schedule: Schedule, level: int, noised: Tensor, epsilon: Tensor) -> Tensor:
-    """One DDIM step with eta = 0, equation 12 of arXiv 2010.02502; arguments as for `ddpm_update`."""
-    clean = predicted_clean(schedule, level, noised, epsilon)
-    if level == 0:
-        return clean
-    alpha_bar_below = float(schedule.alphas_cumprod_T[level - 1])
-    return alpha_bar_below**0.5 * clean + (1 - alpha_bar_below) ** 0.5 * epsilon
-
-
-def dpm_update(
-    schedule: Schedule, level: int, noised: Tensor, clean: Tensor, clean_before: Tensor | None, noise: Tensor | None
-) -> Tensor:
-    """One step of DPM-Solver++(2M), or with noise of SDE-DPM-Solver++(2M): arXiv 2211.01095, algorithm 2 and section 5.
-
-    At first order they are DDIM, and DDPM with the variance of its posterior.
-
-    Args:
-        schedule, level, noised: as for `ddpm_update`.
-        clean: `predicted_clean` of this level.
-        clean_before: that of the level above; None at the first step, which is of first order.
-        noise: standard normal, shaped like `noised`; None for the solver without.
-    """
-    if level == 0:
-        return clean
-    log_snr_T = log_snr(schedule)
-    step = float(log_snr_T[level - 1] - log_snr_T[level])
-    if clean_before is not None:
-        ratio = float(log_snr_T[level] - log_snr_T[level + 1]) / step
-        clean = clean + (clean - clean_before) / (2 * ratio)
-    alpha_bar, alpha_bar_below = (float(schedule.alphas_cumprod_T[i]) for i in (level, level - 1))
-    shrink = ((1 - alpha_bar_below) / (1 - alpha_bar)) ** 0.5
-    if noise is None:
-        return shrink * noised - alpha_bar_below**0.5 * math.expm1(-step) * clean
-    share = -math.expm1(-2 * step)
-    return (
-        shrink * math.exp(-step) * noised
-        + alpha_bar_below**0.5 * share * clean
-        + ((1 - alpha_bar_below) * share) ** 0.5 * noise
-    )
-
-
-SOLVERS = ("ddpm", "ddim", "dpm++", "sde-dpm++")
-
-
-class Walk:
-    """One way from noise to clean tokens, from the last level of a schedule down to x_0.
-
-    Args:
-        schedule: the (respaced) levels.
-        solver: one of `SOLVERS`. "ddpm" and "sde-dpm++" draw noise on the way, which heals errors made where noise was
-            high; "ddim" and "dpm++" keep them to the end. The two with "dpm++" are of second order, for few steps.
+    Attributes:
+        times: the law of t in training: "uniform", or "logit_normal" with location 0 and scale 1.
     """
 
-    def __init__(self, schedule: Schedule, solver: str) -> None:
-        assert solver in SOLVERS, solver
-        self.is_random = solver in ("ddpm", "sde-dpm++")
-        self._schedule, self._solver = schedule, solver
-        self._clean_before: Tensor | None = None
+    prediction_type = "flow_prediction"
+    num_timesteps: int
+    times: str = "logit_normal"
 
-    def step(self, level: int, noised: Tensor, epsilon: Tensor, noise: Tensor) -> Tensor:
-        """From `level` to the level below; levels come in falling order, each once. Arguments as for `ddpm_update`."""
-        if self._solver == "ddpm":
-            return ddpm_update(self._schedule, level, noised, epsilon, noise)
-        if self._solver == "ddim":
-            return ddim_update(self._schedule, level, noised, epsilon)
-        clean = predicted_clean(self._schedule, level, noised, epsilon)
-        drawn = noise if self.is_random else None
-        below = dpm_update(self._schedule, level, noised, clean, self._clean_before, drawn)
-        self._clean_before = clean
-        return below
+    def draw_times(self, keys_B: Tensor) -> Tensor:
+        if self.times == "uniform":
+            t_B = seeds.uniform(keys_B)
+        else:
+            assert self.times == "logit_normal", self.times
+            t_B = seeds.normal(keys_B, ()).double().sigmoid()  # arXiv 2403.03206, section 3.1
+        return ((self.num_timesteps - 1) * t_B).float()
+
+    def coefficients(self, times_B: Tensor) -> tuple[Tensor, Tensor]:
+        t_B = times_B.double() / (self.num_timesteps - 1)
+        return 1 - t_B, t_B
+
+    def levels(self, num_steps: int, spacing: str = "time") -> Levels:
+        self._check(num_steps)
+        if spacing == "time":
+            t_T = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+        else:
+            assert spacing == "log_snr", spacing
+            first, last = (math.log((1 - t) / t) for t in _FLOW_ENDS)
+            # Pure noise comes first in sampling, and is infinitely far from any other level.
+            even_T = torch.linspace(first, last, num_steps - 1, dtype=torch.float64)
+            t_T = torch.cat([(-even_T).sigmoid(), torch.ones(1, dtype=torch.float64)])
+        return Levels(((self.num_timesteps - 1) * t_T).float(), 1 - t_T, t_T)
+
+    def target(self, clean: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        return epsilon - clean  # the derivative of x_t by t
+
+    def split(self, noised: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
+        # The straight path through x_t, followed to t = 0 and to t = 1.
+        return noised - sigma * prediction, noised + alpha * prediction
+
+    def scheduler_config(self) -> dict[str, Any]:
+        # Its timesteps are num_train_timesteps * t, ours (num_train_timesteps - 1) * t.
+        name = "FlowMatchEulerDiscreteScheduler"
+        return {"_class_name": name, "num_train_timesteps": self.num_timesteps, "shift": 1.0}
+
+
+def make_process(
+    process: str = "epsilon",
+    num_timesteps: int = 1000,
+    beta_first: float = 1e-4,
+    beta_last: float = 0.02,
+    flow_times: str = "logit_normal",
+) -> NoiseProcess:
+    """The process that section `noise` of a config describes; arguments are its keys."""
+    if process == "flow":
+        return Flow(num_timesteps, flow_times)
+    scale = 1000 / num_timesteps
+    return {"epsilon": Epsilon, "v": VPrediction}[process](num_timesteps, scale * beta_first, scale * beta_last)
+
+
+def process_of_scheduler(prediction_type: str, scheduler: Mapping[str, Any]) -> NoiseProcess:
+    """The process of a network that predicts this, by the config of its scheduler in diffusers.
+
+    Raises:
+        ValueError: the scheduler is for another prediction, or its betas are spaced otherwise.
+    """
+    # Schedulers for flows alone do not say what is predicted.
+    predicted, betas = scheduler.get("prediction_type", Flow.prediction_type), scheduler.get("beta_schedule", "linear")
+    if (predicted, betas) != (prediction_type, "linear"):
+        wanted = f"{prediction_type} and linear betas, as the model was trained"
+        raise ValueError(f"scheduler: expected {wanted}, got {predicted} and {betas}")
+    if prediction_type == Flow.prediction_type:
+        return Flow(scheduler["num_train_timesteps"])
+    kind = {one.prediction_type: one for one in (Epsilon, VPrediction)}[prediction_type]
+    return kind(scheduler["num_train_timesteps"], scheduler["beta_start"], scheduler["beta_end"])

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from cfpretrain.core import seeds
 from cfpretrain.core.ar import draw_orders
-from cfpretrain.core.model import ClassPart, ImagePart, KeyValueCache, Part
-from cfpretrain.core.process import Schedule, Walk
+from cfpretrain.core.modalities import CLASS, IMAGE
+from cfpretrain.core.model import KeyValueCache
+from cfpretrain.core.segments import Segment
+from cfpretrain.core.solvers import Solver
 
 
 class Model(Protocol):
@@ -28,9 +30,9 @@ class Model(Protocol):
     patch_values: int
 
     def __call__(
-        self, parts: Sequence[Part], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> Tensor:
-        """Predicts epsilon for the noised tokens of `parts`."""
+        self, segments: Sequence[Segment], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
+    ) -> list[Tensor]:
+        """For each noised segment, what its noise process asks for."""
 
 
 # draw(k, positions_BN) -> float32 [B, N, P]: k = 0 is where denoising starts, k = 1, 2, ... the noise after the k-th
@@ -55,14 +57,7 @@ def noise_by_image(seed: int, image_ids_B: Tensor, patch_values: int) -> NoiseDr
 def sampling_orders(
     seed: int, image_ids_B: Tensor, num_tokens: int, token_order: str = "random", block_size: int = 1
 ) -> Tensor:
-    """The order in which each image's tokens are made, as the model was trained: int64 [B, L].
-
-    Args:
-        seed: of random orders.
-        image_ids_B: int64 [B]; an image's random order depends on its id alone.
-        num_tokens: L.
-        token_order, block_size: see `order.draw_orders`.
-    """
+    """The order in which each image's tokens are made, int64 [B, L]; a random one depends on seed and id alone."""
     return draw_orders(seeds.fold(seeds.key(seed, "sampling order"), image_ids_B), num_tokens, token_order, block_size)
 
 
@@ -70,12 +65,14 @@ def sampling_orders(
 class Guidance:
     """Classifier-free guidance: uncond + scale * (cond - uncond) on all channels.
 
+    It means the same for every process: at one x_t, each one's prediction is an affine function of another's.
+
     Attributes:
         scale: 1 leaves the branch without a class out.
         along_ar: "constant", or "linear": from 1 to `scale` with the share of the tokens that are made once an AR step
             is, as MAR does (arXiv 2406.11838).
-        first_timestep, last_timestep: the original timesteps in which it acts, both included; outside, the scale is 1
-            (guidance interval, arXiv 2404.07724). None for the last: to the end.
+        first_timestep, last_timestep: the timesteps, as the network is told them, in which it acts, both included;
+            outside, the scale is 1 (guidance interval, arXiv 2404.07724). None for the last: to the end.
     """
 
     scale: float = 1.0
@@ -83,7 +80,7 @@ class Guidance:
     first_timestep: int = 0
     last_timestep: int | None = None
 
-    def at(self, share_made: float, timestep: int) -> float:
+    def at(self, share_made: float, timestep: float) -> float:
         """The scale at a timestep of the AR step after which this share of the tokens is made."""
         if timestep < self.first_timestep or (self.last_timestep is not None and timestep > self.last_timestep):
             return 1.0
@@ -96,24 +93,22 @@ def generate(
     labels_B: Tensor,
     order_BL: Tensor,
     ar_step_sizes: Sequence[int],
-    schedule: Schedule,
+    solver: Solver,
     guidance: Guidance,
     draw_noise: NoiseDraw,
-    solver: str = "ddpm",
     given_BKP: Tensor | None = None,
     watch: Watch = lambda *_: None,
 ) -> Tensor:
     """Generates images, AR step by AR step.
 
     Args:
-        model: predicts epsilon.
+        model: trained with the solver's process.
         labels_B: int64 [B], the classes asked for.
         order_BL: int64 [B, L], which token of the grid is made at each position.
         ar_step_sizes: sizes of the AR steps, adding up to the tokens that are not given.
-        schedule: the (respaced) noise levels; each AR step runs through all of them.
+        solver: each AR step runs through all of its levels.
         guidance: towards the class.
         draw_noise: the randomness, e.g. `noise_by_image`.
-        solver: see `noise.Walk`.
         given_BKP: float32, the tokens of the first K positions of the order, which come back as they are.
         watch: sees the tokens on their way.
 
@@ -126,7 +121,7 @@ def generate(
     # The branch without a class keeps its own cache: the same clean context under the null class.
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
     cache = KeyValueCache(model.depth, model.num_cond_tokens + L)
-    model([ClassPart(torch.cat(branches))], cache=cache)
+    model([Segment(CLASS, clean=torch.cat(branches))], cache=cache)
 
     tokens_BLP = torch.zeros(B, L, model.patch_values, device=labels_B.device)
     sizes = [num_given, *ar_step_sizes] if num_given else list(ar_step_sizes)
@@ -138,12 +133,12 @@ def generate(
             assert given_BKP is not None
             step_BNP = given_BKP
         else:
-            denoised = _Denoised(model, cache, positions_BN, schedule, guidance, begin / L, len(branches))
-            step_BNP = denoised.run(Walk(schedule, solver), draw_noise, functools.partial(watch, ar_step))
+            denoised = _Denoised(model, cache, positions_BN, guidance, begin / L, len(branches))
+            step_BNP = denoised.run(solver, draw_noise, functools.partial(watch, ar_step))
         tokens_BLP.scatter_(1, positions_BN.unsqueeze(-1).expand_as(step_BNP), step_BNP)
         if begin < L:
-            part = _clean_part(step_BNP.repeat(len(branches), 1, 1), positions_BN.repeat(len(branches), 1))
-            model([part], cache=cache)
+            clean_BNP, places_BN = step_BNP.repeat(len(branches), 1, 1), positions_BN.repeat(len(branches), 1)
+            model([Segment(IMAGE, clean=clean_BNP, positions_BL=places_BN)], cache=cache)
     return tokens_BLP
 
 
@@ -154,41 +149,25 @@ class _Denoised:
     model: Model
     cache: KeyValueCache
     positions_BN: Tensor
-    schedule: Schedule
     guidance: Guidance
     share_made: float
     num_branches: int
 
-    def run(self, walk: Walk, draw_noise: NoiseDraw, watch: Callable[[int, Tensor, Tensor], None]) -> Tensor:
+    def run(self, solver: Solver, draw_noise: NoiseDraw, watch: Callable[[int, Tensor, Tensor], None]) -> Tensor:
         """From noise to clean: [B, N, P]."""
-        noised_BNP = draw_noise(0, self.positions_BN)
-        for denoising_step, level in enumerate(reversed(range(len(self.schedule))), start=1):
-            watch(level + 1, self.positions_BN, noised_BNP)
-            epsilon_BNP = self._epsilon(noised_BNP, int(self.schedule.timesteps_T[level]))
-            wants_noise = walk.is_random and level > 0
-            noise_BNP = draw_noise(denoising_step, self.positions_BN) if wants_noise else torch.zeros_like(noised_BNP)
-            noised_BNP = walk.step(level, noised_BNP, epsilon_BNP, noise_BNP)
-        watch(0, self.positions_BN, noised_BNP)
-        return noised_BNP
+        at_BN = self.positions_BN
+        return solver.denoise(self._predict, lambda k: draw_noise(k, at_BN), lambda k, x_BNP: watch(k, at_BN, x_BNP))
 
-    def _epsilon(self, noised_BNP: Tensor, timestep: int) -> Tensor:
+    def _predict(self, noised_BNP: Tensor, timestep: float) -> Tensor:
         scale = self.guidance.at(self.share_made, timestep)
         num_branches = 1 if scale == 1 else self.num_branches
         positions_BN = self.positions_BN.repeat(num_branches, 1)
         timesteps_B = torch.full((len(positions_BN),), timestep, device=positions_BN.device)
-        part = _noised_part(noised_BNP.repeat(num_branches, 1, 1), positions_BN, timesteps_B)
+        noised = noised_BNP.repeat(num_branches, 1, 1)
+        segment = Segment(IMAGE, noised=noised, positions_BL=positions_BN, times_B=timesteps_B)
         cache = self.cache if num_branches == self.num_branches else self.cache.of_first(len(positions_BN))
-        epsilon_BNP = self.model([part], cache=cache).float()
+        prediction_BNP = self.model([segment], cache=cache)[0].float()
         if num_branches == 1:
-            return epsilon_BNP
-        with_class, without_class = epsilon_BNP.chunk(2)
+            return prediction_BNP
+        with_class, without_class = prediction_BNP.chunk(2)
         return without_class + scale * (with_class - without_class)
-
-
-def _clean_part(clean_BNP: Tensor, positions_BN: Tensor) -> ImagePart:
-    timesteps_B = torch.zeros(len(clean_BNP), dtype=torch.int64, device=clean_BNP.device)
-    return ImagePart(clean_BNP, positions_BN, clean_BNP[:, :0], positions_BN[:, :0], timesteps_B)
-
-
-def _noised_part(noised_BNP: Tensor, positions_BN: Tensor, timesteps_B: Tensor) -> ImagePart:
-    return ImagePart(noised_BNP[:, :0], positions_BN[:, :0], noised_BNP, positions_BN, timesteps_B)

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from cfpretrain.base.background import Task
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, one_line, say
-from cfpretrain.base.watchdog import leave_signals_to_the_rank
+from cfpretrain.base.stopping import leave_signals_to_the_rank
 from cfpretrain.core import seeds
 from cfpretrain.data.shards import Shards
 from cfpretrain.data.storage import Patience

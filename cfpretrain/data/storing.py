@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cfpretrain.base.console import ItemProgress, UserError, count, one_line, say
+from cfpretrain.base.console import Progress, UserError, count, one_line, say
 from cfpretrain.base.files import open_to_read, parse_json
 from cfpretrain.core import seeds
 from cfpretrain.data.images import (
@@ -321,7 +321,7 @@ def _write_missing(work: _Work, missing: Sequence[int], num_workers: int, reject
     states = np.frombuffer(shared, np.int64).reshape(num_workers, 2)
     workers = [_Worker(work, state) for state in states]
     # Its thread begins after the forks.
-    progress = ItemProgress(num_images, num_images - num_missing, "image")
+    progress = Progress(num_images, num_images - num_missing, "image")
     try:
         for answer in _results(work, workers, iter(missing)):
             if answer is not None:

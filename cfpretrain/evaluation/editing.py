@@ -1,6 +1,5 @@
-"""What is edited, and where: image and mask files -> tokens and regions; and whether an edit shows a seam."""
+"""What is edited, and where: image and mask files -> tokens and regions."""
 
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
-from cfpretrain.core.model import patchify
+from cfpretrain.core.latents import patchify
 from cfpretrain.core.regions import mask_region, parse_region
 from cfpretrain.data.images import (
     BLACK,
@@ -38,9 +37,6 @@ def read_crop(path: Path, image_size: int, is_grey: bool, background: Colour = W
 
     Returns:
         float32 [1, C, Y, X] in [0, 1], and (width, height); upright, where EXIF says that it is not.
-
-    Raises:
-        UserError: it cannot be read, decoded or cropped.
     """
     try:
         changes: Counter[str] = Counter()
@@ -63,13 +59,10 @@ def read_region(text: str, grid: int, image_size: int, file_size: tuple[int, int
     """A region as the command line says it: bool [L].
 
     Args:
-        text: as for `regions.parse_region`, or "mask:FILE", a picture that is white where the image is made anew.
+        text: as for `regions.parse_region`, or "mask:FILE", a picture that is white where the image is generated again.
         grid: rows = columns of the token grid.
         image_size: pixels a side of the image that is edited.
         file_size: (width, height) of the file it was cropped from, whose masks are cropped alike; None without one.
-
-    Raises:
-        UserError: there is no such region, or the mask is of another size.
     """
     try:
         if not text.startswith("mask:"):
@@ -90,25 +83,5 @@ def _read_mask(path: Path, image_size: int, file_size: tuple[int, int] | None) -
         if mask.size == file_size:
             mask = centre_crop(mask, image_size)
     except RejectedImageError as error:
-        raise ValueError(f"{path}: {error}; give a mask as a PNG, white where the image is made anew") from error
+        raise ValueError(f"{path}: {error}; give a mask as a PNG, white where the image is generated again") from error
     return torch.from_numpy(np.asarray(mask) >= _WHITE)
-
-
-def pixels_of(region_L: Tensor, images_BCYX: Tensor) -> Tensor:
-    """The pixels of such images that a region's tokens stand for: bool [Y, X]."""
-    grid, (Y, X) = math.isqrt(len(region_L)), images_BCYX.shape[2:]
-    return region_L.unflatten(0, (grid, grid)).repeat_interleave(Y // grid, 0).repeat_interleave(X // grid, 1)
-
-
-def seam_steps(images_BCYX: Tensor, region_L: Tensor) -> Tensor:
-    """The mean absolute step between two pixels that touch across the border of a region: float32 [B].
-
-    Where it is as large as in images that nobody edited, at the same places, there is no seam to see.
-
-    Args:
-        images_BCYX: float.
-        region_L: bool, some tokens but not all.
-    """
-    mask_1YX = pixels_of(region_L, images_BCYX)[None].int()
-    down, right = (images_BCYX.diff(dim=dim).abs().mean(1)[:, mask_1YX.diff(dim=dim - 1)[0] != 0] for dim in (2, 3))
-    return torch.cat([down, right], 1).float().mean(1)

@@ -17,7 +17,7 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, one_line, phase
 from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.sampler import Guidance, Model
-from cfpretrain.evaluation.feature_sums import FeatureSums
+from cfpretrain.evaluation.feature_sums import add, over_ranks, sums_of
 from cfpretrain.evaluation.features import make_extractor
 from cfpretrain.evaluation.generation import Decode, GenerationSettings, generate_batches, to_pixels
 from cfpretrain.evaluation.given_images import say_sizes
@@ -54,9 +54,6 @@ class Evaluator:
         Args:
             config: of the run, with `evaluation.every_steps` above 0.
             device: where features are computed.
-
-        Raises:
-            UserError: on all ranks: no such reference or features, or latents that cannot be decoded.
         """
         asked = config.evaluation
         with _named_as_in_config():
@@ -96,18 +93,15 @@ class Evaluator:
             usual_spacing(asked.solver),
         )
         # A rank may have no image to make: its sums need their shape.
-        self._none = FeatureSums.of(self._extractor.none(), torch.zeros(0, dtype=torch.int64))
+        self._none = sums_of(self._extractor.none(), torch.zeros(0, dtype=torch.int64))
 
     def __call__(self, model: Model, decode: Decode, on_step: Callable[[], None] = lambda: None) -> dict[str, float]:
         """The model's scores, by the names of `scores.compare`; equal on all ranks.
 
         Args:
-            model: predicts epsilon; called alike on all ranks.
+            model: called alike on all ranks.
             decode: makes images of its latents.
             on_step: called after every denoising step, on all ranks at once.
-
-        Raises:
-            UserError: on all ranks: such images have no scores.
         """
         sums = self._none
         for ids_B, images_BCYX in generate_batches(
@@ -116,18 +110,14 @@ class Evaluator:
             say_sizes((images_BCYX.shape[3], images_BCYX.shape[2]), self._real_size)
             self._real_size = None
             features = self._extractor(to_pixels(images_BCYX))
-            sums = sums + FeatureSums.of(features, self._splits_N[ids_B])
-        sums = sums.over_ranks()
+            sums = add(sums, sums_of(features, self._splits_N[ids_B]))
+        sums = over_ranks(sums)
         scores: dict[str, float] = {}
         with runtime.together():
             if runtime.rank() == 0:
                 try:
                     scores = compare(ImageStatistics.of(sums, None), self._reference, self.name)
-                except (
-                    ArithmeticError,
-                    RuntimeError,
-                    ValueError,
-                ) as error:  # of eigenvalues that are not found, for example
+                except (ArithmeticError, RuntimeError, ValueError) as error:  # as where no eigenvalues are found
                     raise UserError(f"scores cannot be computed: {one_line(error)}") from error
         # One rank's digits decide which checkpoint stays.
         agreed: dict[str, float] = runtime.gather(scores)[0]

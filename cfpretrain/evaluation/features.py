@@ -1,4 +1,4 @@
-"""What images are compared by: networks that turn them into features, and what their distances may be called."""
+"""Feature extractors for FID-like metrics, and the metric names each may use."""
 
 import hashlib
 import importlib
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import open_to_read
 from cfpretrain.export import foreign_files
 
@@ -30,37 +30,29 @@ _CODE = (
 
 @dataclass(frozen=True)
 class Features:
-    """Of a batch of images, float32.
+    """Of a batch of images, float32."""
 
-    Attributes:
-        pooled_BF: one vector an image: for the Frechet distance, precision and recall.
-        spatial_BF: what still knows of places, for sFID; None: the network gives none.
-        logits_BK: of classes, for the Inception Score; None: it would not be one.
-    """
+    pooled_BF: Tensor  # one vector an image: for the Frechet distance, precision and recall
+    spatial_BF: Tensor | None = None  # what still knows of places, for sFID; None: the network gives none
+    logits_BK: Tensor | None = None  # of classes, for the Inception Score; None: it would not be one
 
-    pooled_BF: Tensor
-    spatial_BF: Tensor | None = None
-    logits_BK: Tensor | None = None
+    def some(self, is_wanted_B: Tensor) -> "Features":
+        """Those of some of the images, on the CPU."""
+        some = {name: None if part is None else part.cpu()[is_wanted_B] for name, part in vars(self).items()}
+        return Features(**some)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A network, and its name in results.
+    """A network, and its name in results."""
 
-    Attributes:
-        name: of the Frechet distance in its features; "fid" is that of the published Inception weights alone.
-        fingerprint: of all that features depend on: kind of network, weights, code.
-        network: uint8 [B, 3, Y, X] -> `Features`' tensors, in their order, None for what it lacks; None at the end may
-            be left out.
-        device: where it computes.
-        weights: where they come from, for the record.
-    """
-
-    name: str
-    fingerprint: str
+    name: str  # of the Frechet distance in its features; "fid" is that of the published Inception weights alone
+    fingerprint: str  # of all that features depend on: kind of network, weights, code
+    # uint8 [B, 3, Y, X] -> `Features`' tensors, in their order, None for what it lacks; None at the end may be left
+    # out
     network: Callable[[Tensor], tuple[Tensor | None, ...]]
-    device: torch.device
-    weights: str
+    device: torch.device  # where it computes
+    weights: str  # where they come from, for the record
 
     @property
     def is_fid(self) -> bool:
@@ -68,11 +60,7 @@ class FeatureExtractor:
         return self.name == "fid"
 
     def __call__(self, images_BCYX: Tensor) -> Features:
-        """Features of images, uint8 [B, 3, Y, X] of any size; on the extractor's device.
-
-        Raises:
-            UserError: a feature is NaN or infinite.
-        """
+        """Features of images, uint8 [B, 3, Y, X] of any size; on the extractor's device."""
         # The same bits at every run on a GPU, and float32 where float32 is meant.
         with (
             torch.inference_mode(),
@@ -87,8 +75,7 @@ class FeatureExtractor:
 
     def none(self) -> Features:
         """Features of no images, for their shapes."""
-        of_one = self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
-        return Features(*(None if part is None else part[:0] for part in vars(of_one).values()))  # type: ignore[arg-type]
+        return self(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).some(torch.tensor([False]))
 
 
 def make_extractor(
@@ -102,9 +89,6 @@ def make_extractor(
         device: where it will compute.
         weights: a file of the Inception's; see `inception`.
         label: what other weights than the published ones are called: the distance is then "fd_inception_LABEL".
-
-    Raises:
-        UserError: no weights, others than were expected, or no such network.
     """
     if kind == INCEPTION:
         return _inception(device, weights, label)
@@ -122,8 +106,12 @@ def make_extractor(
 
 
 def _inception(device: torch.device, file: Path | None, label: str | None) -> FeatureExtractor:
-    from cfpretrain.evaluation.inception import Inception
-
+    try:
+        from cfpretrain.evaluation.inception import Inception
+    except ImportError as error:
+        raise UserError(
+            f"--features: {INCEPTION} needs the package torch-fidelity ({one_line(error)}); pip install torch-fidelity"
+        ) from error
     wanted = f"pt_inception-2015-12-05-{_PUBLISHED_SHA256}.pth"
     if file is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The curves and maps of a run. The door to matplotlib; draws on Figure objects, so there is no global state."""
+"""The curves of a run. The door to matplotlib; draws on Figure objects, so there is no global state."""
 
 import math
 import os
@@ -23,15 +23,14 @@ os.environ["MPLBACKEND"] = "agg"
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from cfpretrain.base import files
+from cfpretrain.evaluation.pictures import INK, PAPER, QUIET
 
 Floats = npt.NDArray[np.float64]
 
-_INK, _QUIET, _PAPER = "#1f2430", "#6b7280", "#ffffff"
 _BLUE, _RED = "#2563a8", "#d1495b"
 _DOTS_PER_INCH = 130
 # So few values are drawn as dots: there is nothing to smooth.
@@ -61,7 +60,7 @@ def curves(
     rows = sorted((row for row in metrics if row.get("step") is not None), key=lambda row: row["step"])
     steps = np.array([row["step"] for row in rows], dtype=np.float64)
     names: list[Any] = [["loss", "norm"], ["rate", "speed"]] + [["score", "score"]] * (score is not None)
-    figure = _figure(11, 3.4 * len(names), title)
+    figure = make_figure(11, 3.4 * len(names), title)
     panels = figure.subplot_mosaic(names, sharex=True)
     loss, norm, rate, speed = (panels[name] for name in ("loss", "norm", "rate", "speed"))
     _curve(loss, steps, _column(rows, "loss"), "loss", "mean weighted squared error")
@@ -78,7 +77,7 @@ def curves(
         axes.set_xlabel("optimizer step")
     for axes in panels.values():
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    _save(figure, path)
+    save(figure, path)
 
 
 def _column(rows: Sequence[Mapping[str, Any]], key: str) -> Floats:
@@ -113,11 +112,11 @@ def _curve(axes: Axes, steps: Floats, values: Floats, title: str, unit: str, flo
     least = finite.min()
     if floor is not None:
         least = min(least, floor)
-        axes.axhline(floor, color=_QUIET, linestyle="--")
+        axes.axhline(floor, color=QUIET, linestyle="--")
         axes.text(0.01, floor, f"floor {floor:.3g}", transform=axes.get_yaxis_transform(), va="bottom", fontsize=9)
     if least > 0 and finite.max() > 5 * least:
         axes.set_yscale("log")
-        _label_log(axes.yaxis)
+        label_log(axes.yaxis)
 
 
 def _plain_curve(axes: Axes, steps: Floats, values: Floats, title: str, unit: str) -> None:
@@ -135,17 +134,17 @@ def _plain_curve(axes: Axes, steps: Floats, values: Floats, title: str, unit: st
 
 
 def _head(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(title, loc="left", color=_INK, fontsize=11, fontweight="bold", pad=8)
+    axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", pad=8)
     axes.set_ylabel(unit)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#c3c9d2")
     axes.grid(color="#e5e8ec", linewidth=0.7)
     axes.set_axisbelow(True)
-    _quiet_ticks(axes)
+    quiet_ticks(axes)
 
 
 def _say_empty(axes: Axes, text: str) -> None:
-    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=_QUIET)
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=QUIET)
     axes.set_yticks([])
 
 
@@ -177,103 +176,24 @@ def _smooth(values: Floats) -> Floats:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The loss over both axes
-
-
-def loss_map(
-    path: Path,
-    loss_TS: Floats,
-    timestep_edges: Sequence[float],
-    position_edges: Sequence[float],
-    title: str = "Loss over noise level and AR position",
-) -> None:
-    """Writes the loss as a heat map over the two axes of the method: noise level and AR position.
-
-    Args:
-        path: the PNG; its folder must exist.
-        loss_TS: mean loss of each cell, [timestep bins, position bins]; NaN where nothing fell, drawn hatched.
-        timestep_edges: edges of the timestep bins, one more than bins, rising.
-        position_edges: edges of the bins of the token position at which an AR step begins (that many tokens are
-            clean already), one more than bins, rising.
-        title: above the map.
-
-    Raises:
-        UserError: the numbers of edges do not fit the bins.
-    """
-    loss_TS = np.asarray(loss_TS, dtype=np.float64)
-    if loss_TS.shape != (len(timestep_edges) - 1, len(position_edges) - 1):
-        raise UserError(
-            f"loss map: expected {len(timestep_edges) - 1} x {len(position_edges) - 1} values for its edges, "
-            f"got {' x '.join(map(str, loss_TS.shape))}"
-        )
-    figure = _figure(8.2, 4.8, title)
-    axes = figure.subplots()
-    axes.set_facecolor("#eceff3")
-    axes.set_xlabel("noise level: timestep t of the diffusion (0 = clean)")
-    axes.set_ylabel("AR position: clean tokens\nbefore the AR step")
-    axes.set_xlim(timestep_edges[0], timestep_edges[-1])
-    axes.set_ylim(position_edges[0], position_edges[-1])
-    for side in axes.spines.values():
-        side.set_visible(False)
-    _quiet_ticks(axes)
-    known = loss_TS[np.isfinite(loss_TS)]
-    if len(known) == 0:
-        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=_QUIET)
-    else:
-        _heat(figure, axes, loss_TS, timestep_edges, position_edges, known)
-    _save(figure, path)
-
-
-def _heat(
-    figure: Figure, axes: Axes, loss_TS: Floats, x_edges: Sequence[float], y_edges: Sequence[float], known: Floats
-) -> None:
-    spread_is_large = known.min() > 0 and known.max() > 8 * known.min()
-    limits = (float(known.min()), float(known.max()))
-    scale = LogNorm(*limits) if spread_is_large else Normalize(*limits)
-    axes.fill_between(
-        [x_edges[0], x_edges[-1]], y_edges[0], y_edges[-1], hatch="///", facecolor="#eceff3", edgecolor="#c3c9d2", lw=0
-    )
-    mesh = axes.pcolormesh(x_edges, y_edges, loss_TS.T, norm=scale, cmap="viridis", edgecolor=_PAPER, linewidth=0.6)
-    bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=24)
-    bar.set_label("mean squared error per value" + (" (log scale)" if spread_is_large else ""), color=_INK)
-    bar.outline.set_visible(False)
-    _quiet_ticks(bar.ax)
-    if spread_is_large:
-        _label_log(bar.ax.yaxis)
-    if loss_TS.size <= 100:
-        _write_values(axes, loss_TS, x_edges, y_edges, scale)
-
-
-def _write_values(
-    axes: Axes, loss_TS: Floats, x_edges: Sequence[float], y_edges: Sequence[float], scale: Normalize
-) -> None:
-    """The loss of each cell as a number in it."""
-    for (t, s), loss in np.ndenumerate(loss_TS):
-        if np.isfinite(loss):
-            middle = ((x_edges[t] + x_edges[t + 1]) / 2, (y_edges[s] + y_edges[s + 1]) / 2)
-            colour = _INK if float(scale(np.array([loss]))[0]) > 0.6 else _PAPER
-            axes.text(*middle, f"{loss:#.2g}".rstrip("."), ha="center", va="center", color=colour, fontsize=8)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # What all figures share
 
 
-def _figure(width_inches: float, height_inches: float, title: str) -> Figure:
-    figure = Figure(figsize=(width_inches, height_inches), dpi=_DOTS_PER_INCH, layout="constrained", facecolor=_PAPER)
+def make_figure(width_inches: float, height_inches: float, title: str) -> Figure:
+    figure = Figure(figsize=(width_inches, height_inches), dpi=_DOTS_PER_INCH, layout="constrained", facecolor=PAPER)
     FigureCanvasAgg(figure)
     if title:
-        figure.suptitle(title, x=0.01, ha="left", color=_INK, fontsize=13, fontweight="bold", parse_math=False)
+        figure.suptitle(title, x=0.01, ha="left", color=INK, fontsize=13, fontweight="bold", parse_math=False)
     return figure
 
 
-def _quiet_ticks(axes: Axes) -> None:
-    axes.tick_params(which="both", colors=_QUIET, labelcolor=_INK, length=3)
-    axes.yaxis.label.set_color(_QUIET)
-    axes.xaxis.label.set_color(_QUIET)
+def quiet_ticks(axes: Axes) -> None:
+    axes.tick_params(which="both", colors=QUIET, labelcolor=INK, length=3)
+    axes.yaxis.label.set_color(QUIET)
+    axes.xaxis.label.set_color(QUIET)
 
 
-def _label_log(axis: Axis) -> None:
+def label_log(axis: Axis) -> None:
     """Plain numbers at 1, 2 and 5 of each decade, where matplotlib would write powers, or nothing within a decade."""
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(_short))
@@ -284,5 +204,5 @@ def _short(value: float, _position: int | None = None) -> str:
     return f"{value:g}"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     files.replace(path, lambda opened: figure.savefig(opened, format="png"))

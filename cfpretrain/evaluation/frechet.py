@@ -13,37 +13,14 @@ What the degenerate cases give:
 The estimate is biased upward, the more the fewer images: compare distances only between equal numbers of images.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
-
-
-def pixel_features(images: Tensor, name: str) -> Tensor:
-    """The pixels of each image as its features.
-
-    Args:
-        images: [N, ...], any real dtype; the scale of the pixels is the scale of the features.
-        name: what the images are, for the message.
-
-    Returns:
-        float64 [N, F] on the CPU.
-
-    Raises:
-        UserError: a value is NaN or infinite.
-    """
-    features_NF = images.detach().to("cpu", torch.float64).flatten(1)
-    num_broken = int((~features_NF.isfinite().all(dim=1)).sum())
-    if num_broken:
-        raise UserError(
-            f"{name}: expected finite numbers, got NaN or infinity in {num_broken} of {len(features_NF)} images; "
-            "the model that made them has diverged, or they were read wrongly"
-        )
-    return features_NF
 
 
 @dataclass(frozen=True)
@@ -62,41 +39,24 @@ class Gaussian:
         return vectors_FF[:, is_real_F] * values_F[is_real_F].sqrt()
 
 
-@dataclass(frozen=True)
-class Moments:
-    """Count, sum and sum of outer products of features, in float64.
+def moments_of(features_NF: Tensor) -> dict[str, Tensor]:
+    """Count, sum [F] and sum of outer products [F, F] of features, float [N, F] with any N >= 0, in float64.
 
     All three add up over batches and ranks, so a set can be seen in pieces, in any order. Taking the covariance from
     sums loses about (mean / standard deviation)^2 of float64's 1e-16: nothing for pixels or network features.
     """
+    wide_NF = features_NF.double()
+    return {"count": torch.tensor(len(wide_NF)), "sum_F": wide_NF.sum(0), "outer_FF": wide_NF.T @ wide_NF}
 
-    count: int
-    sum_F: Tensor
-    outer_FF: Tensor
 
-    @classmethod
-    def of(cls, features_NF: Tensor) -> "Moments":
-        """The moments of one batch: float [N, F], any N >= 0."""
-        wide_NF = features_NF.double()
-        return cls(len(wide_NF), wide_NF.sum(0), wide_NF.T @ wide_NF)
-
-    def __add__(self, other: "Moments") -> "Moments":
-        """The moments of both sets together."""
-        return Moments(self.count + other.count, self.sum_F + other.sum_F, self.outer_FF + other.outer_FF)
-
-    def over_ranks(self) -> "Moments":
-        """The moments of what all ranks have seen, on each of them."""
-        count = runtime.sum_over_ranks(torch.tensor([self.count]))
-        return Moments(int(count), runtime.sum_over_ranks(self.sum_F), runtime.sum_over_ranks(self.outer_FF))
-
-    @cached_property
-    def gaussian(self) -> Gaussian:
-        """Mean and unbiased covariance (divided by count - 1); UserError for fewer than two images."""
-        if self.count < 2:
-            raise UserError(f"Frechet distance: expected at least 2 images in each set, got {self.count}; score more")
-        mean_F = self.sum_F / self.count
-        centred_FF = self.outer_FF - self.count * torch.outer(mean_F, mean_F)
-        return Gaussian(mean_F, centred_FF / (self.count - 1))
+def gaussian_of(moments: Mapping[str, Tensor]) -> Gaussian:
+    """Mean and unbiased covariance (divided by count - 1); UserError for fewer than two images."""
+    count = int(moments["count"])
+    if count < 2:
+        raise UserError(f"Frechet distance: expected at least 2 images in each set, got {count}; score more")
+    mean_F = moments["sum_F"] / count
+    centred_FF = moments["outer_FF"] - count * torch.outer(mean_F, mean_F)
+    return Gaussian(mean_F, centred_FF / (count - 1))
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
@@ -104,11 +64,3 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     overlap = torch.linalg.svdvals(first.factor.T @ second.factor).sum()
     spread = first.covariance_FF.trace() + second.covariance_FF.trace() - 2 * overlap
     return max(float((first.mean_F - second.mean_F).square().sum() + spread), 0.0)  # in this order NaN stays NaN
-
-
-def frechet_between(first: Tensor, second: Tensor) -> float:
-    """`frechet_distance` between two sets of images, by their pixels; arguments as for `pixel_features`."""
-    return frechet_distance(
-        Moments.of(pixel_features(first, "first set of images")).gaussian,
-        Moments.of(pixel_features(second, "second set of images")).gaussian,
-    )

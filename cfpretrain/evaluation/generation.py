@@ -11,37 +11,26 @@ from torch import Tensor
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
-from cfpretrain.core.model import take_tokens, unpatchify
-from cfpretrain.core.process import Schedule, respace
+from cfpretrain.core.latents import take_tokens, unpatchify
 from cfpretrain.core.regions import kept_first
 from cfpretrain.core.sampler import Guidance, Model, Watch, generate, noise_by_image, sampling_orders
+from cfpretrain.core.solvers import Solver
 from cfpretrain.evaluation.pictures import false_colours, to_rgb
-from cfpretrain.run.build import Autoencoder, make_autoencoder, make_loss
+from cfpretrain.run.build import Autoencoder, make_autoencoder, make_noise_process
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How images are made.
+    """How images are made."""
 
-    Attributes:
-        ar_step_sizes: tokens of each AR step.
-        num_denoising_steps: levels that each AR step runs through.
-        guidance: towards the class.
-        batch_size: images a forward on one rank.
-        seed: of noise and orders.
-        solver: see `noise.Walk`.
-        spacing: see `noise.respace`.
-        token_order, block_size: see `order.draw_orders`; None: as the model was trained.
-    """
-
-    ar_step_sizes: Sequence[int]
-    num_denoising_steps: int
-    guidance: Guidance
-    batch_size: int
-    seed: int
+    ar_step_sizes: Sequence[int]  # tokens of each AR step
+    num_denoising_steps: int  # levels that each AR step runs through
+    guidance: Guidance  # towards the class
+    batch_size: int  # images a forward on one rank
+    seed: int  # of noise and orders
     solver: str = "ddpm"
-    spacing: str = "time"
-    token_order: str | None = None
+    spacing: str = "time"  # of the solver's levels
+    token_order: str | None = None  # see `ar.draw_orders`; None: as the model was trained
     block_size: int | None = None
 
     @property
@@ -153,7 +142,7 @@ def generate_batches(
 
     Args:
         config: says which schedule and order the model was trained with.
-        model: predicts epsilon; called alike on all ranks.
+        model: called alike on all ranks.
         labels: the class of each image.
         settings: how.
         device: where the model computes.
@@ -201,10 +190,9 @@ def _make_tokens(
         labels_B.to(device),
         order_BL,
         settings.ar_step_sizes,
-        _schedule(config, settings),
+        _solver(config, settings),
         settings.guidance,
         noise_by_image(settings.seed, ids_B.to(device), config.model.patch_values),
-        settings.solver,
         given_BKP,
         watch,
     )
@@ -216,8 +204,8 @@ def _orders(config: Config, settings: GenerationSettings, ids_B: Tensor, device:
     return sampling_orders(settings.seed, ids_B, config.model.num_tokens, token_order, block_size).to(device)
 
 
-def _schedule(config: Config, settings: GenerationSettings) -> Schedule:
-    return respace(make_loss(config).schedule, settings.num_denoising_steps, settings.spacing)
+def _solver(config: Config, settings: GenerationSettings) -> Solver:
+    return Solver(make_noise_process(config), settings.num_denoising_steps, settings.spacing, settings.solver)
 
 
 # ---------------------------------------------------------------------------
@@ -234,12 +222,12 @@ def edit_tokens(
     device: torch.device,
     first_id: int = 0,
 ) -> Tensor:
-    """Makes a region of images anew, under a class of each one's own; on one rank.
+    """Generates a region of images again, each under a class of its own; on one rank.
 
     Args:
         config, model, device: as for `generate_batches`.
         tokens_BLP: the images, in the model's scale.
-        region_L: bool, the tokens made anew; see `regions`.
+        region_L: bool, the tokens that are generated again; see `regions`.
         labels: the new class of each image.
         settings: how; the AR steps add up to the tokens of the region.
         first_id: ids, which fix noise and orders, begin here.
@@ -262,19 +250,12 @@ def edit_tokens(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One image on its way: AR steps by noise levels.
+    """One image on its way: AR steps by noise levels."""
 
-    Attributes:
-        states: float32 [rows, columns, L, P], the clean tokens of earlier AR steps and the noised ones of this.
-        is_made: bool [rows, L], the tokens that are there, be they noised.
-        ar_steps: of the rows, counted from 1.
-        timesteps: of the columns; None: clean.
-    """
-
-    states: Tensor
-    is_made: Tensor
-    ar_steps: Sequence[int]
-    timesteps: Sequence[int | None]
+    states: Tensor  # float32 [rows, columns, L, P], the clean tokens of earlier AR steps and the noised ones of this
+    is_made: Tensor  # bool [rows, L], the tokens that are there, be they noised
+    ar_steps: Sequence[int]  # of the rows, counted from 1
+    timesteps: Sequence[int | None]  # of the columns; None: clean
 
 
 def follow(
@@ -305,12 +286,12 @@ def follow(
     ids_B = torch.tensor([0])
     order_BL = _orders(config, settings, ids_B, device)
     _make_tokens(config, model, torch.tensor([label]), ids_B, order_BL, settings, watch)
-    timesteps = _schedule(config, settings).timesteps_T
+    times = _solver(config, settings).levels.times_T.tolist()
     return Trajectory(
         torch.stack(states).unflatten(0, (len(ar_steps), len(levels_left))),
         torch.stack(is_made),
         [ar_step + 1 for ar_step in ar_steps],
-        [int(timesteps[left - 1]) if left else None for left in levels_left],
+        [round(times[left - 1]) if left else None for left in levels_left],
     )
 
 

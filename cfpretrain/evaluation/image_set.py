@@ -11,8 +11,8 @@ import json
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -21,16 +21,15 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from cfpretrain.base import files, plans
+from cfpretrain.base import files, outputs, plans
 from cfpretrain.base.console import UserError
 from cfpretrain.base.files import open_to_read, read_bytes, read_text
 from cfpretrain.data.tables import as_cell
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.given_images import is_archive
 from cfpretrain.evaluation.pictures import to_rgb, write_png
-from cfpretrain.run import outputs
 
-_PLAN_FILE, _TABLE_FILE = "settings.json", "labels.csv"
+_TABLE_FILE = "labels.csv"
 _COPY_BYTES = 1 << 24
 _JOINED_FILE = "joined.npz"  # until it has the name of the result
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -51,17 +50,13 @@ class ImageSet:
         self, out: Path, labels: Sequence[int], class_names: Sequence[str], batch_size: int, plan: Mapping[str, Any]
     ) -> None:
         self.out, self.labels, self.class_names, self.batch_size = out, labels, class_names, batch_size
-        self.plan: dict[str, Any] = json.loads(json.dumps(plan))  # as it will be read
-        self.unfinished = out.parent / f".{out.name}.unfinished"
+        self._work = outputs.Unfinished(out, "--out", plan)
+        self.unfinished = self._work.folder
         self._is_damaged = False
         self._is_archive = is_archive(out)
 
     def is_complete(self) -> bool:
-        """Whether the result is there, made by the same plan, and no file of it is missing or cut short.
-
-        Raises:
-            UserError: something else lies there.
-        """
+        """Whether the result is there, made by the same plan, and no file of it is missing or cut short."""
         if not os.path.lexists(self.out):
             return False
         advice = "delete it, or choose another --out"
@@ -69,7 +64,7 @@ class ImageSet:
             found = outputs.parse_plan(self._plan_text())
         except (OSError, ValueError) as error:
             raise UserError(f"--out: {self.out} is there already and is none of these images; {advice}") from error
-        different = plans.differences(found, self.plan)
+        different = plans.differences(found, self._work.plan)
         if different:
             raise UserError(f"--out: {self.out} holds images of other settings already ({different}); {advice}")
         if not self._is_archive:
@@ -86,38 +81,19 @@ class ImageSet:
         if self._is_archive:
             with array_files.open_archive(self.out) as archive:
                 return archive.comment.decode()
-        return read_text(self.out / _PLAN_FILE)
+        return read_text(self.out / self._work.plan_file.name)
 
     def begin(self) -> None:
         """Makes the unfinished folder, or goes on with it, or with a result that `is_complete` found damaged.
 
         One process calls it, before any `write`; it keeps others away until it ends.
-
-        Raises:
-            UserError: it is of another plan, or another process works there, or it cannot be written.
         """
-        with self._writing():
+        with self._work.writing():
             if self._is_damaged and not os.path.lexists(self.unfinished):
                 files.move(self.out, self.unfinished)
-            self._lock = outputs.take_hidden(self.unfinished, self.out, "--out")
-            if os.path.lexists(self.out):
-                raise UserError(f"--out: {self.out} is there, and so is {self.unfinished}; delete one of them")
-            plan_file = self.unfinished / _PLAN_FILE
-            if plan_file.exists():
-                try:
-                    found = outputs.parse_plan(read_text(plan_file))
-                except ValueError as error:
-                    raise UserError(
-                        f"--out: {plan_file} is damaged; delete {self.unfinished} to begin again"
-                    ) from error
-                different = plans.differences(found, self.plan)
-                if different:
-                    raise UserError(
-                        f"--out: {self.unfinished} is the unfinished work of other settings ({different}); give those, "
-                        "or delete it to begin again"
-                    )
-            else:
-                files.replace(plan_file, json.dumps(self.plan, indent=2) + "\n")
+        self._work.begin()
+        if os.path.lexists(self.out):
+            raise UserError(f"--out: {self.out} is there, and so is {self.unfinished}; delete one of them")
 
     def missing(self) -> list[int]:
         """The batches that are yet to be written."""
@@ -147,12 +123,9 @@ class ImageSet:
         Args:
             ids: int64 [B], those of the batch that are wanted.
             images_BCYX: float [B, 1 or 3, Y, X], 0 black and 1 white; grey ones become RGB.
-
-        Raises:
-            UserError: the disk is full or cannot be written.
         """
         images_BYXC = to_rgb(images_BCYX, (0.0, 1.0))
-        with self._writing():
+        with self._work.writing():
             if self._is_archive:
                 (name,) = self._files(int(ids[0]) // self.batch_size)
                 files.replace(self.unfinished / name, _npy(images_BYXC))
@@ -161,27 +134,20 @@ class ImageSet:
                 files.replace(self.unfinished / _png_name(i), partial(write_png, image_YXC=image_YXC))
 
     def finish(self) -> None:
-        """Gives the result its name; one process calls it, once nothing is missing.
-
-        Raises:
-            UserError: the disk is full or cannot be written.
-        """
+        """Gives the result its name; one process calls it, once nothing is missing."""
         missing = self.missing()
         if missing:
             raise RuntimeError(
                 f"{self.out}: batches {missing[:5]} of {len(missing)} that are missing: it is not finished"
             )
-        with self._writing():
+        with self._work.writing():
             if self._is_archive:
                 joined = self.unfinished / _JOINED_FILE
                 files.replace(joined, self._join)
-                files.publish(joined, self.out)
-                outputs.remove_hidden(self.unfinished)
+                self._work.publish(joined)
             else:
                 files.replace(self.unfinished / _TABLE_FILE, self._table())
-                files.publish(self.unfinished, self.out)
-                files.remove(self.out / outputs.LOCK_FILE)
-        os.close(self._lock)
+                self._work.publish()
 
     def _has_table(self) -> bool:
         try:
@@ -213,17 +179,7 @@ class ImageSet:
                         np.lib.format.read_array_header_1_0(source)
                         shutil.copyfileobj(source, member, _COPY_BYTES)
             archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(np.asarray(self.labels, np.int64)))
-            archive.comment = json.dumps(self.plan).encode()
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
-                f"--out: {self.out} cannot be written ({error.strerror or error}); mend that, and the same command "
-                "goes on"
-            ) from error
+            archive.comment = json.dumps(self._work.plan).encode()
 
 
 def _png_name(i: int) -> str:

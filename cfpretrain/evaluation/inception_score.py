@@ -8,13 +8,12 @@ consecutive images as they come; where they come in no order, that is the same u
 A score of n images in a split is at most n and at most the number of classes: few images bias it downward.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
 
 NUM_SPLITS = 10
@@ -31,50 +30,36 @@ def splits_of(num_images: int, num_splits: int = NUM_SPLITS) -> Tensor:
     return splits_N
 
 
-@dataclass(frozen=True)
-class ClassSums:
-    """Sums over images in each of S splits, in float64; they add up over batches and ranks.
+def class_sums(logits_NK: Tensor, splits_N: Tensor, num_splits: int = NUM_SPLITS) -> dict[str, Tensor]:
+    """Sums over the images in each of S splits, float64, which add up over batches and ranks.
 
-    Attributes:
-        count_S: images.
-        probability_SK: of each of the K classes.
-        negentropy_S: sums over classes of p log p.
+    Args:
+        logits_NK: of K classes.
+        splits_N: the split of each image.
+        num_splits: S.
+
+    Returns:
+        count_S: images; probability_SK: of each class; negentropy_S: over classes, of p log p.
     """
-
-    count_S: Tensor
-    probability_SK: Tensor
-    negentropy_S: Tensor
-
-    @classmethod
-    def of(cls, logits_NK: Tensor, splits_N: Tensor, num_splits: int = NUM_SPLITS) -> "ClassSums":
-        """The sums of one batch: logits of the classes, and the split of each image."""
-        log_p_NK = logits_NK.double().log_softmax(1)
-        p_NK = log_p_NK.exp()
-        to_split_SN = torch.nn.functional.one_hot(splits_N, num_splits).T.double().to(p_NK.device)
-        return cls(to_split_SN.sum(1), to_split_SN @ p_NK, to_split_SN @ (p_NK * log_p_NK).sum(1))
-
-    def __add__(self, other: "ClassSums") -> "ClassSums":
-        """The sums over both sets together."""
-        return ClassSums(
-            self.count_S + other.count_S,
-            self.probability_SK + other.probability_SK,
-            self.negentropy_S + other.negentropy_S,
-        )
-
-    def over_ranks(self) -> "ClassSums":
-        """The sums over what all ranks have seen, on each of them."""
-        parts = (self.count_S, self.probability_SK, self.negentropy_S)
-        return ClassSums(*(runtime.sum_over_ranks(part) for part in parts))
+    log_p_NK = logits_NK.double().log_softmax(1)
+    p_NK = log_p_NK.exp()
+    to_split_SN = torch.nn.functional.one_hot(splits_N, num_splits).T.double().to(p_NK.device)
+    return {
+        "count_S": to_split_SN.sum(1),
+        "probability_SK": to_split_SN @ p_NK,
+        "negentropy_S": to_split_SN @ (p_NK * log_p_NK).sum(1),
+    }
 
 
-def inception_score(sums: ClassSums) -> tuple[float, float]:
-    """Mean and standard deviation over the splits; UserError where a split has no image."""
-    if not sums.count_S.all():
+def inception_score(sums: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Mean and standard deviation over the splits, of `class_sums`; UserError where a split has no image."""
+    count_S, probability_SK, negentropy_S = (sums[name] for name in ("count_S", "probability_SK", "negentropy_S"))
+    if not count_S.all():
         raise UserError(
-            f"Inception Score: expected at least an image in each of {len(sums.count_S)} splits, got "
-            f"{int(sums.count_S.sum())} images in all; score more"
+            f"Inception Score: expected at least an image in each of {len(count_S)} splits, got "
+            f"{int(count_S.sum())} images in all; score more"
         )
-    marginal_SK = sums.probability_SK / sums.count_S[:, None]
-    divergence_S = sums.negentropy_S / sums.count_S - torch.xlogy(marginal_SK, marginal_SK).sum(1)
+    marginal_SK = probability_SK / count_S[:, None]
+    divergence_S = negentropy_S / count_S - torch.xlogy(marginal_SK, marginal_SK).sum(1)
     score_S = divergence_S.exp()
     return float(score_S.mean()), float(score_S.std(correction=0))

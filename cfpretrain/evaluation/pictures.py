@@ -16,7 +16,7 @@ from torch import Tensor
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError
 
-_INK, _QUIET, _PAPER = "#1f2430", "#6b7280", "#ffffff"
+INK, QUIET, PAPER = "#1f2430", "#6b7280", "#ffffff"
 # No image has this colour by nature: it marks pixels that are not finite.
 _BROKEN_RGB = (255, 0, 255)
 _CAPTION_SIZE = 11
@@ -101,9 +101,6 @@ def sample_grid(
         cell_size: about how many picture pixels a side an image should have, at least its own.
         captions: what stands below each image, cut to its width; none for no line at all.
         column_names: what stands above each column, likewise.
-
-    Raises:
-        UserError: another number of channels, or images that do not fill the rows.
     """
     images_BYXC = to_rgb(images_BCYX, value_range)
     num_images, height, width, _ = images_BYXC.shape
@@ -118,17 +115,17 @@ def sample_grid(
         max(right + layout.cell_width, 14 + title_width) + 14,
         bottom + layout.cell_height + layout.caption_height + 14,
     )
-    picture = Image.new("RGB", size, _PAPER)
+    picture = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(picture)
     for number, line in enumerate(title.splitlines()):
-        colour, font = (_INK, _font(15, is_bold=True)) if number == 0 else (_QUIET, _font(13))
+        colour, font = (INK, _font(15, is_bold=True)) if number == 0 else (QUIET, _font(13))
         draw.text((14, 10 + 22 * number), line, fill=colour, font=font)
     for row, name in enumerate(class_names):
         middle = layout.corner(row, 0)[0] + layout.cell_height // 2
-        draw.text((layout.left - 12, middle), _drawable(name), fill=_INK, font=_font(13), anchor="rm")
+        draw.text((layout.left - 12, middle), _drawable(name), fill=INK, font=_font(13), anchor="rm")
     for column, name in enumerate(column_names):
         place = (layout.corner(0, column)[1] + layout.cell_width // 2, layout.top - 5)
-        draw.text(place, _cut_to(name, layout.cell_width), fill=_QUIET, font=_font(_CAPTION_SIZE), anchor="ms")
+        draw.text(place, _cut_to(name, layout.cell_width), fill=QUIET, font=_font(_CAPTION_SIZE), anchor="ms")
     for index, image_YXC in enumerate(images_BYXC):
         y, x = layout.corner(*divmod(index, layout.num_columns))
         crisp = image_YXC.repeat(layout.zoom, axis=0).repeat(layout.zoom, axis=1)
@@ -136,7 +133,7 @@ def sample_grid(
         if captions:
             text = _cut_to(captions[index], layout.cell_width)
             place = (x + layout.cell_width // 2, y + layout.cell_height + 2)
-            draw.text(place, text, fill=_QUIET, font=_font(_CAPTION_SIZE), anchor="ma")
+            draw.text(place, text, fill=QUIET, font=_font(_CAPTION_SIZE), anchor="ma")
     _put(path, lambda opened: picture.save(opened, format="PNG"))
 
 

@@ -20,19 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cfpretrain.base import files, runtime
+from cfpretrain.base import files, outputs, runtime
 from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import parse_json, read_json
 from cfpretrain.core import seeds
 from cfpretrain.data.images import WHITE, Colour
 from cfpretrain.evaluation import array_files
-from cfpretrain.evaluation.feature_sums import Work
+from cfpretrain.evaluation.feature_sums import Work, add
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian
 from cfpretrain.evaluation.given_images import (
     IMAGES,
     GivenImages,
-    has_array,
     is_archive,
     open_images,
     read_arrays,
@@ -48,7 +47,6 @@ from cfpretrain.evaluation.scores import (
     given_batches,
     sum_up,
 )
-from cfpretrain.run import outputs
 
 STATISTICS_FILE, NEIGHBOURS_FILE, RECORD_FILE = "statistics.npz", "neighbours.npy", "record.json"
 _OWN_KEY = "cfpretrain"  # of the note by which our archives say of which features they are
@@ -58,20 +56,14 @@ _KEY = "--reference"
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference.
+    """A reference."""
 
-    Attributes:
-        statistics: of all of it.
-        floor: scores of one random half against the other, what a perfect model of half as many images would get; its
-            Inception Score is that of both. None where there are statistics alone, or too few images.
-        record: where the statistics come from, JSON-able; its `fingerprint` changes when they do.
-        image_size: width and height; None where there are no images.
-    """
-
-    statistics: ImageStatistics
+    statistics: ImageStatistics  # of all of it
+    # scores of one random half against the other, what a perfect model of half as many images would get; its
+    # Inception Score is that of both. None where there are statistics alone, or too few images
     floor: dict[str, float] | None
-    record: dict[str, Any]
-    image_size: tuple[int, int] | None = None
+    record: dict[str, Any]  # where the statistics come from, JSON-able; its `fingerprint` changes when they do
+    image_size: tuple[int, int] | None = None  # width and height; None where there are no images
 
     @property
     def floor_num_images(self) -> int:
@@ -96,9 +88,6 @@ def load_reference(
         on_begin: called on every rank with how many images are done, of how many, where there is work to do.
         on_done: called every few seconds with how many images are done.
         background: behind what is transparent in a folder of images.
-
-    Raises:
-        UserError: there is no such thing, it is of other features, or the cache cannot be written.
     """
     with runtime.together():
         given = _given_statistics(path, extractor) if path.is_file() and is_archive(path) else None
@@ -130,8 +119,8 @@ class _Given:
 
 
 def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
-    arrays = read_arrays(file, _KEY, ["mu", "sigma", "mu_s", "sigma_s", _OWN_KEY])
-    has_images = has_array(file, _KEY, IMAGES)
+    arrays, names = read_arrays(file, _KEY, ["mu", "sigma", "mu_s", "sigma_s", _OWN_KEY])
+    has_images = IMAGES in names
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         there = [name for name in (mean, covariance) if name in arrays]
         if len(there) == 1:
@@ -240,13 +229,12 @@ def _make_entry(
     say_changes(images, _KEY)
     halves, kept_KF = work.total(), work.kept()
     group_K = groups_N[is_kept_N]
-    whole = ImageStatistics.of(halves[0] + halves[1], kept_KF)
+    whole = ImageStatistics.of(add(*halves), kept_KF)
     floor = None
     if num_images >= _FEWEST_FOR_FLOOR:
         # A half may have no image in a split of the Inception Score.
         first, second = (
-            ImageStatistics.of(replace(half, classes=None), kept_KF[group_K == group])
-            for group, half in enumerate(halves)
+            ImageStatistics.of(half, kept_KF[group_K == group], with_score=False) for group, half in enumerate(halves)
         )
         second = replace(second, inception_score=whole.inception_score)
         floor = compare(second, first, extractor.name, together=True)
@@ -308,14 +296,7 @@ def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extracto
             score = float(mean), float(deviation)
         if record["num_images"] != plan["num_images"]:
             raise ValueError("it says another number of images")
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # a UserError is a ValueError
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # UserError, too
         raise UserError(f"--cache: {entry} is damaged ({one_line(error):.100}); {advice}") from error
     if given is None:
         raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
-from cfpretrain.core import seeds
-from cfpretrain.evaluation.feature_sums import SAVE_SECONDS, FeatureSums, Summing, Work
+from cfpretrain.evaluation.feature_sums import SAVE_SECONDS, Sums, Work, part_of
 from cfpretrain.evaluation.features import FeatureExtractor
-from cfpretrain.evaluation.frechet import Gaussian, Moments, frechet_distance
+from cfpretrain.evaluation.frechet import Gaussian, frechet_distance, gaussian_of
 from cfpretrain.evaluation.given_images import GivenImages
 from cfpretrain.evaluation.inception_score import NUM_SPLITS, inception_score, splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
@@ -28,30 +27,23 @@ Batches = Callable[[list[int]], Iterator[tuple[int, Tensor]]]
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """What a set of images is compared by; what is not known of it is None.
+    """The statistics by which sets of images are compared; None for those that are not known."""
 
-    Attributes:
-        num_images: behind all but the neighbours.
-        pooled: for the Frechet distance.
-        spatial: for sFID.
-        inception_score: mean and standard deviation over the splits.
-        neighbours_KF: features for precision and recall.
-    """
-
-    num_images: int | None
-    pooled: Gaussian
-    spatial: Gaussian | None = None
-    inception_score: tuple[float, float] | None = None
-    neighbours_KF: Tensor | None = None
+    num_images: int | None  # behind all but the neighbours
+    pooled: Gaussian  # for the Frechet distance
+    spatial: Gaussian | None = None  # for sFID
+    inception_score: tuple[float, float] | None = None  # mean and standard deviation over the splits
+    neighbours_KF: Tensor | None = None  # features for precision and recall
 
     @classmethod
-    def of(cls, sums: FeatureSums, neighbours_KF: Tensor | None) -> "ImageStatistics":
+    def of(cls, sums: Sums, neighbours_KF: Tensor | None, with_score: bool = True) -> "ImageStatistics":
         """Of the sums over all images; UserError for fewer than two, or too few for the Inception Score."""
+        spatial, classes = part_of(sums, "spatial"), part_of(sums, "classes")
         return cls(
-            sums.pooled.count,
-            sums.pooled.gaussian,
-            None if sums.spatial is None else sums.spatial.gaussian,
-            None if sums.classes is None else inception_score(sums.classes),
+            int(sums["pooled/count"]),
+            gaussian_of(part_of(sums, "pooled")),
+            gaussian_of(spatial) if spatial else None,
+            inception_score(classes) if classes and with_score else None,
             neighbours_KF,
         )
 
@@ -84,36 +76,6 @@ def compare(scored: ImageStatistics, reference: ImageStatistics, name: str, toge
             zip(("precision", "recall"), precision_recall(*sets, NUM_NEIGHBOURS, together=together), strict=True)
         )
     return scores
-
-
-def distances_beside_floor(
-    real: Tensor, candidates: Mapping[str, Tensor], extractor: FeatureExtractor
-) -> dict[str, float]:
-    """Frechet distances of small sets to one random half of the real images, beside that of the other half.
-
-    All sets are cut to one size, that of the smallest, since fewer images lie farther away. All ranks call it.
-
-    Args:
-        real: uint8 [N, 3, Y, X].
-        candidates: by name, uint8 [M, 3, Y, X] each, the same on all ranks.
-        extractor: of the features.
-
-    Returns:
-        By the names of the candidates, and "real_against_real": the floor.
-    """
-    order_N = seeds.permutation(seeds.key(0, "reference halves"), len(real))
-    reference, other = real[order_N[: len(real) // 2]], real[order_N[len(real) // 2 :]]
-    sets = {"": reference, **candidates, "real_against_real": other}
-    size = min(map(len, sets.values()))
-    batches = [(name, first) for name in sets for first in range(0, size, BATCH_SIZE)]
-    zero = Moments.of(extractor.none().pooled_BF.cpu())
-    moments = dict.fromkeys(sets, zero)
-    for name, first in batches[runtime.rank() :: runtime.world_size()]:
-        images = sets[name][first : min(first + BATCH_SIZE, size)]
-        moments[name] = moments[name] + Moments.of(extractor(images).pooled_BF.cpu())
-    gaussians = {name: part.over_ranks().gaussian for name, part in moments.items()}
-    target = gaussians.pop("")
-    return {name: frechet_distance(target, gaussian) for name, gaussian in gaussians.items()}
 
 
 def check_enough(num_images: int, extractor: FeatureExtractor, key: str) -> None:
@@ -150,18 +112,18 @@ def sum_up(
         on_done: called every few seconds with how many are done.
 
     Raises:
-        UserError: on every rank, where one cannot read an image or write its sums.
         LostRankError: another rank is gone.
     """
     with runtime.together():
         begun = work.begin() if runtime.rank() == 0 else None
-    start, missing = runtime.gather(begun)[0]
+    work.start, missing = runtime.gather(begun)[0]
     num_done = work.num_images - sum(len(work.ids(number)) for number in missing)
     on_begin(num_done)
-    with runtime.Exchange(lambda num_now: on_done(num_done + num_now)) as exchange, Summing(work, start) as summing:
+    with runtime.Exchange(lambda num_now: on_done(num_done + num_now)) as exchange:
         for number, images in batches(missing):
-            summing.add(number, extractor(images))
+            work.add(number, extractor(images))
             exchange.add(len(images))
+        work.save()
 
 
 def make_work(

@@ -4,7 +4,7 @@
     pipeline_<hash>.py                     `pipeline_template.py`
     transformer/transformer_<hash>.py      `transformer_template.py` with the modules that it uses, joined by `bundle`
     transformer/config.json, *.safetensors
-    scheduler/scheduler_config.json        the betas
+    scheduler/scheduler_config.json        the noise schedule
     vae/                                   the run's autoencoder; pixels have none
     config.yaml, README.md, samples.png    the run's config, the model card, a grid of samples where the run has one
 
@@ -25,15 +25,15 @@ from torch import Tensor
 
 from cfpretrain import autoencoder
 from cfpretrain.base import config as configs
-from cfpretrain.base import files
+from cfpretrain.base import files, outputs
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.console import UserError, reason_of, say
 from cfpretrain.export import model_card
 from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
 from cfpretrain.export.run_checkpoint import CheckpointTensors
-from cfpretrain.run import build, outputs, tensor_files
+from cfpretrain.run import build, tensor_files
 from cfpretrain.run.state import TrainingState
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -66,21 +66,13 @@ class WeightsIndex(TypedDict):
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What leaves of a run, and how.
+    """What leaves of a run, and how."""
 
-    Attributes:
-        weights: "ema", or "raw" for the trained weights themselves.
-        step: of the checkpoint; see `build.find_checkpoint`.
-        dtype: of the weights' files.
-        max_shard_bytes: a file of weights is no larger, unless one tensor is.
-        licence: for the model card.
-    """
-
-    weights: Literal["ema", "raw"] = "ema"
-    step: build.Step = None
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    max_shard_bytes: int = 5 * 10**9
-    licence: str = "unknown"
+    weights: Literal["ema", "raw"] = "ema"  # "ema", or "raw" for the trained weights themselves
+    step: build.Step = None  # of the checkpoint; see `build.find_checkpoint`
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights' files
+    max_shard_bytes: int = 5 * 10**9  # a file of weights is no larger, unless one tensor is
+    licence: str = "unknown"  # for the model card
 
 
 def export(run: Path, out: Path, settings: ExportSettings) -> None:
@@ -92,9 +84,6 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
         run: a run folder, of any ranks and ZeRO stage.
         out: the folder to make.
         settings: what and how.
-
-    Raises:
-        UserError: it is no run's folder, a file of it is missing or damaged, `out` exists, or it cannot be written.
     """
     outputs.refuse_existing(out, "OUT")
     source = _Source.open(run, settings)
@@ -143,11 +132,12 @@ class _Source:
         files.replace(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
         scaling = {"latent_shift": list(self.shift), "latent_scale": list(self.scale)}
         _write_json(folder / TRANSFORMER / "config.json", transformer_config(self.config) | scaling)
-        _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler_config(self.config))
+        scheduler = scheduler_config(self.config)
+        _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler)
         index: ModelIndex = {
             "_class_name": (pipeline_name, "CausalFusionPipeline"),
             "transformer": (transformer_name, "CausalFusionTransformer"),
-            "scheduler": ("diffusers", "DDPMScheduler"),
+            "scheduler": ("diffusers", scheduler["_class_name"]),
             "vae": ("diffusers", "AutoencoderKL") if self.vae else (None, None),
             # A list would be taken for one more part.
             "id2label": {str(number): label for number, label in enumerate(self.class_names)},
@@ -226,7 +216,7 @@ def _copy_picture(picture: Path, target: Path) -> None:
         files.copy(picture, target, files.is_png, _MAX_PICTURE_BYTES)
     except OSError as error:
         raise UserError(
-            f"RUN: {picture}: expected a picture to show, which is no link ({tensor_files.reason_of(error)}); remove it"
+            f"RUN: {picture}: expected a picture to show, which is no link ({reason_of(error)}); remove it"
         ) from error
 
 
@@ -248,24 +238,13 @@ def transformer_config(config: Config) -> dict[str, Any]:
         "block_size": order.block_size,
         "latent_shift": list(config.data.latent_shift),
         "latent_scale": list(config.data.latent_scale),
+        "prediction_type": build.make_noise_process(config).prediction_type,
     }
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
-    """The noise schedule that the model was trained with, as diffusers' DDPMScheduler has it."""
-    noise = config.noise
-    scale = 1000 / noise.num_timesteps  # as in `noise.linear_schedule`
-    return {
-        "_class_name": "DDPMScheduler",
-        "num_train_timesteps": noise.num_timesteps,
-        "beta_start": scale * noise.beta_first,
-        "beta_end": scale * noise.beta_last,
-        "beta_schedule": "linear",
-        "prediction_type": "epsilon",
-        "variance_type": "fixed_large",
-        "clip_sample": False,
-        "timestep_spacing": "linspace",
-    }
+    """The noise process that the model was trained with, as diffusers' schedulers write it down."""
+    return build.make_noise_process(config).scheduler_config()
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -316,11 +295,7 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 def push(folder: Path, repository: str) -> None:
-    """Uploads an exported folder to a repository of the hub, which is made (private) where it is not there.
-
-    Raises:
-        UserError: the hub refuses, or cannot be reached.
-    """
+    """Uploads an exported folder to a repository of the hub, which is made (private) where it is not there."""
     from huggingface_hub import HfApi
 
     try:

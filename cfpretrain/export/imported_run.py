@@ -1,9 +1,7 @@
 """A run folder made of a checkpoint that others wrote: it trains on and is sampled from as one of our own."""
 
 import dataclasses
-import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,19 +13,20 @@ from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config, to_plain, to_yaml
 from cfpretrain.base.console import UserError
+from cfpretrain.base.outputs import whole_or_nothing
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
 from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, make_model
-from cfpretrain.run.checkpoint import CONTENTS, RANGES_FILE, CheckpointStore, tensor_file
+from cfpretrain.run.checkpoint import EMA, WEIGHTS, tensor_file
+from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.guard import Guard
-from cfpretrain.run.outputs import whole_or_nothing
 from cfpretrain.run.state import TrainingState
-from cfpretrain.run.tensor_files import bytes_of, hashes_to_plain, make_header, write_ranges
+from cfpretrain.run.tensor_files import Shapes, bytes_of, write_ranges
 
-Shapes = Mapping[str, tuple[int, ...]]
-# (one of checkpoint.CONTENTS, name of a parameter) -> its values, in full shape, of at most 32 bits
+# (one of CONTENTS, name of a parameter) -> its values, in full shape, of at most 32 bits
 ReadTensor = Callable[[str, str], Tensor]
 
+CONTENTS = (WEIGHTS, EMA, "exp_avg", "exp_avg_sq")  # of a run that trains with AdamW
 POSITIONS = "image_embedder.pos_embed"
 _X_PROJ = "image_embedder.x_proj.weight"
 _CLASS_TABLE = "class_embedder.embedding_table.weight"
@@ -64,9 +63,6 @@ def check_shapes(found: Shapes, config: Config, source: str, beside: Shapes | No
         config: says what they should be.
         source: where they are from, for the message.
         beside: tensors that may be there too.
-
-    Raises:
-        UserError: names each key of the config with what it says and what was found; where all keys fit, each tensor.
     """
     expected = expected_shapes(config)
     expected |= {name: shape for name, shape in (beside or {}).items() if name in found}
@@ -132,10 +128,11 @@ def write_run(folder: Path, config: Config, counters: Counters, read_tensor: Rea
         counters: where training goes on.
         read_tensor: asked for each parameter of the config's model and each content, one at a time.
         source: where they are from, for messages.
-
-    Raises:
-        UserError: something is there already, it cannot be written, or a value is no finite number.
     """
+    if config.train.optimizer != "adamw":
+        raise UserError(
+            f"train.optimizer: expected adamw, whose state an imported run begins with, got {config.train.optimizer}"
+        )
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
     with whole_or_nothing(folder, "RUN") as unfinished:
         files.make_folder(unfinished)
@@ -145,7 +142,6 @@ def write_run(folder: Path, config: Config, counters: Counters, read_tensor: Rea
 
 
 def _make_state(config: Config, counters: Counters) -> TrainingState:
-    guard = config.guard
     class_names, autoencoder = _latents_of(config)
     return TrainingState(
         step=counters.step,
@@ -162,7 +158,7 @@ def _make_state(config: Config, counters: Counters) -> TrainingState:
         autoencoder=autoencoder,
         working_folder=str(Path.cwd()),
         data_fingerprint="",  # any data will do
-        guard=Guard(guard.spike_deviations, guard.window_steps, guard.max_skips_in_row).to_plain(),
+        guard=Guard(config.guard).to_plain(),
         wandb_run_id=None,
         versions=runtime.package_versions("torch"),
     )
@@ -181,23 +177,17 @@ def _latents_of(config: Config) -> tuple[list[str], str]:
 
 
 def _write_checkpoint(folder: Path, state: TrainingState, shapes: Shapes, read_tensor: ReadTensor, source: str) -> None:
-    final = folder / f"step_{state.step:08d}"
-    partial = folder / f"{final.name}.partial"
+    store = CheckpointStore(folder, keep_last=1, keep_every_steps=0)
+    partial = store.path(state.step, ".partial")
     files.make_folder(partial)
     hashes = {}
     for content in CONTENTS:
-        first_bytes, header = make_header(shapes, content, state.step)
-        with files.opened(tensor_file(partial, content), os.O_WRONLY | os.O_CREAT) as descriptor:
-            os.ftruncate(descriptor, header.num_bytes)
-            files.write_fully(descriptor, first_bytes, 0)
-            whole = (
-                (name, 0, bytes_of(_as_stored(read_tensor(content, name), f"{source}: {content} of {name}")))
-                for name in header.shapes
-            )
-            hashes[content] = hashes_to_plain(write_ranges(descriptor, header, whole), shapes)
-            os.fsync(descriptor)
-    files.replace(partial / RANGES_FILE, json.dumps(hashes, separators=(",", ":")))
-    CheckpointStore(folder, keep_last=1, keep_every_steps=0).publish(partial, final, state.to_json())
+        whole = (
+            (name, 0, bytes_of(_as_stored(read_tensor(content, name), f"{source}: {content} of {name}")))
+            for name in sorted(shapes)
+        )
+        hashes[content] = write_ranges(tensor_file(partial, content), shapes, state.step, whole, with_header=True)
+    store.publish(state.step, [hashes], state.to_json())
 
 
 def _as_stored(values: Tensor, what: str) -> Tensor:

@@ -131,6 +131,7 @@ def _model_rows(
     config: Config, weights: str, dtype: str, class_names: Sequence[str], num_parameters: int
 ) -> dict[str, Any]:
     model, noise = config.model, config.noise
+    betas = f", linear betas {noise.beta_first:g} to {noise.beta_last:g}"
     names = ", ".join(class_names[:_MOST_NAMES]) + " ..." * (len(class_names) > _MOST_NAMES)
     return {
         "Parameters": f"{num_parameters:,}, {'averaged (EMA)' if weights == 'ema' else 'as trained'}, {dtype}",
@@ -138,7 +139,7 @@ def _model_rows(
         "Latents": f"{model.latent_channels} x {model.latent_size} x {model.latent_size}",
         "Tokens": f"{model.num_tokens}, patches of {model.patch_size} x {model.patch_size}",
         "Condition": f"{model.num_cond_tokens} tokens a class",
-        "Noise": f"{noise.num_timesteps} levels, linear betas {noise.beta_first:g} to {noise.beta_last:g}",
+        "Noise": f"{noise.process}, {noise.num_timesteps} timesteps{betas if noise.process != 'flow' else ''}",
         "Classes": f"{len(class_names)}: {names}",
     }
 

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cfpretrain.base import outputs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
-from cfpretrain.core.model import sincos_positions
+from cfpretrain.core.modalities import sincos_positions
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import POSITIONS, check_shapes
-from cfpretrain.run import build, outputs
+from cfpretrain.run import build
 from cfpretrain.run.checkpoint import read_tensors
 
 _OURS_BY_OFFICIAL = {
@@ -58,29 +59,13 @@ def our_name(name: str) -> str:
 
 
 def our_names(names: Iterable[str], source: str) -> dict[str, str]:
-    """`our_name` of each parameter of a checkpoint, by the name that it has there.
-
-    Raises:
-        UserError: one is no parameter of the model, or is there twice; `source` is where they are from.
-    """
+    """`our_name` of each parameter of a checkpoint, by the name that it has there."""
     try:
         renamed = {name: our_name(name) for name in names}
     except ValueError as error:
         raise UserError(f"{source}: {error}; give a checkpoint of CausalFusion") from error
     if len(set(renamed.values())) < len(renamed):
-        raise UserError(f"{source}: expected each tensor once, got some under two names; mend it")
-    return renamed
-
-
-def from_official(tensors: Mapping[str, Tensor], learnable_positions: bool = True) -> dict[str, Tensor]:
-    """Official names -> ours; fixed sin-cos positions are no parameter of ours and are left out.
-
-    Raises:
-        ValueError: a tensor that the official model does not have.
-    """
-    renamed = {our_name(name): value for name, value in tensors.items()}
-    if not learnable_positions:
-        del renamed[POSITIONS]
+        raise UserError(f"{source}: expected each tensor once, got some under two names; give another file")
     return renamed
 
 
@@ -113,10 +98,8 @@ def read_official(file: Path, config: Config, name: str = "FILE") -> dict[str, d
 
     Returns:
         {"weights": ..., "ema": ...}, tensors under our names; both are the same where the file has one of them.
-
-    Raises:
-        UserError: the file cannot be read, or is not of the config's model.
     """
+    _check_process(config)
     content = foreign_files.read(file, name, placeholders=["argparse.Namespace"])
     found = {ours: content[key] for ours, key in _KEYS.items() if isinstance(content.get(key), Mapping)}
     left_out = sorted(str(key) for key in content if key not in _KEYS.values()) if found else []
@@ -132,6 +115,11 @@ def read_official(file: Path, config: Config, name: str = "FILE") -> dict[str, d
     say(f"WARNING: {file} {what}: its one set of tensors becomes both the weights and their averages (EMA)")
     [only] = taken.values()
     return dict.fromkeys(_KEYS, only)
+
+
+def _check_process(config: Config) -> None:
+    if config.noise.process != "epsilon":
+        raise UserError(f"noise.process: expected epsilon, which official models predict, got {config.noise.process}")
 
 
 def _take(tensors: Mapping[Any, Any], config: Config, source: str) -> dict[str, Tensor]:
@@ -179,12 +167,10 @@ def write_official(run: Path, out: Path) -> None:
     Args:
         run: a run folder.
         out: the .pt to write.
-
-    Raises:
-        UserError: the folder is no run's, or holds no whole checkpoint, or `out` is there already.
     """
     outputs.refuse_existing(out, "OUT")
     found = build.find_checkpoint(run)
+    _check_process(found.config)
     grid = found.config.model.grid
     foreign_files.write(
         out,

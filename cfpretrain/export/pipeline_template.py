@@ -36,7 +36,7 @@ class CausalFusionPipeline(DiffusionPipeline):
 
     Args:
         transformer: the network.
-        scheduler: holds the betas.
+        scheduler: says the noise schedule.
         vae: an AutoencoderKL; None where latents are pixels.
         id2label: the name of each class, by its number as text.
     """
@@ -124,7 +124,7 @@ class CausalFusionPipeline(DiffusionPipeline):
                 torch.tensor(labels, device=self._execution_device),
                 torch.tensor(list(ids), dtype=torch.int64),
                 seed=seed,
-                betas_T=self._betas(),
+                scheduler=self.scheduler.config,
                 num_inference_steps=num_inference_steps,
                 solver=solver,
                 level_spacing=level_spacing or usual_spacing,
@@ -167,16 +167,6 @@ class CausalFusionPipeline(DiffusionPipeline):
             ValueError: names the argument, what was expected and what came.
         """
         return self(class_labels, region=region, image=image, latents=latents, **settings)
-
-    def _betas(self) -> Tensor:
-        config = self.scheduler.config
-        if (config.beta_schedule, config.prediction_type) != ("linear", "epsilon"):
-            raise ValueError(
-                "scheduler: expected linear betas and epsilon prediction, as the model was trained, got "
-                f"{config.beta_schedule} and {config.prediction_type}"
-            )
-        # A scheduler's own betas are rounded to float32.
-        return torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float64)
 
     # -----------------------------------------------------------------------
     # What comes in

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cfpretrain.core.ar import may_attend
+from cfpretrain.core.segments import may_attend
 
 STAND_INS = dict.fromkeys(("cfpretrain.core.attention", "cfpretrain.core.norm"), __name__)
 
@@ -41,7 +41,7 @@ def compile_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def layer_norm(width: int, eps: float, fused: bool = False) -> nn.Module:
+def layer_norm(width: int, fused: bool = False) -> nn.Module:
     """A LayerNorm over the last dimension, with weight and bias."""
     assert not fused
-    return nn.LayerNorm(width, eps=eps)
+    return nn.LayerNorm(width, eps=1e-5)

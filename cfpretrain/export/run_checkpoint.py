@@ -10,30 +10,24 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.run import tensor_files
-from cfpretrain.run.checkpoint import check_file, read_hashes, tensor_file
+from cfpretrain.run.checkpoint import open_tensors, tensor_file
 from cfpretrain.run.tensor_files import HashedRange, Header, remedy
 
 
 @dataclass(frozen=True)
 class CheckpointTensors:
-    """The tensors of one file of a checkpoint, each byte of which is held against its hash when it is read.
+    """The tensors of one file of a checkpoint, each byte of which is held against its hash when it is read."""
 
-    Attributes:
-        file: safetensors, fp32.
-        header: where they lie.
-        ranges: hashes of each tensor's values.
-    """
-
-    file: Path
-    header: Header
-    ranges: Mapping[str, Sequence[HashedRange]]
+    file: Path  # safetensors, fp32
+    header: Header  # where they lie
+    ranges: Mapping[str, Sequence[HashedRange]]  # hashes of each tensor's values
 
     @classmethod
     def open(cls, checkpoint: Path, content: Literal["ema", "weights"], step: int) -> "CheckpointTensors":
         """Reads where the tensors lie; UserError where the file or its hashes are missing or damaged."""
         file = tensor_file(checkpoint, content)
         try:
-            header, ranges = check_file(checkpoint, content, step, read_hashes(checkpoint))
+            _, header, ranges = open_tensors(checkpoint, step, [content])[content]
         except OSError as error:
             raise _unreadable(file, error) from error
         by_name: dict[str, list[HashedRange]] = {name: [] for name in header.shapes}

@@ -5,7 +5,7 @@ sequence, K keys, D width, H heads, E head width, P values of a token, Q conditi
 Y rows, X columns.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,13 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from cfpretrain.autoencoder import LatentScaling
 from cfpretrain.core.ar import choose_sizes
-from cfpretrain.core.model import CausalFusion, patchify, take_tokens, unpatchify
-from cfpretrain.core.process import SOLVERS, Schedule, respace
+from cfpretrain.core.latents import LatentScaling, patchify, take_tokens, unpatchify
+from cfpretrain.core.model import CausalFusion
+from cfpretrain.core.process import process_of_scheduler
 from cfpretrain.core.regions import kept_first, parse_region
 from cfpretrain.core.sampler import Guidance, generate, noise_by_image, sampling_orders
+from cfpretrain.core.solvers import SOLVERS, Solver
 
 
 class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
@@ -34,6 +35,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         learnable_positions: learned position embeddings, else fixed 2-d sin-cos.
         token_order, block_size: the order in which tokens are made, as in training.
         latent_shift, latent_scale: one value, or one a channel; the network sees (raw - shift) * scale.
+        prediction_type: what the network predicts: "epsilon", "v_prediction" or "flow_prediction".
     """
 
     config: Any
@@ -54,6 +56,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         block_size: int,
         latent_shift: Sequence[float],
         latent_scale: Sequence[float],
+        prediction_type: str,
     ) -> None:
         super().__init__(
             grid=grid,
@@ -79,7 +82,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         image_ids_B: Tensor,
         *,
         seed: int,
-        betas_T: Tensor,
+        scheduler: Mapping[str, Any],
         num_inference_steps: int,
         solver: str,
         level_spacing: str,
@@ -98,7 +101,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
             labels_B: int64, classes.
             image_ids_B: int64, on the CPU.
             seed: of noise and orders.
-            betas_T: float64, of the noise schedule.
+            scheduler: the config of a scheduler, which says the noise schedule.
             num_inference_steps: noise levels that each AR step runs through.
             solver: one of `SOLVERS`.
             level_spacing: "time" or "log_snr".
@@ -127,11 +130,10 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
             given_BKP = take_tokens(patchify(latents_BCYX, config.patch_size), order_BL[:, :num_kept])
         num_made = self.grid**2 if given_BKP is None else self.grid**2 - given_BKP.shape[1]
         sizes = choose_sizes(num_made, num_ar_steps, ar_step_sizes)
-        full = Schedule(torch.arange(len(betas_T)), (1 - betas_T).cumprod(0))
-        schedule = respace(full, num_inference_steps, level_spacing)
+        process = process_of_scheduler(config.prediction_type, scheduler)
 
         def watch(_: int, num_steps_left: int, *__: Tensor) -> None:
-            if num_steps_left < len(schedule):
+            if num_steps_left < num_inference_steps:
                 on_step()
 
         tokens_BLP = generate(
@@ -139,10 +141,9 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
             labels_B,
             order_BL,
             sizes,
-            schedule,
+            Solver(process, num_inference_steps, level_spacing, solver),
             Guidance(guidance_scale, guidance_schedule, *guidance_interval),
             noise_by_image(seed, image_ids_B.to(device), self.patch_values),
-            solver=solver,
             given_BKP=given_BKP,
             watch=watch,
         )

@@ -11,20 +11,23 @@ from typing import Any, Literal, TypedDict
 
 import torch
 
-from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, LatentScaling
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base.config import Config, Natural, NotNegative
 from cfpretrain.base.config_files import from_plain
 from cfpretrain.base.console import UserError, one_line, say
 from cfpretrain.base.files import read_json
 from cfpretrain.core import attention
+from cfpretrain.core.ar import ARSettings
+from cfpretrain.core.latents import LatentScaling
 from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValues, initialise, write_initial_values
 from cfpretrain.core.norm import has_apex
-from cfpretrain.core.objective import Batch, NoisePredictionLoss
-from cfpretrain.core.process import linear_schedule
+from cfpretrain.core.objective import Batch, DenoisingLoss
+from cfpretrain.core.process import NoiseProcess, make_process
 from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
-from cfpretrain.run.checkpoint import CheckpointStore, read_tensors
+from cfpretrain.run.checkpoint import read_tensors
+from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.state import TrainingState, means_the_same, read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError
 
@@ -121,13 +124,8 @@ def choose_blocks(config: Config, device_type: str) -> BlockSettings:
     Raises:
         UserError: what the config asks for does not run there.
     """
-    engine, model = config.engine, config.model
-    try:
-        cached = attention.choose_cached(
-            engine.cached_attention, device_type, engine.precision, model.width // model.num_heads, say
-        )
-    except ValueError as error:
-        raise UserError(f"engine.cached_attention: {error}") from error
+    engine = config.engine
+    cached = _choose_backend(config, "cached_attention", "sampling", device_type)
     fused_norm = device_type == "cuda" and not engine.compile_blocks and has_apex()
     return BlockSettings(
         choose_attention(config, device_type),
@@ -140,11 +138,15 @@ def choose_blocks(config: Config, device_type: str) -> BlockSettings:
 
 def choose_attention(config: Config, device_type: str) -> str:
     """The backend of attention in training on a device ("cpu" or "cuda"); raises as `choose_blocks` does."""
-    engine, model = config.engine, config.model
+    return _choose_backend(config, "attention", "training", device_type)
+
+
+def _choose_backend(config: Config, key: str, job: str, device_type: str) -> str:
+    engine, head_width = config.engine, config.model.width // config.model.num_heads
     try:
-        return attention.choose(engine.attention, device_type, model.width // model.num_heads)
+        return attention.choose(getattr(engine, key), job, device_type, engine.precision, head_width, say)
     except ValueError as error:
-        raise UserError(f"engine.attention: {error}") from error
+        raise UserError(f"engine.{key}: {error}") from error
 
 
 def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFusion:
@@ -201,25 +203,21 @@ def _names_of_shards(config: Config) -> tuple[str, ...]:
     return names if len(names) == len(numbers) else numbers
 
 
-def make_loss(config: Config) -> NoisePredictionLoss:
+def make_noise_process(config: Config) -> NoiseProcess:
+    """How tokens are noised, and what the network predicts."""
+    return make_process(**vars(config.noise))
+
+
+def make_loss(config: Config) -> DenoisingLoss:
     """The training objective."""
-    order, noise = config.order, config.noise
-    return NoisePredictionLoss(
-        schedule=linear_schedule(noise.num_timesteps, noise.beta_first, noise.beta_last),
+    return DenoisingLoss(
+        process=make_noise_process(config),
+        ar=ARSettings(**vars(config.order)),
         patch_size=config.model.patch_size,
         num_cond_tokens=config.model.num_cond_tokens,
         null_class=config.model.num_classes,
         label_drop_prob=config.train.label_drop_prob,
-        ar_step_decay=order.ar_step_decay,
-        ar_split=order.ar_split,
-        ar_weight_first=order.ar_weight_first,
-        ar_weight_last=order.ar_weight_last,
-        ar_weight_schedule=order.ar_weight_schedule,
         seed=config.run.seed,
-        num_ar_steps=order.num_ar_steps,
-        ar_step_sizes=order.ar_step_sizes,
-        token_order=order.token_order,
-        block_size=order.block_size,
         clean_multiple=config.clean_token_multiple(),
     )
 

@@ -1,14 +1,13 @@
 """Checkpoints written while training goes on: each rank copies what it writes, and threads do the rest.
 
-In the partial folder each rank leaves the hashes of its ranges (`ranges_00003.json`), from which rank 0 makes
-`ranges.json` at the end. Each rank makes what is missing there, so none waits for another before it writes.
+Each rank makes what is missing in the partial folder, so none waits for another before it writes. The hashes of what it
+wrote travel between the ranks, not over the disk: a network file system may show late what another node has written.
 """
 
 import json
-import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,69 +17,13 @@ from torch import Tensor
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.background import Task
-from cfpretrain.base.console import UserError
-from cfpretrain.base.files import read_json
-from cfpretrain.run.checkpoint import (
-    CONTENTS,
-    RANGES_FILE,
-    CheckpointStore,
-    gather_shapes,
-    remove,
-    tensor_file,
-    tensors_by_content,
-    written_range,
-)
+from cfpretrain.base.console import UserError, reason_of
+from cfpretrain.run.checkpoint import gather_shapes, held_tensors, tensor_file
+from cfpretrain.run.checkpoint_store import CheckpointStore, remove
 from cfpretrain.run.state import TrainingState
-from cfpretrain.run.tensor_files import (
-    VALUE_BYTES,
-    DamagedCheckpointError,
-    Fragment,
-    bytes_of,
-    check_cover,
-    hashes_from_plain,
-    hashes_to_plain,
-    make_header,
-    read_header,
-    reason_of,
-    write_ranges,
-)
+from cfpretrain.run.tensor_files import VALUE_BYTES, Fragment, PlainHashes, Shapes, bytes_of, write_ranges
 
-_MAX_PART_WAIT_SECONDS = 60.0  # for a network file system to show what another node has written
 _POLL_SECONDS = 0.01
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One rank's part
-
-
-class _Snapshot:
-    """What one rank writes, copied to host memory: the one extra copy of its shard."""
-
-    def __init__(self, fragments: Sequence[Fragment], ema_values: Sequence[Tensor], rank: int, world_size: int) -> None:
-        bounds = [written_range(fragment, rank, world_size) for fragment in fragments]
-        self._names = [fragment.name for fragment in fragments]
-        self._firsts = [f.offset + begin for f, (begin, _) in zip(fragments, bounds, strict=True)]
-        self._sources = {
-            content: [values.detach()[begin:end] for values, (begin, end) in zip(tensors, bounds, strict=True)]
-            for content, tensors in tensors_by_content(fragments, ema_values).items()
-        }
-        sizes = [end - begin for begin, end in bounds]
-        self._buffers = {content: _host_buffer(sum(sizes)) for content in CONTENTS}
-        self._copies = {content: list(torch.split(buffer, sizes)) for content, buffer in self._buffers.items()}
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Copies the present values; training may go on after."""
-        for content, sources in self._sources.items():
-            for copy, source in zip(self._copies[content], sources, strict=True):
-                copy.copy_(source, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()
-
-    def ranges(self, content: str) -> Iterator[tuple[str, int, memoryview]]:
-        """Name, first flat value and bytes of each range that was taken."""
-        for name, first, copy in zip(self._names, self._firsts, self._copies[content], strict=True):
-            yield name, first, bytes_of(copy)
 
 
 def _host_buffer(num_values: int) -> Tensor:
@@ -95,90 +38,71 @@ def _host_buffer(num_values: int) -> Tensor:
     return buffer
 
 
-def _write_share(
-    partial: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    step: int,
-    snapshot: _Snapshot,
-    rank: int,
-    on_progress: Callable[[], None],
-) -> None:
-    """Writes one rank's ranges and their hashes down to the disk; rank 0 writes headers and sizes too."""
-    files.make_folder(partial, parents=False)  # a run folder that is gone is not made again
-    hashes = {}
-    for content in CONTENTS:
-        first_bytes, header = make_header(shapes, content, step)
-        with files.opened(tensor_file(partial, content), os.O_WRONLY | os.O_CREAT) as descriptor:
-            if rank == 0:
-                os.ftruncate(descriptor, header.num_bytes)
-                files.write_fully(descriptor, first_bytes, 0)
-            written = write_ranges(descriptor, header, snapshot.ranges(content), on_progress)
-            hashes[content] = hashes_to_plain(written, shapes)
-            os.fsync(descriptor)
-        on_progress()
-    files.replace(_part_file(partial, rank), json.dumps(hashes))
+class RankPart:
+    """What one rank writes of the checkpoints of a run, and its copy in host memory: the one extra copy of its shard.
 
+    Args:
+        fragments: this rank's.
+        ema_values: the averages, aligned with the fragments.
+        shapes: of all ranks together, by content.
+    """
 
-def _merge_hashes(partial: Path, world_size: int) -> bytes:
-    """The hashes of all ranks as the text of `ranges.json`, once every value of every file has one."""
-    deadline = time.monotonic() + _MAX_PART_WAIT_SECONDS
-    parts = []
-    for rank in range(world_size):
-        # Our own part is visible at once, or the folder has vanished.
-        parts.append(_read_part(_part_file(partial, rank), deadline if rank else 0.0))
-    merged = {}
-    for content in CONTENTS:
-        file = tensor_file(partial, content)
-        header = read_header(file)
-        ranges = [place for part in parts for place in hashes_from_plain(part.get(content), file)]
-        check_cover(ranges, header.shapes, header, file)
-        merged[content] = hashes_to_plain(ranges, header.shapes)
-    return json.dumps(merged, separators=(",", ":")).encode()
+    def __init__(
+        self,
+        fragments: Sequence[Fragment],
+        ema_values: Sequence[Tensor],
+        shapes: Mapping[str, Shapes],
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._shapes, self._rank = shapes, rank
+        # By content: name and first flat value of each range, its values in the engine, and their copy.
+        self._ranges: dict[str, list[tuple[str, int, Tensor, Tensor]]] = {}
+        self._buffers: list[Tensor] = []  # pinned as long as they are here
+        for content in shapes:
+            places, sources = [], []
+            for fragment, values in held_tensors(content, fragments, ema_values):
+                begin, end = 0, fragment.numel
+                if fragment.replicated:  # an equal share of what every rank holds
+                    begin, end = end * rank // world_size, end * (rank + 1) // world_size
+                places.append((fragment.name, fragment.offset + begin))
+                sources.append(values.detach()[begin:end])
+            sizes = [source.numel() for source in sources]
+            self._buffers.append(_host_buffer(sum(sizes)))
+            copies = torch.split(self._buffers[-1], sizes)
+            self._ranges[content] = [
+                (*place, source, copy) for place, source, copy in zip(places, sources, copies, strict=True)
+            ]
 
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copies the present values; training may go on after."""
+        for ranges in self._ranges.values():
+            for _, _, source, copy in ranges:
+                copy.copy_(source, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
 
-def _join_parts(partial: Path, world_size: int) -> None:
-    """Makes `ranges.json` of what the ranks left."""
-    files.replace(partial / RANGES_FILE, _merge_hashes(partial, world_size))
-    for rank in range(world_size):
-        files.remove(_part_file(partial, rank))
-
-
-def _read_part(file: Path, deadline: float) -> dict[str, Any]:
-    """What a rank left; network file systems may show it late, or half of it."""
-    while True:
-        try:
-            plain: dict[str, Any] = read_json(file, follow=False)
-            return plain
-        except FileNotFoundError:
-            if time.monotonic() >= deadline:
-                raise
-        except ValueError as error:
-            if time.monotonic() >= deadline:
-                raise DamagedCheckpointError(f"{file}: expected JSON, got {error}") from error
-        time.sleep(_POLL_SECONDS)
-
-
-def _part_file(partial: Path, rank: int) -> Path:
-    return partial / f"ranges_{rank:05d}.json"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# All ranks together
+    def write(self, partial: Path, step: int, on_progress: Callable[[], None]) -> dict[str, PlainHashes]:
+        """Writes what was taken into a folder, down to the disk; returns the hashes by content."""
+        files.make_folder(partial, parents=False)  # a run folder that is gone is not made again
+        hashes = {}
+        for content, ranges in self._ranges.items():
+            file, data = (
+                tensor_file(partial, content),
+                ((name, first, bytes_of(copy)) for name, first, _, copy in ranges),
+            )
+            hashes[content] = write_ranges(file, self._shapes[content], step, data, self._rank == 0, on_progress)
+        return hashes
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the writing of a checkpoint ended.
-
-    Attributes:
-        step: of the checkpoint.
-        path: of the complete checkpoint; None where it failed.
-        error: what kept it from being written, the same on all ranks; None where it is complete.
-    """
+    """How the writing of a checkpoint ended."""
 
     step: int
-    path: Path | None
-    error: str | None
+    path: Path | None  # of the complete checkpoint; None where it failed
+    error: str | None  # what kept it from being written, the same on all ranks; None where it is complete
 
 
 class CheckpointWriter:
@@ -196,26 +120,23 @@ class CheckpointWriter:
 
     def __init__(self, store: CheckpointStore, fragments: Sequence[Fragment], ema_values: Sequence[Tensor]) -> None:
         self._store = store
-        self._shapes = gather_shapes(fragments)
-        self._snapshot = _Snapshot(fragments, ema_values, runtime.rank(), runtime.world_size())
+        self._part = RankPart(fragments, ema_values, gather_shapes(fragments), runtime.rank(), runtime.world_size())
         self._phase: Literal["idle", "writing", "publishing", "removing"] = "idle"
         self._task: Task | None = None
-        self._step, self._state_text = 0, ""
+        self._step, self._state_text, self._hashes_text = 0, "", ""
         self._error: str | None = None
         self._progress = 0  # whatever moves on this rank: a chunk, a file, a phase
-        self._prepare_folder()
-
-    def _prepare_folder(self) -> None:
-        folder = self._store.folder
-        fix = "choose another run.folder or mend this"
-        # Each rank makes it: a node may show late what another has made.
+        # Each rank makes the folder: a node may show late what another has made.
         with runtime.together():
             try:
-                files.make_folder(folder)
+                files.make_folder(store.folder)
                 if runtime.rank() == 0:
-                    self._store.remove_leftovers()
+                    store.remove_leftovers()
             except OSError as error:
-                raise UserError(f"checkpoint folder {folder} cannot be written: {reason_of(error)}; {fix}") from error
+                raise UserError(
+                    f"checkpoint folder {store.folder} cannot be written: {reason_of(error)}; "
+                    "choose another run.folder or mend this"
+                ) from error
 
     @property
     def is_busy(self) -> bool:
@@ -232,14 +153,6 @@ class CheckpointWriter:
         """Whether this rank's part of the present phase ended with an error."""
         return self._task is not None and not self._task.is_alive() and self._task.error is not None
 
-    @property
-    def _final(self) -> Path:
-        return self._store.folder / f"step_{self._step:08d}"
-
-    @property
-    def _partial(self) -> Path:
-        return self._store.folder / f"{self._final.name}.partial"
-
     def begin(self, state: TrainingState) -> None:
         """Copies what this rank writes and begins to write it. All ranks call it at the same step; nobody waits.
 
@@ -249,13 +162,13 @@ class CheckpointWriter:
         if self.is_busy:
             raise RuntimeError("one checkpoint at a time: wait for the one in flight")
         self._step, self._state_text, self._error = state.step, state.to_json(), None
-        self._snapshot.take()
+        self._part.take()
         self._enter("writing", self._write, all_ranks=True)
 
     def advance(self, any_working: bool, any_failed: bool) -> Outcome | None:
         """Leads to the next phase once no rank works on the present one. All ranks call it with the same arguments.
 
-        It does not wait for other ranks, but where one failed: then they tell each other why.
+        It waits for other ranks only to exchange hashes, or the reason where one failed.
 
         Args:
             any_working: whether `is_working` was true on any rank.
@@ -267,18 +180,20 @@ class CheckpointWriter:
         if not self.is_busy or any_working:
             return None
         reason = self._gather_reason() if any_failed else None
+        final, partial = self._store.path(self._step), self._store.path(self._step, ".partial")
         if reason is not None and self._phase != "removing":
             self._error = (
-                f"checkpoint {self._final} cannot be written: {reason}; earlier checkpoints are untouched; "
+                f"checkpoint {final} cannot be written: {reason}; earlier checkpoints are untouched; "
                 "free some space there or choose another run.folder that all nodes share"
             )
-            self._enter("removing", lambda: remove(self._partial))
+            self._enter("removing", lambda: remove(partial))
             return None
         if self._phase == "writing":
-            self._enter("publishing", self._publish)
+            texts = runtime.gather(self._hashes_text)
+            self._enter("publishing", lambda: self._publish(texts))
             return None
         self._phase, self._task = "idle", None
-        return Outcome(self._step, None if self._error else self._final, self._error)
+        return Outcome(self._step, None if self._error else final, self._error)
 
     def wait(self) -> Outcome | None:
         """Waits until nothing is in flight. All ranks call it together.
@@ -315,12 +230,11 @@ class CheckpointWriter:
         self._progress += 1
 
     def _write(self) -> None:
-        rank = runtime.rank()
-        _write_share(self._partial, self._shapes, self._step, self._snapshot, rank, self._note_progress)
+        partial = self._store.path(self._step, ".partial")
+        self._hashes_text = json.dumps(self._part.write(partial, self._step, self._note_progress))
 
-    def _publish(self) -> None:
-        _join_parts(self._partial, runtime.world_size())
-        self._store.publish(self._partial, self._final, self._state_text)
+    def _publish(self, hashes_texts: Sequence[str]) -> None:
+        self._store.publish(self._step, [json.loads(text) for text in hashes_texts], self._state_text)
         self._store.apply_retention(self._step)
 
     def _gather_reason(self) -> str:

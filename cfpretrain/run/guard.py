@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TypedDict
 
-from cfpretrain.base.config import Natural, NotNegative
+from cfpretrain.base.config import GuardConfig, Natural, NotNegative
 
 # A normal distribution's standard deviation is so many of its median absolute deviations.
 _DEVIATIONS_PER_MAD = 1.4826
@@ -29,33 +29,27 @@ class GuardState(TypedDict, total=False):
 class Guard:
     """Says whether a step may be applied, from the losses and gradient norms of the latest applied steps.
 
-    All values are non-negative. A pure function of what it was told: ranks that are told the same numbers decide alike.
-
-    Args:
-        spike_deviations: a value that lies so many robust deviations above the median is a spike; 0 = none is. Values
-            above 1 + 1.4826 * spike_deviations medians are spikes whatever the scatter.
-        window_steps: applied steps that say what is usual.
-        max_skips_in_row: skipped steps in a row after which the run should go back.
+    All values are non-negative. A pure function of the values so far: ranks with the same numbers decide alike. Values
+    above 1 + 1.4826 * `spike_deviations` medians are spikes whatever the scatter.
     """
 
-    def __init__(self, spike_deviations: float, window_steps: int, max_skips_in_row: int) -> None:
-        self._spike_deviations = spike_deviations
-        self._min_steps = max(_MIN_STEPS, math.ceil(window_steps / 4))
-        self._max_skips_in_row = max_skips_in_row
-        self._losses: deque[float] = deque(maxlen=window_steps)
-        self._grad_norms: deque[float] = deque(maxlen=window_steps)
+    def __init__(self, config: GuardConfig) -> None:
+        self._config = config
+        self._min_steps = max(_MIN_STEPS, math.ceil(config.window_steps / 4))
+        self._losses: deque[float] = deque(maxlen=config.window_steps)
+        self._grad_norms: deque[float] = deque(maxlen=config.window_steps)
         self.num_skips_in_row = 0
 
     def problem_of_loss(self, loss: float) -> str | None:
-        """What is wrong with a step's loss, the mean over the global batch; None where nothing is."""
+        """What is wrong with a step's loss, the mean over the global batch; None: nothing."""
         return self._problem("loss", loss, self._losses)
 
     def problem_of_grad_norm(self, norm: float) -> str | None:
-        """What is wrong with the norm of a step's gradient before clipping; None where nothing is."""
+        """What is wrong with the norm of a step's gradient before clipping; None: nothing."""
         return self._problem("gradient norm", norm, self._grad_norms)
 
     def applied(self, loss: float, grad_norm: float) -> None:
-        """Notes a step that was applied: it is part of what is usual, and ends a row of skips."""
+        """Adds a step that was applied to the window; it ends a row of skips."""
         assert math.isfinite(loss), loss
         assert math.isfinite(grad_norm), grad_norm
         self._losses.append(loss)
@@ -63,17 +57,13 @@ class Guard:
         self.num_skips_in_row = 0
 
     def skipped(self) -> None:
-        """Notes a step that was not applied."""
+        """Counts a step that was not applied."""
         self.num_skips_in_row += 1
-
-    def begin_row(self) -> None:
-        """After a rewind: the skips that led to it no longer count, nor do those before the checkpoint."""
-        self.num_skips_in_row = 0
 
     @property
     def must_rewind(self) -> bool:
         """Whether so many steps in a row were skipped that the weights themselves must be sick."""
-        return self.num_skips_in_row >= self._max_skips_in_row
+        return self.num_skips_in_row >= self._config.max_skips_in_row
 
     def to_plain(self) -> GuardState:
         """The state for JSON, exact: a resumed run decides as an uninterrupted one."""
@@ -84,7 +74,7 @@ class Guard:
         }
 
     def restore(self, plain: GuardState) -> None:
-        """Takes up the state that `to_plain` gave, an empty one too; of a longer window the latest steps."""
+        """Restores the state of `to_plain`, or an empty one; of a longer window the latest steps."""
         self._losses.clear()
         self._losses.extend(plain.get("losses", ()))
         self._grad_norms.clear()
@@ -94,13 +84,13 @@ class Guard:
     def _problem(self, name: str, value: float, window: Sequence[float]) -> str | None:
         if not math.isfinite(value):
             return f"the {name} is {value}"
-        if not self._spike_deviations or len(window) < self._min_steps:
+        if not self._config.spike_deviations or len(window) < self._min_steps:
             return None
         median = statistics.median(window)
         mad = statistics.median([abs(x - median) for x in window])
         deviation = max(_DEVIATIONS_PER_MAD * mad, _MIN_SHARE * median)
         # Where most values are 0 there is no scale to measure by.
-        if deviation == 0 or value <= median + self._spike_deviations * deviation:
+        if deviation == 0 or value <= median + self._config.spike_deviations * deviation:
             return None
         return (
             f"the {name} {value:.4g} is {(value - median) / deviation:.0f} deviations above {median:.4g}, "

@@ -1,11 +1,10 @@
-"""Numbers a person will plot: one JSON line a step, windows summed over ranks, and FLOPs."""
+"""Numbers a person will plot: one JSON line a step, FLOPs, memory."""
 
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import ModelConfig
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.console import explaining, say
 from cfpretrain.base.files import open_to_read, parse_json
+from cfpretrain.core.segments import Work
 
 _MAX_BYTES, _MAX_LINE_BYTES = 2**32, 2**24  # of a metrics file
 # Dense bf16 rate of one GPU, in FLOP/s, by a part of its name (the makers' data sheets, without sparsity).
@@ -25,26 +25,22 @@ _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A
 # FLOPs
 
 
-def training_flops(model: ModelConfig, num_sequences: int, num_tokens: int, num_visible: int) -> float:
-    """FLOPs of forward and backward over some sequences; of attention, visible pairs alone count.
+def training_flops(model: ModelConfig, work: Work) -> float:
+    """FLOPs of forward and backward; of attention, visible pairs alone count.
 
     Embeddings of classes and timesteps, norms and pointwise operations are left out (under 1 %).
 
     Args:
         model: sizes.
-        num_sequences: sequences, one image each.
-        num_tokens: their tokens, all together.
-        num_visible: visible pairs of query and key, all together.
+        work: tokens and visible pairs of the sequences, counted by their layouts.
     """
-    D, L = model.width, model.num_tokens
-    blocks = model.depth * (24 * D**2 * num_tokens + 4 * D * num_visible)
-    image_tokens = num_tokens - model.num_cond_tokens * num_sequences
-    ends = 2 * model.patch_values * D * (image_tokens + L * num_sequences)
-    return 3.0 * (blocks + ends)
+    D = model.width
+    blocks = model.depth * (24 * D**2 * work.tokens + 4 * D * work.visible)
+    return 3.0 * (blocks + 2 * model.patch_values * D * work.patches)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """The device's dense bf16 rate in FLOP/s; None where it is not known to us."""
+    """The device's dense bf16 rate in FLOP/s; None where it is not known."""
     if device.type != "cuda" or precision != "bf16":
         return None
     name = torch.cuda.get_device_name(device)
@@ -54,9 +50,8 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 def peak_memory_gb(device: torch.device) -> tuple[float, ...]:
     """The most memory of this process, in 1e9 bytes; it waits for no device.
 
-    Returns:
-        On a GPU, what tensors held there since the last call, and what torch had reserved for them: where the second is
-        near the GPU's memory and the first is not, memory is fragmented. On a CPU, what the process has ever held.
+    On a GPU two numbers: held by tensors since the last call, and reserved by torch for them. Where the second is near
+    the GPU's memory and the first is not, memory is fragmented. On a CPU, what the process has ever held.
     """
     if device.type != "cuda":
         return (runtime.peak_rss_mb() / 1e3,)
@@ -65,84 +60,30 @@ def peak_memory_gb(device: torch.device) -> tuple[float, ...]:
     return found
 
 
-# ---------------------------------------------------------------------------
-# Steps and windows
-
-
-@dataclass
-class StepRecord:
-    """One step.
-
-    Attributes:
-        row: values that are equal on all ranks: step, loss, learning_rate, grad_norm, ...
-        flops: the step's FLOPs over all ranks.
-        sample_ids: of this rank; None where they are not logged.
-    """
-
-    row: dict[str, Any]
-    flops: float
-    sample_ids: list[int] | None = None
-
-
-@dataclass
-class Window:
-    """The steps since the last line."""
-
-    records: list[StepRecord] = field(default_factory=list)
-
-    def close(self, seconds: Sequence[float]) -> tuple[list[dict[str, Any]], float, list[float]]:
-        """Empties the window; all ranks call it.
-
-        Returns:
-            The rows, the window's FLOPs over all ranks, and rank 0's `seconds`.
-        """
-        # Rank 0's clock decides for all, so that all ranks stop at the same step.
-        clocks = [s if runtime.rank() == 0 else 0.0 for s in seconds]
-        agreed = runtime.sum_over_ranks(torch.tensor(clocks, dtype=torch.float64)).tolist()
-        self._gather_sample_ids()
-        rows, flops = [r.row for r in self.records], sum(r.flops for r in self.records)
-        self.records = []
-        return rows, flops, agreed
-
-    def _gather_sample_ids(self) -> None:
-        if not any(record.sample_ids for record in self.records):
-            return
-        of_ranks = runtime.gather([record.sample_ids for record in self.records])
-        for record, parts in zip(self.records, zip(*of_ranks, strict=True), strict=True):
-            record.row["sample_ids"] = sorted(i for part in parts for i in part)
-
-
 def finite_or_none(value: float) -> float | None:
-    """What JSON, which has no NaN, can hold of a number."""
+    """The number; None in place of one that JSON cannot hold."""
     return value if math.isfinite(value) else None
 
 
+# ---------------------------------------------------------------------------
+# The file
+
+
 class MetricsFile:
-    """`metrics.jsonl`: a row for each step and one for each score, by rank 0. A disk that is full does not end the run.
+    """`metrics.jsonl`: a row for each step and one for each score, by rank 0. A full disk does not end the run.
 
-    All ranks construct it together.
-
-    Args:
-        path: the file.
-        resume_step: rows after this step are of work that a kill lost; they are dropped.
-
-    Raises:
-        UserError: on all ranks: the file cannot be written at all.
+    All ranks construct it together; UserError on all where it cannot be written at all. Rows after `resume_step` are of
+    work that a kill has lost, and dropped.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
         self._path = path
         self._num_bytes = 0  # of the rows on disk
         self._pending: list[str] = []
-        with runtime.together():
+        fix = "free some space there or choose another run.folder"
+        with runtime.together(), explaining(f"{path} cannot be written: {{reason}}; {fix}"):
             if runtime.rank() == 0:
-                try:
-                    self._begin(resume_step)
-                except OSError as error:
-                    raise UserError(
-                        f"{path} cannot be written: {error.strerror or error}; free some space there or choose "
-                        "another run.folder"
-                    ) from error
+                self._begin(resume_step)
 
     def _begin(self, resume_step: int) -> None:
         path = self._path
@@ -156,11 +97,7 @@ class MetricsFile:
         self._num_bytes = len(data)
 
     def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Adds rows, on disk on return; where they cannot be written they wait in memory for the next call.
-
-        Args:
-            rows: none tries again to write those that wait.
-        """
+        """Adds rows, on disk on return; where they cannot be written they wait in memory for the next call."""
         if runtime.rank() != 0:
             return
         num_waiting = len(self._pending)
@@ -201,7 +138,7 @@ def _to_line(row: Mapping[str, Any]) -> str:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """A row for each step of a metrics file, with the scores at that step, which the file has on lines of their own.
 
-    A last line that a kill cut short is left out; damaged ones are too, and are said.
+    A last line that a kill cut short is left out; damaged lines are left out with a warning.
     """
     rows, num_damaged = _read_rows(path)
     if num_damaged:
@@ -214,11 +151,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _read_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
     """The rows, and how many lines before the last are none."""
-    try:
-        with open_to_read(path, _MAX_BYTES) as file:
-            found = [_to_row(line) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b"")]
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error}); restore or remove it") from error
+    with (
+        explaining(f"{path} cannot be read ({{reason}}); restore or remove it"),
+        open_to_read(path, _MAX_BYTES) as file,
+    ):
+        found = [_to_row(line) for line in iter(lambda: file.readline(_MAX_LINE_BYTES), b"")]
     return [row for row in found if row is not None], sum(row is None for row in found[:-1])
 
 

@@ -28,6 +28,8 @@ STATE_FILE = "state.json"
 TRAINING_SECTIONS = ("order", "data", "train", "guard")  # of a config: other values train otherwise from there on
 # What the past training means: with other values the weights are those of another model. The rest may change.
 _FIXED_SECTIONS, _FIXED_KEYS = ("model", "noise"), ("data.latent_shift", "data.latent_scale")
+# Keys that older records lack, with what was trained then.
+_ADDED_KEYS = {"noise.process": "epsilon", "noise.flow_times": "logit_normal"}
 
 
 class Resume(TypedDict):
@@ -139,7 +141,7 @@ class TrainingState:
 
     def contradictions(self, config: Mapping[str, Any]) -> list[str]:
         """Where a config, of plain values, says otherwise what the past training means: each key with both values."""
-        ours, theirs = _fixed(self.config), _fixed(config)
+        ours, theirs = _ADDED_KEYS | _fixed(self.config), _fixed(config)
         both = {
             path: (ours.get(path, "absent"), theirs.get(path, "absent"))
             for path in sorted(ours.keys() | theirs.keys())

@@ -14,12 +14,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, reason_of
 from cfpretrain.base.files import opened, parse_json, write_fully
 
 VALUE_BYTES = 4
@@ -27,6 +27,9 @@ CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _PRODUCER = "cfpretrain"
+
+Shapes = Mapping[str, tuple[int, ...]]  # of whole tensors, by name
+PlainHashes = dict[str, list[list[Any]]]  # [begin, end, sha256] of each range by tensor: what JSON holds
 
 if sys.byteorder != "little":
     raise RuntimeError("safetensors files are little-endian, and this machine is not")
@@ -36,16 +39,15 @@ if sys.byteorder != "little":
 class Fragment:
     """What this rank holds of one parameter: a contiguous range of its flattened values, in fp32.
 
-    `values`, `exp_avg` and `exp_avg_sq` are views: writing into them changes the engine, and after writing `values`
-    the engine must be told by `Engine.refresh`.
+    All tensors are views: writing into them changes the engine, and after writing `values` the engine must be told by
+    `Engine.refresh`.
     """
 
     name: str  # as in module.named_parameters()
     shape: tuple[int, ...]  # of the whole parameter
     offset: int  # where the range begins in the flattened parameter
     values: Tensor  # [numel], the weights that the optimizer updates
-    exp_avg: Tensor  # [numel], Adam's first moment
-    exp_avg_sq: Tensor  # [numel], Adam's second moment
+    state: dict[str, Tensor]  # the optimizer's, each [numel], under torch's names: exp_avg, exp_avg_sq of Adam
     replicated: bool  # every rank holds the same range (ZeRO stage 0)
 
     @property
@@ -61,14 +63,6 @@ class DamagedCheckpointError(UserError):
 def remedy(file: Path) -> str:
     """What a person can do about a damaged file of a checkpoint."""
     return f"restore it, or delete {file.parent} to resume from an earlier checkpoint"
-
-
-def reason_of(error: BaseException) -> str:
-    """What went wrong, in a few words, with the file."""
-    if not isinstance(error, OSError):
-        return str(error)
-    where = f" ({error.filename})" if error.filename else ""
-    return f"{error.strerror or error}{where}"
 
 
 def unreadable(task: str, error: Exception, fix: str) -> UserError:
@@ -96,7 +90,7 @@ class Header:
         return self.begins[name] + VALUE_BYTES * value
 
 
-def make_header(shapes: Mapping[str, tuple[int, ...]], content: str, step: int) -> tuple[bytes, Header]:
+def make_header(shapes: Shapes, content: str, step: int) -> tuple[bytes, Header]:
     """The first bytes of a file of fp32 tensors, which follow sorted by name, and what they say.
 
     Args:
@@ -142,13 +136,11 @@ def read_header(file: Path) -> Header:
             )
         text = memoryview(bytearray(num_header_bytes))
         _read_fully(descriptor, text, 8)
-    return _checked_header(file, bytes(size) + bytes(text), num_bytes)
-
-
-def _checked_header(file: Path, first_bytes: bytes, num_bytes: int) -> Header:
     try:
-        shapes, metadata = _parse(parse_json(first_bytes[8:]))
-        written, header = make_header(shapes, file.stem, int(metadata.get("step", 0)))
+        entries = parse_json(bytes(text))
+        metadata = entries.pop("__metadata__", {})
+        shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+        first_bytes, header = make_header(shapes, file.stem, int(metadata.get("step", 0)))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DamagedCheckpointError(
             f"{file}: expected a safetensors header, got {error!r:.120}; {remedy(file)}"
@@ -158,34 +150,18 @@ def _checked_header(file: Path, first_bytes: bytes, num_bytes: int) -> Header:
             f"{file}: expected {file.stem} written by {_PRODUCER}, "
             f"got a safetensors file with metadata {metadata!r:.80}; {remedy(file)}"
         )
-    if written != first_bytes:
+    if first_bytes[:8] != size or first_bytes[8:] != text:
         raise DamagedCheckpointError(f"{file}: expected the header of its tensors, got another; {remedy(file)}")
     if header.num_bytes != num_bytes:
         raise DamagedCheckpointError(f"{file}: expected {header.num_bytes} bytes, got {num_bytes}; {remedy(file)}")
     return header
 
 
-def _parse(entries: dict[str, Any]) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    metadata = entries.pop("__metadata__", {})
-    shapes: dict[str, tuple[int, ...]] = {}
-    position = 0
-    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
-        shape = tuple(int(size) for size in entry["shape"])
-        begin, end = entry["data_offsets"]
-        if entry["dtype"] != "F32":
-            raise ValueError(f"{name} of dtype {entry['dtype']} instead of F32")
-        if begin != position or end - begin != VALUE_BYTES * math.prod(shape):
-            raise ValueError(f"{name} at bytes {begin} to {end}")
-        shapes[name], position = shape, end
-    return shapes, dict(metadata)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Ranges and their hashes
 
 
-@dataclass(frozen=True)
-class HashedRange:
+class HashedRange(NamedTuple):
     """Flat values `begin` to `end` of a tensor, and the sha256 of their bytes."""
 
     name: str
@@ -195,31 +171,76 @@ class HashedRange:
 
 
 def write_ranges(
-    descriptor: int,
-    header: Header,
+    file: Path,
+    shapes: Shapes,
+    step: int,
     ranges: Iterable[tuple[str, int, memoryview]],
+    with_header: bool,
     on_progress: Callable[[], None] = lambda: None,
-) -> list[HashedRange]:
-    """Writes flat ranges of tensors to their place in a file.
+) -> PlainHashes:
+    """Writes flat ranges of tensors to their place in a file, which is made where it is missing, down to the disk.
 
     Args:
-        descriptor: of the file, open for writing.
-        header: of the file; it need not be written yet.
+        file: its stem says what the tensors are.
+        shapes: of all tensors of the file.
+        step: of the checkpoint.
         ranges: name of the tensor, first flat value, and the bytes of the values.
-        on_progress: called after each hash.
+        with_header: write the header and set the size too; one of the writers of a file does.
+        on_progress: called after each hash, and at the end.
 
     Returns:
-        A hash for at most `CHUNK_VALUES` values each, in the order of writing.
+        A hash for at most `CHUNK_VALUES` values each, in the order of the values.
     """
-    written = []
-    for name, begin, data in ranges:
-        for at in range(0, len(data), VALUE_BYTES * CHUNK_VALUES):
-            chunk = data[at : at + VALUE_BYTES * CHUNK_VALUES]
-            first = begin + at // VALUE_BYTES
-            write_fully(descriptor, chunk, header.position(name, first))
-            written.append(HashedRange(name, first, first + len(chunk) // VALUE_BYTES, _sha256(chunk)))
-            on_progress()
-    return written
+    first_bytes, header = make_header(shapes, file.stem, step)
+    hashes: PlainHashes = {name: [] for name in header.shapes}
+    with opened(file, os.O_WRONLY | os.O_CREAT) as descriptor:
+        if with_header:
+            os.ftruncate(descriptor, header.num_bytes)
+            write_fully(descriptor, first_bytes, 0)
+        for name, begin, data in ranges:
+            for at in range(0, len(data), VALUE_BYTES * CHUNK_VALUES):
+                chunk = data[at : at + VALUE_BYTES * CHUNK_VALUES]
+                first = begin + at // VALUE_BYTES
+                write_fully(descriptor, chunk, header.position(name, first))
+                hashes[name].append([first, first + len(chunk) // VALUE_BYTES, _sha256(chunk)])
+                on_progress()
+        os.fsync(descriptor)
+    on_progress()
+    return hashes
+
+
+def checked_hashes(plain: Any, header: Header, source: Path) -> list[HashedRange]:
+    """The hashes of a file's values, from what `write_ranges` returned: each value of each tensor has one.
+
+    Raises:
+        DamagedCheckpointError: it is something else, or does not cover each value once.
+    """
+    try:
+        ranges = [HashedRange(name, *row) for name, rows in plain.items() for row in rows]
+        is_sound = all(
+            (type(place.begin), type(place.end), type(place.sha256)) == (int, int, str) and place.begin < place.end
+            for place in ranges
+        )
+    except (TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(
+            f"{source}: expected lists of [begin, end, sha256] by tensor, got {error!r:.120}; {remedy(source)}"
+        ) from error
+    if not is_sound:
+        raise DamagedCheckpointError(f"{source}: expected ranges with begin < end and a sha256; {remedy(source)}")
+    covered = dict.fromkeys(header.shapes, 0)
+    strange = sorted(covered.keys() ^ plain.keys())
+    for place in sorted(ranges, key=lambda place: place.begin):
+        if covered.get(place.name) == place.begin:
+            covered[place.name] = place.end
+        else:
+            strange.append(place.name)
+    strange += [name for name, shape in header.shapes.items() if covered[name] != math.prod(shape)]
+    if strange:
+        raise DamagedCheckpointError(
+            f"{source}: expected hashes of each value of {header.metadata['content']} once, "
+            f"got others of {strange[0]}; {remedy(source)}"
+        )
+    return ranges
 
 
 def verify_ranges(file: Path, header: Header, ranges: Iterable[HashedRange]) -> None:
@@ -256,17 +277,7 @@ def read_values(descriptor: int, position: int, values: Tensor) -> None:
 
 
 def read_whole(file: Path, header: Header, ranges: Iterable[HashedRange]) -> dict[str, Tensor]:
-    """All tensors of a file on the CPU, each byte held against its hash.
-
-    Args:
-        file: one of ours.
-        header: of the file.
-        ranges: they cover every tensor once.
-
-    Raises:
-        DamagedCheckpointError: names the first range that is not what was written.
-        OSError: it cannot be read, or ends before its size.
-    """
+    """All tensors of a header on the CPU, each byte held against its hash; errors as of `verify_ranges`."""
     tensors = {name: torch.empty(shape, dtype=torch.float32) for name, shape in header.shapes.items()}
     with opened(file, os.O_RDONLY) as descriptor:
         for place in ranges:
@@ -286,60 +297,6 @@ def _compare(file: Path, place: HashedRange, found: str) -> None:
 
 def _sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data, usedforsecurity=False).hexdigest()
-
-
-def hashes_to_plain(ranges: Iterable[HashedRange], names: Iterable[str]) -> dict[str, list[list[Any]]]:
-    """Ranges by tensor as lists of [begin, end, sha256], in the order of the values, for JSON."""
-    plain: dict[str, list[list[Any]]] = {name: [] for name in sorted(names)}
-    for place in sorted(ranges, key=lambda place: place.begin):
-        plain[place.name].append([place.begin, place.end, place.sha256])
-    return plain
-
-
-def hashes_from_plain(plain: Any, source: Path) -> list[HashedRange]:
-    """Reads what `hashes_to_plain` made.
-
-    Raises:
-        DamagedCheckpointError: it is something else.
-    """
-    try:
-        ranges = [HashedRange(name, *row) for name, rows in plain.items() for row in rows]
-        sound = all(
-            (type(place.begin), type(place.end), type(place.sha256)) == (int, int, str) and place.begin < place.end
-            for place in ranges
-        )
-    except (TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(
-            f"{source}: expected lists of [begin, end, sha256] by tensor, got {error!r:.120}; {remedy(source)}"
-        ) from error
-    if not sound:
-        raise DamagedCheckpointError(f"{source}: expected ranges with begin < end and a sha256; {remedy(source)}")
-    return ranges
-
-
-def check_cover(ranges: Iterable[HashedRange], names: Iterable[str], header: Header, source: Path) -> None:
-    """Refuses ranges that do not cover every tensor of a file exactly once.
-
-    Raises:
-        DamagedCheckpointError: names the first tensor concerned.
-    """
-    covered = dict.fromkeys(header.shapes, 0)
-    strange = sorted(covered.keys() ^ set(names))
-    for place in sorted(ranges, key=lambda place: place.begin):
-        if covered.get(place.name) == place.begin:
-            covered[place.name] = place.end
-        else:
-            strange.append(place.name)
-    strange += [name for name, shape in header.shapes.items() if covered[name] != math.prod(shape)]
-    if strange:
-        raise DamagedCheckpointError(
-            f"{source}: expected hashes of each value of {header.metadata['content']} once, "
-            f"got others of {strange[0]}; {remedy(source)}"
-        )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bytes
 
 
 def bytes_of(values: Tensor) -> memoryview:

@@ -4,11 +4,11 @@ import netrc
 import os
 import queue
 import secrets
-import time
+import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
@@ -42,29 +42,19 @@ class Tracker:
 
     def __init__(self, mode: str, project: str, folder: Path, run_id: str | None, config: Mapping[str, Any]) -> None:
         self.run_id = run_id
+        self._folder = folder
         self._task: Task | None = None
-        self._may_end = False
+        self._may_end, self._is_over = False, False
         if mode == "disabled" or runtime.rank() != 0:
             return
-        self._folder, self._is_over = folder, False
+        problem = _problem_of(folder)
+        if problem is not None:
+            self._report(problem)
+            return
         try:
             import wandb
         except Exception as error:
             self._report(f"cannot be loaded ({one_line(error):.200})")
-            return
-        try:
-            for name in ("wandb", ".wandb"):  # one of which it writes in
-                if os.path.lexists(folder / name):
-                    files.check_folder(folder / name)
-                # It would say where the user's key is sent, and the current folder may be one that was given.
-                if os.path.lexists(Path(name, "settings")):
-                    self._report(
-                        f"is not started: it would read {Path(name, 'settings').absolute()}; move that to "
-                        "~/.config/wandb/settings, or start elsewhere"
-                    )
-                    return
-        except OSError as error:
-            self._report(f"cannot write in {error.filename} ({error.strerror})")
             return
         self._wandb = wandb
         # Known before wandb's service answers, so that the first checkpoint holds it.
@@ -80,11 +70,11 @@ class Tracker:
         }
         # What to do with wandb's run; None: end it.
         self._jobs: queue.Queue[Callable[[Any], None] | None] = queue.Queue(_MOST_WAITING)
-        self._has_begun = False
+        self._has_begun = threading.Event()  # or failed
         self._task = Task(self._work, "wandb")
         with phase("starting wandb", announce=False):
             # Usually it has its threads before the loader forks; a service that does not answer is not waited for.
-            _wait(_START_SECONDS, lambda: self._has_begun or not self._works)
+            self._has_begun.wait(_START_SECONDS)
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Logs the numbers of a row at its step."""
@@ -112,12 +102,8 @@ class Tracker:
                 self._task.join(_DEATH_SECONDS)
         self._task = None
 
-    @property
-    def _works(self) -> bool:
-        return self._task is not None and self._task.is_alive() and not self._is_over
-
     def _hand_over(self, job: Callable[[Any], None] | None) -> None:
-        if not self._works:
+        if self._task is None or self._is_over or not self._task.is_alive():
             return
         try:
             self._jobs.put_nowait(job)
@@ -127,7 +113,7 @@ class Tracker:
     def _work(self) -> None:
         try:
             run = self._wandb.init(**self._options)
-            self._has_begun = True
+            self._has_begun.set()
             while (job := self._jobs.get()) is not None:
                 job(run)
             run.finish()
@@ -136,6 +122,7 @@ class Tracker:
                 self._report("has lost its process")
         except Exception as error:  # of wandb's many
             self._report(f"failed ({one_line(error):.200})")
+        self._has_begun.set()
         with suppress(Exception):
             self._wandb.teardown()  # here, since at the end of the process its errors are printed
 
@@ -157,10 +144,22 @@ def _visible(plain: Any) -> Any:
     return visible(plain) if isinstance(plain, str) else plain
 
 
-def _wait(seconds: float, condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
+def _problem_of(folder: Path) -> str | None:
+    """Why wandb must not be started for a run folder."""
+    for name in ("wandb", ".wandb"):  # one of which it writes in
+        try:
+            if os.path.lexists(folder / name):
+                files.check_folder(folder / name)
+        except OSError as error:
+            return f"cannot write in {error.filename} ({error.strerror})"
+        # It would say where the user's key is sent, and the current folder may be one that was given.
+        settings = Path(name, "settings")
+        if os.path.lexists(settings):
+            return (
+                f"is not started: it would read {settings.absolute()}; move that to ~/.config/wandb/settings, or start "
+                "elsewhere"
+            )
+    return None
 
 
 def _end_service() -> None:
@@ -170,17 +169,10 @@ def _end_service() -> None:
                 child.kill()
 
 
-def _resolve_mode(mode: str) -> Literal["online", "offline"]:
-    if mode == "online":
-        return "online"
-    if mode == "offline":
-        return "offline"
-    assert mode == "auto", mode
-    return "online" if os.environ.get("WANDB_API_KEY") or _has_netrc_key() else "offline"
-
-
-def _has_netrc_key() -> bool:
-    try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
-    except (OSError, ValueError, netrc.NetrcParseError):
-        return False
+def _resolve_mode(mode: str) -> str:
+    if mode != "auto":
+        return mode
+    with suppress(OSError, ValueError, netrc.NetrcParseError):
+        if os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators("api.wandb.ai"):
+            return "online"
+    return "offline"

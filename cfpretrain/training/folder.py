@@ -1,45 +1,54 @@
 """The run folder around training: who may write in it, what in it fits the config, what it tells job scripts."""
 
+import fcntl
+import json
 import os
-from collections.abc import Sequence
+import socket
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import torch
 
 from cfpretrain.base import config as configs
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config, to_plain, to_yaml
-from cfpretrain.base.console import UserError, leave_before_training, phase, say
+from cfpretrain.base.console import UserError, explaining, phase, say
+from cfpretrain.base.stopping import leave_before_training
 from cfpretrain.data.loader import open_folders, order_fingerprint
-from cfpretrain.data.shards import LatentsInfo, check_autoencoder, check_infos
+from cfpretrain.data.mosaic import __version__ as streaming_version
+from cfpretrain.data.shards import check_autoencoder, check_infos
 from cfpretrain.run.build import (
     CHECKPOINTS,
     CONFIG_FILE,
     LOCK_FILE,
     REQUEUE_FILE,
     SAMPLES,
+    SUMMARY_FILE,
     check_relative,
     choose_blocks,
     make_autoencoder,
     make_store,
     read_summary,
 )
-from cfpretrain.run.checkpoint import CheckpointStore
+from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.state import TrainingState, changes, read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError
+from cfpretrain.training.step import Counters
 
 _LOCK_SECONDS = 60.0  # a run that was asked to stop ends within it
+_MOST_STEPS_LISTED = 1000
 
 
 def write_requeue(folder: Path, reason: str) -> None:
-    """Leaves word for job scripts that the same command should be run again; any rank may, rank 0 may be lost."""
+    """Tells job scripts that the same command should be run again; any rank may, since rank 0 may be lost."""
     files.replace(folder / REQUEUE_FILE, f"{reason}\n")
 
 
-def leave_at_start(folder: Path) -> NoReturn:
-    """Ends this process at a request to stop before the first step, where what it would save is saved already."""
+def leave_at_start(folder: Path) -> None:
+    """Ends this process at a request to stop before the first step, when all that it would save is saved already."""
     with suppress(OSError):
         if folder.is_dir():
             write_requeue(folder, "stopped before its first step")
@@ -47,21 +56,18 @@ def leave_at_start(folder: Path) -> NoReturn:
 
 
 def remove_requeue(folder: Path) -> None:
-    """Takes that word back: the run is complete, or running it again would not help."""
+    """Tells job scripts that the run is complete, or that running it again would not help."""
     if runtime.rank() == 0:
-        with suppress(OSError):  # a disk that became read-only has more to say elsewhere
+        with suppress(OSError):  # a disk that became read-only is reported elsewhere
             files.remove(folder / REQUEUE_FILE)
 
 
 def check_moved(paths: Sequence[str], config: Config) -> None:
-    """Refuses the config of a moved or copied run that still says where it was: the original would train, or a new run.
+    """Refuses the config of a moved or copied run that still names the old folder, where another run would train.
 
     Args:
         paths: files that the config was read from.
         config: as it was read from them and the command line.
-
-    Raises:
-        UserError: names the folder that was hardly meant.
     """
     for file in (Path(path).expanduser() for path in paths):
         is_of_run = configs.is_recorded(file) and (file.parent / CHECKPOINTS).is_dir()
@@ -75,55 +81,53 @@ def check_moved(paths: Sequence[str], config: Config) -> None:
 
 
 def prepare_folder(config: Config, device: torch.device) -> None:
-    """Checks what a run reads and where it writes, and takes the run folder; what is recorded in it stays as it was.
+    """Checks what a run reads and where it writes, and locks the run folder, in which nothing is recorded yet.
 
-    It takes no seconds of building an engine. All ranks call it.
-
-    Raises:
-        UserError: on all ranks: the shards do not fit the config, the latest checkpoint is of another run, the
-            folder cannot be written, or the device cannot do what the config asks for.
+    All ranks call it, before the engine is built. UserError on all of them where the shards do not fit the config, the
+    latest checkpoint is of another run, the folder cannot be written, or the device cannot do what the config asks for.
     """
     folder = Path(config.run.folder)
     with runtime.together():
         choose_blocks(config, device.type)
-        _check_writable(folder)
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
+        if not nearest.is_dir():
+            raise UserError(_unwritable(folder, f"{nearest} is no folder"))
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(_unwritable(folder, f"no permission to write in {nearest}"))
         _check_inputs(config)
-        try:
+        with explaining(_unwritable(folder)):
             files.make_folder(folder, follow=True)
             take(folder)
             remove_requeue(folder)
-            if runtime.rank() == 0:
-                for place in (folder.resolve(), folder.resolve() / SAMPLES):
-                    files.remove_leftovers(place)
-        except OSError as error:
-            raise _unwritable(folder, error.strerror or str(error)) from error
+            for place in (folder.resolve(), folder.resolve() / SAMPLES) if runtime.rank() == 0 else ():
+                files.remove_leftovers(place)
+
+
+def _unwritable(folder: Path, reason: str = "{reason}") -> str:
+    return (
+        f"run.folder: {folder} cannot be written ({reason}); choose another with run.folder=PATH or change its "
+        "permissions"
+    )
 
 
 def record_config(config: Config) -> None:
-    """Puts the resolved config into the run folder and says what it changes: what follows trains. All ranks call it.
-
-    Raises:
-        UserError: on all ranks: it cannot be written.
-    """
+    """Writes the resolved config into the run folder, and says what it changes. All ranks call it."""
     folder = Path(config.run.folder)
-    with runtime.together():
+    with runtime.together(), explaining(_unwritable(folder)):
         if runtime.rank() == 0:
             _say_changes(folder, config)
-            try:
-                files.replace(folder / CONFIG_FILE, to_yaml(config))
-            except OSError as error:
-                raise _unwritable(folder, error.strerror or str(error)) from error
+            files.replace(folder / CONFIG_FILE, to_yaml(config))
 
 
 def _say_changes(folder: Path, config: Config) -> None:
-    """Names the knobs that are set otherwise than when the latest checkpoint was written."""
+    """Names the settings that differ from those of the latest checkpoint."""
     latest = _newest_readable(make_store(config))
     if latest is not None and latest[1].has_record:
         since, before = f"step {latest[1].step}", latest[1].config
     elif (folder / CONFIG_FILE).is_file():
         try:
             since, before = "the last start", to_plain(configs.load_recorded(folder / CONFIG_FILE))
-        except UserError:  # of an older version, or damaged: it is written anew
+        except UserError:  # of an older version, or damaged: it is replaced
             return
     else:
         return
@@ -131,31 +135,40 @@ def _say_changes(folder: Path, config: Config) -> None:
         say(f"changed since {since}: {key} from {was} to {value}")
 
 
-_locks: dict[Path, runtime.FolderLock] = {}
+_locks: dict[Path, int] = {}
 
 
 def take(folder: Path) -> None:
-    """Takes the run folder for this process, for its life; rank 0 does, and waits for another run's end.
-
-    Raises:
-        UserError: on rank 0: another run works in it.
-    """
+    """Locks the run folder for the life of this process; rank 0 does, and waits a while for another run's end."""
+    if runtime.rank() != 0 or folder.resolve() in _locks:
+        return
+    deadline = time.monotonic() + _LOCK_SECONDS
+    lock = files.open_lock(folder / LOCK_FILE)
+    # Of a copy by hard links (`cp -al`): it and the original run one at a time, and the text is any file's.
+    is_shared = os.fstat(lock).st_nlink > 1
     with phase(f"waiting for the run that uses {folder}", announce=False):
-        if folder.resolve() not in _locks:
-            _locks[folder.resolve()] = runtime.FolderLock(folder / LOCK_FILE, _LOCK_SECONDS)
+        while not _try_lock(lock):
+            if time.monotonic() > deadline:
+                holder = os.pread(lock, 256, 0).decode(errors="replace").strip() or "of an unknown process"
+                fix = f"; or, where this is a copy of that run by hard links, remove {folder / LOCK_FILE}" * is_shared
+                raise UserError(
+                    f"run.folder: {folder} is in use by another run ({holder}); end that one, or choose another "
+                    f"run.folder{fix}"
+                )
+            time.sleep(0.2)
+    if not is_shared:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    _locks[folder.resolve()] = lock
 
 
-def _check_writable(folder: Path) -> None:
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists() or path.is_symlink())
-    if not nearest.is_dir():
-        raise _unwritable(folder, f"{nearest} is no folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _unwritable(folder, f"no permission to write in {nearest}")
-
-
-def _unwritable(folder: Path, reason: str) -> UserError:
-    fix = "choose another with run.folder=PATH or change its permissions"
-    return UserError(f"run.folder: {folder} cannot be written ({reason}); {fix}")
+def _try_lock(descriptor: int) -> bool:
+    try:
+        # A record lock: a loader's worker, forked from this process and left behind by its death, does not hold it.
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
 
 
 def _check_inputs(config: Config) -> None:
@@ -165,8 +178,10 @@ def _check_inputs(config: Config) -> None:
         check_relative("evaluation.reference", config.evaluation.reference)
     infos = [folder.latents_info for folder in open_folders(config)]
     check_infos(infos, config)
-    if runtime.rank() == 0:
-        _check_autoencoder(infos[0], config)
+    if runtime.rank() == 0 and config.data.autoencoder:
+        # Another one than made the latents would decode them to something else.
+        autoencoder = make_autoencoder(config, torch.device("cpu"))
+        check_autoencoder(infos[0], autoencoder.fingerprint, autoencoder.shift, autoencoder.scale, "data.autoencoder")
     found = _newest_readable(make_store(config))
     if found is None:
         return
@@ -177,7 +192,7 @@ def _check_inputs(config: Config) -> None:
             f"data.shards: expected latents of the autoencoder {saved.autoencoder}, as checkpoint {latest} was trained "
             f"on, got those of {infos[0].autoencoder}; set data.shards as it was or choose another run.folder"
         )
-    # An imported checkpoint has none: it stands at the beginning of an epoch of any data.
+    # An imported checkpoint has none: it is at the beginning of an epoch of any data.
     if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config):
         raise UserError(
             f"data.shards: checkpoint {latest} was trained on other shards than {', '.join(config.data.shards)}, or "
@@ -191,13 +206,6 @@ def _check_inputs(config: Config) -> None:
         )
 
 
-def _check_autoencoder(info: LatentsInfo, config: Config) -> None:
-    """Refuses an autoencoder that did not make the latents, and would decode them to something else."""
-    if config.data.autoencoder:
-        found = make_autoencoder(config, torch.device("cpu"))
-        check_autoencoder(info, found.fingerprint, found.shift, found.scale, "data.autoencoder")
-
-
 def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | None:
     for path in store.candidates():
         try:
@@ -209,15 +217,15 @@ def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | Non
 
 def finished_step(config: Config) -> int | None:
     """The step at which this run folder's run was completed under this config; None where there is work left."""
-    # One rank's view of the folder decides.
-    summary = runtime.gather(read_summary(Path(config.run.folder)) if runtime.rank() == 0 else None)[0]
-    if summary is None:
-        return None
-    step = int(summary["num_steps"])
-    latest = runtime.gather(_newest_readable(make_store(config)) if runtime.rank() == 0 else None)[0]
-    if latest is not None and latest[1].step < step:
-        return None  # set back by hand
-    return step if is_done(config, step, float(summary["train_seconds"])) else None
+    step = None
+    with runtime.together():
+        summary = read_summary(Path(config.run.folder)) if runtime.rank() == 0 else None
+        if summary is not None and is_done(config, int(summary["num_steps"]), float(summary["train_seconds"])):
+            latest = _newest_readable(make_store(config))
+            if latest is None or latest[1].step >= summary["num_steps"]:  # else it was set back by hand
+                step = int(summary["num_steps"])
+    agreed: int | None = runtime.gather(step)[0]  # one rank's view of the folder decides
+    return agreed
 
 
 def is_done(config: Config, step: int, train_seconds: float) -> bool:
@@ -226,17 +234,46 @@ def is_done(config: Config, step: int, train_seconds: float) -> bool:
     return step >= config.train.num_steps or (limit > 0 and train_seconds >= limit)
 
 
+def package_versions() -> dict[str, str]:
+    """Of the packages that decide a run's numbers."""
+    return runtime.package_versions("torch", "deepspeed") | {"streaming": streaming_version}
+
+
+def write_summary(config: Config, at: Counters, rows: Sequence[Mapping[str, Any]], peak_rss_mb: float) -> None:
+    """Writes the summary of a complete run, from its end and the rows of its metrics; rank 0 calls it."""
+    losses = [row["loss"] for row in rows if row.get("loss") is not None]
+    tail = losses[-max(1, len(losses) // 20) :]
+    summary = {
+        "world_size": runtime.world_size(),
+        "zero_stage": config.engine.zero_stage,
+        "engine_precision": config.engine.precision,
+        "num_steps": at.step,
+        "num_skipped_steps": at.num_skipped,
+        "num_rewinds": at.num_rewinds,
+        "skipped_steps": [row["step"] for row in rows if "skipped" in row][:_MOST_STEPS_LISTED],
+        "train_seconds": at.train_seconds,
+        "images_per_second": at.step * config.train.global_batch_size / at.train_seconds,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": sum(tail) / len(tail) if losses else None,
+        "peak_rss_mb": peak_rss_mb,
+        "versions": package_versions(),
+    }
+    folder = Path(config.run.folder)
+    files.replace(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+    remove_requeue(folder)
+
+
 def tracker_run_id(saved: TrainingState | None, folder: Path) -> str | None:
-    """The wandb run to go on with; None begins one: a new run has none yet, and a copy of a run leaves that one alone.
+    """The wandb run to go on with; None begins one, as for a new run or a copy of a run.
 
     Args:
-        saved: what the run goes on from, where it does.
+        saved: the checkpoint that the run goes on from; None for a new run.
         folder: of the run.
     """
     if saved is None or saved.wandb_run_id is None or not saved.working_folder or runtime.rank() != 0:
         return saved.wandb_run_id if saved else None
     run_id, before = saved.wandb_run_id, Path(saved.working_folder, str(saved.config.get("run", {}).get("folder", "")))
-    with suppress(OSError, UserError):  # what cannot be read at its earlier place is no run that goes on there
+    with suppress(OSError, UserError):  # a run that cannot be read at its earlier place does not go on there
         theirs = _newest_readable(CheckpointStore(before / CHECKPOINTS, keep_last=1, keep_every_steps=0))
         if theirs is not None and theirs[1].wandb_run_id == run_id and not before.samefile(folder):
             say(f"{folder} is a copy of {before}, to which wandb run {run_id} belongs: it begins one of its own")

@@ -15,9 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from cfpretrain.base.config import Config, can_checkpoint
-from cfpretrain.core.ar import sequence_lengths, shares_split
+from cfpretrain.core.ar import ARSettings
+from cfpretrain.core.attention import BACKENDS
+from cfpretrain.core.modalities import class_segment
+from cfpretrain.core.segments import sequence_lengths
 from cfpretrain.run.build import choose_attention, make_model
-from cfpretrain.training.engine import ds_config
+from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
 
@@ -85,6 +88,7 @@ class Plan:
         bucket_numel: elements of a communication bucket.
         overlap: communication overlaps with computation, with two buckets at stages 1 and 2.
         persistent_numel: parameters of fewer elements stay gathered at stage 3.
+        optimizer: "adamw" or "muon".
     """
 
     num_ranks: int
@@ -100,6 +104,7 @@ class Plan:
     bucket_numel: int
     overlap: bool
     persistent_numel: int
+    optimizer: str = "adamw"
 
     @property
     def value_bytes(self) -> int:
@@ -114,15 +119,9 @@ class Plan:
 
 def network_of(config: Config, parameter_numels: Sequence[int]) -> Network:
     """The sizes of a config's network; `parameter_numels` are those of `build.make_model`."""
-    model, order = config.model, config.order
-    lengths = sequence_lengths(
-        model.num_cond_tokens,
-        model.num_tokens,
-        order.ar_step_decay,
-        order.num_ar_steps,
-        order.ar_step_sizes,
-        config.clean_token_multiple(),
-    )
+    model = config.model
+    before, ar = [class_segment(model.num_cond_tokens)], ARSettings(**vars(config.order))
+    lengths = sequence_lengths(before, model.num_tokens, ar, config.clean_token_multiple())
     return Network(
         parameter_numels=tuple(parameter_numels),
         width=model.width,
@@ -145,7 +144,7 @@ def plan_of(config: Config, num_ranks: int, zero_settings: dict[str, Any], atten
         on_gpu: whether the ranks compute on GPUs.
     """
     engine, order = config.engine, config.order
-    shared = shares_split(order.ar_split, order.num_ar_steps, order.ar_step_sizes)
+    shared = ARSettings(**vars(order)).shares_split
     return Plan(
         num_ranks=num_ranks,
         zero_stage=engine.zero_stage,
@@ -154,12 +153,13 @@ def plan_of(config: Config, num_ranks: int, zero_settings: dict[str, Any], atten
         accumulation_steps=config.accumulation_steps(num_ranks),
         checkpointing=engine.activation_checkpointing,
         compiled=engine.compile_blocks,
-        mask="none" if attention != "sdpa" else "shared" if shared else "sample",
+        mask="none" if not BACKENDS[attention].has_dense_mask else "shared" if shared else "sample",
         ema_on_host=engine.ema_on_host,
         on_gpu=on_gpu,
         bucket_numel=zero_settings["reduce_bucket_size"],
         overlap=zero_settings["overlap_comm"],
         persistent_numel=zero_settings["stage3_param_persistence_threshold"],
+        optimizer=config.train.optimizer,
     )
 
 
@@ -183,7 +183,7 @@ class Estimate:
         weights: those that are held all the time, in low precision where there is another copy.
         gradients: as held between two micro-batches. (Where a step has one micro-batch only, stages 0 and 2 hold none
             when its backward begins; they are counted all the same.)
-        optimizer: fp32 masters and Adam's moments.
+        optimizer: fp32 masters and the optimizer's state.
         ema: on the GPU.
         buffers: of communication.
         lasting_buffers: of them, those that also live between two micro-batches.
@@ -243,7 +243,7 @@ def estimate(network: Network, plan: Plan) -> Estimate:
         weights=_weights(network, plan),
         gradients=_gradients(network, plan, share),
         # At stage 0 the weights themselves are fp32; elsewhere there are masters, even of fp32 weights.
-        optimizer=(2 if stage == 0 else 3) * _FP32 * share,
+        optimizer=(2 if stage == 0 else 3) * _FP32 * share - _FP32 * _muon_share(network, plan),
         ema=0 if plan.ema_on_host else ema,
         buffers=buffers,
         # Stage 2 allocates its buckets in each backward.
@@ -353,11 +353,18 @@ def _reduction(network: Network, plan: Plan) -> int:
 
 def _update(network: Network, plan: Plan, share: int) -> int:
     """Beside the static part while the weights are updated."""
-    foreach = 0 if plan.on_gpu else _FP32 * share
+    # Muon moves the blocks' matrices one by one.
+    foreach = 0 if plan.on_gpu else _FP32 * (share - _muon_share(network, plan))
     flattened = _FP32 * share if plan.zero_stage == 3 else 0
     # The norm of a gradient is taken in fp64.
     norm = 2 * _FP32 * -(-max(network.parameter_numels) // plan.num_ranks) if plan.zero_stage >= 2 else 0
     return max(foreach + flattened, norm)
+
+
+def _muon_share(network: Network, plan: Plan) -> int:
+    """Values on one rank that Muon moves, with one buffer where Adam has two: qkv, proj, fc1 and fc2 of a block."""
+    matrices = 12 * network.width**2 * network.depth if plan.optimizer == "muon" else 0
+    return matrices if plan.zero_stage == 0 else -(-matrices // plan.num_ranks)
 
 
 def _activations(network: Network, plan: Plan) -> tuple[int, int]:

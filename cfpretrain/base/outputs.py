@@ -1,0 +1,173 @@
+"""Outputs that are whole or not there: made in a hidden folder under a lock, and given their name at the end."""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError, one_line, reason_of, say
+from cfpretrain.base.files import parse_json, read_text
+from cfpretrain.base.plans import differences
+
+LOCK_FILE = "lock"
+
+
+class Unfinished:
+    """Work on an output: a hidden folder beside it, `.NAME.KIND`, held by one process until the output is whole.
+
+    A killed process frees the lock, and the next one goes on with what lies there.
+
+    Args:
+        out: the output.
+        option: the argument or option that gave it, for messages; "" for none.
+        plan: JSON-able, all that the output depends on; see `begin`.
+        kind: of the folder's name.
+        plan_file: name of the file in the folder that holds the plan.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        option: str = "",
+        plan: Mapping[str, Any] | None = None,
+        kind: str = "unfinished",
+        plan_file: str = "settings.json",
+    ) -> None:
+        self.out, self.folder = out, out.parent / f".{out.name}.{kind}"
+        self.plan: dict[str, Any] = json.loads(json.dumps(plan or {}))  # as it will be read
+        self.plan_file = self.folder / plan_file
+        self._says = f"{option}: " if option else ""
+        self._lock: int | None = None
+
+    def take(self) -> None:
+        """Makes the folder, or takes it over from a process that was killed; OSError where it cannot be written."""
+        try:
+            files.make_folder(self.folder, private=True)
+        except FileExistsError as error:
+            reason = f"{error.filename} is in the way of {self.out}: {error.strerror}"
+            raise UserError(f"{self._says}{reason}; remove it") from error
+        self._lock = files.try_lock(self.folder / LOCK_FILE)
+        if self._lock is None:
+            raise UserError(f"{self._says}{self.out} is being written by another process; wait for its end, or stop it")
+        files.remove_leftovers(self.folder)
+        files.remove_leftovers(self.out.parent.resolve(), self.out.name)
+
+    def begin(self, starts_over: Callable[[dict[str, Any]], bool] = lambda _: False) -> None:
+        """Takes the folder and compares plans: work under another one is refused.
+
+        Args:
+            starts_over: of the other plan, whether its work is dropped instead.
+        """
+        with self.writing():
+            self.take()
+            if os.path.lexists(self.plan_file):
+                with self.reading(self.plan_file):
+                    there = parse_plan(read_text(self.plan_file))
+                different = differences(there, self.plan)
+                if different and not starts_over(there):
+                    raise UserError(
+                        f"{self._says}{self.folder} is the unfinished work of other settings ({different}); give "
+                        "those, or delete it to begin again"
+                    )
+                if different:
+                    say(f"{self.folder}: other inputs than before ({different}); starting over")
+                    files.clear(self.folder, LOCK_FILE)
+            files.replace(self.plan_file, json.dumps(self.plan, indent=2) + "\n")
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Says in one line what cannot be written inside."""
+        with writing(f"{self._says}{self.out}"):
+            yield
+
+    @contextmanager
+    def reading(self, file: Path) -> Iterator[None]:
+        """Says in one line that a file of the folder is damaged, where what is inside raises."""
+        try:
+            yield
+        except (OSError, ValueError, TypeError, LookupError) as error:
+            raise UserError(
+                f"{self._says}{file} is damaged ({one_line(error)}); delete {self.folder} to begin again"
+            ) from error
+
+    def publish(self, made: Path | None = None) -> None:
+        """Gives the output its name, and ends the work.
+
+        Args:
+            made: the output, in the folder; None: the folder itself.
+        """
+        with self.writing():
+            files.publish(made or self.folder, self.out)
+            if made is None:
+                files.remove(self.out / LOCK_FILE)
+                self.release()
+            else:
+                self.remove()
+
+    def remove(self) -> None:
+        """Removes the folder, which is held, and frees it."""
+        files.remove_locked(self.folder, LOCK_FILE)
+        self.release()
+
+    def release(self) -> None:
+        """Frees the folder, as the end of the process does."""
+        assert self._lock is not None
+        os.close(self._lock)
+        self._lock = None
+
+
+@contextmanager
+def whole_or_nothing(out: Path, option: str) -> Iterator[Path]:
+    """A hidden path for a file or a folder that becomes `out` at the end of the block; where that fails, it is removed.
+
+    What a killed process left is removed by the next one; two at once are refused.
+
+    Args:
+        out: nothing may be there.
+        option: argument that gave it, for messages.
+    """
+    work = Unfinished(out, option, kind="partial")
+    try:
+        work.take()
+        try:
+            refuse_existing(out, option)
+            files.clear(work.folder, LOCK_FILE)
+            yield work.folder / out.name
+            for path in sorted(work.folder.rglob("*")):
+                files.flush(path)
+            refuse_existing(out, option)
+            files.publish(work.folder / out.name, out)
+        finally:
+            work.remove()
+    except OSError as error:
+        fix = "free some space" if error.errno == errno.ENOSPC else "fix that"
+        raise UserError(f"{option}: {out} cannot be written ({reason_of(error)}); {fix} or give another") from error
+
+
+@contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Says in one line that something cannot be written: for work that goes on once it can be."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{what} cannot be written ({reason_of(error)}); fix that, and the same command goes on"
+        ) from error
+
+
+def parse_plan(text: str) -> dict[str, Any]:
+    """The settings that some work was done with, of JSON; ValueError where it is none."""
+    plan = parse_json(text)
+    if not isinstance(plan, dict):
+        raise ValueError("it holds no keys with values")
+    return plan
+
+
+def refuse_existing(path: Path, option: str) -> None:
+    """Refuses a path at which something is; `option` is the argument that gave it."""
+    if os.path.lexists(path):
+        raise UserError(f"{option}: expected a path where nothing is yet, got {path}; remove it or give another")

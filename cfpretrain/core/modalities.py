@@ -1,0 +1,233 @@
+"""Modalities: what is particular to a kind of token, beside a trunk that all kinds share.
+
+A modality embeds the segments of its kind, predicts what is to be learned of them, and says what the prediction costs.
+Classes and images are two; a further kind is a file with one more, its line in `MODALITIES` and its place in a
+`Network`.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cfpretrain.core.norm import layer_norm
+from cfpretrain.core.segments import Segment
+
+CLASS, IMAGE = "class", "image"
+
+_TIMESTEP_WIDTH = 256
+_MAX_PERIOD = 10000.0
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """A loss as a pair, since counts may differ between ranks; those of several segments add up.
+
+    Attributes:
+        total: scalar, the weighted errors added up.
+        count: number of values added.
+        squared_error_BLP: float32 [B, L, P], unweighted, of images in the order of generation; detached. Other kinds
+            have none: [B, 0, P].
+    """
+
+    total: Tensor
+    count: int
+    squared_error_BLP: Tensor
+
+    def __add__(self, other: "LossTerms") -> "LossTerms":
+        errors_BLP = torch.cat([self.squared_error_BLP, other.squared_error_BLP], 1)
+        return LossTerms(self.total + other.total, self.count + other.count, errors_BLP)
+
+
+# The vectors of a segment's clean tokens and of its noised ones; None where it has no such tokens.
+Vectors = tuple[Tensor | None, Tensor | None]
+
+
+class Modality:
+    """What is particular to a kind of token.
+
+    Attributes:
+        kind: of the segments that are its own.
+        embedder: called once a forward with all segments of the kind, returns the `Vectors` of each.
+        head: called once a forward with the vectors that it reads of all segments [B, N, D]; None predicts nothing.
+        head_name: of its parameters in a checkpoint; those of the embedder are named `<kind>_embedder`.
+    """
+
+    kind: str
+    head_name = ""
+
+    def __init__(self, embedder: nn.Module, head: nn.Module | None = None) -> None:
+        self.embedder, self.head = embedder, head
+
+    @staticmethod
+    def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
+        """Of what the trunk makes of a segment's tokens, that from which the head predicts."""
+        raise NotImplementedError
+
+    @staticmethod
+    def loss(prediction: Tensor, segment: Segment) -> LossTerms:
+        """What a prediction for a segment costs; it needs no parameters."""
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------------------
+# Classes
+
+
+def class_segment(num_cond_tokens: int, labels_B: Tensor | None = None) -> Segment:
+    """The condition tokens of a class: clean, in one AR step. `labels_B`: int64, for the network."""
+    return Segment(CLASS, torch.zeros(1, num_cond_tokens, dtype=torch.int64), clean=labels_B)
+
+
+class ClassEmbedder(nn.Module):
+    """A class -> its condition tokens; the last row of the table is the null class."""
+
+    def __init__(self, num_classes: int, num_cond_tokens: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, num_cond_tokens * width)
+        self.cond_pos_embed = nn.Parameter(torch.empty(1, num_cond_tokens, width))
+
+    def forward(self, segments: Sequence[Segment]) -> list[Vectors]:
+        """For each segment Q clean vectors."""
+        labels = torch.cat([segment.clean for segment in segments if segment.clean is not None])
+        tokens_BQD = self.embedding_table(labels).unflatten(1, self.cond_pos_embed.shape[1:]) + self.cond_pos_embed
+        return [(clean_BQD, None) for clean_BQD in tokens_BQD.chunk(len(segments))]
+
+
+class Classes(Modality):
+    """Class conditions, of which nothing is predicted."""
+
+    kind = CLASS
+
+    def __init__(self, num_classes: int, num_cond_tokens: int, width: int) -> None:
+        super().__init__(ClassEmbedder(num_classes, num_cond_tokens, width))
+
+
+# ---------------------------------------------------------------------------
+# Images
+
+
+def sincos_positions(grid: int, width: int) -> Tensor:
+    """2-d sin-cos position embeddings: the first half of the width from the column, the second from the row.
+
+    Returns:
+        float32 [L, D]; each half is [sin | cos].
+    """
+    frequency = _MAX_PERIOD ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angle_GF = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
+    axis_GF = torch.cat([angle_GF.sin(), angle_GF.cos()], dim=1)
+    column = axis_GF[None, :, :].expand(grid, -1, -1)
+    row = axis_GF[:, None, :].expand(-1, grid, -1)
+    return torch.cat([column, row], dim=-1).reshape(grid * grid, width).float()
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoid [cos | sin] of the timestep, then a two-layer perceptron with SiLU."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(_TIMESTEP_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, timesteps_B: Tensor) -> Tensor:
+        """int64 [B] -> [B, D]."""
+        half = _TIMESTEP_WIDTH // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half
+        angle = timesteps_B[:, None].float() * torch.exp(-math.log(_MAX_PERIOD) * exponent)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        return self.mlp(wave.to(next(self.mlp.parameters()).dtype))
+
+
+def image_segment(steps_BL: Tensor) -> Segment:
+    """An image to be learned: its tokens clean and noised; for a layout, which needs its AR steps alone."""
+    return Segment(IMAGE, steps_BL, is_noised=True)
+
+
+class ImageEmbedder(nn.Module):
+    """Tokens of an image -> vectors: one projection for clean and noised, positions, timesteps for the noised."""
+
+    def __init__(self, grid: int, patch_values: int, width: int, learnable_positions: bool) -> None:
+        super().__init__()
+        self.grid, self.width = grid, width
+        self.x_proj = nn.Linear(patch_values, width)
+        self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, width)) if learnable_positions else None
+        self.t_embedder = TimestepEmbedder(width)
+
+    def forward(self, segments: Sequence[Segment]) -> list[Vectors]:
+        """For each segment the vectors of its first positions, clean, and of all, noised, as far as they enter."""
+        clean, noised = [one.clean for one in segments], [one.noised for one in segments]
+        pairs = zip([*segments, *segments], [*clean, *noised], strict=True)
+        entering = [(one.positions_BL, values) for one, values in pairs if values is not None]
+        values = torch.cat([values for _, values in entering], dim=1)
+        positions = torch.cat([places[:, : one.shape[1]] for places, one in entering if places is not None], dim=1)
+        tokens: Tensor = self.x_proj(values.to(self.x_proj.weight.dtype))
+        # Not by an index, whose gradient is slow on a GPU where places occur often.
+        tokens = tokens + F.embedding(positions, self._position_table(tokens))
+        pieces = take_pieces(tokens, [values.shape[1] for _, values in entering])
+        clean_vectors = [None if values is None else next(pieces) for values in clean]
+        noised_vectors = [None if values is None else next(pieces) for values in noised]
+        times = [one.times_B for one in segments if one.times_B is not None and one.noised is not None]
+        if times:
+            # Only noised tokens are told a time, by which the network also tells them from clean ones.
+            told = iter(self.t_embedder(torch.cat(times)).chunk(len(times)))
+            noised_vectors = [None if vectors is None else vectors + next(told)[:, None] for vectors in noised_vectors]
+        return list(zip(clean_vectors, noised_vectors, strict=True))
+
+    def _position_table(self, like: Tensor) -> Tensor:
+        if self.pos_embed is not None:
+            return self.pos_embed.squeeze(0)
+        return sincos_positions(self.grid, self.width).to(like)
+
+
+class NoiseHead(nn.Module):
+    """Noised tokens' vectors -> predicted epsilon."""
+
+    def __init__(self, width: int, patch_values: int) -> None:
+        super().__init__()
+        self.norm = layer_norm(width)
+        self.linear = nn.Linear(width, patch_values)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        return self.linear(self.norm(x_BND))
+
+
+class Images(Modality):
+    """Images, whose noised tokens are denoised."""
+
+    kind, head_name = IMAGE, "noise_head"
+
+    def __init__(self, grid: int, patch_values: int, width: int, learnable_positions: bool) -> None:
+        embedder = ImageEmbedder(grid, patch_values, width, learnable_positions)
+        super().__init__(embedder, NoiseHead(width, patch_values))
+
+    @staticmethod
+    def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
+        """The noised tokens: what clean ones are is known."""
+        return noised_BND
+
+    @staticmethod
+    def loss(prediction_BLP: Tensor, segment: Segment) -> LossTerms:
+        """w(s) |target - f(x_t of step s, t, x_0 of the steps before s)|^2 over the tokens of all AR steps s at once.
+
+        The weights are those of the AR axis (`ar.ar_weights`), and the attention's mask makes one pass of all steps
+        (section 3 of arXiv 2412.12095).
+        """
+        assert segment.targets is not None
+        assert segment.weights_BL is not None
+        squared_error_BLP = (prediction_BLP.float() - segment.targets).square()
+        total = (squared_error_BLP * segment.weights_BL.unsqueeze(-1)).sum()
+        return LossTerms(total, squared_error_BLP.numel(), squared_error_BLP.detach())
+
+
+# What a loss knows a modality by.
+MODALITIES: dict[str, type[Modality]] = {CLASS: Classes, IMAGE: Images}
+
+
+def take_pieces(tokens_BLD: Tensor, sizes: Sequence[int]) -> Iterator[Tensor]:
+    """Views of the tokens, one after another, of so many each."""
+    begin = 0
+    for size in sizes:
+        yield tokens_BLD if size == tokens_BLD.shape[1] else tokens_BLD[:, begin : begin + size]
+        begin += size

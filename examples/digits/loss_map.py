@@ -1,0 +1,100 @@
+"""The loss over the paper's two axes, noise level and AR position: measured, and drawn as a heat map."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cfpretrain.core.ar import step_begin
+from cfpretrain.core.model import CausalFusion
+from cfpretrain.core.objective import DenoisingLoss
+from cfpretrain.evaluation.figures import Floats, label_log, make_figure, quiet_ticks, save
+from cfpretrain.evaluation.pictures import INK, PAPER, QUIET
+
+_BATCH = 256
+
+
+@torch.no_grad()
+def measure_loss_map(
+    model: CausalFusion, loss: DenoisingLoss, latents_NCYX: Tensor, labels_N: Tensor, num_bins: int, passes: int
+) -> tuple[Floats, list[float], list[float]]:
+    """Mean squared error of the prediction, by timestep and by the number of clean tokens before the AR step.
+
+    Splits, orders and timesteps follow their training laws; labels are not dropped and AR weights not applied.
+
+    Args:
+        model: the network.
+        loss: the training objective.
+        latents_NCYX: as the model sees them.
+        labels_N: int64.
+        num_bins: bins of the timesteps.
+        passes: how often every image is used, each time with other draws.
+
+    Returns:
+        (errors [num_bins, L], NaN where nothing fell; edges of the timesteps; edges of the positions).
+    """
+    objective = replace(loss, label_drop_prob=0.0)
+    num_tokens, device, num_timesteps = model.grid**2, latents_NCYX.device, loss.process.num_timesteps
+    latents_NCYX, labels_N = latents_NCYX.cpu(), labels_N.cpu()
+    totals, counts = torch.zeros(2, num_bins * num_tokens, dtype=torch.float64)
+    for epoch in range(passes):
+        for step, ids_B in enumerate(torch.arange(len(latents_NCYX)).chunk(-(-len(latents_NCYX) // _BATCH))):
+            shared = epoch * len(latents_NCYX) + step
+            draws = objective.draw(shared, epoch, ids_B, labels_N[ids_B], num_tokens, model.patch_values)
+            batch = objective.prepare(latents_NCYX[ids_B], draws)
+            error_BL = objective(model, batch.to(device)).squared_error_BLP.mean(-1).cpu()
+            level_B = (draws.timesteps_B * num_bins // num_timesteps).long()
+            cell_BL = level_B[:, None] * num_tokens + step_begin(draws.steps_BL)
+            totals.index_add_(0, cell_BL.flatten(), error_BL.double().flatten())
+            counts.index_add_(0, cell_BL.flatten(), torch.ones(cell_BL.numel(), dtype=torch.float64))
+    errors = (totals / counts).reshape(num_bins, num_tokens).numpy()
+    timestep_edges = np.linspace(0, num_timesteps, num_bins + 1).tolist()
+    return errors, timestep_edges, list(range(num_tokens + 1))
+
+
+def draw_loss_map(
+    path: Path, loss_TS: Floats, timestep_edges: Sequence[float], position_edges: Sequence[float], title: str
+) -> None:
+    """Writes the errors of `measure_loss_map` as a PNG; cells in which nothing fell are hatched."""
+    from matplotlib.colors import LogNorm, Normalize  # after `figures`, which says how it is imported
+
+    figure = make_figure(8.2, 4.8, title)
+    axes = figure.subplots()
+    axes.set_facecolor("#eceff3")
+    axes.set_xlabel("noise level: timestep t of the diffusion (0 = clean)")
+    axes.set_ylabel("AR position: clean tokens\nbefore the AR step")
+    axes.set_xlim(timestep_edges[0], timestep_edges[-1])
+    axes.set_ylim(position_edges[0], position_edges[-1])
+    for side in axes.spines.values():
+        side.set_visible(False)
+    quiet_ticks(axes)
+    known = loss_TS[np.isfinite(loss_TS)]
+    if len(known) == 0:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color=QUIET)
+        save(figure, path)
+        return
+    spread_is_large = known.min() > 0 and known.max() > 8 * known.min()
+    limits = (float(known.min()), float(known.max()))
+    scale = LogNorm(*limits) if spread_is_large else Normalize(*limits)
+    axes.fill_between(
+        [timestep_edges[0], timestep_edges[-1]],
+        position_edges[0],
+        position_edges[-1],
+        hatch="///",
+        facecolor="#eceff3",
+        edgecolor="#c3c9d2",
+        lw=0,
+    )
+    mesh = axes.pcolormesh(
+        timestep_edges, position_edges, loss_TS.T, norm=scale, cmap="viridis", edgecolor=PAPER, linewidth=0.6
+    )
+    bar = figure.colorbar(mesh, ax=axes, pad=0.02, aspect=24)
+    bar.set_label("mean squared error per value" + (" (log scale)" if spread_is_large else ""), color=INK)
+    bar.outline.set_visible(False)
+    quiet_ticks(bar.ax)
+    if spread_is_large:
+        label_log(bar.ax.yaxis)
+    save(figure, path)

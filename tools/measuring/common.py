@@ -1,0 +1,188 @@
+"""What the measurements share: turns of several sides, shards of noise, and where it was measured."""
+
+import dataclasses
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import cfpretrain
+from cfpretrain.autoencoder import are_pixels
+from cfpretrain.base import runtime
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import say
+from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.data.shards import LatentsInfo, columns_of
+from cfpretrain.run.metrics import peak_flops
+
+_PACKAGES = ("torch", "triton", "deepspeed", "mosaicml-streaming", "flash-attn", "diffusers")
+_CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+_SHARD_BYTES = 1 << 26
+_FEWEST_SAMPLES = 64
+
+
+# ---------------------------------------------------------------------------
+# Shards of noise
+
+
+def on_noise(config: Config, folder: Path, num_samples: int = 0) -> Config:
+    """Writes latent shards of noise that fit the config, and returns the config of a run on them; all ranks call it.
+
+    They hold what the recipe reads: pixels where its latents are taken for some, else the moments of a posterior, and
+    those of the mirrored image where images are mirrored. Nothing of such a run is seen outside of the folder.
+
+    Args:
+        config: of a run.
+        folder: gets the shards and the run folder.
+        num_samples: in the shards; 0: two global batches.
+    """
+    model, data = config.model, config.data
+    pixels = are_pixels(model.latent_channels)
+    info = LatentsInfo(
+        autoencoder="identity" if pixels else "noise",
+        latent_shape=(model.latent_channels, model.latent_size, model.latent_size),
+        latent_shift=_of_each_channel(data.latent_shift, model.latent_channels),
+        latent_scale=_of_each_channel(data.latent_scale, model.latent_channels),
+        class_names=tuple(map(str, range(model.num_classes))),
+        num_samples=num_samples or max(2 * config.train.global_batch_size, _FEWEST_SAMPLES),
+        source="noise",
+        has_posterior=not pixels,
+        has_mirror=not pixels and data.mirror_prob > 0,
+    )
+    if runtime.rank() == 0:
+        _write_noise(folder / "latents", info)
+    runtime.barrier()
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, folder=str(folder / "run")),
+        data=dataclasses.replace(data, shards=(str(folder / "latents"),), repeat=(1.0,), autoencoder=""),
+        evaluation=dataclasses.replace(config.evaluation, every_steps=0),
+        metrics=dataclasses.replace(config.metrics, wandb="disabled"),
+    )
+
+
+def refuse_skipped(trainer: Any) -> None:
+    """Ends a measurement in which a step was skipped: such a step does less, and a rewind much more."""
+    if trainer.at.num_skipped:
+        raise RuntimeError(f"a step before {trainer.at.step} was skipped: the times say nothing")
+
+
+def _of_each_channel(values: tuple[float, ...], num_channels: int) -> tuple[float, ...]:
+    return values * num_channels if len(values) == 1 else values
+
+
+def _write_noise(folder: Path, info: LatentsInfo) -> None:
+    columns = columns_of(info)
+    arrays = [name for name, encoding in columns.items() if encoding.startswith("ndarray")]
+    rng = np.random.default_rng(0)
+    writer = ShardWriter(folder, columns, {})
+    writer.begin()
+    sample_bytes = 2 * len(arrays) * int(np.prod(info.latent_shape))
+    per_shard = max(1, min(_SHARD_BYTES // sample_bytes, info.num_samples // 8))
+    begins = range(0, info.num_samples, per_shard)
+    for number, begin in enumerate(begins):
+        ids = range(begin, min(begin + per_shard, info.num_samples))
+        moments = rng.standard_normal((len(ids), len(arrays), *info.latent_shape), np.float32).astype(np.float16)
+        common = [{"id": id, "label": id % len(info.class_names), "caption": ""} for id in ids]
+        writer.write(
+            number,
+            (sample | dict(zip(arrays, values, strict=True)) for sample, values in zip(common, moments, strict=True)),
+        )
+    writer.finish(info, len(begins))
+
+
+# ---------------------------------------------------------------------------
+# Seconds, and where they were measured
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Seconds of a call, the mean of `repeats` that follow each other after one that does not count."""
+    call()
+    synchronise(device)
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronise(device)
+    return (time.perf_counter() - begin) / repeats
+
+
+def alternate(
+    sides: Mapping[str, Callable[[], float]], num_turns: int, unit: str | None = None, num_warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Runs sides by turns (a b, b a, ...), so that a machine's wandering falls on all.
+
+    Args:
+        sides: by name; each returns what it measured.
+        num_turns: that count.
+        unit: each value is said with it; empty: turns alone are said, ten of many; None: nothing is.
+        num_warm_up: turns before, which do not count.
+
+    Returns:
+        The values of each side.
+    """
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(-num_warm_up, num_turns):
+        title = f"turn {turn + 1} of {num_turns}" if turn >= 0 else "warming up"
+        if unit == "" and turn % max(1, num_turns // 10) == 0:
+            say(title)
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            value = sides[name]()
+            if unit:
+                say(f"{title}: {name} {value:.4g} {unit}")
+            if turn >= 0:
+                found[name].append(value)
+    return found
+
+
+def print_rates(rates: Mapping[str, list[float]], unit: str) -> dict[str, Any]:
+    """Prints each side's median and range, and how many times faster the first is; returns all of it."""
+    for name, values in rates.items():
+        print(f"{name:12} {statistics.median(values):10.1f} {unit}  ({min(values):.1f} to {max(values):.1f})")
+    ours, other = (statistics.median(values) for values in rates.values())
+    print(f"{'ratio':12} {ours / other:10.2f}")
+    return {"unit": unit, "rates": rates, "ratio": ours / other}
+
+
+def whereabouts() -> dict[str, Any]:
+    """Versions and hardware, for the last line of a tool."""
+    return {"versions": _versions(), "hardware": _hardware(runtime.pick_device()), "threads": torch.get_num_threads()}
+
+
+def _versions() -> dict[str, str | None]:
+    def find(name: str) -> str | None:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return None
+
+    ours = {"python": platform.python_version(), "cfpretrain": cfpretrain.__version__}
+    return ours | {name: find(name) for name in _PACKAGES}
+
+
+def _hardware(device: torch.device) -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    fields = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    found: dict[str, Any] = {
+        "cpu": fields.get("model name", platform.machine()),
+        "instruction_sets": [flag for flag in _CPU_FLAGS if flag in flags],
+        "cores": len(os.sched_getaffinity(0)),
+    }
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_properties(device)
+        found |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "cuda": torch.version.cuda}
+        found["peak_tflops"] = (peak_flops(device, "bf16") or 0) / 1e12 or None
+    return found

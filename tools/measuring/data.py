@@ -1,0 +1,376 @@
+"""Times the steps of the data plane beside the plain way.
+
+    python tools/measure.py data make_shards
+    python tools/measure.py data encode
+    python tools/measure.py data loader --latents kl16
+    python tools/measure.py data ready --latents kl16
+
+make_shards: tools/make_shards.py against a loop in one process. encode: tools/encode_latents.py against PIL in a
+DataLoader. loader: the training loader against a shuffling DataLoader over the shards. ready: the training thread's
+time for a batch that workers made ready, or not. Both sides run in one process and take turns (a b, b a, ...); what is
+compared are their medians. Images are made at the start out of the photos that scikit-learn and scikit-image ship.
+"""
+
+import argparse
+import functools
+import io
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from cfpretrain.autoencoder import KLAutoencoder, make_network, write_folder
+from cfpretrain.base import files, runtime
+from cfpretrain.base.command_line import check_range
+from cfpretrain.base.config import Config, DataConfig, ModelConfig, TrainConfig
+from cfpretrain.base.console import phase
+from cfpretrain.data.encoding import Encoding, encode
+from cfpretrain.data.images import PNG_LEVEL, Storing
+from cfpretrain.data.listing import list_images
+from cfpretrain.data.loader import Loader
+from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.data.shards import Shards
+from cfpretrain.data.storing import store_images
+from cfpretrain.run.build import make_prepare
+from tools.measuring.common import alternate, on_noise, print_rates
+
+_PHOTO_SIDES = (300, 640)  # pixels, as those of ImageNet mostly are
+_PHOTO_QUALITY = 90
+_NUM_CLASSES = 4
+
+
+# What the options that are left out mean.
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "make_shards": {"images": 800},
+    "encode": {"images": 96, "batch_size": 16},
+    "loader": {"samples": 4096, "batch_size": 32, "workers": len(os.sched_getaffinity(0))},
+    "ready": {"samples": 1024, "batch_size": 64, "workers": 1},
+}
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One of four."""
+    for name, value in _DEFAULTS[arguments.what].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    run = {"make_shards": measure_make_shards, "encode": measure_encode, "loader": measure_loader}
+    return {"measured": arguments.what, **(run | {"ready": measure_ready})[arguments.what](arguments)}
+
+
+def _alternate_writing(
+    sides: dict[str, Callable[[Path], None]], arguments: argparse.Namespace, folder: Path
+) -> dict[str, Any]:
+    """`alternate` of two ways to write all images to a folder, which is a new one below `folder` each time."""
+
+    def rate(write: Callable[[Path], None]) -> float:
+        out = Path(tempfile.mkdtemp(dir=folder)) / "out"
+        begin = time.perf_counter()
+        write(out)
+        return arguments.images / (time.perf_counter() - begin)
+
+    rates = {name: functools.partial(rate, write) for name, write in sides.items()}
+    return print_rates(alternate(rates, arguments.pairs, "images/s"), "images/s")
+
+
+def write_photos(folder: Path, num_photos: int, seed: int = 0) -> Path:
+    """JPEG files of varied size, cut out of real photos and scaled, in class folders."""
+    rng = random.Random(seed)
+    sources = [Image.open(path).convert("RGB") for path in _photos()]
+    for i in range(num_photos):
+        photo = sources[i % len(sources)]
+        share = rng.uniform(0.6, 1.0)
+        width, height = int(photo.width * share), int(photo.height * share)
+        left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
+        sides = (rng.randint(*_PHOTO_SIDES), rng.randint(*_PHOTO_SIDES))
+        path = folder / f"class{i % _NUM_CLASSES}" / f"{i:05d}.jpg"
+        files.make_folder(path.parent)
+        cut = photo.crop((left, top, left + width, top + height)).resize(sides, Image.Resampling.BICUBIC)
+        with files.create(path) as opened:
+            cut.save(opened, "JPEG", quality=_PHOTO_QUALITY)
+    return folder
+
+
+def _photos() -> list[Path]:
+    """Real photos in installed packages."""
+    import sklearn.datasets
+
+    folders = [Path(sklearn.datasets.__file__).parent / "images"]
+    try:
+        import skimage
+
+        folders.append(Path(skimage.__file__).parent / "data")
+    except ImportError:
+        pass  # two photos are enough
+    return [path for folder in folders for path in sorted(folder.glob("*.jp*g"))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# make_shards
+
+
+def measure_make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Images per second of tools/make_shards.py, without its start, against `plain_shards`."""
+    num_workers = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as temporary:
+        with phase(f"writing {arguments.images} photos"):
+            photos = write_photos(Path(temporary) / "photos", arguments.images)
+        listing = list_images(photos)
+
+        def ours(out: Path) -> None:
+            # So small that all workers have something to do to the end, as they have with a large set.
+            per_shard = max(1, arguments.images // (8 * num_workers))
+            how = Storing(arguments.store, arguments.size)
+            store_images([(listing, out)], how, "photos", per_shard, num_workers)
+
+        def plain(out: Path) -> None:
+            plain_shards(photos, out, arguments.size, arguments.store)
+
+        return _alternate_writing({"make_shards": ours, "plain loop": plain}, arguments, Path(temporary))
+
+
+def plain_shards(photos: Path, out: Path, size: int, store: str) -> None:
+    """Shards of a folder of class folders as one would first write them: one loop, nothing noted on the way."""
+    from streaming import MDSWriter
+
+    columns = {"id": "int64", "label": "int32", "caption": "str", "image": "bytes"}
+    with MDSWriter(columns=columns, out=str(out), hashes=["blake2b"]) as writer:
+        paths = sorted(photos.glob("*/*.jpg"))
+        names = sorted({path.parent.name for path in paths})
+        for id, path in enumerate(paths):
+            data = path.read_bytes()
+            image = Image.open(io.BytesIO(data)).convert("RGB")
+            if store == "lossless":
+                while min(image.size) >= 2 * size:
+                    image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+                scale = size / min(image.size)
+                sides = round(image.width * scale), round(image.height * scale)
+                image = image.resize(sides, Image.Resampling.BICUBIC)
+                left, top = (image.width - size) // 2, (image.height - size) // 2
+                buffer = io.BytesIO()
+                image.crop((left, top, left + size, top + size)).save(
+                    buffer, "PNG", compress_level=PNG_LEVEL
+                )  # both compress alike
+                data = buffer.getvalue()
+            writer.write({"id": id, "label": names.index(path.parent.name), "caption": "", "image": data})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# encode
+
+_LAYOUTS = {
+    # So small that decoding counts beside it.
+    "small": {
+        "block_out_channels": [8, 16, 32, 32],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+    },
+    # MAR's KL-16.
+    "kl16": {
+        "block_out_channels": [128, 128, 256, 256, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"],
+        "up_block_types": ["UpDecoderBlock2D"] * 5,
+        "latent_channels": 16,
+        "layers_per_block": 2,
+    },
+}
+
+
+def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Images per second of what tools/encode_latents.py does, without its start, against `plain_latents`."""
+    num_threads = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        with phase(f"making shards of {arguments.images} photos"):
+            listing = list_images(write_photos(folder / "photos", arguments.images))
+            per_shard = max(1, arguments.images // 4)
+            how = Storing("lossless", arguments.size)
+            store_images([(listing, folder / "images")], how, "photos", per_shard, num_threads)
+        if arguments.autoencoder is None:
+            write_folder(folder / "autoencoder", make_network(_LAYOUTS[arguments.layout], arguments.layout))
+        device, dtype = runtime.pick_device(), {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
+        where = arguments.autoencoder or folder / "autoencoder"
+        autoencoder = KLAutoencoder.load(where, device, dtype, key="--autoencoder")
+        images = Shards(folder / "images", "images")
+        encoding = Encoding(images, autoencoder, device, arguments.precision, arguments.batch_size, with_mirror=True)
+
+        def ours(out: Path) -> None:
+            writer = ShardWriter(out, encoding.columns, encoding.plan())
+            writer.begin()
+            num_shards = len(images.shard_sizes)
+            encode(encoding, writer, range(num_shards), num_threads, lambda num_images: None)
+            writer.finish(encoding.describe(writer.records(num_shards)), num_shards)
+
+        def plain(out: Path) -> None:
+            plain_latents(images, autoencoder, device, out, arguments.batch_size, num_threads)
+
+        return _alternate_writing({"encode_latents": ours, "plain loop": plain}, arguments, folder)
+
+
+class _PilImages:
+    """A data set for torch: image shards decoded by PIL, with what else is kept of a sample."""
+
+    def __init__(self, images: Any) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[int, int, str, Any]:
+        sample = self._images.sample(index)
+        pixels_YXC = np.array(Image.open(io.BytesIO(sample["image"])))
+        pixels_CYX = torch.from_numpy(pixels_YXC).permute(2, 0, 1).float() / 255
+        return int(sample["id"]), int(sample["label"]), sample["caption"], pixels_CYX
+
+
+def plain_latents(images: Any, autoencoder: Any, device: Any, out: Path, batch_size: int, num_threads: int) -> None:
+    """Latent shards as one would first write them: PIL in the workers of a DataLoader, one encoding loop."""
+    from streaming import MDSWriter
+
+    torch.set_num_threads(num_threads)
+    size = images.info.image_size
+    array = "ndarray:float16:" + ",".join(map(str, autoencoder.latent_shape((3, size, size))))
+    names = ("mean", "log_variance", "mirror_mean", "mirror_log_variance")
+    columns = {"id": "int64", "label": "int32", "caption": "str", **dict.fromkeys(names, array)}
+    with MDSWriter(columns=columns, out=str(out), hashes=["blake2b"]) as writer:
+        for ids, labels, captions, images_BCYX in DataLoader(_PilImages(images), batch_size, num_workers=num_threads):
+            images_BCYX = images_BCYX.to(device)
+            moments = [*autoencoder.encode(images_BCYX), *autoencoder.encode(images_BCYX.flip(-1))]
+            arrays = [values.to(torch.float16).cpu().numpy() for values in moments]
+            for i in range(len(ids)):
+                sample = {"id": int(ids[i]), "label": int(labels[i]), "caption": captions[i]}
+                writer.write(sample | {name: values[i] for name, values in zip(names, arrays, strict=True)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# loader
+
+# Shape; whether there are mirrored moments; latents a second that training takes from one machine.
+_LATENTS = {
+    "kl16": ((16, 16, 16), True, 8 * 250),  # 8 GPUs that train XL
+    "demo": ((4, 4, 4), False, 700),  # 2 CPU cores
+}
+
+
+def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Latents per second of the training loader, drawn from their posteriors, against `plain_loader`."""
+    needed = _LATENTS[arguments.latents][2]
+    batch_size = arguments.batch_size
+    num_workers = arguments.workers
+    num_batches = 2 * arguments.samples // batch_size  # two epochs: the turn counts
+    with tempfile.TemporaryDirectory() as temporary:
+        config = _run_on_noise(arguments, num_workers, Path(temporary))
+        folder = Path(config.data.shards[0])
+
+        def timed(batches: Any) -> float:
+            for _ in range(num_workers + 1):  # the processes are up
+                next(batches)
+            begin = time.perf_counter()
+            for _ in range(num_batches):
+                next(batches)
+            return num_batches * batch_size / (time.perf_counter() - begin)
+
+        cpu_seconds: list[float] = []  # for one latent
+
+        def ours() -> float:
+            begin = _cpu_seconds()
+            with closing(Loader(config, lambda samples, step: samples, 0, 1)) as loader:
+                rate = timed(loader)
+            cpu_seconds.append((_cpu_seconds() - begin) / (num_batches * batch_size))
+            return rate
+
+        sides = {"loader": ours, "DataLoader": lambda: timed(plain_loader(folder, batch_size, num_workers))}
+        measured = print_rates(alternate(sides, arguments.pairs, "latents/s"), "latents/s")
+    num_busy = needed * statistics.median(cpu_seconds)
+    print(f"{'needed':12} {needed:10.1f} latents/s, which keep {num_busy:.2f} cores busy")
+    settings = {"latents": arguments.latents, "num_workers": num_workers}
+    return {**measured, **settings, "needed": needed, "cores_busy": num_busy}
+
+
+_MICRO_BATCHES_TIMED = 10
+_PAUSE_SECONDS = 0.5  # in which a device would compute, and workers read ahead
+
+
+def _run_on_noise(arguments: argparse.Namespace, num_workers: int, folder: Path) -> Config:
+    """The config of a run with the loader's options, and its latents, of noise."""
+    (channels, size, _), has_mirror, _ = _LATENTS[arguments.latents]
+    config = Config(
+        model=ModelConfig(latent_size=size, latent_channels=channels, num_classes=2),
+        data=DataConfig(latent_scale=(1.0,), mirror_prob=has_mirror / 2, num_workers=num_workers),
+        train=TrainConfig(global_batch_size=arguments.batch_size, micro_batch_size=arguments.batch_size),
+    )
+    with phase(f"writing {arguments.samples} latents"):
+        return on_noise(config, folder, arguments.samples)
+
+
+def measure_ready(arguments: argparse.Namespace) -> dict[str, Any]:
+    """CPU milliseconds of the training thread for a micro-batch, made by workers and made in that thread."""
+    check_range("--workers", arguments.workers, 1)
+    check_range("--batch-size", arguments.batch_size, 1, arguments.samples)
+
+    def milliseconds(num_workers: int) -> float:
+        spent = []
+        with tempfile.TemporaryDirectory() as folder:
+            config = _run_on_noise(arguments, num_workers, Path(folder))
+            with closing(Loader(config, make_prepare(config), 0, 1)) as loader:
+                next(loader)
+                for _ in range(_MICRO_BATCHES_TIMED):
+                    time.sleep(_PAUSE_SECONDS)
+                    begin = time.thread_time()
+                    next(loader)
+                    spent.append(1e3 * (time.thread_time() - begin))
+        return statistics.median(spent)
+
+    workers = {"made ready by workers": arguments.workers, "made in the training thread": 0}
+    sides = {name: functools.partial(milliseconds, count) for name, count in workers.items()}
+    spent = alternate(sides, arguments.pairs, "ms", num_warm_up=0)
+    for name, values in spent.items():
+        print(
+            f"{name:28} {statistics.median(values):8.2f} ms of the training thread a micro-batch of "
+            f"{arguments.batch_size} ({min(values):.2f} to {max(values):.2f})"
+        )
+    return {"unit": "ms", "spent": spent, "latents": arguments.latents, "batch_size": arguments.batch_size}
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of those that it has ended."""
+    return sum(os.times()[:4])
+
+
+class _PlainLatents:
+    """A data set for torch: posterior samples of the latents of a folder, or of their mirror."""
+
+    def __init__(self, folder: Path) -> None:
+        from streaming import LocalDataset  # whole, which takes seconds
+
+        self._samples = LocalDataset(str(folder))
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[int, Any, int]:
+        sample = self._samples[index]
+        prefix = "mirror_" if "mirror_mean" in sample and torch.rand(()) < 0.5 else ""
+        mean_CYX, log_variance_CYX = (
+            torch.from_numpy(sample[prefix + name].astype("float32")) for name in ("mean", "log_variance")
+        )
+        latent_CYX = mean_CYX + (0.5 * log_variance_CYX).exp() * torch.randn_like(mean_CYX)
+        return int(sample["id"]), latent_CYX, int(sample["label"])
+
+
+def plain_loader(folder: Path, batch_size: int, num_workers: int) -> Iterator[Any]:
+    """Batches as one would first make them: torch's shuffle and torch's noise; neither goes on after a stop."""
+    batches = DataLoader(_PlainLatents(folder), batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
+    while True:
+        yield from batches

@@ -1,0 +1,146 @@
+"""Says what evaluation costs: sums, FID, precision and recall at scale, and two ranks against one.
+
+    OMP_NUM_THREADS=2 python tools/measure.py evaluation scale
+    python tools/measure.py evaluation ranks
+
+scale: random features of the Inception's size. Their sums, the Frechet distance and precision and recall, each with its
+seconds, the seconds a thousand images at several numbers of images, and the most memory the process has held.
+ranks: images a second that one process of one thread, and two such processes, reduce to sums; the two take turns.
+one-rank: the same of one process, on a GPU where there is one. `--features inception` has random weights here.
+"""
+
+import argparse
+import functools
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfpretrain.base import files, runtime
+from cfpretrain.base.command_line import check_range
+from cfpretrain.base.console import UserError, phase
+from cfpretrain.evaluation.feature_sums import Sums, add, part_of, sums_of
+from cfpretrain.evaluation.features import INCEPTION, FeatureExtractor, Features, make_extractor
+from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of
+from cfpretrain.evaluation.inception_score import splits_of
+from cfpretrain.evaluation.neighbours import precision_recall
+from tools.measuring.common import alternate
+
+_BATCH = 250
+_COMMAND = Path(__file__).parents[1] / "measure.py"
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """One of three."""
+    return {"scale": scale, "ranks": ranks, "one-rank": one_rank}[arguments.what](arguments)
+
+
+def scale(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of random features, as large as they would be."""
+    num_images, num_features = arguments.num_images, arguments.num_features
+    check_range("--num-images", num_images, 2 * _BATCH)
+    generator = torch.Generator().manual_seed(0)
+    sets = [torch.randn(num_images, num_features, generator=generator).relu_() for _ in range(2)]
+    sums, sum_seconds, per_thousand = [], 0.0, {}
+    for features_NF in sets:
+        total, begin = Sums(), time.perf_counter()
+        with phase(f"sums of {num_images} images"):
+            for first in range(0, num_images, _BATCH):
+                rows_BF = features_NF[first : first + _BATCH]
+                batch = sums_of(Features(rows_BF), splits_of(len(rows_BF)))
+                total = add(total, batch)
+                if first + _BATCH in (num_images // 10, num_images // 2, num_images):
+                    per_thousand[first + _BATCH] = 1000 * (time.perf_counter() - begin) / (first + _BATCH)
+        sum_seconds = time.perf_counter() - begin
+        sums.append(gaussian_of(part_of(total, "pooled")))
+    begin = time.perf_counter()
+    with phase("Frechet distance"):
+        distance = frechet_distance(*sums)
+    frechet_seconds, begin = time.perf_counter() - begin, time.perf_counter()
+    with phase("precision and recall"):
+        precision, recall = precision_recall(*sets)
+    return {
+        "num_images": num_images,
+        "num_features": num_features,
+        "sum_seconds_a_set": sum_seconds,
+        "sum_seconds_a_thousand_images": per_thousand,
+        "frechet_seconds": frechet_seconds,
+        "precision_recall_seconds": time.perf_counter() - begin,
+        "peak_rss_mb": runtime.peak_rss_mb(),
+        "frechet": distance,
+        "precision": precision,
+        "recall": recall,
+    }
+
+
+def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two processes against one."""
+    sides = {str(size): functools.partial(_rate, arguments, size) for size in (1, 2)}
+    rates = alternate(sides, arguments.pairs, "images/s", num_warm_up=0)
+    one, two = map(statistics.median, rates.values())
+    return {"features": arguments.features, "images_per_second": rates, "efficiency": two / one / 2}
+
+
+def _rate(arguments: argparse.Namespace, world_size: int) -> float:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    options = ["--batches", arguments.batches, "--batch-size", arguments.batch_size, "--features", arguments.features]
+    command = [sys.executable, str(_COMMAND), "evaluation", "one-rank", *map(str, options)]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    said = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise UserError("a process failed; what it wrote stands above")
+    return float(json.loads(said[0].splitlines()[-1])["images_per_second"])
+
+
+def one_rank(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Reduces its share of random images, and all shares together, after a batch to warm up."""
+    from cfpretrain.evaluation.scores import make_work, statistics_of, sum_up
+
+    device = runtime.pick_device()
+    with runtime.ranks_of_a_tool(device):
+        random = arguments.features == INCEPTION
+        extractor = _random_inception(device) if random else make_extractor(arguments.features, device)
+        num_images = arguments.batches * arguments.batch_size
+        shape = (arguments.batch_size, 3, 256, 256)
+        images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        extractor(images)
+        folder = runtime.gather(tempfile.mkdtemp() if runtime.rank() == 0 else None)[0]
+        work = make_work(Path(folder) / "sums", "", {}, num_images, arguments.batch_size)
+        runtime.barrier()
+        begin = time.perf_counter()
+        share = slice(runtime.rank(), None, runtime.world_size())
+        sum_up(work, lambda numbers: ((number, images) for number in numbers[share]), extractor)
+        statistics_of(work)
+        seconds = time.perf_counter() - begin
+        runtime.barrier()
+        if runtime.rank() != 0:
+            return None
+        work.remove()
+        files.remove(Path(folder))
+        return {"features": arguments.features, "images_per_second": num_images / seconds}
+
+
+def _random_inception(device: torch.device) -> FeatureExtractor:
+    """The FID Inception with random weights: its published ones need a download."""
+    from cfpretrain.evaluation.inception import Inception
+
+    return FeatureExtractor("fd_inception_random", "random", Inception().to(device), device, "random")
