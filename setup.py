@@ -17,7 +17,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["cfpretrain", "cfpretrain.*"]),
+    # tools/ is installed inside of the package, where `cfpretrain VERB` finds its scripts.
+    packages=[
+        *find_packages(include=["cfpretrain", "cfpretrain.*"]),
+        "cfpretrain.tools",
+        "cfpretrain.tools.measuring",
+    ],
+    package_dir={"cfpretrain.tools": "tools"},
+    entry_points={"console_scripts": ["cfpretrain = cfpretrain.__main__:main"]},
     install_requires=[
         "torch>=2.11",
         "deepspeed>=0.19.8",

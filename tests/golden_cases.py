@@ -9,7 +9,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from cfpretrain.core.model import CausalFusion
-from cfpretrain.export.official import from_official
+from cfpretrain.export.official import our_name
 
 FOLDER = Path(__file__).parent / "golden"
 CASES = ("patch1", "patch2", "many_steps", "patch2_steps")
@@ -34,7 +34,7 @@ class GoldenCase:
             num_cond_tokens=c["cond_tokens"],
             num_classes=c["classes"],
         )
-        model.load_state_dict(from_official(self.group("weights.")))
+        model.load_state_dict({our_name(name): value for name, value in self.group("weights.").items()})
         return model
 
 

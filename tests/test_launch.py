@@ -26,12 +26,9 @@ COMMANDS = {
     "tools/evaluate_fid.py": ["runs/none", "--reference", "images"],
     "tools/report.py": ["runs/none", "--images", "images", "--held-out", "images"],
     "tools/replay.py": ["runs/none", "--step", "1"],
-    "tools/measure_overhead.py": ["--config", "configs/tiny.yaml"],
-    "tools/measure_evaluation.py": ["one-rank"],
+    "tools/measure.py": ["saving", "--config", "configs/tiny.yaml"],
     "tools/measure_step.py": ["--config", "configs/tiny.yaml"],
 }
-# These load torch with their modules: they are for those who measure.
-LOAD_TORCH_FIRST = {"tools/measure_evaluation.py", "tools/measure_step.py"}
 
 
 @pytest.fixture
@@ -130,10 +127,7 @@ def test_a_rank_that_is_not_told_its_place_among_gpus_is_refused(environment) ->
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "2"}, {**PAIR, "RANK": "2"}], ids=["left over", "no such rank"])
 def test_every_command_on_ranks_ends_with_one_line(command, variables, tmp_path: Path) -> None:
     """Before torch is loaded, and before anything is read or written."""
-    if command in LOAD_TORCH_FIRST:
-        ended = run_alone(command, COMMANDS[command], environment=variables, cwd=tmp_path)
-    else:
-        ended = without_torch([str(REPOSITORY / command), *COMMANDS[command]], tmp_path, variables)
+    ended = without_torch([str(REPOSITORY / command), *COMMANDS[command]], tmp_path, variables)
     assert ended.code == 2, ended.err
     assert ended.out == ""
     lines = ended.err.splitlines()

@@ -27,7 +27,7 @@ from tests.disks import mounted_disk
 from tests.processes import Ended, Rank, wait_until
 from tests.test_images import encoded, oracle, picture, write_tree
 from tests.test_tables import table
-from tools import measure_data
+from tools.measuring.data import plain_shards, write_photos
 
 _WAIT_SECONDS = 120
 
@@ -225,10 +225,10 @@ def test_every_image_is_dealt_once(num_images: int, each: int) -> None:
 def test_the_plain_loop_that_it_is_measured_against_makes_the_same(tmp_path: Path) -> None:
     from streaming.base.format.mds import MDSReader
 
-    photos = measure_data.write_photos(tmp_path / "photos", 6)
+    photos = write_photos(tmp_path / "photos", 6)
     made(photos, "--out", tmp_path / "ours", "--size", 100)
     ours = Shards(tmp_path / "ours", "--out")
-    measure_data.plain_shards(photos, tmp_path / "plain", 100, "lossless")
+    plain_shards(photos, tmp_path / "plain", 100, "lossless")
     (entry,) = json.loads((tmp_path / "plain" / "index.json").read_text())["shards"]
     plain = MDSReader.from_json(str(tmp_path / "plain"), "", entry)
     for i in range(6):

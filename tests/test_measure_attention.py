@@ -1,4 +1,4 @@
-"""tools/measure_attention.py: every backend computes what it should, and is timed, or it is said why not."""
+"""tools/measure.py attention: every backend computes what it should, and is timed, or it is said why not."""
 
 import json
 
@@ -6,19 +6,13 @@ import pytest
 import torch
 
 from tests.test_block_causal import Interpret, interpret  # noqa: F401  # a fixture
-from tools import measure_attention
-
-TOOL = "tools/measure_attention.py"
-
-
-def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr("sys.argv", [TOOL, *arguments])
-    measure_attention.main()
+from tools import measure as command
+from tools.measuring import attention
 
 
-def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ("--tokens", "16", "40", "--head-widths", "32", "--num-heads", "2", "--batch-size", "2")
-    run_here(monkeypatch, *sizes)
+    command.main(["attention", *sizes])
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = measured["attention"]
     always = ("naive", "sdpa", "dense flash")  # on any device
@@ -32,8 +26,8 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 
 
 def errors_and_gradients() -> dict[str, tuple[float, float]]:
-    intervals_BMI = measure_attention.full_intervals(0, 2, 8, 12)
-    runs = measure_attention.make_runs(["naive", "triton"], intervals_BMI, 32, 2, torch.float32)
+    intervals_BMI = attention.full_intervals(0, 2, 8, 12)
+    runs = attention.make_runs(["naive", "triton"], intervals_BMI, 32, 2, torch.float32)
     found = {}
     for name, run in runs.items():
         run.check()
@@ -52,8 +46,9 @@ def test_a_backend_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: 
     def fail(*_: object) -> None:
         raise RuntimeError("no such\n  kernel")
 
-    monkeypatch.setattr(measure_attention, "_attend_densely", fail)
-    run_here(monkeypatch, "--tokens", "4", "--head-widths", "32", "--num-heads", "1", "--batch-size", "1")
+    monkeypatch.setattr(attention, "_attend_densely", fail)
+    sizes = ["--tokens", "4", "--head-widths", "32", "--num-heads", "1", "--batch-size", "1"]
+    command.main(["attention", *sizes])
     measured = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert measured["not_measured"]["dense flash, head 32, 72 tokens"] == "no such kernel"
     assert [row["backend"] for row in measured["attention"]][:2] == ["naive", "sdpa"]
@@ -61,4 +56,4 @@ def test_a_backend_that_fails_is_named(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_full_intervals_have_every_clean_token() -> None:
     for seed in range(5):
-        assert measure_attention.full_intervals(seed, 3, 8, 12).shape == (3, 8 + 2 * 12, 4)
+        assert attention.full_intervals(seed, 3, 8, 12).shape == (3, 8 + 2 * 12, 4)

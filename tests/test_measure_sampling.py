@@ -1,4 +1,4 @@
-"""tools/measure_sampling.py: its plain sampler is ours without a cache; its figures are there and make sense."""
+"""tools/measure.py sampling: its plain sampler is ours without a cache; its figures are there and make sense."""
 
 import json
 
@@ -11,7 +11,8 @@ from cfpretrain.core.process import make_process
 from cfpretrain.core.solvers import Solver
 from tests.closeness import disagreement
 from tests.test_transformer import small_model
-from tools import measure_sampling
+from tools import measure as command
+from tools.measuring.sampling import generate_plainly
 
 QUICK = ["--num-denoising-steps", "2"]
 
@@ -28,44 +29,42 @@ def test_the_plain_sampler_makes_the_same_images(guidance) -> None:
         sampler.Guidance(guidance),
         sampler.noise_by_image(0, ids, model.patch_values),
     )
-    assert disagreement(sampler.generate(*given), measure_sampling.generate_plainly(*given)) < 1e-5
+    assert disagreement(sampler.generate(*given), generate_plainly(*given)) < 1e-5
 
 
-def measure(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *command: object) -> dict:
-    monkeypatch.setattr("sys.argv", ["measure_sampling.py", *map(str, command)])
-    measure_sampling.main()
+def measure(capsys: pytest.CaptureFixture[str], *options: object) -> dict:
+    command.main(["sampling", *map(str, options)])
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
-def test_speed(monkeypatch, capsys) -> None:
+def test_speed(capsys) -> None:
     options = ["--config", "configs/tiny.yaml", "--num-ar-steps", 2, 16, "--pairs", 1, "--batch-size", 2]
-    found = measure(monkeypatch, capsys, "speed", *options, *QUICK)
+    found = measure(capsys, *options, *QUICK)
     assert [row["num_ar_steps"] for row in found["rows"]] == [2, 16]
     assert max(row["difference"] for row in found["rows"]) < 1e-4
 
 
-def test_speed_alone(monkeypatch, capsys) -> None:
+def test_speed_alone(capsys) -> None:
     options = ["--config", "configs/tiny.yaml", "--num-ar-steps", 2, "--pairs", 1, "--batch-size", 2]
-    found = measure(monkeypatch, capsys, "speed", *options, *QUICK, "--alone", "--precision", "bf16")
+    found = measure(capsys, *options, *QUICK, "--alone", "--precision", "bf16")
     [row] = found["rows"]
     assert row.keys() == {"num_ar_steps", "cached_images_per_second"}
     assert row["cached_images_per_second"] > 0
 
 
 @pytest.mark.parametrize(
-    ("command", "message"),
+    ("options", "message"),
     [
         (
-            ["speed", "--config", "configs/tiny.yaml", "--num-ar-steps", "17"],
+            ["--config", "configs/tiny.yaml", "--num-ar-steps", "17"],
             "--num-ar-steps: expected 1 to 16, got 17",
         ),
-        (["speed", "--pairs", "0"], "--pairs: expected at least 1, got 0"),
-        (["speed", "--num-denoising-steps", "1"], "--num-denoising-steps: expected at least 2, got 1"),
+        (["--pairs", "0"], "--pairs: expected at least 1, got 0"),
+        (["--num-denoising-steps", "1"], "--num-denoising-steps: expected at least 2, got 1"),
     ],
 )
-def test_mistakes(monkeypatch, capsys, command, message) -> None:
-    monkeypatch.setattr("sys.argv", ["measure_sampling.py", *command])
+def test_mistakes(capsys, options, message) -> None:
     with pytest.raises(SystemExit) as ended:
-        measure_sampling.main()
+        command.main(["sampling", *options])
     assert ended.value.code == EXIT_USER_ERROR
     assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""tools/measure_step.py: all sides train alike, and what it says of a step makes sense."""
+"""tools/measure.py step: all sides train alike, and what it says of a step makes sense."""
 
 import json
 from collections.abc import Callable
@@ -17,9 +17,10 @@ from cfpretrain.core import model as transformer
 from cfpretrain.run.build import make_loss
 from tests.digits import write_digits
 from tests.processes import REPOSITORY, run_in_processes, run_script
-from tools import measure_step, step_sides
-from tools.measuring import on_noise
-from tools.plain_step import naive_attention
+from tools import measure as command
+from tools.measuring import sides, step
+from tools.measuring.attention import naive_attention
+from tools.measuring.common import on_noise
 
 TOOL = "tools/measure_step.py"
 CPU = torch.device("cpu")
@@ -49,8 +50,8 @@ def losses_of(names: tuple[str, ...], overrides: tuple[str, ...], folder: Path, 
     runtime.start(CPU)
     losses = []
     for name in names:
-        side = step_sides.make_side(name, config, CPU)
-        losses.append([made.loss for made in step_sides.make_steps(side, num_steps, CPU)])
+        side = sides.make_side(name, config, CPU)
+        losses.append([made.loss for made in sides.make_steps(side, num_steps, CPU)])
         side.close()
     return losses
 
@@ -68,34 +69,34 @@ def test_all_sides_train_alike(tmp_path: Path) -> None:
 
 def test_no_timed_step_is_the_first_of_its_length() -> None:
     compiled = small_config("engine.compile_blocks=true", "engine.clean_token_multiple=8", "model.latent_size=8")
-    plan = measure_step.plan_steps(compiled, 8, compiles=True)
+    plan = step.plan_steps(compiled, 8, compiles=True)
     loss = make_loss(compiled)
-    lengths = [measure_step._length_of(compiled, loss, step) for step in range(200)]
+    lengths = [step._length_of(compiled, loss, at) for at in range(200)]
     end = plan.num_warm_up + 8
     assert plan.lengths == lengths[plan.num_warm_up : end]
     assert 1 < len(set(lengths)) <= 9
     assert set(plan.lengths) <= set(lengths[: plan.num_warm_up])
     assert plan.profiled_length == lengths[end + plan.num_between]
     assert plan.profiled_length in plan.lengths
-    assert measure_step.plan_steps(small_config(), 8, compiles=False).num_warm_up == 1
+    assert step.plan_steps(small_config(), 8, compiles=False).num_warm_up == 1
 
 
 def test_lengths_are_those_of_the_batches() -> None:
     config = small_config("model.latent_size=8", "engine.clean_token_multiple=3")
     loss, ids_B = make_loss(config), torch.arange(100, 103)
     latents_BCYX = torch.zeros(3, config.model.latent_channels, 8, 8)
-    for step in range(5):
-        draws = loss.draw(step, 1, ids_B, ids_B % 10, config.model.num_tokens, config.model.patch_values)
-        assert measure_step._length_of(config, loss, step) == loss.prepare(latents_BCYX, draws).intervals_BMI.shape[1]
+    for at in range(5):
+        draws = loss.draw(at, 1, ids_B, ids_B % 10, config.model.num_tokens, config.model.patch_values)
+        assert step._length_of(config, loss, at) == loss.prepare(latents_BCYX, draws).intervals_BMI.shape[1]
 
 
 def test_the_micro_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config("train.global_batch_size=48", "train.micro_batch_size=48")
-    monkeypatch.setattr(measure_step, "_estimated_bytes", lambda config, device: 1e9 * config.micro_batch_size(1))
-    of_gpu = SimpleNamespace(total_memory=13e9 + measure_step._RESERVED_BYTES)
+    monkeypatch.setattr(step, "_estimated_bytes", lambda config, device: 1e9 * config.micro_batch_size(1))
+    of_gpu = SimpleNamespace(total_memory=13e9 + step._RESERVED_BYTES)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_gpu)
-    assert measure_step._fitting(config, torch.device("cuda")).micro_batch_size(1) == 12
-    assert measure_step._fitting(config, CPU) == config
+    assert step._fitting(config, torch.device("cuda")).micro_batch_size(1) == 12
+    assert step._fitting(config, CPU) == config
 
 
 # ---------------------------------------------------------------------------
@@ -130,11 +131,6 @@ def test_step_command() -> None:
     assert "median" in ended.out
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr("sys.argv", [TOOL, *arguments])
-    measure_step.main()
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -142,11 +138,9 @@ def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
         (["--config", "configs/tiny.yaml", "train.nothing=1"], "error: command line: train.nothing: unknown key"),
     ],
 )
-def test_mistakes_are_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
+def test_mistakes_are_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_here(monkeypatch, *arguments)
+        command.main(["step", *arguments])
     assert ended.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""tools/plain_step.py: the plain implementation is the official network."""
+"""tests/plain_step.py: the plain implementation is the official network."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from cfpretrain.core import ar as order
 from cfpretrain.core.latents import patchify
 from cfpretrain.core.objective import Draws
 from cfpretrain.core.process import make_process
+from tests import plain_step
 from tests.closeness import disagreement
 from tests.golden_cases import CASES, load
-from tools import plain_step
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cfpretrain.core import seeds
-from tools import measure_start
+from tests import plain_seeds
 
 
 def test_uniform_and_normal_have_their_moments() -> None:
@@ -88,16 +88,16 @@ def test_bits_never_change() -> None:
 )
 def test_numbers_do_not_depend_on_how_they_are_cut_into_chunks(seed, batch, shape, first, chunk) -> None:
     """Bit for bit what the formulas give over the whole tensor at once."""
-    keys = measure_start.plain_mix(seed + torch.arange(math.prod(batch)).reshape(batch))
+    keys = plain_seeds.mix(seed + torch.arange(math.prod(batch)).reshape(batch))
     with patch.object(seeds, "_CPU_CHUNK", chunk):
-        for ours, plain in ((seeds.bits, measure_start.plain_bits), (seeds.uniform, measure_start.plain_uniform)):
+        for ours, plain in ((seeds.bits, plain_seeds.bits), (seeds.uniform, plain_seeds.uniform)):
             drawn = ours(keys, shape, first)
             assert drawn.is_contiguous()
             assert torch.equal(drawn, plain(keys, shape, first))
         expected = torch.empty([*batch, *shape])
         for ours, plain in (
-            (seeds.normal, measure_start.plain_normal),
-            (functools.partial(seeds.uniform_within, 0.3), functools.partial(measure_start.plain_uniform_within, 0.3)),
+            (seeds.normal, plain_seeds.normal),
+            (functools.partial(seeds.uniform_within, 0.3), functools.partial(plain_seeds.uniform_within, 0.3)),
         ):
             plain(keys, shape, first, expected)
             out = torch.full_like(expected, torch.nan)
@@ -118,17 +118,17 @@ def test_large_draws_are_those_of_the_formulas(num_threads, mode) -> None:
             assert torch.equal(normal.mul_(1), normal)
     finally:
         torch.set_num_threads(threads)
-    assert torch.equal(normal, measure_start.plain_normal(key, (count,), 0, torch.empty(count)))
-    assert torch.equal(uniform, measure_start.plain_uniform_within(0.02, key, (count,), 0, torch.empty(count)))
+    assert torch.equal(normal, plain_seeds.normal(key, (count,), 0, torch.empty(count)))
+    assert torch.equal(uniform, plain_seeds.uniform_within(0.02, key, (count,), 0, torch.empty(count)))
 
 
 def test_folds_are_those_of_the_formula() -> None:
     parents = torch.tensor([[5], [-(2**63)]])
     index = torch.tensor([0, 7, 2**63 - 1])
-    mixed = measure_start.plain_mix(parents)
-    assert torch.equal(seeds.fold(parents, index), measure_start.plain_mix(mixed + (index + 1) * GAMMA))
+    mixed = plain_seeds.mix(parents)
+    assert torch.equal(seeds.fold(parents, index), plain_seeds.mix(mixed + (index + 1) * GAMMA))
     for i in index.tolist():
-        assert torch.equal(seeds.fold(parents, i), measure_start.plain_mix(mixed + (torch.tensor(i) + 1) * GAMMA))
+        assert torch.equal(seeds.fold(parents, i), plain_seeds.mix(mixed + (torch.tensor(i) + 1) * GAMMA))
     assert parents.tolist() == [[5], [-(2**63)]]
 
 

@@ -203,6 +203,25 @@ def test_a_wrong_download_is_not_taken(store: Store, tmp_path: Path) -> None:
     assert content(source, file_of(0)) == content_of(0)
 
 
+def test_a_transfer_that_is_given_up_ends(store: Store, tmp_path: Path) -> None:
+    """Of a file without an end, which would fill the disk."""
+    written = []
+
+    def write_on(name: str) -> None:
+        part = tmp_path / "cache" / f"{file_of(0).digest}.{NUM_BYTES}.part"
+        with (part / "copy.more").open("wb", buffering=0) as more:
+            while True:
+                written.append(more.write(bytes(NUM_BYTES)))
+                time.sleep(0.01)
+
+    store.before_second_half = write_on
+    source = remote(tmp_path / "cache")
+    assert "expected at most 1000 bytes, got more; upload the folder again" in error_of(lambda: source.open(file_of(0)))
+    wait_until(lambda: not any(thread.name == "transfer" for thread in threading.enumerate()))
+    assert written
+    assert copies_in(tmp_path / "cache") == set()
+
+
 def test_a_full_disk(store: Store, tmp_path: Path) -> None:
     with mounted_disk(tmp_path / "disk", "128k") as disk:
         (disk / "other").write_bytes(bytes(64 << 10))

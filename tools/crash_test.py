@@ -30,8 +30,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cfpretrain
 from cfpretrain.base import files
-from cfpretrain.base.console import UserError, add_allow_env, exit_with, path_argument
+from cfpretrain.base.command_line import Parser, add_config
+from cfpretrain.base.console import UserError, exit_with, path_argument
 
 MOMENTS = ("start", "loader", "step", "step", "checkpoint", "checkpoint", "sampling")  # as often as they stand there
 TARGETS = ("rank", "ranks", "launcher", "node")
@@ -368,7 +370,7 @@ class Runner:
 
     def start(self, name: str, num_ranks: int) -> Command:
         """Starts the command for the run folder `name`."""
-        train = Path(__file__).parent.parent / "cfpretrain" / "train.py"
+        train = Path(cfpretrain.__file__).parent / "train.py"
         launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_accelerators", str(num_ranks)]
         # The end must be that of the steps: a limit in seconds comes at another step each time.
         ours = ["train.max_train_seconds=0", "metrics.wandb=disabled", "metrics.log_every_steps=1"]
@@ -629,12 +631,8 @@ def _free_port() -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Kill a run, restart it, compare it with a run left alone.")
-    parser.add_argument(
-        "--config", required=True, action="append", metavar="FILE", help="a YAML file; of several, later ones win"
-    )
-    add_allow_env(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser = Parser(__doc__)
+    add_config(parser)
     parser.add_argument("--out", required=True, type=path_argument, help="a new folder for the runs and their output")
     parser.add_argument("--kills", type=int, default=50, help="default 50, about 20 s each on two cores")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and targets (default 0)")

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files, launch
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_picture, check_place, read_settings
 
@@ -39,11 +40,7 @@ _CELL_SIZE = 96  # picture pixels a side of an image
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Make a region of an image anew, under a new class.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(__doc__.splitlines()[1:]),
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--image", type=path_argument, metavar="FILE", help="an image of any size")

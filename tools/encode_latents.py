@@ -12,6 +12,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import launch
+from cfpretrain.base.command_line import Parser, add_local_rank
 from cfpretrain.base.console import (
     Progress,
     UserError,
@@ -34,7 +35,7 @@ _MOST_IN_A_BATCH = 4096
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Encode image shards into latent shards; the same command resumes.")
+    parser = Parser(__doc__)
     parser.add_argument("images", type=address_argument, help="a folder of image shards, as make_shards.py writes them")
     parser.add_argument(
         "--autoencoder",
@@ -50,7 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--precision", choices=_PRECISIONS, default="fp32", help="of the autoencoder on a GPU (default fp32)"
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    add_local_rank(parser)
     arguments = parser.parse_args()
     launch.check()
     leave_when_asked()

@@ -20,7 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base.console import UserError, add_allow_env, ending_in_one_line, say
+from cfpretrain.base.command_line import Parser, add_config, add_local_rank, check_range
+from cfpretrain.base.console import UserError, ending_in_one_line, say
 
 if TYPE_CHECKING:
     import torch
@@ -37,10 +38,8 @@ _GLOO_SECONDS = 0.2
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Estimate the memory that a config needs on each GPU.")
-    parser.add_argument("--config", required=True, action="append", help="a YAML file; give several and later ones win")
-    add_allow_env(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
+    parser = Parser(__doc__)
+    add_config(parser, "configs/XL.yaml")
     parser.add_argument("--num-gpus", type=int, default=1, help="ranks of the run (default 1)")
     parser.add_argument(
         "--gpu-memory-gb", type=float, default=80.0, help="memory of one GPU, in 1e9 bytes (default 80)"
@@ -52,7 +51,7 @@ def main() -> None:
         help="of it for the CUDA context, NCCL, workspaces of kernels and fragmentation (default 4)",
     )
     parser.add_argument("--json", action="store_true", help="print all of it once more as JSON, on the last line")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # a launcher adds it
+    add_local_rank(parser)
     parser.add_argument("--measure", action="store_true", help="compare with a real step on this machine, on one rank")
     arguments = parser.parse_intermixed_args()
     with ending_in_one_line():
@@ -87,8 +86,7 @@ def run(arguments: argparse.Namespace) -> bool:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
-    if arguments.num_gpus < 1:
-        raise UserError(f"--num-gpus: expected at least 1, got {arguments.num_gpus}")
+    check_range("--num-gpus", arguments.num_gpus, 1)
     if not math.isfinite(arguments.gpu_memory_gb):
         raise UserError(f"--gpu-memory-gb: expected a number, e.g. 80, got {arguments.gpu_memory_gb:g}")
     if not 0 <= arguments.reserve_gb < arguments.gpu_memory_gb:

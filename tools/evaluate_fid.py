@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files, launch
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import (
     Progress,
     UserError,
@@ -44,11 +45,7 @@ _DEFAULT_IMAGES = 50_000
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Score a model's images, or images that are there, against a reference.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(__doc__.splitlines()[1:]),
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "generated", type=path_argument, help="a run or exported folder; or images: folder, shards, .npz"
     )

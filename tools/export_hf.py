@@ -16,6 +16,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import step_or_best
 
@@ -27,7 +28,7 @@ _OF_DIFFUSERS = ("weights", "step", "dtype", "max_shard_gb", "license", "push")
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Export a run's model in the layout of Hugging Face's diffusers.")
+    parser = Parser(__doc__)
     parser.add_argument("run", type=path_argument, help="a run folder, e.g. runs/demo")
     parser.add_argument("out", type=path_argument, help="folder (or .pt) to write; it must not be there yet")
     parser.add_argument(

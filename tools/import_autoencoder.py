@@ -9,12 +9,12 @@ The values of the tensors are kept bit for bit. Nothing in a file is run: pickle
 Where OUT holds that autoencoder already, it is left as it is.
 """
 
-import argparse
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Convert a published autoencoder to a folder in diffusers' layout.")
+    parser = Parser(__doc__)
     parser.add_argument(
         "file", type=path_argument, help="checkpoint: .safetensors, or a pickle (.ckpt, .pt, .pth, .bin)"
     )

@@ -11,28 +11,20 @@ Such files are pickles, and a pickle can run code when it is read. Here they are
 which makes data only: nothing in a file is run, not even DeepSpeed's code, and a file that asks for more is refused.
 """
 
-import argparse
 from pathlib import Path
 
-from cfpretrain.base.console import add_allow_env, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.command_line import Parser, add_config
+from cfpretrain.base.console import ending_in_one_line, path_argument, phase, say
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Convert a DeepSpeed checkpoint (ZeRO 1, 2 or 3) to a run folder.")
+    parser = Parser(__doc__)
     parser.add_argument(
         "folder", type=path_argument, help="what save_checkpoint wrote: the folder with `latest`, or one step's"
     )
     parser.add_argument("run", type=path_argument, help="run folder to write; it must not be there yet")
-    add_allow_env(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
-    parser.add_argument(
-        "--config",
-        required=True,
-        action="append",
-        metavar="FILE",
-        help="of the model and of the training to come, e.g. configs/XL.yaml; give several and later ones win",
-    )
+    add_config(parser, "configs/XL.yaml")
     arguments = parser.parse_intermixed_args()
     with ending_in_one_line():
         run(arguments.folder, arguments.run, arguments.config, arguments.overrides, arguments.allow_env)

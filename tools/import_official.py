@@ -9,30 +9,22 @@ state of an optimizer is taken over: Adam's moments begin at 0, and an epoch beg
 holds more than tensors, numbers and texts is refused.
 """
 
-import argparse
 from pathlib import Path
 
-from cfpretrain.base.console import UserError, add_allow_env, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.command_line import Parser, add_config, check_range
+from cfpretrain.base.console import ending_in_one_line, path_argument, phase, say
 
 _MOST_STEPS = 10**12
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Convert an official checkpoint to a run folder.")
+    parser = Parser(__doc__)
     parser.add_argument(
         "file", type=path_argument, help="the official .pt, or a bare state dict as .pt or .safetensors"
     )
     parser.add_argument("run", type=path_argument, help="run folder to write; it must not be there yet")
-    add_allow_env(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
-    parser.add_argument(
-        "--config",
-        required=True,
-        action="append",
-        metavar="FILE",
-        help="of the model and of the training to come, e.g. configs/XL.yaml; give several and later ones win",
-    )
+    add_config(parser, "configs/XL.yaml")
     parser.add_argument(
         "--step", type=int, default=0, help="steps it was trained for (default 0: warm-up and step count begin anew)"
     )
@@ -45,8 +37,7 @@ def run(
     file: Path, folder: Path, paths: list[str], overrides: list[str], step: int = 0, allow_env: bool = False
 ) -> None:
     """Reads, checks and writes."""
-    if not 0 <= step <= _MOST_STEPS:
-        raise UserError(f"--step: expected 0 to {_MOST_STEPS}, got {step}")
+    check_range("--step", step, 0, _MOST_STEPS)
     with phase("loading torch"):
         import torch
 

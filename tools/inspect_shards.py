@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.config import DataConfig
 from cfpretrain.base.console import (
     Progress,
@@ -61,7 +62,7 @@ _CACHE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Show what a shard folder holds; with --verify, read all of it.")
+    parser = Parser(__doc__)
     parser.add_argument(
         "shards", type=address_argument, help="a folder of image or latent shards, or its address (s3://bucket/folder)"
     )

@@ -27,6 +27,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import (
     EXIT_REQUEUE,
     UserError,
@@ -53,7 +54,7 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Write shards of images, for tools/encode_latents.py.")
+    parser = Parser(__doc__)
     parser.add_argument(
         "images",
         type=path_argument,

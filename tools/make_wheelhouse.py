@@ -10,7 +10,6 @@ those are gigabytes, and belong to the machine's driver. Fewer wheels would do t
 refuses to install without the others; and what a machine has already, in a version that is allowed, pip leaves alone.
 """
 
-import argparse
 import email.parser
 import os
 import re
@@ -24,6 +23,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -45,7 +45,7 @@ Read = Callable[[set[str]], Mapping[str, Iterable[Requirement]]]
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Make a folder of wheels for machines without a network.")
+    parser = Parser(__doc__)
     parser.add_argument("--python", required=True, metavar="3.12", help="version of Python there")
     parser.add_argument("--out", type=path_argument, required=True, help="a folder that is not there yet, or empty")
     arguments = parser.parse_args()

@@ -11,7 +11,6 @@ the results in RUN/replay/step_N/: samples.json and samples.png.
 Exit code 0: the loss equals the logged one; 1: it does not; 2: a mistake; 3: the run turned out sick before the step.
 """
 
-import argparse
 import hashlib
 import json
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files, launch
+from cfpretrain.base.command_line import Parser, add_local_rank
 from cfpretrain.base.console import SickRunError, UserError, ending_in_one_line, linger, path_argument, phase, say
 
 if TYPE_CHECKING:
@@ -36,11 +36,11 @@ _COLUMNS, _MOST_IMAGES = 8, 64
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Make one step of a run again and compare it with what was logged.")
+    parser = Parser(__doc__)
     parser.add_argument("run", type=path_argument, help="a run folder, e.g. runs/demo")
     parser.add_argument("--step", type=int, required=True, help="the step, as in metrics.jsonl")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. data.shards=PATH")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    add_local_rank(parser)
     arguments = parser.parse_intermixed_args()
     launch.check()
     with ending_in_one_line():

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import launch
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import (
     Progress,
     UserError,
@@ -48,11 +49,7 @@ _OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  #
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Sample images from a run folder or an exported folder.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(__doc__.splitlines()[1:]),
-    )
+    parser = Parser(__doc__)
     parser.add_argument("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
     parser.add_argument(
         "--classes",

@@ -1,5 +1,6 @@
 """Work beside the training thread."""
 
+import ctypes
 import threading
 from collections.abc import Callable
 
@@ -21,3 +22,12 @@ class Task(threading.Thread):
             self._work()
         except BaseException as error:
             self.error = error
+
+    def stop(self) -> None:
+        """Raises `StoppedError` in the thread at its next line of Python; a call of the system is not interrupted."""
+        assert self.ident is not None
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(StoppedError))
+
+
+class StoppedError(Exception):
+    """Raised in a task whose result is not needed any more."""

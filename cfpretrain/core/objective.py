@@ -150,15 +150,10 @@ class DenoisingLoss:
     clean_multiple: int = 1
 
     def draw(self, step: int, epoch: int, ids_B: Tensor, labels_B: Tensor, num_tokens: int, patch_values: int) -> Draws:
-        """The random numbers of a micro-batch: functions of the seed, the step, the epoch and the samples' ids.
+        """The random numbers of a micro-batch of samples with these ids and labels, int64 [B].
 
-        Args:
-            step: optimizer step; what a whole global batch shares depends on it alone.
-            epoch: pass over the data.
-            ids_B: int64 [B], the samples' ids.
-            labels_B: int64 [B], their labels.
-            num_tokens: L.
-            patch_values: P.
+        They are functions of the seed, the pass over the data and the samples' ids; what a whole global batch shares is
+        one of the seed and the optimizer step.
         """
 
         def sample_keys(purpose: str) -> Tensor:

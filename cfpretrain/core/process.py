@@ -67,8 +67,7 @@ class NoiseProcess(ABC):
     def levels(self, num_steps: int, spacing: str = "time") -> Levels:
         """The levels of so many denoising steps, even in "time", or in "log_snr", which suits solvers of few steps.
 
-        Raises:
-            ValueError: fewer than 2 or more than `num_timesteps`.
+        Raises ValueError where there are fewer than 2 or more than `num_timesteps`.
         """
 
     @abstractmethod
@@ -120,15 +119,15 @@ class _Ddpm(NoiseProcess):
     def levels(self, num_steps: int, spacing: str = "time") -> Levels:
         # Some of the levels of training: the respacing of Nichol, Dhariwal 2021 (arXiv 2102.09672), section 4.
         self._check(num_steps)
-        schedule, last = self.schedule, self.num_timesteps - 1
+        all_levels, last = self.schedule, self.num_timesteps - 1
         if spacing == "time":
             kept = torch.tensor([round(i * last / (num_steps - 1)) for i in range(num_steps)])
         else:
             assert spacing == "log_snr", spacing
-            log_snr_T = schedule.log_snr()
+            log_snr_T = all_levels.log_snr()
             wanted = torch.linspace(float(log_snr_T[0]), float(log_snr_T[-1]), num_steps, dtype=torch.float64)
             kept = _spread((log_snr_T[None] - wanted[:, None]).abs().argmin(1).tolist(), last)
-        return Levels(schedule.times_T[kept], schedule.alphas_T[kept], schedule.sigmas_T[kept])
+        return Levels(all_levels.times_T[kept], all_levels.alphas_T[kept], all_levels.sigmas_T[kept])
 
     def scheduler_config(self) -> dict[str, Any]:
         return {
@@ -253,12 +252,10 @@ def process_of_scheduler(prediction_type: str, scheduler: Mapping[str, Any]) -> 
         ValueError: the scheduler is for another prediction, or its betas are spaced otherwise.
     """
     # Schedulers for flows alone do not say what is predicted.
-    found = scheduler.get("prediction_type", Flow.prediction_type), scheduler.get("beta_schedule", "linear")
-    if found != (prediction_type, "linear"):
-        raise ValueError(
-            f"scheduler: expected {prediction_type} and linear betas, as the model was trained, got {found[0]} and "
-            f"{found[1]}"
-        )
+    predicted, betas = scheduler.get("prediction_type", Flow.prediction_type), scheduler.get("beta_schedule", "linear")
+    if (predicted, betas) != (prediction_type, "linear"):
+        wanted = f"{prediction_type} and linear betas, as the model was trained"
+        raise ValueError(f"scheduler: expected {wanted}, got {predicted} and {betas}")
     if prediction_type == Flow.prediction_type:
         return Flow(scheduler["num_train_timesteps"])
     kind = {one.prediction_type: one for one in (Epsilon, VPrediction)}[prediction_type]

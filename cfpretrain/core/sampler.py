@@ -57,14 +57,7 @@ def noise_by_image(seed: int, image_ids_B: Tensor, patch_values: int) -> NoiseDr
 def sampling_orders(
     seed: int, image_ids_B: Tensor, num_tokens: int, token_order: str = "random", block_size: int = 1
 ) -> Tensor:
-    """The order in which each image's tokens are made, as the model was trained: int64 [B, L].
-
-    Args:
-        seed: of random orders.
-        image_ids_B: int64 [B]; an image's random order depends on its id alone.
-        num_tokens: L.
-        token_order, block_size: see `ar.draw_orders`.
-    """
+    """The order in which each image's tokens are made, int64 [B, L]; a random one depends on seed and id alone."""
     return draw_orders(seeds.fold(seeds.key(seed, "sampling order"), image_ids_B), num_tokens, token_order, block_size)
 
 
@@ -163,9 +156,7 @@ class _Denoised:
     def run(self, solver: Solver, draw_noise: NoiseDraw, watch: Callable[[int, Tensor, Tensor], None]) -> Tensor:
         """From noise to clean: [B, N, P]."""
         at_BN = self.positions_BN
-        return solver.denoise(
-            self._predict, lambda k: draw_noise(k, at_BN), lambda left, tokens_BNP: watch(left, at_BN, tokens_BNP)
-        )
+        return solver.denoise(self._predict, lambda k: draw_noise(k, at_BN), lambda k, x_BNP: watch(k, at_BN, x_BNP))
 
     def _predict(self, noised_BNP: Tensor, timestep: float) -> Tensor:
         scale = self.guidance.at(self.share_made, timestep)

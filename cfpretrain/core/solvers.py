@@ -71,14 +71,9 @@ class Solver:
         clean_before: Tensor | None = None,
         drawn: Tensor | None = None,
     ) -> Tensor:
-        """One step to the level below.
+        """One step from x_t to x_s; it is the first where there is no `clean_before`, and the last where left = 1.
 
-        Args:
-            left: steps left, this one included; equal for all samples.
-            noised: x_t, any shape.
-            clean, epsilon: that the prediction means.
-            clean_before: `clean` of the step before; None at the first step.
-            drawn: standard normal, of solvers that are random; None at the last step.
+        `drawn` is standard normal noise; None at the last step, and for solvers without.
         """
         if self._name == "ddpm":
             return self._ddpm(left, noised, clean, drawn)

@@ -31,7 +31,6 @@ from cfpretrain.data.mosaic import CloudDownloader
 _READ_SECONDS = 60.0  # a storage that sends nothing for so long is away
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 15.0  # seconds between two questions to a storage that is away
 _POLL_SECONDS = 0.05
-_TRANSFER_POLL_SECONDS = 0.5
 _MOST_WRONG_COPIES = 3
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EMFILE}
 _LOCK, _RESERVED = "lock", "reserved"
@@ -270,19 +269,24 @@ class RemoteFolder:
         patience.note_answer(what)
 
     def _transfer(self, what: str, local: Path, max_bytes: int) -> None:
-        """Downloads a file; where more comes than was announced it fails, and the transfer ends with the process."""
+        """Downloads a file; where more comes than was announced it fails."""
         # In a thread, which a process that ends does not wait for: a storage may keep silent for a minute.
         transfer = Task(lambda: self._download(what, local), "transfer")
         is_over = False
-        while not is_over:
-            transfer.join(_TRANSFER_POLL_SECONDS)
-            is_over = not transfer.is_alive()
-            if _bytes_of(local) > max_bytes:
-                raise UserError(
-                    f"{self._key}: {what}: expected at most {max_bytes} bytes, got more; upload the folder again"
-                )
-            if self._cache.patience.is_own:  # a worker's keeps nobody waiting, and its copy may serve again
-                self._cache.patience.check()
+        try:
+            while not is_over:
+                transfer.join(_POLL_SECONDS)
+                is_over = not transfer.is_alive()
+                if _bytes_of(local) > max_bytes:
+                    raise UserError(
+                        f"{self._key}: {what}: expected at most {max_bytes} bytes, got more; upload the folder again"
+                    )
+                if self._cache.patience.is_own:  # a worker's keeps nobody waiting, and its copy may serve again
+                    self._cache.patience.check()
+        finally:
+            if not is_over:
+                # The clients, all of them in Python, have no way to give a transfer up, and it would fill the disk.
+                transfer.stop()
         if transfer.error is not None:
             raise transfer.error
 
@@ -429,9 +433,10 @@ def _reason(error: Exception) -> str:
 def _bytes_of(local: Path) -> int:
     """What has come of a file so far; clients add to its name until it is whole."""
     found = 0
-    for path in local.parent.glob(f"{local.name}*"):
-        with suppress(FileNotFoundError):
-            found += path.stat().st_size
+    with os.scandir(local.parent) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                found += entry.stat().st_size if entry.name.startswith(local.name) else 0
     return found
 
 

@@ -37,9 +37,6 @@ def read_crop(path: Path, image_size: int, is_grey: bool, background: Colour = W
 
     Returns:
         float32 [1, C, Y, X] in [0, 1], and (width, height); upright, where EXIF says that it is not.
-
-    Raises:
-        UserError: it cannot be read, decoded or cropped.
     """
     try:
         changes: Counter[str] = Counter()
@@ -62,13 +59,10 @@ def read_region(text: str, grid: int, image_size: int, file_size: tuple[int, int
     """A region as the command line says it: bool [L].
 
     Args:
-        text: as for `regions.parse_region`, or "mask:FILE", a picture that is white where the image is made anew.
+        text: as for `regions.parse_region`, or "mask:FILE", a picture that is white where the image is generated again.
         grid: rows = columns of the token grid.
         image_size: pixels a side of the image that is edited.
         file_size: (width, height) of the file it was cropped from, whose masks are cropped alike; None without one.
-
-    Raises:
-        UserError: there is no such region, or the mask is of another size.
     """
     try:
         if not text.startswith("mask:"):
@@ -89,5 +83,5 @@ def _read_mask(path: Path, image_size: int, file_size: tuple[int, int] | None) -
         if mask.size == file_size:
             mask = centre_crop(mask, image_size)
     except RejectedImageError as error:
-        raise ValueError(f"{path}: {error}; give a mask as a PNG, white where the image is made anew") from error
+        raise ValueError(f"{path}: {error}; give a mask as a PNG, white where the image is generated again") from error
     return torch.from_numpy(np.asarray(mask) >= _WHITE)

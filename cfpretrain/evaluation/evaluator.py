@@ -54,9 +54,6 @@ class Evaluator:
         Args:
             config: of the run, with `evaluation.every_steps` above 0.
             device: where features are computed.
-
-        Raises:
-            UserError: on all ranks: no such reference or features, or latents that cannot be decoded.
         """
         asked = config.evaluation
         with _named_as_in_config():
@@ -105,9 +102,6 @@ class Evaluator:
             model: called alike on all ranks.
             decode: makes images of its latents.
             on_step: called after every denoising step, on all ranks at once.
-
-        Raises:
-            UserError: on all ranks: such images have no scores.
         """
         sums = self._none
         for ids_B, images_BCYX in generate_batches(
@@ -123,11 +117,7 @@ class Evaluator:
             if runtime.rank() == 0:
                 try:
                     scores = compare(ImageStatistics.of(sums, None), self._reference, self.name)
-                except (
-                    ArithmeticError,
-                    RuntimeError,
-                    ValueError,
-                ) as error:  # of eigenvalues that are not found, for example
+                except (ArithmeticError, RuntimeError, ValueError) as error:  # as where no eigenvalues are found
                     raise UserError(f"scores cannot be computed: {one_line(error)}") from error
         # One rank's digits decide which checkpoint stays.
         agreed: dict[str, float] = runtime.gather(scores)[0]

@@ -114,13 +114,13 @@ class Work:
         if (self.folder / _DONE_FILE).exists():
             last, numbers, sums = self._read(self.folder / _DONE_FILE)
         # Others are of earlier starts: one's rank may live on and write its file again.
-        for file in sorted(self.folder.glob(_sums_name(last, "*"))):
+        for file in sorted(self.folder.glob(f"sums_{last:06d}_*.npz")):
             _, more_numbers, more = self._read(file)
             numbers, sums = numbers + more_numbers, add(sums, more)
         self.start = last + 1
         self._write(self.folder / _DONE_FILE, numbers, sums)
         with self._unfinished.writing():
-            for file in self.folder.glob(_sums_name("*", "*")):
+            for file in self.folder.glob("sums_*.npz"):
                 files.remove(file)
         return self.start, sorted(set(range(self._num_batches)) - set(numbers))
 
@@ -151,7 +151,8 @@ class Work:
     def save(self) -> None:
         """Writes what this rank has summed in this start."""
         if self._numbers:
-            self._write(self.folder / _sums_name(self.start, f"{runtime.rank():05d}"), self._numbers, self._sums)
+            name = f"sums_{self.start:06d}_{runtime.rank():05d}.npz"
+            self._write(self.folder / name, self._numbers, self._sums)
             self._saved_at = time.monotonic()
 
     # ------------------------------------------------------------------
@@ -159,7 +160,7 @@ class Work:
 
     def total(self) -> list[Sums]:
         """The sums of each group over all images, on every rank."""
-        found = [self.folder / _DONE_FILE, *sorted(self.folder.glob(_sums_name(self.start, "*")))]
+        found = [self.folder / _DONE_FILE, *sorted(self.folder.glob(f"sums_{self.start:06d}_*.npz"))]
         found = runtime.gather(found)[0]  # one rank's list: a file may appear later on another machine
         with runtime.together():
             # Of no image, for a rank without a file; the first file may have no sums.
@@ -201,10 +202,6 @@ class Work:
             arrays = array_files.read_members(file)
             start, numbers = int(arrays.pop("start")), [int(number) for number in arrays.pop("numbers")]
             return start, numbers, {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def _sums_name(start: int | str, rank: str) -> str:
-    return f"sums_{start:06d}_{rank}.npz" if isinstance(start, int) else f"sums_{start}_{rank}.npz"
 
 
 def _rows_name(number: int) -> str:

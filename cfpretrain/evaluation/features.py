@@ -1,4 +1,4 @@
-"""What images are compared by: networks that turn them into features, and what their distances may be called."""
+"""Feature extractors for FID-like metrics, and the metric names each may use."""
 
 import hashlib
 import importlib
@@ -30,17 +30,11 @@ _CODE = (
 
 @dataclass(frozen=True)
 class Features:
-    """Of a batch of images, float32.
+    """Of a batch of images, float32."""
 
-    Attributes:
-        pooled_BF: one vector an image: for the Frechet distance, precision and recall.
-        spatial_BF: what still knows of places, for sFID; None: the network gives none.
-        logits_BK: of classes, for the Inception Score; None: it would not be one.
-    """
-
-    pooled_BF: Tensor
-    spatial_BF: Tensor | None = None
-    logits_BK: Tensor | None = None
+    pooled_BF: Tensor  # one vector an image: for the Frechet distance, precision and recall
+    spatial_BF: Tensor | None = None  # what still knows of places, for sFID; None: the network gives none
+    logits_BK: Tensor | None = None  # of classes, for the Inception Score; None: it would not be one
 
     def some(self, is_wanted_B: Tensor) -> "Features":
         """Those of some of the images, on the CPU."""
@@ -50,22 +44,15 @@ class Features:
 
 @dataclass(frozen=True)
 class FeatureExtractor:
-    """A network, and its name in results.
+    """A network, and its name in results."""
 
-    Attributes:
-        name: of the Frechet distance in its features; "fid" is that of the published Inception weights alone.
-        fingerprint: of all that features depend on: kind of network, weights, code.
-        network: uint8 [B, 3, Y, X] -> `Features`' tensors, in their order, None for what it lacks; None at the end may
-            be left out.
-        device: where it computes.
-        weights: where they come from, for the record.
-    """
-
-    name: str
-    fingerprint: str
+    name: str  # of the Frechet distance in its features; "fid" is that of the published Inception weights alone
+    fingerprint: str  # of all that features depend on: kind of network, weights, code
+    # uint8 [B, 3, Y, X] -> `Features`' tensors, in their order, None for what it lacks; None at the end may be left
+    # out
     network: Callable[[Tensor], tuple[Tensor | None, ...]]
-    device: torch.device
-    weights: str
+    device: torch.device  # where it computes
+    weights: str  # where they come from, for the record
 
     @property
     def is_fid(self) -> bool:
@@ -73,11 +60,7 @@ class FeatureExtractor:
         return self.name == "fid"
 
     def __call__(self, images_BCYX: Tensor) -> Features:
-        """Features of images, uint8 [B, 3, Y, X] of any size; on the extractor's device.
-
-        Raises:
-            UserError: a feature is NaN or infinite.
-        """
+        """Features of images, uint8 [B, 3, Y, X] of any size; on the extractor's device."""
         # The same bits at every run on a GPU, and float32 where float32 is meant.
         with (
             torch.inference_mode(),
@@ -106,9 +89,6 @@ def make_extractor(
         device: where it will compute.
         weights: a file of the Inception's; see `inception`.
         label: what other weights than the published ones are called: the distance is then "fd_inception_LABEL".
-
-    Raises:
-        UserError: no weights, others than were expected, or no such network.
     """
     if kind == INCEPTION:
         return _inception(device, weights, label)

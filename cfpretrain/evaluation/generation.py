@@ -21,26 +21,16 @@ from cfpretrain.run.build import Autoencoder, make_autoencoder, make_noise_proce
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How images are made.
+    """How images are made."""
 
-    Attributes:
-        ar_step_sizes: tokens of each AR step.
-        num_denoising_steps: levels that each AR step runs through.
-        guidance: towards the class.
-        batch_size: images a forward on one rank.
-        seed: of noise and orders.
-        solver, spacing: see `Solver`.
-        token_order, block_size: see `ar.draw_orders`; None: as the model was trained.
-    """
-
-    ar_step_sizes: Sequence[int]
-    num_denoising_steps: int
-    guidance: Guidance
-    batch_size: int
-    seed: int
+    ar_step_sizes: Sequence[int]  # tokens of each AR step
+    num_denoising_steps: int  # levels that each AR step runs through
+    guidance: Guidance  # towards the class
+    batch_size: int  # images a forward on one rank
+    seed: int  # of noise and orders
     solver: str = "ddpm"
-    spacing: str = "time"
-    token_order: str | None = None
+    spacing: str = "time"  # of the solver's levels
+    token_order: str | None = None  # see `ar.draw_orders`; None: as the model was trained
     block_size: int | None = None
 
     @property
@@ -232,12 +222,12 @@ def edit_tokens(
     device: torch.device,
     first_id: int = 0,
 ) -> Tensor:
-    """Makes a region of images anew, under a class of each one's own; on one rank.
+    """Generates a region of images again, each under a class of its own; on one rank.
 
     Args:
         config, model, device: as for `generate_batches`.
         tokens_BLP: the images, in the model's scale.
-        region_L: bool, the tokens made anew; see `regions`.
+        region_L: bool, the tokens that are generated again; see `regions`.
         labels: the new class of each image.
         settings: how; the AR steps add up to the tokens of the region.
         first_id: ids, which fix noise and orders, begin here.
@@ -260,19 +250,12 @@ def edit_tokens(
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One image on its way: AR steps by noise levels.
+    """One image on its way: AR steps by noise levels."""
 
-    Attributes:
-        states: float32 [rows, columns, L, P], the clean tokens of earlier AR steps and the noised ones of this.
-        is_made: bool [rows, L], the tokens that are there, be they noised.
-        ar_steps: of the rows, counted from 1.
-        timesteps: of the columns; None: clean.
-    """
-
-    states: Tensor
-    is_made: Tensor
-    ar_steps: Sequence[int]
-    timesteps: Sequence[int | None]
+    states: Tensor  # float32 [rows, columns, L, P], the clean tokens of earlier AR steps and the noised ones of this
+    is_made: Tensor  # bool [rows, L], the tokens that are there, be they noised
+    ar_steps: Sequence[int]  # of the rows, counted from 1
+    timesteps: Sequence[int | None]  # of the columns; None: clean
 
 
 def follow(

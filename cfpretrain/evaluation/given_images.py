@@ -7,8 +7,8 @@ transparent is composited on a background.
 import hashlib
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -73,9 +73,6 @@ def open_images(path: Path, key: str, background: Colour = WHITE) -> GivenImages
         path: a folder of image files, one of image shards, or an archive with `arr_0`, uint8 [N, Y, X, 3].
         key: option that gave it, for messages.
         background: behind what is transparent in a folder of image files.
-
-    Raises:
-        UserError: it is none of these, or holds fewer than two images.
     """
     images: GivenImages
     if path.is_file() and is_archive(path):
@@ -221,13 +218,8 @@ class _Archive:
         self.name, self._key = str(file), key
         self._whole: npt.NDArray[np.uint8] | None = None
         self.changes: Counter[str] = Counter()
-        with ExitStack() as stack:
-            try:
-                self._open(stack.enter_context(array_files.open_archive(file)), file, stack)
-            except UserError:
-                raise
-            except (OSError, ValueError) as error:
-                raise _damaged(file, key, error) from error
+        with _undamaged(file, key), ExitStack() as stack:
+            self._open(stack.enter_context(array_files.open_archive(file)), file, stack)
             self._opened = stack.pop_all()  # nothing was wrong: they stay open as long as this does
 
     def _open(self, archive: zipfile.ZipFile, file: Path, stack: ExitStack) -> None:
@@ -266,7 +258,7 @@ class _Archive:
         shape = self._shape[1:]
         num_bytes = int(np.prod(shape))
         images: list[npt.NDArray[np.uint8]] = []
-        try:
+        with _undamaged(Path(self.name), self._key):
             for place in places:
                 if self._whole is not None:
                     images.append(self._whole[place])
@@ -275,35 +267,24 @@ class _Archive:
                     self._member.seek(self._begin + place * num_bytes)
                     data = self._member.read(num_bytes)
                 images.append(np.frombuffer(data, np.uint8).reshape(shape))
-        except (OSError, ValueError) as error:
-            raise _damaged(Path(self.name), self._key, error) from error
         return _as_tensor(np.broadcast_to(np.stack(images), (len(images), *shape[:2], 3)))
 
 
-def read_arrays(file: Path, key: str, names: Sequence[str]) -> Mapping[str, npt.NDArray[Any]]:
-    """Those of the arrays that an archive holds; no pickles.
+def read_arrays(file: Path, key: str, names: Sequence[str]) -> tuple[dict[str, npt.NDArray[Any]], set[str]]:
+    """Those of the arrays that an archive holds, and the names of all that it holds; no pickles."""
+    with _undamaged(file, key), array_files.open_archive(file) as archive:
+        there = {name.removesuffix(".npy") for name in archive.namelist()}
+        return {name: array_files.read_member(archive, name) for name in names if name in there}, there
 
-    Raises:
-        UserError: the file is no archive, is damaged, or an array holds objects.
-    """
+
+@contextmanager
+def _undamaged(file: Path, key: str) -> Iterator[None]:
     try:
-        with array_files.open_archive(file) as archive:
-            there = archive.namelist()
-            return {name: array_files.read_member(archive, name) for name in names if f"{name}.npy" in there}
+        yield
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        raise _damaged(file, key, error) from error
-
-
-def has_array(file: Path, key: str, name: str) -> bool:
-    """Whether an archive holds this array; errors as for `read_arrays`."""
-    try:
-        with array_files.open_archive(file) as archive:
-            return f"{name}.npy" in archive.namelist()
-    except (OSError, ValueError) as error:
-        raise _damaged(file, key, error) from error
-
-
-def _damaged(file: Path, key: str, error: Exception) -> UserError:
-    return UserError(
-        f"{key}: expected an .npz archive, got {file}, which is none or damaged ({one_line(error):.120}); get it again"
-    )
+        raise UserError(
+            f"{key}: expected an .npz archive, got {file}, which is none or damaged ({one_line(error):.120}); get it "
+            "again"
+        ) from error

@@ -40,9 +40,6 @@ def precision_recall(
 
     Returns:
         (precision, recall), each in [0, 1].
-
-    Raises:
-        UserError: a set has no k-th neighbour, since it holds k images or fewer.
     """
     for name, count in (("real", len(real_RF)), ("generated", len(generated_GF))):
         if count <= k:

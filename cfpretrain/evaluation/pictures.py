@@ -101,9 +101,6 @@ def sample_grid(
         cell_size: about how many picture pixels a side an image should have, at least its own.
         captions: what stands below each image, cut to its width; none for no line at all.
         column_names: what stands above each column, likewise.
-
-    Raises:
-        UserError: another number of channels, or images that do not fill the rows.
     """
     images_BYXC = to_rgb(images_BCYX, value_range)
     num_images, height, width, _ = images_BYXC.shape

@@ -32,7 +32,6 @@ from cfpretrain.evaluation.frechet import Gaussian
 from cfpretrain.evaluation.given_images import (
     IMAGES,
     GivenImages,
-    has_array,
     is_archive,
     open_images,
     read_arrays,
@@ -57,20 +56,14 @@ _KEY = "--reference"
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference.
+    """A reference."""
 
-    Attributes:
-        statistics: of all of it.
-        floor: scores of one random half against the other, what a perfect model of half as many images would get; its
-            Inception Score is that of both. None where there are statistics alone, or too few images.
-        record: where the statistics come from, JSON-able; its `fingerprint` changes when they do.
-        image_size: width and height; None where there are no images.
-    """
-
-    statistics: ImageStatistics
+    statistics: ImageStatistics  # of all of it
+    # scores of one random half against the other, what a perfect model of half as many images would get; its
+    # Inception Score is that of both. None where there are statistics alone, or too few images
     floor: dict[str, float] | None
-    record: dict[str, Any]
-    image_size: tuple[int, int] | None = None
+    record: dict[str, Any]  # where the statistics come from, JSON-able; its `fingerprint` changes when they do
+    image_size: tuple[int, int] | None = None  # width and height; None where there are no images
 
     @property
     def floor_num_images(self) -> int:
@@ -95,9 +88,6 @@ def load_reference(
         on_begin: called on every rank with how many images are done, of how many, where there is work to do.
         on_done: called every few seconds with how many images are done.
         background: behind what is transparent in a folder of images.
-
-    Raises:
-        UserError: there is no such thing, it is of other features, or the cache cannot be written.
     """
     with runtime.together():
         given = _given_statistics(path, extractor) if path.is_file() and is_archive(path) else None
@@ -129,8 +119,8 @@ class _Given:
 
 
 def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
-    arrays = read_arrays(file, _KEY, ["mu", "sigma", "mu_s", "sigma_s", _OWN_KEY])
-    has_images = has_array(file, _KEY, IMAGES)
+    arrays, names = read_arrays(file, _KEY, ["mu", "sigma", "mu_s", "sigma_s", _OWN_KEY])
+    has_images = IMAGES in names
     for mean, covariance in (("mu", "sigma"), ("mu_s", "sigma_s")):
         there = [name for name in (mean, covariance) if name in arrays]
         if len(there) == 1:
@@ -306,14 +296,7 @@ def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extracto
             score = float(mean), float(deviation)
         if record["num_images"] != plan["num_images"]:
             raise ValueError("it says another number of images")
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        OverflowError,
-    ) as error:  # a UserError is a ValueError
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # UserError, too
         raise UserError(f"--cache: {entry} is damaged ({one_line(error):.100}); {advice}") from error
     if given is None:
         raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")

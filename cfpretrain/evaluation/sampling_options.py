@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from cfpretrain.base.command_line import add_local_rank
 from cfpretrain.base.console import UserError
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int, guida
     group.add_argument(
         "--step", type=step_or_best, help="of a run's checkpoint, or best: by its scores (default: the latest)"
     )
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    add_local_rank(parser)
 
 
 def step_or_best(text: str) -> int | Literal["best"]:
@@ -117,9 +118,6 @@ def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: i
         arguments: of `add_sampling_options`.
         config: of the model.
         num_tokens: that are to be made of an image.
-
-    Raises:
-        UserError: a value that the model or the sampler does not take.
     """
     from cfpretrain.core.ar import choose_sizes, fixed_order
     from cfpretrain.core.sampler import Guidance

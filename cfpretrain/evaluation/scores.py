@@ -27,21 +27,13 @@ Batches = Callable[[list[int]], Iterator[tuple[int, Tensor]]]
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """What a set of images is compared by; what is not known of it is None.
+    """The statistics by which sets of images are compared; None for those that are not known."""
 
-    Attributes:
-        num_images: behind all but the neighbours.
-        pooled: for the Frechet distance.
-        spatial: for sFID.
-        inception_score: mean and standard deviation over the splits.
-        neighbours_KF: features for precision and recall.
-    """
-
-    num_images: int | None
-    pooled: Gaussian
-    spatial: Gaussian | None = None
-    inception_score: tuple[float, float] | None = None
-    neighbours_KF: Tensor | None = None
+    num_images: int | None  # behind all but the neighbours
+    pooled: Gaussian  # for the Frechet distance
+    spatial: Gaussian | None = None  # for sFID
+    inception_score: tuple[float, float] | None = None  # mean and standard deviation over the splits
+    neighbours_KF: Tensor | None = None  # features for precision and recall
 
     @classmethod
     def of(cls, sums: Sums, neighbours_KF: Tensor | None, with_score: bool = True) -> "ImageStatistics":
@@ -120,7 +112,6 @@ def sum_up(
         on_done: called every few seconds with how many are done.
 
     Raises:
-        UserError: on every rank, where one cannot read an image or write its sums.
         LostRankError: another rank is gone.
     """
     with runtime.together():

@@ -50,23 +50,14 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model to sample from is, and what is known of it before its weights are read.
+    """Where a model to sample from is, and what is known of it before its weights are read."""
 
-    Attributes:
-        path: a run folder, or an exported one.
-        config: that the weights were trained with.
-        class_names: one for each class; their numbers where names are not known.
-        title: whose weights they are, for people.
-        checkpoint: of a run; None: an export.
-        weights: of a run: "ema" or "raw".
-    """
-
-    path: Path
-    config: Config
-    class_names: tuple[str, ...]
-    title: str
-    checkpoint: RunCheckpoint | None
-    weights: str
+    path: Path  # a run folder, or an exported one
+    config: Config  # that the weights were trained with
+    class_names: tuple[str, ...]  # one for each class; their numbers where names are not known
+    title: str  # whose weights they are, for people
+    checkpoint: RunCheckpoint | None  # of a run; None: an export
+    weights: str  # of a run: "ema" or "raw"
 
     def label_of(self, text: str) -> int:
         """The class that a word means (see `class_names.label_of`); UserError where it means none, or several."""
@@ -92,15 +83,10 @@ class Origin:
 
 @dataclass(frozen=True)
 class Source(Origin):
-    """A model to sample from.
+    """A model to sample from."""
 
-    Attributes:
-        model: on `device`, for sampling alone.
-        device: where it computes.
-    """
-
-    model: CausalFusion
-    device: torch.device
+    model: CausalFusion  # on `device`, for sampling alone
+    device: torch.device  # where it computes
 
     def make_autoencoder(self) -> Autoencoder:
         """What decodes its latents; UserError where it names none and its latents are no pixels."""
@@ -125,9 +111,6 @@ def load_source(
         precision: in which: "fp32" or "bf16".
         weights: of a run: "ema" or "raw"; an export holds one of them, and is asked for none.
         step: of a run's checkpoint; see `build.find_checkpoint`.
-
-    Raises:
-        UserError: it is neither, or not complete.
     """
     return open_source(path, weights, step).load(device, precision)
 

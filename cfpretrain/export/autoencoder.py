@@ -89,9 +89,6 @@ def from_ldm(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Any], 
     Args:
         tensors: `pick_tensors`.
         name: where they come from, for the message.
-
-    Raises:
-        UserError: they are no autoencoder's in this layout.
     """
     try:
         config = _infer_config(tensors)
@@ -106,7 +103,9 @@ def from_ldm(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Any], 
     for old, value in tensors.items():
         new, value = _rename(old, value, num_levels)
         if new in state:
-            raise UserError(f"{name}: expected each tensor once, got {new} of diffusers' AutoencoderKL twice; mend it")
+            raise UserError(
+                f"{name}: expected each tensor once, got {new} of diffusers' AutoencoderKL twice; give another file"
+            )
         state[new] = value
     return config, state
 

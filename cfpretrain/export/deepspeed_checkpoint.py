@@ -56,21 +56,13 @@ class _Piece:
 
 @dataclass(frozen=True)
 class ZeroCheckpoint:
-    """What a checkpoint of DeepSpeed's holds.
+    """What a checkpoint of DeepSpeed's holds."""
 
-    Attributes:
-        shapes: of the parameters, under the names they have there.
-        counters: steps.
-        num_ranks: that wrote it.
-        pieces: of each parameter, in the order of its values.
-        flats: tensors by content ("weights", "exp_avg", "exp_avg_sq"), rank and group.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
-    counters: Counters
-    num_ranks: int
-    pieces: dict[str, list[_Piece]]
-    flats: dict[str, list[list[Tensor]]]
+    shapes: dict[str, tuple[int, ...]]  # of the parameters, under the names they have there
+    counters: Counters  # steps
+    num_ranks: int  # that wrote it
+    pieces: dict[str, list[_Piece]]  # of each parameter, in the order of its values
+    flats: dict[str, list[list[Tensor]]]  # tensors by content ("weights", "exp_avg", "exp_avg_sq"), rank and group
 
     def tensor(self, content: str, name: str) -> Tensor:
         """A whole parameter's values, fp32: "weights", "exp_avg" or "exp_avg_sq"."""
@@ -85,9 +77,6 @@ def read_zero_checkpoint(folder: Path, name: str = "FOLDER") -> ZeroCheckpoint:
     Args:
         folder: of one checkpoint, or the one above it with `latest`.
         name: argument that gave the folder, for messages.
-
-    Raises:
-        UserError: the folder holds no such checkpoint, or not all of it, or more than data.
     """
     folder = _find_folder(folder, name)
     model_file = next((folder / file for file in _MODEL_FILES if (folder / file).is_file()), None)

@@ -66,21 +66,13 @@ class WeightsIndex(TypedDict):
 
 @dataclass(frozen=True)
 class ExportSettings:
-    """What leaves of a run, and how.
+    """What leaves of a run, and how."""
 
-    Attributes:
-        weights: "ema", or "raw" for the trained weights themselves.
-        step: of the checkpoint; see `build.find_checkpoint`.
-        dtype: of the weights' files.
-        max_shard_bytes: a file of weights is no larger, unless one tensor is.
-        licence: for the model card.
-    """
-
-    weights: Literal["ema", "raw"] = "ema"
-    step: build.Step = None
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    max_shard_bytes: int = 5 * 10**9
-    licence: str = "unknown"
+    weights: Literal["ema", "raw"] = "ema"  # "ema", or "raw" for the trained weights themselves
+    step: build.Step = None  # of the checkpoint; see `build.find_checkpoint`
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the weights' files
+    max_shard_bytes: int = 5 * 10**9  # a file of weights is no larger, unless one tensor is
+    licence: str = "unknown"  # for the model card
 
 
 def export(run: Path, out: Path, settings: ExportSettings) -> None:
@@ -92,9 +84,6 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
         run: a run folder, of any ranks and ZeRO stage.
         out: the folder to make.
         settings: what and how.
-
-    Raises:
-        UserError: it is no run's folder, a file of it is missing or damaged, `out` exists, or it cannot be written.
     """
     outputs.refuse_existing(out, "OUT")
     source = _Source.open(run, settings)
@@ -306,11 +295,7 @@ def _bytes(values: Tensor) -> memoryview:
 
 
 def push(folder: Path, repository: str) -> None:
-    """Uploads an exported folder to a repository of the hub, which is made (private) where it is not there.
-
-    Raises:
-        UserError: the hub refuses, or cannot be reached.
-    """
+    """Uploads an exported folder to a repository of the hub, which is made (private) where it is not there."""
     from huggingface_hub import HfApi
 
     try:

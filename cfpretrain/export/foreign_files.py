@@ -36,9 +36,6 @@ def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any
         file: .safetensors, or whatever `torch.save` wrote.
         name: argument or option that gave the file, for messages.
         placeholders: full names of the classes that a file may have objects of.
-
-    Raises:
-        UserError: the file is not there, is something else, or holds more than data.
     """
     if not file.is_file():
         found = "is a folder" if file.is_dir() else "is no file" if file.exists() else "is not there"
@@ -46,7 +43,7 @@ def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any
     try:
         content = _read(file, placeholders)
     except OSError as error:
-        raise UserError(f"{name}: {file} cannot be read ({error.strerror or error}); mend it") from error
+        raise UserError(f"{name}: {file} cannot be read ({error.strerror or error}); make it readable") from error
     except Exception as error:  # a foreign file can break the reader in any way
         raise UserError(f"{name}: {_reason(file, error)}") from error
     unfit = _find_unfit(content)
@@ -114,11 +111,7 @@ def _reason(file: Path, error: Exception) -> str:
 
 
 def write(file: Path, content: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Writes tensors by name, under some keys, as `torch.save` does: the file is there whole or not at all.
-
-    Raises:
-        UserError: something is there already, or it cannot be written.
-    """
+    """Writes tensors by name, under some keys, as `torch.save` does: the file is there whole or not at all."""
     with whole_or_nothing(file, "OUT") as unfinished, files.create(unfinished) as opened:
         try:
             torch.save({key: dict(tensors) for key, tensors in content.items()}, opened)

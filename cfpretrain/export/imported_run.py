@@ -63,9 +63,6 @@ def check_shapes(found: Shapes, config: Config, source: str, beside: Shapes | No
         config: says what they should be.
         source: where they are from, for the message.
         beside: tensors that may be there too.
-
-    Raises:
-        UserError: names each key of the config with what it says and what was found; where all keys fit, each tensor.
     """
     expected = expected_shapes(config)
     expected |= {name: shape for name, shape in (beside or {}).items() if name in found}
@@ -131,10 +128,6 @@ def write_run(folder: Path, config: Config, counters: Counters, read_tensor: Rea
         counters: where training goes on.
         read_tensor: asked for each parameter of the config's model and each content, one at a time.
         source: where they are from, for messages.
-
-    Raises:
-        UserError: something is there already, it cannot be written, a value is no finite number, or the config
-            trains with another optimizer.
     """
     if config.train.optimizer != "adamw":
         raise UserError(

@@ -59,29 +59,13 @@ def our_name(name: str) -> str:
 
 
 def our_names(names: Iterable[str], source: str) -> dict[str, str]:
-    """`our_name` of each parameter of a checkpoint, by the name that it has there.
-
-    Raises:
-        UserError: one is no parameter of the model, or is there twice; `source` is where they are from.
-    """
+    """`our_name` of each parameter of a checkpoint, by the name that it has there."""
     try:
         renamed = {name: our_name(name) for name in names}
     except ValueError as error:
         raise UserError(f"{source}: {error}; give a checkpoint of CausalFusion") from error
     if len(set(renamed.values())) < len(renamed):
-        raise UserError(f"{source}: expected each tensor once, got some under two names; mend it")
-    return renamed
-
-
-def from_official(tensors: Mapping[str, Tensor], learnable_positions: bool = True) -> dict[str, Tensor]:
-    """Official names -> ours; fixed sin-cos positions are no parameter of ours and are left out.
-
-    Raises:
-        ValueError: a tensor that the official model does not have.
-    """
-    renamed = {our_name(name): value for name, value in tensors.items()}
-    if not learnable_positions:
-        del renamed[POSITIONS]
+        raise UserError(f"{source}: expected each tensor once, got some under two names; give another file")
     return renamed
 
 
@@ -114,9 +98,6 @@ def read_official(file: Path, config: Config, name: str = "FILE") -> dict[str, d
 
     Returns:
         {"weights": ..., "ema": ...}, tensors under our names; both are the same where the file has one of them.
-
-    Raises:
-        UserError: the file cannot be read, or is not of the config's model.
     """
     _check_process(config)
     content = foreign_files.read(file, name, placeholders=["argparse.Namespace"])
@@ -186,9 +167,6 @@ def write_official(run: Path, out: Path) -> None:
     Args:
         run: a run folder.
         out: the .pt to write.
-
-    Raises:
-        UserError: the folder is no run's, or holds no whole checkpoint, or `out` is there already.
     """
     outputs.refuse_existing(out, "OUT")
     found = build.find_checkpoint(run)

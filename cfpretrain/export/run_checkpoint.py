@@ -16,17 +16,11 @@ from cfpretrain.run.tensor_files import HashedRange, Header, remedy
 
 @dataclass(frozen=True)
 class CheckpointTensors:
-    """The tensors of one file of a checkpoint, each byte of which is held against its hash when it is read.
+    """The tensors of one file of a checkpoint, each byte of which is held against its hash when it is read."""
 
-    Attributes:
-        file: safetensors, fp32.
-        header: where they lie.
-        ranges: hashes of each tensor's values.
-    """
-
-    file: Path
-    header: Header
-    ranges: Mapping[str, Sequence[HashedRange]]
+    file: Path  # safetensors, fp32
+    header: Header  # where they lie
+    ranges: Mapping[str, Sequence[HashedRange]]  # hashes of each tensor's values
 
     @classmethod
     def open(cls, checkpoint: Path, content: Literal["ema", "weights"], step: int) -> "CheckpointTensors":

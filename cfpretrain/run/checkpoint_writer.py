@@ -7,7 +7,7 @@ wrote travel between the ranks, not over the disk: a network file system may sho
 import json
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,34 +26,6 @@ from cfpretrain.run.tensor_files import VALUE_BYTES, Fragment, PlainHashes, Shap
 _POLL_SECONDS = 0.01
 
 
-class _Snapshot:
-    """What one rank writes of one content, copied to host memory: the one extra copy of its shard."""
-
-    def __init__(self, held: Sequence[tuple[Fragment, Tensor]], rank: int, world_size: int) -> None:
-        self._places: list[tuple[str, int]] = []  # name and first flat value of each range
-        self._sources: list[Tensor] = []
-        for fragment, values in held:
-            begin, end = 0, fragment.numel
-            if fragment.replicated:  # an equal share of what every rank holds
-                begin, end = end * rank // world_size, end * (rank + 1) // world_size
-            self._places.append((fragment.name, fragment.offset + begin))
-            self._sources.append(values.detach()[begin:end])
-        sizes = [source.numel() for source in self._sources]
-        self._buffer = _host_buffer(sum(sizes))
-        self._copies = torch.split(self._buffer, sizes)
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Begins to copy the present values."""
-        for copy, source in zip(self._copies, self._sources, strict=True):
-            copy.copy_(source, non_blocking=True)
-
-    def ranges(self) -> Iterator[tuple[str, int, memoryview]]:
-        """Name, first flat value and bytes of each range that was taken."""
-        for (name, first), copy in zip(self._places, self._copies, strict=True):
-            yield name, first, bytes_of(copy)
-
-
 def _host_buffer(num_values: int) -> Tensor:
     """Host memory of just this size, pinned where there is a GPU."""
     # Touched at once: where memory is short the run ends before it has trained, and the first copy is no slower.
@@ -67,7 +39,7 @@ def _host_buffer(num_values: int) -> Tensor:
 
 
 class RankPart:
-    """One rank's part of the checkpoints of a run.
+    """What one rank writes of the checkpoints of a run, and its copy in host memory: the one extra copy of its shard.
 
     Args:
         fragments: this rank's.
@@ -79,32 +51,49 @@ class RankPart:
         self,
         fragments: Sequence[Fragment],
         ema_values: Sequence[Tensor],
-        shapes: dict[str, dict[str, tuple[int, ...]]],
+        shapes: Mapping[str, Shapes],
         rank: int,
         world_size: int,
     ) -> None:
-        self._shapes: dict[str, Shapes] = dict(shapes)
-        self._rank = rank
-        self._snapshots = {
-            content: _Snapshot(held_tensors(content, fragments, ema_values), rank, world_size) for content in shapes
-        }
+        self._shapes, self._rank = shapes, rank
+        # By content: name and first flat value of each range, its values in the engine, and their copy.
+        self._ranges: dict[str, list[tuple[str, int, Tensor, Tensor]]] = {}
+        self._buffers: list[Tensor] = []  # pinned as long as they are here
+        for content in shapes:
+            places, sources = [], []
+            for fragment, values in held_tensors(content, fragments, ema_values):
+                begin, end = 0, fragment.numel
+                if fragment.replicated:  # an equal share of what every rank holds
+                    begin, end = end * rank // world_size, end * (rank + 1) // world_size
+                places.append((fragment.name, fragment.offset + begin))
+                sources.append(values.detach()[begin:end])
+            sizes = [source.numel() for source in sources]
+            self._buffers.append(_host_buffer(sum(sizes)))
+            copies = torch.split(self._buffers[-1], sizes)
+            self._ranges[content] = [
+                (*place, source, copy) for place, source, copy in zip(places, sources, copies, strict=True)
+            ]
 
+    @torch.no_grad()
     def take(self) -> None:
         """Copies the present values; training may go on after."""
-        for snapshot in self._snapshots.values():
-            snapshot.take()
+        for ranges in self._ranges.values():
+            for _, _, source, copy in ranges:
+                copy.copy_(source, non_blocking=True)
         if torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()
 
     def write(self, partial: Path, step: int, on_progress: Callable[[], None]) -> dict[str, PlainHashes]:
         """Writes what was taken into a folder, down to the disk; returns the hashes by content."""
         files.make_folder(partial, parents=False)  # a run folder that is gone is not made again
-        return {
-            content: write_ranges(
-                tensor_file(partial, content), shapes, step, snapshot.ranges(), self._rank == 0, on_progress
+        hashes = {}
+        for content, ranges in self._ranges.items():
+            file, data = (
+                tensor_file(partial, content),
+                ((name, first, bytes_of(copy)) for name, first, _, copy in ranges),
             )
-            for (content, shapes), snapshot in zip(self._shapes.items(), self._snapshots.values(), strict=True)
-        }
+            hashes[content] = write_ranges(file, self._shapes[content], step, data, self._rank == 0, on_progress)
+        return hashes
 
 
 @dataclass(frozen=True)

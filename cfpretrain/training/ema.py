@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from cfpretrain.base.background import Task
 from cfpretrain.run.tensor_files import Fragment
 from cfpretrain.training.engine import Engine
 
-_STAGED_NUMEL = 16 * 2**20  # weights of one of the two loads on their way to the host: 64 MiB
+_STAGED_NUMEL = 16 * 2**20  # weights of one of the two pieces on their way to the host: 64 MiB
 
 
 class ShardedEMA:
@@ -79,17 +78,8 @@ class ShardedEMA:
         engine.refresh()
 
 
-@dataclass(frozen=True, eq=False)
-class _Load:
-    """Parts of averages and of weights, and the staged memory that the weights pass through."""
-
-    averages: list[Tensor]
-    weights: list[Tensor]
-    staged: list[Tensor]
-
-
 class _HostThread:
-    """Moves averages in host memory beside training: one load of weights is copied while the one before is averaged.
+    """Moves averages in host memory beside training: one piece of weights is copied while the one before is averaged.
 
     Args:
         averages: in host memory.
@@ -99,9 +89,16 @@ class _HostThread:
 
     def __init__(self, averages: Sequence[Tensor], weights: Sequence[Tensor], share: float) -> None:
         self._share = share
-        self._loads = _make_loads(averages, weights)
+        self._pieces = [
+            piece
+            for pair in zip(averages, weights, strict=True)
+            for piece in zip(*(torch.split(tensor, _STAGED_NUMEL) for tensor in pair), strict=True)
+        ]
         device = weights[0].device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # Pieces take turns in two. Pinned memory is scarce, and only what is on its way gains by it.
+        most = max(values.numel() for _, values in self._pieces)
+        self._staged = [torch.empty(most, pin_memory=device.type == "cuda") for _ in range(min(2, len(self._pieces)))]
         self._under_way: Task | None = None
 
     def begin(self) -> None:
@@ -121,45 +118,21 @@ class _HostThread:
     def _update(self, changed: torch.cuda.Event | None) -> None:
         if changed is not None:
             changed.wait(self._stream)
-        copied = self._copy(self._loads[0])
-        for load, following in zip(self._loads, [*self._loads[1:], None], strict=True):
-            copied_next = None if following is None else self._copy(following)
+        copies = [self._copy(0)]
+        for number, (average, _) in enumerate(self._pieces):
+            if number + 1 < len(self._pieces):
+                copies.append(self._copy(number + 1))
+            staged, copied = copies.pop(0)
             if copied is not None:
                 copied.synchronize()
-            torch._foreach_lerp_(load.averages, load.staged, self._share)
-            copied = copied_next
+            average.lerp_(staged, self._share)
 
-    def _copy(self, load: _Load) -> torch.cuda.Event | None:
-        """Begins to copy; the event is there once it is done (None: it is done)."""
+    def _copy(self, number: int) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Begins to copy a piece of the weights; returns the copy, and the event of its end (None: it is done)."""
+        weights = self._pieces[number][1]
+        staged = self._staged[number % 2][: weights.numel()]
         # A new thread does not know the stream's device; its context does.
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            for staged, weights in zip(load.staged, load.weights, strict=True):
-                staged.copy_(weights, non_blocking=True)
+            staged.copy_(weights, non_blocking=True)
         # Its waiter sleeps: cores are for the data.
-        return None if self._stream is None else self._stream.record_event(torch.cuda.Event(blocking=True))
-
-
-def _make_loads(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> list[_Load]:
-    """Cuts the tensors into loads of at most `_STAGED_NUMEL` values, which take turns in two staged pieces."""
-    parts = [
-        part
-        for pair in zip(averages, weights, strict=True)
-        for part in zip(*(torch.split(tensor, _STAGED_NUMEL) for tensor in pair), strict=True)
-    ]
-    filled: list[list[tuple[Tensor, Tensor]]] = [[]]
-    room = _STAGED_NUMEL
-    for average, values in parts:
-        if values.numel() > room:
-            filled.append([])
-            room = _STAGED_NUMEL
-        filled[-1].append((average, values))
-        room -= values.numel()
-    most = max(sum(values.numel() for _, values in load) for load in filled)
-    # Pinned memory is scarce, and only what is on its way gains by it.
-    staged = [torch.empty(most, pin_memory=weights[0].is_cuda) for _ in range(min(2, len(filled)))]
-    loads = []
-    for number, load in enumerate(filled):
-        sizes = [values.numel() for _, values in load]
-        places = torch.split(staged[number % 2][: sum(sizes)], sizes)
-        loads.append(_Load([average for average, _ in load], [values for _, values in load], list(places)))
-    return loads
+        return staged, None if self._stream is None else self._stream.record_event(torch.cuda.Event(blocking=True))

@@ -60,9 +60,6 @@ class Training:
     Attributes:
         step: how many are done.
         seconds: that they took, all starts together.
-
-    Raises:
-        UserError: the state there is of other settings, or damaged.
     """
 
     def __init__(

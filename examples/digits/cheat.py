@@ -38,9 +38,6 @@ def class_means(images: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         (classes int64 [classes] in rising order, means float64 [classes, ...]).
-
-    Raises:
-        UserError: no images, or labels of another length.
     """
     if len(images) == 0 or len(images) != len(labels_R):
         raise UserError(
@@ -72,9 +69,6 @@ def best_cheat(
         count: images to make, at least 2.
         seed: image i is a function of (seed, i, strength).
         strengths: standard deviations to try, in units of the pixels.
-
-    Raises:
-        UserError: no training images, count < 2, or no strengths.
     """
     if not strengths:
         raise UserError("cheat: expected at least one noise strength to try, got none")

@@ -21,9 +21,6 @@ class Classifier:
 
         Args:
             images: [N, ...] in the scale that the classifier was fitted on.
-
-        Raises:
-            UserError: no images, images of another size, or values that are not finite.
         """
         features_NF = pixel_features(images, "images to classify")
         if len(features_NF) == 0 or features_NF.shape[1] != self._num_features:
@@ -45,9 +42,6 @@ def fit(images: Tensor, labels: Tensor) -> Classifier:
     Args:
         images: [N, ...]; scaling all pixels by one number does not change the result.
         labels: int64 [N], at least two different classes.
-
-    Raises:
-        UserError: fewer than two classes, lengths that differ, or values that are not finite.
     """
     _check_lengths(images, labels)
     num_classes = len(set(labels.tolist()))

@@ -89,11 +89,7 @@ def split(labels: Iterable[int], share: float) -> list[int]:
 
 
 def write_folder(folder: Path, pictures: "dict[str, NDArray[np.uint8]]", option: str) -> bool:
-    """Writes images [Y, X] as PNG files under their names; False if they are there already.
-
-    Raises:
-        UserError: something else is there, or it cannot be written; with the option that gave the folder.
-    """
+    """Writes images [Y, X] as PNG files under their names; False if they are there already."""
     from PIL import Image
 
     from cfpretrain.base.outputs import whole_or_nothing

@@ -16,9 +16,6 @@ def pixel_features(images: Tensor, name: str) -> Tensor:
 
     Returns:
         float64 [N, F] on the CPU.
-
-    Raises:
-        UserError: a value is NaN or infinite.
     """
     features_NF = images.detach().to("cpu", torch.float64).flatten(1)
     num_broken = int((~features_NF.isfinite().all(dim=1)).sum())

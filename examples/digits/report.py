@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _read_report(folder: Path) -> dict[str, Any]:
-    """What an earlier scoring wrote; nothing where there is none, or it is damaged: it is written anew."""
+    """What an earlier scoring wrote; nothing where there is none, or it is damaged: then it is written again."""
     try:
         report = read_json(folder / _REPORT_FILE)
     except (OSError, ValueError):

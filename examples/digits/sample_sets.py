@@ -28,23 +28,14 @@ from cfpretrain.evaluation.generation import GenerationSettings, generate_batche
 
 @dataclasses.dataclass(frozen=True)
 class SampleSet:
-    """Images of one setting; image i has id i.
+    """Images of one setting; image i has id i."""
 
-    Attributes:
-        name: for people, e.g. "AR steps 4".
-        make_model: gives the network; called where images are missing.
-        labels: the class of each image.
-        settings: how they are made.
-        folder: of all sets.
-        plan: JSON-able; all that the images depend on, but the labels (see `generation.plan_of`).
-    """
-
-    name: str
-    make_model: Callable[[], Model]
-    labels: Sequence[int]
-    settings: GenerationSettings
-    folder: Path
-    plan: Mapping[str, Any]
+    name: str  # for people, e.g. "AR steps 4"
+    make_model: Callable[[], Model]  # gives the network; called where images are missing
+    labels: Sequence[int]  # the class of each image
+    settings: GenerationSettings  # how they are made
+    folder: Path  # of all sets
+    plan: Mapping[str, Any]  # JSON-able; all that the images depend on, but the labels (see `generation.plan_of`)
 
     @functools.cached_property
     def place(self) -> Path:
@@ -109,9 +100,6 @@ def make_missing(config: Config, sets: Sequence[SampleSet], device: torch.device
         config: of the models.
         sets: alike on all ranks.
         device: where the models compute.
-
-    Raises:
-        UserError: a batch cannot be written.
     """
     missing = runtime.gather([one.missing() for one in sets] if runtime.rank() == 0 else None)[0]
     progress = _Progress(sets, missing)

@@ -74,9 +74,6 @@ def summarise(
         {"value", "real_against_real", "cheat"}; `classifier_accuracy_on_real`; `num_scored`, the images behind each
         class accuracy (the fewest, where they differ); `num_compared`, the images of each set in the other three;
         `cheat_strength`, the mean of the best noise strengths. Plain numbers, ready for JSON.
-
-    Raises:
-        UserError: an empty set, too few images, images of different sizes, or values that are not finite.
     """
     if not unguided:
         raise UserError("unguided samples: expected at least one number of AR steps, got none; generate some to score")

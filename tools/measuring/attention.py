@@ -1,7 +1,7 @@
-"""Times attention alone, for every backend that trains here; prints a table and, last, one JSON line.
+"""Times attention alone, for every backend that trains here.
 
-    python tools/measure_attention.py
-    python tools/measure_attention.py --tokens 256 1024 --head-widths 128
+    python tools/measure.py attention
+    python tools/measure.py attention --tokens 256 1024 --head-widths 128
 
 On layouts of the paper's AR steps (decay 0.9): the plain implementation, our backends and, as yardsticks, torch's
 FlashAttention 2 and cuDNN's attention without a mask, which compute all pairs. All take turns.
@@ -13,13 +13,11 @@ sample's output against float64, relative to its largest value.
 """
 
 import argparse
-import json
+import functools
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,17 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
-
 from cfpretrain.base import runtime
-from cfpretrain.base.console import ending_in_one_line, say
+from cfpretrain.base.console import say
 from cfpretrain.core import attention, seeds
 from cfpretrain.core.ar import draw_steps
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import build_layout, visible_keys
-from tools.measuring import positive, seconds_of, whereabouts
-from tools.plain_step import naive_attention
+from tools.measuring.common import alternate, seconds_of
 
 _DENSE = {"dense flash": SDPBackend.FLASH_ATTENTION, "dense cudnn": SDPBackend.CUDNN_ATTENTION}
 _NUM_COND_TOKENS = 64
@@ -47,24 +41,9 @@ _REPEATS_AND_TURNS = {"cuda": (20, 7), "cpu": (1, 5)}
 _KINDS = ("forward", "kernels", "both")
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Time attention alone, for every backend that trains here.")
-    parser.add_argument("--tokens", type=positive, nargs="+", help="of an image; the sequence has 64 + twice as many")
-    parser.add_argument("--head-widths", type=positive, nargs="+", default=[64, 128], help="default 64 128")
-    parser.add_argument("--num-heads", type=positive, default=20, help="default 20")
-    parser.add_argument("--batch-size", type=positive, help="sequences (default: 1 on a CPU, 18432 tokens on a GPU)")
-    parser.add_argument("--compile", action="store_true", help="run everything once, and time nothing")
-    arguments = parser.parse_args()
-    with ending_in_one_line():
-        device = runtime.pick_device()
-        measured = measure(arguments, device)
-    print(json.dumps(measured | {"threads": torch.get_num_threads()} | whereabouts(device)))
-
-
-def measure(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prints a line for each backend and size; returns them as rows, and why others were not measured."""
-    missing: dict[str, str] = {}
+    device, missing = runtime.pick_device(), dict[str, str]()
     print(f"{arguments.num_heads} heads, {_dtype(device)}; ms; TFLOP/s on visible pairs, backward as 2.5 forwards")
     print(f"{'length':>8}{'visible':>9}{'head':>6}{'batch':>7}  {'backend':<12}", end="")
     print("".join(f"{kind + ' ms':>12}" for kind in _KINDS) + f"{'fwd TFLOP/s':>13}{'both TFLOP/s':>14}{'error':>10}")
@@ -228,6 +207,11 @@ def make_runs(
     }
 
 
+def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The plain implementation: under a mask to add."""
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask).softmax(dim=-1).to(v.dtype) @ v
+
+
 def _attend_densely(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Tensor:
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v)
@@ -236,13 +220,10 @@ def _attend_densely(q: Tensor, k: Tensor, v: Tensor, backend: SDPBackend) -> Ten
 def _race(runs: dict[str, AttentionRun], device: torch.device) -> dict[str, dict[str, float]]:
     """Median seconds of each kind of each run, in turns."""
     repeats, turns = _REPEATS_AND_TURNS[device.type]
-    seconds: dict[str, dict[str, list[float]]] = {name: {kind: [] for kind in _KINDS} for name in runs}
-    for _ in range(turns):
-        for name, run in runs.items():
-            for kind in _KINDS:
-                seconds[name][kind].append(seconds_of(getattr(run, kind), repeats, device))
-    return {name: {kind: statistics.median(of[kind]) for kind in _KINDS} for name, of in seconds.items()}
-
-
-if __name__ == "__main__":
-    main()
+    sides = {
+        f"{name} {kind}": functools.partial(seconds_of, getattr(run, kind), repeats, device)
+        for name, run in runs.items()
+        for kind in _KINDS
+    }
+    seconds = alternate(sides, turns, num_warm_up=0)
+    return {name: {kind: statistics.median(seconds[f"{name} {kind}"]) for kind in _KINDS} for name in runs}

@@ -1,9 +1,9 @@
-"""Sweeps the launch settings of our attention kernels; prints the best of each and, last, one JSON line.
+"""Sweeps the launch settings of our attention kernels, and prints the best of each.
 
-    python tools/sweep_launches.py --seconds 150 --out launches.json
+    python tools/measure.py launches --seconds 150 --out launches.json
 
 For each kernel, head width and length: every setting that could do is compiled, in parallel, and then timed alone, on
-the layouts of tools/measure_attention.py. What is printed at the end are lines for `LAUNCHES` of
+the layouts of `measure.py attention`. What is printed at the end are lines for `LAUNCHES` of
 cfpretrain/core/attention/block_causal.py: the setting whose times, each divided by the best at its length, have the
 least sum.
 """
@@ -23,15 +23,12 @@ from unittest.mock import patch
 
 import torch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
-
 from cfpretrain.base import files, runtime
-from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, say
+from cfpretrain.base.console import UserError, say
 from cfpretrain.core.attention import block_causal
 from cfpretrain.core.attention.block_causal import Launch
-from tools.measure_attention import full_intervals
-from tools.measuring import positive, seconds_of, whereabouts
+from tools.measuring.attention import full_intervals
+from tools.measuring.common import seconds_of
 
 KERNELS = ("forward", "backward_q", "backward_kv")
 _ROWS, _KEYS, _WARPS, _STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
@@ -40,33 +37,26 @@ _NUM_COND_TOKENS, _NUM_HEADS = 64, 20
 _TOKENS_IN_A_BATCH = 16 * 576
 _REPEATS, _TURNS = 10, 3
 _COMPILE_SHARE = 0.6  # of the time
+_WORKER = (sys.executable, str(Path(__file__).parents[1] / "measure.py"), "launches")
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Sweep the launch settings of our attention kernels.")
-    parser.add_argument("--seconds", type=positive, default=150, help="after which it ends with what it has (150)")
-    parser.add_argument("--tokens", type=positive, nargs="+", default=[256, 1024], help="of an image (256 1024)")
-    parser.add_argument("--head-widths", type=positive, nargs="+", default=[64, 128], help="default 64 128")
-    parser.add_argument("--out", type=path_argument, help="a file that gets the best settings as JSON")
-    parser.add_argument("--worker", type=int, nargs=2, help=argparse.SUPPRESS)  # which of how many: compiles alone
-    arguments = parser.parse_args()
-    with ending_in_one_line():
-        device = runtime.pick_device()
-        if device.type == "cpu":
-            raise UserError("sweep_launches times kernels of a GPU, and there is none here")
-        if arguments.worker:
-            compile_share(*arguments.worker, arguments.head_widths, arguments.tokens[0], device)
-            return
-        end = time.monotonic() + arguments.seconds
-        _compile_in_parallel(arguments, time.monotonic() + _COMPILE_SHARE * arguments.seconds)
-        timed = sweep(arguments.head_widths, arguments.tokens, settings(), end, device)
+def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """Compiles and times all settings; as a worker of that, compiles its share alone."""
+    device = runtime.pick_device()
+    if device.type == "cpu":
+        raise UserError("measure.py launches times kernels of a GPU, and there is none here")
+    if arguments.worker:
+        compile_share(*arguments.worker, arguments.head_widths, arguments.tokens[0], device)
+        return None
+    end = time.monotonic() + arguments.seconds
+    _compile_in_parallel(arguments, time.monotonic() + _COMPILE_SHARE * arguments.seconds)
+    timed = sweep(arguments.head_widths, arguments.tokens, settings(), end, device)
     best = best_settings(timed)
     for line in lines_for_launches(best):
         print(line)
     if arguments.out is not None:
         files.replace(arguments.out, json.dumps(best) + "\n")
-    print(json.dumps({"best": best, "timed": timed} | whereabouts(device)))
+    return {"best": best, "timed": timed}
 
 
 def settings() -> list[Launch]:
@@ -84,10 +74,7 @@ def _compile_in_parallel(arguments: argparse.Namespace, end: float) -> None:
     num_workers = max(1, len(os.sched_getaffinity(0)) - 1)
     say(f"compiling {len(settings()) * len(KERNELS) * len(arguments.head_widths)} kernels on {num_workers} processes")
     options = ["--tokens", *map(str, arguments.tokens), "--head-widths", *map(str, arguments.head_widths)]
-    workers = [
-        subprocess.Popen([sys.executable, __file__, *options, "--worker", str(i), str(num_workers)])
-        for i in range(num_workers)
-    ]
+    workers = [subprocess.Popen([*_WORKER, *options, "--worker", str(i), str(num_workers)]) for i in range(num_workers)]
     for worker in workers:
         try:
             worker.wait(max(0.0, end - time.monotonic()))
@@ -209,7 +196,3 @@ def lines_for_launches(best: Sequence[dict[str, Any]]) -> list[str]:
         f"Launch({', '.join(map(str, one['launch']))}),  # {one['of_best']:.2f} of the best at {one['lengths']} tokens"
         for one in best
     ]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The report of tools/gpu_report.py as Markdown, for docs/benchmarks.md."""
+"""The report of `measure.py report` as Markdown, for docs/benchmarks.md."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any

@@ -1,7 +1,7 @@
-"""What evaluation costs: sums, FID, precision and recall at scale, and two ranks against one; prints one JSON line.
+"""Says what evaluation costs: sums, FID, precision and recall at scale, and two ranks against one.
 
-    OMP_NUM_THREADS=2 python tools/measure_evaluation.py scale
-    python tools/measure_evaluation.py ranks
+    OMP_NUM_THREADS=2 python tools/measure.py evaluation scale
+    python tools/measure.py evaluation ranks
 
 scale: random features of the Inception's size. Their sums, the Frechet distance and precision and recall, each with its
 seconds, the seconds a thousand images at several numbers of images, and the most memory the process has held.
@@ -10,9 +10,9 @@ one-rank: the same of one process, on a GPU where there is one. `--features ince
 """
 
 import argparse
+import functools
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -24,39 +24,29 @@ from typing import Any
 
 import torch
 
-from cfpretrain.base import files, launch, runtime
-from cfpretrain.base.console import UserError, ending_in_one_line, phase, say
+from cfpretrain.base import files, runtime
+from cfpretrain.base.command_line import check_range
+from cfpretrain.base.console import UserError, phase
 from cfpretrain.evaluation.feature_sums import Sums, add, part_of, sums_of
 from cfpretrain.evaluation.features import INCEPTION, FeatureExtractor, Features, make_extractor
 from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of
 from cfpretrain.evaluation.inception_score import splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
+from tools.measuring.common import alternate
 
 _BATCH = 250
+_COMMAND = Path(__file__).parents[1] / "measure.py"
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Measure evaluation.")
-    parser.add_argument("what", choices=("scale", "ranks", "one-rank"), help="one-rank: one process alone")
-    parser.add_argument("--num-images", type=int, default=50_000, help="of scale, in each set (default 50000)")
-    parser.add_argument("--num-features", type=int, default=2048, help="of scale (default 2048)")
-    parser.add_argument("--batches", type=int, default=20, help="of images, over all processes (default 20)")
-    parser.add_argument("--batch-size", type=int, default=32, help="images of a batch (default 32)")
-    parser.add_argument("--features", default="effnet_lite0", help="effnet_lite0 (default) or inception")
-    parser.add_argument("--pairs", type=int, default=3, help="of ranks: turns of each (default 3)")
-    arguments = parser.parse_args()
-    launch.check()
-    with ending_in_one_line():
-        measured = {"scale": scale, "ranks": ranks, "one-rank": one_rank}[arguments.what](arguments)
-    print(json.dumps(measured), flush=True)
+def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """One of three."""
+    return {"scale": scale, "ranks": ranks, "one-rank": one_rank}[arguments.what](arguments)
 
 
 def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     """Of random features, as large as they would be."""
     num_images, num_features = arguments.num_images, arguments.num_features
-    if num_images < 2 * _BATCH:
-        raise UserError(f"--num-images: expected at least {2 * _BATCH}, got {num_images}")
+    check_range("--num-images", num_images, 2 * _BATCH)
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randn(num_images, num_features, generator=generator).relu_() for _ in range(2)]
     sums, sum_seconds, per_thousand = [], 0.0, {}
@@ -88,19 +78,15 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
         "frechet": distance,
         "precision": precision,
         "recall": recall,
-        **_where(),
     }
 
 
 def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
     """Two processes against one."""
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    for turn in range(arguments.pairs):
-        for world_size in (1, 2) if turn % 2 else (2, 1):
-            rates[world_size].append(_rate(arguments, world_size))
-            say(f"turn {turn + 1}: {world_size} processes, {rates[world_size][-1]:.1f} images/s")
-    one, two = (statistics.median(rates[world_size]) for world_size in (1, 2))
-    return {"features": arguments.features, "images_per_second": rates, "efficiency": two / one / 2, **_where()}
+    sides = {str(size): functools.partial(_rate, arguments, size) for size in (1, 2)}
+    rates = alternate(sides, arguments.pairs, "images/s", num_warm_up=0)
+    one, two = map(statistics.median, rates.values())
+    return {"features": arguments.features, "images_per_second": rates, "efficiency": two / one / 2}
 
 
 def _rate(arguments: argparse.Namespace, world_size: int) -> float:
@@ -108,7 +94,7 @@ def _rate(arguments: argparse.Namespace, world_size: int) -> float:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--batches", arguments.batches, "--batch-size", arguments.batch_size, "--features", arguments.features]
-    command = [sys.executable, __file__, "one-rank", *map(str, options)]
+    command = [sys.executable, str(_COMMAND), "evaluation", "one-rank", *map(str, options)]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
     processes = [
         subprocess.Popen(
@@ -125,7 +111,7 @@ def _rate(arguments: argparse.Namespace, world_size: int) -> float:
     return float(json.loads(said[0].splitlines()[-1])["images_per_second"])
 
 
-def one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
+def one_rank(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Reduces its share of random images, and all shares together, after a batch to warm up."""
     from cfpretrain.evaluation.scores import make_work, statistics_of, sum_up
 
@@ -146,9 +132,10 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
         statistics_of(work)
         seconds = time.perf_counter() - begin
         runtime.barrier()
-        if runtime.rank() == 0:
-            work.remove()
-            files.remove(Path(folder))
+        if runtime.rank() != 0:
+            return None
+        work.remove()
+        files.remove(Path(folder))
         return {"features": arguments.features, "images_per_second": num_images / seconds}
 
 
@@ -157,11 +144,3 @@ def _random_inception(device: torch.device) -> FeatureExtractor:
     from cfpretrain.evaluation.inception import Inception
 
     return FeatureExtractor("fd_inception_random", "random", Inception().to(device), device, "random")
-
-
-def _where() -> dict[str, str]:
-    return {"torch": torch.__version__, "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads"}
-
-
-if __name__ == "__main__":
-    main()

@@ -10,8 +10,8 @@ from torch.autograd import DeviceType
 from cfpretrain.base.config import ModelConfig
 from cfpretrain.core import attention
 from cfpretrain.core.model import Block, BlockSettings
-from tools.measure_attention import full_intervals
-from tools.measuring import synchronise
+from tools.measuring.attention import full_intervals
+from tools.measuring.common import synchronise
 
 # By a part of the name of a kernel, or on a CPU of an operator; the first that fits counts.
 _KINDS = {

@@ -1,7 +1,7 @@
-"""What logging, EMA, guards and checkpoints cost beside the training step itself, measured in alternation.
+"""Says what logging, EMA, guards and checkpoints cost beside the training step itself.
 
-    deepspeed --num_accelerators 2 tools/measure_overhead.py --config configs/tiny.yaml
-    python tools/measure_overhead.py --config configs/L.yaml --kinds full saving train.global_batch_size=64
+    deepspeed --num_accelerators 2 tools/measure.py saving --config configs/tiny.yaml
+    python tools/measure.py saving --config configs/L.yaml --kinds full saving train.global_batch_size=64
 
 Blocks of steps take turns in one process group: bare (no EMA, no metrics, no exchange between ranks, no guard),
 unguarded (EMA and metrics), full (guard and exchange too) and saving (as full, and a checkpoint begins with each block,
@@ -12,21 +12,21 @@ A small difference wants short blocks in many turns, since a machine's speed wan
 """
 
 import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
-
-from cfpretrain.base import launch
-from cfpretrain.base.console import add_allow_env, ending_in_one_line, phase, say
+from cfpretrain.base import config as configs
+from cfpretrain.base import runtime
+from cfpretrain.base.console import phase
+from cfpretrain.training import trainer as training
+from cfpretrain.training.step import StepResult
+from tools.measuring.common import alternate, on_noise, refuse_skipped, synchronise
 
 _KINDS = ("bare", "unguarded", "full", "saving")
 _ADDS = {
@@ -36,55 +36,26 @@ _ADDS = {
 }
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(
-        description="Measure what logging, EMA, guards and checkpoints add to a training step."
-    )
-    parser.add_argument("--config", required=True, help="a YAML file, e.g. configs/tiny.yaml")
-    add_allow_env(parser)
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value")
-    parser.add_argument("--kinds", nargs="+", choices=_KINDS, default=_KINDS, help="of blocks (default: all four)")
-    parser.add_argument("--pairs", type=int, default=6, help="turns of the kinds (default 6)")
-    parser.add_argument("--block-steps", type=int, default=50, help="steps of a block (default 50)")
-    parser.add_argument("--warm-up-steps", type=int, default=50, help="before the first block (default 50)")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
-    arguments = parser.parse_intermixed_args()
-    launch.check()
-    with ending_in_one_line():
-        run(arguments)
-
-
-def run(arguments: argparse.Namespace) -> None:
+def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Builds a trainer in a temporary run folder and times it."""
-    with phase("loading torch, deepspeed and streaming"):
-        from cfpretrain.base import config as configs
-        from cfpretrain.base import runtime
-        from cfpretrain.training import trainer
-        from tools.measuring import on_noise
     device = runtime.pick_device()
     # Rank 0's folder serves all ranks; the others' stay empty.
     with runtime.ranks_of_a_tool(device), tempfile.TemporaryDirectory() as own:
         config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
         configs.check(config, runtime.world_size())
         config = on_noise(config, Path(runtime.gather(own)[0]))
-        trainer.prepare_folder(config, device)
-        measured = _measure(trainer.Trainer(config, device), arguments)
+        training.prepare_folder(config, device)
+        seconds, stalls = _measure(training.Trainer(config, device), arguments)
         runtime.barrier()
-    if runtime.rank() == 0:
-        _print(*measured)
+    return _summarise(seconds, stalls) if runtime.rank() == 0 else None
 
 
 def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, list[float]], list[float]]:
     """Seconds of a step, by kind of block, and seconds that a save keeps the step after it waiting."""
-    from cfpretrain.base import runtime
-    from tools.measuring import refuse_skipped, synchronise
-
     kinds = [kind for kind in _KINDS if kind in arguments.kinds]
-    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     stalls: list[float] = []
 
-    def block(kind: str) -> None:
+    def block(kind: str) -> float:
         with ExitStack() as stack:
             for owner, name, double in _left_out(trainer)[kind]:
                 stack.enter_context(patch.object(owner, name, double))
@@ -101,28 +72,22 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
             trainer.ema.wait()
             synchronise(trainer.device)
             runtime.barrier()
-            seconds[kind].append((time.perf_counter() - begin) / arguments.block_steps)
+            seconds = (time.perf_counter() - begin) / arguments.block_steps
         trainer.checkpoints.wait()
         refuse_skipped(trainer)
+        return seconds
 
     with phase("warming up"):
         for _ in range(-(-arguments.warm_up_steps // arguments.block_steps)):
             block(kinds[-1])
-        seconds[kinds[-1]].clear()
         stalls.clear()
-    for turn in range(arguments.pairs):
-        if turn % max(1, arguments.pairs // 10) == 0:
-            say(f"turn {turn + 1} of {arguments.pairs}")
-        for kind in kinds if turn % 2 == 0 else kinds[::-1]:
-            block(kind)
+    found = alternate({kind: partial(block, kind) for kind in kinds}, arguments.pairs, "", num_warm_up=0)
     trainer.loader.close()
-    return seconds, stalls
+    return found, stalls
 
 
 def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     """What a kind of block does without: (owner, name, what stands in for it)."""
-    from cfpretrain.training.step import StepResult
-
     step = trainer.step
     step.result = StepResult(
         1.0, 1.0, 1.0, must_stop=False, is_writing=False, has_failed=False, lacks_data=False, problem=None
@@ -137,7 +102,7 @@ def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     return {"bare": bare, "unguarded": unguarded, "full": [], "saving": []}
 
 
-def _print(seconds: dict[str, list[float]], stalls: list[float]) -> None:
+def _summarise(seconds: dict[str, list[float]], stalls: list[float]) -> dict[str, Any]:
     added: dict[str, float] = {}
     for kind, values in seconds.items():
         text = f"{kind:<10}{1e3 * statistics.median(values):8.1f} ms a step (median)"
@@ -151,8 +116,4 @@ def _print(seconds: dict[str, list[float]], stalls: list[float]) -> None:
     stall = statistics.median(stalls) if stalls else None
     if stall is not None:
         print(f"{'a save':<10}{1e3 * stall:8.1f} ms until the next step begins (median)")
-    print(json.dumps({"added": added, "seconds": seconds, "stall_seconds": stall}))
-
-
-if __name__ == "__main__":
-    main()
+    return {"added": added, "seconds": seconds, "stall_seconds": stall}

@@ -1,10 +1,11 @@
-"""What tools/measure_step.py times, each in a process: the trainer, the bare engine, the plain implementation."""
+"""What tools/measure.py step times, each in a process: the trainer, the bare engine, the plain implementation."""
 
 import multiprocessing
 import os
 import statistics
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,8 @@ from cfpretrain.data.loader import Loader
 from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.run.build import choose_blocks, initial_weights, make_loss, make_model, make_prepare, make_scaling
 from cfpretrain.run.metrics import training_flops
-from tools.measuring import refuse_skipped, synchronise
-from tools.plain_step import PlainTraining
-from tools.profile_step import profile
+from tools.measuring.common import refuse_skipped, synchronise
+from tools.measuring.profiling import profile
 
 NAIVE = ("naive", "naive-autocast")
 
@@ -107,6 +107,8 @@ class NaiveSide:
     """The plain implementation, on the same numbers, drawn ahead."""
 
     def __init__(self, config: Config, device: torch.device, autocast: bool) -> None:
+        from tests.plain_step import PlainTraining
+
         self._training, self._device = PlainTraining(config, device, autocast), device
         self._loader: Loader[tuple[Tensor, Draws]] = Loader(config, make_draw(config), 0, 1)
         self._ready: list[list[tuple[Tensor, Draws]]] = []
@@ -254,24 +256,17 @@ class Worker:
         theirs.close()
         self.start: dict[str, float] = self._receive()
 
-    def steps(self, num_steps: int) -> list[StepResult]:
-        """The next steps, made and timed there."""
-        self._pipe.send(("steps", num_steps))
-        made: list[StepResult] = self._receive()
-        return made
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        """A method of `Measured`, called there."""
 
-    def profile(self) -> dict[str, Any]:
-        """The next step, profiled there."""
-        self._pipe.send(("profile",))
-        found: dict[str, Any] = self._receive()
-        return found
+        def call(*given: Any) -> Any:
+            self._pipe.send((name, *given))
+            found = self._receive()
+            if name == "end":
+                self._process.join()
+            return found
 
-    def end(self) -> int:
-        """Ends the process; returns its peak memory in bytes."""
-        self._pipe.send(("end",))
-        peak: int = self._receive()
-        self._process.join()
-        return peak
+        return call
 
     def kill(self) -> None:
         """Ends a process that is no longer needed, at once."""

@@ -1,17 +1,11 @@
-"""What the measuring tools share: a run on shards of noise, where it was measured, and the machine in one JSON line.
+"""What the measurements share: turns of several sides, shards of noise, and where it was measured."""
 
-    python tools/measuring.py
-
-prints the versions, the hardware and, on a GPU, what its matrix products reach.
-"""
-
-import argparse
 import dataclasses
-import json
 import os
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +17,7 @@ import cfpretrain
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
+from cfpretrain.base.console import say
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import LatentsInfo, columns_of
 from cfpretrain.run.metrics import peak_flops
@@ -31,24 +26,6 @@ _PACKAGES = ("torch", "triton", "deepspeed", "mosaicml-streaming", "flash-attn",
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 _SHARD_BYTES = 1 << 26
 _FEWEST_SAMPLES = 64
-_MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
-
-
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Say where measurements are made.")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
-    parser.parse_args()
-    device = runtime.pick_device()
-    print(json.dumps(whereabouts(device) | {"device": device.type, "matmul_tflops": _matmul_tflops(device)}))
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
 
 
 # ---------------------------------------------------------------------------
@@ -142,9 +119,46 @@ def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> f
     return (time.perf_counter() - begin) / repeats
 
 
-def whereabouts(device: torch.device) -> dict[str, Any]:
+def alternate(
+    sides: Mapping[str, Callable[[], float]], num_turns: int, unit: str | None = None, num_warm_up: int = 1
+) -> dict[str, list[float]]:
+    """Runs sides by turns (a b, b a, ...), so that a machine's wandering falls on all.
+
+    Args:
+        sides: by name; each returns what it measured.
+        num_turns: that count.
+        unit: each value is said with it; empty: turns alone are said, ten of many; None: nothing is.
+        num_warm_up: turns before, which do not count.
+
+    Returns:
+        The values of each side.
+    """
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(-num_warm_up, num_turns):
+        title = f"turn {turn + 1} of {num_turns}" if turn >= 0 else "warming up"
+        if unit == "" and turn % max(1, num_turns // 10) == 0:
+            say(title)
+        for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
+            value = sides[name]()
+            if unit:
+                say(f"{title}: {name} {value:.4g} {unit}")
+            if turn >= 0:
+                found[name].append(value)
+    return found
+
+
+def print_rates(rates: Mapping[str, list[float]], unit: str) -> dict[str, Any]:
+    """Prints each side's median and range, and how many times faster the first is; returns all of it."""
+    for name, values in rates.items():
+        print(f"{name:12} {statistics.median(values):10.1f} {unit}  ({min(values):.1f} to {max(values):.1f})")
+    ours, other = (statistics.median(values) for values in rates.values())
+    print(f"{'ratio':12} {ours / other:10.2f}")
+    return {"unit": unit, "rates": rates, "ratio": ours / other}
+
+
+def whereabouts() -> dict[str, Any]:
     """Versions and hardware, for the last line of a tool."""
-    return {"versions": _versions(), "hardware": _hardware(device)}
+    return {"versions": _versions(), "hardware": _hardware(runtime.pick_device()), "threads": torch.get_num_threads()}
 
 
 def _versions() -> dict[str, str | None]:
@@ -172,15 +186,3 @@ def _hardware(device: torch.device) -> dict[str, Any]:
         found |= {"gpu": gpu.name, "gpu_bytes": gpu.total_memory, "cuda": torch.version.cuda}
         found["peak_tflops"] = (peak_flops(device, "bf16") or 0) / 1e12 or None
     return found
-
-
-def _matmul_tflops(device: torch.device) -> float:
-    """What a matrix product of large bf16 matrices reaches (fp32 on a CPU)."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size = _MATMUL_SIZE[device.type]
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    return 2 * size**3 / seconds_of(lambda: a @ b, 10, device) / 1e12
-
-
-if __name__ == "__main__":
-    main()

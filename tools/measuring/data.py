@@ -1,111 +1,70 @@
-"""Times the steps of the data plane beside the plain way; prints a table and, last, one JSON line.
+"""Times the steps of the data plane beside the plain way.
 
-    python tools/measure_data.py make_shards
-    python tools/measure_data.py encode
-    python tools/measure_data.py loader --latents kl16
-    python tools/measure_data.py ready --latents kl16
+    python tools/measure.py data make_shards
+    python tools/measure.py data encode
+    python tools/measure.py data loader --latents kl16
+    python tools/measure.py data ready --latents kl16
 
-Each measurement runs both sides in one process in the order a b, b a, a b, ... and compares their medians. The images
-are made at the start out of the photos that scikit-learn and scikit-image ship.
+make_shards: tools/make_shards.py against a loop in one process. encode: tools/encode_latents.py against PIL in a
+DataLoader. loader: the training loader against a shuffling DataLoader over the shards. ready: the training thread's
+time for a batch that workers made ready, or not. Both sides run in one process and take turns (a b, b a, ...); what is
+compared are their medians. Images are made at the start out of the photos that scikit-learn and scikit-image ship.
 """
 
 import argparse
 import functools
-import json
+import io
 import os
-import platform
 import random
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
 
-from cfpretrain.base import files
-from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.autoencoder import KLAutoencoder, make_network, write_folder
+from cfpretrain.base import files, runtime
+from cfpretrain.base.command_line import check_range
+from cfpretrain.base.config import Config, DataConfig, ModelConfig, TrainConfig
+from cfpretrain.base.console import phase
+from cfpretrain.data.encoding import Encoding, encode
+from cfpretrain.data.images import PNG_LEVEL, Storing
+from cfpretrain.data.listing import list_images
+from cfpretrain.data.loader import Loader
+from cfpretrain.data.shard_writer import ShardWriter
+from cfpretrain.data.shards import Shards
+from cfpretrain.data.storing import store_images
+from cfpretrain.run.build import make_prepare
+from tools.measuring.common import alternate, on_noise, print_rates
 
 _PHOTO_SIDES = (300, 640)  # pixels, as those of ImageNet mostly are
 _PHOTO_QUALITY = 90
 _NUM_CLASSES = 4
 
 
-def main() -> None:
-    """The command."""
-    parser = argparse.ArgumentParser(description="Time the steps of the data plane beside the plain way.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    make = commands.add_parser("make_shards", help="tools/make_shards.py against a loop in one process")
-    make.add_argument("--images", type=int, default=800, help="photos (default 800)")
-    make.add_argument("--size", type=int, default=256, help="pixels a side of the crop (default 256)")
-    make.add_argument("--store", choices=("lossless", "original"), default="lossless")
-    make.set_defaults(measure=measure_make_shards)
-
-    encode = commands.add_parser("encode", help="tools/encode_latents.py against PIL in a DataLoader")
-    encode.add_argument("--images", type=int, default=96, help="photos (default 96)")
-    encode.add_argument("--size", type=int, default=256, help="pixels a side of the crop (default 256)")
-    encode.add_argument("--autoencoder", type=path_argument, help="its folder (default: one with random weights)")
-    encode.add_argument("--layout", choices=sorted(_LAYOUTS), default="small", help="of random weights (default small)")
-    encode.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the autoencoder (default fp32)"
-    )
-    encode.add_argument("--batch-size", type=int, default=16, help="images at once (default 16)")
-    encode.set_defaults(measure=measure_encode)
-
-    loader = commands.add_parser("loader", help="the training loader against a shuffling DataLoader over the shards")
-    loader.add_argument("--latents", choices=sorted(_LATENTS), default="kl16", help="their shape (default kl16)")
-    loader.add_argument("--samples", type=int, default=4096, help="latents in the shards (default 4096)")
-    loader.add_argument("--batch-size", type=int, default=32, help="latents of a micro-batch (default 32)")
-    loader.add_argument("--workers", type=int, help="processes that read (default: one a core)")
-    loader.set_defaults(measure=measure_loader)
-
-    ready = commands.add_parser("ready", help="the training thread's time for a batch that workers made ready, or not")
-    ready.add_argument("--latents", choices=sorted(_LATENTS), default="kl16", help="their shape (default kl16)")
-    ready.add_argument("--samples", type=int, default=1024, help="latents in the shards (default 1024)")
-    ready.add_argument("--batch-size", type=int, default=64, help="latents of a micro-batch (default 64)")
-    ready.add_argument("--workers", type=int, default=1, help="processes that read (default 1)")
-    ready.set_defaults(measure=measure_ready)
-
-    for command in commands.choices.values():
-        command.add_argument("--pairs", type=int, default=5, help="runs of each side (default 5)")
-    arguments = parser.parse_args()
-    with ending_in_one_line():
-        measured = arguments.measure(arguments)
-    machine = {"cpu_cores": len(os.sched_getaffinity(0)), "machine": platform.machine()}
-    print(json.dumps({"measured": arguments.command, **measured, **machine}))
+# What the options that are left out mean.
+_DEFAULTS: dict[str, dict[str, int]] = {
+    "make_shards": {"images": 800},
+    "encode": {"images": 96, "batch_size": 16},
+    "loader": {"samples": 4096, "batch_size": 32, "workers": len(os.sched_getaffinity(0))},
+    "ready": {"samples": 1024, "batch_size": 64, "workers": 1},
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What measurements share
-
-
-def alternate(sides: dict[str, Callable[[], float]], num_pairs: int, unit: str) -> dict[str, Any]:
-    """Runs two sides by turns and prints what they did.
-
-    Args:
-        sides: ours first; each returns its rate, in `unit` per second.
-        num_pairs: runs of each side, after one that does not count.
-        unit: of the rates.
-
-    Returns:
-        The rates of each side, and `ratio`: the median of ours over the other's.
-    """
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(num_pairs + 1):
-        for name in list(sides) if turn % 2 else list(sides)[::-1]:
-            rate = sides[name]()
-            say(f"turn {turn}: {name} {rate:.1f} {unit}/s{'' if turn else ' (warming up)'}")
-            if turn:
-                rates[name].append(rate)
-    ours, other = (statistics.median(values) for values in rates.values())
-    for name, values in rates.items():
-        print(f"{name:12} {statistics.median(values):10.1f} {unit}/s  ({min(values):.1f} to {max(values):.1f})")
-    print(f"{'ratio':12} {ours / other:10.2f}")
-    return {"unit": f"{unit}/s", "rates": rates, "ratio": ours / other}
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One of four."""
+    for name, value in _DEFAULTS[arguments.what].items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    run = {"make_shards": measure_make_shards, "encode": measure_encode, "loader": measure_loader}
+    return {"measured": arguments.what, **(run | {"ready": measure_ready})[arguments.what](arguments)}
 
 
 def _alternate_writing(
@@ -120,13 +79,11 @@ def _alternate_writing(
         return arguments.images / (time.perf_counter() - begin)
 
     rates = {name: functools.partial(rate, write) for name, write in sides.items()}
-    return alternate(rates, arguments.pairs, "images")
+    return print_rates(alternate(rates, arguments.pairs, "images/s"), "images/s")
 
 
 def write_photos(folder: Path, num_photos: int, seed: int = 0) -> Path:
     """JPEG files of varied size, cut out of real photos and scaled, in class folders."""
-    from PIL import Image
-
     rng = random.Random(seed)
     sources = [Image.open(path).convert("RGB") for path in _photos()]
     for i in range(num_photos):
@@ -163,10 +120,6 @@ def _photos() -> list[Path]:
 
 def measure_make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of tools/make_shards.py, without its start, against `plain_shards`."""
-    with phase("loading torch and streaming"):
-        from cfpretrain.data.images import Storing
-        from cfpretrain.data.listing import list_images
-        from cfpretrain.data.storing import store_images
     num_workers = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
         with phase(f"writing {arguments.images} photos"):
@@ -187,12 +140,7 @@ def measure_make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def plain_shards(photos: Path, out: Path, size: int, store: str) -> None:
     """Shards of a folder of class folders as one would first write them: one loop, nothing noted on the way."""
-    import io
-
-    from PIL import Image
     from streaming import MDSWriter
-
-    from cfpretrain.data.images import PNG_LEVEL  # so that both sides compress alike
 
     columns = {"id": "int64", "label": "int32", "caption": "str", "image": "bytes"}
     with MDSWriter(columns=columns, out=str(out), hashes=["blake2b"]) as writer:
@@ -209,7 +157,9 @@ def plain_shards(photos: Path, out: Path, size: int, store: str) -> None:
                 image = image.resize(sides, Image.Resampling.BICUBIC)
                 left, top = (image.width - size) // 2, (image.height - size) // 2
                 buffer = io.BytesIO()
-                image.crop((left, top, left + size, top + size)).save(buffer, "PNG", compress_level=PNG_LEVEL)
+                image.crop((left, top, left + size, top + size)).save(
+                    buffer, "PNG", compress_level=PNG_LEVEL
+                )  # both compress alike
                 data = buffer.getvalue()
             writer.write({"id": id, "label": names.index(path.parent.name), "caption": "", "image": data})
 
@@ -239,17 +189,6 @@ _LAYOUTS = {
 
 def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of what tools/encode_latents.py does, without its start, against `plain_latents`."""
-    with phase("loading torch, streaming and DALI"):
-        import torch
-
-        from cfpretrain.autoencoder import KLAutoencoder, make_network, write_folder
-        from cfpretrain.base import runtime
-        from cfpretrain.data.encoding import Encoding, encode
-        from cfpretrain.data.images import Storing
-        from cfpretrain.data.listing import list_images
-        from cfpretrain.data.shard_writer import ShardWriter
-        from cfpretrain.data.shards import Shards
-        from cfpretrain.data.storing import store_images
     num_threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -289,12 +228,6 @@ class _PilImages:
         return len(self._images)
 
     def __getitem__(self, index: int) -> tuple[int, int, str, Any]:
-        import io
-
-        import numpy as np
-        import torch
-        from PIL import Image
-
         sample = self._images.sample(index)
         pixels_YXC = np.array(Image.open(io.BytesIO(sample["image"])))
         pixels_CYX = torch.from_numpy(pixels_YXC).permute(2, 0, 1).float() / 255
@@ -303,9 +236,7 @@ class _PilImages:
 
 def plain_latents(images: Any, autoencoder: Any, device: Any, out: Path, batch_size: int, num_threads: int) -> None:
     """Latent shards as one would first write them: PIL in the workers of a DataLoader, one encoding loop."""
-    import torch
     from streaming import MDSWriter
-    from torch.utils.data import DataLoader
 
     torch.set_num_threads(num_threads)
     size = images.info.image_size
@@ -334,13 +265,9 @@ _LATENTS = {
 
 def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
     """Latents per second of the training loader, drawn from their posteriors, against `plain_loader`."""
-    with phase("loading torch and streaming"):
-        from contextlib import closing
-
-        from cfpretrain.data.loader import Loader
     needed = _LATENTS[arguments.latents][2]
     batch_size = arguments.batch_size
-    num_workers = len(os.sched_getaffinity(0)) if arguments.workers is None else arguments.workers
+    num_workers = arguments.workers
     num_batches = 2 * arguments.samples // batch_size  # two epochs: the turn counts
     with tempfile.TemporaryDirectory() as temporary:
         config = _run_on_noise(arguments, num_workers, Path(temporary))
@@ -364,7 +291,7 @@ def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
             return rate
 
         sides = {"loader": ours, "DataLoader": lambda: timed(plain_loader(folder, batch_size, num_workers))}
-        measured = alternate(sides, arguments.pairs, "latents")
+        measured = print_rates(alternate(sides, arguments.pairs, "latents/s"), "latents/s")
     num_busy = needed * statistics.median(cpu_seconds)
     print(f"{'needed':12} {needed:10.1f} latents/s, which keep {num_busy:.2f} cores busy")
     settings = {"latents": arguments.latents, "num_workers": num_workers}
@@ -375,11 +302,8 @@ _MICRO_BATCHES_TIMED = 10
 _PAUSE_SECONDS = 0.5  # in which a device would compute, and workers read ahead
 
 
-def _run_on_noise(arguments: argparse.Namespace, num_workers: int, folder: Path) -> Any:
+def _run_on_noise(arguments: argparse.Namespace, num_workers: int, folder: Path) -> Config:
     """The config of a run with the loader's options, and its latents, of noise."""
-    from cfpretrain.base.config import Config, DataConfig, ModelConfig, TrainConfig
-    from tools.measuring import on_noise
-
     (channels, size, _), has_mirror, _ = _LATENTS[arguments.latents]
     config = Config(
         model=ModelConfig(latent_size=size, latent_channels=channels, num_classes=2),
@@ -392,34 +316,25 @@ def _run_on_noise(arguments: argparse.Namespace, num_workers: int, folder: Path)
 
 def measure_ready(arguments: argparse.Namespace) -> dict[str, Any]:
     """CPU milliseconds of the training thread for a micro-batch, made by workers and made in that thread."""
-    if arguments.workers < 1:
-        raise UserError(f"--workers: expected at least 1, got {arguments.workers}")
-    if not 1 <= arguments.batch_size <= arguments.samples:
-        raise UserError(f"--batch-size: expected 1 to --samples = {arguments.samples}, got {arguments.batch_size}")
-    with phase("loading torch and streaming"):
-        from contextlib import closing
+    check_range("--workers", arguments.workers, 1)
+    check_range("--batch-size", arguments.batch_size, 1, arguments.samples)
 
-        from cfpretrain.data.loader import Loader
-        from cfpretrain.run.build import make_prepare
-
-    def milliseconds(folder: Path, num_workers: int) -> float:
-        config = _run_on_noise(arguments, num_workers, folder)
-        with closing(Loader(config, make_prepare(config), 0, 1)) as loader:
-            next(loader)
-            spent = []
-            for _ in range(_MICRO_BATCHES_TIMED):
-                time.sleep(_PAUSE_SECONDS)
-                begin = time.thread_time()
+    def milliseconds(num_workers: int) -> float:
+        spent = []
+        with tempfile.TemporaryDirectory() as folder:
+            config = _run_on_noise(arguments, num_workers, Path(folder))
+            with closing(Loader(config, make_prepare(config), 0, 1)) as loader:
                 next(loader)
-                spent.append(1e3 * (time.thread_time() - begin))
+                for _ in range(_MICRO_BATCHES_TIMED):
+                    time.sleep(_PAUSE_SECONDS)
+                    begin = time.thread_time()
+                    next(loader)
+                    spent.append(1e3 * (time.thread_time() - begin))
         return statistics.median(spent)
 
-    sides = {"made ready by workers": arguments.workers, "made in the training thread": 0}
-    turns = []
-    for _ in range(arguments.pairs):
-        with tempfile.TemporaryDirectory() as folder:
-            turns.append({name: milliseconds(Path(folder) / name, workers) for name, workers in sides.items()})
-    spent = {name: [turn[name] for turn in turns] for name in sides}
+    workers = {"made ready by workers": arguments.workers, "made in the training thread": 0}
+    sides = {name: functools.partial(milliseconds, count) for name, count in workers.items()}
+    spent = alternate(sides, arguments.pairs, "ms", num_warm_up=0)
     for name, values in spent.items():
         print(
             f"{name:28} {statistics.median(values):8.2f} ms of the training thread a micro-batch of "
@@ -437,7 +352,7 @@ class _PlainLatents:
     """A data set for torch: posterior samples of the latents of a folder, or of their mirror."""
 
     def __init__(self, folder: Path) -> None:
-        from streaming import LocalDataset
+        from streaming import LocalDataset  # whole, which takes seconds
 
         self._samples = LocalDataset(str(folder))
 
@@ -445,8 +360,6 @@ class _PlainLatents:
         return len(self._samples)
 
     def __getitem__(self, index: int) -> tuple[int, Any, int]:
-        import torch
-
         sample = self._samples[index]
         prefix = "mirror_" if "mirror_mean" in sample and torch.rand(()) < 0.5 else ""
         mean_CYX, log_variance_CYX = (
@@ -456,14 +369,8 @@ class _PlainLatents:
         return int(sample["id"]), latent_CYX, int(sample["label"])
 
 
-def plain_loader(folder: Path, batch_size: int, num_workers: int) -> Any:
+def plain_loader(folder: Path, batch_size: int, num_workers: int) -> Iterator[Any]:
     """Batches as one would first make them: torch's shuffle and torch's noise; neither goes on after a stop."""
-    from torch.utils.data import DataLoader
-
     batches = DataLoader(_PlainLatents(folder), batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
     while True:
         yield from batches
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""tools/gpu_report.py: what it runs, when it ends, and what it writes."""
+"""tools/measure.py report, which is tools/gpu_report.py too: what it runs, when it ends, and what it writes."""
 
 import json
 import signal
@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from tests.processes import REPOSITORY, wait_until
-from tools import gpu_report
-from tools.gpu_report import Section
-from tools.gpu_report_tables import to_markdown
+from tools.measuring import report
+from tools.measuring.report import Section
+from tools.measuring.report_tables import to_markdown
 
 SAYS = "print('so far'); print('{\"value\": 3}')"
 HANGS = (
@@ -31,7 +31,7 @@ def section(*programs: str, seconds: float = 1000.0, **others: Any) -> Section:
 
 
 def run(one: Section, folder: Path, seconds: float = 60.0) -> dict[str, Any]:
-    return gpu_report.run_section(one, time.monotonic() + seconds, folder)
+    return report.run_section(one, time.monotonic() + seconds, folder)
 
 
 # ---------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def test_what_commands_print_last_is_measured(tmp_path: Path) -> None:
 def test_a_command_is_told_when_to_end(tmp_path: Path) -> None:
     one = section("import sys, json; print(json.dumps({'seconds': float('{seconds}')}))", seconds=20.0)
     [found] = run(one, tmp_path, seconds=100.0)["results"]
-    assert 0 < found["seconds"] <= 50 - gpu_report._MARGIN_SECONDS
+    assert 0 < found["seconds"] <= 50 - report._MARGIN_SECONDS
 
 
 def test_a_failure_is_named_by_its_last_line(tmp_path: Path) -> None:
@@ -82,15 +82,15 @@ def test_time_that_is_over_ends_a_section_with_its_children(tmp_path: Path, monk
         """A clock on which the time is over once the command has said who its child is."""
         return 1e9 if log.exists() and log.read_text().endswith("\n") else 0.0
 
-    monkeypatch.setattr(gpu_report, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
-    found = gpu_report.run_section(section(HANGS), 1000.0, tmp_path)
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=monotonic, sleep=time.sleep))
+    found = report.run_section(section(HANGS), 1000.0, tmp_path)
     assert found["state"] == "out of time"
     wait_until(lambda: has_ended(int(log.read_text().split()[0])))
 
 
 @pytest.mark.parametrize(("seconds_left", "wanted"), [(480.0, 240.0), (150.0, 100.0), (60.0, 60.0)])
 def test_a_section_that_hangs_leaves_half_of_the_time_to_others(seconds_left: float, wanted: float) -> None:
-    assert gpu_report.seconds_for(section(seconds=100.0), seconds_left) == wanted
+    assert report.seconds_for(section(seconds=100.0), seconds_left) == wanted
 
 
 def test_what_a_child_left_running_is_ended(tmp_path: Path) -> None:
@@ -102,17 +102,17 @@ def test_what_a_child_left_running_is_ended(tmp_path: Path) -> None:
 def test_tests_that_fail_are_a_result() -> None:
     log = "..F.\n==== short test summary info ====\nFAILED tests/test_a.py::test_b - assert 1 == 2\n"
     log += "=== 1 failed, 3 passed, 700 deselected in 12.34s ===\n"
-    assert gpu_report.measured_in(log) == {
+    assert report.measured_in(log) == {
         "summary": "1 failed, 3 passed, 700 deselected in 12.34s",
         "failures": ["FAILED tests/test_a.py::test_b - assert 1 == 2"],
     }
     log = "tests/test_a.py::test_b[x y] PASSED [ 10%]\ntests/test_a.py::test_c FAILED [ 20%]\ntests/test_a.py::test_d "
-    assert gpu_report.measured_in(log) == {
+    assert report.measured_in(log) == {
         "summary": "2 tests until its time was over",
         "failures": ["FAILED tests/test_a.py::test_c"],
     }
-    assert gpu_report.measured_in('{"value": 1}\nWarning: {later}\n{not json\n') == {"value": 1}
-    assert gpu_report.measured_in("Traceback\n") is None
+    assert report.measured_in('{"value": 1}\nWarning: {later}\n{not json\n') == {"value": 1}
+    assert report.measured_in("Traceback\n") is None
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_tests_that_fail_are_a_result() -> None:
     ],
 )
 def test_reasons_to_leave_out(one: Section, seconds_left: float, why: str | None) -> None:
-    found = gpu_report.reason_to_leave_out(one, on_gpu=False, seconds_left=seconds_left)
+    found = report.reason_to_leave_out(one, on_gpu=False, seconds_left=seconds_left)
     assert found == why or (found is not None and why is not None and found.startswith(why))
 
 
@@ -135,7 +135,7 @@ def test_reasons_to_leave_out(one: Section, seconds_left: float, why: str | None
 
 @pytest.mark.parametrize("on_gpu", [True, False])
 def test_every_command_is_of_a_tool_and_a_config_that_exist(on_gpu: bool, tmp_path: Path) -> None:
-    planned = gpu_report.sections(on_gpu, tmp_path)
+    planned = report.sections(on_gpu, tmp_path)
     assert len({one.name for one in planned}) == len(planned)
     for one in planned:
         for command in one.commands:
@@ -145,16 +145,16 @@ def test_every_command_is_of_a_tool_and_a_config_that_exist(on_gpu: bool, tmp_pa
 
 def test_a_cpu_has_every_kind_of_section_that_a_gpu_has(tmp_path: Path) -> None:
     def tools(on_gpu: bool) -> set[str]:
-        return {Path(command[1]).name for one in gpu_report.sections(on_gpu, tmp_path) for command in one.commands}
+        return {command[2] for one in report.sections(on_gpu, tmp_path) for command in one.commands}
 
     assert tools(on_gpu=True) == tools(on_gpu=False)
 
 
 def test_sections_are_chosen_by_name() -> None:
     planned = [Section(name, 1, (), only_if_asked=name == "sweep") for name in ("XL", "L", "sweep")]
-    assert [one.name for one in gpu_report.chosen(planned, None, sweep=False)] == ["XL", "L"]
-    assert [one.name for one in gpu_report.chosen(planned, None, sweep=True)] == ["XL", "L", "sweep"]
-    assert [one.name for one in gpu_report.chosen(planned, ["sweep", "environment"], False)] == ["sweep"]
+    assert [one.name for one in report.chosen(planned, None, sweep=False)] == ["XL", "L"]
+    assert [one.name for one in report.chosen(planned, None, sweep=True)] == ["XL", "L", "sweep"]
+    assert [one.name for one in report.chosen(planned, ["sweep", "environment"], False)] == ["sweep"]
 
 
 def start(folder: Path, *options: str) -> "subprocess.Popen[str]":

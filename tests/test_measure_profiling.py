@@ -1,4 +1,4 @@
-"""tools/profile_step.py: kernels have a kind, and what a step is made of adds up."""
+"""tools/measuring/profiling.py: kernels have a kind, and what a step is made of adds up."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import Interval
 
 from cfpretrain.base.config import ModelConfig
-from tools import profile_step
+from tools.measuring import profiling
 
 CPU = torch.device("cpu")
 
@@ -37,12 +37,12 @@ CPU = torch.device("cpu")
     ],
 )
 def test_kinds(name: str, kind: str) -> None:
-    assert profile_step.kind_of(name) == kind
+    assert profiling.kind_of(name) == kind
 
 
 def test_kernels_that_overlap_count_once() -> None:
-    assert profile_step._union([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (6.0, 6.5)]) == 5.0
-    assert profile_step._union([]) == 0.0
+    assert profiling._union([(5.0, 7.0), (0.0, 2.0), (1.0, 3.0), (6.0, 6.5)]) == 5.0
+    assert profiling._union([]) == 0.0
 
 
 def event(
@@ -60,7 +60,7 @@ def event(
 
 def test_events_of_a_gpu_are_summarised() -> None:
     gpu = DeviceType.CUDA
-    found = profile_step.summarise(
+    found = profiling.summarise(
         [
             event("_forward_kernel", 0.0, 9.0, gpu),  # of the step before
             event("the measured step", 10.0, 100.0),
@@ -85,7 +85,7 @@ def test_events_of_a_gpu_are_summarised() -> None:
 
 def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
     a = torch.randn(200, 200)
-    found = profile_step.profile(lambda: (a @ a).relu_().sum(), CPU)
+    found = profiling.profile(lambda: (a @ a).relu_().sum(), CPU)
     assert found["device_seconds"] > 0
     assert sum(found["shares"].values()) == pytest.approx(1)
     assert found["shares"]["matrix products"] > 0
@@ -96,6 +96,6 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_kernels_of_a_compiled_block_are_counted() -> None:
     model = ModelConfig(latent_size=4, width=32, depth=2, num_heads=2, num_cond_tokens=4, num_classes=10)
-    counted = profile_step.count_kernels(model, "sdpa", CPU)
+    counted = profiling.count_kernels(model, "sdpa", CPU)
     assert counted["generated"] >= 2  # a forward and a backward
     assert (counted["graphs"], counted["graph_breaks"]) == (1, 0)

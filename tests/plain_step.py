@@ -1,4 +1,4 @@
-"""A training step as one would first write it: the yardstick of tools/measure_step.py and tools/measure_attention.py.
+"""A training step as one would first write it: the yardstick of tools/measure.py step.
 
 Over the official tensors, and nothing of ours: a dense float mask, a materialised softmax, eager, torch's plain AdamW.
 """
@@ -113,11 +113,6 @@ def _float_mask(num_cond: int, num_clean: int, steps_BL: Tensor) -> Tensor:
     query, key = step[:, :, None], step[:, None, :]
     seen = (clean & (key < query)) | ((key == query) & (clean == clean[:, None]))
     return torch.zeros(seen.shape, device=step.device).masked_fill(~seen, -math.inf)[:, None]
-
-
-def naive_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The plain implementation's attention alone, under a mask to add."""
-    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + mask).softmax(dim=-1).to(v.dtype) @ v
 
 
 def plain_schedule(config: Config) -> Tensor:

@@ -1,0 +1,55 @@
+"""What command lines share: training's and the tools'. Standard library only: mistakes are found before torch loads."""
+
+import argparse
+from typing import NoReturn
+
+from cfpretrain.base.console import UserError, add_allow_env, exit_with
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose mistakes are one line, as all others of the command.
+
+    Args:
+        doc: of the command's module: the first line says what it does, the rest stands below the options.
+        prog: name of the command where it is not that of its file.
+    """
+
+    def __init__(self, doc: str | None, prog: str | None = None) -> None:
+        first, _, rest = (doc or "").partition("\n")
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=first, epilog=rest.strip("\n"), formatter_class=raw)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the process with the mistake and where all options are described."""
+        exit_with(UserError(f"{message}; {self.prog} --help lists the options"), speaks=True)
+
+
+def add_config(parser: argparse.ArgumentParser, example: str = "configs/tiny.yaml", required: bool = True) -> None:
+    """The options that say a config: `--config`, given once or more, `--allow-env` and overrides."""
+    parser.add_argument(
+        "--config", required=required, action="append", metavar="FILE",
+        help=f"a YAML file, e.g. {example}; give several and later ones win",
+    )  # fmt: skip
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="over the files, e.g. train.num_steps=100"
+    )
+    add_allow_env(parser)
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """The option that launchers add to a command; ranks are told by the environment (`launch`)."""
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def check_range(option: str, value: float, low: float, high: float | None = None) -> None:
+    """UserError where an option's number is not finite, or not from `low` to `high`."""
+    if not low <= value <= (float("inf") if high is None else high) or value == float("inf"):
+        expected = f"at least {low}" if high is None else f"{low} to {high}"
+        raise UserError(f"{option}: expected {expected}, got {value}")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1, got {text}")
+    return int(text)

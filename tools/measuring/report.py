@@ -1,0 +1,361 @@
+"""Measures everything on one GPU: tables for docs/benchmarks.md, and all figures as JSON.
+
+    python tools/measure.py report --minutes 8 --out gpu-report
+    python tools/measure.py report --minutes 8 --out sweep --only environment sweep
+
+Nothing is downloaded: training runs on shards of noise, networks have random weights. Each section is a measuring tool
+in a process of its own, in order of priority; `compile` fills the caches of the compilers in many processes before
+anything is timed. When the time is over, what still runs is ended with its children, and the report holds what there
+is: report.json and report.md are written again after every section, and SECTION.log holds what a section said. A
+section that fails, or whose GPU or package is not there, says so and ends nothing.
+
+Without a GPU it runs the same sections at tiny sizes, in a minute or two.
+"""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from cfpretrain.base import files
+from cfpretrain.base.console import UserError, say
+from tools.measuring.report_tables import to_markdown
+
+_ROOT = Path(__file__).resolve().parents[2]
+_POLL_SECONDS = 0.1
+_LIMIT = "{seconds}"  # in a command: after which it must end by itself
+_MARGIN_SECONDS = 15.0
+_COMPILE_THREADS = "2"  # of the compiler in each of many processes
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Attributes:
+        name: of it and of its log.
+        seconds: that it takes, roughly.
+        commands: tools with their options, `_LIMIT` among them; several run at once.
+        needs_gpu: it has nothing to measure without one.
+        packages: that it needs beside those of every run.
+        only_if_asked: it is left out unless `--only` names it.
+    """
+
+    name: str
+    seconds: float
+    commands: tuple[tuple[str, ...], ...]
+    needs_gpu: bool = False
+    packages: tuple[str, ...] = ()
+    only_if_asked: bool = False
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Runs the sections and writes the report."""
+    if not 0 < arguments.minutes < float("inf"):
+        raise UserError(f"--minutes: expected a number above 0, got {arguments.minutes:g}")
+    _check_names(arguments.only or [], arguments.out)
+    end = time.monotonic() + 60 * arguments.minutes
+    # What is stopped writes no further, and leaves no process behind.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    report = Report(arguments.out)
+    environment = Section("environment", 20, (tool("machine"),))
+    found = report.add(environment, run_section(environment, end, arguments.out))
+    on_gpu = found.get("device") == "cuda"
+    planned = sections(on_gpu, arguments.out)
+    wanted = chosen(planned, arguments.only, arguments.sweep)
+    for section in wanted:
+        why_not = reason_to_leave_out(section, on_gpu, end - time.monotonic())
+        if why_not is None:
+            # Unless it comes to its end.
+            report.add(section, {"state": "interrupted", "why": "the report was stopped while it ran"})
+            report.add(section, run_section(section, end, arguments.out))
+        else:
+            report.add(section, {"state": "left out", "why": why_not})
+    say(f"see {arguments.out / 'report.md'}")
+    if wanted and not report.has_measured(wanted):
+        raise UserError(f"no section was measured; {arguments.out / 'report.md'} says why")
+
+
+def _check_names(only: Sequence[str], out: Path) -> None:
+    """Before anything is written."""
+    known = {section.name for on_gpu in (False, True) for section in sections(on_gpu, out)}
+    for name in only:
+        if name not in known | {"environment"}:
+            raise UserError(f"--only: expected sections among environment, {', '.join(sorted(known))}, got {name!r}")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+# ---------------------------------------------------------------------------
+# What is measured
+
+
+def tool(what: str, *options: str) -> tuple[str, ...]:
+    """The command of a measurement."""
+    return (sys.executable, str(_ROOT / "tools" / "measure.py"), what, *options)
+
+
+def _step(config: str, *options: str) -> tuple[str, ...]:
+    return tool("step", "--config", f"configs/{config}.yaml", *options)
+
+
+def sections(on_gpu: bool, out: Path) -> list[Section]:
+    """The sections in order of priority; on a CPU with tiny sizes, so that tests run them all."""
+    return _on_a_gpu(out) if on_gpu else _on_a_cpu()
+
+
+_SIZES = {
+    "XL": ("XL", "train.global_batch_size=256"),
+    "3B": ("3B", "train.global_batch_size=64", "engine.activation_checkpointing=false", "engine.ema_on_host=true"),
+    "L": ("L", "train.global_batch_size=256"),
+}
+_STAGES = (2, 1, 3, 0)
+_TIMED = ("--fit", "--pairs", "8")
+_TOKENS = ("128", "256", "608", "1024")  # sequences of 320, 576, 1280 and 2112
+_HEAD_WIDTHS = ("64", "128")
+_SAMPLING = ("--config", "configs/XL.yaml", "--alone", "--precision", "bf16", "--num-ar-steps", "1", "8")
+_SAMPLING += ("--batch-size", "64", "--num-denoising-steps", "25")
+_SAVING = ("--config", "configs/L.yaml", "--kinds", "unguarded", "full", "saving", "--pairs", "2")
+_SAVING += ("--block-steps", "8", "--warm-up-steps", "16", "train.global_batch_size=64")
+_FEATURES = ("one-rank", "--features", "inception", "--batches", "10")
+_ENCODING = ("encode", "--layout", "kl16", "--precision", "bf16", "--images", "512", "--batch-size", "32")
+_OF_ENCODING = ("diffusers", "nvidia.dali", "sklearn")
+_PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb=short")
+
+
+def _on_a_gpu(out: Path) -> list[Section]:
+    compiling = [
+        tool("attention", "--compile", "--tokens", tokens, "--head-widths", width)
+        for tokens in _TOKENS
+        for width in _HEAD_WIDTHS
+    ]
+    compiling += [_step(*size, *_TIMED, "--compile") for size in _SIZES.values()]
+    sweep = tool("launches", "--seconds", _LIMIT, "--out", str((out / "launches.json").resolve()))
+    return [
+        Section("compile", 100, tuple(compiling)),
+        Section("XL", 70, (_step(*_SIZES["XL"], *_TIMED, "--profile"),)),
+        Section("attention", 60, (tool("attention", "--tokens", *_TOKENS, "--head-widths", *_HEAD_WIDTHS),)),
+        Section("3B", 90, (_step(*_SIZES["3B"], *_TIMED, "--profile"),)),
+        Section("XL bare", 50, (_step(*_SIZES["XL"], *_TIMED, "--bare"),)),
+        Section("gpu tests", 120, (_PYTEST,), packages=("pytest",)),
+        *(
+            Section(f"L stage {n}", 40, (_step(*_SIZES["L"], *_TIMED, "--profile", f"engine.zero_stage={n}"),))
+            for n in _STAGES
+        ),
+        Section("sampling", 40, (tool("sampling", *_SAMPLING),)),
+        Section("checkpoint", 60, (tool("saving", *_SAVING),)),
+        Section("features", 30, (tool("evaluation", *_FEATURES, "--batch-size", "128"),)),
+        Section("encoding", 50, (tool("data", *_ENCODING, "--pairs", "1"),), packages=_OF_ENCODING),
+        Section("loader", 30, (tool("data", "loader", "--pairs", "1"),)),
+        Section("batches", 25, (tool("data", "ready", "--pairs", "1"),)),
+        Section("sweep", 150, (sweep,), only_if_asked=True),
+    ]
+
+
+def _on_a_cpu() -> list[Section]:
+    small = ("model.width=32", "model.depth=2", "model.num_heads=2", "data.num_workers=1")
+    small += ("train.global_batch_size=8", "train.micro_batch_size=4")
+    step = ("tiny", *small, "--fit", "--pairs", "2")
+    attention = ("--tokens", "16", "--head-widths", "32", "--num-heads", "2", "--batch-size", "2")
+    sampling = ("--config", "configs/tiny.yaml", "--alone", "--num-ar-steps", "2", "--batch-size", "2")
+    sampling += ("--num-denoising-steps", "2", "--pairs", "1")
+    saving = ("--config", "configs/tiny.yaml", *small, "--kinds", "full", "saving", "--pairs", "1")
+    saving += ("--block-steps", "2", "--warm-up-steps", "2")
+    encoding = ("encode", "--images", "8", "--size", "32", "--pairs", "1")
+    noise = ("--latents", "demo", "--samples", "64", "--pairs", "1")
+    return [
+        Section("compile", 8, (tool("attention", "--compile", *attention), _step(*step, "--compile"))),
+        Section("tiny", 8, (_step(*step, "--profile"),)),
+        Section("attention", 5, (tool("attention", *attention),)),
+        Section("tiny bare", 8, (_step(*step, "--bare"),)),
+        Section("gpu tests", 1, (_PYTEST,), needs_gpu=True),
+        Section("tiny stage 1", 8, (_step(*step, "engine.zero_stage=1"),)),
+        Section("sampling", 6, (tool("sampling", *sampling),)),
+        Section("checkpoint", 8, (tool("saving", *saving),)),
+        Section("features", 8, (tool("evaluation", *_FEATURES, "--batch-size", "1"),)),
+        Section("encoding", 9, (tool("data", *encoding),), packages=_OF_ENCODING),
+        Section("loader", 6, (tool("data", "loader", *noise),)),
+        Section("batches", 6, (tool("data", "ready", *noise),)),
+        Section("sweep", 1, (tool("launches"),), needs_gpu=True, only_if_asked=True),
+    ]
+
+
+def chosen(planned: Sequence[Section], only: Sequence[str] | None, sweep: bool) -> list[Section]:
+    """Those that the command asks for."""
+    if only is not None:
+        return [section for section in planned if section.name in only]
+    return [section for section in planned if sweep or not section.only_if_asked]
+
+
+def reason_to_leave_out(section: Section, on_gpu: bool, seconds_left: float) -> str | None:
+    """Why a section cannot run here and now; None where it can."""
+    if section.needs_gpu and not on_gpu:
+        return "needs a GPU"
+    absent = [name for name in section.packages if not _is_installed(name)]
+    if absent:
+        return f"{', '.join(absent)} is not installed"
+    if seconds_left < section.seconds / 2:
+        return f"it takes about {section.seconds:.0f} s, and {max(0.0, seconds_left):.0f} s are left"
+    return None
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package around it
+        return False
+
+
+# ---------------------------------------------------------------------------
+# Running a section
+
+
+def run_section(section: Section, end: float, out: Path) -> dict[str, Any]:
+    """Runs the commands of a section, at once, and ends them when their time is over.
+
+    Args:
+        section: whose commands print JSON on their last line, or, of pytest, a summary.
+        end: of the report, by `time.monotonic`.
+        out: folder of the log.
+
+    Returns:
+        `state` ("measured", "failed" or "out of time"), `seconds`, `results` (what each command measured) and `why`.
+    """
+    say(f"{section.name} ...")
+    begin, left = time.monotonic(), max(0.0, end - time.monotonic())
+    limit = seconds_for(section, left)
+    must_end = str(max(1, int(limit - _MARGIN_SECONDS)))
+    commands = [[part.replace(_LIMIT, must_end) for part in command] for command in section.commands]
+    logs = [_log_file(out, section, i) for i in range(len(commands))]
+    with _processes(commands, logs) as processes:
+        while any(process.poll() is None for process in processes) and time.monotonic() < begin + limit:
+            time.sleep(_POLL_SECONDS)
+        codes = [process.poll() for process in processes]
+    texts = [log.read_text(errors="replace") for log in logs]
+    results = [result for result in map(measured_in, texts) if result is not None]
+    found: dict[str, Any] = {"seconds": time.monotonic() - begin, "results": results}
+    # pytest's code says whether tests failed, which is a result.
+    failed = [text for code, text in zip(codes, texts, strict=True) if code != 0 and measured_in(text) is None]
+    if None in codes:
+        found |= {"state": "out of time", "why": f"ended after {found['seconds']:.0f} s"}
+    elif failed:
+        found |= {"state": "failed", "why": last_line(failed[0])}
+    else:
+        found |= {"state": "measured"}
+    return found
+
+
+def seconds_for(section: Section, seconds_left: float) -> float:
+    """How long a section may take: one that hangs leaves half of what is left to the others."""
+    return min(seconds_left, max(section.seconds, seconds_left / 2))
+
+
+def _log_file(out: Path, section: Section, number: int) -> Path:
+    return out / f"{section.name.replace(' ', '_')}{f'.{number}' if len(section.commands) > 1 else ''}.log"
+
+
+@contextmanager
+def _processes(commands: Sequence[Sequence[str]], logs: Sequence[Path]) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """The commands, each in a group of processes of its own, which is ended with the block."""
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    if len(commands) > 1:
+        environment |= {"TORCHINDUCTOR_COMPILE_THREADS": _COMPILE_THREADS}
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for command, log in zip(commands, logs, strict=True):
+            files.remove(log)  # of a report that was killed
+            with files.create(log) as file:
+                started.append(
+                    subprocess.Popen(
+                        command, cwd=_ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+                    )
+                )
+        yield started
+    finally:
+        for process in started:
+            _kill_group(process)
+
+
+def _kill_group(process: "subprocess.Popen[bytes]") -> None:
+    with suppress(ProcessLookupError):  # all of it has ended
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def measured_in(text: str) -> dict[str, Any] | None:
+    """What a log ends with: JSON of a tool, or a summary of pytest; None where there is neither."""
+    lines = text.splitlines()
+    for line in reversed(lines):
+        if line.startswith("{"):
+            try:
+                return dict(json.loads(line))
+            except ValueError:
+                continue
+        if re.search(r"\d (passed|failed|errors?|deselected)\b.* in [\d.]+s", line):
+            return {
+                "summary": line.strip("= "),
+                "failures": [one for one in lines if re.match(r"(FAILED|ERROR) ", one)],
+            }
+    verdicts = [match for line in lines if (match := re.match(r"(tests/\S+::.*) (PASSED|FAILED|ERROR)\b", line))]
+    if not verdicts:
+        return None
+    failures = [f"{match[2]} {match[1]}" for match in verdicts if match[2] != "PASSED"]
+    return {"summary": f"{len(verdicts)} tests until its time was over", "failures": failures}
+
+
+def last_line(text: str) -> str:
+    """What a process that failed said last."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "it said nothing"
+
+
+# ---------------------------------------------------------------------------
+# The report
+
+
+class Report:
+    """report.json and report.md, written again with every section.
+
+    Args:
+        folder: of the report, and of the logs.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._sections: dict[str, dict[str, Any]] = {}
+        if (folder / "report.json").exists():
+            raise UserError(f"--out: {folder} holds a report; choose another folder, or remove it")
+        try:
+            files.make_folder(folder, follow=True)
+        except OSError as error:
+            raise UserError(f"--out: {folder} cannot be made ({error.strerror or error}); choose another") from error
+
+    def add(self, section: Section, found: dict[str, Any]) -> dict[str, Any]:
+        """Adds what was found to the report; returns what the section's first command measured."""
+        self._sections[section.name] = {"state": found["state"], **found}
+        files.replace(self._folder / "report.json", json.dumps({"sections": self._sections}, indent=1) + "\n")
+        files.replace(self._folder / "report.md", to_markdown(self._sections))
+        if found["state"] == "interrupted":
+            return {}
+        said = found["state"] if "seconds" not in found else f"{found['state']} in {found['seconds']:.0f} s"
+        say(f"{section.name}: {said}{': ' + found['why'] if 'why' in found else ''}")
+        return dict(found.get("results", [{}])[0]) if found.get("results") else {}
+
+    def has_measured(self, wanted: Sequence[Section]) -> bool:
+        """Whether there is a result of any of these sections."""
+        return any(self._sections[section.name]["state"] == "measured" for section in wanted)

@@ -1,0 +1,267 @@
+"""Times the trainer's step, profiles it, and holds it beside a plain implementation.
+
+    python tools/measure.py step --config configs/benchmark/cpu.yaml
+    python tools/measure.py step --config configs/benchmark/cpu.yaml --against naive
+    python tools/measure.py step --config configs/XL.yaml train.global_batch_size=256 --profile
+
+The step is `Trainer.train_step` on one rank, with all that belongs to it: batches from the loader, which reads latent
+shards of noise that the tool writes, forward, backward, clipping, the optimizer's update, guard, EMA and metrics; no
+wandb, no checkpoint, no sample. `--bare` leaves the trainer out: engine and objective alone, on batches that were made
+ahead. The learning rate is constant, so that losses soon depend on gradients.
+
+`--against naive` holds it beside a plain implementation (tests/plain_step.py), which trains on the same numbers, and
+compares the losses. Each side then has a process of its own, one at work at a time, in the order a b, b a, a b, ...
+FLOPs count visible pairs of attention only.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cfpretrain.base import config as configs
+from cfpretrain.base import runtime
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, say
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.segments import build_layout
+from cfpretrain.run.build import choose_attention, choose_blocks, make_loss
+from cfpretrain.run.metrics import peak_flops
+from cfpretrain.training import memory
+from tools.measuring.common import on_noise
+from tools.measuring.profiling import count_kernels
+from tools.measuring.sides import Measured, StepResult, Worker
+
+_LEARNING_RATE = 1e-4
+_RESERVED_BYTES = 6e9  # for the CUDA context, workspaces of kernels and fragmentation
+_MOST_STEPS_PLANNED = 1000
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Checks the config, changes it as the options say, and times its step or counts its kernels."""
+    device = runtime.pick_device()
+    if runtime.world_size() != 1:
+        raise UserError(f"measure.py step measures one rank, got {runtime.world_size()}; start it with python alone")
+    config = _constant_rate(configs.load(arguments.config, arguments.overrides, arguments.allow_env))
+    if arguments.fit:
+        config = _fitting(config, device)
+    if arguments.compile:  # all blocks have the kernels of one
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
+    configs.check(config, 1)
+    choose_blocks(config, device.type)
+    if arguments.kernels:
+        kernels = count_kernels(config.model, choose_attention(config, device.type), device)
+        print(f"a compiled block, forward and backward: {kernels}")
+        return {"kernels": kernels}
+    with tempfile.TemporaryDirectory() as folder:
+        return time_steps(on_noise(config, Path(folder)), arguments, device)
+
+
+def _constant_rate(config: Config) -> Config:
+    train = dataclasses.replace(config.train, learning_rate=_LEARNING_RATE, warmup_steps=0, decay_steps=0)
+    return dataclasses.replace(config, train=train)
+
+
+def _estimated_bytes(config: Config, device: torch.device) -> int:
+    return memory.estimate(*memory.plan_memory(config, 1, on_gpu=device.type == "cuda")).peak
+
+
+def _fitting(config: Config, device: torch.device) -> Config:
+    """The config with the largest micro-batch that the GPU holds, a half, a quarter, ... of what it says."""
+    if device.type == "cpu":
+        return config
+    there = torch.cuda.get_device_properties(device).total_memory - _RESERVED_BYTES
+    while _estimated_bytes(config, device) > there and config.micro_batch_size(1) % 2 == 0:
+        train = dataclasses.replace(config.train, micro_batch_size=config.micro_batch_size(1) // 2)
+        config = dataclasses.replace(config, train=train)
+    return config
+
+
+# ---------------------------------------------------------------------------
+# Which steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which of a run's steps are timed.
+
+    Attributes:
+        num_warm_up: steps before those that are timed.
+        lengths: tokens that a sequence is computed with, of the steps that are timed.
+        num_between: steps between those and the one that is profiled, which has the length of one of them.
+        profiled_length: its.
+    """
+
+    num_warm_up: int
+    lengths: list[int]
+    num_between: int
+    profiled_length: int
+
+
+def plan_steps(config: Config, num_timed: int, compiles: bool) -> Plan:
+    """Chooses the timed steps such that none is the first of anything.
+
+    Args:
+        config: of the run.
+        num_timed: steps.
+        compiles: something is compiled, or tuned, for each length when it first comes.
+    """
+    loss = make_loss(config)
+    lengths: list[int] = []
+
+    def lengths_until(num_steps: int) -> list[int]:
+        while len(lengths) < num_steps:
+            lengths.append(_length_of(config, loss, len(lengths)))
+        return lengths
+
+    num_warm_up = 2 if compiles else 1  # ZeRO stage 3 learns from its first step
+    while compiles and num_warm_up < _MOST_STEPS_PLANNED:
+        known = set(lengths_until(num_warm_up + num_timed)[:num_warm_up])
+        if known >= set(lengths[num_warm_up : num_warm_up + num_timed]):
+            break
+        num_warm_up += 1
+    end = num_warm_up + num_timed
+    timed = lengths_until(end)[num_warm_up:end]
+    num_between = next(
+        (i for i in range(_MOST_STEPS_PLANNED) if not compiles or lengths_until(end + i + 1)[end + i] in timed), 0
+    )
+    return Plan(num_warm_up, timed, num_between, lengths_until(end + num_between + 1)[end + num_between])
+
+
+def _length_of(config: Config, loss: Any, step: int) -> int:
+    """Tokens that a sequence of this step is computed with: a function of the step alone."""
+    nobody = torch.zeros(1, dtype=torch.int64)
+    draws = loss.draw(step, 0, nobody, nobody, config.model.num_tokens, config.model.patch_values)
+    segments = [class_segment(config.model.num_cond_tokens), image_segment(draws.steps_BL)]
+    return int(build_layout(segments, config.clean_token_multiple()).step_BM.shape[1])
+
+
+# ---------------------------------------------------------------------------
+# Steps in alternation
+
+
+def time_steps(config: Config, arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Times the config's step, against the plain implementation where the command says so.
+
+    Args:
+        config: whose shards are there.
+        arguments: `bare`, `against`, `pairs` and `profile`.
+        device: where to compute.
+    """
+    plan = plan_steps(config, arguments.pairs, config.engine.compile_blocks or device.type == "cuda")
+    names = ["bare" if arguments.bare else "trainer", *([arguments.against] if arguments.against else [])]
+    workers: list[Worker | Measured] = []
+    try:
+        for name in names:
+            say(f"starting {name}")
+            workers.append((Worker if arguments.against else Measured)(name, config))
+        results = _take_turns(workers, plan, arguments.pairs)
+        profiled = _profile(workers[0], plan, results[names[0]], device) if arguments.profile else {}
+        peaks = {worker.name: worker.end() for worker in workers}
+    finally:
+        for worker in workers:
+            worker.kill()
+    _print_steps(results, plan, peaks)
+    measured = _summarise(config, arguments, device, results, peaks)
+    return measured | {"lengths": plan.lengths, "start_seconds": workers[0].start} | profiled
+
+
+def _take_turns(workers: Sequence[Worker | Measured], plan: Plan, num_timed: int) -> dict[str, list[StepResult]]:
+    for worker in workers:
+        say(f"warming up {worker.name} with {plan.num_warm_up} steps")
+        first, *_ = worker.steps(1) + worker.steps(plan.num_warm_up - 1)
+        worker.start["the first step"] = first.seconds
+    if len(workers) == 1:
+        # As in training, where nothing waits for the device between two steps.
+        return {workers[0].name: workers[0].steps(num_timed)}
+    results: dict[str, list[StepResult]] = {worker.name: [] for worker in workers}
+    for step in range(num_timed):
+        say(f"step {step + 1} of {num_timed}")
+        for worker in workers if step % 2 == 0 else workers[::-1]:
+            results[worker.name] += worker.steps(1)
+    return results
+
+
+def _profile(
+    worker: Worker | Measured, plan: Plan, timed: Sequence[StepResult], device: torch.device
+) -> dict[str, Any]:
+    """Profiles a step, and says for how much of its time without a profiler the device is busy."""
+    worker.steps(plan.num_between)
+    found = worker.profile()
+    alike = [one.seconds for one, length in zip(timed, plan.lengths, strict=True) if length == plan.profiled_length]
+    seconds = statistics.median(alike or [one.seconds for one in timed])
+    if device.type == "cuda":
+        found["busy_share"] = found["device_seconds"] / seconds
+        print(f"the device is busy for {found['busy_share']:.1%} of a step of {plan.profiled_length} tokens")
+    print(f"{found['num_launches']} launches, {found['num_synchronisations']} synchronisations")
+    for kind, share in found["shares"].items():
+        print(f"{share:7.1%}  {kind}")
+    return {"profile": found | {"length": plan.profiled_length, "step_seconds": seconds}}
+
+
+def _print_steps(results: dict[str, list[StepResult]], plan: Plan, peaks: dict[str, int]) -> None:
+    ours, *others = results
+    titles = "".join(f"{name + ' s':>18}" for name in results)
+    print(f"{'step':>6}{'tokens':>8}{titles}{'ratio':>8}{'loss':>10}")
+    for i, made in enumerate(results[ours]):
+        seconds = "".join(f"{of_side[i].seconds:18.3f}" for of_side in results.values())
+        ratio = f"{results[others[0]][i].seconds / made.seconds:8.2f}" if others else f"{'':8}"
+        print(f"{plan.num_warm_up + i:6}{plan.lengths[i]:8}{seconds}{ratio}{made.loss:10.5f}")
+    for label, pick in (("min", min), ("median", statistics.median), ("max", max)):
+        seconds = "".join(f"{pick(made.seconds for made in of_side):18.3f}" for of_side in results.values())
+        ratio = f"{_ratios(results)[label]:8.2f}" if others else ""
+        print(f"{label:>14}{seconds}{ratio}")
+    print(f"{'peak GB':>14}" + "".join(f"{peaks[name] / 1e9:18.2f}" for name in results))
+
+
+def _ratios(results: dict[str, list[StepResult]]) -> dict[str, float]:
+    """How many times longer the other side takes, pair by pair."""
+    ours, theirs = results.values()
+    ratios = [b.seconds / a.seconds for a, b in zip(ours, theirs, strict=True)]
+    return {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
+
+
+def _summarise(
+    config: Config,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    results: dict[str, list[StepResult]],
+    peaks: dict[str, int],
+) -> dict[str, Any]:
+    ours, *others = results
+    made = results[ours]
+    seconds, flops = sum(one.seconds for one in made), sum(one.flops for one in made)
+    peak = peak_flops(device, config.engine.precision)
+    summary = {
+        "side": ours,
+        "seconds": [one.seconds for one in made],
+        "seconds_per_step": statistics.median(one.seconds for one in made),
+        "images_per_second": len(made) * config.train.global_batch_size / seconds,
+        "tflops": flops / seconds / 1e12,
+        "mfu": flops / seconds / peak if peak else None,
+        "peak_memory_bytes": peaks[ours],
+        "estimated_memory_bytes": _estimated_bytes(config, device),
+        "micro_batch_size": config.micro_batch_size(1),
+        "blocks": vars(choose_blocks(config, device.type)),
+        "command": {"config": arguments.config, "overrides": arguments.overrides, "pairs": arguments.pairs},
+        "config": {name: configs.to_plain(config)[name] for name in ("model", "order", "train", "engine")},
+    }
+    if not others:
+        return summary
+    theirs = results[others[0]]
+    difference = max(abs(a.loss / b.loss - 1) for a, b in zip(made, theirs, strict=True))
+    return summary | {
+        "ratio": _ratios(results),
+        "against": {
+            "name": others[0],
+            "seconds_per_step": statistics.median(one.seconds for one in theirs),
+            "peak_memory_bytes": peaks[others[0]],
+            "max_relative_loss_difference": difference,
+        },
+    }
