@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from cfpretrain.autoencoder import KLAutoencoder, make_network, shift_and_scale
 from cfpretrain.base.config import load as load_config
@@ -322,6 +323,19 @@ def test_images_of_more_pixels_than_are_scored(tmp_path: Path) -> None:
     np.savez_compressed(tmp_path / "a.npz", arr_0=np.zeros((2, 4096, 2048, 1), np.uint8))
     said = refusal(lambda: open_images(tmp_path / "a.npz", "REAL"))
     assert said.startswith("REAL: expected images of at most 4194304 pixels, got 2048 x 4096 in ")
+
+
+def test_an_image_is_refused_by_its_size_before_it_is_decoded(tmp_path: Path) -> None:
+    """Of a file that ends behind its header."""
+    for size, said in (((4096, 2048), "at most 4194304 pixels, got 4096 x 2048"), ((16, 17), "one size, got 16 x 17")):
+        for name in ("a.png", "b.png"):
+            Image.new("1", (16, 16)).save(tmp_path / name)
+        Image.new("1", size).save(tmp_path / "large.png")
+        file = tmp_path / ("a.png" if "pixels" in said else "b.png")
+        file.write_bytes((tmp_path / "large.png").read_bytes()[:60])
+        (tmp_path / "large.png").unlink()
+        line = refusal(lambda: open_images(tmp_path, "REAL").read([0, 1]))
+        assert f"REAL: expected images of {said} in {file}" in line
 
 
 @pytest.mark.parametrize(

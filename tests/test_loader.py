@@ -28,7 +28,7 @@ from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
 from cfpretrain.data.loader import Loader, Position, epoch_order, epoch_visits
 from cfpretrain.data.reader import Samples
-from cfpretrain.data.shards import fingerprint
+from cfpretrain.data.shards import INFO_FILE, INFO_HASH, fingerprint
 from cfpretrain.data.storage import LocalFolder
 from tests.latent_shards import as_read, config_for, id_of, moment_of, write_samples
 from tests.processes import run_in_processes
@@ -640,3 +640,17 @@ def test_real_ranks_see_the_same_global_batches(folders: Any, world_size: int, n
     for steps, left in run_in_processes(gather_ids, world_size, config, 9):
         assert steps == wanted
         assert not left
+
+
+def test_a_label_of_no_class_is_refused_where_it_is_read(tmp_path: Path) -> None:
+    """A checksum says that it was written so."""
+    folder = write_samples(tmp_path / "shards", 24)
+    description, index = (json.loads((folder / name).read_text()) for name in (INFO_FILE, "index.json"))
+    text = json.dumps(description | {"class_names": ["a", "b"]})
+    (folder / INFO_FILE).write_text(text)
+    (folder / "index.json").write_text(json.dumps(index | {INFO_HASH: hashlib.blake2b(text.encode()).hexdigest()}))
+    config = config_for(folder)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=2))
+    what = rf"^data.shards: {folder}/shard.0000\d.mds: sample \d+ is damaged \(its label is 2, of 2 classes\); .*$"
+    with closing(Loader(config, as_read, 0, 1)) as loader, pytest.raises(UserError, match=what):
+        next(loader)

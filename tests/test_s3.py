@@ -20,12 +20,14 @@ import torch
 
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
+from cfpretrain.data import storage
 from cfpretrain.data.loader import Loader, Position, order_fingerprint
 from cfpretrain.data.reader import Samples
 from tests.digits import digits, digits_info, small_run, write_latents
 from tests.latent_shards import as_read, config_for, write_samples
 from tests.object_store import BUCKET, ObjectStore, running_store
 from tests.processes import REPOSITORY, run_in_processes
+from tests.test_inspect_shards import REJECTED, png, write_images
 from tools import inspect_shards
 
 NUM_SAMPLES, NUM_SHARDS = 101, 6
@@ -214,6 +216,17 @@ def test_a_folder_in_the_store_is_inspected(
     with pytest.raises(SystemExit):
         inspect_shards.main()
     assert "argument --cache-limit-gb: expected a number from 0 on, got '-1'" in capsys.readouterr().err
+
+
+def test_a_long_list_of_rejected_images_in_the_store_is_read(
+    store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    images = write_images(tmp_path / "images", [png(16)] * 2, None, f"{REJECTED}\n" * 1000, 1000)
+    monkeypatch.setattr(storage, "MAX_TEXT_BYTES", (images / "rejected.jsonl").stat().st_size - 1)
+    options = ["--cache-folder", str(tmp_path / "cache"), "--verify"]
+    monkeypatch.setattr(sys, "argv", ["inspect_shards.py", store.upload(images, "rejected"), *options])
+    inspect_shards.main()
+    assert "verified: 1 files, 2 samples" in capsys.readouterr().out
 
 
 def read_epochs(config: Config, started: str) -> None:

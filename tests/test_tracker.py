@@ -25,6 +25,21 @@ def test_wandb_offline_keeps_numbers_and_goes_on_with_its_run(tmp_path: Path, mo
     assert any(b"loss" in file.read_bytes() for file in files)
 
 
+def test_a_name_is_told_as_it_is_shown(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    door = Tracker("auto", "mine", tmp_path, None, {"data": {"shards": ("a\u202eb",), "x\u200b": 1}})
+    door.close()
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    told = file.read_bytes()
+    assert rb'["a\\u202eb"]' in told  # in JSON
+    assert rb'"x\\u200b"' in told
+    assert not capsys.readouterr().out
+    Tracker("auto", "mine\x1b[2J", tmp_path, None, {}).close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "WARNING: wandb failed (Invalid project name" in line
+
+
 def test_disabled_tracking_writes_nothing(tmp_path: Path) -> None:
     door = Tracker("disabled", "x", tmp_path, None, {})
     door.log({"step": 1, "loss": 0.5})

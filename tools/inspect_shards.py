@@ -12,7 +12,7 @@ import argparse
 import math
 from collections import Counter
 from collections.abc import Callable
-from io import BytesIO, FileIO
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _COLUMNS, _MOST_ROWS = 8, 6
 _MOST_NAMES = 10
+_MAX_LIST_BYTES = 2**30  # of rejected images
 
 
 def _from_zero(text: str) -> float:
@@ -255,7 +256,6 @@ def _verify_file(opened: FileIO, name: str, digest: str) -> None:
 
 
 def _verify_rejected(shards: "Shards") -> None:
-    from cfpretrain.data.storage import LocalFolder
     from cfpretrain.data.storing import REJECTED_FILE, parse_rejected
 
     source = shards.source
@@ -263,11 +263,7 @@ def _verify_rejected(shards: "Shards") -> None:
     if not expected:
         return
     try:
-        with (  # a line for each image, of any number
-            files.open_to_read(Path(source.address) / REJECTED_FILE)
-            if isinstance(source, LocalFolder)
-            else BytesIO(source.text(REJECTED_FILE).encode())
-        ) as lines:
+        with source.opened(REJECTED_FILE, _MAX_LIST_BYTES) as lines:  # one for each image
             found = sum(1 for _ in parse_rejected(lines))
         problem = f"got {found}"
     except (OSError, ValueError) as error:
@@ -287,8 +283,6 @@ def _problem(sample: dict[str, Any], shards: "Shards") -> str | None:
     from cfpretrain.data.shards import ImagesInfo
 
     info = shards.info
-    if not 0 <= sample["label"] < len(info.class_names):
-        return f"has label {sample['label']}, which no class has"
     if not isinstance(info, ImagesInfo):
         arrays = [value for value in sample.values() if isinstance(value, np.ndarray)]
         return None if all(np.isfinite(array).all() for array in arrays) else "is not finite"

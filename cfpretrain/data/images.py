@@ -9,7 +9,7 @@ import errno
 import io
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -206,6 +206,7 @@ def read_image(
     background: Colour = WHITE,
     is_upright: bool = False,
     changes: Counter[str] | None = None,
+    check_size: Callable[[tuple[int, int]], None] = lambda _: None,
 ) -> Image.Image:
     """Decodes the bytes of an image file: its first frame, in mode RGB, or of that the grey values in mode L.
 
@@ -215,11 +216,12 @@ def read_image(
         background: behind what is transparent.
         is_upright: whether EXIF rotation is applied.
         changes: what the image loses is counted here; see `describe_changes`.
+        check_size: is told width and height before any pixel is decoded, and may raise a UserError.
 
     Raises:
         RejectedImageError: it is empty, cut short, damaged, of an unknown kind, or too large for PIL.
     """
-    decoded = _decode(data, is_grey, background, is_upright)
+    decoded = _decode(data, is_grey, background, is_upright, check_size)
     if changes is not None:
         changes.update(decoded.changes)
     return decoded.image
@@ -233,13 +235,20 @@ class _Decoded:
     changes: frozenset[str]  # keys of _CHANGES
 
 
-def _decode(data: bytes, is_grey: bool, background: Colour, is_upright: bool) -> _Decoded:
+def _decode(
+    data: bytes,
+    is_grey: bool,
+    background: Colour,
+    is_upright: bool,
+    check_size: Callable[[tuple[int, int]], None] = lambda _: None,
+) -> _Decoded:
     if not data:
         raise RejectedImageError("the file is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of odd metadata, and of images above half of PIL's limit
             with Image.open(io.BytesIO(data), formats=_KINDS) as file:
+                check_size(file.size)
                 if file.mode not in _EIGHT_BIT_MODES:
                     raise ValueError(f"its values (mode {file.mode}) do not fit 8 bits; scale them first")
                 num_bits = _num_bits(file, data)  # before it is loaded
@@ -247,7 +256,7 @@ def _decode(data: bytes, is_grey: bool, background: Colour, is_upright: bool) ->
                 turn = _turn(file)
                 changes = frozenset(_losses(file, num_bits, is_composited, turn, is_upright))
                 kind, mode = str(file.format), file.mode
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except UnidentifiedImageError as error:
         raise RejectedImageError(f"no image of a known kind, or a damaged one (known: {', '.join(_KINDS)})") from error

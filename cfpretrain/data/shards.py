@@ -449,6 +449,8 @@ class Shards:
                         sample = self._readers[shard].read(file, place)
                         if checksum(sample) != sample["checksum"]:
                             raise ValueError("its checksum differs")
+                        if not 0 <= sample["label"] < len(self.info.class_names):
+                            raise ValueError(f"its label is {sample['label']}, of {len(self.info.class_names)} classes")
                         samples.append(sample)
                     return samples
                 except (ValueError, IndexError, TypeError, OSError, MemoryError) as error:

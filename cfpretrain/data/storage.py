@@ -14,11 +14,11 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol
 from urllib.parse import urlsplit
 
 from cfpretrain.base import files
@@ -58,6 +58,10 @@ class Source(Protocol):
 
     address: str  # as the user gave it
 
+    def opened(self, name: str, max_bytes: int) -> AbstractContextManager[IO[bytes]]:
+        """A file that has no place in the cache, to read; OSError or UserError where it cannot be read."""
+        ...
+
     def text(self, name: str) -> str:
         """The content of a small file; FileNotFoundError where there is none."""
         ...
@@ -82,6 +86,10 @@ class LocalFolder:
 
     def __init__(self, folder: str | Path, key: str) -> None:
         self.address, self._folder, self._key = str(folder), Path(folder), key
+
+    def opened(self, name: str, max_bytes: int) -> AbstractContextManager[IO[bytes]]:
+        """See `Source`."""
+        return open_to_read(self._folder / name, max_bytes)
 
     def text(self, name: str) -> str:
         """See `Source`."""
@@ -180,12 +188,19 @@ class RemoteFolder:
         self.address, self._key, self._cache = address.rstrip("/"), key, cache
         self._client: tuple[int, CloudDownloader] | None = None  # and the process that may use it
 
-    def text(self, name: str) -> str:
+    @contextmanager
+    def opened(self, name: str, max_bytes: int) -> Iterator[IO[bytes]]:
         """See `Source`."""
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             local = Path(folder) / name
-            self._fetch(name, local, _Trouble(), MAX_TEXT_BYTES)
-            return read_text(local)
+            self._fetch(name, local, _Trouble(), max_bytes)
+            with open_to_read(local) as opened:
+                yield opened
+
+    def text(self, name: str) -> str:
+        """See `Source`."""
+        with self.opened(name, MAX_TEXT_BYTES) as opened:
+            return opened.read().decode()
 
     def open(self, file: ShardFile) -> FileIO:
         """See `Source`.

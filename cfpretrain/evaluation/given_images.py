@@ -4,6 +4,7 @@ All of a set have one size; they are read in a fixed order, as they are, in RGB:
 transparent is composited on a background.
 """
 
+import functools
 import hashlib
 import zipfile
 from collections import Counter
@@ -131,20 +132,25 @@ class _Files:
 
     def _decode(self, data: bytes, image_name: str, crop: int | None = None) -> npt.NDArray[np.uint8]:
         try:
-            image = read_image(data, background=self.background, changes=self.changes)
             if crop is not None:
-                image = centre_crop(image, crop)
+                image = centre_crop(read_image(data, background=self.background, changes=self.changes), crop)
+                self._check_size(image_name, image.size)
+            else:
+                check_size = functools.partial(self._check_size, image_name)
+                image = read_image(data, background=self.background, changes=self.changes, check_size=check_size)
         except RejectedImageError as error:
             raise UserError(f"{self._key}: {image_name}: {error}; remove it or get it again") from error
+        return np.asarray(image, np.uint8)
+
+    def _check_size(self, image_name: str, size: tuple[int, int]) -> None:
         if not any(self.size):
-            _check_pixels(image.size, image_name, self._key)
-            self.size = image.size
-        if image.size != self.size:
+            _check_pixels(size, image_name, self._key)
+            self.size = size
+        if size != self.size:
             raise UserError(
-                f"{self._key}: expected images of one size, got {image.width} x {image.height} in {image_name} and "
+                f"{self._key}: expected images of one size, got {size[0]} x {size[1]} in {image_name} and "
                 f"{self.size[0]} x {self.size[1]} in others; tools/make_shards.py crops them to one"
             )
-        return np.asarray(image, np.uint8)
 
 
 class _Folder(_Files):

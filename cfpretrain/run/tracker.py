@@ -14,7 +14,7 @@ import psutil
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.background import Task
-from cfpretrain.base.console import one_line, phase, say
+from cfpretrain.base.console import one_line, phase, say, visible
 
 _ID_BYTES = 8
 _MOST_WAITING = 100_000  # rows
@@ -61,11 +61,11 @@ class Tracker:
         self.run_id = run_id or secrets.token_hex(_ID_BYTES)
         self._options: dict[str, Any] = {
             "mode": _resolve_mode(mode),
-            "project": project,
+            "project": _visible(project),
             "dir": str(folder),
             "id": self.run_id,
             "resume": "allow" if run_id else None,
-            "config": dict(config),
+            "config": _visible(config),
             "settings": wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
         }
         # What to do with wandb's run; None: end it.
@@ -133,6 +133,15 @@ class Tracker:
                 f"WARNING: wandb {what}; all goes on without it, and `wandb sync` sends what it has left in "
                 f"{self._folder / 'wandb'}"
             )
+
+
+def _visible(plain: Any) -> Any:
+    """Plain values as people are shown them in a browser or a terminal: names in them may be a stranger's."""
+    if isinstance(plain, Mapping):
+        return {visible(str(key)): _visible(value) for key, value in plain.items()}
+    if isinstance(plain, list | tuple):
+        return [_visible(value) for value in plain]
+    return visible(plain) if isinstance(plain, str) else plain
 
 
 def _problem_of(folder: Path) -> str | None:
