@@ -18,7 +18,7 @@ from cfpretrain.core.model import Block, BlockSettings
 from cfpretrain.core.segments import Layout, Segment, build_layout, may_attend
 from tests.closeness import disagreement
 from tests.test_config import TINY
-from tests.test_order import text
+from tests.test_ar import text
 
 HEAD_WIDTHS = (32, 64, 128)
 
