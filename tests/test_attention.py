@@ -17,8 +17,8 @@ from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.model import Block, BlockSettings
 from cfpretrain.core.segments import Layout, Segment, build_layout, may_attend
 from tests.closeness import disagreement
+from tests.test_ar import text
 from tests.test_config import TINY
-from tests.test_order import text
 
 HEAD_WIDTHS = (32, 64, 128)
 

@@ -25,7 +25,7 @@ from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import build_layout, may_attend
 from tests.closeness import disagreement
 from tests.strictness import make_warnings_errors
-from tests.test_order import text
+from tests.test_ar import text
 
 if not block_causal.is_available():
     pytest.skip("triton is not installed", allow_module_level=True)

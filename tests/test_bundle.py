@@ -21,7 +21,7 @@ from cfpretrain.export import bundle as bundles
 from cfpretrain.export import plain
 from cfpretrain.export.bundle import BundleError, bundle, content_name
 from cfpretrain.export.plain import STAND_INS
-from tests.test_transformer import small_model
+from tests.test_model import small_model
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Small packages

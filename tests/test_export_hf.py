@@ -173,7 +173,7 @@ def test_the_files_do_not_know_ranks(run: Path, exported: Path, tmp_path: Path) 
         store = checkpoints.make_store(other / "checkpoints")
         written = checkpoints.write_as_ranks(store, ranks, full, STEP)
         shutil.copyfile(path / "state.json", written / "state.json")
-        store._point_latest_at(written.name)
+        store._replace("latest", f"{written.name}\n")
         export(other, tmp_path / f"out_{world_size}_{replicated}", ExportSettings(licence="apache-2.0"))
         for file in exported.rglob("*"):
             if file.is_file() and file.name not in ("README.md", "config.yaml"):

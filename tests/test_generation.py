@@ -25,7 +25,7 @@ from cfpretrain.evaluation.generation import (
 from tests.closeness import disagreement
 from tests.processes import run_in_processes
 from tests.test_config import TINY
-from tests.test_transformer import small_model
+from tests.test_model import small_model
 
 LABELS = [0, 1, 2, 3, 4, 0, 1]
 CPU = torch.device("cpu")

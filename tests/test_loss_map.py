@@ -11,9 +11,9 @@ import torch
 from cfpretrain.core import seeds
 from cfpretrain.core.process import make_process
 from examples.digits.loss_map import draw_loss_map, measure_loss_map
-from tests.test_loss import LOSS
+from tests.test_model import small_model
+from tests.test_objective import LOSS
 from tests.test_pictures import num_near, pixels
-from tests.test_transformer import small_model
 
 LATENTS = seeds.normal(seeds.fold(seeds.key(0, "latents"), torch.arange(40)), (1, 6, 6))
 LABELS = torch.arange(40) % 5

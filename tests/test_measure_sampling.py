@@ -10,7 +10,7 @@ from cfpretrain.core import sampler
 from cfpretrain.core.process import make_process
 from cfpretrain.core.solvers import Solver
 from tests.closeness import disagreement
-from tests.test_transformer import small_model
+from tests.test_model import small_model
 from tools import measure as command
 from tools.measuring.sampling import generate_plainly
 

@@ -14,8 +14,8 @@ from cfpretrain.core.modalities import Images, LossTerms, Modality, Vectors, cla
 from cfpretrain.core.model import KeyValueCache, Network
 from cfpretrain.core.segments import Segment, build_layout, count_work, may_attend, pack
 from tests.closeness import disagreement
-from tests.test_loss import IDS, LABELS, LOSS, draw
-from tests.test_transformer import small_model
+from tests.test_model import small_model
+from tests.test_objective import IDS, LABELS, LOSS, draw
 
 LATENTS = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
 

@@ -15,7 +15,7 @@ from cfpretrain.core.process import make_process
 from cfpretrain.core.segments import build_layout
 from cfpretrain.core.solvers import Solver
 from tests.closeness import disagreement
-from tests.test_transformer import image_of, small_model
+from tests.test_model import image_of, small_model
 
 SOLVER = Solver(make_process(), 4)
 PLAIN = sampler.Guidance()

@@ -1,16 +1,13 @@
 """The door to wandb: real runs offline, with a service that dies, stops or does not start."""
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from cfpretrain.run import tracker
 from cfpretrain.run.tracker import Tracker
-from tests.processes import REPOSITORY
+from tests.processes import run_alone
 
 
 def test_wandb_offline_keeps_numbers_and_goes_on_with_its_run(tmp_path: Path, monkeypatch) -> None:
@@ -101,15 +98,13 @@ print("closed", flush=True)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, signal.SIGSTOP], ids=lambda n: n.name)
 def test_a_service_that_fails_is_said_once_and_keeps_nobody(tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-c", AILING, str(tmp_path), str(int(number))]
-    ended = subprocess.run(
-        command, cwd=REPOSITORY, env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True, check=True
-    )
-    warning, closed = ended.stdout.strip().splitlines()
+    ended = run_alone(AILING, [str(tmp_path), str(int(number))], environment={"HOME": str(tmp_path)})
+    assert ended.code == 0, ended.err
+    warning, closed = ended.out.strip().splitlines()
     assert "WARNING: wandb " in warning
     assert str(tmp_path / "wandb") in warning
     assert closed == "closed"
-    assert "Traceback" not in ended.stderr
+    assert "Traceback" not in ended.err
 
 
 def test_a_service_that_cannot_start_is_said_once(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -353,8 +353,7 @@ def _reduction(network: Network, plan: Plan) -> int:
 
 def _update(network: Network, plan: Plan, share: int) -> int:
     """Beside the static part while the weights are updated."""
-    # Muon moves the blocks' matrices one by one.
-    foreach = 0 if plan.on_gpu else _FP32 * (share - _muon_share(network, plan))
+    foreach = 0 if plan.on_gpu else _FP32 * share
     flattened = _FP32 * share if plan.zero_stage == 3 else 0
     # The norm of a gradient is taken in fp64.
     norm = 2 * _FP32 * -(-max(network.parameter_numels) // plan.num_ranks) if plan.zero_stage >= 2 else 0

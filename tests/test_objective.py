@@ -14,7 +14,7 @@ from cfpretrain.core.objective import Batch, DenoisingLoss, Draws
 from cfpretrain.core.process import make_process
 from tests.closeness import disagreement
 from tests.golden_cases import FOLDER
-from tests.test_transformer import small_model
+from tests.test_model import small_model
 
 LOSS = DenoisingLoss(
     process=make_process(),
