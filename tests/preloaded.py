@@ -1,4 +1,4 @@
-"""What the server that forks ranks imports last: the heap of all that it imported is not collected in each rank anew.
+"""What the server that forks ranks imports last: the heap of all that it imported is not collected again in each rank.
 
 Forked ranks wait for less: no launcher ends them with the first that ends, and the store is on this machine. Tests that
 start the launcher, or a process of its own, have the real waits.
@@ -14,7 +14,7 @@ from tests.processes import set_constants
 set_constants(
     {
         "base.console._LINGER_SECONDS": 0.5,
-        "base.runtime._LET_SPEAK_SECONDS": 1.0,
+        "base.runtime._LET_SPEAK_SECONDS": 4.0,  # the rank that failed first looks twice for lost ones, 2 s, before it speaks
         "base.runtime._STORE_TIMEOUT": timedelta(seconds=3),
     }
 )

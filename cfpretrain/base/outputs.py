@@ -64,9 +64,8 @@ class Unfinished:
         """
         with self.writing():
             self.take()
-            if os.path.lexists(self.plan_file):
-                with self.reading(self.plan_file):
-                    there = parse_plan(read_text(self.plan_file))
+            there = self._read_plan()
+            if there is not None:
                 different = differences(there, self.plan)
                 if different and not starts_over(there):
                     raise UserError(
@@ -77,6 +76,14 @@ class Unfinished:
                     say(f"{self.folder}: other inputs than before ({different}); starting over")
                     files.clear(self.folder, LOCK_FILE)
             files.replace(self.plan_file, json.dumps(self.plan, indent=2) + "\n")
+
+    def _read_plan(self) -> dict[str, Any] | None:
+        """The plan of the work that lies there; None where none was begun."""
+        with self.reading(self.plan_file):
+            try:
+                return parse_plan(read_text(self.plan_file))
+            except FileNotFoundError:
+                return None
 
     @contextmanager
     def writing(self) -> Iterator[None]:
