@@ -14,7 +14,8 @@ from tests.processes import set_constants
 set_constants(
     {
         "base.console._LINGER_SECONDS": 0.5,
-        "base.runtime._LET_SPEAK_SECONDS": 4.0,  # the rank that failed first looks twice for lost ones, 2 s, before it speaks
+        # The rank that failed first looks for lost ones for 2 s before it speaks.
+        "base.runtime._LET_SPEAK_SECONDS": 4.0,
         "base.runtime._STORE_TIMEOUT": timedelta(seconds=3),
     }
 )
