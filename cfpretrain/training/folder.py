@@ -27,6 +27,7 @@ from cfpretrain.run.build import (
     REQUEUE_FILE,
     SAMPLES,
     SUMMARY_FILE,
+    Summary,
     check_relative,
     choose_blocks,
     make_autoencoder,
@@ -243,7 +244,7 @@ def write_summary(config: Config, at: Counters, rows: Sequence[Mapping[str, Any]
     """Writes the summary of a complete run, from its end and the rows of its metrics; rank 0 calls it."""
     losses = [row["loss"] for row in rows if row.get("loss") is not None]
     tail = losses[-max(1, len(losses) // 20) :]
-    summary = {
+    summary: Summary = {
         "world_size": runtime.world_size(),
         "zero_stage": config.engine.zero_stage,
         "engine_precision": config.engine.precision,
