@@ -30,7 +30,7 @@ class LossTerms:
         total: scalar, the weighted errors added up.
         count: number of values added.
         squared_error_BLP: float32 [B, L, P], unweighted, of images in the order of generation; detached. Other kinds
-            have none: [B, 0, P].
+            have none: [0], which `torch.cat` leaves out.
     """
 
     total: Tensor

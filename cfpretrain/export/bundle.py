@@ -103,7 +103,9 @@ def _read(name: str) -> _File:
             file.names.append(statement.name)
         elif isinstance(statement, ast.Assign | ast.AnnAssign):
             targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-            file.names += [node.id for one in targets for node in ast.walk(one) if isinstance(node, ast.Name)]
+            # Not the names in `table[key] = value`, which defines none.
+            names = (node for one in targets for node in ast.walk(one) if isinstance(node, ast.Name))
+            file.names += [node.id for node in names if isinstance(node.ctx, ast.Store)]
         else:
             raise BundleError(f"{name}, line {statement.lineno}: only imports and definitions can be joined")
     file.text = "\n".join(lines[tree.body[0].end_lineno if file.docstring else 0 :]).strip("\n")

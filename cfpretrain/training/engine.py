@@ -116,7 +116,9 @@ class Engine:
         self._grad_norm = torch.zeros(())
         optimizer = deepspeed_engine.basic_optimizer
         optim.create_state(optimizer, self._flats())
-        self._step_counts = [state["step"] for state in optimizer.state.values() if "step" in state]
+        # An optimizer that counts no steps (SGD) needs none to go on.
+        counts = [state["step"] for state in optimizer.state.values() if "step" in state]
+        self._step_counts = counts or [torch.zeros(())]
         ranges = {place.name: place for place in self._ranges(parameters)}
         for part in getattr(optimizer, "parts", ()):
             if isinstance(part, optim.Muon):
@@ -193,7 +195,7 @@ class Engine:
 
     @property
     def optimizer_step(self) -> int:
-        """Updates that Adam has made, on which its bias correction depends."""
+        """Updates that Adam has made, on which its bias correction depends; 0 where no optimizer counts them."""
         return int(self._step_counts[0])
 
     @optimizer_step.setter
