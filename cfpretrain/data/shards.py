@@ -4,7 +4,7 @@ There are two kinds, made one after the other: images (tools/make_shards.py), an
 which training reads. Columns of both: `id` (unique in the folder, stable), `label` (index into the class names),
 `caption` and `checksum` (of the other columns, held against them at every read). Images have `image`, the bytes of a
 file. Latents have `mean` and, as the description says, `log_variance` of the autoencoder's posterior, and both of the
-mirrored image. Latents are raw: shift and scale are recorded beside them and applied in model/autoencoder.py alone.
+mirrored image. Latents are raw: shift and scale are recorded beside them and applied in core/latents.py alone.
 """
 
 import bisect

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +109,7 @@ def make_extractor(
 def _inception(device: torch.device, file: Path | None, label: str | None) -> FeatureExtractor:
     try:
         from cfpretrain.evaluation.inception import Inception
-    except ImportError as error:
+    except Exception as error:  # whatever a torchvision built for another torch raises
         raise UserError(
             f"--features: {INCEPTION} needs the package torch-fidelity ({one_line(error)}); pip install torch-fidelity"
         ) from error
@@ -130,7 +131,9 @@ def _inception(device: torch.device, file: Path | None, label: str | None) -> Fe
         raise UserError(f"--feature-label: expected for other weights alone, got it for {wanted}; leave it out")
     network = _filled(Inception(), tensors, f"--feature-weights: {file}").to(device)
     name = "fid" if is_published else f"fd_inception_{label}"
-    return FeatureExtractor(name, _key(INCEPTION, sha256), network, device, f"{file.name}, SHA-256 {sha256}")
+    return FeatureExtractor(
+        name, _key(INCEPTION, sha256, version("torch-fidelity")), network, device, f"{file.name}, SHA-256 {sha256}"
+    )
 
 
 def _effnet_lite0(device: torch.device) -> FeatureExtractor:

@@ -1,4 +1,4 @@
-"""What takes the place of `model.attention` and `model.norm` in an export: torch alone, on any device.
+"""What takes the place of `core.attention` and `core.norm` in an export: torch alone, on any device.
 
 The package's own modules choose among kernels that an export's users need not have.
 """

@@ -45,7 +45,7 @@ class TrainingState:
 
     step: Natural  # optimizer steps taken or skipped = global batches consumed
     optimizer_step: Natural  # steps Adam has applied: its bias correction
-    num_skipped: Natural  # steps that the weights know nothing of: skipped, or gone back behind
+    num_skipped: Natural  # batches whose update is not in the weights: skipped, or undone by a rewind
     num_rewinds: Natural
     epoch: Natural
     samples_in_epoch: Natural  # samples of this epoch consumed, over all ranks

@@ -241,7 +241,8 @@ def _with_step_in_state(optimizer: torch.optim.Optimizer) -> torch.optim.Optimiz
     def count_out(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                optimizer.state[parameter]["step"].fill_(group["step"])
+                if parameter.grad is not None:  # else it is another group's turn, and apex counts it all the same
+                    optimizer.state[parameter]["step"].fill_(group["step"])
 
     optimizer.register_step_pre_hook(count_in)
     optimizer.register_step_post_hook(count_out)

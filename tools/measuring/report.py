@@ -62,6 +62,8 @@ class Section:
 
 def measure(arguments: argparse.Namespace) -> None:
     """Runs the sections and writes the report."""
+    if not (_ROOT / "configs").is_dir():
+        raise UserError("measure report: expected a checkout of cfpretrain, whose configs it measures; run it there")
     if not 0 < arguments.minutes < float("inf"):
         raise UserError(f"--minutes: expected a number above 0, got {arguments.minutes:g}")
     _check_names(arguments.only or [], arguments.out)

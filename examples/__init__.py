@@ -1,0 +1,1 @@
+"""Examples, which use the library and the tools."""

@@ -1,0 +1,1 @@
+"""The demo of the README: real digits, their autoencoder's training, the judge and the report."""
