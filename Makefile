@@ -21,7 +21,7 @@ help:
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make wheelhouse PYTHON=3.12  wheels for machines without a network, with that Python and torch"
 	@echo "make check      format, lint, types, import contract"
-	@echo "make fix        format and mend what can be mended"
+	@echo "make fix        format and fix what can be fixed"
 	@echo "make clean      remove .venv and the demo's data and run"
 
 $(READY): setup.py constraints.txt

@@ -75,7 +75,7 @@ run_again() {
         idle=0
     elif ((10#$idle >= MAX_IDLE_RESTARTS)); then
         echo "[cluster] $folder was restarted $idle times without a new checkpoint (latest: $latest); the last end:" \
-            "$reason. Not again: mend the cause, then submit the same command"
+            "$reason. Not again: fix the cause, then submit the same command"
         rm -f -- "$notes"
         return 1
     else

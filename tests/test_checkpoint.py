@@ -573,7 +573,7 @@ def test_latest_as_a_link_is_refused_and_its_target_stays_secret(tmp_path: Path)
     (tmp_path / "key").write_text("secret")
     (store.folder / "latest").unlink()
     (store.folder / "latest").symlink_to(tmp_path / "key")
-    with pytest.raises(UserError, match=r"^\S*latest cannot be read: .*; mend or delete it$") as error:
+    with pytest.raises(UserError, match=r"^\S*latest cannot be read: .*; fix or delete it$") as error:
         store.candidates()
     assert "secret" not in str(error.value)
 

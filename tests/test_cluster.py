@@ -245,7 +245,7 @@ def test_restarts_without_progress_come_to_an_end(tmp_path: Path) -> None:
     assert machine.num_requeued() == 9
     assert ended.code == 75
     assert "restarted 3 times without a new checkpoint (latest: step_00000005); the last end: rank 1 died" in ended.out
-    # A person has mended it and submits it again: the count begins anew.
+    # A person has fixed it and submits it again: the count starts over.
     machine.run_slurm()
     assert machine.num_requeued() == 10
 

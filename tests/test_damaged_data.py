@@ -1,4 +1,4 @@
-"""A sample that one rank alone reads is damaged: all ranks end with one line that names the file and the mend."""
+"""A sample that one rank alone reads is damaged: all ranks end with one line that names the file and the fix."""
 
 from pathlib import Path
 

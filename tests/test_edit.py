@@ -51,7 +51,7 @@ def test_pixels_outside_of_the_region_stay_and_all_is_drawn(tmp_path: Path, sour
     command = [source, "--image", digit, "--region", "top", "--class", "3", "8", "--num-seeds", 3, *QUICK]
     ended = run([*command, "--out", tmp_path / "edit.png", "--images", tmp_path / "edits"])
     assert (ended.code, ended.err) == (0, "")
-    assert "8 of 16 tokens are made anew: AR steps 1, denoising steps 2 (ddim)" in ended.out
+    assert "8 of 16 tokens are regenerated: AR steps 1, denoising steps 2 (ddim)" in ended.out
     assert f"6 edits: {tmp_path / 'edit.png'}" in ended.out
     edits = [pixels(tmp_path / "edits" / f"row_{row}_edit_{n}.png") for row in (1, 2) for n in (1, 2, 3)]
     original = pixels(digit)[..., None]

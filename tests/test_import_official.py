@@ -254,7 +254,7 @@ def test_the_record_of_an_imported_run(tmp_path: Path, shards: Path, monkeypatch
 
 
 def test_it_trains_on(tmp_path: Path) -> None:
-    """The first loss is that of the imported weights, Adam begins anew, and the averages are the file's, moved on."""
+    """The first loss is that of the imported weights, Adam starts from zero, and the averages go on from the file's."""
     shards = write_digits(tmp_path / "digits")
     run = tmp_path / "run"
     config = small_config(shards, run)

@@ -76,7 +76,7 @@ def test_masks_of_tokens_and_of_pixels() -> None:
 def test_masks_that_fit_nothing() -> None:
     with pytest.raises(ValueError, match=r"expected a mask of 8 x 8 pixels, as the image, or 2 x 2, .* got 6 x 4"):
         regions.mask_region(torch.ones(4, 6, dtype=torch.bool), 2, 8)
-    with pytest.raises(ValueError, match="white where the image is made anew, got a black one"):
+    with pytest.raises(ValueError, match="white where the image is regenerated, got a black one"):
         regions.mask_region(torch.zeros(8, 8, dtype=torch.bool), 2, 8)
 
 

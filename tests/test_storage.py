@@ -270,7 +270,7 @@ def test_a_storage_that_stays_away(store: Store, tmp_path: Path) -> None:
     store.troubles = [ConnectionError("connection refused")] * 1000
     message = error_of(lambda: content(remote(tmp_path / "cache", patience_seconds=5.0), file_of(0)))
     begin = f"data.shards: {ADDRESS}/shard.00000.mds could not be read for "
-    said = re.match(re.escape(begin) + r"(\d+) s \(connection refused\); mend the storage", message)
+    said = re.match(re.escape(begin) + r"(\d+) s \(connection refused\); fix the storage", message)
     assert said
     assert int(said[1]) >= 5  # by its own account all of its patience
     assert "S3_ENDPOINT_URL" in message

@@ -1,4 +1,4 @@
-"""Edits an image: a region of it is made anew under a new class, the rest stays as context.
+"""Edits an image: a region of it is regenerated under a new class, the rest stays as context.
 
     python tools/edit.py runs/demo --image digit.png --region top --class 3 8
     python tools/edit.py runs/demo --generate 7 --region box:1,0,3,4 --class 2 --num-seeds 6 --out edit.png
@@ -9,10 +9,10 @@ and all of an image file change as much as the autoencoder changes any image: th
 encoded and decoded without an edit.
 
 A region is centre, top, bottom, outside, box:Y0,X0,Y1,X1 (rows and columns of tokens, the ends left out), tokens:0,1,17
-(row * columns + column), or mask:FILE, a picture that is white where the image is made anew; what is black, or
+(row * columns + column), or mask:FILE, a picture that is white where the image is regenerated; what is black, or
 transparent, stays. It has the size of the image file, of its centre crop, or one pixel a token. A token of which the
-mask touches a single pixel is made anew as a whole: a mask grows to the borders of its tokens. Image files may have any
-size: they are turned upright as their EXIF rotation says, and cropped as for training.
+mask touches a single pixel is regenerated as a whole: a mask grows to the borders of its tokens. Image files may have
+any size: they are turned upright as their EXIF rotation says, and cropped as for training.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> None:
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--image", type=path_argument, metavar="FILE", help="an image of any size")
     given.add_argument("--generate", metavar="CLASS", help="an image that the model makes first")
-    parser.add_argument("--region", required=True, help="what is made anew: see below")
+    parser.add_argument("--region", required=True, help="what is regenerated: see below")
     parser.add_argument(
         "--class",
         dest="classes",
@@ -96,7 +96,7 @@ def run(arguments: argparse.Namespace) -> None:
     settings = read_settings(arguments, config, int(region_L.sum()))
     original = given or _make_image(source, generated, autoencoder, settings)
     ar_steps, levels = settings.num_ar_steps, settings.num_denoising_steps
-    num_made = f"{int(region_L.sum())} of {model.num_tokens} tokens are made anew"
+    num_made = f"{int(region_L.sum())} of {model.num_tokens} tokens are regenerated"
     say(f"{num_made}: AR steps {ar_steps}, denoising steps {levels} ({settings.solver})")
     tokens_BLP = original.tokens.expand(len(labels), -1, -1)
     with phase(f"making {len(labels)} edits"):

@@ -269,7 +269,7 @@ def _write(out: Path, result: dict[str, Any]) -> None:
         files.replace(out, f"{json.dumps(result, indent=2)}\n")
     except OSError as error:
         raise UserError(
-            f"--out: {out} cannot be written ({error.strerror or error}); mend that, and the same command goes on"
+            f"--out: {out} cannot be written ({error.strerror or error}); fix that, and the same command goes on"
         ) from error
 
 

@@ -26,7 +26,10 @@ def main() -> None:
     parser.add_argument("run", type=path_argument, help="run folder to write; it must not be there yet")
     add_config(parser, "configs/XL.yaml")
     parser.add_argument(
-        "--step", type=int, default=0, help="steps it was trained for (default 0: warm-up and step count begin anew)"
+        "--step",
+        type=int,
+        default=0,
+        help="steps it was trained for (default 0: warm-up and step count start from zero)",
     )
     arguments = parser.parse_intermixed_args()
     with ending_in_one_line():
@@ -49,7 +52,7 @@ def run(
     config = build.load_config(paths, overrides, allow_env)
     with phase(f"reading {file}"):
         tensors = official.read_official(file, config)
-    say("the optimizer begins anew: Adam's moments are 0 (whatever state the file has of one is not used)")
+    say("the optimizer starts from zero: Adam's moments are 0 (whatever state the file has of one is not used)")
 
     def read_tensor(content: str, name: str) -> torch.Tensor:
         return tensors[content][name] if content in tensors else torch.zeros(tensors["weights"][name].shape)

@@ -1,6 +1,6 @@
-"""Regions of the token grid that are made anew while the other tokens stay: what in-context editing needs of the grid.
+"""Regions of the token grid that are regenerated while the others stay: what in-context editing needs of the grid.
 
-Section 6 of arXiv 2412.12095. A region is a row of booleans, true for the tokens (row * grid + column) made anew.
+Section 6 of arXiv 2412.12095. A region is a row of booleans, true for the tokens (row * grid + column) regenerated.
 """
 
 from collections.abc import Iterable
@@ -83,7 +83,7 @@ def mask_region(mask_YX: Tensor, grid: int, image_size: int) -> Tensor:
     """The tokens that a mask touches, be it with one of their pixels: bool [L].
 
     Args:
-        mask_YX: bool, true where the image is made anew: one value a token, or one a pixel of the image.
+        mask_YX: bool, true where the image is regenerated: one value a token, or one a pixel of the image.
         grid: rows = columns of the token grid.
         image_size: pixels a side of the image.
 
@@ -97,7 +97,7 @@ def mask_region(mask_YX: Tensor, grid: int, image_size: int) -> Tensor:
             f"got {width} x {height}"
         )
     if not mask_YX.any():
-        raise ValueError("expected a mask that is white where the image is made anew, got a black one")
+        raise ValueError("expected a mask that is white where the image is regenerated, got a black one")
     size = height // grid
     return mask_YX.reshape(grid, size, grid, size).any(3).any(1).flatten()
 
@@ -107,7 +107,7 @@ def kept_first(order_BL: Tensor, region_L: Tensor) -> tuple[Tensor, int]:
 
     Args:
         order_BL: int64 [B, L], the order in which the model would make all tokens.
-        region_L: bool, those made anew.
+        region_L: bool, those regenerated.
 
     Returns:
         int64 [B, L], and the number of tokens that stay.

@@ -163,7 +163,7 @@ def read_file(path: Path) -> bytes:
         # A disk that goes away for a moment must not cost images for good.
         if error.errno not in _OF_THE_FILE or not path.parent.is_dir():
             raise UserError(
-                f"images: {path} cannot be read ({reason}); mend that, and the same command goes on"
+                f"images: {path} cannot be read ({reason}); fix that, and the same command goes on"
             ) from error
         raise RejectedImageError(f"the file cannot be read: {reason}") from error
 

@@ -149,7 +149,7 @@ class ImageFinder:
             with os.scandir(folder) as scanned:
                 entries = list(scanned)
         except OSError as error:
-            raise UserError(f"images: folder {folder} cannot be read ({error.strerror}); mend or remove it") from error
+            raise UserError(f"images: folder {folder} cannot be read ({error.strerror}); fix or remove it") from error
         for entry in entries:
             if entry.name.lower() in _OF_SYSTEMS:
                 self._of_systems[entry.name] += 1

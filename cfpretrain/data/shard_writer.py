@@ -255,7 +255,7 @@ class ShardWriter:
             yield
         except OSError as error:
             raise UserError(
-                f"{self.folder} cannot be written ({error.strerror or error}); mend that, and the same command goes on"
+                f"{self.folder} cannot be written ({error.strerror or error}); fix that, and the same command goes on"
             ) from error
 
 

@@ -273,7 +273,7 @@ class RemoteFolder:
                 left = patience.seconds - trouble.seconds()
                 if left <= 0:
                     raise UserError(
-                        f"{self._key}: {what} could not be read for {trouble.seconds():.0f} s ({reason}); mend "
+                        f"{self._key}: {what} could not be read for {trouble.seconds():.0f} s ({reason}); fix "
                         "the storage, the network or the address (for s3 also S3_ENDPOINT_URL), then give the same "
                         "command again; data.download_patience_seconds says how long to wait"
                     ) from error

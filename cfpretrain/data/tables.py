@@ -96,7 +96,7 @@ class _Reader:
             with io.TextIOWrapper(open_to_read(file), encoding="utf-8-sig", newline="") as text:
                 yield from self._csv(text) if file.suffix.lower() == ".csv" else self._jsonl(text)
         except OSError as error:
-            raise UserError(f"images: {file} cannot be read ({error.strerror}); mend it") from error
+            raise UserError(f"images: {file} cannot be read ({error.strerror}); fix it") from error
         except UnicodeDecodeError as error:
             raise UserError(f"images: {file}: expected UTF-8 text ({error}); save it so") from error
 
@@ -128,7 +128,7 @@ class _Reader:
                     if len(values) != len(columns):
                         raise UserError(
                             f"images: {self._file}, line {begin}: expected {len(columns)} values, as the first line "
-                            f"names, got {'more' if len(values) > len(columns) else 'fewer'}; mend it (quote texts "
+                            f"names, got {'more' if len(values) > len(columns) else 'fewer'}; fix it (quote texts "
                             "that hold commas)"
                         )
                     cells = zip(columns, values, strict=True)
@@ -163,10 +163,10 @@ class _Reader:
                 # Pairs: of a key that comes twice a dict would keep the last.
                 record = parse_json(content, tuple)
             except ValueError as error:
-                raise UserError(f"images: {self._file}{where}: expected one JSON object ({error}); mend it") from error
+                raise UserError(f"images: {self._file}{where}: expected one JSON object ({error}); fix it") from error
             if not isinstance(record, tuple):
                 got = content.strip()
-                raise UserError(f"images: {self._file}{where}: expected one JSON object, got {got:.40}; mend it")
+                raise UserError(f"images: {self._file}{where}: expected one JSON object, got {got:.40}; fix it")
             columns = self._columns([name for name, _ in record], where)
             yield line, {name: value for name, (_, value) in zip(columns, record, strict=True) if name}
 
@@ -227,7 +227,7 @@ def _meant(name: str) -> str:
 def _text(file: Path, line: int, record: dict[str, Any], column: str) -> str:
     value = record.get(column)
     if not isinstance(value, str | None) or _UNFIT[column].search(value or ""):
-        raise UserError(f"images: {file}, line {line}: expected a text as {column}, got {value!r:.40}; mend it")
+        raise UserError(f"images: {file}, line {line}: expected a text as {column}, got {value!r:.40}; fix it")
     return value or ""
 
 
@@ -286,6 +286,6 @@ def _label(file: Path, line: int, record: dict[str, Any]) -> str:
     is_wrong = re.fullmatch("-[0-9]+|[0-9]{20,}", text) or _UNFIT["label"].search(text)
     if not (isinstance(value, str) or is_number) or is_wrong:
         raise UserError(
-            f"images: {file}, line {line}: expected a name or a number from 0 on as label, got {value!r:.40}; mend it"
+            f"images: {file}, line {line}: expected a name or a number from 0 on as label, got {value!r:.40}; fix it"
         )
     return text

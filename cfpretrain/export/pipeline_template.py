@@ -81,7 +81,7 @@ class CausalFusionPipeline(DiffusionPipeline):
         image: Any = None,
         latents: Tensor | None = None,
     ) -> Any:
-        """Makes one image for each class; with a region, makes that of given images anew.
+        """Makes one image for each class; with a region, regenerates that of given images.
 
         Args:
             class_labels: classes by number, or by name; `name:` or `index:` before a text says which it is.
@@ -149,14 +149,14 @@ class CausalFusionPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         **settings: Any,
     ) -> Any:
-        """Makes a region of each image anew, as the class asked for; the other tokens are its context.
+        """Regenerates a region of each image, as the class asked for; the other tokens are its context.
 
         They come back bit for bit in latents (`output_type="latent"`).
 
         Args:
             class_labels: the new class of each image.
             region: "centre", "top", "bottom", "outside", "box:Y0,X0,Y1,X1" (rows and columns of tokens, ends left out)
-                or "tokens:0,1,17" (row * columns + column); or a mask of the tokens, true where they are made anew:
+                or "tokens:0,1,17" (row * columns + column); or a mask of the tokens, true where they are regenerated:
                 bool [rows, columns] or [tokens].
             image: PIL images, or a tensor or array [B, channels, height, width] in [0, 1].
             latents: instead of these, [B, channels, rows, columns] in the network's scale, as `output_type="latent"`
@@ -204,7 +204,7 @@ class CausalFusionPipeline(DiffusionPipeline):
         return self._encode(pixels_BCYX.to(self._execution_device))
 
     def _region(self, region: Any) -> Tensor:
-        """Tokens made anew: bool [L]."""
+        """Tokens regenerated: bool [L]."""
         if region is None:
             raise ValueError("region: expected one, since images to edit are given, got none")
         try:

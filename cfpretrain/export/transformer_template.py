@@ -111,7 +111,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
             guidance_schedule: "constant", or "linear" along the AR axis.
             guidance_interval: the first and last timestep in which guidance acts; None for the last: to the end.
             latents_BCYX: float32, in the network's scale: images to edit.
-            region_L: bool, the tokens of these that are made anew; the others come back as they are.
+            region_L: bool, the tokens of these that are regenerated; the others come back as they are.
             on_step: called after every denoising step.
 
         Returns:
@@ -150,7 +150,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         return unpatchify(tokens_BLP, config.patch_size)
 
     def region(self, region: str | Tensor) -> Tensor:
-        """Tokens to make anew: bool [L].
+        """Tokens to regenerate: bool [L].
 
         Args:
             region: "centre", "top", "bottom", "outside", "box:Y0,X0,Y1,X1" or "tokens:0,1,17"; or a mask of the
@@ -164,7 +164,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
                 f"{region.dtype}"
             )
         if not region.any():
-            raise ValueError("expected a mask that is true where the image is made anew, got false everywhere")
+            raise ValueError("expected a mask that is true where the image is regenerated, got false everywhere")
         return region.flatten()
 
 

@@ -210,7 +210,7 @@ def _reading_on_all_ranks(path: Path) -> Iterator[None]:
     except UserError as error:
         problem = error
     except OSError as error:
-        fix = "mend this, or delete the folder to resume from an earlier checkpoint"
+        fix = "fix this, or delete the folder to resume from an earlier checkpoint"
         problem = unreadable(f"checkpoint {path} cannot be read", error, fix)
     told = None if problem is None else (str(problem), isinstance(problem, DamagedCheckpointError))
     for found in runtime.gather(told):

@@ -247,7 +247,7 @@ class CheckpointStore:
         except FileNotFoundError:
             return None
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{file} cannot be read: {reason_of(error)}; mend or delete it") from error
+            raise UserError(f"{file} cannot be read: {reason_of(error)}; fix or delete it") from error
         if not name:
             return None
         match = _COMPLETE_NAME.fullmatch(name)

@@ -135,7 +135,7 @@ class CheckpointWriter:
             except OSError as error:
                 raise UserError(
                     f"checkpoint folder {store.folder} cannot be written: {reason_of(error)}; "
-                    "choose another run.folder or mend this"
+                    "choose another run.folder or fix this"
                 ) from error
 
     @property

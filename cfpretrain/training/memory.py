@@ -372,7 +372,7 @@ def _activations(network: Network, plan: Plan) -> tuple[int, int]:
     tensor = value * B * M * network.width
     # Mean and reciprocal deviation of two norms of a token and two of each head, and attention's log-sum-exp.
     statistics = _FP32 * B * M * (4 + 5 * network.num_heads)
-    # Torch turns the boolean mask into one to be added, anew in each block.
+    # Torch turns the boolean mask into one to be added, again in each block.
     added_mask = value * plan.num_masks * M * M
     num_kept = _KEPT_OF_BLOCK + (_KEPT_BY_COMPILER_FP32 if plan.compiled and plan.precision == "fp32" else 0)
     block = num_kept * tensor + statistics + added_mask
