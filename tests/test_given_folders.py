@@ -218,6 +218,8 @@ GUARD = {"losses": [], "grad_norms": [], "num_skips_in_row": 0}
         {"history": [{"step": HUGE, "changed": {}}]},
         {"working_folder": "a\0b"},
         {"class_names": ["a\0b"]},
+        {"class_names": [f"n{i}" for i in range(20)]},
+        {"class_names": ["one", "two"]},
     ],
     ids=lambda changed: f"{changed!s:.30}",
 )
@@ -227,7 +229,9 @@ def test_states_that_nobody_wrote(changed: dict[str, Any], given: Path) -> None:
     plain = json.loads(file.read_text()) | changed
     del plain["sha256"]
     file.write_text(dump(plain | {"sha256": hashlib.sha256(dump(plain).encode()).hexdigest()}))
-    assert "state.json" in refusal(lambda: load_source(given / "run", CPU, step=STEP))
+    assert re.search(
+        r"state\.json|the names of 10 classes", refusal(lambda: load_source(given / "run", CPU, step=STEP))
+    )
 
 
 @pytest.mark.parametrize("name", ["step_" + "9" * 300, "step_\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0663"])

@@ -196,6 +196,23 @@ def test_a_wrong_number_is_found(run: Path, tmp_path: Path) -> None:
     assert "NOT EQUAL" in first.out
 
 
+def test_a_row_without_numbers_and_a_link_in_the_way(run: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    shutil.copytree(run, given)
+    rows = [json.dumps(row) for row in all_rows(run) if row["step"] != 6]
+    (given / "metrics.jsonl").write_text("\n".join([*rows, '{"step": 6, "loss": "x"}']) + "\n")
+    [ended] = run_script(TOOL, [str(given), "--step", "6"])
+    assert ended.code == 1, ended.err
+    assert "NOT EQUAL" in ended.out
+    shutil.rmtree(given / "replay")
+    (tmp_path / "victim").mkdir()
+    (given / "replay").symlink_to(tmp_path / "victim")
+    [ended] = run_script(TOOL, [str(given), "--step", "6"])
+    assert ended.code == 2, ended.err
+    assert len(ended.err.splitlines()) == 1, ended.err
+    assert not list((tmp_path / "victim").iterdir())
+
+
 def test_mistakes(run: Path, tmp_path: Path) -> None:
     for arguments, message in (
         ([str(tmp_path), "--step", "3"], "holds no config.yaml"),

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from cfpretrain.base import files, launch
 from cfpretrain.base.command_line import Parser, add_local_rank
 from cfpretrain.base.console import SickRunError, UserError, ending_in_one_line, linger, path_argument, phase, say
+from cfpretrain.base.outputs import writing
 
 if TYPE_CHECKING:
     from cfpretrain.base.config import Config
@@ -260,16 +261,17 @@ def _write(folder: Path, found: dict[str, Any], logged: dict[str, Any], config: 
     if runtime.rank() != 0:
         return None
     row, samples = found["row"], found["samples"]
-    is_equal = (row["loss"], row["grad_norm"]) == (logged["loss"], logged["grad_norm"])
-    files.make_folder(folder.parent)
-    files.make_folder(folder)
-    files.remove_leftovers(folder)
+    is_equal = (row["loss"], row["grad_norm"]) == (logged.get("loss"), logged.get("grad_norm"))
+    with writing(str(folder)):
+        files.make_folder(folder.parent)
+        files.make_folder(folder)
+        files.remove_leftovers(folder)
     result = {
         "step": row["step"],
         "loss": row["loss"],
-        "logged_loss": logged["loss"],
+        "logged_loss": logged.get("loss"),
         "grad_norm": row["grad_norm"],
-        "logged_grad_norm": logged["grad_norm"],
+        "logged_grad_norm": logged.get("grad_norm"),
         "equal": is_equal,
         "digest": found["digest"],
         "logged_on": {name: logged.get(name) for name in ("num_ranks", "zero_stage")},

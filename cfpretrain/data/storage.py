@@ -446,12 +446,12 @@ def _reason(error: Exception) -> str:
 
 
 def _bytes_of(local: Path) -> int:
-    """What has come of a file so far; clients add to its name until it is whole."""
+    """What has come of a file so far, in a folder of its own; clients give it other names until it is whole."""
     found = 0
-    with os.scandir(local.parent) as entries:
-        for entry in entries:
+    for folder, _, names in os.walk(local.parent):
+        for name in names:
             with suppress(FileNotFoundError):
-                found += entry.stat().st_size if entry.name.startswith(local.name) else 0
+                found += os.lstat(os.path.join(folder, name)).st_size
     return found
 
 

@@ -146,11 +146,12 @@ def _model_rows(
 
 def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, Any] | None) -> dict[str, Any]:
     train, order = config.train, config.order
+    optimizer = "Muon and AdamW" if train.optimizer == "muon" else "AdamW"
     rows = {
         # An imported model may not say how long it was trained.
         "Steps": f"{state.step:,} of {train.global_batch_size} images" if state.step else "not known",
         "AR steps": f"{order.num_ar_steps or f'drawn, decay {order.ar_step_decay:g}'}, order {order.token_order}",
-        "Optimizer": f"AdamW, learning rate {train.learning_rate:g}, EMA {train.ema_decay:g}",
+        "Optimizer": f"{optimizer}, learning rate {train.learning_rate:g}, EMA {train.ema_decay:g}",
         "Training time": f"{state.train_seconds:,.0f} s" if state.step else "not known",
         "Data fingerprint": state.data_fingerprint if state.data_fingerprint else "not known",
         "Written by": ", ".join(f"{package} {version}" for package, version in sorted(state.versions.items())),

@@ -366,6 +366,11 @@ def _with_its_config(path: Path, state: TrainingState, current: Config) -> RunCh
             f"{file} contradicts checkpoint {path}, whose weights mean nothing under it: {', '.join(contradictions)}; "
             "set it as the checkpoint says"
         )
+    num_names, num_classes = len(state.class_names), current.model.num_classes
+    if num_names not in (0, num_classes):
+        raise UserError(
+            f"checkpoint {path}: expected the names of {num_classes} classes, as its model has, got {num_names}"
+        )
     if not state.has_record:
         return RunCheckpoint(current, path, state)
     trained = configs.from_plain(state.config, str(path))

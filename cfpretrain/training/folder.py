@@ -264,14 +264,21 @@ def write_summary(config: Config, at: Counters, rows: Sequence[Mapping[str, Any]
     remove_requeue(folder)
 
 
-def tracker_run_id(saved: TrainingState | None, folder: Path) -> str | None:
+def tracker_run_id(saved: TrainingState | None, folder: Path, wandb: str = "auto") -> str | None:
     """The wandb run to go on with; None begins one, as for a new run or a copy of a run.
 
     Args:
         saved: the checkpoint that the run goes on from; None for a new run.
         folder: of the run.
+        wandb: `metrics.wandb`.
     """
-    if saved is None or saved.wandb_run_id is None or not saved.working_folder or runtime.rank() != 0:
+    if (
+        wandb == "disabled"
+        or saved is None
+        or saved.wandb_run_id is None
+        or not saved.working_folder
+        or runtime.rank() != 0
+    ):
         return saved.wandb_run_id if saved else None
     run_id, before = saved.wandb_run_id, Path(saved.working_folder, str(saved.config.get("run", {}).get("folder", "")))
     with suppress(OSError, UserError):  # a run that cannot be read at its earlier place does not go on there

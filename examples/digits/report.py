@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files, launch
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import (
     UserError,
     ending_in_one_line,
@@ -47,10 +48,7 @@ _MOST_EMBEDDED = 500  # images of each set behind the distance in these features
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Sample and score a run; writes report.json into its folder. Stopped or killed, the same command "
-        "goes on."
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("run", type=path_argument, help="a run folder of at least 2 classes, e.g. runs/demo")
     add("--images", type=path_argument, required=True, help="image shards that the latents were made of")

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files
+from cfpretrain.base.command_line import Parser
 from cfpretrain.base.console import (
     EXIT_REQUEUE,
     UserError,
@@ -48,9 +49,7 @@ _MADE = "made"  # OUT, until it is whole
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description="Train a small KL autoencoder on image shards. Stopped or killed, the same command goes on."
-    )
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("images", type=path_argument, help="image shards, as tools/make_shards.py writes them (lossless)")
     add("out", type=path_argument, help="folder to write; it must not be there yet")
