@@ -48,7 +48,7 @@ from cfpretrain.run.tensor_files import (
 WEIGHTS, EMA = "weights", "ema"  # contents; the others are the optimizer's
 RANGES_FILE = "ranges.json"
 _NUM_NAMES_SHOWN = 5
-_MAX_RANGES_BYTES = 2**27  # of a thousand ranks
+_MAX_RANGES_BYTES, _MAX_RANGES_VALUES = 2**27, 8_000_000  # of a thousand ranks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def open_tensors(checkpoint: Path, step: int, contents: Iterable[str]) -> dict[s
     """
     source, opened = checkpoint / RANGES_FILE, {}
     try:
-        plain = read_json(source, _MAX_RANGES_BYTES, follow=False)
+        plain = read_json(source, _MAX_RANGES_BYTES, False, _MAX_RANGES_VALUES)
     except ValueError as error:
         raise DamagedCheckpointError(f"{source}: expected JSON, got {error}; {remedy(source)}") from error
     if not isinstance(plain, dict) or not set(contents) <= plain.keys():

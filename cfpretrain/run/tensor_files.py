@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain.base.console import UserError, reason_of
-from cfpretrain.base.files import opened, parse_json, write_fully
+from cfpretrain.base.files import MAX_HEADER_VALUES, opened, parse_json, write_fully
 
 VALUE_BYTES = 4
 CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB
@@ -137,7 +137,7 @@ def read_header(file: Path) -> Header:
         text = memoryview(bytearray(num_header_bytes))
         _read_fully(descriptor, text, 8)
     try:
-        entries = parse_json(bytes(text))
+        entries = parse_json(bytes(text), max_values=MAX_HEADER_VALUES)
         metadata = entries.pop("__metadata__", {})
         shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
         first_bytes, header = make_header(shapes, file.stem, int(metadata.get("step", 0)))
