@@ -405,6 +405,10 @@ def _suggest(name: str, known: Mapping[str, Any], key: tuple[Any, ...]) -> str:
 
 def _convert(value: Any, hint: Any, key: tuple[Any, ...], problems: list[Problem]) -> Any:
     """`value` as the type `hint`; appends to `problems` where it is not of that type."""
+    if type(value) is hint and (
+        hint is float or (hint is str and "\0" not in value) or (hint is int and abs(value) <= _LARGEST)
+    ):
+        return value  # at once: a file may hold a million
     if hint not in (FilePath, Address):
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     origin, inner = typing.get_origin(hint), typing.get_args(hint)

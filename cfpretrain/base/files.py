@@ -23,7 +23,7 @@ from typing import IO, Any
 # Larger than any real JSON, YAML or table of settings.
 MAX_TEXT_BYTES = 64 * 2**20
 # Values in JSON, and in the header of a safetensors file: each takes hundreds of bytes and a microsecond or more.
-_MAX_VALUES, MAX_HEADER_VALUES = 4_000_000, 1_000_000
+_MAX_VALUES, MAX_HEADER_VALUES = 2_000_000, 1_000_000
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 _MAX_DEPTH = 32  # of JSON: what shows, copies and compares values calls itself for each level
