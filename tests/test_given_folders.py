@@ -1,5 +1,6 @@
 """What a stranger's folder says of sizes: pipes, devices, depths and numbers that nobody means end in one line."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -33,7 +34,7 @@ from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import foreign_files
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.run import build
+from cfpretrain.run import build, checkpoint
 from cfpretrain.run.state import dump
 from tests.digits import write_digits
 from tests.processes import REPOSITORY
@@ -190,6 +191,14 @@ def test_the_header_of_tensors_has_so_many_values(given: Path, tmp_path: Path) -
     file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     assert "1,000,000 values" in refusal(lambda: load_source(given / "run", CPU, step=STEP))
     assert "1,000,000 values" in refusal(lambda: foreign_files.read(file, "FILE"))
+
+
+def test_a_tensor_that_the_model_lacks_is_not_read(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = build.find_checkpoint(given / "run")
+    smaller = dataclasses.replace(found.config.model, depth=found.config.model.depth - 1)
+    found = dataclasses.replace(found, config=dataclasses.replace(found.config, model=smaller))
+    monkeypatch.setattr(checkpoint, "read_whole", None)
+    assert "unknown: trunk.blocks." in refusal(lambda: build.load_weights(found, "ema"))
 
 
 def yaml_of(kind: str) -> str:

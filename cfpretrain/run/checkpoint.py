@@ -121,12 +121,13 @@ def open_tensors(checkpoint: Path, step: int, contents: Iterable[str]) -> dict[s
     return opened
 
 
-def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tensor]:
+def read_tensors(path: Path, which: Literal["ema", "weights"], shapes: Shapes | None = None) -> dict[str, Tensor]:
     """All averages or weights of a checkpoint, whole and on the CPU: for tools, on one process.
 
     Args:
         path: the checkpoint's folder.
         which: "ema" for sampling and export, "weights" for the trained weights themselves.
+        shapes: by name, of all tensors that may be there; others are refused before any is read.
 
     Returns:
         fp32 tensors by parameter name, in full shape.
@@ -137,7 +138,10 @@ def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tens
     """
     state = read_state(path)
     try:
-        return read_whole(*open_tensors(path, state.step, [which])[which])
+        opened = open_tensors(path, state.step, [which])[which]
+        if shapes is not None:
+            _check_shapes(opened.path, opened.header.shapes, shapes)
+        return read_whole(*opened)
     except OSError as error:
         file = tensor_file(path, which)
         raise unreadable(f"{file} cannot be read", error, remedy(file)) from error
