@@ -127,6 +127,8 @@ def main() -> None:
             lambda: named("bass"),
             lambda: named("owll"),
             lambda: pipe(10),
+            lambda: pipe([3.7]),
+            lambda: pipe([True]),
             lambda: pipe([]),
             lambda: pipe(LABELS, solver="euler"),
             lambda: pipe(LABELS, ar_step_sizes=[3, 4]),

@@ -56,6 +56,15 @@ def test_a_mistake_ends_every_rank_with_one_line(rank, want, monkeypatch, capsys
     assert capsys.readouterr().err == want
 
 
+def test_a_long_mistake_is_cut(capsys) -> None:
+    with pytest.raises(SystemExit):
+        console.exit_with(console.UserError("\x1b" * 10**6))
+    line = capsys.readouterr().err
+    assert line.startswith("[cfpretrain] error: \\x1b\\x1b")
+    assert line.endswith(" ...\n")
+    assert len(line) < 3_000
+
+
 def test_a_long_phase_says_that_it_lives(monkeypatch, capsys) -> None:
     monkeypatch.setattr(console, "_HEARTBEAT_SECONDS", 0.01)
     lines: list[str] = []

@@ -601,6 +601,8 @@ def test_mistakes_elsewhere_are_named(results: Results) -> None:
         "class_labels: 'bass' is the name of classes 1, 2; give index:1 or index:2",
         "class_labels: expected a name, or a number from 0 to 9, got 'owll'; did you mean 'owl'?",
         "class_labels: expected 0 to 9, got 10",
+        "class_labels: expected 0 to 9, got 3.7",
+        "class_labels: expected 0 to 9, got True",
         "class_labels: expected at least one class, got none",
         f"solver: expected one of {', '.join(SOLVERS)}, got 'euler'",
         "sizes of AR steps: expected 2 numbers of at least 1 that add up to 16",

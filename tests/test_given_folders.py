@@ -1,5 +1,6 @@
 """What a stranger's folder says of sizes: pipes, devices, depths and numbers that nobody means end in one line."""
 
+import dataclasses
 import hashlib
 import io
 import json
@@ -33,7 +34,7 @@ from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import foreign_files
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.diffusers_layout import ExportSettings, export
-from cfpretrain.run import build
+from cfpretrain.run import build, checkpoint
 from cfpretrain.run.state import dump
 from tests.digits import write_digits
 from tests.processes import REPOSITORY
@@ -151,6 +152,53 @@ def test_an_index_whose_entries_nest(given: Path) -> None:
     index["shards"][0]["raw_data"]["hashes"] = json.loads("[" * 400 + "]" * 400)
     file.write_text(json.dumps(index))
     assert "index.json" in refusal(lambda: Shards(given / "digits"))
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith(".json")])
+def test_json_of_too_many_values(name: str, given: Path) -> None:
+    """As text they are small, and as values they would fill the memory."""
+    num_values = 8_100_000 if name.endswith("ranges.json") else 2_100_000
+    (given / name).write_text(f'{{"a": [{"1," * num_values}1]}}')
+    assert "values" in refusal(lambda: FILES[name](given))
+
+
+@pytest.mark.parametrize(
+    "given_json",
+    [
+        {"weight_map": dict.fromkeys(map(str, range(300_000)), 1), "metadata": {}},
+        {"weight_map": {"x" * 10**6: 1}, "metadata": {}},
+        {"weight_map": 1, "metadata": {"a": [1] * 10**6}},
+    ],
+    ids=["many", "long", "nested"],
+)
+def test_a_message_stays_short(given_json: dict[str, Any], given: Path) -> None:
+    name = "export/transformer/diffusion_pytorch_model.safetensors.index.json"
+    (given / name).write_text(json.dumps(given_json))
+    assert len(refusal(lambda: FILES[name](given))) < 2_000
+
+
+def test_values_that_contradict_are_cut(given: Path) -> None:
+    file = given / "export/transformer/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"grid": "x" * 10**6}))
+    said = refusal(lambda: load_source(given / "export", CPU))
+    assert "contradicts" in said
+    assert len(said) < 2_000
+
+
+def test_the_header_of_tensors_has_so_many_values(given: Path, tmp_path: Path) -> None:
+    header = b'{"x":{"dtype":"F32","shape":[' + b"1," * 1_100_000 + b'1],"data_offsets":[0,4]}}'
+    file = given / "run" / CHECKPOINT / "ema.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "1,000,000 values" in refusal(lambda: load_source(given / "run", CPU, step=STEP))
+    assert "1,000,000 values" in refusal(lambda: foreign_files.read(file, "FILE"))
+
+
+def test_a_tensor_that_the_model_lacks_is_not_read(given: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = build.find_checkpoint(given / "run")
+    smaller = dataclasses.replace(found.config.model, depth=found.config.model.depth - 1)
+    found = dataclasses.replace(found, config=dataclasses.replace(found.config, model=smaller))
+    monkeypatch.setattr(checkpoint, "read_whole", None)
+    assert "unknown: trunk.blocks." in refusal(lambda: build.load_weights(found, "ema"))
 
 
 def yaml_of(kind: str) -> str:

@@ -157,6 +157,13 @@ def test_a_file_of_another_size_is_refused(file: Path, num_bytes: int):
         read_header(file)
 
 
+@pytest.mark.parametrize("shape", [(0, 2**70), (0, 2**40, 2**40), (-1, 0), (0,) * 100])
+def test_a_shape_that_no_file_holds_is_refused(file: Path, shape: tuple[int, ...]):
+    file.write_bytes(make_header({"p": shape}, file.stem, 7)[0])
+    with pytest.raises(DamagedCheckpointError, match="expected a safetensors header, got ValueError"):
+        read_header(file)
+
+
 def test_a_link_is_followed_neither_in_reading_nor_in_writing(file: Path, tmp_path: Path):
     elsewhere = tmp_path / "elsewhere.safetensors"
     write(elsewhere, random_bits(SHAPES))

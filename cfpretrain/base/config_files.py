@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import functools
 import io
+import itertools
 import math
 import os
 import re
@@ -34,6 +35,8 @@ COMMAND_LINE = "command line"
 # Larger than any real config; the readers of YAML take a second for a hundred kilobytes, and recurse.
 _MAX_BYTES, _MAX_DEPTH, _MAX_VALUES = 2**18, 16, 5_000
 _LARGEST = 2**63 - 1
+_MOST_PROBLEMS = 10  # in one message
+_LONGEST_VALUE = 200  # characters
 # YAML 1.1 reads 0100 as 64, and 1:30 as 90.
 _OCTAL, _SEXAGESIMAL = re.compile(r"[-+]?0[0-9_]+"), re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 _KEY_REFERENCE = re.compile(r"\$\{[A-Za-z_][\w.\[\]]*\}")
@@ -64,7 +67,12 @@ class Problem(NamedTuple):
     text: str
 
     def __str__(self) -> str:
-        return f"{'.'.join(map(str, self.key)) if self.key else 'the file'}: {self.text}"
+        key = ".".join(excerpt(str(name), _LONGEST_VALUE) for name in self.key)
+        return f"{key if self.key else 'the file'}: {self.text}"
+
+
+class _TooManyProblemsError(Exception):
+    """More than a message holds: the rest is not looked at."""
 
 
 def load(
@@ -112,7 +120,9 @@ def load(
     for place, (name, tree) in enumerate(trees):
         origins |= dict.fromkeys(_keys_of(OmegaConf.to_container(tree)), Origin(place, name))
     problems: list[Problem] = []
-    loaded = _build(kind, plain, (), problems)
+    loaded = None
+    with suppress(_TooManyProblemsError):
+        loaded = _build(kind, plain, (), problems)
     _raise_all([(_origin(problem.key, origins).name, problem) for problem in problems])
     return loaded, {".".join(key): origin for key, origin in origins.items() if len(key) > 1}
 
@@ -132,8 +142,10 @@ def from_plain(kind: Any, plain: Any, source: str, ignore_unknown: bool = False)
     if ignore_unknown and isinstance(plain, dict) and _has_keys(kind):
         plain = {name: value for name, value in plain.items() if name in _hints(kind)}
     problems: list[Problem] = []
-    built = _convert(plain, kind, (), problems)
-    _raise_all([(source, problem) for problem in problems or out_of_range(built, kind)])
+    built = None
+    with suppress(_TooManyProblemsError):
+        built = _convert(plain, kind, (), problems)
+    _raise_all((source, problem) for problem in problems or out_of_range(built, kind))
     return built
 
 
@@ -168,7 +180,7 @@ def in_range(key: tuple[str, ...], value: float, low: float, high: float = math.
 
 def refuse_references(plain: Any, source: str) -> None:
     """Raises UserError where recorded values hold `${`, which nothing may resolve."""
-    _raise_all([(source, problem) for problem in _check_references(plain, (), True, False)])
+    _raise_all((source, problem) for problem in _check_references(plain, (), True, False))
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -215,7 +227,7 @@ def _check_references(plain: Any, key: tuple[Any, ...], recorded: bool, allow_en
     if isinstance(plain, dict | list):
         for name, value in plain.items() if isinstance(plain, dict) else [("", value) for value in plain]:
             if "${" in str(name):
-                yield Problem(key, f"expected the name of a key, got {name}")
+                yield Problem(key, f"expected the name of a key, got {excerpt(str(name), _LONGEST_VALUE)}")
             yield from _check_references(value, (*key, name) if name else key, recorded, allow_env)
     elif isinstance(plain, str) and "${" in plain:
         if recorded:
@@ -230,9 +242,12 @@ def _check_references(plain: Any, key: tuple[Any, ...], recorded: bool, allow_en
             hide(os.environ.get(name, ""), f"${{oc.env:{name}}}")
 
 
-def _raise_all(problems: Sequence[tuple[str, Problem]]) -> None:
-    sources = {source for source, _ in problems}
+def _raise_all(found: Iterable[tuple[str, Problem]]) -> None:
+    problems = list(itertools.islice(found, _MOST_PROBLEMS + 1))
     count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+    if len(problems) > _MOST_PROBLEMS:
+        problems, count = problems[:_MOST_PROBLEMS], f"more than {_MOST_PROBLEMS} problems: "
+    sources = {source for source, _ in problems}
     if len(sources) == 1:
         raise UserError(f"{sources.pop()}: {count}{' | '.join(str(problem) for _, problem in problems)}")
     if problems:
@@ -334,20 +349,27 @@ def _origin(key: tuple[Any, ...], origins: Mapping[tuple[Any, ...], Origin]) -> 
 # Types
 
 
+def _note(problems: list[Problem], problem: Problem) -> None:
+    problems.append(problem)
+    if len(problems) > _MOST_PROBLEMS:
+        raise _TooManyProblemsError
+
+
 def _build(kind: type, plain: Any, key: tuple[Any, ...], problems: list[Problem]) -> Any:
     if not isinstance(plain, dict):
-        problems.append(_no_keys(key, plain))
+        _note(problems, _no_keys(key, plain))
         return None
     hints = _hints(kind)
     values = {}
     for name, value in plain.items():
         path, hint = (*key, name), hints.get(name)
         if hint is None:
-            problems.append(Problem(path, f"unknown key{_suggest(str(name), hints, key)}"))
+            _note(problems, Problem(path, f"unknown key{_suggest(excerpt(str(name), _LONGEST_VALUE), hints, key)}"))
         else:
             values[name] = _convert(value, hint, path, problems)
     missing = [name for name in hints if name not in plain and _is_required(kind, name)]
-    problems += [Problem((*key, name), "missing") for name in missing]
+    for name in missing:
+        _note(problems, Problem((*key, name), "missing"))
     return None if missing else kind(**values)
 
 
@@ -369,7 +391,7 @@ def _is_required(kind: Any, name: str) -> bool:
 
 
 def _no_keys(key: tuple[Any, ...], value: Any) -> Problem:
-    got = "nothing; leave the key out" if value is None else excerpt(repr(value), 200)
+    got = "nothing; leave the key out" if value is None else _shown(value)
     return Problem(key, f"expected keys with values, got {got}")
 
 
@@ -383,6 +405,10 @@ def _suggest(name: str, known: Mapping[str, Any], key: tuple[Any, ...]) -> str:
 
 def _convert(value: Any, hint: Any, key: tuple[Any, ...], problems: list[Problem]) -> Any:
     """`value` as the type `hint`; appends to `problems` where it is not of that type."""
+    if type(value) is hint and (
+        hint is float or (hint is str and "\0" not in value) or (hint is int and abs(value) <= _LARGEST)
+    ):
+        return value  # at once: a file may hold a million
     if hint not in (FilePath, Address):
         hint = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
@@ -402,7 +428,7 @@ def _convert(value: Any, hint: Any, key: tuple[Any, ...], problems: list[Problem
             return text if "://" in text and hint == Address else _path(text)
         return {int: _whole, float: _number, bool: _true_or_false, str: _text, type(None): _nothing}[hint](value)
     except ValueError as error:
-        problems.append(Problem(key, str(error)))
+        _note(problems, Problem(key, str(error)))
         return value
 
 
@@ -430,12 +456,16 @@ def _refusal(expected: str, value: Any, hint: str = "") -> ValueError:
         return ValueError(
             f"expected {expected}, got nothing, as YAML also reads ~ and null; leave the key out for its default"
         )
-    return ValueError(f"expected {expected}, got {excerpt(repr(value), 200)}{hint}")
+    return ValueError(f"expected {expected}, got {_shown(value)}{hint}")
+
+
+def _shown(value: Any) -> str:
+    return excerpt(repr(value), _LONGEST_VALUE)
 
 
 def _choice(value: Any, choices: Iterable[Any]) -> Any:
     if value not in choices:
-        raise ValueError(f"expected one of {', '.join(map(str, choices))}; got {value!r}")
+        raise ValueError(f"expected one of {', '.join(map(str, choices))}; got {_shown(value)}")
     return value
 
 
@@ -449,13 +479,16 @@ def _text(value: Any) -> str:
 def _path(text: str) -> str:
     if "://" in text:
         raise ValueError(
-            f"expected a path of this machine, got the address {text!r}; mount it, or copy there afterwards"
+            f"expected a path of this machine, got the address {_shown(text)}; mount it, or copy there afterwards"
         )
     if _SHELL_VARIABLE.search(text):
-        raise ValueError(f"expected a path, got {text!r}: only a shell replaces variables; write ~ or ${{oc.env:NAME}}")
+        raise ValueError(
+            f"expected a path, got {_shown(text)}: only a shell replaces variables; write ~ or ${{oc.env:NAME}}"
+        )
     expanded = os.path.expanduser(text)
     if expanded.startswith("~"):
-        raise ValueError(f"expected a path, got {text!r}: there is no such user; a folder of that name is ./{text}")
+        folder = excerpt(text, _LONGEST_VALUE)
+        raise ValueError(f"expected a path, got {folder!r}: there is no such user; a folder of that name is ./{folder}")
     return expanded
 
 

@@ -25,7 +25,7 @@ _LINGER_SECONDS = 5.0
 
 # In what a RuntimeError of torch, CUDA, its libraries or the C++ library says, in small letters.
 _SIGNS_OF_NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "alloc_failed", "bad_alloc")
-_LONGEST_CAUSE = 300
+_LONGEST_CAUSE, _LONGEST_ERROR = 300, 2_500  # characters
 _UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")  # of Unicode's categories
 _LESS_MEMORY = "give a smaller batch (--batch-size, train.micro_batch_size), or end what else is in that memory"
 
@@ -229,7 +229,9 @@ def exit_with(error: UserError | SickRunError, speaks: bool | None = None) -> No
         speaks: this rank prints it, and ends first; None: rank 0 does.
     """
     if is_rank_zero() if speaks is None else speaks:
-        print_error(f"error: {error}")
+        # Cut twice, since what is escaped grows.
+        text = printable(excerpt(f"error: {error}", _LONGEST_ERROR + 1))
+        print_error(text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]} ...")
     else:
         time.sleep(_LINGER_SECONDS)
     sys.exit(EXIT_USER_ERROR if isinstance(error, UserError) else EXIT_SICK)

@@ -22,6 +22,9 @@ from typing import IO, Any
 
 # Larger than any real JSON, YAML or table of settings.
 MAX_TEXT_BYTES = 64 * 2**20
+# Values in JSON, and in the header of a safetensors file: each takes hundreds of bytes and a microsecond or more.
+_MAX_VALUES, MAX_HEADER_VALUES = 2_000_000, 1_000_000
+_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 PNG_BEGIN = b"\x89PNG\r\n\x1a\n"
 _MAX_DEPTH = 32  # of JSON: what shows, copies and compares values calls itself for each level
 _COPY_BYTES = 2**20
@@ -69,9 +72,11 @@ def check_safetensors(file: Path) -> None:
         ValueError: it is no file of tensors, or a part of one.
     """
     with open_to_read(file) as opened:
-        num_header_bytes, size = int.from_bytes(opened.read(8), "little"), opened.seek(0, os.SEEK_END)
-    if not 2 <= num_header_bytes <= size - 8:
-        raise ValueError("no safetensors file, or a part of one")
+        num_header_bytes, size = int.from_bytes(opened.read(8), "little"), os.fstat(opened.fileno()).st_size
+        if not 2 <= num_header_bytes <= min(size - 8, _MAX_HEADER_BYTES):
+            raise ValueError("no safetensors file, or a part of one")
+        # Its metadata may be other text than JSON: Latin-1 reads any.
+        _check_num_values(opened.read(num_header_bytes).decode("latin-1"), MAX_HEADER_VALUES)
 
 
 def read_bytes(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) -> bytes:
@@ -89,30 +94,42 @@ def read_text(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) 
     return read_bytes(file, max_bytes, follow).decode()
 
 
-def parse_json(text: str | bytes, of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+def _check_num_values(text: str, max_values: int) -> None:
+    # Of the text: the values themselves would take the memory.
+    if len(text) > max_values and sum(map(text.count, "[{,")) > max_values:
+        raise ValueError(f"it holds more than {max_values:,} values")
+
+
+def parse_json(
+    text: str | bytes,
+    of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
+    max_values: int = _MAX_VALUES,
+) -> Any:
     """The value that JSON says, with `of_pairs` of each object's (name, value) in place of a dict.
 
     Raises:
-        ValueError: it is none, or nests too deep to be read.
+        ValueError: it is none, holds more than about `max_values` values, or nests too deep to be read.
     """
+    if isinstance(text, bytes):
+        text = text.decode()
+    _check_num_values(text, max_values)
     try:
         value = json.loads(text, object_pairs_hook=of_pairs)
     except RecursionError:
         raise ValueError("it nests too deep") from None
-    level = [value]
+    groups = (dict, list, tuple)
+    level = [value] if isinstance(value, groups) else []
     for _ in range(_MAX_DEPTH if of_pairs is None else 2 * _MAX_DEPTH):
-        groups = [
-            one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list | tuple)
-        ]
-        if not groups:
+        if not level:
             return value
-        level = [one for group in groups for one in group]
+        parts = (group.values() if isinstance(group, dict) else group for group in level)
+        level = [one for part in parts for one in part if isinstance(one, groups)]
     raise ValueError("it nests too deep")
 
 
-def read_json(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) -> Any:
+def read_json(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True, max_values: int = _MAX_VALUES) -> Any:
     """The value in a JSON file; errors as of `read_text` and `parse_json`."""
-    return parse_json(read_text(file, max_bytes, follow))
+    return parse_json(read_text(file, max_bytes, follow), max_values=max_values)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

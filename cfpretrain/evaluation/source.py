@@ -14,7 +14,7 @@ from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base.class_names import label_of
 from cfpretrain.base.config import Config
 from cfpretrain.base.config_files import from_plain
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.console import UserError, excerpt, say
 from cfpretrain.base.files import read_json
 from cfpretrain.core import attention
 from cfpretrain.core.model import BlockSettings, CausalFusion
@@ -157,7 +157,7 @@ def _check_export(folder: Path, config: Config) -> None:
     found = {key: value for file in files for key, value in _read_json(file).items()}
     expected = transformer_config(config) | scheduler_config(config)
     differing = [
-        f"{key} is {found.get(key)!r} there and {value!r} by {CONFIG_FILE}"
+        f"{key} is {excerpt(repr(found.get(key)), 100)} there and {excerpt(repr(value), 100)} by {CONFIG_FILE}"
         for key, value in expected.items()
         if key != "_class_name" and not means_the_same(found.get(key), value)
     ]

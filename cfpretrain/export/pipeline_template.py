@@ -175,12 +175,14 @@ class CausalFusionPipeline(DiffusionPipeline):
         given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
         if not given:
             raise ValueError("class_labels: expected at least one class, got none")
-        return [self._number(label) if isinstance(label, str) else self._checked(int(label)) for label in given]
+        return [self._number(label) if isinstance(label, str) else self._checked(label) for label in given]
 
-    def _checked(self, label: int) -> int:
-        if not 0 <= label < self.transformer.num_classes:
+    def _checked(self, label: Any) -> int:
+        # Whole numbers of numpy and torch are classes too; 3.7 and True are mistakes.
+        number = label.__index__() if hasattr(label, "__index__") and not isinstance(label, bool) else -1
+        if not 0 <= number < self.transformer.num_classes:
             raise ValueError(f"class_labels: expected 0 to {self.transformer.num_classes - 1}, got {label}")
-        return label
+        return int(number)
 
     def _number(self, name: str) -> int:
         names = {int(number): known for number, known in (self.config.id2label or {}).items()}

@@ -419,7 +419,8 @@ def load_weights(found: RunCheckpoint, which: Literal["ema", "weights"]) -> Caus
     with torch.device("meta"):
         model = make_model(found.config)
     try:
-        model.load_state_dict(read_tensors(found.path, which), assign=True)
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        model.load_state_dict(read_tensors(found.path, which, shapes), assign=True)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         config_file = Path(found.config.run.folder) / CONFIG_FILE

@@ -48,7 +48,7 @@ from cfpretrain.run.tensor_files import (
 WEIGHTS, EMA = "weights", "ema"  # contents; the others are the optimizer's
 RANGES_FILE = "ranges.json"
 _NUM_NAMES_SHOWN = 5
-_MAX_RANGES_BYTES = 2**27  # of a thousand ranks
+_MAX_RANGES_BYTES, _MAX_RANGES_VALUES = 2**27, 8_000_000  # of a thousand ranks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def open_tensors(checkpoint: Path, step: int, contents: Iterable[str]) -> dict[s
     """
     source, opened = checkpoint / RANGES_FILE, {}
     try:
-        plain = read_json(source, _MAX_RANGES_BYTES, follow=False)
+        plain = read_json(source, _MAX_RANGES_BYTES, False, _MAX_RANGES_VALUES)
     except ValueError as error:
         raise DamagedCheckpointError(f"{source}: expected JSON, got {error}; {remedy(source)}") from error
     if not isinstance(plain, dict) or not set(contents) <= plain.keys():
@@ -121,12 +121,13 @@ def open_tensors(checkpoint: Path, step: int, contents: Iterable[str]) -> dict[s
     return opened
 
 
-def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tensor]:
+def read_tensors(path: Path, which: Literal["ema", "weights"], shapes: Shapes | None = None) -> dict[str, Tensor]:
     """All averages or weights of a checkpoint, whole and on the CPU: for tools, on one process.
 
     Args:
         path: the checkpoint's folder.
         which: "ema" for sampling and export, "weights" for the trained weights themselves.
+        shapes: by name, of all tensors that may be there; others are refused before any is read.
 
     Returns:
         fp32 tensors by parameter name, in full shape.
@@ -137,7 +138,10 @@ def read_tensors(path: Path, which: Literal["ema", "weights"]) -> dict[str, Tens
     """
     state = read_state(path)
     try:
-        return read_whole(*open_tensors(path, state.step, [which])[which])
+        opened = open_tensors(path, state.step, [which])[which]
+        if shapes is not None:
+            _check_shapes(opened.path, opened.header.shapes, shapes)
+        return read_whole(*opened)
     except OSError as error:
         file = tensor_file(path, which)
         raise unreadable(f"{file} cannot be read", error, remedy(file)) from error

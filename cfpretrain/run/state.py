@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict
 
 from cfpretrain.base import config_files
 from cfpretrain.base.config import Natural, NotNegative
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, excerpt
 from cfpretrain.base.files import parse_json, read_text
 from cfpretrain.run.guard import GuardState
 from cfpretrain.run.tensor_files import DamagedCheckpointError, remedy, unreadable
@@ -148,7 +148,7 @@ class TrainingState:
             if path.split(".")[0] in self.config
         }
         return [
-            f"{path} is {one} there and {other} in the config"
+            f"{path} is {excerpt(str(one), 100)} there and {excerpt(str(other), 100)} in the config"
             for path, (one, other) in both.items()
             if not means_the_same(one, other)
         ]
@@ -230,8 +230,8 @@ def _check_schema(plain: Mapping[str, Any], source: Path) -> None:
     version = plain.get("schema_version")
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise UserError(
-            f"{source}: schema_version {version} was written by a newer cfpretrain; this one reads {SCHEMA_VERSION}: "
-            f"install the version that wrote it ({plain.get('versions')!r:.80})"
+            f"{source}: schema_version {version!s:.40} was written by a newer cfpretrain; this one reads "
+            f"{SCHEMA_VERSION}: install the version that wrote it ({plain.get('versions')!r:.80})"
         )
     if version == 1 and isinstance(version, int):
         raise UserError(

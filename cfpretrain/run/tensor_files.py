@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from cfpretrain.base.console import UserError, reason_of
-from cfpretrain.base.files import opened, parse_json, write_fully
+from cfpretrain.base.files import MAX_HEADER_VALUES, opened, parse_json, write_fully
 
 VALUE_BYTES = 4
 CHUNK_VALUES = 1 << 24  # values hashed or staged at once: 64 MiB
 
 _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_MOST_AXES, _MOST_VALUES = 64, 2**48  # of a tensor
 _PRODUCER = "cfpretrain"
 
 Shapes = Mapping[str, tuple[int, ...]]  # of whole tensors, by name
@@ -137,9 +138,14 @@ def read_header(file: Path) -> Header:
         text = memoryview(bytearray(num_header_bytes))
         _read_fully(descriptor, text, 8)
     try:
-        entries = parse_json(bytes(text))
+        entries = parse_json(bytes(text), max_values=MAX_HEADER_VALUES)
         metadata = entries.pop("__metadata__", {})
         shapes = {name: tuple(map(int, entry["shape"])) for name, entry in entries.items()}
+        for shape in shapes.values():
+            if len(shape) > _MOST_AXES or min(shape, default=0) < 0:
+                raise ValueError(f"a shape of {len(shape)} axes, or below 0")
+            if math.prod(max(1, size) for size in shape) > _MOST_VALUES:
+                raise ValueError("a shape that no file holds")
         first_bytes, header = make_header(shapes, file.stem, int(metadata.get("step", 0)))
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise DamagedCheckpointError(
