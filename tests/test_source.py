@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base.console import UserError
@@ -209,6 +210,15 @@ def test_an_export_of_which_another_file_was_edited_is_refused(
     assert old in text
     (exported / file).write_text(text.replace(old, new))
     with pytest.raises(UserError, match=rf"config\.yaml contradicts .*scheduler_config\.json: {said}"):
+        load_source(exported, CPU)
+
+
+def test_weights_of_another_type_are_refused(exported: Path) -> None:
+    file = next((exported / "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    name = sorted(tensors)[0]
+    save_file(tensors | {name: tensors[name].to(torch.complex64)}, file)
+    with pytest.raises(UserError, match=rf"{name}: expected fp32, bf16 or fp16, got torch\.complex64"):
         load_source(exported, CPU)
 
 

@@ -174,6 +174,8 @@ def _load_export(folder: Path, config: Config) -> CausalFusion:
     try:
         tensors = _read_tensors(folder / TRANSFORMER)
         for name, values in tensors.items():
+            if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise UserError(f"{folder / TRANSFORMER}: {name}: expected fp32, bf16 or fp16, got {values.dtype}")
             foreign_files.check_finite(values, f"{folder / TRANSFORMER}: {name}")
         model.load_state_dict(tensors, assign=True)
     except RuntimeError as error:
