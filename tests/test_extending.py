@@ -78,11 +78,12 @@ def run(extended: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory) 
     """A run of 12 steps with all extensions, on two ranks that the page's script has started."""
     folder = tmp_path_factory.mktemp("runs") / "extended"
     [script] = blocks("A cluster", "bash")
+    python = Path(sys.executable).parent  # also where its environment is not activated
     ours = {"PYTHONPATH": str(extended), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     ended = subprocess.run(
         ["bash", "-c", script, "two_ranks.sh", *small_run(shards, folder, *OVERRIDES)],
         cwd=extended,
-        env=os.environ | ours | {"MASTER_PORT": str(free_port())},
+        env=os.environ | ours | {"MASTER_PORT": str(free_port()), "PATH": f"{python}{os.pathsep}{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=240,

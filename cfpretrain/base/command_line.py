@@ -14,7 +14,7 @@ class Parser(argparse.ArgumentParser):
         prog: name of the command where it is not that of its file.
     """
 
-    def __init__(self, doc: str | None, prog: str | None = None) -> None:
+    def __init__(self, doc: str | None = None, prog: str | None = None) -> None:
         first, _, rest = (doc or "").partition("\n")
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, description=first, epilog=rest.strip("\n"), formatter_class=raw)

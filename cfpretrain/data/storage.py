@@ -14,7 +14,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -226,7 +226,9 @@ class RemoteFolder:
                     self._reserve(part, file)
                     self._fetch_whole(file, part / "copy")
                     opened = open_unbuffered(part / "copy")  # while nobody may remove it
-                    files.move(part / "copy", copy)
+                    # Who makes room counts it once, in the making or as a copy.
+                    with _locked(self._cache.folder / _LOCK, self._cache.patience) if limit else nullcontext():
+                        files.move(part / "copy", copy)
         return opened
 
     def drop(self, file: ShardFile) -> bool:
