@@ -18,6 +18,7 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cfpretrain.base import launch
+from cfpretrain.base.command_line import add_local_rank
 from cfpretrain.base.console import (
     EXIT_REQUEUE,
     SickRunError,
@@ -55,7 +56,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved config and its arithmetic, and stop")
     parser.add_argument("--num-ranks", type=int, help="ranks that --dry-run assumes (default: those started)")
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    add_local_rank(parser)
     return parser.parse_intermixed_args()
 
 

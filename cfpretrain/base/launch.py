@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cfpretrain.base.console import UserError, exit_with, speak_as
 
-_MEND = (
+_FIX = (
     "start with a launcher, which sets RANK, WORLD_SIZE and what goes with them (deepspeed, torchrun, a script of "
     "cluster/), or unset both for one rank"
 )
@@ -105,4 +105,4 @@ def _refuse_tasks() -> None:
 
 
 def _error(name: str, problem: str) -> UserError:
-    return UserError(f"{name} in the environment: {problem}; {_MEND}")
+    return UserError(f"{name} in the environment: {problem}; {_FIX}")

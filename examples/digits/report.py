@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files, launch
-from cfpretrain.base.command_line import Parser
+from cfpretrain.base.command_line import Parser, add_local_rank
 from cfpretrain.base.console import (
     UserError,
     ending_in_one_line,
@@ -62,7 +62,7 @@ def main() -> None:
         "noise.num_timesteps (default 25)")  # fmt: skip
     add("--guidance", type=float, default=2.0, help="beside unguided samples; 0 to 1000 but 1 (default 2)")
     add("--batch-size", type=int, default=250, help=f"images a forward on one rank, 1 to {_MOST_SCORED} (default 250)")
-    add("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the launcher adds it
+    add_local_rank(parser)
     arguments = parser.parse_args()
     launch.check()
     leave_when_asked()
