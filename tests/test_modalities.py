@@ -1,7 +1,7 @@
 """Kinds of tokens beside those that there are: a small text modality trains beside images, packed or padded."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import seeds
-from cfpretrain.core.modalities import Images, LossTerms, Modality, Vectors, class_segment
+from cfpretrain.core.modalities import MODALITIES, Images, LossTerms, Modality, Vectors, class_segment
 from cfpretrain.core.model import KeyValueCache, Network
-from cfpretrain.core.segments import Segment, build_layout, count_work, may_attend, pack
+from cfpretrain.core.segments import Segment, build_layout, may_attend, pack
+from cfpretrain.core.work import count_work
 from tests.closeness import disagreement
 from tests.test_model import small_model
-from tests.test_objective import IDS, LABELS, LOSS, draw
+from tests.test_objective import IDS, LABELS, LOSS, draw, sum_of
 
 LATENTS = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
 
@@ -34,20 +35,19 @@ def segments_alone(splits: Sequence[Sequence[int]]) -> list[list[Segment]]:
     return found
 
 
-def loss_of(model: Network, segments: list[Segment], layout) -> list[LossTerms]:
+def loss_of(model, segments: list[Segment], layout) -> list[LossTerms]:
     entering = [one.keep_clean(num) for one, num in zip(segments, layout.num_clean, strict=True)]
     learned = [one for one in entering if one.targets is not None]
     predictions = model(entering, layout.intervals_BMI)
-    return [Images.loss(prediction, one) for prediction, one in zip(predictions, learned, strict=True)]
+    return [MODALITIES[one.kind].loss(prediction, one) for prediction, one in zip(predictions, learned, strict=True)]
 
 
-def test_samples_packed_in_one_row_have_the_losses_that_they_have_alone() -> None:
-    """Of different lengths, which no padding evens out; gradients add up to those of the samples alone."""
-    model = small_model().double()
-    samples = segments_alone([[4, 5], [1, 2, 6], [9], [3, 3, 3]])
+def assert_packed_as_alone(model: Network, samples: list[list[Segment]]) -> None:
+    """Losses are those that the samples have alone, and gradients and work add up to theirs."""
     layouts = [build_layout(segments) for segments in samples]
-    assert len({layout.step_BM.shape[1] for layout in layouts}) > 2
-    alone = [loss_of(model, *pair)[0] for pair in zip(samples, layouts, strict=True)]
+    assert len({layout.step_BM.shape[1] for layout in layouts}) > 1
+    model.zero_grad()
+    alone = [one for pair in zip(samples, layouts, strict=True) for one in loss_of(model, *pair)]
     sum(one.total for one in alone).backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
@@ -61,26 +61,35 @@ def test_samples_packed_in_one_row_have_the_losses_that_they_have_alone() -> Non
     for name, parameter in model.named_parameters():
         if not name.endswith("k_norm.bias"):  # softmax ignores it: its gradient is rounding
             assert disagreement(parameter.grad, want[name]) < 1e-10, name
-    works = [count_work(*pair) for pair in zip(samples, layouts, strict=True)]
-    assert count_work(together, layout) == tuple(map(sum, zip(*works, strict=True)))
+    works = [count_work(*pair, len(layout.step_BM)) for pair in zip(samples, layouts, strict=True)]
+    assert count_work(together, layout, len(layout.step_BM)) == sum_of(works)
+
+
+def test_samples_packed_in_one_row_have_the_losses_that_they_have_alone() -> None:
+    """Of different lengths, which no padding evens out."""
+    assert_packed_as_alone(small_model().double(), segments_alone([[4, 5], [1, 2, 6], [9], [3, 3, 3]]))
 
 
 # ---------------------------------------------------------------------------
 # A further modality
 
-NUM_WORDS, END = 11, 0
+NUM_WORDS, END, MOST_WORDS, MOST_TEXTS = 11, 0, 16, 2
 
 
 class WordEmbedder(nn.Module):
+    """A word has a place in its text, and the text one among the texts of its sample."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(NUM_WORDS, width)
-        self.place_table = nn.Embedding(16, width)
+        self.place_table = nn.Embedding(MOST_WORDS, width)
+        self.ordinal_table = nn.Embedding(MOST_TEXTS, width)
 
     def forward(self, segments: Sequence[Segment]) -> list[Vectors]:
         words = torch.cat([one.clean for one in segments], 1)
-        places = torch.cat([one.positions_BL for one in segments], 1)
-        vectors = self.embedding_table(words) + self.place_table(places)
+        positions = torch.cat([one.positions_BL for one in segments], 1)
+        vectors = self.embedding_table(words) + self.place_table(positions % MOST_WORDS)
+        vectors = vectors + self.ordinal_table(positions // MOST_WORDS)
         return [(piece, None) for piece in vectors.split([one.clean.shape[1] for one in segments], 1)]
 
 
@@ -88,9 +97,14 @@ class Words(Modality):
     """Text, of which each token predicts the next."""
 
     kind, head_name = "text", "text_head"
+    projections = (1, 0)
 
     def __init__(self, width: int) -> None:
         super().__init__(WordEmbedder(width), nn.Linear(width, NUM_WORDS))
+
+    def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
+        nothing_BL = torch.zeros(1, 0, dtype=torch.int64, device=device)
+        return None if given else Segment("text", clean=nothing_BL, positions_BL=nothing_BL)
 
     @staticmethod
     def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
@@ -102,7 +116,14 @@ class Words(Modality):
         return LossTerms((error_BL * segment.weights_BL).sum(), int(segment.weights_BL.count_nonzero()), error_BL)
 
 
-def words(ids_BL: Tensor, length_B: Tensor, first: bool) -> Segment:
+@pytest.fixture(autouse=True, scope="module")
+def text_is_known() -> Iterator[None]:
+    MODALITIES["text"] = Words
+    yield
+    del MODALITIES["text"]
+
+
+def words(ids_BL: Tensor, length_B: Tensor, first: bool, ordinal: int = 0) -> Segment:
     """Texts of different lengths: padded before their words where they come first, else behind them."""
     L = ids_BL.shape[1]
     missing_BL = torch.arange(L) >= length_B[:, None]
@@ -116,15 +137,19 @@ def words(ids_BL: Tensor, length_B: Tensor, first: bool) -> Segment:
         torch.arange(L)[None],
         is_padding_BL=missing_BL,
         clean=ids_BL,
-        positions_BL=(torch.arange(L) - begin_B1).clamp(min=0),
+        positions_BL=(torch.arange(L) - begin_B1).clamp(min=0) + MOST_WORDS * ordinal,
         targets=targets,
         weights_BL=(~missing_BL).float(),
     )
 
 
+def text_network() -> Network:
+    return Network([Images(3, 4, 16, True), Words(16)], width=16, depth=2, num_heads=2)
+
+
 def text_model() -> Network:
     torch.manual_seed(0)
-    model = Network([Images(3, 4, 16, True), Words(16)], width=16, depth=2, num_heads=2)
+    model = text_network()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
@@ -198,7 +223,9 @@ def test_texts_of_different_lengths_are_padded_without_effect() -> None:
             assert disagreement(got_text, want_text) < 1e-12
             assert disagreement(of_image[i : i + 1], want_image) < 1e-12
             alone_work.append(count_work(own, own_layout))
-        assert count_work(segments, layout, 3) == tuple(map(sum, zip(*alone_work, strict=True)))
+        work = count_work(segments, layout, 3)
+        assert work == sum_of(alone_work)
+        assert work.projections["text"] == lengths.sum()
 
 
 def test_padding_between_a_samples_tokens_is_refused() -> None:
@@ -223,3 +250,54 @@ def test_intervals_hold_beside_a_cache() -> None:
             got += model([part], intervals_BMI, cache)
     assert disagreement(torch.cat(got, 1), want) < 1e-12
     assert class_segment(3).steps_BL.shape == (1, 3)
+
+
+def test_texts_and_images_are_packed() -> None:
+    """Samples with other kinds and numbers of segments, and rows whose texts are padded."""
+    model, lengths = text_model(), torch.tensor([4, 1, 3])
+    ids_BL = seeds.integers(seeds.fold(seeds.key(0, "words"), torch.arange(3)), NUM_WORDS, (4,))
+    one, four = torch.tensor([[3, 5, 7, 2]]), torch.tensor([4])
+    captioned = [image(0, 1), words(one, four, first=False)]
+    interleaved = [words(one, four, True), image(2, 1), words(one + 1, four, False, ordinal=1), image(3, 1)]
+    assert_packed_as_alone(model, [captioned, interleaved, [image(1, 1)]])
+    padded = [words(ids_BL, lengths, first=True), image(4, 3)]
+    assert_packed_as_alone(model, [padded, [image(5, 3)], [image(6, 3), words(ids_BL, lengths.flip(0), first=False)]])
+
+
+# ---------------------------------------------------------------------------
+# Micro-batches that lack a kind of token
+
+
+def micro_batch(number: int) -> list[Segment]:
+    """Of one of four mixtures of kinds; the last one's image is only given."""
+    text, learned = words(torch.tensor([[3, 5, 7, 2 + number]]), torch.tensor([4]), first=False), image(number, 1)
+    learned = dataclasses.replace(
+        learned, clean=learned.clean.float(), noised=learned.noised.float(), targets=learned.targets.float()
+    )
+    given = Segment(
+        "image", torch.zeros(1, 9, dtype=torch.int64), clean=learned.clean, positions_BL=torch.arange(9)[None]
+    )
+    return [[learned, text], [text], [learned], [given, text]][number % 4]
+
+
+def mean_loss(model, segments: list[Segment]) -> Tensor:
+    terms = loss_of(model, segments, build_layout(segments))
+    return sum(one.total for one in terms) / sum(one.count for one in terms)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_every_parameter_has_a_gradient_whatever_a_micro_batch_lacks(number: int) -> None:
+    """Zero where it is not needed; what is predicted and without gradients does not know of it."""
+    model, segments = text_model().float(), micro_batch(number)
+    mean_loss(model, segments).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    is_idle = {name: bool((p.grad == 0).all()) for name, p in model.named_parameters()}
+    lacks_text, lacks_noised = number == 2, number in (1, 3)
+    assert is_idle["text_embedder.place_table.weight"] is is_idle["text_head.weight"] is lacks_text
+    assert is_idle["image_embedder.t_embedder.mlp.0.weight"] is is_idle["noise_head.linear.weight"] is lacks_noised
+    assert is_idle["image_embedder.x_proj.weight"] is (number == 1)
+    layout = build_layout(segments)
+    entering = [one.keep_clean(num) for one, num in zip(segments, layout.num_clean, strict=True)]
+    with torch.no_grad():
+        without = model(entering, layout.intervals_BMI)
+    assert all(map(torch.equal, model(entering, layout.intervals_BMI), without))

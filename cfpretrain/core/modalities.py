@@ -1,8 +1,8 @@
 """Modalities: what is particular to a kind of token, beside a trunk that all kinds share.
 
 A modality embeds the segments of its kind, predicts what is to be learned of them, and says what the prediction costs.
-Classes and images are two; a further kind is a file with one more, its line in `MODALITIES` and its place in a
-`Network`.
+Classes and images are two; a further kind is a file with one more, which enters itself in `MODALITIES`, and its place
+in a `Network`.
 """
 
 import math
@@ -24,17 +24,11 @@ _MAX_PERIOD = 10000.0
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss as a pair, since counts may differ between ranks; those of several segments add up.
+    """A loss as a pair, since counts may differ between ranks; those of several segments add up."""
 
-    Attributes:
-        total: scalar, the weighted errors added up.
-        count: number of values added.
-        squared_error_BLP: float32 [B, L, P], unweighted, of images in the order of generation; detached. Other kinds
-            have none: [0], which `torch.cat` leaves out.
-    """
-
-    total: Tensor
-    count: int
+    total: Tensor  # scalar, the weighted errors added up
+    count: int  # of the values added
+    # Float32 [B, L, P], unweighted, of images in the order of generation; detached. Other kinds have none: [0].
     squared_error_BLP: Tensor
 
     def __add__(self, other: "LossTerms") -> "LossTerms":
@@ -47,20 +41,27 @@ Vectors = tuple[Tensor | None, Tensor | None]
 
 
 class Modality:
-    """What is particular to a kind of token.
+    """What is particular to a kind of token."""
 
-    Attributes:
-        kind: of the segments that are its own.
-        embedder: called once a forward with all segments of the kind, returns the `Vectors` of each.
-        head: called once a forward with the vectors that it reads of all segments [B, N, D]; None predicts nothing.
-        head_name: of its parameters in a checkpoint; those of the embedder are named `<kind>_embedder`.
-    """
-
-    kind: str
-    head_name = ""
+    kind: str  # of the segments that are its own
+    head_name = ""  # of the head's parameters in a checkpoint; those of the embedder are named `<kind>_embedder`
+    projections = (0, 0)  # matrix products with each clean token and with each noised one, into the trunk and out
 
     def __init__(self, embedder: nn.Module, head: nn.Module | None = None) -> None:
+        """Each is called at most once a forward.
+
+        Args:
+            embedder: with all segments of the kind; returns the `Vectors` of each.
+            head: with the vectors that it reads of all segments [B, N, D]; None predicts nothing.
+        """
         self.embedder, self.head = embedder, head
+
+    def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
+        """A segment of no tokens that takes those parameters of the embedder which the given ones of the kind do not.
+
+        None where these take all. It is embedded beside them; see `Network`.
+        """
+        raise NotImplementedError
 
     @staticmethod
     def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def class_segment(num_cond_tokens: int, labels_B: Tensor | None = None) -> Segme
 
 
 class ClassEmbedder(nn.Module):
-    """A class -> its condition tokens; the last row of the table is the null class."""
+    """A class -> Q condition tokens: its row of a table, whose last one is the null class's, plus learned positions."""
 
     def __init__(self, num_classes: int, num_cond_tokens: int, width: int) -> None:
         super().__init__()
@@ -105,16 +106,19 @@ class Classes(Modality):
     def __init__(self, num_classes: int, num_cond_tokens: int, width: int) -> None:
         super().__init__(ClassEmbedder(num_classes, num_cond_tokens, width))
 
+    def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
+        """Of no samples: the tokens of a class are a fixed number."""
+        return None if given else Segment(CLASS, clean=torch.zeros(0, dtype=torch.int64, device=device))
+
 
 # ---------------------------------------------------------------------------
 # Images
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
-    """2-d sin-cos position embeddings: the first half of the width from the column, the second from the row.
+    """2-d sin-cos position embeddings, float32 [L, D]: half of the width from the column x, half from the row y.
 
-    Returns:
-        float32 [L, D]; each half is [sin | cos].
+    Each half is [sin(x f_i) | cos(x f_i)] with f_i = 10000^(-i / (D/4)), i = 0..D/4 - 1, and with y.
     """
     frequency = _MAX_PERIOD ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle_GF = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
@@ -125,14 +129,14 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid [cos | sin] of the timestep, then a two-layer perceptron with SiLU."""
+    """W_2 silu(W_1 e(t) + b_1) + b_2 of e(t) = [cos(t f_i) | sin(t f_i)], f_i = 10000^(-i / 128), i = 0..127."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(_TIMESTEP_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps_B: Tensor) -> Tensor:
-        """int64 [B] -> [B, D]."""
+        """Times as the network is told them [B] -> [B, D]."""
         half = _TIMESTEP_WIDTH // 2
         exponent = torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half
         angle = timesteps_B[:, None].float() * torch.exp(-math.log(_MAX_PERIOD) * exponent)
@@ -146,7 +150,7 @@ def image_segment(steps_BL: Tensor) -> Segment:
 
 
 class ImageEmbedder(nn.Module):
-    """Tokens of an image -> vectors: one projection for clean and noised, positions, timesteps for the noised."""
+    """Tokens x of an image -> vectors: W x + b + position for clean ones, and + TimestepEmbedder(t) for noised ones."""
 
     def __init__(self, grid: int, patch_values: int, width: int, learnable_positions: bool) -> None:
         super().__init__()
@@ -182,7 +186,7 @@ class ImageEmbedder(nn.Module):
 
 
 class NoiseHead(nn.Module):
-    """Noised tokens' vectors -> predicted epsilon."""
+    """Vectors h of noised tokens -> W norm(h) + b [B, N, P]: epsilon, v or whatever `NoiseProcess.target` is."""
 
     def __init__(self, width: int, patch_values: int) -> None:
         super().__init__()
@@ -197,10 +201,21 @@ class Images(Modality):
     """Images, whose noised tokens are denoised."""
 
     kind, head_name = IMAGE, "noise_head"
+    projections = (1, 2)
 
     def __init__(self, grid: int, patch_values: int, width: int, learnable_positions: bool) -> None:
         embedder = ImageEmbedder(grid, patch_values, width, learnable_positions)
         super().__init__(embedder, NoiseHead(width, patch_values))
+        self._patch_values = patch_values
+
+    def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
+        """Of no noised tokens, since only these are told a time."""
+        if any(one.noised is not None for one in given):
+            return None
+        batch_size = next((len(one.clean) for one in given if one.clean is not None), 1)
+        nothing_BLP = torch.zeros(batch_size, 0, self._patch_values, device=device)
+        times_B = torch.zeros(batch_size, device=device)
+        return Segment(IMAGE, noised=nothing_BLP, positions_BL=nothing_BLP[..., 0].long(), times_B=times_B)
 
     @staticmethod
     def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
@@ -209,10 +224,9 @@ class Images(Modality):
 
     @staticmethod
     def loss(prediction_BLP: Tensor, segment: Segment) -> LossTerms:
-        """w(s) |target - f(x_t of step s, t, x_0 of the steps before s)|^2 over the tokens of all AR steps s at once.
+        """The sum over AR steps s of w_s |target - f(x_{t,kappa_s}, t, x_{0,kappa_1..s-1})|^2, and its values' number.
 
-        The weights are those of the AR axis (`ar.ar_weights`), and the attention's mask makes one pass of all steps
-        (section 3 of arXiv 2412.12095).
+        The weights are those of the AR axis (`ar.ar_weights`); the attention's mask makes one pass of all steps.
         """
         assert segment.targets is not None
         assert segment.weights_BL is not None
@@ -221,7 +235,7 @@ class Images(Modality):
         return LossTerms(total, squared_error_BLP.numel(), squared_error_BLP.detach())
 
 
-# What a loss knows a modality by.
+# What a loss and a count of FLOPs know a modality by.
 MODALITIES: dict[str, type[Modality]] = {CLASS: Classes, IMAGE: Images}
 
 

@@ -74,7 +74,7 @@ class Origin:
             model = load_weights(self.checkpoint, "ema" if self.weights == "ema" else "weights")
         head_width = self.config.model.width // self.config.model.num_heads
         cached = attention.choose("auto", "sampling", device.type, precision, head_width, say)
-        model.trunk.settings = BlockSettings(cached_attention=cached)
+        model.trunk.settings = BlockSettings(sampling_attention=cached)
         model = model.to(device=device, dtype=_DTYPES[precision]).eval().requires_grad_(False)
         return Source(
             **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, model=model, device=device

@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from cfpretrain.base.config import Config, can_checkpoint
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.attention import BACKENDS
-from cfpretrain.core.modalities import class_segment
-from cfpretrain.core.segments import sequence_lengths
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.work import sequence_lengths
 from cfpretrain.run.build import choose_attention, make_model
 from cfpretrain.training.zero import ds_config
 
@@ -120,8 +120,9 @@ class Plan:
 def network_of(config: Config, parameter_numels: Sequence[int]) -> Network:
     """The sizes of a config's network; `parameter_numels` are those of `build.make_model`."""
     model = config.model
-    before, ar = [class_segment(model.num_cond_tokens)], ARSettings(**vars(config.order))
-    lengths = sequence_lengths(before, model.num_tokens, ar, config.clean_token_multiple())
+    image = image_segment(torch.zeros(1, model.num_tokens, dtype=torch.int64))
+    segments, ar = [class_segment(model.num_cond_tokens), image], ARSettings(**vars(config.order))
+    lengths = sequence_lengths(segments, ar, config.clean_token_multiple())
     return Network(
         parameter_numels=tuple(parameter_numels),
         width=model.width,

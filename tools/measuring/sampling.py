@@ -45,7 +45,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     head_width = config.model.width // config.model.num_heads
     cached = attention.choose("auto", "sampling", device.type, arguments.precision, head_width, say)
     with device:
-        model = make_model(config, BlockSettings(cached_attention=cached)).eval().requires_grad_(False)
+        model = make_model(config, BlockSettings(sampling_attention=cached)).eval().requires_grad_(False)
     initialise(model, seed=0)
     torch.nn.init.normal_(model.noise_head.linear.weight, std=0.02)  # the head begins at 0, and would predict nothing
     model.to(torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
