@@ -184,8 +184,8 @@ def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:
         draws = draw(plain, step=step)
         batch, padded_batch = plain.prepare(latents, draws), padded.prepare(latents, draws)
         want, got = plain(watched, batch), padded(watched, padded_batch)
-        ([prediction], length), ([padded_prediction], padded_length) = seen
-        torch.testing.assert_close(padded_prediction, prediction, rtol=0, atol=1e-12)
+        (predicted, length), (padded_predicted, padded_length) = seen
+        torch.testing.assert_close(padded_predicted["image"], predicted["image"], rtol=0, atol=1e-12)
         torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
         # FLOPs are of useful work: padding is none.
         counts = [(b.work, t.count) for b, t in ((batch, want), (padded_batch, got))]

@@ -5,8 +5,10 @@ Classes and images are two; a further kind is a file with one more, which enters
 in a `Network`.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +38,8 @@ class LossTerms:
         return LossTerms(self.total + other.total, self.count + other.count, errors_BLP)
 
 
-# The vectors of a segment's clean tokens and of its noised ones; None where it has no such tokens.
-Vectors = tuple[Tensor | None, Tensor | None]
+# The vectors of all clean tokens of a kind, segment by segment, and of all noised ones; None where the kind has none.
+Vectors = tuple[Tensor, Tensor | None]
 
 
 class Modality:
@@ -51,10 +53,14 @@ class Modality:
         """Each is called at most once a forward.
 
         Args:
-            embedder: with all segments of the kind; returns the `Vectors` of each.
-            head: with the vectors that it reads of all segments [B, N, D]; None predicts nothing.
+            embedder: with all segments of the kind; returns their `Vectors`.
+            head: with all vectors that `read` gives, [B, N, D]; None predicts nothing.
         """
         self.embedder, self.head = embedder, head
+
+    def num_clean(self, segment: Segment) -> int:
+        """How many clean tokens of a segment are embedded."""
+        return 0 if segment.clean is None else segment.clean.shape[1]
 
     def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
         """A segment of no tokens that takes those parameters of the embedder which the given ones of the kind do not.
@@ -65,13 +71,30 @@ class Modality:
 
     @staticmethod
     def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
-        """Of what the trunk makes of a segment's tokens, that from which the head predicts."""
+        """Of what the trunk makes of the tokens of the kind, that from which the head predicts."""
         raise NotImplementedError
 
     @staticmethod
-    def loss(prediction: Tensor, segment: Segment) -> LossTerms:
-        """What a prediction for a segment costs; it needs no parameters."""
+    def loss(prediction: Tensor, segments: Sequence[Segment]) -> LossTerms:
+        """What a prediction for these segments, one behind another, costs; it needs no parameters."""
         raise NotImplementedError
+
+
+def loss_of(predictions: Mapping[str, Tensor], segments: Sequence[Segment]) -> LossTerms:
+    """The loss of a batch, of what is predicted of each kind."""
+    terms = []
+    for kind, prediction in predictions.items():
+        learned = [one for one in segments if one.kind == kind and one.targets is not None]
+        if learned:
+            terms.append(MODALITIES[kind].loss(prediction, learned))
+        else:  # it is empty, and its sum 0, by which parameters have gradients of zero
+            terms.append(LossTerms(prediction.sum(), 0, prediction.new_empty(0)))
+    return functools.reduce(operator.add, terms)
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Puts [B, n, ...] parts behind one another, and does not copy a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 # ---------------------------------------------------------------------------
@@ -91,11 +114,11 @@ class ClassEmbedder(nn.Module):
         self.embedding_table = nn.Embedding(num_classes + 1, num_cond_tokens * width)
         self.cond_pos_embed = nn.Parameter(torch.empty(1, num_cond_tokens, width))
 
-    def forward(self, segments: Sequence[Segment]) -> list[Vectors]:
-        """For each segment Q clean vectors."""
+    def forward(self, segments: Sequence[Segment]) -> Vectors:
+        """Q clean vectors for each segment."""
         labels = torch.cat([segment.clean for segment in segments if segment.clean is not None])
         tokens_BQD = self.embedding_table(labels).unflatten(1, self.cond_pos_embed.shape[1:]) + self.cond_pos_embed
-        return [(clean_BQD, None) for clean_BQD in tokens_BQD.chunk(len(segments))]
+        return join(tokens_BQD.chunk(len(segments))), None
 
 
 class Classes(Modality):
@@ -105,6 +128,11 @@ class Classes(Modality):
 
     def __init__(self, num_classes: int, num_cond_tokens: int, width: int) -> None:
         super().__init__(ClassEmbedder(num_classes, num_cond_tokens, width))
+        self._num_cond_tokens = num_cond_tokens
+
+    def num_clean(self, segment: Segment) -> int:
+        """Q, which a label stands for."""
+        return self._num_cond_tokens
 
     def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
         """Of no samples: the tokens of a class are a fixed number."""
@@ -159,25 +187,28 @@ class ImageEmbedder(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, width)) if learnable_positions else None
         self.t_embedder = TimestepEmbedder(width)
 
-    def forward(self, segments: Sequence[Segment]) -> list[Vectors]:
-        """For each segment the vectors of its first positions, clean, and of all, noised, as far as they enter."""
-        clean, noised = [one.clean for one in segments], [one.noised for one in segments]
-        pairs = zip([*segments, *segments], [*clean, *noised], strict=True)
-        entering = [(one.positions_BL, values) for one, values in pairs if values is not None]
-        values = torch.cat([values for _, values in entering], dim=1)
-        positions = torch.cat([places[:, : one.shape[1]] for places, one in entering if places is not None], dim=1)
-        tokens: Tensor = self.x_proj(values.to(self.x_proj.weight.dtype))
+    def forward(self, segments: Sequence[Segment]) -> Vectors:
+        """The vectors of the first positions of segments, clean, and of all, noised, as far as they enter."""
+        clean, noised = ([one for one in segments if getattr(one, name) is not None] for name in ("clean", "noised"))
+        entering = [(one.clean, one.positions_BL) for one in clean] + [(one.noised, one.positions_BL) for one in noised]
+        pairs = [
+            (values, places[:, : values.shape[1]])
+            for values, places in entering
+            if values is not None and places is not None
+        ]
+        values_BMP, places_BM = (join(parts) for parts in zip(*pairs, strict=True))
+        tokens: Tensor = self.x_proj(values_BMP.to(self.x_proj.weight.dtype))
         # Not by an index, whose gradient is slow on a GPU where places occur often.
-        tokens = tokens + F.embedding(positions, self._position_table(tokens))
-        pieces = take_pieces(tokens, [values.shape[1] for _, values in entering])
-        clean_vectors = [None if values is None else next(pieces) for values in clean]
-        noised_vectors = [None if values is None else next(pieces) for values in noised]
-        times = [one.times_B for one in segments if one.times_B is not None and one.noised is not None]
-        if times:
+        tokens = tokens + F.embedding(places_BM, self._position_table(tokens))
+        num_clean = sum(one.clean.shape[1] for one in clean if one.clean is not None)
+        clean_BLD, noised_BND = tokens[:, :num_clean], tokens[:, num_clean:]
+        if noised:
             # Only noised tokens are told a time, by which the network also tells them from clean ones.
-            told = iter(self.t_embedder(torch.cat(times)).chunk(len(times)))
-            noised_vectors = [None if vectors is None else vectors + next(told)[:, None] for vectors in noised_vectors]
-        return list(zip(clean_vectors, noised_vectors, strict=True))
+            times = torch.cat([one.times_B for one in noised if one.times_B is not None])
+            told = self.t_embedder(times).unsqueeze(1).chunk(len(noised))
+            pieces = take_pieces(noised_BND, [one.noised.shape[1] for one in noised if one.noised is not None])
+            noised_BND = join([piece + of_segment for piece, of_segment in zip(pieces, told, strict=True)])
+        return clean_BLD, noised_BND
 
     def _position_table(self, like: Tensor) -> Tensor:
         if self.pos_embed is not None:
@@ -223,15 +254,15 @@ class Images(Modality):
         return noised_BND
 
     @staticmethod
-    def loss(prediction_BLP: Tensor, segment: Segment) -> LossTerms:
+    def loss(prediction_BLP: Tensor, segments: Sequence[Segment]) -> LossTerms:
         """The sum over AR steps s of w_s |target - f(x_{t,kappa_s}, t, x_{0,kappa_1..s-1})|^2, and its values' number.
 
         The weights are those of the AR axis (`ar.ar_weights`); the attention's mask makes one pass of all steps.
         """
-        assert segment.targets is not None
-        assert segment.weights_BL is not None
-        squared_error_BLP = (prediction_BLP.float() - segment.targets).square()
-        total = (squared_error_BLP * segment.weights_BL.unsqueeze(-1)).sum()
+        targets_BLP = join([one.targets for one in segments if one.targets is not None])
+        weights_BL = join([one.weights_BL for one in segments if one.weights_BL is not None])
+        squared_error_BLP = (prediction_BLP.float() - targets_BLP).square()
+        total = (squared_error_BLP * weights_BL.unsqueeze(-1)).sum()
         return LossTerms(total, squared_error_BLP.numel(), squared_error_BLP.detach())
 
 

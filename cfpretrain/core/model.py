@@ -8,7 +8,7 @@ Every parameter belongs to a module whose `forward` uses it, since ZeRO-3 gather
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cfpretrain.core import seeds
 from cfpretrain.core.attention import Visibility, attend, compile_by_shape, make_visibility
-from cfpretrain.core.modalities import Classes, Images, Modality, Vectors, sincos_positions, take_pieces
+from cfpretrain.core.modalities import Classes, Images, Modality, Vectors, join, sincos_positions, take_pieces
 from cfpretrain.core.norm import layer_norm
 from cfpretrain.core.segments import Segment
 
@@ -190,7 +190,7 @@ class Network(nn.Module):
 
     def forward(
         self, segments: Sequence[Segment], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> list[Tensor]:
+    ) -> dict[str, Tensor]:
         """Predicts what is to be learned of the segments.
 
         Args:
@@ -199,55 +199,49 @@ class Network(nn.Module):
             cache: context of earlier calls. The clean tokens of this call are kept in it, the noised ones are not.
 
         Returns:
-            The prediction for each segment of which something is predicted in this call, in order: [B, N, P] for the
-            noised tokens of an image.
+            For each kind of which something is predicted in this call, the predictions for its segments, one behind
+            another: [B, N, P] for the noised tokens of images. For gradients, those of no tokens are there too.
         """
-        vectors, unused = self._embed(segments)
-        entering = [part for clean_or_noised in zip(*vectors, strict=True) for part in clean_or_noised]
-        num_clean = sum(clean.shape[1] for clean, _ in vectors if clean is not None)
-        x_BMD = self.trunk(torch.cat([part for part in entering if part is not None], dim=1), intervals_BMI, cache)
+        vectors, num_segments = self._embed(segments), len(segments)
+        # Of each segment, the clean tokens and then the noised ones, as they stand in the sequence.
+        sizes = [self.modalities[one.kind].num_clean(one) for one in segments]
+        num_clean = sum(sizes)
+        sizes += [0 if one.noised is None else one.noised.shape[1] for one in segments]
+        places = {kind: [i for i, one in enumerate(segments) if one.kind == kind] for kind in sorted(self.modalities)}
+        entering: dict[int, Tensor] = {}
+        for kind, parts in vectors.items():
+            for begin, part in zip((0, num_segments), parts, strict=True):
+                if part is not None:
+                    of_kind = [begin + i for i in places[kind]]
+                    entering |= zip(of_kind, take_pieces(part, [sizes[i] for i in of_kind]), strict=True)
+        sequence = [entering[i] for i in sorted(entering) if sizes[i]]
+        if torch.is_grad_enabled():
+            empty = [part for parts in vectors.values() for part in parts if part is not None and not part.numel()]
+            sequence += [part.reshape(len(sequence[0]), 0, part.shape[-1]) for part in empty]
+        x_BMD = self.trunk(join(sequence), intervals_BMI, cache)
         if cache is not None:
             cache.keep(num_clean)
-        pieces = iter(take_pieces(x_BMD, [0 if part is None else part.shape[1] for part in entering]))
-        clean = [next(pieces) for _ in segments]
-        predictions, unread = self._predict(segments, list(zip(clean, pieces, strict=True)), x_BMD[:, :0])
-        if predictions and (unused or unread):
-            # They have no values: the sum is 0.
-            predictions[0] = predictions[0] + sum(part.sum() for part in unused + unread)
+        made = list(take_pieces(x_BMD, sizes))
+        predictions: dict[str, Tensor] = {}
+        for kind, of_kind in places.items():
+            modality = self.modalities[kind]
+            if modality.head is not None:
+                clean = join([made[i] for i in of_kind] or [x_BMD[:, :0]])
+                noised = join([made[num_segments + i] for i in of_kind] or [x_BMD[:, :0]])
+                read = modality.read(clean, noised)
+                if read.shape[1] or torch.is_grad_enabled():
+                    predictions[kind] = modality.head(read)
         return predictions
 
-    def _embed(self, segments: Sequence[Segment]) -> tuple[list[Vectors], list[Tensor]]:
-        """The vectors of each segment, and those of no token by kinds that would leave parameters unused."""
+    def _embed(self, segments: Sequence[Segment]) -> dict[str, Vectors]:
         device = next(iter(segments[0].tensors().values())).device
-        embedded: dict[str, Iterator[Vectors]] = {}
-        unused: list[Tensor] = []
+        vectors: dict[str, Vectors] = {}
         for kind, modality in sorted(self.modalities.items()):
             of_kind = [one for one in segments if one.kind == kind]
             empty = modality.empty_segment(of_kind, device) if torch.is_grad_enabled() else None
             if of_kind or empty is not None:
-                vectors = modality.embedder(of_kind if empty is None else [*of_kind, empty])
-                embedded[kind] = iter(vectors)
-                unused += [part for part in vectors[-1] if part is not None and empty is not None]
-        return [next(embedded[one.kind]) for one in segments], unused
-
-    def _predict(
-        self, segments: Sequence[Segment], vectors: Sequence[tuple[Tensor, Tensor]], x_B0D: Tensor
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """The predictions in order, and those of no token by heads that would be left unused."""
-        predictions: dict[int, Tensor] = {}
-        unused: list[Tensor] = []
-        for kind, modality in sorted(self.modalities.items()):
-            if modality.head is None:
-                continue
-            read = {i: modality.read(*vectors[i]) for i, one in enumerate(segments) if one.kind == kind}
-            read = {i: of_segment for i, of_segment in read.items() if of_segment.shape[1]}
-            all_read = list(read.values())
-            if read:
-                predicted = modality.head(torch.cat(all_read, dim=1) if len(read) > 1 else all_read[0])
-                predictions |= zip(read, take_pieces(predicted, [one.shape[1] for one in all_read]), strict=True)
-            elif torch.is_grad_enabled():
-                unused.append(modality.head(x_B0D))
-        return [predictions[i] for i in sorted(predictions)], unused
+                vectors[kind] = modality.embedder(of_kind if empty is None else [*of_kind, empty])
+        return vectors
 
 
 class CausalFusion(Network):

@@ -10,8 +10,6 @@ squared error.
 """
 
 import dataclasses
-import functools
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +21,7 @@ from torch import Tensor
 from cfpretrain.core import seeds
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.latents import patchify, take_tokens
-from cfpretrain.core.modalities import IMAGE, MODALITIES, LossTerms, class_segment
+from cfpretrain.core.modalities import IMAGE, LossTerms, class_segment, loss_of
 from cfpretrain.core.process import NoiseProcess
 from cfpretrain.core.segments import Segment, build_layout
 from cfpretrain.core.work import Work, count_work
@@ -159,12 +157,7 @@ class DenoisingLoss:
         work = count_work(segments, layout, len(latents_BCYX))
         return Batch(draws.step, draws.ids_B, segments, layout.num_clean, layout.intervals_BMI, work)
 
-    def __call__(self, model: Callable[..., list[Tensor]], batch: Batch) -> LossTerms:
+    def __call__(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> LossTerms:
         """The loss of a micro-batch that lies on the model's device."""
         entering = [one.keep_clean(num) for one, num in zip(batch.segments, batch.num_clean, strict=True)]
-        predictions = model(entering, batch.intervals_BMI)
-        learned = [one for one in entering if one.targets is not None]
-        terms = (
-            MODALITIES[one.kind].loss(prediction, one) for prediction, one in zip(predictions, learned, strict=True)
-        )
-        return functools.reduce(operator.add, terms)
+        return loss_of(model(entering, batch.intervals_BMI), entering)

@@ -33,8 +33,8 @@ class Model(Protocol):
 
     def __call__(
         self, segments: Sequence[Segment], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> list[Tensor]:
-        """For each noised segment, what its noise process asks for."""
+    ) -> dict[str, Tensor]:
+        """For the images' noised tokens, what their noise process asks for."""
 
 
 # draw(k, positions_BN) -> float32 [B, N, P]: k = 0 is where denoising starts, k = 1, 2, ... the noise after the k-th
@@ -156,7 +156,7 @@ def _denoise(
         timesteps_B = torch.full((len(places_BN),), timestep, device=places_BN.device)
         segment = Segment(IMAGE, noised=noised, positions_BL=places_BN, times_B=timesteps_B)
         context = cache if copies == num_branches else cache.of_first(len(places_BN))
-        prediction_BNP = model([segment], cache=context)[0].float()
+        prediction_BNP = model([segment], cache=context)[IMAGE].float()
         if copies == 1:
             return prediction_BNP
         with_class, without_class = prediction_BNP.chunk(2)

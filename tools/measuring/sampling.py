@@ -118,7 +118,7 @@ def generate_plainly(
         def predict(x_BNP: Tensor, time: float, before=before, at_BN=at_BN, intervals_1MI=intervals_1MI) -> Tensor:
             times = torch.full((len(labels),), time, device=labels.device)
             noised = Segment(IMAGE, noised=x_BNP.repeat(n, 1, 1), positions_BL=at_BN.repeat(n, 1), times_B=times)
-            (prediction,) = model([*before, noised], intervals_1MI)
+            prediction = model([*before, noised], intervals_1MI)[IMAGE]
             if n == 1:
                 return prediction
             with_class, without_class = prediction.chunk(2)
