@@ -38,7 +38,7 @@ from cfpretrain.evaluation.sampling_options import (
 if TYPE_CHECKING:
     from cfpretrain.evaluation.generation import GenerationSettings
     from cfpretrain.evaluation.image_set import ImageSet
-    from cfpretrain.evaluation.source import Origin, Source
+    from cfpretrain.evaluation.source import Source
 
 _MOST_ROWS = 10  # of a grid where no classes are asked for
 _PER_CLASS = 8
@@ -81,10 +81,10 @@ def run(arguments: argparse.Namespace) -> None:
     with runtime.ranks_of_a_tool(device):
         with runtime.together(), phase(f"loading {arguments.source}"):
             # Mistakes in names and settings are found before the weights are read.
-            origin = open_source(arguments.source, arguments.weights, arguments.step)
-            settings = read_settings(arguments, origin.config, origin.config.model.num_tokens)
-            labels = _labels(arguments, origin)
-            source = origin.load(device, arguments.precision)
+            source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
+            settings = read_settings(arguments, source.config, source.config.model.num_tokens)
+            labels = _labels(arguments, source)
+            source.model.eval()
         ar_steps, levels = settings.num_ar_steps, settings.num_denoising_steps
         say(f"{source.title}: AR steps {ar_steps}, denoising steps {levels} ({settings.solver})")
         if arguments.trajectory is not None:
@@ -114,11 +114,11 @@ def _check(arguments: argparse.Namespace) -> None:
         check_place("--out", arguments.out, must_be_new=is_picture(arguments.out))
 
 
-def _labels(arguments: argparse.Namespace, origin: "Origin") -> list[int]:
+def _labels(arguments: argparse.Namespace, source: "Source") -> list[int]:
     """The class of each image: the classes in turn, so that image i has the same whatever the number of images."""
-    names = origin.class_names
+    names = source.class_names
     if arguments.classes:
-        classes = [origin.label_of(text) for text in arguments.classes]
+        classes = [source.label_of(text) for text in arguments.classes]
     elif is_picture(arguments.out):
         num_rows = min(len(names), _MOST_ROWS)
         classes = [i * len(names) // num_rows for i in range(num_rows)]

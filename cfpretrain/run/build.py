@@ -26,7 +26,7 @@ from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
 from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
-from cfpretrain.run.checkpoint import read_tensors
+from cfpretrain.run.checkpoint import TensorFile, check_shapes, open_weights
 from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.state import TrainingState, means_the_same, read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError
@@ -292,16 +292,10 @@ Step = int | Literal["best"] | None
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """A checkpoint of a run, and what it was trained with.
+    """A checkpoint of a run, and what it was trained with."""
 
-    Attributes:
-        config: in force when it was written, but that data and autoencoder lie where the run folder's config says.
-        path: of its folder.
-        state: its counters and record.
-    """
-
-    config: Config
-    path: Path
+    config: Config  # in force when it was written, but that data and autoencoder lie where the run folder's config says
+    path: Path  # of its folder
     state: TrainingState
 
     def class_names(self) -> tuple[str, ...]:
@@ -311,6 +305,19 @@ class RunCheckpoint:
     def make_autoencoder(self, device: torch.device) -> Autoencoder:
         """What turns its latents into images; UserError where it cannot be loaded, or is another than trained with."""
         return make_autoencoder(self.config, device, self.state.autoencoder)
+
+    def open_weights(self, weights: str = "ema") -> TensorFile:
+        """The averaged weights ("ema") or the trained ones themselves ("raw"), to be read tensor by tensor."""
+        return open_weights(self.path, "ema" if weights == "ema" else "weights")
+
+    def load_model(self, weights: str = "ema") -> CausalFusion:
+        """The model with these weights, in fp32 on the CPU, for sampling and scoring."""
+        with torch.device("meta"):
+            model = make_model(self.config)
+        there = self.open_weights(weights)
+        check_shapes(there, {name: tuple(value.shape) for name, value in model.state_dict().items()})
+        model.load_state_dict(there.read_all(), assign=True)
+        return model.eval().requires_grad_(False)
 
 
 def find_checkpoint(run: Path, step: Step = None) -> RunCheckpoint:
@@ -389,40 +396,3 @@ def _find_autoencoder(folder: str, working_folder: str) -> str:
     there = os.path.join(working_folder, folder)
     is_elsewhere = folder and working_folder and os.path.realpath(working_folder) != os.path.realpath(".")
     return there if is_elsewhere and os.path.isdir(there) else folder
-
-
-def load_run(
-    folder: Path, device: torch.device, which: Literal["ema", "weights"] = "ema", step: Step = None
-) -> tuple[Config, CausalFusion, int]:
-    """The model of a run's checkpoint, for sampling and scoring.
-
-    Args:
-        folder: of the run.
-        device: where the model will compute.
-        which: the averaged weights, or the trained ones themselves.
-        step: of the checkpoint; see `find_checkpoint`.
-
-    Returns:
-        The config that it was trained with, the model in fp32 on `device`, and the checkpoint's step.
-
-    Raises:
-        UserError: the folder is not a run's, holds no such checkpoint, or names another autoencoder than it had.
-    """
-    found = find_checkpoint(folder, step)
-    if found.config.data.autoencoder:
-        found.make_autoencoder(torch.device("cpu"))  # for its checks
-    return found.config, load_weights(found, which).to(device).eval().requires_grad_(False), found.state.step
-
-
-def load_weights(found: RunCheckpoint, which: Literal["ema", "weights"]) -> CausalFusion:
-    """The model of a checkpoint in fp32 on the CPU; arguments and errors as `load_run`."""
-    with torch.device("meta"):
-        model = make_model(found.config)
-    try:
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        model.load_state_dict(read_tensors(found.path, which, shapes), assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        config_file = Path(found.config.run.folder) / CONFIG_FILE
-        raise UserError(f"checkpoint {found.path} does not fit {config_file}: {reason:.300}") from error
-    return model

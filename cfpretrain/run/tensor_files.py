@@ -70,7 +70,10 @@ def unreadable(task: str, error: Exception, fix: str) -> UserError:
     """The error for a file of a checkpoint that cannot be read; a damaged one where another may be whole."""
     # Where a permission is missing, an earlier checkpoint is no answer.
     kind = UserError if isinstance(error, PermissionError) else DamagedCheckpointError
-    return kind(f"{task}: {reason_of(error)}; {fix}")
+    reason = reason_of(error)
+    if isinstance(error, OSError) and error.filename and str(error.filename) in task:
+        reason = str(error.strerror)
+    return kind(f"{task}: {reason}; {fix}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

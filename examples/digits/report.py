@@ -78,7 +78,8 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.run import build
         from examples.digits.sample_sets import make_missing
     device = runtime.pick_device()
-    config, model, step = build.load_run(arguments.run, device)
+    found = build.find_checkpoint(arguments.run)
+    config, step = found.config, found.state.step
     _check(arguments, config.model.num_tokens, config.noise.num_timesteps)
     _check_decodes(arguments.run, config)
     num_real = _check_images(arguments, config)
@@ -93,9 +94,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     with runtime.ranks_of_a_tool(device):
         with runtime.together():
+            model = found.load_model().to(device)
+            decoder = found.make_autoencoder(device).fingerprint
             extractor = make_extractor(EFFNET, device)
             work = _begin(arguments.run) if runtime.rank() == 0 else None
-        sets = _plan(arguments, config, model, num_embedded, device)
+        sets = _plan(arguments, config, model, decoder, num_embedded, device)
         make_missing(config, list(sets.values()), device)
         made = _judged(sets, arguments)
         with phase(f"comparing {num_embedded} images by {extractor.name}"):
@@ -229,7 +232,7 @@ def _begin(run: Path) -> "Unfinished":
 
 
 def _plan(
-    arguments: argparse.Namespace, config: Any, model: Any, num_embedded: int, device: Any
+    arguments: argparse.Namespace, config: Any, model: Any, decoder: str, num_embedded: int, device: Any
 ) -> "dict[tuple[int, float] | None, SampleSet]":
     """The sets to sample, by AR steps and guidance; None: of the model before training."""
     from cfpretrain.autoencoder import fingerprint
@@ -241,7 +244,7 @@ def _plan(
     from examples.digits.sample_sets import SampleSet
 
     labels = [i % config.model.num_classes for i in range(arguments.num_images)]
-    decoder, weights = build.make_autoencoder(config, device).fingerprint, fingerprint(model.state_dict())
+    weights = fingerprint(model.state_dict())
     untrained = json.dumps([config.run.seed, to_plain(config)["model"]])
 
     def settings(num_ar_steps: int, guidance: float) -> Any:
