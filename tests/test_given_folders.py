@@ -307,7 +307,7 @@ def test_numbers_that_no_machine_counts(number: str, tmp_path: Path) -> None:
     for key in ("run: {seed: %s}", "train: {learning_rate: %s}"):
         (tmp_path / "config.yaml").write_text(key % number)
         if "seed" in key or number != "9223372036854775808":  # as a learning rate it is merely bold
-            refusal(lambda: build.load_config(tmp_path / "config.yaml"))
+            refusal(lambda: build.checked(load_config(tmp_path / "config.yaml")))
 
 
 @pytest.mark.parametrize(

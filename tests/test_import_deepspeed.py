@@ -25,13 +25,14 @@ from cfpretrain.core import seeds
 from cfpretrain.core.model import write_initial_values
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.official import our_name, to_official
-from cfpretrain.run import build, checkpoint_writer
+from cfpretrain.run import build
 from cfpretrain.run.checkpoint import load, open_weights
 from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.state import TrainingState, read_state
 from cfpretrain.training import optim, zero
 from cfpretrain.training.engine import Engine, build_engine
 from cfpretrain.training.zero import ds_config
+from tests import checkpoints
 from tests.checkpoints import make_state
 from tests.processes import run_in_processes
 from tests.strictness import make_warnings_errors
@@ -166,7 +167,7 @@ def of_kind(folder: Path, kind: Kind, make: Callable[[Config], Engine]) -> Found
     if make is make_engine:
         state = make_state(NUM_STEPS, config=to_plain(config))
         ema = [fragment.values.clone() for fragment in engine.fragments()]
-        checkpoint_writer.save(CheckpointStore(folder / "ours", 1, 0), state, engine.fragments(), ema)
+        checkpoints.write(CheckpointStore(folder / "ours", 1, 0), state, engine.fragments(), ema)
     further = range(NUM_STEPS, NUM_STEPS + NUM_FURTHER)
     continued = [train_step(engine, config, step) for step in further]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base.class_names import label_of
-from cfpretrain.base.config import Config
+from cfpretrain.base.config import Config, load_recorded
 from cfpretrain.base.config_files import from_plain
 from cfpretrain.base.console import UserError, excerpt, say
 from cfpretrain.base.files import read_json
@@ -37,8 +37,8 @@ from cfpretrain.run.build import (
     Autoencoder,
     RunCheckpoint,
     Step,
+    checked,
     find_checkpoint,
-    load_recorded_config,
     make_autoencoder,
     make_model,
 )
@@ -141,7 +141,7 @@ def _no_source(path: Path) -> str:
 
 
 def _export_config(folder: Path) -> Config:
-    config = load_recorded_config(folder / CONFIG_FILE)
+    config = checked(load_recorded(folder / CONFIG_FILE))
     _check_export(folder, config)
     autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else ""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))

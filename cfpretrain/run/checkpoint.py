@@ -145,13 +145,8 @@ def open_tensors(checkpoint: Path, step: int, contents: Iterable[str]) -> dict[s
 def open_weights(path: Path, which: Literal["ema", "weights"]) -> TensorFile:
     """The averages ("ema", for sampling and export) or the trained weights of a checkpoint, to be read one by one.
 
-    Args:
-        path: the checkpoint's folder.
-        which: of them.
-
     Raises:
         DamagedCheckpointError: it is not what was written.
-        UserError: not a complete checkpoint of ours.
     """
     state = read_state(path)
     with _reading(tensor_file(path, which)):
@@ -231,23 +226,19 @@ def _reading_on_all_ranks(path: Path) -> Iterator[None]:
 def load(
     path: Path, fragments: Sequence[Fragment], ema_values: Sequence[Tensor], config: Mapping[str, Any]
 ) -> TrainingState:
-    """Fills fragments and averages from a checkpoint, whatever ranks and ZeRO stage wrote it.
+    """Fills this rank's fragments and averages from a checkpoint, whatever ranks and ZeRO stage wrote it.
 
     Every byte is held against its hash before the first tensor is read; the ranks share this work. The caller
     refreshes its low-precision weights after.
 
     Args:
         path: the checkpoint's folder.
-        fragments: this rank's ranges; values and the optimizer's state are overwritten.
-        ema_values: the averages, aligned with the fragments; overwritten.
+        fragments: values and the optimizer's state are overwritten.
+        ema_values: aligned with the fragments; overwritten.
         config: the run's, as plain values.
-
-    Returns:
-        The counters and the record.
 
     Raises:
         DamagedCheckpointError: on all ranks: it is not what was written; an earlier one may be whole.
-        UserError: on all ranks: not a complete checkpoint, of another schema, model or optimizer.
     """
     shapes = gather_shapes(fragments)
     with _reading_on_all_ranks(path):

@@ -14,7 +14,6 @@ Exit code 2: a mistake; 75: it was asked to stop.
 import argparse
 import json
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -235,9 +234,12 @@ def _plan(
     arguments: argparse.Namespace, config: Any, model: Any, decoder: str, num_embedded: int, device: Any
 ) -> "dict[tuple[int, float] | None, SampleSet]":
     """The sets to sample, by AR steps and guidance; None: of the model before training."""
+    import torch
+
     from cfpretrain.autoencoder import fingerprint
     from cfpretrain.base.config import to_plain
     from cfpretrain.core.ar import equal_sizes
+    from cfpretrain.core.model import initialise
     from cfpretrain.core.sampler import Guidance
     from cfpretrain.evaluation.generation import GenerationSettings, plan_of
     from cfpretrain.run import build
@@ -265,7 +267,15 @@ def _plan(
         sets[key] = SampleSet(name, lambda: model, labels, how, _kept(arguments.run), plan)
     how = settings(min(arguments.num_ar_steps), 1.0)
     plan = plan_of(config, untrained, decoder, how)
-    make_untrained = partial(build.make_untrained, config, device)
+
+    def make_untrained() -> Any:
+        """The model as a run begins with it: what any training must beat."""
+        with torch.device("meta"):
+            model = build.make_model(config)
+        model.to_empty(device=device)
+        initialise(model, config.run.seed)
+        return model.eval().requires_grad_(False)
+
     sets[None] = SampleSet(
         "the untrained model", make_untrained, labels[:num_embedded], how, _kept(arguments.run), plan
     )
