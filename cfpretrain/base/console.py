@@ -31,9 +31,9 @@ _LESS_MEMORY = "give a smaller batch (--batch-size, train.micro_batch_size), or 
 
 
 class UserError(ValueError):
-    """A mistake of the user's: shown as one line, without a traceback.
+    """A mistake of the user's, shown as one line without a traceback; secrets in it are masked.
 
-    The message names the key or file, what was expected, what came, and how to fix it; secrets in it are masked.
+    The message names the key or file, what was expected, what came, and how to fix it. What raises it seldom says so.
     """
 
     def __init__(self, text: object = "") -> None:
@@ -41,7 +41,7 @@ class UserError(ValueError):
 
 
 class SickRunError(RuntimeError):
-    """Training that does not recover by itself: shown as one line, without a traceback."""
+    """Training that does not recover by itself, shown as one line without a traceback."""
 
 
 _hidden: dict[str, str] = {}  # secrets, with the text that is shown for each
@@ -67,16 +67,6 @@ def masked(text: str) -> str:
 def excerpt(text: str, most: int | None = None) -> str:
     """A text for a message, cut to `most` characters; masked before, since a part of a secret is not recognised."""
     return masked(text)[:most]
-
-
-def add_allow_env(parser: argparse.ArgumentParser) -> None:
-    """The option `--allow-env`, of every command that reads configs of the user's own."""
-    parser.add_argument(
-        "--allow-env",
-        action="store_true",
-        help="let ${oc.env:NAME} in these configs and overrides read the environment; what it says goes into the run's "
-        "config.yaml, so that it is no place for keys",
-    )
 
 
 def one_line(error: BaseException) -> str:
@@ -197,9 +187,8 @@ def ending_in_one_line() -> Iterator[None]:
 def explain_no_memory(error: Exception) -> UserError | None:
     """What a user can do about an error of too little memory, on a GPU or the host; None for all other errors.
 
-    Args:
-        error: it, or one of its causes, may be torch's, CUDA's, Python's or the system's. Its notes
-            (`BaseException.add_note`) are the advice, where there are any.
+    The error, or one of its causes, may be torch's, CUDA's, Python's or the system's. Its notes
+    (`BaseException.add_note`) are the advice, where there are any.
     """
     cause: BaseException | None = error
     while cause is not None and not _says_no_memory(cause):
@@ -222,12 +211,7 @@ def _says_no_memory(error: BaseException) -> bool:
 
 
 def exit_with(error: UserError | SickRunError, speaks: bool | None = None) -> NoReturn:
-    """Ends this process with an error on one line.
-
-    Args:
-        error: decides the exit code.
-        speaks: this rank prints it, and ends first; None: rank 0 does.
-    """
+    """Ends this process with an error on one line; rank 0 prints it and ends first, or whoever `speaks`."""
     if is_rank_zero() if speaks is None else speaks:
         # Cut twice, since what is escaped grows.
         text = printable(excerpt(f"error: {error}", _LONGEST_ERROR + 1))
@@ -287,9 +271,8 @@ class Progress:
     """How far some work is: a bar on a terminal, else a line every few seconds; rank 0 only.
 
     Args:
-        total: where it ends.
+        total: of units, such as images.
         done: by earlier runs.
-        unit: what is counted, e.g. "image".
     """
 
     def __init__(self, total: int, done: int, unit: str = "step") -> None:
@@ -305,12 +288,9 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, bar_format=shape)
 
     def show(self, done: int, text: str = "", seconds_left: float | None = None) -> None:
-        """Shows how far it is, those done by earlier runs included.
+        """Shows how many units are done, those of earlier runs included, with a text such as loss and speed.
 
-        Args:
-            done: how many.
-            text: e.g. loss and speed.
-            seconds_left: None: counted from the rate so far, which is shown before the text; silent without one.
+        `seconds_left` None: counted from the rate so far, which is shown before the text; silent without one.
         """
         if seconds_left is None:
             rate = (done - self._first) / max(time.monotonic() - self._begin, 1e-3)

@@ -30,14 +30,13 @@ _Verdict = tuple[int, str]  # exit code and reason
 class Watchdog:
     """Ends the run when a rank died, or keeps the others waiting for too long.
 
-    Every rank says each second that it lives, and how far it is (`runtime.tick`), in the store of the process group.
+    Every rank writes each second that it lives, and how far it is (`runtime.tick`), to the store of the process group.
     Rank 0 reads that of all; its verdict, or its own silence, ends every rank with `EXIT_REQUEUE`. A rank that was
-    asked to stop says so there as well: another may wait for data, and never come to where ranks agree.
+    asked to stop writes that too: another may wait for data, and never come to where ranks agree.
 
     Args:
         timeout_seconds: the longest that a rank may keep the others waiting; less once the run was asked to stop.
         on_lost: called with the reason before this rank ends.
-        stop: this rank's request.
     """
 
     def __init__(self, timeout_seconds: float, on_lost: Callable[[str], None], stop: StopRequest) -> None:
