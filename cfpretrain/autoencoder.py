@@ -157,6 +157,8 @@ def shift_and_scale(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     num_channels = config.latent_channels
     shift = config.latents_mean or [config.shift_factor or 0.0] * num_channels
     std = config.latents_std or [1.0] * num_channels
+    if not len(shift) == len(std) == num_channels:
+        raise ValueError(f"latents_mean and latents_std need {num_channels} values each")
     scale = tuple(config.scaling_factor / value for value in std)
     limits = torch.finfo(torch.float32)  # in which latents are scaled
     if not all(abs(value) <= limits.max for value in (*shift, *scale)) or min(map(abs, scale)) < limits.tiny:
@@ -180,9 +182,7 @@ def make_network(config: Mapping[str, Any], name: str) -> nn.Module:
     try:
         _check_sizes(config)
         network: Any = AutoencoderKL(**{key: value for key, value in config.items() if not key.startswith("_")})
-        shift, scale = shift_and_scale(network.config)
-        if not len(shift) == len(scale) == network.config.latent_channels:
-            raise ValueError(f"latents_mean and latents_std need {network.config.latent_channels} values each")
+        shift_and_scale(network.config)
     except Exception as error:  # of diffusers' and torch's own, for whatever a config says
         raise UserError(
             f"{name}: expected the config of an {_CLASS}, but it makes none ({one_line(error):.200})"

@@ -3,7 +3,7 @@
 import argparse
 from typing import NoReturn
 
-from cfpretrain.base.console import UserError, exit_with
+from cfpretrain.base.console import UserError, add_allow_env, exit_with
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,12 +33,7 @@ def add_config(parser: argparse.ArgumentParser, example: str = "configs/tiny.yam
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="over the files, e.g. train.num_steps=100"
     )
-    parser.add_argument(
-        "--allow-env",
-        action="store_true",
-        help="let ${oc.env:NAME} in these configs and overrides read the environment; what it says goes into the run's "
-        "config.yaml, so that it is no place for keys",
-    )
+    add_allow_env(parser)
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:

@@ -15,7 +15,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, Any
@@ -83,17 +83,14 @@ def _check_num_values(text: str, max_values: int) -> None:
 
 
 def parse_json(
-    text: str | bytes,
-    of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
-    max_values: int = _MAX_VALUES,
+    text: str | bytes, of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None, max_values: int = _MAX_VALUES
 ) -> Any:
     """The value of a JSON text; ValueError where it is none, nests too deep or holds more than `max_values` values.
 
     Args:
         of_pairs: makes each object from its (name, value) pairs; None: a dict.
     """
-    if isinstance(text, bytes):
-        text = text.decode()
+    text = text.decode() if isinstance(text, bytes) else text
     _check_num_values(text, max_values)
     try:
         value = json.loads(text, object_pairs_hook=of_pairs)
@@ -170,17 +167,13 @@ def try_lock(file: Path) -> int | None:
         The descriptor; None where another process holds the lock, or the file has lost its name meanwhile.
     """
     descriptor = open_lock(file)
-    try:
+    with ExitStack() as closing, suppress(BlockingIOError, FileNotFoundError):
+        closing.callback(os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # Its last holder may have finished, and moved or removed the folder, since it was opened.
         if os.path.samestat(os.fstat(descriptor), os.lstat(file)):
+            closing.pop_all()
             return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
     return None
 
 
@@ -248,11 +241,7 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 
 
 def copy(
-    source: Path,
-    target: Path,
-    is_right: Callable[[bytes], bool],
-    max_bytes: int | None = None,
-    follow: bool = False,
+    source: Path, target: Path, is_right: Callable[[bytes], bool], max_bytes: int | None = None, follow: bool = False
 ) -> None:
     """Copies a regular file of a folder that was given to where nothing is yet.
 
