@@ -63,7 +63,7 @@ class OrderConfig:
     # P(S) is proportional to ar_step_decay^(S-1), where S is drawn.
     ar_step_decay: Annotated[float, Range(1e-9, 1)] = 0.9
     ar_step_sizes: Literal["random", "equal"] = "random"  # uniform cut points, or num_ar_steps equal steps
-    ar_split: Literal["sample", "batch"] = "sample"  # who shares a split: nobody, or a global batch
+    ar_split: Literal["sample", "batch"] = "sample"  # each sample has its own split, or a global batch shares one
     ar_weight_first: NotNegative = 2.0  # loss weight of a step that begins at token 0
     ar_weight_last: NotNegative = 1.0  # its limit for a step that begins at token L
     ar_weight_schedule: Literal["linear", "cosine"] = "linear"
@@ -139,7 +139,7 @@ class GuardConfig:
     # A loss or gradient norm that lies so many robust standard deviations above the median of the latest applied steps
     # is a spike, and its step is skipped, as one is that is not finite; 0 = only those.
     spike_deviations: NotNegative = 20.0
-    window_steps: Annotated[int, Range(32, 1_000_000)] = 200  # applied steps that say what is usual
+    window_steps: Annotated[int, Range(32, 1_000_000)] = 200  # the latest applied steps, which define what is normal
     max_skips_in_row: Positive = 10  # then back to the last checkpoint, and on with the data after the skipped
     max_rewinds: Natural = 3  # in a run; then it stops
     # A run ends when a rank keeps the others waiting for longer.

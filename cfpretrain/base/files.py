@@ -1,11 +1,10 @@
-"""Reading, making, moving and removing files, where the folder may be a stranger's or another process may write it.
+"""Reading, making, moving and removing files in folders that may be a stranger's, or that other processes write.
 
-All that the project writes goes through here, and all that it reads of folders that were given to it. A path is changed
-only as what it is itself: where it is a link, the link is replaced or removed, or the call is refused; what it leads to
-is never touched. What is read may be behind links, but it is a regular file (a pipe would keep its reader waiting, a
-device has no end), and no larger than the caller allows.
+The project writes everything through here, and so reads whatever a user gave it. No change follows a link: the link
+itself is replaced or removed, or the call is refused. A file to read may be behind links, but it is a regular file (a
+pipe would keep its reader waiting, a device has no end), and no larger than the caller allows.
 
-Errors are `OSError`, whose `strerror` says in a few words what is wrong, and `ValueError` for content.
+Errors are `OSError`, whose `strerror` is the reason in a few words, and `ValueError` for content.
 """
 
 import errno
@@ -77,7 +76,7 @@ def read_text(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) 
 
 
 def _check_num_values(text: str, max_values: int) -> None:
-    # Of the text: the values themselves would take the memory.
+    # Counted in the text: the values themselves would take the memory.
     if len(text) > max_values and sum(map(text.count, "[{,")) > max_values:
         raise ValueError(f"it holds more than {max_values:,} values")
 
@@ -123,7 +122,7 @@ def create(file: Path) -> IO[bytes]:
 def open_lock(file: Path) -> int:
     """A descriptor to lock a file by, which is made where it is not there; OSError where it is a link, or no file.
 
-    It may have other names, in a copy of the folder by hard links: who writes into it looks at that.
+    It may have other names (hard links, in a copy of the folder): whoever writes into it checks that.
     """
     return _open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
 
@@ -170,7 +169,7 @@ def try_lock(file: Path) -> int | None:
     with ExitStack() as closing, suppress(BlockingIOError, FileNotFoundError):
         closing.callback(os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its last holder may have finished, and moved or removed the folder, since it was opened.
+        # Since it was opened, its last holder may have finished, and moved or removed the folder.
         if os.path.samestat(os.fstat(descriptor), os.lstat(file)):
             closing.pop_all()
             return descriptor
@@ -202,12 +201,12 @@ def replace(file: Path, content: bytes | str | Callable[[IO[bytes]], object]) ->
 
 
 def hidden_beside(path: Path) -> Path:
-    """A name of its own for what will be moved to a path once it is whole."""
+    """A new name beside a path for a file or folder that will be moved there once it is whole."""
     return path.with_name(f"{_WRITING}{path.name}.{os.urandom(_SUFFIX_LETTERS // 2).hex()}")
 
 
 def _create_beside(file: Path) -> tuple[Path, IO[bytes]]:
-    """Makes a file under such a name, and locks it: a sign that its writer lives."""
+    """Makes a file under such a name, locked as long as its writer lives."""
     while True:
         writing = hidden_beside(file)
         made = create(writing)
@@ -219,9 +218,9 @@ def _create_beside(file: Path) -> tuple[Path, IO[bytes]]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Removes what killed writers left under names of `hidden_beside`; what cannot be removed stays.
+    """Removes files and folders that killed writers left under names of `hidden_beside`, where it can.
 
-    A file of `replace` stays while its writer lives. Folders go: where some are, the sole writer may call this.
+    A file of `replace` stays while its writer lives. Folders go, so that only their sole writer may call this.
 
     Args:
         folder: one that is not there, or is a link, is left alone.
@@ -259,7 +258,7 @@ def copy(
 
 
 def is_png(begin: bytes) -> bool:
-    """Whether a file that begins so says that it is a PNG."""
+    """Whether a file with these first bytes is a PNG."""
     return begin.startswith(PNG_BEGIN)
 
 
@@ -268,7 +267,7 @@ def is_png(begin: bytes) -> bool:
 
 
 def make_folder(folder: Path, private: bool = False, follow: bool = False, parents: bool = True) -> None:
-    """Makes a folder and those above it; what is there already is accepted where it is a folder of this user's.
+    """Makes a folder and those above it; an existing one is accepted where it is this user's.
 
     Args:
         folder: those above it may be links.
@@ -334,12 +333,12 @@ def remove(path: Path) -> None:
     """Deletes a file, a link (never what it leads to) or a folder with all in it, where one is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif os.path.lexists(path):  # a read-only folder refuses to delete even what is not there
+    elif os.path.lexists(path):  # a read-only folder refuses to delete even a file that is not there
         path.unlink(missing_ok=True)
 
 
 def clear(folder: Path, *kept: str) -> None:
-    """Removes all that lies in a folder but some names; NotADirectoryError where the folder is a link."""
+    """Empties a folder but for some names; NotADirectoryError where the folder is a link."""
     if folder.is_symlink():
         raise NotADirectoryError(errno.ENOTDIR, "a link, where a folder is expected", str(folder))
     names = set(kept)
@@ -349,10 +348,10 @@ def clear(folder: Path, *kept: str) -> None:
 
 
 def remove_locked(folder: Path, lock: str) -> None:
-    """Removes a folder with the lock in it that is held; what cannot be removed stays."""
+    """Removes a folder whose lock, a file in it, is held; leaves what cannot be removed."""
     with suppress(OSError):
         clear(folder, lock)
-        # Last: once it is gone another process may begin, and what lies there then is its own.
+        # The lock last: once it is gone another process may begin, and the files there are its own.
         (folder / lock).unlink()
         folder.rmdir()
 
