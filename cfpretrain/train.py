@@ -18,12 +18,11 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cfpretrain.base import launch
-from cfpretrain.base.command_line import add_local_rank
+from cfpretrain.base.command_line import Parser, add_config, add_local_rank
 from cfpretrain.base.console import (
     EXIT_REQUEUE,
     SickRunError,
     UserError,
-    add_allow_env,
     ending_in_one_line,
     masked,
     phase,
@@ -39,18 +38,9 @@ if TYPE_CHECKING:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="deepspeed cfpretrain/train.py", description="Train a CausalFusion model; the same command resumes it."
-    )
-    parser.add_argument(
-        "--config",
-        required=True,
-        action="append",
-        metavar="FILE",
-        help="a YAML file, e.g. configs/tiny.yaml; give several and later ones win",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. train.num_steps=100")
-    add_allow_env(parser)
+    started = sys.argv[0] if sys.argv[0].startswith("cfpretrain ") else "deepspeed cfpretrain/train.py"
+    parser = Parser("Trains a CausalFusion model; the same command resumes it.", started)
+    add_config(parser)
     parser.add_argument(
         "--allow-code", action="store_true", help="let these configs name code to import, as evaluation.features may"
     )

@@ -18,18 +18,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base import files, launch
-from cfpretrain.base.command_line import Parser, add_local_rank
+from cfpretrain.base import files
+from cfpretrain.base.command_line import Parser, add_local_rank, run_on_ranks
 from cfpretrain.base.console import (
     UserError,
-    ending_in_one_line,
     path_argument,
     phase,
     printable,
     say,
 )
 from cfpretrain.base.files import read_json
-from cfpretrain.base.stopping import leave_when_asked
 from cfpretrain.evaluation.sampling_options import check_guidance
 
 if TYPE_CHECKING:
@@ -63,11 +61,7 @@ def main() -> None:
     add("--guidance", type=float, default=2.0, help="beside unguided samples; 0 to 1000 but 1 (default 2)")
     add("--batch-size", type=int, default=250, help=f"images a forward on one rank, 1 to {_MOST_SCORED} (default 250)")
     add_local_rank(parser)
-    arguments = parser.parse_args()
-    launch.check()
-    leave_when_asked()
-    with ending_in_one_line():
-        run(arguments)
+    run_on_ranks(run, parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> None:

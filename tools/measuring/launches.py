@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -60,7 +61,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def settings() -> list[Launch]:
-    """What could do."""
+    """All that are tried."""
     grid = itertools.product(_ROWS, _KEYS, _WARPS, _STAGES)
     return [Launch(*one) for one in grid if one[0] * one[1] <= _MOST_TILE_VALUES]
 
@@ -154,39 +155,34 @@ def sweep(
             if seconds is not None:
                 timed.append({"launch": list(launch), "seconds": seconds})
         timed.sort(key=lambda one: one["seconds"])
-        value_bytes = inputs.q.element_size()
-        now = list(block_causal.LAUNCHES[kernel, head_width, value_bytes])
-        rows.append(
-            {"kernel": kernel, "head_width": head_width, "value_bytes": value_bytes, "length": length}
-            | {"default": now, "timed": timed}
-        )
+        key = {"kernel": kernel, "head_width": head_width, "value_bytes": inputs.q.element_size()}
+        now = tuple(block_causal.LAUNCHES[tuple(key.values())])
+        rows.append({**key, "length": length, "default": list(now), "timed": timed})
         shown = ", ".join(f"{tuple(one['launch'])} {1e3 * one['seconds']:.3f}" for one in timed[:3])
-        print(f"{kernel}, head {head_width}, {length} tokens, ms: {shown}; default {tuple(now)}")
+        print(f"{kernel}, head {head_width}, {length} tokens, ms: {shown}; default {now}")
     return rows
 
 
 def best_settings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each kernel and head width the setting that is best over all lengths that were timed."""
+    names = ("kernel", "head_width", "value_bytes")
+    by_key: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["timed"]:
+            by_key.setdefault(tuple(row[name] for name in names), []).append(row)
     best = []
-    keys = dict.fromkeys((row["kernel"], row["head_width"], row["value_bytes"]) for row in rows if row["timed"])
-    for key in keys:
-        alike = [row for row in rows if (row["kernel"], row["head_width"], row["value_bytes"]) == key and row["timed"]]
-        sums: dict[tuple[int, ...], float] = {}
-        for one in alike[0]["timed"]:
-            launch = tuple(one["launch"])
-            ratios = [_seconds_at(row, launch) / row["timed"][0]["seconds"] for row in alike]
-            sums[launch] = sum(ratios) / len(ratios)
-        launch = min(sums, key=lambda one: sums[one])
+    for key, alike in by_key.items():
+        # Times as multiples of the best at their length; a setting that does not run at one of them is none.
+        seconds = [{tuple(one["launch"]): one["seconds"] for one in row["timed"]} for row in alike]
+        ratios = {
+            launch: statistics.mean(of.get(launch, math.inf) / min(of.values()) for of in seconds)
+            for launch in seconds[0]
+        }
+        launch = min(ratios, key=lambda one: ratios[one])
         lengths = [row["length"] for row in alike]
-        best.append(
-            {"kernel": key[0], "head_width": key[1], "value_bytes": key[2], "launch": list(launch)}
-            | {"of_best": sums[launch], "lengths": lengths}
-        )
+        found = {"launch": list(launch), "of_best": ratios[launch], "lengths": lengths}
+        best.append(dict(zip(names, key, strict=True)) | found)
     return best
-
-
-def _seconds_at(row: dict[str, Any], launch: tuple[int, ...]) -> float:
-    return next((one["seconds"] for one in row["timed"] if tuple(one["launch"]) == launch), math.inf)
 
 
 def lines_for_launches(best: Sequence[dict[str, Any]]) -> list[str]:
