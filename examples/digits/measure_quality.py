@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base.command_line import Parser
-from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.command_line import Parser, check_range
+from cfpretrain.base.console import ending_in_one_line, path_argument, phase, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,20 +59,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with ending_in_one_line():
         for name, least in (("num_images", 1), ("num_edits", 1), ("batch_size", 1), ("num_denoising_steps", 2)):
-            if getattr(arguments, name, least) < least:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option}: expected at least {least}, got {getattr(arguments, name)}")
+            check_range(f"--{name.replace('_', '-')}", getattr(arguments, name, least), least)
         with phase("loading torch"):
             import torch
         measured = {"samples": measure_samples, "edits": measure_edits}[arguments.command](arguments)
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
     options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     print(json.dumps({**options, **measured, "torch": torch.__version__, "hardware": hardware}))
-
-
-def _check_ar_steps(num_ar_steps: int, num_tokens: int) -> None:
-    if not 1 <= num_ar_steps <= num_tokens:
-        raise UserError(f"--num-ar-steps: expected 1 to {num_tokens}, got {num_ar_steps}")
 
 
 # ---------------------------------------------------------------------------
@@ -90,7 +83,7 @@ def measure_samples(arguments: argparse.Namespace) -> dict[str, Any]:
     rows = []
     all_num_ar_steps = arguments.num_ar_steps or sorted({1, min(4, num_tokens), min(16, num_tokens), num_tokens})
     for num_ar_steps in all_num_ar_steps:
-        _check_ar_steps(num_ar_steps, num_tokens)
+        check_range("--num-ar-steps", num_ar_steps, 1, num_tokens)
         guided, unguided = (
             _sample_and_score(arguments, source, judge, _settings(arguments, num_tokens, num_ar_steps, guidance))[1]
             for guidance in (arguments.guidance, 1.0)
@@ -167,8 +160,7 @@ def _sample_and_score(
     from cfpretrain.evaluation.generation import generate_images
 
     labels = [i % source.config.model.num_classes for i in range(arguments.num_images)]
-    what = f"AR steps {settings.num_ar_steps}, {settings.num_denoising_steps} denoising steps ({settings.solver})"
-    with phase(f"sampling {len(labels)} images, {what}, guidance {settings.guidance.scale:g}"):
+    with phase(f"sampling {len(labels)} images, {settings}, guidance {settings.guidance.scale:g}"):
         begin = time.perf_counter()
         images = generate_images(source.config, source.model, labels, settings, source.device) * 2 - 1
         seconds = time.perf_counter() - begin
@@ -183,21 +175,14 @@ def _sample_and_score(
 def _open(arguments: argparse.Namespace) -> tuple["Source", "Classifier", "Tensor", Any]:
     """The model, the classifier, the images it was fitted on, and held-out images; pixels in [-1, 1]."""
     from cfpretrain.base import runtime
-    from cfpretrain.data.images import read_all_images
     from cfpretrain.evaluation.source import load_source
     from examples.digits import classifier
-    from examples.digits.summary import LabelledImages
+    from examples.digits.summary import read_labelled
 
     with phase(f"loading {arguments.source}"):
         source = load_source(arguments.source, runtime.pick_device())
     with phase("fitting the classifier"):
-        train, held_out = (
-            LabelledImages(images.float() / 127.5 - 1, labels)
-            for images, labels in (
-                read_all_images(arguments.images, "--images"),
-                read_all_images(arguments.held_out, "--held-out"),
-            )
-        )
+        train, held_out = read_labelled(arguments.images, "--images"), read_labelled(arguments.held_out, "--held-out")
         return source, classifier.fit(train.images, train.labels_N), train.images, held_out
 
 
@@ -212,7 +197,8 @@ def measure_edits(arguments: argparse.Namespace) -> dict[str, Any]:
     source, judge, _, held_out = _open(arguments)
     model, size = source.config.model, held_out.images.shape[-1]
     regions = {text: read_region(text, model.grid, size, None) for text in arguments.regions}
-    _check_ar_steps(arguments.num_ar_steps, min(int(region_L.sum()) for region_L in regions.values()))
+    smallest = min(int(region_L.sum()) for region_L in regions.values())
+    check_range("--num-ar-steps", arguments.num_ar_steps, 1, smallest)
     edits = range(arguments.num_edits)
     by_region = {
         text: _edit(arguments, source, judge, held_out, region_L, edits[number :: len(regions)])

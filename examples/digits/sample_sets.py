@@ -24,6 +24,7 @@ from cfpretrain.base.outputs import writing
 from cfpretrain.core.sampler import Model
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.generation import GenerationSettings, generate_batches
+from examples.digits.summary import LabelledImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,10 @@ class SampleSet:
         return torch.cat(
             [torch.from_numpy(array_files.load(_file(place, number))) for number in range(len(self._sizes()))]
         )
+
+    def labelled(self) -> LabelledImages:
+        """All images in the scale that scores are made in."""
+        return LabelledImages(self.read() * 2 - 1, torch.tensor(self.labels))
 
     def _sizes(self) -> list[int]:
         size, num_images = self.settings.batch_size, len(self.labels)

@@ -18,6 +18,7 @@ and the cheat's noise is left whole too.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
+from cfpretrain.data import images
 from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of, moments_of
 from cfpretrain.evaluation.neighbours import precision_recall
 from examples.digits import classifier
@@ -48,6 +50,12 @@ class LabelledImages:
                 f"labelled images: expected one label an image, got {len(self.labels_N)} labels "
                 f"for {len(self.images)} images"
             )
+
+
+def read_labelled(folder: Path, option: str) -> LabelledImages:
+    """All images of image shards."""
+    pixels, labels_N = images.read_all_images(folder, option)
+    return LabelledImages(pixels.float() / 127.5 - 1, labels_N)
 
 
 def summarise(

@@ -31,7 +31,7 @@ from cfpretrain.core import attention, seeds
 from cfpretrain.core.ar import draw_steps
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import build_layout, visible_keys
-from tools.measuring.common import alternate, seconds_of
+from tools.measuring.common import alternate, dtype_of, seconds_of
 
 _DENSE = {"dense flash": SDPBackend.FLASH_ATTENTION, "dense cudnn": SDPBackend.CUDNN_ATTENTION}
 _NUM_COND_TOKENS = 64
@@ -45,7 +45,7 @@ _KINDS = tuple(_FORWARDS)
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prints a line for each backend and size; returns them as rows, and why others were not measured."""
     device, missing = runtime.pick_device(), dict[str, str]()
-    print(f"{arguments.num_heads} heads, {_dtype(device)}; ms; TFLOP/s on visible pairs, backward as 2.5 forwards")
+    print(f"{arguments.num_heads} heads, {dtype_of(device)}; ms; TFLOP/s on visible pairs, backward as 2.5 forwards")
     print(f"{'length':>8}{'visible':>9}{'head':>6}{'batch':>7}  {'backend':<12}", end="")
     print("".join(f"{kind + ' ms':>12}" for kind in _KINDS) + f"{'fwd TFLOP/s':>13}{'both TFLOP/s':>14}{'error':>10}")
     rows = []
@@ -57,10 +57,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"attention": rows, "not_measured": missing}
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def _measure_size(
     num_tokens: int, head_width: int, arguments: argparse.Namespace, device: torch.device, missing: dict[str, str]
 ) -> list[dict[str, Any]]:
@@ -70,7 +66,7 @@ def _measure_size(
     names, reasons = backends(device, head_width)
     missing |= {f"{name}, head {head_width}": reason for name, reason in reasons.items()}
     runs = {}
-    for name, run in make_runs(names, intervals_BMI, head_width, arguments.num_heads, _dtype(device)).items():
+    for name, run in make_runs(names, intervals_BMI, head_width, arguments.num_heads, dtype_of(device)).items():
         try:
             run.check()
         except Exception as error:  # the table goes on without it: compilers and kernels raise what they like

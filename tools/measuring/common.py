@@ -102,6 +102,11 @@ def _write_noise(folder: Path, info: LatentsInfo) -> None:
 # Seconds, and where they were measured
 
 
+def dtype_of(device: torch.device) -> torch.dtype:
+    """What kernels are measured in: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def synchronise(device: torch.device) -> None:
     """Waits for the device."""
     if device.type == "cuda":
@@ -153,9 +158,9 @@ def alternate(
 def print_rates(rates: Mapping[str, list[float]], unit: str) -> dict[str, Any]:
     """Prints each side's median and range, and the ratio of the first to the second; returns all of it."""
     for name, values in rates.items():
-        print(f"{name:24}{statistics.median(values):10.2f} {unit} ({min(values):.2f} to {max(values):.2f})")
+        print(f"{name:28}{statistics.median(values):10.2f} {unit} ({min(values):.2f} to {max(values):.2f})")
     ours, other = (statistics.median(values) for values in rates.values())
-    print(f"{'ratio':24}{ours / other:10.2f}")
+    print(f"{'ratio':28}{ours / other:10.2f}")
     return {"unit": unit, "rates": rates, "ratio": ours / other}
 
 

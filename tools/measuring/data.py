@@ -277,7 +277,7 @@ def loader(arguments: argparse.Namespace) -> dict[str, Any]:
             alternate({"loader": ours, "DataLoader": plain}, arguments.pairs, "latents/s"), "latents/s"
         )
     num_busy = needed * statistics.median(cpu_seconds)
-    print(f"{'needed':24}{needed:10.2f} latents/s, which keep {num_busy:.2f} cores busy")
+    print(f"{'needed':28}{needed:10.2f} latents/s, which keep {num_busy:.2f} cores busy")
     settings = {"latents": arguments.latents, "num_workers": num_workers}
     return {**measured, **settings, "needed": needed, "cores_busy": num_busy}
 

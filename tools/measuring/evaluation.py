@@ -15,7 +15,6 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,10 +30,10 @@ from cfpretrain.evaluation.features import INCEPTION, FeatureExtractor, Features
 from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of
 from cfpretrain.evaluation.inception_score import splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
+from tools.measuring import tool
 from tools.measuring.common import alternate, print_rates
 
 _BATCH = 250
-_COMMAND = Path(__file__).parents[1] / "measure.py"
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -75,11 +74,11 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
         "recall": recall,
     }
     for done, seconds in per_thousand.items():
-        print(f"{'sums':24}{seconds:10.3f} s a thousand images, after {done}")
-    print(f"{'sums of a set':24}{found['sum_seconds_a_set']:10.1f} s")
-    print(f"{'Frechet distance':24}{found['frechet_seconds']:10.1f} s")
-    print(f"{'precision and recall':24}{found['precision_recall_seconds']:10.1f} s")
-    print(f"{'memory at its highest':24}{found['peak_rss_mb']:10.0f} MB")
+        print(f"{'sums':28}{seconds:10.3f} s a thousand images, after {done}")
+    print(f"{'sums of a set':28}{found['sum_seconds_a_set']:10.1f} s")
+    print(f"{'Frechet distance':28}{found['frechet_seconds']:10.1f} s")
+    print(f"{'precision and recall':28}{found['precision_recall_seconds']:10.1f} s")
+    print(f"{'memory at its highest':28}{found['peak_rss_mb']:10.0f} MB")
     return found
 
 
@@ -90,7 +89,7 @@ def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
         "one process": functools.partial(_rate, arguments, 1),
     }
     found = print_rates(alternate(sides, arguments.pairs, "images/s", num_warm_up=0), "images/s")
-    print(f"{'efficiency':24}{found['ratio'] / 2:10.2f}")
+    print(f"{'efficiency':28}{found['ratio'] / 2:10.2f}")
     return {"features": arguments.features, "images_per_second": found["rates"], "efficiency": found["ratio"] / 2}
 
 
@@ -99,7 +98,7 @@ def _rate(arguments: argparse.Namespace, world_size: int) -> float:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--batches", arguments.batches, "--batch-size", arguments.batch_size, "--features", arguments.features]
-    command = [sys.executable, str(_COMMAND), "evaluation", "one-rank", *map(str, options)]
+    command = tool("evaluation", "one-rank", *options)
     common = {"OMP_NUM_THREADS": 1, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = []
     for rank in range(world_size):

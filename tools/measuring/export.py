@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,10 +23,10 @@ from cfpretrain.base import files
 from cfpretrain.base.console import UserError, phase, say
 from cfpretrain.export import imported_run
 from cfpretrain.export.diffusers_layout import ExportSettings, export
+from tools.measuring import tool
 from tools.measuring.common import resident_bytes
 
 _GB = 1e9
-_COMMAND = Path(__file__).parents[1] / "measure.py"
 _TINY = ["model.width=32", "model.depth=1", "model.num_heads=1", "model.num_classes=2", "model.num_cond_tokens=1"]
 
 
@@ -66,7 +65,7 @@ def _measure_one(config: Any, folder: Path, arguments: argparse.Namespace) -> di
     with phase(f"writing a run of {sum(map(math.prod, shapes.values())) / 1e6:,.1f} M parameters"):
         imported_run.write_run(folder / "run", config, imported_run.Counters(1, 0), read_tensor, "random values")
     options = ["--dtype", arguments.dtype, "--max-shard-gb", arguments.max_shard_gb, "--config", arguments.config[0]]
-    command = [sys.executable, _COMMAND, "export", "--export", folder / "run", folder / "out", *map(str, options)]
+    command = tool("export", "--export", folder / "run", folder / "out", *options)
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if ended.returncode:
         raise UserError(f"the export ended with code {ended.returncode}; see above")

@@ -15,10 +15,8 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -28,8 +26,9 @@ from cfpretrain.base import files, runtime
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core.attention import block_causal
 from cfpretrain.core.attention.block_causal import Launch
+from tools.measuring import tool
 from tools.measuring.attention import full_intervals
-from tools.measuring.common import seconds_of
+from tools.measuring.common import dtype_of, seconds_of
 
 KERNELS = ("forward", "backward_q", "backward_kv")
 _ROWS, _KEYS, _WARPS, _STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
@@ -38,7 +37,6 @@ _NUM_COND_TOKENS, _NUM_HEADS = 64, 20
 _TOKENS_IN_A_BATCH = 16 * 576
 _REPEATS, _TURNS = 10, 3
 _COMPILE_SHARE = 0.6  # of the time
-_WORKER = (sys.executable, str(Path(__file__).parents[1] / "measure.py"), "launches")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -74,8 +72,9 @@ def _compile_in_parallel(arguments: argparse.Namespace, end: float) -> None:
     """Fills Triton's cache, until `end` at the latest."""
     num_workers = max(1, len(os.sched_getaffinity(0)) - 1)
     say(f"compiling {len(settings()) * len(KERNELS) * len(arguments.head_widths)} kernels on {num_workers} processes")
-    options = ["--tokens", *map(str, arguments.tokens), "--head-widths", *map(str, arguments.head_widths)]
-    workers = [subprocess.Popen([*_WORKER, *options, "--worker", str(i), str(num_workers)]) for i in range(num_workers)]
+    options = ["--tokens", *arguments.tokens, "--head-widths", *arguments.head_widths]
+    commands = [tool("launches", *options, "--worker", i, num_workers) for i in range(num_workers)]
+    workers = list(map(subprocess.Popen, commands))
     for worker in workers:
         try:
             worker.wait(max(0.0, end - time.monotonic()))
@@ -106,9 +105,8 @@ class Inputs:
     def __init__(self, batch_size: int, num_tokens: int, num_heads: int, head_width: int, device: Any) -> None:
         self.intervals_BMI = full_intervals(0, batch_size, _NUM_COND_TOKENS, num_tokens).to(device)
         self.length = self.intervals_BMI.shape[1]
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         shape = (batch_size, self.length, 3, num_heads, head_width)
-        qkv = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+        qkv = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype_of(device))
         self.q, self.k, self.v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         self.gradient = torch.ones_like(self.q)
 

@@ -11,7 +11,7 @@ from cfpretrain.base.config import ModelConfig
 from cfpretrain.core import attention
 from cfpretrain.core.model import Block, BlockSettings
 from tools.measuring.attention import full_intervals
-from tools.measuring.common import synchronise
+from tools.measuring.common import dtype_of, synchronise
 
 # By a part of the name of a kernel, or on a CPU of an operator; the first that fits counts.
 _KINDS = {
@@ -117,7 +117,7 @@ def count_kernels(model: ModelConfig, backend: str, device: torch.device) -> dic
     from torch._dynamo.utils import counters
     from torch._inductor import metrics
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype_of(device)
     torch._dynamo.reset()
     counters.clear()
     metrics.reset()

@@ -30,6 +30,7 @@ from typing import Any
 
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError, explaining, say
+from tools.measuring import tool
 from tools.measuring.report_tables import to_markdown
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +46,7 @@ class Section:
 
     name: str  # of it and of its log
     seconds: float  # that it takes, roughly
-    commands: tuple[tuple[str, ...], ...]  # tools with their options, `_LIMIT` among them; several run at once
+    commands: Sequence[Sequence[str]]  # tools with their options, `_LIMIT` among them; several run at once
     needs_gpu: bool = False  # it has nothing to measure without one
     packages: tuple[str, ...] = ()  # that it needs beside those of every run
     only_if_asked: bool = False  # it is left out unless `--only` names it
@@ -92,12 +93,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 # What is measured
 
 
-def tool(what: str, *options: str) -> tuple[str, ...]:
-    """The command of a measurement."""
-    return (sys.executable, str(_ROOT / "tools" / "measure.py"), what, *options)
-
-
-def _step(config: str, *options: str) -> tuple[str, ...]:
+def _step(config: str, *options: str) -> list[str]:
     return tool("step", "--config", f"configs/{config}.yaml", *options)
 
 
