@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base.command_line import Parser, check_range
-from cfpretrain.base.console import ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.console import ending_in_one_line, path_argument, phase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,19 @@ if TYPE_CHECKING:
     from examples.digits.classifier import Classifier
 
 _NUM_DDPM_STEPS = 250
+_SEAMS = ("seam", "seam_put_together", "seam_pasted")
+# Rows of the table of edits.
+_EDIT_ROWS = {
+    "num_edits": "edits",
+    "new_class": "taken for the new class",
+    "new_class_put_together": "  put together",
+    "old_class": "taken for the old class",
+    "old_class_unedited": "  unedited",
+    "seam_ratio": "seam, in those of unedited images",
+    "seam_ratio_put_together": "  put together",
+    "seam_ratio_pasted": "  pasted",
+    "moved_by_context": "moved by the kept tokens",
+}
 
 
 def main() -> None:
@@ -77,6 +90,7 @@ def measure_samples(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from examples.digits.pixels import frechet_between
+    from examples.digits.summary import table
 
     source, judge, real, held_out = _open(arguments)
     num_tokens = source.config.model.num_tokens
@@ -102,35 +116,20 @@ def measure_samples(arguments: argparse.Namespace) -> dict[str, Any]:
         "frechet_ratio": few["frechet_pixel"] / plain["frechet_pixel"],
         "classifier_accuracy_on_real": judge.accuracy(held_out.images, held_out.labels_N),
     }
-    _say_quality(measured, arguments)
+    costs = ("accuracy", "seconds_per_image")
+    parts = ("num_evaluations", "accuracy", "frechet_pixel", "seconds_per_image")
+    lines: list[tuple[object, ...]] = [
+        ("share of images that are the class", f"guidance {arguments.guidance:g}", "s/image", "unguided", "s/image")
+    ]
+    for row in rows:
+        values = [row[which][cost] for which in ("guided", "unguided") for cost in costs]
+        lines.append((f"  AR steps {row['num_ar_steps']}", *values))
+    lines += [("  real images, held out", measured["classifier_accuracy_on_real"]), ()]
+    lines.append(("1 AR step, unguided", "evaluations", "accuracy", "Frechet", "s/image"))
+    lines += [(f"  {name}", *(scores[part] for part in parts)) for name, scores in solvers.items()]
+    lines.append(("  difference, and ratio", "", measured["accuracy_difference"], measured["frechet_ratio"]))
+    print(table(lines), flush=True)
     return measured
-
-
-def _say_quality(measured: dict[str, Any], arguments: argparse.Namespace) -> None:
-    lines = [
-        f"share of images that are the class (real ones, held out: {measured['classifier_accuracy_on_real']:.3f})",
-        f"  {'AR steps':<12}{f'guidance {arguments.guidance:g}':>14}{'s/image':>10}{'unguided':>14}{'s/image':>10}",
-    ]
-    for row in measured["rows"]:
-        cells = "".join(
-            f"{row[which]['accuracy']:>14.3f}{row[which]['seconds_per_image']:>10.3f}"
-            for which in ("guided", "unguided")
-        )
-        lines.append(f"  {row['num_ar_steps']:<12}{cells}")
-    lines += [
-        "1 AR step, unguided",
-        f"  {'solver':<16}{'evaluations':>12}{'accuracy':>12}{'Frechet':>12}{'s/image':>10}",
-    ]
-    for name, scores in measured["solvers"].items():
-        lines.append(
-            f"  {name:<16}{scores['num_evaluations']:>12}{scores['accuracy']:>12.3f}{scores['frechet_pixel']:>12.3f}"
-            f"{scores['seconds_per_image']:>10.3f}"
-        )
-    lines.append(
-        f"  difference of accuracy {measured['accuracy_difference']:+.3f}, ratio of Frechet distances "
-        f"{measured['frechet_ratio']:.3f}"
-    )
-    print("\n".join(lines), flush=True)
 
 
 def _settings(
@@ -193,6 +192,7 @@ def _open(arguments: argparse.Namespace) -> tuple["Source", "Classifier", "Tenso
 def measure_edits(arguments: argparse.Namespace) -> dict[str, Any]:
     """Edits of held-out images, each under another class than its own, region by region."""
     from cfpretrain.evaluation.editing import read_region
+    from examples.digits.summary import table
 
     source, judge, _, held_out = _open(arguments)
     model, size = source.config.model, held_out.images.shape[-1]
@@ -205,27 +205,17 @@ def measure_edits(arguments: argparse.Namespace) -> dict[str, Any]:
         for number, (text, region_L) in enumerate(regions.items())
         if len(edits[number :: len(regions)])
     }
+    num_edits = arguments.num_edits
     overall = {
-        key: sum(one[key] * one["num_edits"] for one in by_region.values()) / arguments.num_edits
+        key: sum(one[key] * one["num_edits"] for one in by_region.values()) / num_edits
         for key in next(iter(by_region.values()))
-        if key != "num_edits"
     }
-    for text, one in {**by_region, "all": {**overall, "num_edits": arguments.num_edits}}.items():
-        seams = {name: one[name] / one["seam_unedited"] for name in ("seam", "seam_put_together", "seam_pasted")}
-        say(
-            f"{text}: of {one['num_edits']} edits the classifier sees the new class in {one['new_class']:.3f} (put "
-            f"together: {one['new_class_put_together']:.3f}), the old one in {one['old_class']:.3f} (unedited: "
-            f"{one['old_class_unedited']:.3f}); seam {seams['seam']:.2f} of unedited images' (put together "
-            f"{seams['seam_put_together']:.2f}, pasted {seams['seam_pasted']:.2f}); moved by the kept tokens: "
-            f"{one['moved_by_context']:.3f}"
-        )
-    return {
-        **overall,
-        "seam_ratio": overall["seam"] / overall["seam_unedited"],
-        "seam_ratio_put_together": overall["seam_put_together"] / overall["seam_unedited"],
-        "seam_ratio_pasted": overall["seam_pasted"] / overall["seam_unedited"],
-        "regions": by_region,
-    }
+    columns = {**by_region, "all": {**overall, "num_edits": num_edits}}
+    for one in columns.values():
+        one |= {name.replace("seam", "seam_ratio"): one[name] / one["seam_unedited"] for name in _SEAMS}
+    rows = [(text, *(one[name] for one in columns.values())) for name, text in _EDIT_ROWS.items()]
+    print(table([("", *columns), *rows]), flush=True)
+    return {**columns.pop("all"), "regions": columns}
 
 
 def _edit(

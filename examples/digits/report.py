@@ -331,6 +331,7 @@ def _draw(folder: Path, config: Any, model: Any, step: int, sets: "Sets") -> Non
 
 def _table(report: dict[str, Any], folder: Path) -> str:
     from cfpretrain.run import build
+    from examples.digits.summary import table
 
     ar_steps, fewest = list(report["class_accuracy"]), f"unguided, AR steps {min(report['num_ar_steps'])}"
     rows: list[tuple[object, ...]] = [
@@ -352,10 +353,7 @@ def _table(report: dict[str, Any], folder: Path) -> str:
         ("reconstruction by the autoencoder, MSE", report["autoencoder_reconstruction_mse"]),
         (),
     ]
-    lines = []
-    for name, *values in (row or ("",) for row in rows):
-        cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)
-        lines.append(f"  {name:<38}{''.join(f'{cell:>12}' for cell in cells)}".rstrip())
+    lines = table(rows).split("\n")
     if report.keys() >= set(build.SUMMARY_NUMBERS):
         lines.append(
             f"  trained {report['num_steps']} steps in {report['train_seconds']:.0f} s on {report['world_size']} ranks "

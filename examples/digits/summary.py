@@ -16,7 +16,7 @@ scikit-learn's 8x8 digits as value / 8 - 1 give 0.23 to 0.27 for real_against_re
 and the cheat's noise is left whole too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,15 @@ def read_labelled(folder: Path, option: str) -> LabelledImages:
     """All images of image shards."""
     pixels, labels_N = images.read_all_images(folder, option)
     return LabelledImages(pixels.float() / 127.5 - 1, labels_N)
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Lines of a name and values each, floats with three digits; an empty row is an empty line."""
+    lines = []
+    for name, *values in (row or ("",) for row in rows):
+        cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)
+        lines.append(f"  {name:<38}{''.join(f'{cell:>12}' for cell in cells)}".rstrip())
+    return "\n".join(lines)
 
 
 def summarise(
