@@ -66,7 +66,7 @@ def test_sides_take_turns() -> None:
 def test_rates_are_compared_by_their_medians(capsys: pytest.CaptureFixture[str]) -> None:
     found = common.print_rates({"ours": [2.0, 4.0, 9.0], "plain": [1.0, 2.0, 5.0]}, "images/s")
     assert found["ratio"] == 2
-    assert "ours                4.0 images/s  (2.0 to 9.0)" in capsys.readouterr().out
+    assert f"{'ours':28}      4.00 images/s (2.00 to 9.00)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", command._OPTIONS)

@@ -39,11 +39,11 @@ _BATCH = 500  # images at once where nothing is learned
 
 
 class StoppedError(Exception):
-    """Something asked for the end; the state is saved."""
+    """There was a request to stop; the state is saved."""
 
 
 def check(stop: StopRequest) -> None:
-    """Raises StoppedError where somebody asked for the end."""
+    """Raises StoppedError after a request to stop."""
     if stop.reason is not None:
         raise StoppedError
 
@@ -59,17 +59,13 @@ class Training:
             `--learning-rate` (its height), `--kl-weight`, `--seed`, and what says which images and first weights.
             Without a number of steps, `settle` must follow.
         folder: where the state and the picture are saved, and a state of the same settings may lie.
-
-    Attributes:
-        step: how many are done.
-        seconds: that they took, all starts together.
     """
 
     def __init__(
         self, network: Any, train_BCYX: Tensor, held_out_BCYX: Tensor, settings: Mapping[str, Any], folder: Path
     ) -> None:
         self.network, self.settings, self.folder = network, dict(settings), folder
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds = 0, 0.0  # done, and what they took, all starts together
         self._train_BCYX, self._held_out_BCYX = train_BCYX, held_out_BCYX
         self._device: torch.device = next(network.parameters()).device
         self._machine = (
@@ -86,10 +82,10 @@ class Training:
         return int(self.settings[NUM_STEPS])
 
     def settle(self, most_steps: int, max_seconds: float) -> None:
-        """Times a step, says how long the training takes, and settles the number of steps where nobody has.
+        """Times a step, says how long the training takes, and settles the number of steps where the settings have none.
 
         Args:
-            most_steps: where the settings have no number.
+            most_steps: in that case.
             max_seconds: the time limit, for all starts together.
         """
         with phase("timing a step"):
@@ -107,15 +103,14 @@ class Training:
             )
 
     def run(self, stop: StopRequest, save_seconds: float, max_seconds: float) -> None:
-        """Trains to the end, or to its time limit, and saves.
+        """Trains to the end, or to its time limit, and saves; StoppedError after a request to stop, the state saved.
 
         Args:
-            stop: obeyed after the step.
+            stop: looked at after each step.
             save_seconds: between two saved states, at least; more where a twentieth of the time would not do for them.
             max_seconds: as for `settle`.
 
         Raises:
-            StoppedError: it was asked to stop; the state is saved.
             SickRunError: the loss is not finite.
             OSError: the state cannot be written.
         """
@@ -161,8 +156,6 @@ class Training:
         """Puts held-out images beside what an autoencoder makes of them, as PNG."""
         title = f"held-out images after {self.step} of {self.num_steps} steps"
         draw_reconstructions(file, made, evenly(self._held_out_BCYX, _NUM_SHOWN), self._device, title)
-
-    # ------------------------------------------------------------------
 
     def _load(self) -> None:
         tensors, state = _read_state(self.folder / _STATE_FILE, f"delete {self.folder} to begin again")
@@ -265,14 +258,7 @@ def evenly(images_BCYX: Tensor, most: int) -> Tensor:
 
 
 def measure_latents(network: Any, images_BCYX: Tensor, seed: int, stop: StopRequest) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of the posterior's samples, in four digits.
-
-    Args:
-        network: an AutoencoderKL.
-        images_BCYX: uint8.
-        seed: of the samples.
-        stop: obeyed between batches, with StoppedError.
-    """
+    """Mean and standard deviation of each channel of the posterior's samples, in four digits; see `check`."""
     key, device, samples = seeds.key(seed, "autoencoder latents"), next(network.parameters()).device, []
     with torch.no_grad():
         # Of large images fewer: their activations take hundreds of times the memory of the images.
