@@ -58,6 +58,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> bool:
     """Prints the tables; returns whether the config fits as it is written."""
     from cfpretrain.base import config as configs
+    from cfpretrain.base import config_checks
     from cfpretrain.training.memory import parameter_numels
 
     config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
@@ -69,7 +70,7 @@ def run(arguments: argparse.Namespace) -> bool:
             f"--reserve-gb: expected 0 to less than --gpu-memory-gb = {arguments.gpu_memory_gb:g}, "
             f"got {arguments.reserve_gb:g}"
         )
-    configs.check(config, arguments.num_gpus)
+    config_checks.check(config, arguments.num_gpus)
     budget = int((arguments.gpu_memory_gb - arguments.reserve_gb) * GB)
     if arguments.measure:
         if arguments.num_gpus != 1:
