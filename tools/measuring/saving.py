@@ -82,7 +82,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
         for _ in range(-(-arguments.warm_up_steps // arguments.block_steps)):
             block(kinds[-1])
         stalls.clear()
-    found = alternate({kind: partial(block, kind) for kind in kinds}, arguments.pairs, "", num_warm_up=0)
+    found = alternate({kind: partial(block, kind) for kind in kinds}, arguments.pairs, num_warm_up=0)
     trainer.loader.close()
     return found, stalls
 
