@@ -126,8 +126,8 @@ def plan_steps(config: Config, num_timed: int, compiles: bool) -> Plan:
 
 def _length_of(config: Config, loss: Any, step: int) -> int:
     """Tokens that a sequence of this step is computed with: a function of the step alone."""
-    nobody = torch.zeros(1, dtype=torch.int64)
-    draws = loss.draw(step, 0, nobody, nobody, config.model.num_tokens, config.model.patch_values)
+    zero_B = torch.zeros(1, dtype=torch.int64)
+    draws = loss.draw(step, 0, zero_B, zero_B, config.model.num_tokens, config.model.patch_values)
     segments = [class_segment(config.model.num_cond_tokens), image_segment(draws.steps_BL)]
     return int(build_layout(segments, config.clean_token_multiple()).step_BM.shape[1])
 
