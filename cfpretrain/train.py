@@ -64,7 +64,7 @@ def main() -> None:
 def dry_run(arguments: argparse.Namespace) -> None:
     """Prints the resolved config and what follows from it, in seconds; needs neither a GPU nor the weights' memory."""
     from cfpretrain.base import config as configs
-    from cfpretrain.base import runtime
+    from cfpretrain.base import config_checks, runtime
 
     world_size = runtime.world_size() if arguments.num_ranks is None else arguments.num_ranks
     if world_size < 1:
@@ -83,17 +83,18 @@ def dry_run(arguments: argparse.Namespace) -> None:
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
     for line in (*_describe_sequences(config), *_describe_inputs(config), *_describe_origins(origins)):
         print(printable(masked(line)))
-    for doubt in configs.doubts(config, origins):
+    for doubt in config_checks.doubts(config, origins):
         print(f"WARNING: {doubt}")
 
 
 def _load(arguments: argparse.Namespace, world_size: int) -> "tuple[Config, dict[str, Origin]]":
     """The config, checked, and where its keys come from."""
     from cfpretrain.base import config as configs
+    from cfpretrain.base import config_checks
 
     config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
-    configs.check_code(config, origins, arguments.allow_code)
-    configs.check(config, world_size)
+    config_checks.check_code(config, origins, arguments.allow_code)
+    config_checks.check(config, world_size)
     return config, origins
 
 
@@ -170,10 +171,9 @@ def run(arguments: argparse.Namespace) -> None:
     stop = StopRequest(leave_before_training)
     stop.listen()
     with phase("loading torch"):
-        from cfpretrain.base import config as configs
-        from cfpretrain.base import runtime
+        from cfpretrain.base import config_checks, runtime
     config, origins = _load(arguments, runtime.world_size())
-    for doubt in configs.doubts(config, origins):
+    for doubt in config_checks.doubts(config, origins):
         say(f"WARNING: {doubt}")
     with phase("loading deepspeed and streaming"):
         from cfpretrain.training import folder as run_folder

@@ -7,6 +7,7 @@ weights, Adam's moments and a count.
 
 import copy
 import functools
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from cfpretrain.autoencoder import PIXELS_AT_ONCE, KLAutoencoder, read_state, write_state
+from cfpretrain.autoencoder import PIXELS_AT_ONCE, KLAutoencoder, fingerprint
 from cfpretrain.base import files, plans
-from cfpretrain.base.console import Progress, SickRunError, UserError, phase, say
+from cfpretrain.base.console import Progress, SickRunError, UserError, one_line, phase, say
 from cfpretrain.base.stopping import StopRequest
 from cfpretrain.core import seeds
 from examples.digits.reconstruction import draw_reconstructions
@@ -144,7 +147,7 @@ class Training:
             parts = {"weights": value} | ({key: moments[key] for key in _MOMENTS} if moments else {})
             tensors |= {f"{part}/{name}": one for part, one in parts.items()}
         state = {"step": self.step, "seconds": self.seconds, "settings": self.settings, "machine": self._machine}
-        files.replace(self.folder / _STATE_FILE, functools.partial(write_state, tensors=tensors, state=state))
+        files.replace(self.folder / _STATE_FILE, functools.partial(_write_state, tensors=tensors, state=state))
         # As they will be written: in half precision.
         made = KLAutoencoder(copy.deepcopy(self.network).half().float(), "", "OUT")
         files.replace(self.folder / PICTURE_FILE, functools.partial(self.draw, made=made))
@@ -155,7 +158,7 @@ class Training:
         draw_reconstructions(file, made, evenly(self._held_out_BCYX, _NUM_SHOWN), self._device, title)
 
     def _load(self) -> None:
-        tensors, state = read_state(self.folder / _STATE_FILE, f"delete {self.folder} to begin again")
+        tensors, state = _read_state(self.folder / _STATE_FILE, f"delete {self.folder} to begin again")
         if self.settings[NUM_STEPS] is None:
             self.settings[NUM_STEPS] = state["settings"][NUM_STEPS]
         different = plans.differences(state["settings"], self.settings)
@@ -267,3 +270,27 @@ def measure_latents(network: Any, images_BCYX: Tensor, seed: int, stop: StopRequ
     std_C, mean_C = torch.std_mean(torch.cat(samples).double(), dim=(0, 2, 3))
     mean, std = ([float(f"{value:.4g}") for value in values_C.tolist()] for values_C in (mean_C, std_C))
     return mean, std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a training, in one file
+
+
+def _write_state(file: IO[bytes], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Writes safetensors whose header carries a JSON-able state, and a hash of the tensors."""
+    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    file.write(save(held, {"state": json.dumps({**state, "fingerprint": fingerprint(held)})}))
+
+
+def _read_state(file: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of `_write_state`; UserError, with what to do about it, where a byte is another."""
+    try:
+        files.check_safetensors(file)
+        with safe_open(file, "pt") as opened:
+            state: dict[str, Any] = files.parse_json(opened.metadata()["state"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if state.pop("fingerprint") != fingerprint(tensors):
+            raise ValueError("its values are not those that were written")
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error):.200}); {fix}") from error
+    return tensors, state

@@ -22,7 +22,7 @@ from typing import Any
 from unittest.mock import patch
 
 from cfpretrain.base import config as configs
-from cfpretrain.base import runtime
+from cfpretrain.base import config_checks, runtime
 from cfpretrain.base.console import phase
 from cfpretrain.training import trainer as training
 from cfpretrain.training.step import StepResult
@@ -43,7 +43,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     # Rank 0's folder serves all ranks; the others' stay empty.
     with runtime.ranks_of_a_tool(device), tempfile.TemporaryDirectory() as own:
         config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
-        configs.check(config, runtime.world_size())
+        config_checks.check(config, runtime.world_size())
         config = on_noise(config, Path(runtime.gather(own)[0]))
         training.prepare_folder(config, device)
         seconds, stalls = _measure(training.Trainer(config, device), arguments)

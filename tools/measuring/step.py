@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from cfpretrain.base import config as configs
-from cfpretrain.base import runtime
+from cfpretrain.base import config_checks, runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core.modalities import class_segment, image_segment
@@ -54,7 +54,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         config = _fitting(config, device)
     if arguments.compile:  # all blocks have the kernels of one
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
-    configs.check(config, 1)
+    config_checks.check(config, 1)
     choose_blocks(config, device.type)
     if arguments.kernels:
         kernels = count_kernels(config.model, choose_attention(config, device.type), device)
