@@ -5,9 +5,9 @@ a small held-out part would say more about its size (and its writers) than about
 and held-out, are put together and split at random into two halves with equal shares of each class. One half is the
 reference. Against it stand, with the same number of images each, half and half of every class alike:
     real_against_real  the other half: the value of a perfect model, bias of the sample size included
-    value              generated images, drawn from those at hand with equal shares of each class
+    value              generated images, drawn from the sets given with equal shares of each class
     cheat              class means of the training images with the noise that pleases this reference best
-Repeated over `num_splits` splits and averaged, since one split of 1 797 digits wanders by a tenth of real_against_real.
+Repeated over `num_splits` splits and averaged, since one split of 1 797 digits varies by a tenth of real_against_real.
 A model that copies its training images is not punished here, as in the usual FID against the training set.
 
 Pixels must be in the scale where black is -1 and white 1: the distance grows with the square of the unit.

@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from cfpretrain.autoencoder import KLAutoencoder, make_network, write_folder
 from cfpretrain.base import files, runtime
@@ -202,22 +202,6 @@ def encode_latents(arguments: argparse.Namespace) -> dict[str, Any]:
         return _alternate_writing({"encode_latents": ours, "plain loop": plain}, arguments, folder)
 
 
-class _PilImages:
-    """A data set for torch: image shards decoded by PIL, with what else is kept of a sample."""
-
-    def __init__(self, images: Any) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> tuple[int, int, str, Any]:
-        sample = self._images.sample(index)
-        pixels_YXC = np.array(Image.open(io.BytesIO(sample["image"])))
-        pixels_CYX = torch.from_numpy(pixels_YXC).permute(2, 0, 1).float() / 255
-        return int(sample["id"]), int(sample["label"]), sample["caption"], pixels_CYX
-
-
 def plain_latents(images: Any, autoencoder: Any, device: Any, batch_size: int, num_threads: int, out: Path) -> None:
     """Latent shards as one would first write them: PIL in the workers of a DataLoader, one encoding loop."""
     from streaming import MDSWriter
@@ -227,8 +211,16 @@ def plain_latents(images: Any, autoencoder: Any, device: Any, batch_size: int, n
     array = "ndarray:float16:" + ",".join(map(str, autoencoder.latent_shape((3, size, size))))
     names = ("mean", "log_variance", "mirror_mean", "mirror_log_variance")
     columns = {"id": "int64", "label": "int32", "caption": "str", **dict.fromkeys(names, array)}
+
+    def decode(index: int) -> tuple[int, int, str, torch.Tensor]:
+        sample = images.sample(index)
+        pixels_YXC = np.array(Image.open(io.BytesIO(sample["image"])))
+        pixels_CYX = torch.from_numpy(pixels_YXC).permute(2, 0, 1).float() / 255
+        return sample["id"], sample["label"], sample["caption"], pixels_CYX
+
+    batches = _batches(len(images), decode, batch_size, num_workers=num_threads)
     with MDSWriter(columns=columns, out=str(out), hashes=["blake2b"]) as writer:
-        for ids, labels, captions, images_BCYX in DataLoader(_PilImages(images), batch_size, num_workers=num_threads):
+        for ids, labels, captions, images_BCYX in batches:
             images_BCYX = images_BCYX.to(device)
             moments = [*autoencoder.encode(images_BCYX), *autoencoder.encode(images_BCYX.flip(-1))]
             arrays = [values.to(torch.float16).cpu().numpy() for values in moments]
@@ -323,29 +315,28 @@ def ready(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"unit": "ms", "spent": spent, "latents": arguments.latents, "batch_size": arguments.batch_size}
 
 
-class _PlainLatents:
-    """A data set for torch: posterior samples of the latents of a folder, or of their mirror."""
+def plain_loader(folder: Path, batch_size: int, num_workers: int) -> Iterator[Any]:
+    """Batches as one would first make them: torch's shuffle and torch's noise; neither goes on after a stop."""
+    from streaming import LocalDataset  # whole, which takes seconds
 
-    def __init__(self, folder: Path) -> None:
-        from streaming import LocalDataset  # whole, which takes seconds
+    samples = LocalDataset(str(folder))
 
-        self._samples = LocalDataset(str(folder))
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[int, Any, int]:
-        sample = self._samples[index]
+    def draw(index: int) -> tuple[int, torch.Tensor, int]:
+        """A sample of the posterior of a latent, or of its mirror."""
+        sample = samples[index]
         prefix = "mirror_" if "mirror_mean" in sample and torch.rand(()) < 0.5 else ""
-        mean_CYX, log_variance_CYX = (
-            torch.from_numpy(sample[prefix + name].astype("float32")) for name in ("mean", "log_variance")
-        )
+        names = (f"{prefix}mean", f"{prefix}log_variance")
+        mean_CYX, log_variance_CYX = (torch.from_numpy(sample[name].astype("float32")) for name in names)
         latent_CYX = mean_CYX + (0.5 * log_variance_CYX).exp() * torch.randn_like(mean_CYX)
         return int(sample["id"]), latent_CYX, int(sample["label"])
 
-
-def plain_loader(folder: Path, batch_size: int, num_workers: int) -> Iterator[Any]:
-    """Batches as one would first make them: torch's shuffle and torch's noise; neither goes on after a stop."""
-    batches = DataLoader(_PlainLatents(folder), batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
+    batches = _batches(len(samples), draw, batch_size, num_workers=num_workers, shuffle=True, drop_last=True)
     while True:
         yield from batches
+
+
+def _batches(num_samples: int, make: Callable[[int], Any], batch_size: int, **how: Any) -> DataLoader[Any]:
+    """Batches of what `make` makes of the places of samples, in the workers."""
+    return DataLoader(
+        range(num_samples), batch_size, collate_fn=lambda places: default_collate(list(map(make, places))), **how
+    )
