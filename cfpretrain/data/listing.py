@@ -61,15 +61,15 @@ class Listing:
             "images": len(self.rows),
             "classes": len(self.class_names),
             "class_names": _digest(self.class_names),
-            "paths": _digest(row.path for row in self.rows),
-            "file_sizes": _digest(row.num_bytes for row in self.rows),
-            "labels": _digest(row.label for row in self.rows),
-            "captions": _digest(f"{i} {row.caption}" for i, row in enumerate(self.rows) if row.caption),
+            "paths": _digest([row.path for row in self.rows]),
+            "file_sizes": _digest([row.num_bytes for row in self.rows]),
+            "labels": _digest([row.label for row in self.rows]),
+            "captions": _digest([f"{i} {row.caption}" for i, row in enumerate(self.rows) if row.caption]),
         }
 
 
-def _digest(values: Iterable[str | int]) -> str:
-    return hashlib.blake2b(json.dumps(list(values)).encode(), digest_size=16).hexdigest()
+def _digest(value: str | Sequence[str | int]) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def list_images(images: Path, root: Path | None = None, ignore_columns: Sequence[str] = ()) -> Listing:
@@ -84,9 +84,6 @@ def list_images(images: Path, root: Path | None = None, ignore_columns: Sequence
         images: the tree's folder, or the table.
         root: what paths in a table are relative to; None: the table's folder.
         ignore_columns: of a table.
-
-    Raises:
-        UserError: there is nothing of the kind, or it is not clear what an image's class is.
     """
     if os.path.isdir(images):
         for option, value in (("--root", root), ("--ignore-columns", " ".join(ignore_columns))):
@@ -125,7 +122,12 @@ def _list_tree(root: Path) -> Listing:
     class_names = _in_order(root, folders)
     rows: list[Row] = []
     for label, name in enumerate(class_names):
-        rows += [Row(path, label, "", size) for path, size in finder.images_of_class(root, name)]
+        found = finder.images_below(root / name, f"{name}/")
+        if not found:
+            of_class = ImageFinder()
+            of_class.images_below(root / name)
+            raise UserError(f"images: class folder {root / name} holds no images{of_class}; fill or remove it")
+        rows += [Row(path, label, "", size) for path, size in found]
     if not rows:
         raise UserError(
             f"images: expected class folders in {root}, got none{finder}; make one folder a class, or give a table"
@@ -159,11 +161,7 @@ class ImageFinder:
                 yield entry
 
     def images_below(self, folder: Path, prefix: str = "") -> list[tuple[str, int]]:
-        """(path with the prefix, bytes) of the images below a folder, in order; links are followed.
-
-        Raises:
-            UserError: a folder cannot be read, or links to one above itself.
-        """
+        """(path with the prefix, bytes) of the images below a folder, in order; links are followed."""
         found: list[tuple[str, int]] = []
         for path, size in self._files_below(folder, prefix, ()):
             if _suffix(path) in SUFFIXES:
@@ -171,18 +169,6 @@ class ImageFinder:
             else:
                 self.leave_out([path])
         return sorted(found)
-
-    def images_of_class(self, root: Path, name: str) -> list[tuple[str, int]]:
-        """`images_below` of a class folder, which must hold some."""
-        of_class = ImageFinder()
-        found = of_class.images_below(root / name, f"{name}/")
-        if not found:
-            raise UserError(f"images: class folder {root / name} holds no images{of_class}; fill or remove it")
-        self._unread += of_class._unread
-        self._others += of_class._others
-        self._of_systems += of_class._of_systems
-        self._hidden += of_class._hidden
-        return found
 
     def _files_below(self, folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
         status = folder.stat()
@@ -204,12 +190,9 @@ class ImageFinder:
 
     def warnings(self) -> list[str]:
         """That images are left out, where some are."""
-        if not self._unread:
-            return []
-        return [
-            f"{self._unread.total()} images of a kind that is not read here ({_by_kind(self._unread)}) are left out: "
-            "convert them, e.g. to PNG"
-        ]
+        unread, kinds = self._unread.total(), _by_kind(self._unread)
+        text = f"{unread} images of a kind that is not read here ({kinds}) are left out: convert them, e.g. to PNG"
+        return [text] if unread else []
 
     def ignored(self) -> str:
         """What else is left out; "" where nothing is."""
@@ -293,13 +276,6 @@ def _odd_names(class_names: Sequence[str]) -> Iterator[str]:
             yield f"{other!r} and {name!r} are two classes, whose names differ in case, spaces or accents alone"
 
 
-def _missing_names(class_names: Sequence[str]) -> Iterator[str]:
-    """Classes that a program may have made of no label."""
-    for name in class_names:
-        if name.lower() in _NO_NAMES and len(class_names) > 1:
-            yield f"{name!r} is a class like the others; where it stands for no label, leave out its images"
-
-
 def _and_more(names: Sequence[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
 
@@ -330,7 +306,9 @@ def _odd_rows(rows: Sequence[Row], class_names: Sequence[str]) -> Iterator[str]:
     if contradicted:
         yield f"{contradicted[0]} has more than one label{_and_more(contradicted)}: each row counts as one image"
     yield from _odd_names(class_names)
-    yield from _missing_names(class_names)
+    for name in class_names:
+        if name.lower() in _NO_NAMES and len(class_names) > 1:  # a program may have written it for no label
+            yield f"{name!r} is a class like the others; where it stands for no label, leave out its images"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,9 +324,6 @@ def hold_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
     Args:
         listing: of all.
         share: above 0, below 1; of each class at least one image is held out, where it has two, and one is left.
-
-    Raises:
-        UserError: no class has two images.
     """
     of_class: dict[int, set[str]] = {}
     for row in listing.rows:
@@ -356,7 +331,7 @@ def hold_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
     held: set[str] = set()
     for paths in of_class.values():
         count = min(max(1, math.floor(share * len(paths) + 0.5)), len(paths) - 1)
-        held.update(sorted(paths, key=_hashed)[:count])
+        held.update(sorted(paths, key=_digest)[:count])
     if not held:
         raise UserError("--hold-out: expected some class of two images or more, got none; leave it out")
     parts = ((f"all but {share:g} of each class", False), (f"{share:g} of each class", True))
@@ -369,7 +344,3 @@ def hold_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
             "--hold-out: expected images left in each class, got none in one, since paths have several labels"
         )
     return rest, held_out
-
-
-def _hashed(path: str) -> bytes:
-    return hashlib.blake2b(json.dumps(path).encode(), digest_size=16).digest()

@@ -45,13 +45,13 @@ _Records = list[tuple[int, dict[str, Any]]]  # (line, value of each known column
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a table, in its order; `ignored` are columns that were left out because it was asked for."""
+    """The rows of a table, in its order."""
 
     paths: Sequence[str]
     labels: Sequence[int]
     captions: Sequence[str]
     class_names: tuple[str, ...]
-    ignored: Sequence[str]
+    ignored: Sequence[str]  # columns that were left out because it was asked for
 
 
 def read_table(file: Path, ignore: Iterable[str] = ()) -> Table:
@@ -60,9 +60,6 @@ def read_table(file: Path, ignore: Iterable[str] = ()) -> Table:
     Args:
         file: .csv with a first line that names the columns, or .jsonl with an object a line.
         ignore: names of columns that are left out.
-
-    Raises:
-        UserError: names the file and, where there is one, the line.
     """
     reader = _Reader(file, ignore)
     records = list(reader.records())
@@ -70,9 +67,6 @@ def read_table(file: Path, ignore: Iterable[str] = ()) -> Table:
     if not records:
         raise UserError(f"images: expected a row for each image in {file}, got none")
     paths = [_text(file, line, record, "path") for line, record in records]
-    for (line, _), path in zip(records, paths, strict=True):
-        if not path:
-            raise UserError(f"images: {file}, line {line}: expected a path, got none; add it as `path`")
     labels, class_names = _classes(file, records)
     captions = [_text(file, line, record, "caption") for line, record in records]
     ignored = sorted(name.strip() or "without a name" for name in reader.ignored)
@@ -228,6 +222,8 @@ def _text(file: Path, line: int, record: dict[str, Any], column: str) -> str:
     value = record.get(column)
     if not isinstance(value, str | None) or _UNFIT[column].search(value or ""):
         raise UserError(f"images: {file}, line {line}: expected a text as {column}, got {value!r:.40}; fix it")
+    if not value and column == "path":
+        raise UserError(f"images: {file}, line {line}: expected a path, got none; add it as `path`")
     return value or ""
 
 

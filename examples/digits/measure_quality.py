@@ -183,9 +183,9 @@ def _sample_and_score(
 def _open(arguments: argparse.Namespace) -> tuple["Source", "Classifier", "Tensor", Any]:
     """The model, the classifier, the images it was fitted on, and held-out images; pixels in [-1, 1]."""
     from cfpretrain.base import runtime
-    from cfpretrain.data.images import read_all_images
     from cfpretrain.evaluation.source import load_source
     from examples.digits import classifier
+    from examples.digits.pixels import read_all_images
     from examples.digits.summary import LabelledImages
 
     with phase(f"loading {arguments.source}"):

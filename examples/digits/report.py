@@ -314,10 +314,10 @@ def _report(
     import torch
 
     from cfpretrain.base import runtime
-    from cfpretrain.data.images import read_all_images
     from cfpretrain.data.loader import open_folders
     from cfpretrain.run import build
     from examples.digits.loss_map import draw_loss_map, measure_loss_map
+    from examples.digits.pixels import read_all_images
     from examples.digits.reconstruction import reconstruction_error
     from examples.digits.summary import LabelledImages, summarise
 

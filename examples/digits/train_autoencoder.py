@@ -145,9 +145,9 @@ class Images:
 def _read_images(arguments: argparse.Namespace) -> Images:
     import torch
 
-    from cfpretrain.data.images import read_all_images
     from cfpretrain.data.shards import fingerprint
     from cfpretrain.data.storage import open_source
+    from examples.digits.pixels import read_all_images
 
     given = {"IMAGES": arguments.images} | ({"--held-out": arguments.held_out} if arguments.held_out else {})
     with phase("reading the images"):
