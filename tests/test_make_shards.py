@@ -25,8 +25,9 @@ from cfpretrain.data.shards import ImagesInfo, Shards, read_info
 from examples.digits.pixels import read_all_images
 from tests.disks import mounted_disk
 from tests.folders import content
-from tests.processes import Ended, Rank, wait_until
+from tests.processes import Ended, Rank, run_alone, wait_until
 from tests.test_images import encoded, oracle, picture, write_tree
+from tests.test_stopping import SMALL_MEMORY
 from tests.test_tables import table
 from tools.measuring.data import plain_shards, write_photos
 
@@ -547,3 +548,20 @@ def test_a_full_disk_is_one_line(big_tree: Path, big_content: dict[str, bytes], 
         (disk / "ballast").unlink()
         made(*arguments)
         assert content(disk / "out") == big_content
+
+
+FULL_MEMORY = SMALL_MEMORY.replace(
+    "sys.argv = sys",
+    'subprocess.run(["dd", "if=/dev/zero", "of=/dev/shm/full"], stderr=subprocess.DEVNULL)\nsys.argv = sys',
+)
+
+
+def test_shared_memory_that_is_full_is_one_line(tree: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a full /dev/shm needs root")
+    ended = run_alone(FULL_MEMORY, ["tools/make_shards.py", str(tree), "--out", str(tmp_path / "out"), "--size", "8"])
+    if ended.code == 99:
+        pytest.skip(f"mounting a small /dev/shm was refused: {ended.err}")
+    assert ended.code == 2, ended.err
+    [line] = ended.err.strip().splitlines()
+    assert "error: no locks can be made for workers (No space left on device); free room in /dev/shm" in line

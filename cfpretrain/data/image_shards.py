@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from cfpretrain.base.background import how_it_ended
-from cfpretrain.base.console import Progress, UserError, count, say
+from cfpretrain.base.console import Progress, UserError, count, reason_of, say
 from cfpretrain.base.stopping import stop_signals
 from cfpretrain.core import seeds
 from cfpretrain.data.images import (
@@ -243,7 +243,10 @@ def _workers(folder: _Folder, num_workers: int) -> Iterator[ProcessPoolExecutor]
     """Processes for `_write_shard`; UserError where one dies. They are killed at the end, wherever they are."""
     others = set(multiprocessing.active_children())
     fork = multiprocessing.get_context("fork")  # it has imported everything already
-    pool = ProcessPoolExecutor(num_workers, fork, _begin_worker, (folder, os.getpid()))
+    try:
+        pool = ProcessPoolExecutor(num_workers, fork, _begin_worker, (folder, os.getpid()))
+    except OSError as error:
+        raise UserError(f"no locks can be made for workers ({reason_of(error)}); free room in /dev/shm") from error
     try:
         pool.submit(os.getpid)  # the first call forks them all
         workers = [worker for worker in multiprocessing.active_children() if worker not in others]

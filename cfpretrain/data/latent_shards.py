@@ -8,7 +8,6 @@ thread, so the bytes of a shard depend neither on ranks and threads nor on the o
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -112,16 +111,11 @@ def encode(
     threads = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
     # The same bits at every run on a GPU, and float32 where float32 is asked for.
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
-    with _enough_memory(encoding), exact, threads:
-        encoded = _in_order(threads, encoding, batches, ahead=num_workers)
-        for number, of_shard in groupby(encoded, key=lambda pair: pair[0].shard):
-            _write_shard(encoding, writer, number, of_shard, on_batch)
-
-
-@contextmanager
-def _enough_memory(encoding: Encoding) -> Iterator[None]:
     try:
-        yield
+        with exact, threads:
+            encoded = _in_order(threads, encoding, batches, ahead=num_workers)
+            for number, of_shard in groupby(encoded, key=lambda pair: pair[0].shard):
+                _write_shard(encoding, writer, number, of_shard, on_batch)
     except torch.OutOfMemoryError as error:
         size = encoding.info.image_size
         raise UserError(

@@ -36,9 +36,11 @@ def decode_shards(
 ) -> Iterator[PixelBatch]:
     """Decodes whole shards; while one batch is used, the next is being decoded, be it of the next shard.
 
+    UserError where an image is damaged, cannot be decoded or is of another size.
+
     Args:
         shards: of images.
-        numbers: of the shards, in order.
+        numbers: which of them, in order.
         batch_size: images in a batch.
         device: where the pixels go; a GPU decodes JPEG itself.
         num_threads: of the CPU.
@@ -83,7 +85,7 @@ def decode_shards(
 
 
 def dali_version() -> str:
-    """The version of DALI."""
+    """The version of DALI; UserError where it is not installed."""
     return str(_import_dali().__version__)
 
 
