@@ -1,7 +1,7 @@
-"""Images -> image shards, by worker processes: same images, same shards, whatever their number and whatever is killed.
+"""Images -> image shards, by any number of worker processes and over any kills: same images, same shards.
 
-A worker makes whole shards, one at a time. What cannot be stored is rejected with a reason, and what is changed by it
-is counted; the shard's record keeps both, so that they are of all runs. The parent counts, shows and ends the workers.
+A worker writes whole shards, one at a time. An image that cannot be stored is rejected with a reason, and images that
+lose something are counted; the shard's record keeps both, so that the final description covers all runs.
 """
 
 import ctypes
@@ -55,7 +55,7 @@ def write_image_shards(
     num_workers: int = 1,
     max_rejected_share: float = 0.01,
 ) -> None:
-    """Writes folders of image shards with worker processes, or the rest of them.
+    """Writes folders of image shards with worker processes, or the shards that are missing.
 
     Args:
         parts: the images of each folder, and the folder; all are checked before the first is written.
@@ -92,7 +92,7 @@ def deal_images(num_images: int, images_per_shard: int) -> list[list[int]]:
 
 
 def _say_of(folder: Path, before: str, behind: str = "") -> ImagesInfo:
-    """Says what a finished folder holds and what its images lost; its description."""
+    """Prints the content of a finished folder and what its images lost; returns its description."""
     info = read_info(folder, str(folder))
     assert isinstance(info, ImagesInfo)
     for line in describe_changes(info.changes, info.background, info.image_size):
@@ -152,7 +152,7 @@ class _Folder:
         self.states = np.frombuffer(mmap.mmap(-1, len(self.slices) * 24), np.int64).reshape(-1, 3)
 
     def write(self, number: int) -> None:
-        """Writes a shard, with what it rejected and changed in its record."""
+        """Writes a shard; its record has the rejected images and counts of changed ones."""
         state = self.states[number]
         rejected: list[dict[str, Any]] = []
         changes: Counter[str] = Counter()
@@ -176,8 +176,8 @@ class _Folder:
             raise UserError(f"there is not enough memory for {path}; give fewer --workers, and it goes on") from None
 
     def describe_death(self, worker: BaseProcess) -> str:
-        """How a worker died, and at which image."""
-        states = self.states[self.states[:, 2] == worker.pid]  # of its shards, in the order in which it wrote them
+        """The message for a worker that died: how, and at which image."""
+        states = self.states[self.states[:, 2] == worker.pid]  # of its shards; it wrote them in this order
         reading = f" that was reading {self.listing.rows[states[-1, 1]].path}" if len(states) else ""
         is_killed = worker.exitcode == -signal.SIGKILL
         advice = "give fewer --workers" if is_killed else "if it happens again, remove that image"
@@ -209,7 +209,7 @@ class _Folder:
 
 
 def _write_missing(folder: _Folder, num_workers: int, rejected: _Rejected) -> float:
-    """Has the missing shards written, and returns the images a second that it took."""
+    """Has the missing shards written; returns images per second."""
     num_before, num_images = rejected.count, len(folder.listing.rows)
     missing = folder.writer.missing(len(folder.slices))
     for number in sorted(set(range(len(folder.slices))) - set(missing)):
@@ -240,7 +240,7 @@ def _write_missing(folder: _Folder, num_workers: int, rejected: _Rejected) -> fl
 
 @contextmanager
 def _workers(folder: _Folder, num_workers: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes for `_write_shard`; UserError where one dies. They are killed at the end, wherever they are."""
+    """Processes for `_write_shard`, which are killed at the end of the block; UserError where one dies before."""
     others = set(multiprocessing.active_children())
     fork = multiprocessing.get_context("fork")  # it has imported everything already
     try:
@@ -262,13 +262,13 @@ def _workers(folder: _Folder, num_workers: int) -> Iterator[ProcessPoolExecutor]
         pool.shutdown()
 
 
-_folder: _Folder  # that a worker writes
+_folder: _Folder  # of this worker
 
 
 def _begin_worker(folder: _Folder, parent: int) -> None:
     global _folder
     _folder = folder
-    # When its parent is gone, be it by kill -9, the kernel ends this process too: nobody writes on behind a restart.
+    # The kernel ends this process with its parent, even after kill -9: else it would still write beside a restart.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

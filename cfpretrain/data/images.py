@@ -1,8 +1,8 @@
-"""Image files: whether they decode, what is lost by it, and the crop that is stored. The door to PIL in the data plane.
+"""Image files: decoding, what an image loses by it, and the crop that is stored. The data plane's door to PIL.
 
 The crop is ADM's: of the RGB image, PIL's box filter halves it while its short side is at least twice the wanted one,
-the bicubic filter does the rest, and the middle is cut out. As ADM does, EXIF rotation is ignored where it is not asked
-for. What is transparent is composited on a background; of that, and of all else that an image loses, there are counts.
+the bicubic filter does the rest, and the middle is cut out. As in ADM, EXIF rotation is ignored by default. Transparent
+images are composited on a background; images are counted by what they lose.
 """
 
 import errno
@@ -27,8 +27,8 @@ PNG_LEVEL = 2  # of photos: a third of the time of PIL's own choice, and a tenth
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 
-# What is decoded, with the suffixes under which a folder tree is searched for it. PIL knows more kinds, one of which
-# runs an interpreter on the file.
+# Kinds that are decoded, with the suffixes of their files in a folder tree. PIL knows more kinds, one of which runs an
+# interpreter on the file.
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
@@ -40,10 +40,10 @@ _SUFFIXES = {
     "GIF": (".gif",),
     "AVIF": (".avif",),
 }
-Image.init()  # else PIL knows a kind by name only after it met a file of it
+Image.init()  # else PIL registers a kind with its first file
 _KINDS = [kind for kind in _SUFFIXES if kind in Image.OPEN]
 SUFFIXES = frozenset(suffix for kind in _KINDS for suffix in _SUFFIXES[kind])  # in small letters
-# What DALI decodes as PIL does, within 2 of 255, where that is not every mode of a kind.
+# Modes of a kind that DALI decodes as PIL does, within 2 of 255, where these are not all.
 _DALI_MODES = {"GIF": (), "AVIF": (), "TIFF": ("L", "RGB", "RGBA"), "JPEG2000": ("L", "RGB", "RGBA")}
 _OF_THE_FILE = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
@@ -64,7 +64,7 @@ _TURNS = {  # by its value, what makes the image upright
     8: Image.Transpose.ROTATE_90,
 }
 
-# What an image may lose or be changed by, as it is said of a number of them.
+# What an image may lose or be changed by, as the end of a sentence about a number of images.
 _CHANGES = {
     "composited": "with transparency are composited on {background} (--background)",
     "turned": "are turned upright, as their EXIF rotation says",
@@ -106,7 +106,7 @@ class ImageFormat:
 
 
 def parse_background(text: str) -> Colour:
-    """A colour as people write it: a name that PIL knows, or #rrggbb; UserError where it is none, or is transparent."""
+    """A colour from a name that PIL knows, or from #rrggbb; UserError where it is no opaque colour."""
     try:
         red, green, blue, *alpha = ImageColor.getrgb(text.strip())
         if alpha:
@@ -126,7 +126,7 @@ def colour_name(colour: Colour) -> str:
 
 
 def describe_changes(counts: Mapping[str, int], background: Colour, image_size: int) -> list[str]:
-    """What was changed in images, a line for each kind; `counts` are those of `stored_image` and `read_image`."""
+    """A line for each kind of change to images, from the counts of `stored_image` or `read_image`."""
     return [
         f"{counts[change]} images {text.format(background=colour_name(background), size=image_size)}"
         for change, text in _CHANGES.items()
@@ -154,7 +154,7 @@ def read_file(path: Path) -> bytes:
 
 
 def stored_image(data: bytes, image_format: ImageFormat, changes: Counter[str] | None = None) -> bytes:
-    """What is stored of an image file; what the image loses is counted in `changes`, see `describe_changes`.
+    """The bytes that are stored for an image file; its changes are counted, see `describe_changes`.
 
     Raises:
         RejectedImageError: it cannot be decoded, or DALI could not decode or crop it later.
@@ -196,8 +196,8 @@ def read_image(
         is_grey: of one channel instead of RGB.
         background: behind what is transparent.
         is_upright: whether EXIF rotation is applied.
-        changes: what the image loses is counted here; see `describe_changes`.
-        check_size: is told width and height before any pixel is decoded, and may raise a UserError.
+        changes: counts of what images lose, see `describe_changes`.
+        check_size: called with width and height before any pixel is decoded; may raise a UserError.
 
     Raises:
         RejectedImageError: it is empty, cut short, damaged, of an unknown kind, or too large for PIL.
@@ -252,7 +252,7 @@ def _decode(
 
 
 def _opaque(file: Image.Image, background: Colour) -> tuple[Image.Image, bool]:
-    """In RGB, on a background where some of it is transparent; whether it is."""
+    """The image in RGB, and whether it was composited on the background, since some of it is transparent."""
     if file.has_transparency_data:
         image = file.convert("RGBA")
         if image.getchannel("A").getextrema()[0] != 255:
@@ -283,7 +283,7 @@ def _losses(
 def _has_more_frames(file: Image.Image) -> bool:
     try:
         return bool(getattr(file, "is_animated", False))
-    except Exception:  # something lies behind the first, and is damaged
+    except Exception:  # there is a damaged one behind the first
         return True
 
 
@@ -295,7 +295,7 @@ def _turn(file: Image.Image) -> Image.Transpose | None:
 
 
 def _num_bits(file: Image.Image, data: bytes) -> int:
-    """Of a channel in the file; PIL gives 8 and does not say."""
+    """Bits of a channel in the file; PIL converts to 8 without notice."""
     if file.format == "PNG":
         return data[24]
     if file.format == "TIFF":
@@ -342,5 +342,5 @@ def _png(image: Image.Image) -> bytes:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the pixels and bytes that are stored."""
+    """Of the packages that decide the pixels and bytes that are stored."""
     return {"cfpretrain": cfpretrain.__version__, "pillow": PIL.__version__}

@@ -1,7 +1,7 @@
 """Image shards -> latent shards: one shard of latents for each of images, by any number of ranks.
 
-What is kept of an image, and of its mirror image, is the posterior's mean and log-variance, raw and in float16;
-training draws its latents from them. Every batch has the same size, is cut by shard (pixels.py) and is encoded by one
+Of an image, and of its mirror image, the posterior's mean and log-variance are stored, raw and in float16; training
+draws its latents from them. Every batch has the same size, is cut by shard (pixels.py) and is encoded by one
 thread, so the bytes of a shard depend neither on ranks and threads nor on the order of work and kills in it.
 """
 
@@ -53,7 +53,7 @@ class Encoding:
         self.columns = latent_columns(self.latent_shape, self.has_posterior, self.has_mirror)
 
     def plan(self) -> dict[str, Any]:
-        """What `ShardWriter` holds unfinished work against."""
+        """The plan of the `ShardWriter`."""
         return {
             "images": fingerprint(self.images.source),
             "autoencoder": self.autoencoder.fingerprint,
@@ -66,7 +66,7 @@ class Encoding:
         }
 
     def describe(self, records: Sequence[Mapping[str, Any]]) -> LatentsInfo:
-        """The description of the latents, from what `encode` left with each shard."""
+        """The description of the latents, from the records of all shards."""
         return LatentsInfo(
             autoencoder=self.autoencoder.fingerprint,
             latent_shape=self.latent_shape,
@@ -84,7 +84,7 @@ class Encoding:
         )
 
     def versions(self) -> dict[str, str]:
-        """Of what decides the bits of latents."""
+        """Of the packages that decide the bits of latents."""
         names = ["torch", *["diffusers"] * self.has_posterior]
         return runtime.package_versions(*names) | {"dali": dali_version()}
 
@@ -99,15 +99,15 @@ def encode(
     """Encodes image shards and writes a latent shard of each.
 
     Args:
-        encoding: of what and how.
-        writer: which has begun.
+        encoding: which images are encoded, and how.
+        writer: its `begin` was called.
         numbers: of the shards.
         num_threads: of the CPU, for decoding and, without a GPU, as many for encoding.
         on_batch: called with the number of images after each batch.
     """
     batches = decode_shards(encoding.images, numbers, encoding.batch_size, encoding.device, num_threads)
     num_workers = 1 if encoding.device.type == "cuda" else num_threads
-    # Each computes alone: how torch would share a batch among threads decides bits of the result.
+    # Each computes alone: the bits of a result depend on how torch shares a batch among threads.
     threads = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
     # The same bits at every run on a GPU, and float32 where float32 is asked for.
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
@@ -148,7 +148,7 @@ def _encode_batch(encoding: Encoding, batch: PixelBatch) -> _Encoded:
 
 
 def _stored(encoding: Encoding, batch: PixelBatch, values_BCYX: torch.Tensor) -> NDArray[np.float16]:
-    """Without those of images that only filled the batch."""
+    """In float16, without the padding of the batch."""
     stored: NDArray[np.float16] = values_BCYX[: len(batch.samples)].to(torch.float16).cpu().numpy()
     for sample, values in zip(batch.samples, stored, strict=True):
         if not np.isfinite(values).all():
@@ -181,10 +181,7 @@ def _write_shard(
 
 
 def _add_to(sums: dict[str, NDArray[Any]], moments: _Moments) -> None:
-    """Counts a batch and its mirror image in sums over the latents that would be drawn from posteriors.
-
-    Pixels are their own mean, and vary no further.
-    """
+    """Adds a batch and its mirror images to the sums over latents of the posteriors; pixels have no variance."""
     for name, values in moments.items():
         values_BCYX = values.astype(np.float64)
         if name.endswith("mean"):

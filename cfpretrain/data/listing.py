@@ -1,4 +1,4 @@
-"""Which images there are: of a tree of class folders or a table, in a fixed order; and which of them are held out."""
+"""The images of a tree of class folders or of a table, in a fixed order; and which of them are held out."""
 
 import hashlib
 import json
@@ -16,13 +16,13 @@ from cfpretrain.base.console import UserError, count
 from cfpretrain.data.images import SUFFIXES
 from cfpretrain.data.tables import TABLES, UNLABELLED, read_table
 
-# Images that users have and PIL does not read, or not as they look.
+# Suffixes of images that PIL does not read, or not as they look.
 _OTHER_KINDS = """
     .heic .heif .hif .avif .jxl .jxr .bpg .psd .psb .xcf .kra .svg .svgz .eps .ai .exr .hdr .tga .dds .ico .icns .pcx
     .dng .cr2 .cr3 .crw .nef .nrw .arw .sr2 .orf .rw2 .raf .pef .srw .3fr .iiq .raw .dcm .dicom .nii
 """
 _UNREAD = frozenset(_OTHER_KINDS.split()) - SUFFIXES
-# What operating systems, disk stations and archivers put beside people's files, in small letters.
+# Names, in small letters, that operating systems, disk stations and archivers put beside people's files.
 _OF_SYSTEMS = frozenset(
     (
         *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "lost+found", "thumbs.db"),
@@ -50,12 +50,12 @@ class Listing:
     root: Path
     rows: Sequence[Row]
     class_names: tuple[str, ...]
-    ignored: str = ""  # what was left out, for people; "" where nothing was
-    warnings: tuple[str, ...] = ()  # what may not be meant so, for people
+    ignored: str = ""  # for people; "" where nothing was left out
+    warnings: tuple[str, ...] = ()  # of possible mistakes, for people
     part: str = "all"  # of the images: see `hold_out`
 
     def identity(self) -> dict[str, Any]:
-        """What decides which shards are made, JSON-able: counts, and a hash of each column."""
+        """All that the shards depend on, JSON-able: counts, and a hash of each column."""
         return {
             "part": self.part,
             "images": len(self.rows),
@@ -146,7 +146,7 @@ class ImageFinder:
         self._of_systems: Counter[str] = Counter()  # by name
 
     def visible(self, folder: Path) -> "Iterator[os.DirEntry[str]]":
-        """The entries of a folder but hidden ones and those of systems; UserError where it cannot be read."""
+        """The entries of a folder, without hidden ones and those of systems."""
         try:
             with os.scandir(folder) as scanned:
                 entries = list(scanned)
@@ -189,13 +189,13 @@ class ImageFinder:
             (self._unread if suffix in _UNREAD else self._others)[suffix] += 1
 
     def warnings(self) -> list[str]:
-        """That images are left out, where some are."""
+        """A warning where images of kinds that are not read are left out."""
         unread, kinds = self._unread.total(), _by_kind(self._unread)
         text = f"{unread} images of a kind that is not read here ({kinds}) are left out: convert them, e.g. to PNG"
         return [text] if unread else []
 
     def ignored(self) -> str:
-        """What else is left out; "" where nothing is."""
+        """The other files that are left out; "" where there are none."""
         parts = []
         if self._others:
             parts.append(f"{self._others.total()} files without an image's suffix ({_by_kind(self._others)})")
@@ -206,7 +206,7 @@ class ImageFinder:
         return ", ".join(parts)
 
     def __str__(self) -> str:
-        """What was found instead of images, to be put behind that."""
+        """The files that were found instead of images, in brackets."""
         said = [*self.warnings(), self.ignored()]
         return f" ({'; '.join(text for text in said if text)})" if any(said) else ""
 
@@ -228,7 +228,7 @@ def _size(path: "os.DirEntry[str] | Path") -> int:
 
 
 def _in_order(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Class folders in the order of their classes."""
+    """Class folders, in the order of numbers where all are numbers."""
     if not all(re.fullmatch("[0-9]+", name) for name in folders):
         return tuple(folders)
     of_number: dict[int, str] = {}
@@ -242,7 +242,7 @@ def _in_order(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def _refuse_splits(root: Path, folders: Sequence[str]) -> None:
-    """Refuses the parent of train/ and val/, where these would become the classes."""
+    """UserError for the parent of train/ and val/, which would become the classes."""
     splits = [name for name in folders if name.lower() in _SPLITS]
     if len(splits) == len(folders) == 1 and not any(map(os.path.isdir, ImageFinder().visible(root / splits[0]))):
         return  # the one class may be called so
@@ -268,7 +268,7 @@ def _odd_folders(root: Path, rows: Sequence[Row], class_names: Sequence[str]) ->
 
 
 def _odd_names(class_names: Sequence[str]) -> Iterator[str]:
-    """Names that may be meant for one class."""
+    """Warnings of names that may be meant for one class."""
     alike: dict[str, str] = {}
     for name in class_names:
         other = alike.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), name)
@@ -318,8 +318,8 @@ def _odd_rows(rows: Sequence[Row], class_names: Sequence[str]) -> Iterator[str]:
 def hold_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
     """Splits a listing: the rest, and a share of each class.
 
-    Which images depends on the hashes of their paths alone, so that other options and the rows' order change nothing,
-    and of images that come later few change sides. Rows of one path go together.
+    The hashes of paths alone decide, so other options and the order of rows change nothing, and few images change sides
+    when more are added. Rows of one path go together.
 
     Args:
         listing: of all.

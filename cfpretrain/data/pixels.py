@@ -1,7 +1,7 @@
 """Images as shards hold them -> pixels: the door to DALI, NVIDIA's library for decoding.
 
-Batches have one size and are cut by shard: what an image is decoded and encoded with depends on its shard alone, never
-on who reads it or on what was read before.
+Batches have one size and are cut by shard: the other images in the batch of an image depend on its shard alone, never
+on the rank or on earlier shards.
 """
 
 from collections import deque
@@ -28,13 +28,13 @@ class PixelBatch:
 
     shard: int
     samples: Sequence[Sample]  # their columns, in the order of the shard
-    pixels_BYXC: Tensor  # uint8; what lies behind the samples repeats the last of them, so that every batch is full
+    pixels_BYXC: Tensor  # uint8; padded with the last of the samples, so that every batch is full
 
 
 def decode_shards(
     shards: Shards, numbers: Iterable[int], batch_size: int, device: torch.device, num_threads: int
 ) -> Iterator[PixelBatch]:
-    """Decodes whole shards; while one batch is used, the next is being decoded, be it of the next shard.
+    """Decodes whole shards; while one batch is used, the next is being decoded, also across shards.
 
     UserError where an image is damaged, cannot be decoded or is of another size.
 
@@ -51,7 +51,7 @@ def decode_shards(
     """
     info = shards.info
     assert isinstance(info, ImagesInfo)
-    decoding: deque[tuple[int, list[Sample]]] = deque()  # what the pipeline was given and has not given back
+    decoding: deque[tuple[int, list[Sample]]] = deque()  # given to the pipeline, and not decoded yet
 
     def files() -> Iterator[_Files]:
         for number in numbers:

@@ -1,7 +1,7 @@
 """Writing a shard folder, shard by shard: by any number of processes, over any number of kills, all of it or nothing.
 
-Every shard is made of a fixed slice of the input, so its bytes depend neither on who writes it nor on when. Until all
-are there they lie in the hidden folder of `outputs.Unfinished`, with a record of each.
+A shard is made of a fixed slice of the input, so its bytes depend neither on its writer nor on the time. Until all
+shards are written they are in the hidden folder of `outputs.Unfinished`, with a record of each.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class ShardWriter:
     Args:
         folder: the final folder.
         columns: name -> MDS encoding, e.g. `shards.image_columns()`.
-        plan: JSON-able; says what is made of what, and how. Work done under another plan is refused.
+        plan: JSON-able, all inputs and settings that the shards depend on. Work under another plan is refused.
     """
 
     def __init__(self, folder: str | Path, columns: Mapping[str, str], plan: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ class ShardWriter:
     def is_complete(self) -> bool:
         """Whether the final folder is there already, made by the same plan.
 
-        Refuses, before the work, other content and a place that no finished folder can take.
+        UserError where it has other content, or could not be put in place after the work.
         """
         folder = self.folder
         with self.unfinished.writing():
@@ -81,7 +81,7 @@ class ShardWriter:
     def begin(self) -> None:
         """Makes the unfinished folder, or goes on with it; one process calls it, before any `write`, and holds it.
 
-        A plan of which nothing was written yet gives way to another.
+        Another plan is accepted as long as no shard is written.
         """
         folder, records = self.unfinished.folder, self.unfinished.folder / _RECORDS
         self.unfinished.begin(lambda _: not any(folder.glob("shard.*")) and not any(records.glob("[0-9]*")))
@@ -90,18 +90,18 @@ class ShardWriter:
             files.remove_leftovers(records)
 
     def missing(self, num_shards: int) -> list[int]:
-        """The shards that are yet to be written, of `num_shards`."""
+        """The numbers of the shards that are not written yet."""
         return [number for number in range(num_shards) if not self._record_file(number).exists()]
 
     def write(
         self, number: int, samples: Iterable[Mapping[str, Any]], record: Callable[[], Record] | None = None
     ) -> None:
-        """Writes one shard, whole or not at all; any process may, once `begin` was called.
+        """Writes one shard, whole or not at all; any process may call it after `begin`.
 
         Args:
             number: of the shard.
             samples: in order; all columns but the checksum. None at all makes a shard without a file.
-            record: called after the last sample; what it returns is kept for `records`.
+            record: called after the last sample; its result is kept for `records`.
         """
         with self.unfinished.writing():
             temporary = files.hidden_beside(self.unfinished.folder / f"{number:05d}")
@@ -144,19 +144,19 @@ class ShardWriter:
         return entry, num_samples, max_label
 
     def record(self, number: int) -> dict[str, Any]:
-        """What `write` was given to keep with a shard that is written."""
+        """The record of a shard that is written."""
         return dict(self._kept(number)["record"])
 
     def records(self, num_shards: int) -> list[dict[str, Any]]:
-        """What `write` was given to keep, in the order of the shards."""
+        """The records of all shards, in order."""
         return [self.record(number) for number in range(num_shards)]
 
     def finish(self, info: Info, num_shards: int, extra_files: Mapping[str, str] | None = None) -> None:
-        """Gives the folder its name; a kill in the middle leaves something that `finish` ends.
+        """Gives the folder its name; after a kill in between, another call completes it.
 
         Args:
             info: description of all of it.
-            num_shards: all of which were written.
+            num_shards: all are written.
             extra_files: further text files of the folder, name -> content.
         """
         kept = [self._kept(number) for number in range(num_shards)]
@@ -173,7 +173,7 @@ class ShardWriter:
         index = {"version": 2, "shards": entries, INFO_HASH: info_hash}
         texts = {**(extra_files or {}), INDEX_FILE: json.dumps(index), INFO_FILE: description}
         with self.unfinished.writing():
-            # Nothing that others put there gets the name.
+            # The finished folder gets no file that others put there.
             shards = [entry["raw_data"]["basename"] for entry in entries]
             files.clear(self.unfinished.folder, *shards, _RECORDS, _PLAN_FILE, LOCK_FILE)
             for name, text in texts.items():
@@ -182,7 +182,7 @@ class ShardWriter:
         self._clean_up()
 
     def _clean_up(self) -> None:
-        """Removes what a finished folder does not need, where it can be; a kill may have come before."""
+        """Removes what a finished folder does not need, if possible; a kill may have prevented it before."""
         with suppress(OSError):
             for name in (_RECORDS, _PLAN_FILE, LOCK_FILE):
                 files.remove(self.folder / name)
@@ -197,6 +197,6 @@ class ShardWriter:
 
 
 def merged_versions(records: Sequence[Record]) -> dict[str, str]:
-    """The `versions` that the records of all shards name: another version may have begun than the one that ended."""
+    """The `versions` in the records of all shards: they may differ, where a run was continued after an upgrade."""
     names = records[0]["versions"]
     return {name: ", ".join(sorted({record["versions"][name] for record in records})) for name in names}

@@ -1,7 +1,7 @@
 """Tables of images: .csv or .jsonl, a row for each image, with the columns `path`, `label` and `caption`.
 
-The names of columns are compared without case and outer spaces. A column that is not known is refused, unless it is
-named to be ignored: a model trained without its labels for a typo would not say so.
+The names of columns are compared without case and outer spaces. An unknown column is an error unless it is ignored by
+name: after a typo in `label`, training would silently go on without labels.
 """
 
 import csv
@@ -30,8 +30,8 @@ _OTHER_NAMES = {
     "caption": ("text", "prompt", "description", "title"),
 }
 _MEANT_BY = {name: column for column, names in _OTHER_NAMES.items() for name in (column, *names)}
-_LIKENESS = 0.75  # of two names, as difflib measures it, where one is taken for a typo of the other
-# What cannot be written as UTF-8; of a path, which need not be, what no file has in its name.
+_LIKENESS = 0.75  # of two names, as difflib measures it, from which on one is taken for a typo of the other
+# Characters that cannot be written as UTF-8; in a path, which need not be UTF-8, those that no name of a file has.
 _UNFIT = {
     "path": re.compile("[\0\ud800-\udc7f\udd00-\udfff]"),
     "label": re.compile("[\0-\x1f\x7f\ud800-\udfff]"),  # it is shown in a line with others
@@ -109,7 +109,7 @@ def _read_csv(file: Path, text: io.TextIOBase) -> Iterator[_Row]:
         head, lines = itertools.tee(text)
         first = next(filter(None, csv.reader(head, strict=True)), [])
         del head  # else the lines would be kept for it
-        # Whoever writes `path, label` means no value to begin with a space either.
+        # Below `path, label`, values do not begin with a space either.
         has_spaces = any(name[:1].isspace() for name in first)
         reader = csv.reader(lines, strict=True, skipinitialspace=has_spaces)
         for values in reader:
@@ -162,7 +162,7 @@ def _read_jsonl(file: Path, text: io.TextIOBase) -> Iterator[_Row]:
 
 
 def _known_columns(where: str, names: Sequence[str], left_out: Collection[str]) -> list[str]:
-    """The known column that each name stands for; "" of what is left out."""
+    """The known column that each name stands for; "" for those that are left out."""
     columns = [_normal(name) for name in names]
     for column in _COLUMNS:
         if columns.count(column) > 1 and column not in left_out:
@@ -184,12 +184,12 @@ def _known_columns(where: str, names: Sequence[str], left_out: Collection[str]) 
 
 
 def as_cell(text: str) -> str:
-    """A name as a table holds it: a spreadsheet would compute what begins with `=`, and shows `'=` as a text."""
+    """A text as the cell of a table: a spreadsheet would compute `=...`, and shows `'=...` as a text."""
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def from_cell(text: str) -> str:
-    """What `as_cell` was given."""
+    """The inverse of `as_cell`."""
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
@@ -198,7 +198,7 @@ def _normal(name: str) -> str:
 
 
 def _meant(name: str) -> str:
-    """The known column that a name which is not known is taken for; "" where it is like none."""
+    """The known column that is most like an unknown name; "" where none is."""
     letters = re.sub("[^a-z0-9]", "", _normal(name))
     near = get_close_matches(letters, _MEANT_BY, 1, _LIKENESS)
     return _MEANT_BY[near[0]] if near else ""
@@ -236,7 +236,7 @@ def _classes(file: Path, records: _Records) -> tuple[list[int], tuple[str, ...]]
 
 
 def _is_number(text: str) -> bool:
-    """Whether a person would read a number, if with a sign, an exponent, wide digits or characters without width."""
+    """Whether it looks like a number, also with a sign, an exponent, wide digits or characters without width."""
     text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
     try:
         float(text.replace(",", "."))
@@ -246,7 +246,7 @@ def _is_number(text: str) -> bool:
 
 
 def _numbered(file: Path, labels: Sequence[int]) -> tuple[str, ...]:
-    """The names of classes that are numbered; UserError where a number is left out, since all would move up."""
+    """The names of numbered classes; UserError for a gap, since all numbers above it would change."""
     num_classes, found = max(labels) + 1, set(labels)
     if len(found) < num_classes:
         missing = next(number for number in range(num_classes) if number not in found)
