@@ -514,8 +514,8 @@ def test_asked_to_stop(number: signal.Signals, big_tree: Path, big_content: dict
     process.send_signal(number)
     ended = end(process)
     assert (ended.code, ended.err) == (EXIT_REQUEUE, "")
-    assert ended.out.splitlines()[-1] == "[cfpretrain] stopped; the same command goes on"
-    assert all(map(is_gone, workers))
+    assert ended.out.splitlines()[-1] == f"[cfpretrain] stopped ({number.name}); the same command goes on"
+    wait_until(lambda: all(map(is_gone, workers)), _WAIT_SECONDS)
     kept = num_written(out)
     assert kept > 2
     made(big_tree, "--out", out, *_BIG)

@@ -21,13 +21,10 @@ Exit code 2: a mistake, or too many images rejected; 75: it was asked to stop.
 
 import argparse
 import os
-import signal
-import sys
 from pathlib import Path
 
 from cfpretrain.base.command_line import Parser, check_range
 from cfpretrain.base.console import (
-    EXIT_REQUEUE,
     UserError,
     count,
     ending_in_one_line,
@@ -35,7 +32,7 @@ from cfpretrain.base.console import (
     phase,
     say,
 )
-from cfpretrain.base.stopping import stop_signals
+from cfpretrain.base.stopping import leave_when_asked
 
 _MOST_WORKERS = 1024
 
@@ -43,14 +40,9 @@ _MOST_WORKERS = 1024
 def main() -> None:
     """The command."""
     arguments = _parse()
-    for number in stop_signals():
-        signal.signal(number, signal.default_int_handler)
+    leave_when_asked()
     with ending_in_one_line():
-        try:
-            run(arguments)
-        except KeyboardInterrupt:
-            say("stopped; the same command goes on")
-            sys.exit(EXIT_REQUEUE)
+        run(arguments)
 
 
 def _parse() -> argparse.Namespace:

@@ -26,7 +26,7 @@ import numpy as np
 
 from cfpretrain.base.background import how_it_ended
 from cfpretrain.base.console import Progress, UserError, count, reason_of, say
-from cfpretrain.base.stopping import stop_signals
+from cfpretrain.base.stopping import leave_signals_to_the_rank
 from cfpretrain.core import seeds
 from cfpretrain.data.images import (
     ImageFormat,
@@ -272,10 +272,8 @@ def _begin_worker(folder: _Folder, parent: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    # Ctrl-C and the end of a terminal reach all its processes; the parent ends this one.
-    for number in stop_signals():
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    leave_signals_to_the_rank()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which the pool ends workers
 
 
 def _write_shard(number: int) -> int:
