@@ -1,58 +1,36 @@
 """tools/train_autoencoder.py, on small real digits; and the autoencoder that the demo uses."""
 
-import fcntl
-import io
 import os
 import re
+import select
 import signal
-import subprocess
 import sys
-import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from cfpretrain.autoencoder import WEIGHTS_FILE, KLAutoencoder
-from cfpretrain.data.shard_writer import ShardWriter
-from cfpretrain.data.shards import ImagesInfo, image_columns
 from examples.digits import example_images, train_autoencoder
 from examples.digits.autoencoder_training import PICTURE_FILE
 from examples.digits.reconstruction import reconstruction_error
+from tests.image_files import write_digits
 from tests.processes import REPOSITORY, Rank, wait_until
 
 LONG = ["--channels", "8", "8", "--num-steps", "40", "--batch-size", "16", "--save-seconds", "0"]
 STEPS = ["--channels", "8", "16", "--num-steps", "60", "--batch-size", "32", "--learning-rate", "0.004"]
 
 
-def write_images(folder: Path, begin: int, num: int, size: int = 8) -> Path:
-    """Real 8x8 digits as lossless image shards."""
-    pixels, labels = load_digits(return_X_y=True)
-    writer = ShardWriter(folder, image_columns(), {})
-    writer.begin()
-    samples = []
-    for i in range(begin, begin + num):
-        image = Image.fromarray((pixels[i].reshape(8, 8) * 255 / 16).astype(np.uint8)).resize((size, size))
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        samples.append({"id": i, "label": int(labels[i]), "caption": "", "image": file.getvalue()})
-    writer.write(0, samples)
-    writer.finish(ImagesInfo(tuple("0123456789"), num, 0, "lossless", size, 1, "scikit-learn"), 1)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Training and held-out images, as arguments; tests read them only."""
     folder = tmp_path_factory.mktemp("images")
-    return [str(write_images(folder / "train", 0, 400)), "--held-out", str(write_images(folder / "held-out", 400, 100))]
+    return [str(write_digits(folder / "train", 0, 400)), "--held-out", str(write_digits(folder / "held-out", 400, 100))]
 
 
 def start(images: list[str], out: Path, *options: str) -> Rank:
@@ -110,7 +88,7 @@ def saved(out: Path) -> int:
     return state.stat().st_mtime_ns if state.exists() else 0
 
 
-def wait_for_a_state(out: Path, process: Rank | subprocess.Popen[bytes]) -> None:
+def wait_for_a_state(out: Path, process: Rank) -> None:
     before = saved(out)
     wait_until(lambda: saved(out) != before or process.poll() is not None)
 
@@ -148,11 +126,25 @@ def first_step(said: str) -> int:
     return int(found[1]) if found else 0
 
 
+# Runs the tool in the terminal whose name is the first argument, as its session's own.
+IN_A_TERMINAL = """
+import fcntl, os, runpy, signal, sys, termios
+os.setsid()
+terminal = os.open(sys.argv.pop(1), os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+for stream in (0, 1, 2):
+    os.dup2(terminal, stream)
+os.close(terminal)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+runpy.run_path("tools/train_autoencoder.py", run_name="__main__")
+"""
+
+
 @dataclass
 class Terminal:
     """A process in a terminal of its own."""
 
-    process: subprocess.Popen[bytes]
+    process: Rank
     master: int  # the end at which a person sits
 
     def read(self) -> str:
@@ -167,30 +159,24 @@ class Terminal:
                 return said.decode()
             said += part
 
-
-def _take_terminal() -> None:
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    def exit_code(self) -> int | None:
+        """Of the process, which is about to end."""
+        wait_until(lambda: self.process.poll() is not None)
+        return self.process.returncode
 
 
 @contextmanager
 def in_a_terminal(arguments: list[str]) -> Iterator[Terminal]:
     master, terminal = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tools" / "train_autoencoder.py"), *arguments],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-        preexec_fn=_take_terminal,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-    )
-    os.close(terminal)
+    process = Rank(IN_A_TERMINAL, [os.ttyname(terminal), *arguments], {"OMP_NUM_THREADS": "1"})
     try:
+        os.set_blocking(master, True)
+        wait_until(lambda: bool(select.select([master], [], [], 0)[0]))  # it has the terminal, and speaks
+        os.close(terminal)
         yield Terminal(process, master)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
         with suppress(OSError):  # a test may have closed it
             os.close(master)
 
@@ -201,7 +187,7 @@ def test_ctrl_c_in_a_terminal_while_it_loads(images, tmp_path) -> None:
         assert "loading torch" in os.read(terminal.master, 4096).decode()
         os.write(terminal.master, b"\x03")
         said = terminal.read()
-        assert terminal.process.wait(60) == 75
+        assert terminal.exit_code() == 75
     assert "stopped before training began; the same command starts it" in said
     assert "Traceback" not in said
     assert not saved(out)
@@ -220,7 +206,7 @@ def test_a_terminal_s_ctrl_c_or_end_leaves_a_state(images, tmp_path, how) -> Non
             assert "Traceback" not in said
         else:
             os.close(terminal.master)
-        assert terminal.process.wait(60) == 75
+        assert terminal.exit_code() == 75
     assert saved(out) > before
     said = train(images, out, *LONG)
     assert first_step(said) > 0
@@ -282,7 +268,7 @@ def test_mistakes_are_one_line(images, tmp_path, options, message) -> None:
 
 
 def test_held_out_images_of_another_size_are_refused(images, tmp_path) -> None:
-    other = write_images(tmp_path / "other", 0, 3, size=16)
+    other = write_digits(tmp_path / "other", 0, 3, size=16)
     message = refused([images[0], "--held-out", str(other)], tmp_path / "out")
     assert "--held-out: expected images of shape [1, 8, 8]" in message
 

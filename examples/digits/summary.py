@@ -5,9 +5,9 @@ a small held-out part would say more about its size (and its writers) than about
 and held-out, are put together and split at random into two halves with equal shares of each class. One half is the
 reference. Against it stand, with the same number of images each, half and half of every class alike:
     real_against_real  the other half: the value of a perfect model, bias of the sample size included
-    value              generated images, drawn from those at hand with equal shares of each class
+    value              generated images, drawn from the sets given with equal shares of each class
     cheat              class means of the training images with the noise that pleases this reference best
-Repeated over `num_splits` splits and averaged, since one split of 1 797 digits wanders by a tenth of real_against_real.
+Repeated over `num_splits` splits and averaged, since one split of 1 797 digits varies by a tenth of real_against_real.
 A model that copies its training images is not punished here, as in the usual FID against the training set.
 
 Pixels must be in the scale where black is -1 and white 1: the distance grows with the square of the unit.
@@ -16,8 +16,9 @@ scikit-learn's 8x8 digits as value / 8 - 1 give 0.23 to 0.27 for real_against_re
 and the cheat's noise is left whole too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of, moments
 from cfpretrain.evaluation.neighbours import precision_recall
 from examples.digits import classifier
 from examples.digits.cheat import best_cheat
-from examples.digits.pixels import pixel_features
+from examples.digits.pixels import pixel_features, read_all_images
 
 _WHO = ("value", "real_against_real", "cheat")
 _METRICS = ("precision", "recall", "frechet_pixel")
@@ -48,6 +49,21 @@ class LabelledImages:
                 f"labelled images: expected one label an image, got {len(self.labels_N)} labels "
                 f"for {len(self.images)} images"
             )
+
+
+def read_labelled(folder: Path, option: str) -> LabelledImages:
+    """All images of image shards."""
+    pixels, labels_N = read_all_images(folder, option)
+    return LabelledImages(pixels.float() / 127.5 - 1, labels_N)
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Lines of a name and values each, floats with three digits; an empty row is an empty line."""
+    lines = []
+    for name, *values in (row or ("",) for row in rows):
+        cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)
+        lines.append(f"  {name:<38}{''.join(f'{cell:>12}' for cell in cells)}".rstrip())
+    return "\n".join(lines)
 
 
 def summarise(

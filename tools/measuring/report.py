@@ -29,35 +29,28 @@ from types import FrameType
 from typing import Any
 
 from cfpretrain.base import files
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.console import UserError, explaining, say
+from tools.measuring import tool
 from tools.measuring.report_tables import to_markdown
 
 _ROOT = Path(__file__).resolve().parents[2]
 _POLL_SECONDS = 0.1
 _LIMIT = "{seconds}"  # in a command: after which it must end by itself
+_OUT = "{out}"  # in a command: the file that gets the best settings
 _MARGIN_SECONDS = 15.0
 _COMPILE_THREADS = "2"  # of the compiler in each of many processes
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report.
+    """A part of the report."""
 
-    Attributes:
-        name: of it and of its log.
-        seconds: that it takes, roughly.
-        commands: tools with their options, `_LIMIT` among them; several run at once.
-        needs_gpu: it has nothing to measure without one.
-        packages: that it needs beside those of every run.
-        only_if_asked: it is left out unless `--only` names it.
-    """
-
-    name: str
-    seconds: float
-    commands: tuple[tuple[str, ...], ...]
-    needs_gpu: bool = False
-    packages: tuple[str, ...] = ()
-    only_if_asked: bool = False
+    name: str  # of it and of its log
+    seconds: float  # that it takes, roughly
+    commands: Sequence[Sequence[str]]  # tools with their options, `_LIMIT` among them; several run at once
+    needs_gpu: bool = False  # it has nothing to measure without one
+    packages: tuple[str, ...] = ()  # that it needs beside those of every run
+    only_if_asked: bool = False  # it is left out unless `--only` names it
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -66,17 +59,20 @@ def measure(arguments: argparse.Namespace) -> None:
         raise UserError("measure report: expected a checkout of cfpretrain, whose configs it measures; run it there")
     if not 0 < arguments.minutes < float("inf"):
         raise UserError(f"--minutes: expected a number above 0, got {arguments.minutes:g}")
-    _check_names(arguments.only or [], arguments.out)
+    known = {section.name for on_gpu in (False, True) for section in sections(on_gpu, arguments.out)}
+    for name in arguments.only or []:
+        if name not in known | {"environment"}:
+            raise UserError(f"--only: expected sections among environment, {', '.join(sorted(known))}, got {name!r}")
     end = time.monotonic() + 60 * arguments.minutes
     # What is stopped writes no further, and leaves no process behind.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     report = Report(arguments.out)
     environment = Section("environment", 20, (tool("machine"),))
-    found = report.add(environment, run_section(environment, end, arguments.out))
-    on_gpu = found.get("device") == "cuda"
-    planned = sections(on_gpu, arguments.out)
-    wanted = chosen(planned, arguments.only, arguments.sweep)
+    found = run_section(environment, end, arguments.out)
+    report.add(environment, found)
+    on_gpu = any(result.get("device") == "cuda" for result in found["results"])
+    wanted = chosen(sections(on_gpu, arguments.out), arguments.only, arguments.sweep)
     for section in wanted:
         why_not = reason_to_leave_out(section, on_gpu, end - time.monotonic())
         if why_not is None:
@@ -90,14 +86,6 @@ def measure(arguments: argparse.Namespace) -> None:
         raise UserError(f"no section was measured; {arguments.out / 'report.md'} says why")
 
 
-def _check_names(only: Sequence[str], out: Path) -> None:
-    """Before anything is written."""
-    known = {section.name for on_gpu in (False, True) for section in sections(on_gpu, out)}
-    for name in only:
-        if name not in known | {"environment"}:
-            raise UserError(f"--only: expected sections among environment, {', '.join(sorted(known))}, got {name!r}")
-
-
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -106,93 +94,82 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 # What is measured
 
 
-def tool(what: str, *options: str) -> tuple[str, ...]:
-    """The command of a measurement."""
-    return (sys.executable, str(_ROOT / "tools" / "measure.py"), what, *options)
+_XL = "step --config configs/XL.yaml --fit --pairs 8 train.global_batch_size=256"
+_3B = "step --config configs/3B.yaml --fit --pairs 8 train.global_batch_size=64"
+_3B += " engine.activation_checkpointing=false engine.ema_on_host=true"
+_L = "step --config configs/L.yaml --fit --pairs 8 train.global_batch_size=256"
+_SAMPLING = "sampling --config configs/XL.yaml --alone --precision bf16 --num-ar-steps 1 8 --batch-size 64"
+_SAMPLING += " --num-denoising-steps 25"
+_SAVING = "saving --config configs/L.yaml --kinds unguarded full saving --pairs 2 --block-steps 8"
+_SAVING += " --warm-up-steps 16 train.global_batch_size=64"
+_TESTS = "pytest -m gpu -v -rfE --tb=short"
 
+# Of each section the seconds that it takes, roughly, and its commands (of measure.py, or pytest), in order of priority.
+_ON_A_GPU: dict[str, tuple[Any, ...]] = {
+    "compile": (
+        100,
+        # Sequences of 320, 576, 1280 and 2112 tokens.
+        *(f"attention --compile --tokens {n} --head-widths {w}" for n in (128, 256, 608, 1024) for w in (64, 128)),
+        *(f"{step} --compile" for step in (_XL, _3B, _L)),
+    ),
+    "XL": (70, f"{_XL} --profile"),
+    "attention": (60, "attention --tokens 128 256 608 1024 --head-widths 64 128"),
+    "3B": (90, f"{_3B} --profile"),
+    "XL bare": (50, f"{_XL} --bare"),
+    "gpu tests": (120, _TESTS),
+    **{f"L stage {n}": (40, f"{_L} --profile engine.zero_stage={n}") for n in (2, 1, 3, 0)},
+    "sampling": (40, _SAMPLING),
+    "checkpoint": (60, _SAVING),
+    "features": (30, "evaluation one-rank --features inception --batches 10 --batch-size 128"),
+    "encoding": (50, "data encode --layout kl16 --precision bf16 --images 512 --batch-size 32 --pairs 1"),
+    "loader": (30, "data loader --pairs 1"),
+    "batches": (25, "data ready --pairs 1"),
+    "sweep": (150, f"launches --seconds {_LIMIT} --out {_OUT}"),
+}
 
-def _step(config: str, *options: str) -> tuple[str, ...]:
-    return tool("step", "--config", f"configs/{config}.yaml", *options)
+_TINY = "--config configs/tiny.yaml model.width=32 model.depth=2 model.num_heads=2 data.num_workers=1"
+_TINY += " train.global_batch_size=8 train.micro_batch_size=4"
+_TINY_STEP = f"step {_TINY} --fit --pairs 2"
+_TINY_ATTENTION = "--tokens 16 --head-widths 32 --num-heads 2 --batch-size 2"
+_TINY_SAMPLING = "sampling --config configs/tiny.yaml --alone --num-ar-steps 2 --batch-size 2 --pairs 1"
+_TINY_SAMPLING += " --num-denoising-steps 2"
+# With tiny sizes, so that tests run all sections.
+_ON_A_CPU: dict[str, tuple[Any, ...]] = {
+    "compile": (8, f"attention --compile {_TINY_ATTENTION}", f"{_TINY_STEP} --compile"),
+    "tiny": (8, f"{_TINY_STEP} --profile"),
+    "attention": (5, f"attention {_TINY_ATTENTION}"),
+    "tiny bare": (8, f"{_TINY_STEP} --bare"),
+    "gpu tests": (1, _TESTS),
+    "tiny stage 1": (8, f"{_TINY_STEP} engine.zero_stage=1"),
+    "sampling": (6, _TINY_SAMPLING),
+    "checkpoint": (8, f"saving {_TINY} --kinds full saving --pairs 1 --block-steps 2 --warm-up-steps 2"),
+    "features": (8, "evaluation one-rank --features inception --batches 10 --batch-size 1"),
+    "encoding": (9, "data encode --images 8 --size 32 --pairs 1"),
+    "loader": (6, "data loader --latents demo --samples 64 --pairs 1"),
+    "batches": (6, "data ready --latents demo --samples 64 --pairs 1"),
+    "sweep": (1, "launches"),
+}
+# Beside those of every run.
+_PACKAGES = {"gpu tests": ("pytest",), "encoding": ("diffusers", "nvidia.dali", "sklearn")}
 
 
 def sections(on_gpu: bool, out: Path) -> list[Section]:
-    """The sections in order of priority; on a CPU with tiny sizes, so that tests run them all."""
-    return _on_a_gpu(out) if on_gpu else _on_a_cpu()
+    """The sections in order of priority."""
 
+    def words_of(command: str) -> list[str]:
+        words = [str((out / "launches.json").resolve()) if word == _OUT else word for word in command.split()]
+        return [sys.executable, "-m", *words] if words[0] == "pytest" else tool(*words)
 
-_SIZES = {
-    "XL": ("XL", "train.global_batch_size=256"),
-    "3B": ("3B", "train.global_batch_size=64", "engine.activation_checkpointing=false", "engine.ema_on_host=true"),
-    "L": ("L", "train.global_batch_size=256"),
-}
-_STAGES = (2, 1, 3, 0)
-_TIMED = ("--fit", "--pairs", "8")
-_TOKENS = ("128", "256", "608", "1024")  # sequences of 320, 576, 1280 and 2112
-_HEAD_WIDTHS = ("64", "128")
-_SAMPLING = ("--config", "configs/XL.yaml", "--alone", "--precision", "bf16", "--num-ar-steps", "1", "8")
-_SAMPLING += ("--batch-size", "64", "--num-denoising-steps", "25")
-_SAVING = ("--config", "configs/L.yaml", "--kinds", "unguarded", "full", "saving", "--pairs", "2")
-_SAVING += ("--block-steps", "8", "--warm-up-steps", "16", "train.global_batch_size=64")
-_FEATURES = ("one-rank", "--features", "inception", "--batches", "10")
-_ENCODING = ("encode", "--layout", "kl16", "--precision", "bf16", "--images", "512", "--batch-size", "32")
-_OF_ENCODING = ("diffusers", "nvidia.dali", "sklearn")
-_PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb=short")
-
-
-def _on_a_gpu(out: Path) -> list[Section]:
-    compiling = [
-        tool("attention", "--compile", "--tokens", tokens, "--head-widths", width)
-        for tokens in _TOKENS
-        for width in _HEAD_WIDTHS
-    ]
-    compiling += [_step(*size, *_TIMED, "--compile") for size in _SIZES.values()]
-    sweep = tool("launches", "--seconds", _LIMIT, "--out", str((out / "launches.json").resolve()))
     return [
-        Section("compile", 100, tuple(compiling)),
-        Section("XL", 70, (_step(*_SIZES["XL"], *_TIMED, "--profile"),)),
-        Section("attention", 60, (tool("attention", "--tokens", *_TOKENS, "--head-widths", *_HEAD_WIDTHS),)),
-        Section("3B", 90, (_step(*_SIZES["3B"], *_TIMED, "--profile"),)),
-        Section("XL bare", 50, (_step(*_SIZES["XL"], *_TIMED, "--bare"),)),
-        Section("gpu tests", 120, (_PYTEST,), packages=("pytest",)),
-        *(
-            Section(f"L stage {n}", 40, (_step(*_SIZES["L"], *_TIMED, "--profile", f"engine.zero_stage={n}"),))
-            for n in _STAGES
-        ),
-        Section("sampling", 40, (tool("sampling", *_SAMPLING),)),
-        Section("checkpoint", 60, (tool("saving", *_SAVING),)),
-        Section("features", 30, (tool("evaluation", *_FEATURES, "--batch-size", "128"),)),
-        Section("encoding", 50, (tool("data", *_ENCODING, "--pairs", "1"),), packages=_OF_ENCODING),
-        Section("loader", 30, (tool("data", "loader", "--pairs", "1"),)),
-        Section("batches", 25, (tool("data", "ready", "--pairs", "1"),)),
-        Section("sweep", 150, (sweep,), only_if_asked=True),
-    ]
-
-
-def _on_a_cpu() -> list[Section]:
-    small = ("model.width=32", "model.depth=2", "model.num_heads=2", "data.num_workers=1")
-    small += ("train.global_batch_size=8", "train.micro_batch_size=4")
-    step = ("tiny", *small, "--fit", "--pairs", "2")
-    attention = ("--tokens", "16", "--head-widths", "32", "--num-heads", "2", "--batch-size", "2")
-    sampling = ("--config", "configs/tiny.yaml", "--alone", "--num-ar-steps", "2", "--batch-size", "2")
-    sampling += ("--num-denoising-steps", "2", "--pairs", "1")
-    saving = ("--config", "configs/tiny.yaml", *small, "--kinds", "full", "saving", "--pairs", "1")
-    saving += ("--block-steps", "2", "--warm-up-steps", "2")
-    encoding = ("encode", "--images", "8", "--size", "32", "--pairs", "1")
-    noise = ("--latents", "demo", "--samples", "64", "--pairs", "1")
-    return [
-        Section("compile", 8, (tool("attention", "--compile", *attention), _step(*step, "--compile"))),
-        Section("tiny", 8, (_step(*step, "--profile"),)),
-        Section("attention", 5, (tool("attention", *attention),)),
-        Section("tiny bare", 8, (_step(*step, "--bare"),)),
-        Section("gpu tests", 1, (_PYTEST,), needs_gpu=True),
-        Section("tiny stage 1", 8, (_step(*step, "engine.zero_stage=1"),)),
-        Section("sampling", 6, (tool("sampling", *sampling),)),
-        Section("checkpoint", 8, (tool("saving", *saving),)),
-        Section("features", 8, (tool("evaluation", *_FEATURES, "--batch-size", "1"),)),
-        Section("encoding", 9, (tool("data", *encoding),), packages=_OF_ENCODING),
-        Section("loader", 6, (tool("data", "loader", *noise),)),
-        Section("batches", 6, (tool("data", "ready", *noise),)),
-        Section("sweep", 1, (tool("launches"),), needs_gpu=True, only_if_asked=True),
+        Section(
+            name,
+            seconds,
+            list(map(words_of, commands)),
+            needs_gpu=name in ("gpu tests", "sweep"),
+            packages=_PACKAGES.get(name, ()),
+            only_if_asked=name == "sweep",
+        )
+        for name, (seconds, *commands) in (_ON_A_GPU if on_gpu else _ON_A_CPU).items()
     ]
 
 
@@ -207,19 +184,18 @@ def reason_to_leave_out(section: Section, on_gpu: bool, seconds_left: float) -> 
     """Why a section cannot run here and now; None where it can."""
     if section.needs_gpu and not on_gpu:
         return "needs a GPU"
-    absent = [name for name in section.packages if not _is_installed(name)]
+    absent = []
+    for name in section.packages:
+        try:
+            is_there = find_spec(name) is not None
+        except ModuleNotFoundError:  # of the package around it
+            is_there = False
+        absent += [] if is_there else [name]
     if absent:
         return f"{', '.join(absent)} is not installed"
     if seconds_left < section.seconds / 2:
         return f"it takes about {section.seconds:.0f} s, and {max(0.0, seconds_left):.0f} s are left"
     return None
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package around it
-        return False
 
 
 # ---------------------------------------------------------------------------
@@ -232,42 +208,39 @@ def run_section(section: Section, end: float, out: Path) -> dict[str, Any]:
     Args:
         section: whose commands print JSON on their last line, or, of pytest, a summary.
         end: of the report, by `time.monotonic`.
-        out: folder of the log.
+        out: folder of the logs.
 
     Returns:
         `state` ("measured", "failed" or "out of time"), `seconds`, `results` (what each command measured) and `why`.
     """
     say(f"{section.name} ...")
-    begin, left = time.monotonic(), max(0.0, end - time.monotonic())
-    limit = seconds_for(section, left)
+    begin = time.monotonic()
+    limit = seconds_for(section, max(0.0, end - begin))
     must_end = str(max(1, int(limit - _MARGIN_SECONDS)))
     commands = [[part.replace(_LIMIT, must_end) for part in command] for command in section.commands]
-    logs = [_log_file(out, section, i) for i in range(len(commands))]
+    stem = section.name.replace(" ", "_")
+    logs = [out / (f"{stem}.{i}.log" if len(commands) > 1 else f"{stem}.log") for i in range(len(commands))]
     with _processes(commands, logs) as processes:
         while any(process.poll() is None for process in processes) and time.monotonic() < begin + limit:
             time.sleep(_POLL_SECONDS)
         codes = [process.poll() for process in processes]
     texts = [log.read_text(errors="replace") for log in logs]
-    results = [result for result in map(measured_in, texts) if result is not None]
-    found: dict[str, Any] = {"seconds": time.monotonic() - begin, "results": results}
+    measured = list(map(measured_in, texts))
+    seconds = time.monotonic() - begin
+    found = {"state": "measured", "seconds": seconds, "results": [one for one in measured if one is not None]}
     # pytest's code says whether tests failed, which is a result.
-    failed = [text for code, text in zip(codes, texts, strict=True) if code != 0 and measured_in(text) is None]
+    failed = [text for code, text, one in zip(codes, texts, measured, strict=True) if code != 0 and one is None]
     if None in codes:
-        found |= {"state": "out of time", "why": f"ended after {found['seconds']:.0f} s"}
+        found |= {"state": "out of time", "why": f"ended after {seconds:.0f} s"}
     elif failed:
-        found |= {"state": "failed", "why": last_line(failed[0])}
-    else:
-        found |= {"state": "measured"}
+        lines = [line.strip() for line in failed[0].splitlines() if line.strip()]
+        found |= {"state": "failed", "why": lines[-1][:300] if lines else "it said nothing"}
     return found
 
 
 def seconds_for(section: Section, seconds_left: float) -> float:
     """How long a section may take: one that hangs leaves half of what is left to the others."""
     return min(seconds_left, max(section.seconds, seconds_left / 2))
-
-
-def _log_file(out: Path, section: Section, number: int) -> Path:
-    return out / f"{section.name.replace(' ', '_')}{f'.{number}' if len(section.commands) > 1 else ''}.log"
 
 
 @contextmanager
@@ -290,13 +263,9 @@ def _processes(commands: Sequence[Sequence[str]], logs: Sequence[Path]) -> Itera
         yield started
     finally:
         for process in started:
-            _kill_group(process)
-
-
-def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    with suppress(ProcessLookupError):  # all of it has ended
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            with suppress(ProcessLookupError):  # all of it has ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def measured_in(text: str) -> dict[str, Any] | None:
@@ -320,43 +289,29 @@ def measured_in(text: str) -> dict[str, Any] | None:
     return {"summary": f"{len(verdicts)} tests until its time was over", "failures": failures}
 
 
-def last_line(text: str) -> str:
-    """What a process that failed said last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
-
-
 # ---------------------------------------------------------------------------
 # The report
 
 
 class Report:
-    """report.json and report.md, written again with every section.
-
-    Args:
-        folder: of the report, and of the logs.
-    """
+    """report.json and report.md in a folder beside the logs, written again with every section."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._sections: dict[str, dict[str, Any]] = {}
         if (folder / "report.json").exists():
             raise UserError(f"--out: {folder} holds a report; choose another folder, or remove it")
-        try:
+        with explaining(f"--out: {folder} cannot be made ({{reason}}); choose another"):
             files.make_folder(folder, follow=True)
-        except OSError as error:
-            raise UserError(f"--out: {folder} cannot be made ({error.strerror or error}); choose another") from error
 
-    def add(self, section: Section, found: dict[str, Any]) -> dict[str, Any]:
-        """Adds what was found to the report; returns what the section's first command measured."""
-        self._sections[section.name] = {"state": found["state"], **found}
+    def add(self, section: Section, found: dict[str, Any]) -> None:
+        """Adds what was found to the report."""
+        self._sections[section.name] = found
         files.replace(self._folder / "report.json", json.dumps({"sections": self._sections}, indent=1) + "\n")
         files.replace(self._folder / "report.md", to_markdown(self._sections))
-        if found["state"] == "interrupted":
-            return {}
-        said = found["state"] if "seconds" not in found else f"{found['state']} in {found['seconds']:.0f} s"
-        say(f"{section.name}: {said}{': ' + found['why'] if 'why' in found else ''}")
-        return dict(found.get("results", [{}])[0]) if found.get("results") else {}
+        if found["state"] != "interrupted":
+            took = f" in {found['seconds']:.0f} s" if "seconds" in found else ""
+            say(f"{section.name}: {found['state']}{took}{': ' + found['why'] if 'why' in found else ''}")
 
     def has_measured(self, wanted: Sequence[Section]) -> bool:
         """Whether there is a result of any of these sections."""

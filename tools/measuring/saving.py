@@ -7,8 +7,8 @@ Blocks of steps take turns in one process group: bare (no EMA, no metrics, no ex
 unguarded (EMA and metrics), full (guard and exchange too) and saving (as full, and a checkpoint begins with each block,
 which is as long as `--block-steps`). wandb is off: it writes from a process of its own. Latents are noise.
 
-A small difference wants short blocks in many turns, since a machine's speed wanders: what guards cost is seen best with
-`--kinds unguarded full --block-steps 2 --pairs 150`.
+A small difference needs short blocks in many turns, since a machine's speed varies; the cost of guards is seen best
+with `--kinds unguarded full --block-steps 2 --pairs 150`.
 """
 
 import argparse
@@ -22,14 +22,15 @@ from typing import Any
 from unittest.mock import patch
 
 from cfpretrain.base import config as configs
-from cfpretrain.base import runtime
+from cfpretrain.base import config_checks, runtime
 from cfpretrain.base.console import phase
 from cfpretrain.training import trainer as training
 from cfpretrain.training.step import StepResult
 from tools.measuring.common import alternate, on_noise, refuse_skipped, synchronise
 
-_KINDS = ("bare", "unguarded", "full", "saving")
-_ADDS = {
+# Kinds of blocks, and what each adds to the one before.
+_KINDS = {
+    "bare": "",
     "unguarded": "EMA and metrics add",
     "full": "guards and the ranks' exchange add",
     "saving": "a checkpoint a block adds",
@@ -42,7 +43,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     # Rank 0's folder serves all ranks; the others' stay empty.
     with runtime.ranks_of_a_tool(device), tempfile.TemporaryDirectory() as own:
         config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
-        configs.check(config, runtime.world_size())
+        config_checks.check(config, runtime.world_size())
         config = on_noise(config, Path(runtime.gather(own)[0]))
         training.prepare_folder(config, device)
         seconds, stalls = _measure(training.Trainer(config, device), arguments)
@@ -81,7 +82,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
         for _ in range(-(-arguments.warm_up_steps // arguments.block_steps)):
             block(kinds[-1])
         stalls.clear()
-    found = alternate({kind: partial(block, kind) for kind in kinds}, arguments.pairs, "", num_warm_up=0)
+    found = alternate({kind: partial(block, kind) for kind in kinds}, arguments.pairs, num_warm_up=0)
     trainer.loader.close()
     return found, stalls
 
@@ -95,7 +96,7 @@ def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     unguarded = [
         (step, "exchange", lambda terms, batches: None),
         (step, "decide", lambda told, grad_norm: True),
-        # Losses that nobody computed do not tell the next block's guard what is usual.
+        # Losses of these steps are constants, and must not reach the guard of the next block.
         (trainer.guard, "applied", lambda loss, grad_norm: None),
     ]
     bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer.log, "add", lambda *_: {})]
@@ -106,12 +107,12 @@ def _summarise(seconds: dict[str, list[float]], stalls: list[float]) -> dict[str
     added: dict[str, float] = {}
     for kind, values in seconds.items():
         text = f"{kind:<10}{1e3 * statistics.median(values):8.1f} ms a step (median)"
-        before = _KINDS[max(0, _KINDS.index(kind) - 1)]
-        if kind in _ADDS and before in seconds:
+        before = list(_KINDS)[max(0, list(_KINDS).index(kind) - 1)]
+        if kind != before and before in seconds:
             ratios = [a / b - 1 for a, b in zip(values, seconds[before], strict=True)]
             added[kind] = statistics.median(ratios)
             error = 1.25 * statistics.pstdev(ratios) / len(ratios) ** 0.5  # of a median, for a normal distribution
-            text += f": {_ADDS[kind]} {added[kind]:+.1%} (standard error {error:.1%})"
+            text += f": {_KINDS[kind]} {added[kind]:+.1%} (standard error {error:.1%})"
         print(text)
     stall = statistics.median(stalls) if stalls else None
     if stall is not None:
