@@ -248,11 +248,3 @@ class ARSettings:
         if self.ar_split == "batch":
             return draw_shared_steps(shared_key, batch_size, num_tokens, self.ar_step_decay, self.num_ar_steps)
         return draw_steps(shared_key, sample_keys_B, num_tokens, self.ar_step_decay, self.num_ar_steps)
-
-    def draw_orders(self, sample_keys_B: Tensor, num_tokens: int) -> Tensor:
-        """The token at each position, int64 [B, L]; see the function `draw_orders`."""
-        return draw_orders(sample_keys_B, num_tokens, self.token_order, self.block_size)
-
-    def weights(self, steps_BL: Tensor) -> Tensor:
-        """The loss weight of each token, float32 [B, L]; see `ar_weights`."""
-        return ar_weights(steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule)
