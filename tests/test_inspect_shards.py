@@ -11,8 +11,9 @@ from PIL import Image
 from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base import files
+from cfpretrain.data.compatibility import check_infos
 from cfpretrain.data.shard_writer import ShardWriter
-from cfpretrain.data.shards import ImagesInfo, check_infos, image_columns, read_latents_info
+from cfpretrain.data.shards import ImagesInfo, image_columns, read_latents_info
 from tests.digits import digits_info, write_digits, write_latents
 from tests.processes import REPOSITORY
 from tools import inspect_shards

@@ -135,11 +135,7 @@ def _is_of(report: dict[str, Any], settings: dict[str, Any]) -> bool:
 
 def _settings(arguments: argparse.Namespace, step: int, num_embedded: int) -> dict[str, Any]:
     """What a report is of; a run that was scored so needs no second scoring."""
-    from cfpretrain.data.shards import fingerprint
-    from cfpretrain.data.storage import open_source
-
-    def content(folder: Path, key: str) -> str:
-        return fingerprint(open_source(folder, key), key)
+    from cfpretrain.data.shards import Shards
 
     return {
         "scored_step": step,
@@ -150,9 +146,9 @@ def _settings(arguments: argparse.Namespace, step: int, num_embedded: int) -> di
         "solver": _SOLVER,
         "guidance": arguments.guidance,
         "images": str(arguments.images),
-        "images_fingerprint": content(arguments.images, "--images"),
+        "images_fingerprint": Shards(arguments.images, "--images").fingerprint,
         "held_out": str(arguments.held_out),
-        "held_out_fingerprint": content(arguments.held_out, "--held-out"),
+        "held_out_fingerprint": Shards(arguments.held_out, "--held-out").fingerprint,
     }
 
 
@@ -325,11 +321,12 @@ def _report(
     device = next(model.parameters()).device
     shards = open_folders(config)[0]
     with phase("drawing the loss map"):
-        trained = shards.read_latents(
-            np.linspace(0, len(shards) - 1, min(len(shards), _MOST_MAPPED)).round().astype(int)
-        )
-        latents = build.make_scaling(config).to_model(trained.mean_BCYX).to(device)
-        errors = measure_loss_map(model, build.make_loss(config), latents, trained.labels_B, num_bins=20, passes=8)
+        places = np.linspace(0, len(shards) - 1, min(len(shards), _MOST_MAPPED)).round().astype(int)
+        samples = shards.samples(places.tolist())
+        means_BCYX = torch.from_numpy(np.stack([sample["mean"] for sample in samples])).float()
+        labels_B = torch.tensor([int(sample["label"]) for sample in samples])
+        latents = build.make_scaling(config).to_model(means_BCYX).to(device)
+        errors = measure_loss_map(model, build.make_loss(config), latents, labels_B, num_bins=20, passes=8)
         draw_loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
     torch.set_num_threads(torch.get_num_threads() * runtime.world_size())  # those of the ranks that are done
     with phase("scoring"):

@@ -146,13 +146,12 @@ def _read_images(arguments: argparse.Namespace) -> Images:
     import torch
 
     from cfpretrain.data.images import read_all_images
-    from cfpretrain.data.shards import fingerprint
-    from cfpretrain.data.storage import open_source
+    from cfpretrain.data.shards import Shards
 
     given = {"IMAGES": arguments.images} | ({"--held-out": arguments.held_out} if arguments.held_out else {})
     with phase("reading the images"):
         read = {key: read_all_images(folder, key)[0] for key, folder in given.items()}
-        which = {key: fingerprint(open_source(str(folder), key), key) for key, folder in given.items()}
+        which = {key: Shards(folder, key).fingerprint for key, folder in given.items()}
     train = read["IMAGES"]
     if arguments.held_out is None:
         if len(train) < 2:
