@@ -15,9 +15,6 @@ def check_infos(infos: Sequence[LatentsInfo], config: Config) -> None:
     Args:
         infos: of the folders `config.data.shards`, in that order.
         config: its sections model, data and train count.
-
-    Raises:
-        UserError: each problem names its config key, what was expected, what came and the fix.
     """
     first = infos[0]
     problems = [*_check_latents(first, config), *_check_counts(infos, config)]
@@ -82,8 +79,7 @@ def check_autoencoder(
 ) -> None:
     """Refuses an autoencoder that did not make the latents, or scales them otherwise: it would decode them wrongly.
 
-    Raises:
-        UserError: names `key`, the config key or option that gave the autoencoder.
+    It is known by its fingerprint, shift and scale; `key` is the config key or option that gave it.
     """
     for name, expected, got in (
         ("fingerprint", info.autoencoder, fingerprint),

@@ -75,8 +75,7 @@ class Loader(Generic[T]):
         self.fingerprint = order_fingerprint(config, folders)
         self._shard_sizes = [folder.shard_sizes for folder in folders]
         self._num_samples = sum(samples_an_epoch([len(folder) for folder in folders], config.data.repeat))
-        self._config = config
-        self._rank = rank
+        self._config, self._rank = config, rank
         self._ranks_per_node = ranks_per_node or world_size
         self._num_nodes = world_size // self._ranks_per_node
         assert self._num_nodes * self._ranks_per_node == world_size
@@ -94,9 +93,9 @@ class Loader(Generic[T]):
         self.waited_seconds = 0.0  # for batches, so far
         self.problem: str | None = None  # why the next step's micro-batches cannot be read, once that is known
         self._next: list[T] | None = None
-        dataset = MicroBatches(folders, config, prepare)
-        num_workers = config.data.num_workers
-        self._reader: Reader[T] | None = Reader(dataset, self._requests(step), num_workers, pinned, self._budget)
+        self._reader: Reader[T] | None = Reader(
+            MicroBatches(folders, config, prepare), self._requests(step), config.data.num_workers, pinned, self._budget
+        )
 
     def __iter__(self) -> Iterator[list[T]]:
         return self
@@ -213,7 +212,8 @@ def epoch_visits(config: Config, shard_sizes: Sequence[NDArray[np.int64]], epoch
             visits.append(np.arange(first, first + count) + (repetition << REPETITION_BIT))
             parts.append(sizes)
         if rest:
-            chosen = _choose(config.run.seed, epoch, folder, count, rest)
+            key = seeds.fold(seeds.fold(seeds.key(config.run.seed, "repeat"), epoch), folder)
+            chosen = np.sort(seeds.permutation(key, count)[:rest].numpy())
             visits.append(first + chosen + (repetitions << REPETITION_BIT))
             chosen_sizes = np.bincount(np.searchsorted(sizes.cumsum(), chosen, side="right"))
             parts.append(chosen_sizes[chosen_sizes > 0])
@@ -223,22 +223,10 @@ def epoch_visits(config: Config, shard_sizes: Sequence[NDArray[np.int64]], epoch
     return ordered
 
 
-def _choose(seed: int, epoch: int, folder: int, count: int, num_chosen: int) -> NDArray[np.int64]:
-    """Random places in a folder, ascending."""
-    key = seeds.fold(seeds.fold(seeds.key(seed, "repeat"), epoch), folder)
-    return np.sort(seeds.permutation(key, count)[:num_chosen].numpy())
-
-
 def epoch_order(config: Config, shard_sizes: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch goes through the samples of a list of shards.
+    """The order in which an epoch goes through the samples of shards: a permutation of range(sum of shard_sizes).
 
-    Args:
-        config: `run.seed`, `data.num_canonical_nodes` and `data.shuffle_block_size` are used.
-        shard_sizes: samples of each shard.
-        epoch: from 0.
-
-    Returns:
-        A permutation of range(sum of shard_sizes).
+    Of the config, `run.seed`, `data.num_canonical_nodes` and `data.shuffle_block_size` are used.
     """
     num_samples, num_canonical = int(shard_sizes.sum()), config.data.num_canonical_nodes
     # Hashed, since the shuffle adds the epoch to its seed: runs of seeds 0 and 1 would share orders.

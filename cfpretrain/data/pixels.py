@@ -36,6 +36,8 @@ def decode_shards(
 ) -> Iterator[PixelBatch]:
     """Decodes whole shards; while one batch is used, the next is being decoded, be it of the next shard.
 
+    UserError where an image is damaged, cannot be decoded or is of another size.
+
     Args:
         shards: of images.
         numbers: which of them, in order.
@@ -46,9 +48,6 @@ def decode_shards(
     Yields:
         Square images, `image_size` pixels a side. Where the folder's `store` is "lossless" they are the pixels that
         were stored; "original" ones are resized and cropped by DALI, near the ADM crop but not equal to it.
-
-    Raises:
-        UserError: DALI is not installed; an image is damaged, cannot be decoded or is of another size.
     """
     info = shards.info
     assert isinstance(info, ImagesInfo)
@@ -78,11 +77,7 @@ def decode_shards(
 
 
 def dali_version() -> str:
-    """The version of DALI.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The version of DALI; UserError where it is not installed."""
     return str(_import_dali().__version__)
 
 

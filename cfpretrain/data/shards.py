@@ -49,10 +49,6 @@ _CODERS: dict[str, type[encodings.Encoding]] = {  # of every encoding in use but
 }
 
 
-class DamagedShardError(UserError):
-    """A sample that is not what was written."""
-
-
 @dataclass(frozen=True)
 class ImagesInfo:
     """What a folder of image shards holds."""
@@ -278,9 +274,7 @@ class Shards:
     def samples(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Samples by their places in the folder, 0 to len - 1: the columns of each. Opens each file once.
 
-        Raises:
-            DamagedShardError: one is not what was written.
-            UserError: a file is missing or cannot be fetched.
+        UserError where a file is missing or cannot be fetched, or a sample is not what was written.
         """
         by_shard: dict[int, list[int]] = {}
         for index in indices:
@@ -310,7 +304,7 @@ class Shards:
                     problem = f"sample {place} is damaged ({error})"
             if not self.source.drop(file):
                 break
-        raise DamagedShardError(
+        raise UserError(
             f"{self._key}: {self.source.address}/{file.name}: {problem}; copy the file from where it is whole, or "
             "write the folder again"
         )
