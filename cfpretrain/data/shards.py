@@ -24,9 +24,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from cfpretrain.base.config_files import from_plain
 from cfpretrain.base.console import UserError
 from cfpretrain.base.files import parse_json, read_json
+from cfpretrain.base.typed import from_plain
 from cfpretrain.data.cache import Cache, ShardFile
 from cfpretrain.data.mosaic import encodings
 from cfpretrain.data.storage import LocalFolder, Source, open_source
