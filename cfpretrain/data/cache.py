@@ -9,15 +9,15 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
 from cfpretrain.base import files
 from cfpretrain.base.config import DataConfig
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.console import UserError, explaining, say
 from cfpretrain.base.files import open_unbuffered
 
 _POLL_SECONDS = 0.05
@@ -164,17 +164,11 @@ class Cache:
             total -= size
         return total <= self.limit_bytes
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except UserError:
-            raise
-        except OSError as error:
-            raise UserError(
-                f"data.cache_folder: {self.folder} cannot be written ({error.strerror or error}); free space there, "
-                "choose another folder, or set data.cache_limit_gb to what it may hold"
-            ) from error
+    def _writing(self) -> AbstractContextManager[None]:
+        return explaining(
+            f"data.cache_folder: {self.folder} cannot be written ({{reason}}); free space there, choose another "
+            "folder, or set data.cache_limit_gb to what it may hold"
+        )
 
 
 def open_whole(path: Path, num_bytes: int) -> FileIO | str:

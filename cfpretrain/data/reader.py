@@ -42,6 +42,10 @@ _PREFETCH = 2  # micro-batches a worker makes ahead
 _POLL_SECONDS = 1.0
 _DEATH_SECONDS = 0.5
 _CLOSE_SECONDS = 5.0
+_LIKELY_CAUSES = {
+    signal.SIGKILL: ", as the system does where memory is short",
+    signal.SIGBUS: ", as where /dev/shm is full",
+}
 
 
 @dataclass(frozen=True)
@@ -243,12 +247,10 @@ def _describe_full_memory(error: Exception, num_bytes: int | None = None) -> str
 
 
 def _describe_death(exit_code: int | None) -> str:
-    killer = signal.Signals(-exit_code) if exit_code is not None and exit_code < 0 else None
-    how = f"with exit code {exit_code}" if killer is None else f"by {killer.name}"
-    if killer is signal.SIGKILL:
-        how += ", as the system does where memory is short"
-    if killer is signal.SIGBUS:
-        how += ", as where /dev/shm is full"
+    how = f"with exit code {exit_code}"
+    if exit_code is not None and exit_code < 0:
+        killer = signal.Signals(-exit_code)
+        how = f"by {killer.name}{_LIKELY_CAUSES.get(killer, '')}"
     return (
         f"data.num_workers: a process that reads data ended {how}; set fewer, or give the machine more memory, then "
         "give the same command again"
