@@ -80,8 +80,8 @@ class Cache:
     """Copies of remote shard files."""
 
     folder: Path  # holds nothing else
-    limit_bytes: int  # the most that they fill, the least recently used make place; 0 = no limit
-    budget: RetryBudget  # of whoever fetches
+    limit_bytes: int  # the most that they fill; the least recently used are removed; 0 = no limit
+    budget: RetryBudget
 
     @classmethod
     def of(cls, data: DataConfig) -> "Cache":
@@ -89,10 +89,7 @@ class Cache:
         return cls(Path(data.cache_folder), int(data.cache_limit_gb * 1e9), RetryBudget(data.download_patience_seconds))
 
     def open(self, file: ShardFile, fetch: Callable[[Path], None]) -> FileIO:
-        """The copy of a file, open.
-
-        Where there is none, `fetch` writes it to a path; unless another process does, which is waited for.
-        """
+        """Opens the copy of a file. Where there is none, waits for a process that fetches it, or has it `fetch`ed."""
         copy = self.folder / file.digest
         opened = open_whole(copy, file.num_bytes)
         if isinstance(opened, FileIO):
@@ -104,9 +101,9 @@ class Cache:
             while True:
                 with self._locked():
                     opened = open_whole(copy, file.num_bytes)
-                    lock = self._reserve(part) if isinstance(opened, str) else None
-                if isinstance(opened, FileIO):
-                    return opened
+                    if isinstance(opened, FileIO):  # another process has fetched it
+                        return opened
+                    lock = self._reserve(part)
                 if lock is not None:
                     break
                 self.budget.sleep(_POLL_SECONDS)
@@ -125,7 +122,7 @@ class Cache:
             files.remove(self.folder / file.digest)
 
     def _locked(self) -> AbstractContextManager[None]:
-        files.make_folder(self.folder, follow=True)  # the user's own may be a link; what lies in it is not trusted
+        files.make_folder(self.folder, follow=True)  # the user's own may be a link
         return files.locked(self.folder / _LOCK, lambda: self.budget.sleep(_POLL_SECONDS))
 
     def _reserve(self, part: Path) -> int | None:
@@ -160,7 +157,7 @@ class Cache:
         for _, size, path in sorted(copies):
             if total <= self.limit_bytes:
                 break
-            files.remove(Path(path))  # who is reading it keeps what it has opened
+            files.remove(Path(path))  # its readers keep it open
             total -= size
         return total <= self.limit_bytes
 
