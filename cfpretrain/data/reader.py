@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cfpretrain.base.background import Task
+from cfpretrain.base.background import Task, how_it_ended
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, one_line, say
 from cfpretrain.base.stopping import leave_signals_to_the_rank
@@ -42,10 +42,6 @@ _PREFETCH = 2  # micro-batches a worker makes ahead
 _POLL_SECONDS = 1.0
 _DEATH_SECONDS = 0.5
 _CLOSE_SECONDS = 5.0
-_LIKELY_CAUSES = {
-    signal.SIGKILL: ", as the system does where memory is short",
-    signal.SIGBUS: ", as where /dev/shm is full",
-}
 
 
 @dataclass(frozen=True)
@@ -247,10 +243,9 @@ def _describe_full_memory(error: Exception, num_bytes: int | None = None) -> str
 
 
 def _describe_death(exit_code: int | None) -> str:
-    how = f"with exit code {exit_code}"
-    if exit_code is not None and exit_code < 0:
-        killer = signal.Signals(-exit_code)
-        how = f"by {killer.name}{_LIKELY_CAUSES.get(killer, '')}"
+    how = how_it_ended(exit_code)
+    if exit_code == -signal.SIGBUS:
+        how += ", as where /dev/shm is full"
     return (
         f"data.num_workers: a process that reads data ended {how}; set fewer, or give the machine more memory, then "
         "give the same command again"
