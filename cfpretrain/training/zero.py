@@ -1,4 +1,4 @@
-"""The door to DeepSpeed: its settings, derived from ours, and what of it is changed (read in 0.19.8)."""
+"""The door to DeepSpeed: its settings, derived from ours, and our patches of it (read in 0.19.8)."""
 
 import math
 import os
@@ -89,7 +89,7 @@ def _persistent_numel(device: torch.device) -> int:
 
 
 def load_deepspeed(device: torch.device) -> ModuleType:
-    """Imports DeepSpeed for this kind of device and changes it; RuntimeError where it has not what is changed."""
+    """Imports DeepSpeed for this kind of device and patches it; RuntimeError where a patched name is missing."""
     # DeepSpeed chooses its accelerator at import; unset, it guesses, and warns where it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed
