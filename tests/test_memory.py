@@ -11,6 +11,7 @@ import torch
 from cfpretrain.base import config as configs
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
 from cfpretrain.core.segments import build_layout
@@ -212,7 +213,7 @@ def test_masks_are_those_of_the_backend_that_runs() -> None:
     ):
         assert masks_of(*shared, on_gpu=False) == 1
     with pytest.raises(
-        configs.UserError, match=r"engine\.attention: flex needs a GPU, and this run computes on the cpu; or use sdpa"
+        UserError, match=r"engine\.attention: flex needs a GPU, and this run computes on the cpu; or use sdpa"
     ):
         masks_of("engine.attention=flex", on_gpu=False)
 
@@ -337,7 +338,7 @@ def test_command_refuses_mistakes() -> None:
         ({"num_gpus": 2, "measure": True}, "--measure"),
         ({"num_gpus": 3}, "train.global_batch_size"),
     ):
-        with pytest.raises(configs.UserError, match=message):
+        with pytest.raises(UserError, match=message):
             estimate_memory.run(arguments(config=config, **wrong))
 
 
