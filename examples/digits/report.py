@@ -296,8 +296,8 @@ def _score(arguments: argparse.Namespace, config: Any, model: Any, sets: "Sets")
     import torch
 
     from cfpretrain.base import runtime
-    from cfpretrain.data.images import read_all_images
     from cfpretrain.run import build
+    from examples.digits.pixels import read_all_images
     from examples.digits.reconstruction import reconstruction_error
     from examples.digits.summary import read_labelled, summarise
 
