@@ -386,7 +386,7 @@ def campaign_of_two() -> dict[Any, Run]:
         check_restore(0, (0, 1), "fp32", micro_batch_size=1)
         check_restore(3, (2, 3), "fp32", micro_batch_size=1)
         # As on a GPU: small parameters stay gathered at stage 3.
-        with patch.object(zero, "_persistent_numel", lambda device: 100_000):
+        with patch.dict(zero._PERSISTENT_NUMEL, cpu=100_000):
             for precision in PRECISIONS:
                 check_skip(3, precision)
                 check_sampling(3, precision)
