@@ -16,8 +16,8 @@ from cfpretrain.core.model import Block, BlockSettings
 # Elements of a communication bucket, at least (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
 _BUCKET_NUMEL = 50_000_000
 # Parameters of fewer elements stay gathered at stage 3, and are sent one by one after each step. Over gloo that costs
-# more than gathering them with their modules: the demo's step took 250 ms instead of 200. On a GPU it is DeepSpeed's own
-# default.
+# more than gathering them with their modules: the demo's step took 250 ms instead of 200. For GPUs it is DeepSpeed's
+# own default.
 _PERSISTENT_NUMEL = {"cpu": 0, "cuda": 100_000}
 
 # (global norm of the gradient before clipping, a scalar on the device: infinite where a gradient is not finite) ->
