@@ -1,4 +1,4 @@
-"""The run folder around training: who may write in it, what in it fits the config, what it tells job scripts."""
+"""The run folder around training: its lock, its checks against the config, its notes for job scripts."""
 
 import fcntl
 import json
@@ -109,7 +109,7 @@ def _unwritable(folder: Path, reason: str = "{reason}") -> str:
 
 
 def record_config(config: Config) -> None:
-    """Writes the resolved config into the run folder, and says what it changes. All ranks call it."""
+    """Writes the resolved config into the run folder, and reports its changes. All ranks call it."""
     folder = Path(config.run.folder)
     with runtime.together(), explaining(_unwritable(folder)):
         if runtime.rank() == 0:
