@@ -76,10 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
     device = runtime.pick_device()
     with phase(f"loading {arguments.source}"):
         # Mistakes in names are found before the weights are read.
-        origin = open_source(arguments.source, arguments.weights, arguments.step)
-        labels = [origin.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]
-        generated = None if arguments.generate is None else origin.label_of(arguments.generate)
-        source = origin.load(device, arguments.precision)
+        source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
+        labels = [source.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]
+        generated = None if arguments.generate is None else source.label_of(arguments.generate)
+        source.model.eval()
         autoencoder = source.make_autoencoder()
     config, model = source.config, source.config.model
     image_size = model.latent_size * autoencoder.stride

@@ -26,12 +26,11 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
-from cfpretrain.data import images
 from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of, moments_of
 from cfpretrain.evaluation.neighbours import precision_recall
 from examples.digits import classifier
 from examples.digits.cheat import best_cheat
-from examples.digits.pixels import pixel_features
+from examples.digits.pixels import pixel_features, read_all_images
 
 _WHO = ("value", "real_against_real", "cheat")
 _METRICS = ("precision", "recall", "frechet_pixel")
@@ -54,7 +53,7 @@ class LabelledImages:
 
 def read_labelled(folder: Path, option: str) -> LabelledImages:
     """All images of image shards."""
-    pixels, labels_N = images.read_all_images(folder, option)
+    pixels, labels_N = read_all_images(folder, option)
     return LabelledImages(pixels.float() / 127.5 - 1, labels_N)
 
 

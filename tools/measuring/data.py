@@ -35,13 +35,13 @@ from cfpretrain.base import files, runtime
 from cfpretrain.base.command_line import check_range
 from cfpretrain.base.config import Config, DataConfig, ModelConfig, TrainConfig
 from cfpretrain.base.console import phase
-from cfpretrain.data.encoding import Encoding, encode
-from cfpretrain.data.images import PNG_LEVEL, Storing
+from cfpretrain.data.image_shards import write_image_shards
+from cfpretrain.data.images import PNG_LEVEL, ImageFormat
+from cfpretrain.data.latent_shards import Encoding, encode
 from cfpretrain.data.listing import list_images
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import Shards
-from cfpretrain.data.storing import store_images
 from cfpretrain.run.build import make_prepare
 from tools.measuring.common import alternate, on_noise, print_rates
 
@@ -118,8 +118,8 @@ def make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
         def ours(out: Path) -> None:
             # So small that all workers have something to do to the end, as they have with a large set.
             per_shard = max(1, arguments.images // (8 * num_workers))
-            how = Storing(arguments.store, arguments.size)
-            store_images([(listing, out)], how, "photos", per_shard, num_workers)
+            how = ImageFormat(arguments.store, arguments.size)
+            write_image_shards([(listing, out)], how, "photos", per_shard, num_workers)
 
         plain = functools.partial(plain_shards, photos, size=arguments.size, store=arguments.store)
         return _alternate_writing({"make_shards": ours, "plain loop": plain}, arguments, Path(temporary))
@@ -181,8 +181,8 @@ def encode_latents(arguments: argparse.Namespace) -> dict[str, Any]:
         with phase(f"making shards of {arguments.images} photos"):
             listing = list_images(write_photos(folder / "photos", arguments.images))
             per_shard = max(1, arguments.images // 4)
-            how = Storing("lossless", arguments.size)
-            store_images([(listing, folder / "images")], how, "photos", per_shard, num_threads)
+            how = ImageFormat("lossless", arguments.size)
+            write_image_shards([(listing, folder / "images")], how, "photos", per_shard, num_threads)
         if arguments.autoencoder is None:
             write_folder(folder / "autoencoder", make_network(_LAYOUTS[arguments.layout], arguments.layout))
         device, dtype = runtime.pick_device(), {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]

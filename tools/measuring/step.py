@@ -70,7 +70,7 @@ def _constant_rate(config: Config) -> Config:
 
 
 def _estimated_bytes(config: Config, device: torch.device) -> int:
-    return memory.estimate(*memory.plan_memory(config, 1, on_gpu=device.type == "cuda")).peak
+    return memory.estimate(config, 1, on_gpu=device.type == "cuda").peak
 
 
 def _fitting(config: Config, device: torch.device) -> Config:
