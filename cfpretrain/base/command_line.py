@@ -1,4 +1,4 @@
-"""What command lines share: training's and the tools'. Standard library only: mistakes are found before torch loads."""
+"""What command lines share: training's and the tools'. They need no torch: mistakes are found first."""
 
 import argparse
 from collections.abc import Callable
