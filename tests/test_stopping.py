@@ -124,7 +124,7 @@ def stop_in_a_terminal(shards: Path, folder: Path, how: str, pause: float, after
         terminal.end()
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "a closed terminal"])
+@pytest.mark.parametrize("how", ["Ctrl-C", pytest.param("SIGTERM", marks=pytest.mark.slow), "a closed terminal"])
 def test_a_stop_in_a_terminal_loses_no_step(shards: Path, tmp_path: Path, how: str) -> None:
     said = stop_in_a_terminal(shards, tmp_path / "run", how, pause=0.5)
     assert_nothing_is_lost(tmp_path / "run")
@@ -219,7 +219,8 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
 def test_a_worker_that_hangs_keeps_nobody_who_was_asked_to_stop(shards: Path, tmp_path: Path) -> None:
     """It has promised batches that only it can hand over."""
     folder = tmp_path / "run"
-    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "data.num_workers=1"), 1, constants=SOON_SAID)
+    soon = SOON_SAID | {"data.reader._CLOSE_SECONDS": 1.0}
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "data.num_workers=1"), 1, constants=soon)
     wait_for_steps(folder, 3, ranks)
     [worker] = psutil.Process(ranks[0].pid).children()
     worker.suspend()

@@ -1,15 +1,12 @@
 """tools/train_autoencoder.py, on small real digits; and the autoencoder that the demo uses."""
 
-import fcntl
 import os
 import re
 import signal
 import subprocess
 import sys
-import termios
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -128,79 +125,65 @@ def first_step(said: str) -> int:
     return int(found[1]) if found else 0
 
 
-@dataclass
-class Terminal:
-    """A process in a terminal of its own."""
-
-    process: subprocess.Popen[bytes]
-    master: int  # the end at which a person sits
-
-    def read(self) -> str:
-        """What it shows until nobody writes to it any more."""
-        said = b""
-        while True:
-            try:
-                part = os.read(self.master, 4096)
-            except OSError:  # so Linux says it
-                part = b""
-            if not part:
-                return said.decode()
-            said += part
-
-
-def _take_terminal() -> None:
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
-
-
-@contextmanager
-def in_a_terminal(arguments: list[str]) -> Iterator[Terminal]:
-    master, terminal = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tools" / "train_autoencoder.py"), *arguments],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-        preexec_fn=_take_terminal,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-    )
-    os.close(terminal)
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, str]]:
+    """A terminal: the end at which a person sits, and the name of the other."""
+    master, slave = os.openpty()
     try:
-        yield Terminal(process, master)
+        yield master, os.ttyname(slave)
     finally:
-        process.kill()
-        process.wait()
+        os.close(slave)
         with suppress(OSError):  # a test may have closed it
             os.close(master)
 
 
-def test_ctrl_c_in_a_terminal_while_it_loads(images, tmp_path) -> None:
-    out = tmp_path / "out"
-    with in_a_terminal([images[0], str(out), *images[1:], *LONG]) as terminal:
-        assert "loading torch" in os.read(terminal.master, 4096).decode()
-        os.write(terminal.master, b"\x03")
-        said = terminal.read()
-        assert terminal.process.wait(60) == 75
+# Begins a session in the terminal, and may be hung up on: these tests may run under nohup.
+IN_A_TERMINAL = """
+import fcntl, os, runpy, signal, sys, termios
+name, *sys.argv = sys.argv[1:]
+os.setsid()
+terminal = os.open(name, os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+for stream in range(3):
+    os.dup2(terminal, stream)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def command_in(terminal: str, images: list[str], out: Path) -> list[str]:
+    return [terminal, "tools/train_autoencoder.py", images[0], str(out), *images[1:], *LONG]
+
+
+def test_ctrl_c_in_a_terminal_while_it_loads(images, terminal, tmp_path) -> None:
+    (master, name), out = terminal, tmp_path / "out"
+    command = [sys.executable, "-c", IN_A_TERMINAL, *command_in(name, images, out)]
+    with subprocess.Popen(command, cwd=REPOSITORY) as process:
+        assert "loading torch" in os.read(master, 4096).decode()
+        os.write(master, b"\x03")
+        assert process.wait(60) == 75
+    said = os.read(master, 1 << 16).decode()
     assert "stopped before training began; the same command starts it" in said
     assert "Traceback" not in said
     assert not saved(out)
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "closed"])
-def test_a_terminal_s_ctrl_c_or_end_leaves_a_state(images, tmp_path, how) -> None:
-    out = tmp_path / "out"
-    with in_a_terminal([images[0], str(out), *images[1:], *LONG]) as terminal:
-        wait_for_a_state(out, terminal.process)
-        before = saved(out)
-        if how == "Ctrl-C":
-            os.write(terminal.master, b"\x03")
-            said = terminal.read()
-            assert "stopped at step " in said
-            assert "Traceback" not in said
-        else:
-            os.close(terminal.master)
-        assert terminal.process.wait(60) == 75
+def test_a_terminal_s_ctrl_c_or_end_leaves_a_state(images, terminal, tmp_path, how) -> None:
+    (master, name), out = terminal, tmp_path / "out"
+    process = Rank(IN_A_TERMINAL, command_in(name, images, out), {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    wait_for_a_state(out, process)
+    before = saved(out)
+    if how == "Ctrl-C":
+        os.write(master, b"\x03")
+    else:
+        os.close(master)
+    process.communicate(60)
+    assert process.returncode == 75
+    if how == "Ctrl-C":
+        said = os.read(master, 1 << 16).decode()
+        assert "stopped at step " in said
+        assert "Traceback" not in said
     assert saved(out) > before
     said = train(images, out, *LONG)
     assert first_step(said) > 0
