@@ -18,17 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base import files, launch
-from cfpretrain.base.command_line import Parser
+from cfpretrain.base import files
+from cfpretrain.base.command_line import Parser, run_on_ranks
 from cfpretrain.base.console import (
     Progress,
     UserError,
-    ending_in_one_line,
     path_argument,
     phase,
     say,
 )
-from cfpretrain.base.stopping import leave_when_asked
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
@@ -77,11 +75,7 @@ def main() -> None:
     )
     parser.add_argument("--wandb", metavar="PROJECT", help="log the scores there, too")
     add_sampling_options(parser, batch_size=64, guidance=1.0)
-    arguments = parser.parse_args()
-    launch.check()
-    leave_when_asked()
-    with ending_in_one_line():
-        run(arguments)
+    run_on_ranks(run, parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -166,7 +160,7 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
     else:
         labels_N = ids_N % num_classes
     labels = labels_N.tolist()
-    say(f"{source.title}: AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}")
+    say(f"{source.title}: {settings}")
 
     def batches(numbers: list[int]) -> Iterator[tuple[int, "Tensor"]]:
         made = generate_batches(source.config, source.model, labels, settings, device, autoencoder.decode, numbers)
