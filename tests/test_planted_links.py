@@ -32,11 +32,11 @@ from cfpretrain.run.metrics import MetricsFile
 from cfpretrain.training.folder import take, write_requeue
 from tests import image_files
 from tests.digits import small_run
+from tests.image_files import write_digits
 from tests.processes import Rank, run_in_processes, run_script
 from tests.runs import write_run
 from tests.test_import_autoencoder import SMALL, random_tensors
 from tests.test_import_deepspeed import make_config, make_engine
-from tests.test_report import write_digits
 
 # What a run's folder may hold, today and in earlier versions.
 NAMES = (
