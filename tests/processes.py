@@ -77,6 +77,11 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60, ranks: Sequ
         time.sleep(0.005)
 
 
+def wait_for_files(folder: Path, pattern: str, num: int, ranks: Sequence["Rank"]) -> None:
+    """Waits for at least so many files in a folder, or for the end of all ranks."""
+    wait_until(lambda: len(list(folder.glob(pattern))) >= num or all(rank.poll() is not None for rank in ranks))
+
+
 def free_port() -> int:
     """A TCP port of the loopback interface that nobody listens on now."""
     with socket.socket() as probe:

@@ -322,11 +322,12 @@ def test_a_stopped_rank_ends_the_run(shards: Path, tmp_path: Path, stopped: int)
     assert (folder / "requeue").read_text().startswith(("rank 0 has been silent", "rank 1 died or lost")[stopped])
 
 
-def train_with_a_sleeper(shards: Path, folder: Path) -> None:
+def train_with_a_sleeper(shards: Path, folder: Path, timeout_s: int, is_asked_to_stop: bool) -> None:
+    """Rank 1 sleeps at step 3, when rank 0 may be asked to stop."""
     from cfpretrain.training import trainer
 
-    config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=5")
-    set_constants(SOON_SEEN)
+    config = small_config(shards, folder, *LONG, f"guard.rank_timeout_seconds={timeout_s}")
+    set_constants(SOON_SEEN | {"base.watchdog._STOP_SECONDS": 3.0})
     device = torch.device("cpu")
     stop = stopping.StopRequest()
     stop.listen()
@@ -334,8 +335,11 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
     real = trainer.Trainer.train_step
 
     def train_step(self: trainer.Trainer) -> None:
-        if self.at.step == 3 and runtime.rank() == 1:
-            time.sleep(200)
+        if self.at.step == 3:
+            if runtime.rank() == 1:
+                time.sleep(200)
+            if is_asked_to_stop:
+                os.kill(os.getpid(), signal.SIGTERM)
         real(self)
 
     trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
@@ -344,7 +348,7 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
 
 def test_a_rank_that_sleeps_past_the_timeout_ends_the_run(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=f"died with exit code {EXIT_REQUEUE}"):
-        run_in_processes(train_with_a_sleeper, 2, shards, tmp_path / "run")
+        run_in_processes(train_with_a_sleeper, 2, shards, tmp_path / "run", 5, False)
     assert (tmp_path / "run" / "requeue").read_text().startswith("rank 1 did not arrive for ")
 
 
