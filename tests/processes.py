@@ -47,7 +47,6 @@ def _server() -> Any:
             "cfpretrain.core.attention.sdpa",
             "matplotlib.figure",
             "matplotlib.backends.backend_agg",
-            "streaming",
             "cfpretrain.training.trainer",
             "cfpretrain.evaluation.figures",
             "tests.processes",
