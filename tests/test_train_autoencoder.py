@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def saved(out: Path) -> int:
     return state.stat().st_mtime_ns if state.exists() else 0
 
 
-def wait_for_a_state(out: Path, process: Rank | subprocess.Popen[bytes]) -> None:
+def wait_for_a_state(out: Path, process: Rank) -> None:
     before = saved(out)
     wait_until(lambda: saved(out) != before or process.poll() is not None)
 
@@ -126,15 +126,11 @@ def first_step(said: str) -> int:
 
 
 @pytest.fixture
-def terminal() -> Iterator[tuple[int, str]]:
+def terminal() -> Iterator[tuple[BinaryIO, str]]:
     """A terminal: the end at which a person sits, and the name of the other."""
-    master, slave = os.openpty()
-    try:
-        yield master, os.ttyname(slave)
-    finally:
-        os.close(slave)
-        with suppress(OSError):  # a test may have closed it
-            os.close(master)
+    ends = os.openpty()
+    with open(ends[0], "r+b", buffering=0) as person, open(ends[1], "r+b", buffering=0):
+        yield person, os.ttyname(ends[1])
 
 
 # Begins a session in the terminal, and may be hung up on: these tests may run under nohup.
@@ -156,13 +152,14 @@ def command_in(terminal: str, images: list[str], out: Path) -> list[str]:
 
 
 def test_ctrl_c_in_a_terminal_while_it_loads(images, terminal, tmp_path) -> None:
-    (master, name), out = terminal, tmp_path / "out"
+    (person, name), out = terminal, tmp_path / "out"
+    # Not forked: it has yet to load torch.
     command = [sys.executable, "-c", IN_A_TERMINAL, *command_in(name, images, out)]
     with subprocess.Popen(command, cwd=REPOSITORY) as process:
-        assert "loading torch" in os.read(master, 4096).decode()
-        os.write(master, b"\x03")
+        assert "loading torch" in person.read(4096).decode()
+        person.write(b"\x03")
         assert process.wait(60) == 75
-    said = os.read(master, 1 << 16).decode()
+    said = person.read(1 << 16).decode()
     assert "stopped before training began; the same command starts it" in said
     assert "Traceback" not in said
     assert not saved(out)
@@ -170,18 +167,18 @@ def test_ctrl_c_in_a_terminal_while_it_loads(images, terminal, tmp_path) -> None
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "closed"])
 def test_a_terminal_s_ctrl_c_or_end_leaves_a_state(images, terminal, tmp_path, how) -> None:
-    (master, name), out = terminal, tmp_path / "out"
+    (person, name), out = terminal, tmp_path / "out"
     process = Rank(IN_A_TERMINAL, command_in(name, images, out), {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
     wait_for_a_state(out, process)
     before = saved(out)
     if how == "Ctrl-C":
-        os.write(master, b"\x03")
+        person.write(b"\x03")
     else:
-        os.close(master)
+        person.close()
     process.communicate(60)
     assert process.returncode == 75
     if how == "Ctrl-C":
-        said = os.read(master, 1 << 16).decode()
+        said = person.read(1 << 16).decode()
         assert "stopped at step " in said
         assert "Traceback" not in said
     assert saved(out) > before

@@ -35,6 +35,7 @@ def run(source: Path, folder: Path, paths: list[str], overrides: list[str], allo
     with phase("loading torch"):
         import torch
 
+        from cfpretrain.base import config as configs
         from cfpretrain.base import outputs
         from cfpretrain.export import imported_run
         from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
@@ -42,7 +43,7 @@ def run(source: Path, folder: Path, paths: list[str], overrides: list[str], allo
         from cfpretrain.run import build
 
     outputs.refuse_existing(folder, "RUN")
-    config = build.load_config(paths, overrides, allow_env)
+    config = build.checked(configs.load(paths, overrides, allow_env))
     say(
         "WARNING: DeepSpeed's files are pickles, which can run code when other tools read them; here they are read as "
         "data only, and refused where they hold more"

@@ -44,12 +44,13 @@ def run(
     with phase("loading torch"):
         import torch
 
+        from cfpretrain.base import config as configs
         from cfpretrain.base import outputs
         from cfpretrain.export import imported_run, official
         from cfpretrain.run import build
 
     outputs.refuse_existing(folder, "RUN")
-    config = build.load_config(paths, overrides, allow_env)
+    config = build.checked(configs.load(paths, overrides, allow_env))
     with phase(f"reading {file}"):
         tensors = official.read_official(file, config)
     say("the optimizer starts from zero: Adam's moments are 0 (whatever state the file has of one is not used)")

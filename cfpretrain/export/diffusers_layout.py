@@ -32,8 +32,8 @@ from cfpretrain.export import model_card
 from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
-from cfpretrain.export.run_checkpoint import CheckpointTensors
 from cfpretrain.run import build, tensor_files
+from cfpretrain.run.checkpoint import TensorFile
 from cfpretrain.run.state import TrainingState
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
@@ -104,7 +104,7 @@ class _Source:
     settings: ExportSettings
     config: Config
     state: TrainingState
-    tensors: CheckpointTensors
+    tensors: TensorFile
     vae: Path | None
     shift: Sequence[float]
     scale: Sequence[float]
@@ -114,8 +114,8 @@ class _Source:
     def open(cls, run: Path, settings: ExportSettings) -> "_Source":
         found = build.find_checkpoint(run, settings.step)
         config, state = found.config, found.state
-        tensors = CheckpointTensors.open(found.path, "ema" if settings.weights == "ema" else "weights", state.step)
-        check_shapes(tensors.shapes, config, str(tensors.file))
+        tensors = found.open_weights(settings.weights)
+        check_shapes(tensors.header.shapes, config, str(tensors.path))
         vae = Path(config.data.autoencoder) if config.data.autoencoder else None
         # Loaded for its checks, and for exact values; it is small beside a model of any size.
         loaded = found.make_autoencoder(torch.device("cpu"))
@@ -157,7 +157,7 @@ class _Source:
 
     def _write_weights(self, folder: Path) -> None:
         dtype_name, dtype = _DTYPES[self.settings.dtype]
-        shapes = self.tensors.shapes
+        shapes = self.tensors.header.shapes
         shards = _plan_shards(shapes, dtype.itemsize, self.settings.max_shard_bytes)
         for number, (file_name, names) in enumerate(shards.items(), start=1):
             say(f"writing weights, file {number} of {len(shards)}")
@@ -175,7 +175,7 @@ class _Source:
             _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)
 
     def _num_values(self) -> int:
-        return sum(math.prod(shape) for shape in self.tensors.shapes.values())
+        return sum(math.prod(shape) for shape in self.tensors.header.shapes.values())
 
     def _card(self, name: str, has_samples: bool) -> str:
         return model_card.text(

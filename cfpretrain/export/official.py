@@ -15,7 +15,6 @@ from cfpretrain.core.modalities import sincos_positions
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import POSITIONS, check_shapes
 from cfpretrain.run import build
-from cfpretrain.run.checkpoint import read_tensors
 
 _OURS_BY_OFFICIAL = {
     "x_proj.": "image_embedder.x_proj.",
@@ -175,7 +174,7 @@ def write_official(run: Path, out: Path) -> None:
     foreign_files.write(
         out,
         {
-            "model": to_official(read_tensors(found.path, "weights"), grid),
-            "ema": to_official(read_tensors(found.path, "ema"), grid),
+            "model": to_official(found.open_weights("raw").read_all(), grid),
+            "ema": to_official(found.open_weights().read_all(), grid),
         },
     )
