@@ -30,7 +30,7 @@ from cfpretrain.data.loader import Loader, Position, epoch_order, epoch_visits
 from cfpretrain.data.reader import Samples
 from cfpretrain.data.shards import INFO_FILE, INFO_HASH, Shards
 from tests.latent_shards import as_read, config_for, id_of, moment_of, write_samples
-from tests.processes import run_in_processes
+from tests.processes import run_in_processes, wait_until
 
 PINNED_FIRST = [71, 37, 14, 65, 93, 13, 73, 82, 18, 66, 40, 54]
 PINNED_HASH = "b3f8d50e88a4f4f5253aadf6079e8777a7969ab1f07e302502a05571062abd6b"
@@ -579,16 +579,13 @@ def test_a_killed_run_leaves_nothing_that_stops_the_next(folders: Any, tmp_path:
     started = tmp_path / "started"
     rank = multiprocessing.get_context("fork").Process(target=read_on, args=(folders(101), str(started)))
     rank.start()
-    while not started.exists() or not started.read_text():
-        assert rank.is_alive()
-        time.sleep(0.01)
+    wait_until(lambda: started.exists() and bool(started.read_text()))
     workers = [int(pid) for pid in started.read_text().split()]
     os.kill(rank.pid or 0, signal.SIGKILL)
     rank.join()
     # At once, while the workers of the dead rank are still there.
     ids_of_steps(config_for(folders(101), num_workers=2), 1, 5)
-    while any(_is_running(worker) for worker in workers):
-        time.sleep(0.1)
+    wait_until(lambda: not any(_is_running(worker) for worker in workers))
     assert set(os.listdir("/dev/shm")) <= before
 
 

@@ -9,7 +9,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -27,7 +26,7 @@ from tests.digits import digits, digits_info, small_run, write_latents
 from tests.image_files import write_images
 from tests.latent_shards import as_read, config_for, write_samples
 from tests.object_store import BUCKET, ObjectStore, running_store
-from tests.processes import REPOSITORY, run_in_processes
+from tests.processes import REPOSITORY, run_in_processes, wait_until
 from tests.test_inspect_shards import REJECTED, png, rejecting
 from tools import inspect_shards
 
@@ -248,18 +247,14 @@ def test_two_jobs_share_a_cache_and_one_is_killed(store: ObjectStore, folder: Pa
         started = tmp_path / f"started{attempt}"
         other = FORK.Process(target=read_epochs, args=(config, str(started)))
         other.start()
-        while not started.exists():
-            assert other.is_alive()
-            time.sleep(0.01)
+        wait_until(started.exists)
         with closing(Loader(config, as_read, 0, 1)) as loader:
             found = take(loader, 2)
             os.kill(other.pid or 0, signal.SIGKILL)
             other.join()
             assert_equal(found + take(loader, 2), wanted)
-    end = time.monotonic() + 60
-    while set(os.listdir("/dev/shm")) - shared_before:  # until the last workers of the dead have seen it
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    # Until the last workers of the dead have seen it.
+    wait_until(lambda: not set(os.listdir("/dev/shm")) - shared_before)
 
 
 def train(arguments: list[str], environment: dict[str, str]) -> None:
