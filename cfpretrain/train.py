@@ -102,7 +102,8 @@ def _describe_inputs(config: "Config") -> Iterator[str]:
     """How many samples the shards hold, and that they and the autoencoder fit, where they lie on this machine."""
     import torch
 
-    from cfpretrain.data.shards import check_autoencoder, check_infos, read_latents_info
+    from cfpretrain.data.compatibility import check_autoencoder, check_infos
+    from cfpretrain.data.shards import read_latents_info
     from cfpretrain.run.build import make_autoencoder
 
     folder, elsewhere = config.data.autoencoder, [one for one in config.data.shards if not Path(one).is_dir()]
