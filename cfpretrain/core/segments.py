@@ -70,6 +70,11 @@ class Segment:
         return dataclasses.replace(self, clean=self.clean[:, :num_clean])
 
 
+def tensors_of(segments: Sequence[Segment], name: str) -> list[Tensor]:
+    """The tensors of that field, of those segments that have it."""
+    return [tensors[name] for tensors in (one.tensors() for one in segments) if name in tensors]
+
+
 # ---------------------------------------------------------------------------
 # Layout
 
