@@ -294,8 +294,8 @@ def test_a_killed_export_is_not_there_and_the_next_one_is_whole(
         shutil.copytree(tmp_path / ".digits.partial", tmp_path / "seen")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    in_layout = [(diffusers_layout, place) for place in ("_write_weights", "scheduler_config", "_copy_picture")]
-    for module, place in (*in_layout, (tensor_files, "bytes_of"), (files, "flush")):
+    places = ("_plan_shards", "scheduler_config", "_num_values", "_copy_picture")
+    for module, place in (*((diffusers_layout, place) for place in places), (files, "flush")):
         with monkeypatch.context() as patch:
             patch.setattr(module, place, dies)
             with pytest.raises(UserError, match=r"digits cannot be written \(No space left on device\); free some"):

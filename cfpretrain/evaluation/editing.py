@@ -27,7 +27,7 @@ _WHITE = 128  # of 255; from here on a mask's pixel is taken for white
 
 
 def read_crop(path: Path, image_size: int, is_grey: bool, background: Colour = WHITE) -> tuple[Tensor, tuple[int, int]]:
-    """ADM's centre crop of an image file as viewers show it, and its size; says what it loses.
+    """ADM's centre crop of an image file as viewers show it, turned upright by its EXIF; says what it loses.
 
     Args:
         path: of any kind and size that shards are made of.
@@ -36,7 +36,7 @@ def read_crop(path: Path, image_size: int, is_grey: bool, background: Colour = W
         background: behind what is transparent.
 
     Returns:
-        float32 [1, C, Y, X] in [0, 1], and (width, height); upright, where EXIF says that it is not.
+        float32 [1, C, Y, X] in [0, 1], and (width, height) of the file.
     """
     try:
         changes: Counter[str] = Counter()

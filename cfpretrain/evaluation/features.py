@@ -88,7 +88,7 @@ def make_extractor(
         kind: "inception"; "effnet_lite0", whose weights come inside a package; or "module:function", a function that
             makes a `FeatureExtractor` of a device and the path of weights, or None.
         device: where it will compute.
-        weights: a file of the Inception's; see `inception`.
+        weights: a file of the Inception's.
         label: what other weights than the published ones are called: the distance is then "fd_inception_LABEL".
     """
     if kind == INCEPTION:

@@ -44,14 +44,7 @@ class GenerationSettings:
 
 
 def plan_of(config: Config, weights: str, autoencoder: str, settings: GenerationSettings) -> dict[str, Any]:
-    """All that generated images depend on besides their classes, JSON-able.
-
-    Args:
-        config: of the model.
-        weights: fingerprint of the model's.
-        autoencoder: fingerprint of what decodes them.
-        settings: how they are made.
-    """
+    """All that generated images depend on besides their classes, JSON-able; `weights` and `autoencoder` are hashes."""
     return {
         "weights": weights,
         "autoencoder": autoencoder,
@@ -68,12 +61,9 @@ Decode = Callable[[Tensor], Tensor]
 def decode_to_look_at(
     config: Config, device: torch.device, make: Callable[[], Autoencoder] | None = None
 ) -> tuple[Decode, str]:
-    """How latents become a picture, whether or not an autoencoder is at hand, and what its title must say of it.
+    """How latents become a picture, whether or not the config names an autoencoder, and what its title says of it.
 
-    Args:
-        config: says whether it is.
-        device: where it computes.
-        make: makes it; None: `build.make_autoencoder`.
+    `make` makes the autoencoder; None: `build.make_autoencoder`.
     """
     if config.data.autoencoder or are_pixels(config.model.latent_channels):
         return (make() if make else make_autoencoder(config, device)).decode, ""
@@ -81,14 +71,7 @@ def decode_to_look_at(
 
 
 def to_pixels(images_BCYX: Tensor) -> Tensor:
-    """Images as a file would hold them, for scores.
-
-    Args:
-        images_BCYX: float [B, 1 or 3, Y, X], 0 black and 1 white.
-
-    Returns:
-        uint8 [B, 3, Y, X]; magenta where a value is not finite.
-    """
+    """Images [B, 1 or 3, Y, X] in [0, 1] as a file holds them: uint8 [B, 3, Y, X]; what is not finite is magenta."""
     return torch.from_numpy(to_rgb(images_BCYX, (0.0, 1.0))).permute(0, 3, 1, 2).contiguous()
 
 
@@ -113,10 +96,9 @@ def generate_images(
     decode: Decode | None = None,
     on_step: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """One image for each label, gathered on every rank: for sets that are small. Arguments as `generate_batches`.
+    """One image for each label, float32 [len(labels), C, Y, X] on the CPU of every rank; for sets that are small.
 
-    Returns:
-        float32 [len(labels), C, Y, X] on the CPU.
+    Arguments as `generate_batches`.
     """
     mine = list(generate_batches(config, model, labels, settings, device, decode, on_step=on_step))
     batches = [batch for made in runtime.gather(mine) for batch in made]
@@ -144,7 +126,7 @@ def generate_batches(
         config: says which schedule and order the model was trained with.
         model: called alike on all ranks.
         labels: the class of each image.
-        settings: how.
+        settings: how they are made.
         device: where the model computes.
         decode: makes images of latents; None: the config's autoencoder.
         numbers: of the batches to make; None: all.
@@ -227,9 +209,9 @@ def edit_tokens(
     Args:
         config, model, device: as for `generate_batches`.
         tokens_BLP: the images, in the model's scale.
-        region_L: bool, the tokens that are generated again; see `regions`.
+        region_L: bool, the tokens that are generated again.
         labels: the new class of each image.
-        settings: how; the AR steps add up to the tokens of the region.
+        settings: the AR steps add up to the tokens of the region.
         first_id: ids, which fix noise and orders, begin here.
 
     Returns:

@@ -36,11 +36,7 @@ class _File:
 
 
 def bundle(module: str, stand_ins: Mapping[str, str] | None = None) -> str:
-    """The text of one file that does what a module does.
-
-    Args:
-        module: its name.
-        stand_ins: for a module's name the name of the one that takes its place.
+    """The text of one file that does what a module does; `stand_ins` names modules and those that take their places.
 
     Raises:
         BundleError: the flat file would not mean the same, or imports what its users may not have.

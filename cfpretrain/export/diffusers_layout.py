@@ -74,13 +74,7 @@ class ExportSettings:
 
 
 def export(run: Path, out: Path, settings: ExportSettings) -> None:
-    """Writes a run's model as a folder in diffusers' layout, which is hidden until it is complete.
-
-    Args:
-        run: a run folder, of any ranks and ZeRO stage.
-        out: the folder to make.
-        settings: what and how.
-    """
+    """Writes the model of a run, of any ranks and ZeRO stage, as a folder that is hidden until it is complete."""
     outputs.refuse_existing(out, "OUT")
     found = build.find_checkpoint(run, settings.step)
     content: Literal["ema", "weights"] = "ema" if settings.weights == "ema" else "weights"

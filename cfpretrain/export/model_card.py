@@ -62,31 +62,18 @@ The config, as it was at this step, is in [{config}]({config}), without paths an
 
 def text(
     *,
-    name: str,
-    config: Config,
+    name: str,  # of the model
+    config: Config,  # that the checkpoint was trained with
     state: TrainingState,
-    summary: Mapping[str, Any] | None,
-    weights: str,
-    dtype: str,
-    licence: str,
+    summary: Mapping[str, Any] | None,  # `build.read_summary`; None where the run has not ended
+    weights: str,  # "ema" or "raw"
+    dtype: str,  # of the weights' files
+    licence: str,  # the hub's name of one
     class_names: Sequence[str],
-    num_parameters: int,
-    samples: str | None,
+    num_parameters: int,  # of the transformer
+    samples: str | None,  # the picture with samples; None without one
 ) -> str:
-    """The card as Markdown.
-
-    Args:
-        name: of the model.
-        config: that the checkpoint was trained with.
-        state: of the checkpoint.
-        summary: what the run says of its end (`build.read_summary`); None where it has not ended.
-        weights: "ema" or "raw".
-        dtype: of the weights' files.
-        licence: the hub's name of a licence.
-        class_names: by number.
-        num_parameters: of the transformer.
-        samples: the picture with samples; None without one.
-    """
+    """The card as Markdown."""
     last = len(class_names) - 1
     try:
         is_plain = label_of(class_names[last], class_names) == last and class_names[last].isprintable()
