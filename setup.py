@@ -21,6 +21,7 @@ setup(
     packages=[
         *find_packages(include=["cfpretrain", "cfpretrain.*"]),
         "cfpretrain.tools",
+        "cfpretrain.tools.crashing",
         "cfpretrain.tools.measuring",
     ],
     package_dir={"cfpretrain.tools": "tools"},

@@ -7,16 +7,16 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError, one_line
-from cfpretrain.base.files import check_safetensors, parse_json, read_json
+from cfpretrain.base.files import check_safetensors, read_json
 from cfpretrain.core.latents import LatentScaling
 
 # What an autoencoder's folder holds, as diffusers writes it.
@@ -44,8 +44,8 @@ class IdentityAutoencoder:
     stride = 1  # pixels a side of what becomes one latent
 
     def __init__(self, scaling: LatentScaling) -> None:
-        self.shift, self.scale = scaling.shift, scaling.scale
         self._scaling = scaling
+        self.shift, self.scale = scaling.shift, scaling.scale
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """The shape [C, Y, X] of the latents of such images: the same."""
@@ -56,11 +56,7 @@ class IdentityAutoencoder:
         return images_BCYX.float(), None
 
     def decode(self, latents_BCYX: Tensor) -> Tensor:
-        """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, 1 or 3, Y, X].
-
-        Raises:
-            UserError: the latents are no pixels (`are_pixels`).
-        """
+        """Latents of the transformer -> images, 0 black and 1 white, not clamped: float32 [B, 1 or 3, Y, X]."""
         num_channels = latents_BCYX.shape[1]
         if not are_pixels(num_channels):
             raise UserError(
@@ -79,7 +75,7 @@ class KLAutoencoder:
     Args:
         network: an AutoencoderKL with its weights.
         fingerprint: of the weights (`fingerprint`).
-        name: what messages call it: the config key or option that gave it.
+        name: the config key or option that gave it, for messages.
     """
 
     def __init__(self, network: nn.Module, fingerprint: str, name: str) -> None:
@@ -101,16 +97,12 @@ class KLAutoencoder:
         dtype: torch.dtype = torch.float32,
         key: str = "data.autoencoder",
     ) -> "KLAutoencoder":
-        """Reads an autoencoder's folder in diffusers' layout: `config.json` and one file of safetensors.
+        """Reads a folder in diffusers' layout: `config.json` and one file of safetensors.
 
         Args:
             folder: of this machine; nothing is looked up elsewhere.
-            device: where it will compute.
             dtype: in which it will compute, whatever its weights are stored in.
             key: config key or option that gave the folder, for messages.
-
-        Raises:
-            UserError: the folder is none, or not of an AutoencoderKL, or its weights are not those of its config.
         """
         folder = Path(folder)
         config = read_config(folder, key)
@@ -139,16 +131,10 @@ class KLAutoencoder:
 
     @torch.no_grad()
     def encode(self, images_BCYX: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> the posterior of their raw latents.
-
-        Args:
-            images_BCYX: in [0, 1], 0 black and 1 white, on the autoencoder's device.
+        """Images, 0 black and 1 white, on the autoencoder's device -> the posterior of their raw latents.
 
         Returns:
             Mean and log-variance, float32; the log-variance within [-30, 20], as the autoencoder was trained.
-
-        Raises:
-            UserError: images of another number of channels, or sides that the stride does not divide.
         """
         _, channels, height, width = images_BCYX.shape
         self.latent_shape((channels, height, width))
@@ -171,6 +157,8 @@ def shift_and_scale(config: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
     num_channels = config.latent_channels
     shift = config.latents_mean or [config.shift_factor or 0.0] * num_channels
     std = config.latents_std or [1.0] * num_channels
+    if not len(shift) == len(std) == num_channels:
+        raise ValueError(f"latents_mean and latents_std need {num_channels} values each")
     scale = tuple(config.scaling_factor / value for value in std)
     limits = torch.finfo(torch.float32)  # in which latents are scaled
     if not all(abs(value) <= limits.max for value in (*shift, *scale)) or min(map(abs, scale)) < limits.tiny:
@@ -188,18 +176,13 @@ def make_network(config: Mapping[str, Any], name: str) -> nn.Module:
     Args:
         config: arguments of AutoencoderKL; names that begin with an underscore are for people.
         name: where the config comes from, for the message.
-
-    Raises:
-        UserError: no AutoencoderKL is made of it.
     """
     from diffusers import AutoencoderKL  # here: it takes seconds, and brings transformers along
 
     try:
         _check_sizes(config)
         network: Any = AutoencoderKL(**{key: value for key, value in config.items() if not key.startswith("_")})
-        shift, scale = shift_and_scale(network.config)
-        if not len(shift) == len(scale) == network.config.latent_channels:
-            raise ValueError(f"latents_mean and latents_std need {network.config.latent_channels} values each")
+        shift_and_scale(network.config)
     except Exception as error:  # of diffusers' and torch's own, for whatever a config says
         raise UserError(
             f"{name}: expected the config of an {_CLASS}, but it makes none ({one_line(error):.200})"
@@ -223,11 +206,7 @@ def _check_sizes(config: Mapping[str, Any]) -> None:
 
 
 def fill_network(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> nn.Module:
-    """An AutoencoderKL with these weights, which are exactly those that it has; arguments and errors as `make_network`.
-
-    Raises:
-        UserError: a tensor is missing, or there is one too many, or one of another shape or kind.
-    """
+    """An AutoencoderKL with these weights, no tensor more or less; arguments as `make_network`."""
     with torch.device("meta"):
         network = make_network(config, f"{name}: {CONFIG_FILE}")
     expected = network.state_dict()
@@ -266,7 +245,7 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_config(folder: Path, key: str) -> dict[str, Any]:
-    """The config of an autoencoder's folder; UserError where it is missing, damaged or of another class."""
+    """The config of an autoencoder's folder."""
     path = folder / CONFIG_FILE
     try:
         config: Any = read_json(path)
@@ -314,15 +293,7 @@ def current_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_folder(folder: Path, network: nn.Module) -> None:
-    """Writes an AutoencoderKL as diffusers does; `outputs.whole_or_nothing` keeps it hidden until it is whole.
-
-    Args:
-        folder: nothing may be there.
-        network: in the precision that is to be written.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes an AutoencoderKL, in its precision, as diffusers does, where nothing is yet; OSError where it cannot."""
     files.make_folder(folder)
     saved: Any = network
     try:
@@ -347,27 +318,3 @@ def holds(folder: Path, network: nn.Module) -> bool:
 def _config_text(network: nn.Module) -> str:
     config: Any = network.config
     return json.dumps({key: value for key, value in config.items() if not key.startswith("_")}, sort_keys=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The state of a training, in one file
-
-
-def write_state(file: IO[bytes], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Writes safetensors whose header carries a JSON-able state, and a hash of the tensors."""
-    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    file.write(save(held, {"state": json.dumps({**state, "fingerprint": fingerprint(held)})}))
-
-
-def read_state(file: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of `write_state`; UserError, with what to do about it, where a byte is another."""
-    try:
-        check_safetensors(file)
-        with safe_open(file, "pt") as opened:
-            state: dict[str, Any] = parse_json(opened.metadata()["state"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        if state.pop("fingerprint") != fingerprint(tensors):
-            raise ValueError("its values are not those that were written")
-    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({one_line(error):.200}); {fix}") from error
-    return tensors, state

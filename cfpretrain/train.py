@@ -18,12 +18,11 @@ if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).reso
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from cfpretrain.base import launch
-from cfpretrain.base.command_line import add_local_rank
+from cfpretrain.base.command_line import Parser, add_config, add_local_rank
 from cfpretrain.base.console import (
     EXIT_REQUEUE,
     SickRunError,
     UserError,
-    add_allow_env,
     ending_in_one_line,
     masked,
     phase,
@@ -39,18 +38,9 @@ if TYPE_CHECKING:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="deepspeed cfpretrain/train.py", description="Train a CausalFusion model; the same command resumes it."
-    )
-    parser.add_argument(
-        "--config",
-        required=True,
-        action="append",
-        metavar="FILE",
-        help="a YAML file, e.g. configs/tiny.yaml; give several and later ones win",
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="e.g. train.num_steps=100")
-    add_allow_env(parser)
+    started = sys.argv[0] if sys.argv[0].startswith("cfpretrain ") else "deepspeed cfpretrain/train.py"
+    parser = Parser("Trains a CausalFusion model; the same command resumes it.", started)
+    add_config(parser)
     parser.add_argument(
         "--allow-code", action="store_true", help="let these configs name code to import, as evaluation.features may"
     )
@@ -74,7 +64,7 @@ def main() -> None:
 def dry_run(arguments: argparse.Namespace) -> None:
     """Prints the resolved config and what follows from it, in seconds; needs neither a GPU nor the weights' memory."""
     from cfpretrain.base import config as configs
-    from cfpretrain.base import runtime
+    from cfpretrain.base import config_checks, runtime
 
     world_size = runtime.world_size() if arguments.num_ranks is None else arguments.num_ranks
     if world_size < 1:
@@ -93,17 +83,18 @@ def dry_run(arguments: argparse.Namespace) -> None:
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
     for line in (*_describe_sequences(config), *_describe_inputs(config), *_describe_origins(origins)):
         print(printable(masked(line)))
-    for doubt in configs.doubts(config, origins):
+    for doubt in config_checks.doubts(config, origins):
         print(f"WARNING: {doubt}")
 
 
 def _load(arguments: argparse.Namespace, world_size: int) -> "tuple[Config, dict[str, Origin]]":
     """The config, checked, and where its keys come from."""
     from cfpretrain.base import config as configs
+    from cfpretrain.base import config_checks
 
     config, origins = configs.load_with_origins(arguments.config, arguments.overrides, arguments.allow_env)
-    configs.check_code(config, origins, arguments.allow_code)
-    configs.check(config, world_size)
+    config_checks.check_code(config, origins, arguments.allow_code)
+    config_checks.check(config, world_size)
     return config, origins
 
 
@@ -180,10 +171,9 @@ def run(arguments: argparse.Namespace) -> None:
     stop = StopRequest(leave_before_training)
     stop.listen()
     with phase("loading torch"):
-        from cfpretrain.base import config as configs
-        from cfpretrain.base import runtime
+        from cfpretrain.base import config_checks, runtime
     config, origins = _load(arguments, runtime.world_size())
-    for doubt in configs.doubts(config, origins):
+    for doubt in config_checks.doubts(config, origins):
         say(f"WARNING: {doubt}")
     with phase("loading deepspeed and streaming"):
         from cfpretrain.training import folder as run_folder

@@ -37,7 +37,14 @@ def _server() -> Any:
             "torch",
             "deepspeed",
             "deepspeed.runtime.zero.utils",
-            "torch._inductor.compile_fx",  # by DeepSpeed's engine
+            # What DeepSpeed's engine imports when it is built; those that this DeepSpeed does not have are passed over.
+            "torch._inductor.compile_fx",
+            "torch._dynamo.repro.after_dynamo",
+            "torch._inductor.compiler_bisector",
+            "deepspeed.module_inject.auto_ep_layer",
+            "deepspeed.runtime.superoffload.superoffload_stage3",
+            "deepspeed.runtime.zero.muon.muon_optimizer",
+            "cfpretrain.core.attention.sdpa",
             "matplotlib.figure",
             "matplotlib.backends.backend_agg",
             "streaming",

@@ -37,7 +37,7 @@ DOORS = {
 # Options whose help speaks of a file. `config.load` expands the first; a region may name a mask's file in its text.
 NO_PATHS = {"--config", "--region", "--max-shard-gb", "--dtype", "--size", "--store"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
-SCRIPTS = sorted([*(REPOSITORY / "tools").glob("*.py"), *(REPOSITORY / "tools" / "measuring").glob("*.py")])
+SCRIPTS = sorted((REPOSITORY / "tools").rglob("*.py"))
 SCRIPTS += sorted((REPOSITORY / "examples").rglob("*.py"))
 
 

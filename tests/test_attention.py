@@ -9,6 +9,7 @@ import torch
 import torch._dynamo.testing
 
 from cfpretrain.base import config as configs
+from cfpretrain.base import config_checks
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core import ar as order
 from cfpretrain.core import attention, seeds
@@ -285,7 +286,7 @@ def test_the_config_knows_what_is_compiled_for_each_length(name) -> None:
 def test_a_backend_that_there_is_not_is_refused(key) -> None:
     known = {"attention": "auto, triton, flex, sdpa", "cached_attention": "auto, flash, sdpa"}[key]
     with pytest.raises(UserError, match=f"engine.{key}: expected one of {known}; got 'xformers'"):
-        configs.check(configs.load(TINY, [f"engine.{key}=xformers"]), world_size=1)
+        config_checks.check(configs.load(TINY, [f"engine.{key}=xformers"]), world_size=1)
 
 
 def test_the_kernel_can_do_what_is_said_of_it() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cfpretrain.base import config as configs
-from cfpretrain.base import config_files
+from cfpretrain.base import typed
 from cfpretrain.base.console import UserError
 from tests.processes import REPOSITORY
 
@@ -183,7 +183,7 @@ class Named:
 
 def test_what_is_no_config_may_hold_any_text() -> None:
     """The name of a class, say."""
-    assert config_files.from_plain(Named, {"name": "${x}"}, "file").name == "${x}"
+    assert typed.from_plain(Named, {"name": "${x}"}, "file").name == "${x}"
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def test_a_message_names_ten_problems_and_the_rest_is_not_looked_at() -> None:
 
     def said(num_wrong: int) -> str:
         with pytest.raises(UserError) as caught:
-            config_files.from_plain(Numbered, {"numbers": [Wrong() for _ in range(num_wrong)]}, "file")
+            typed.from_plain(Numbered, {"numbers": [Wrong() for _ in range(num_wrong)]}, "file")
         return str(caught.value)
 
     problem = "numbers: expected a whole number, got wrong"
@@ -214,7 +214,7 @@ def test_a_message_names_ten_problems_and_the_rest_is_not_looked_at() -> None:
 def test_a_long_value_and_a_long_name_are_cut() -> None:
     for plain in ({"numbers": [], "n" * 10**6: 1}, {"numbers": "9" * 10**6}):
         with pytest.raises(UserError) as caught:
-            config_files.from_plain(Numbered, plain, "file")
+            typed.from_plain(Numbered, plain, "file")
         assert len(str(caught.value)) < 1000
     with pytest.raises(UserError) as caught:
         configs.load(TINY, [f"engine.precision={'x' * 10**5}"])

@@ -8,13 +8,17 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.numpy import save_file
 
 from tests.digits import small_run, write_digits
 from tests.processes import REPOSITORY
 from tools import crash_test
-from tools.crash_test import Attempt, CampaignError, Command, Durations, Row, Runner
+from tools.crashing import accounts
+from tools.crashing import command as watched
+from tools.crashing.accounts import Attempt, CampaignError, Row
+from tools.crashing.command import Command
 
 # ---------------------------------------------------------------------------
 # Plan and accounts
@@ -66,22 +70,22 @@ WHOLE = make_rows([[0, 1], [2, 3], [4, 3], [2, 1]], [0, 1, 1, 2])
     ],
 )
 def test_samples_lost_and_doubled(batches: list[list[int]], epochs: list[int], lost: int, doubled: int) -> None:
-    assert crash_test.account_samples(make_rows(batches, epochs), WHOLE) == (lost, doubled)
+    assert accounts.account_samples(make_rows(batches, epochs), WHOLE) == (lost, doubled)
 
 
 def test_a_run_left_alone_that_repeats_samples_is_no_measure() -> None:
     wrong = make_rows([[0, 1], [1, 2]], [0, 1])
     with pytest.raises(CampaignError, match=r"samples \[1\] twice in epoch 0"):
-        crash_test.account_samples(wrong, wrong)
+        accounts.account_samples(wrong, wrong)
 
 
 def test_loss_errors_are_relative_and_only_grow() -> None:
     ours = [row | {"loss": loss} for row, loss in zip(WHOLE, (2.0, 1.875 * 1.01, 1.75, None), strict=True)]
-    errors = crash_test.loss_errors(ours, WHOLE)
+    errors = accounts.loss_errors(ours, WHOLE)
     assert errors == pytest.approx([0, 0.01, 0.01, float("inf")])
-    assert crash_test.loss_errors(WHOLE, WHOLE) == [0.0] * 4
-    assert crash_test.numbers(WHOLE) == crash_test.numbers([row | {"images_per_second": 1.0} for row in WHOLE])
-    assert crash_test.numbers(WHOLE) != crash_test.numbers([row | {"grad_norm": 1.0 + 2**-52} for row in WHOLE])
+    assert accounts.loss_errors(WHOLE, WHOLE) == [0.0] * 4
+    assert accounts.numbers(WHOLE) == accounts.numbers([row | {"images_per_second": 1.0} for row in WHOLE])
+    assert accounts.numbers(WHOLE) != accounts.numbers([row | {"grad_norm": 1.0 + 2**-52} for row in WHOLE])
 
 
 def test_seconds_are_all_accounted_for() -> None:
@@ -92,7 +96,7 @@ def test_seconds_are_all_accounted_for() -> None:
         Attempt(2, 20.0, trained=25.0, from_step=2, first_step=25.5, last_row=26.25, ended=27.0),
     ]
     # Steps take 0.5 s, and 0.1 s each goes to checkpoints.
-    where = crash_test.account_time(attempts, WHOLE, 2)
+    where = accounts.account_time(attempts, WHOLE, 2)
     assert where == pytest.approx(
         {
             "steps": 2.0,
@@ -107,7 +111,7 @@ def test_seconds_are_all_accounted_for() -> None:
     assert sum(where.values()) == pytest.approx(27.0)
     # A row that closes a window of two speaks for both.
     sparse = [{k: v for k, v in row.items() if k != "images_per_second" or row["step"] % 2 == 0} for row in WHOLE]
-    assert crash_test.step_seconds(sparse, 2) == pytest.approx(2.0)
+    assert accounts.step_seconds(sparse, 2) == pytest.approx(2.0)
 
 
 def write_checkpoint(run_folder: Path, values: dict[str, np.ndarray]) -> None:
@@ -122,21 +126,21 @@ def test_one_bit_of_a_tensor_makes_checkpoints_unequal(tmp_path: Path) -> None:
     values = {"a": np.arange(4, dtype=np.float32), "b": np.zeros(2, dtype=np.float32)}
     for name in ("ours", "theirs"):
         write_checkpoint(tmp_path / name, values)
-    assert all(crash_test.equal_tensors(tmp_path / "ours", tmp_path / "theirs").values())
+    assert all(accounts.equal_tensors(tmp_path / "ours", tmp_path / "theirs").values())
     # -0.0 == 0.0, and yet it is another number.
     changed = values | {"b": np.array([0.0, -0.0], dtype=np.float32)}
     save_file(changed, tmp_path / "ours" / "checkpoints" / "step_00000004" / "ema.safetensors")
-    equal = crash_test.equal_tensors(tmp_path / "ours", tmp_path / "theirs")
+    equal = accounts.equal_tensors(tmp_path / "ours", tmp_path / "theirs")
     assert equal == {"weights": True, "ema": False, "exp_avg": True, "exp_avg_sq": True}
 
 
 def test_the_last_step_is_that_of_the_last_whole_row(tmp_path: Path) -> None:
-    assert crash_test.last_step_on_disk(tmp_path) == 0
+    assert watched.last_step_on_disk(tmp_path) == 0
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("")
-    assert crash_test.last_step_on_disk(tmp_path) == 0
+    assert watched.last_step_on_disk(tmp_path) == 0
     metrics.write_text('{"step": 1, "loss": 2.0}\n{"step": 12, "loss": 1.0}\n{"step": 13, "lo')
-    assert crash_test.last_step_on_disk(tmp_path) == 12
+    assert watched.last_step_on_disk(tmp_path) == 12
 
 
 # ---------------------------------------------------------------------------
@@ -147,42 +151,42 @@ def test_processes_are_found_by_their_marker_orphans_too(tmp_path: Path) -> None
     """A launcher with two ranks, one of them with a worker that has its environment; then the launcher is gone."""
     script = tmp_path / "tree.sh"
     script.write_text('RANK=1 bash -c "echo $$ >/dev/null; sleep 60 & wait" &\nRANK=0 sleep 60 &\ntouch "$1"\nwait\n')
-    environment = os.environ | {crash_test._MARKER: "mine"}
+    environment = os.environ | {watched._MARKER: "mine"}
     launcher = subprocess.Popen(["bash", str(script), str(tmp_path / "ready")], env=environment)
-    other = subprocess.Popen(["sleep", "60"], env=os.environ | {crash_test._MARKER: "theirs", "RANK": "0"})
+    other = subprocess.Popen(["sleep", "60"], env=os.environ | {watched._MARKER: "theirs", "RANK": "0"})
     try:
         deadline = time.monotonic() + 20
-        while len(crash_test.our_processes("mine")[0]) < 2 and time.monotonic() < deadline:
+        while len(watched.our_processes("mine")[0]) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-        ranks, launchers = crash_test.our_processes("mine")
+        ranks, launchers = watched.our_processes("mine")
         assert launchers == [launcher.pid]
         commands = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] for pid in ranks]
         assert commands == [b"sleep", b"bash"]
-        crash_test._kill(launchers)
+        watched.kill(launchers)
         launcher.wait()
-        assert crash_test.our_processes("mine") == (ranks, [])
+        assert watched.our_processes("mine") == (ranks, [])
     finally:
-        for process in Path("/proc").glob("[0-9]*"):
-            if crash_test._look_at(int(process.name), f"{crash_test._MARKER}=mine"):
-                crash_test._kill([int(process.name)])
+        for process in psutil.process_iter(["environ"]):
+            if (process.info["environ"] or {}).get(watched._MARKER) == "mine":
+                watched.kill([process.pid])
         other.kill()
         other.wait()
     # A killed orphan is there until the system has collected it.
     deadline = time.monotonic() + 20
-    while crash_test.our_processes("mine") != ([], []) and time.monotonic() < deadline:
+    while watched.our_processes("mine") != ([], []) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert crash_test.our_processes("mine") == ([], [])
+    assert watched.our_processes("mine") == ([], [])
 
 
 def test_a_kill_spares_the_orphans_of_the_start_before(tmp_path: Path) -> None:
     """They may still be ending when the command begins again, and are not what is to be killed."""
-    orphan = subprocess.Popen(["sleep", "60"], env=os.environ | {crash_test._MARKER: "campaign", "RANK": "0"})
+    orphan = subprocess.Popen(["sleep", "60"], env=os.environ | {watched._MARKER: "campaign", "RANK": "0"})
     command = Command(["sleep", "60"], tmp_path, "campaign", 1, tmp_path / "log")
     try:
-        while not crash_test.our_processes(command._start, crash_test._START)[1]:
+        while not watched.our_processes(command._start, watched._START)[1]:
             time.sleep(0.01)
-        command.strike(crash_test.Kill("start", "ranks", 0, 10, 0.5), "start")
-        assert not command.wait_until(lambda: False)
+        command.strike("start", "ranks", 0.5)
+        command.wait_for_end()
         assert command.attempt.kill == ("start", "node")
         assert orphan.poll() is None
     finally:
@@ -254,30 +258,20 @@ say("done: step 120")
 '''
 
 
-class ProgramRunner(Runner):
-    """Starts the program above."""
-
-    def __init__(self, out: Path, bug: str) -> None:
-        super().__init__([], [], out, 0)
-        self._program = out.parent / "training.py"
-        self._program.write_text(TRAINING)
-        self._bug = bug
-
-    def start(self, name: str, num_ranks: int) -> Command:
-        bug = self._bug if name == "killed" else ""
-        arguments = [sys.executable, str(self._program), str(self._out / name), bug, "launcher"]
-        return Command(arguments, self._out / name, self.marker, num_ranks, self._out / "output.log")
-
-
 def run_campaign(folder: Path, bug: str, num_kills: int) -> tuple[dict[str, object], bool]:
-    out = folder / "out"
+    out, program = folder / "out", folder / "training.py"
     out.mkdir()
-    runner = ProgramRunner(out, bug)
-    alone = runner.run_alone("alone", 1)
+    program.write_text(TRAINING)
+
+    def start(name: str, num_ranks: int) -> Command:
+        arguments = [sys.executable, str(program), str(out / name), bug if name == "killed" else "", "launcher"]
+        return Command(arguments, out / name, str(folder), num_ranks, out / "output.log")
+
+    alone = crash_test.run_alone(start, "alone", 1)
     kills = crash_test.plan_kills(0, num_kills, alone.last_step)
-    attempts = runner.run_campaign("killed", kills, [1], crash_test._durations(alone))
-    assert crash_test._count_orphans(runner.marker) == 0
-    return crash_test.report(out, attempts, num_kills, [])
+    attempts = crash_test.run_campaign(start, "killed", kills, [1], crash_test.usual_seconds(alone))
+    assert watched.count_orphans(str(folder)) == 0
+    return accounts.report(out, attempts, num_kills, [])
 
 
 def test_a_campaign_on_a_sound_program_is_well(tmp_path: Path) -> None:
@@ -313,11 +307,11 @@ def test_a_run_that_ends_by_itself_ends_the_campaign(tmp_path: Path) -> None:
 
 
 def test_a_command_that_stands_still_ends_the_campaign(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crash_test, "_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(watched, "_PATIENCE_SECONDS", 0.2)
     command = Command(["sleep", "60"], tmp_path, "still", 1, tmp_path / "log")
     try:
         with pytest.raises(CampaignError, match="no new step and no end"):
-            crash_test.reach(command, crash_test.Kill("step", "rank", 1, 9, 0.0), Durations(1, 1, 1, 1))
+            crash_test.reach(command, crash_test.Kill("step", "rank", 1, 9, 0.0), {"step": 1.0})
     finally:
         command._process.kill()
         command._process.wait()
@@ -333,7 +327,7 @@ def test_mistakes_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     for wrong in (["--ranks", "two"], ["--ranks", "0"], ["--targets", "rank,gpu"], ["--kills", "-1"]):
         with pytest.raises(SystemExit, match="2"):
             crash_test.parse([*given, *wrong])
-    assert "expected numbers with commas between, got two" in capsys.readouterr().err
+    assert "expected numbers from 1 with commas between, got two" in capsys.readouterr().err
     (tmp_path / "file").touch()
     with pytest.raises(crash_test.UserError, match="--out: expected a new folder"):
         crash_test.run(crash_test.parse(given))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from cfpretrain.base import runtime
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from tests.digits import small_config, small_run
+from tests.folders import rows
 from tests.image_files import digits, write_folder
 from tests.processes import run_in_processes, run_script
 from tests.runs import write_run
@@ -159,10 +160,6 @@ def count_read_backs(trainer: Any) -> int:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
-
-
-def rows(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def tensors(run: Path, content: str) -> dict[str, torch.Tensor]:

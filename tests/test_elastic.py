@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from cfpretrain.base import runtime
 from tests.digits import small_config
+from tests.folders import rows
 from tests.processes import run_in_processes
 
 _AT, _NUM_STEPS = 12, 32  # the checkpoint, and the end of the run
@@ -49,9 +50,9 @@ def go_on(shards: Path, folder: Path, *overrides: str) -> list[float]:
         assert_state_is_of(latest, resumed)
     runtime.barrier()
     assert resumed.train()
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(1, config.train.num_steps + 1))
-    return [row["loss"] for row in rows]
+    found = rows(folder)
+    assert [row["step"] for row in found] == list(range(1, config.train.num_steps + 1))
+    return [row["loss"] for row in found]
 
 
 def assert_state_is_of(checkpoint: Path, resumed) -> None:
@@ -97,7 +98,7 @@ def copy_at(whole_run: Path, folder: Path) -> Path:
 
 
 def logged_losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows(folder)]
 
 
 # Two cases in every test run: more ranks, and fewer, at the stages that keep most and least apart.

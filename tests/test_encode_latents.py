@@ -14,9 +14,11 @@ import pytest
 
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
 from cfpretrain.data.shards import read_latents_info
+from tests.folders import content
+from tests.image_files import encoded, write_images
 from tests.processes import REPOSITORY, Rank, run_tool, start_script, wait_until
-from tests.test_encoding import content, write_autoencoder
-from tests.test_pixels import crops, encoded, write_images
+from tests.test_encoding import write_autoencoder
+from tests.test_pixels import crops
 from tests.test_watchdog import LAUNCHER
 
 SCRIPT = "tools/encode_latents.py"

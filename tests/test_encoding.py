@@ -18,7 +18,9 @@ from cfpretrain.data.encoding import Encoding, encode
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import Shards, columns_of, read_latents_info, read_plan
 from tests.closeness import disagreement
-from tests.test_pixels import crops, encoded, write_images
+from tests.folders import content
+from tests.image_files import encoded, write_images
+from tests.test_pixels import crops
 
 CPU = torch.device("cpu")
 SIZE, BATCH = 16, 4
@@ -81,10 +83,6 @@ def write(
     writer.finish(encoding.describe(writer.records(num_shards)), num_shards)
     assert sum(counts) == len(encoding.images)
     return out
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def batches(images: Sequence[Image.Image]) -> list[torch.Tensor]:
@@ -184,7 +182,7 @@ def test_without_mirrors(tmp_path: Path, images: Path, latents: Path, autoencode
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixels_as_latents(tmp_path: Path, photos: list[Image.Image], channels: int) -> None:
     given = [photo.convert("L") if channels == 1 else photo for photo in photos]
-    folder = write_images(tmp_path / "images", [list(map(encoded, given))], SIZE, channels, store="lossless")
+    folder = write_images(tmp_path / "images", [list(map(encoded, given))], SIZE, channels=channels)
     identity = IdentityAutoencoder(LatentScaling([0.5] * channels, [2.0] * channels))
     out = write(encoding_of(folder, identity), tmp_path / "out", parts=((0,),))
     info = read_latents_info(out)

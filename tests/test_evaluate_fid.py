@@ -25,10 +25,9 @@ from cfpretrain.evaluation.neighbours import precision_recall
 from cfpretrain.evaluation.references import STATISTICS_FILE, load_reference
 from examples.digits.pixels import frechet_between
 from tests import small_features
-from tests.image_files import digits, write_folder
+from tests.image_files import digits, write_folder, write_images
 from tests.processes import run_in_processes, run_tool
 from tests.runs import write_run
-from tests.test_inspect_shards import write_images
 
 SCRIPT = "tools/evaluate_fid.py"
 CPU = torch.device("cpu")
@@ -304,7 +303,7 @@ def test_folders_are_read_as_shards_are_made_of_them(tmp_path: Path, sets: Path)
 
 def test_shards_are_the_images_they_hold(tmp_path: Path, sets: Path) -> None:
     files = sorted((sets / "generated" / "all").iterdir())
-    shards = open_images(write_images(tmp_path / "shards", [file.read_bytes() for file in files]), "KEY")
+    shards = open_images(write_images(tmp_path / "shards", [[file.read_bytes() for file in files]], 8), "KEY")
     folder = open_images(sets / "generated", "KEY")
     places = [0, 5, 332]
     assert torch.equal(shards.read(places), folder.read(places))

@@ -137,7 +137,7 @@ def test_a_picture_says_whether_its_colours_are_true(num_channels, note) -> None
     assert said == note
     assert decode(torch.zeros(2, num_channels, 8, 8)).shape == (2, 3 if num_channels > 1 else 1, 8, 8)
     title = grid_title("step 3", settings_of(4), said)
-    assert title == f"step 3, guidance 1\nAR steps 4, denoising steps 3{', ' + note if note else ''}"
+    assert title == f"step 3, guidance 1\nAR steps 4, denoising steps 3 (ddpm){', ' + note if note else ''}"
     title = grid_title("step 3", settings_of(4, solver="dpm++", token_order="raster"), said)
     assert title.splitlines()[1].startswith("AR steps 4, denoising steps 3 (dpm++), order raster")
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError
 from cfpretrain.evaluation.given_images import open_images
 from cfpretrain.evaluation.image_set import ImageSet
 from tests.checkpoints import failing
+from tests.folders import content
+from tests.image_files import pixels
 
 LABELS, NAMES = [0, 1, 0, 1, 0], ["a cat", "dog, wild"]
 IMAGES = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -40,15 +41,6 @@ def write_all(folder: Path, out: str) -> ImageSet:
 def kill(images: ImageSet) -> None:
     """Frees the lock, as the end of its process does."""
     images._work.release()
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def content(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in ([path] if path.is_file() else path.iterdir())}
 
 
 def expected_pixels() -> np.ndarray:

@@ -33,6 +33,7 @@ from cfpretrain.training import optim, zero
 from cfpretrain.training.engine import Engine, build_engine
 from cfpretrain.training.zero import ds_config
 from tests.checkpoints import make_state
+from tests.folders import Bomb
 from tests.processes import run_in_processes
 from tests.strictness import make_warnings_errors
 from tools import import_deepspeed
@@ -315,16 +316,6 @@ def refusal(source: Path, config_file: list[str], overrides: tuple[str, ...] = (
     assert "\n" not in str(error.value)
     assert sorted(os.listdir(source.parent)) == before
     return str(error.value)
-
-
-class Bomb:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = trace
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.trace),)
 
 
 @pytest.mark.parametrize(

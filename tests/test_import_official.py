@@ -30,6 +30,7 @@ from cfpretrain.run.state import read_state
 from cfpretrain.training.folder import prepare_folder
 from tests.checkpoints import same_bits
 from tests.digits import small_config, small_run, write_digits
+from tests.folders import Bomb
 from tests.golden_cases import CASES, load
 from tests.processes import run_script
 from tests.runs import write_run
@@ -381,16 +382,6 @@ def test_what_is_no_checkpoint_is_refused(name: str, kind: str, tmp_path: Path, 
     message = refusal(tmp_path, file, empty_config)
     assert message.startswith("FILE: ")
     assert str(file) in message
-
-
-class Bomb:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, trace: Path, by: str) -> None:
-        self.call = (os.mkdir, (str(trace),)) if by == "mkdir" else (eval, (f"__import__('os').mkdir({str(trace)!r})",))
-
-    def __reduce__(self) -> Any:
-        return self.call
 
 
 PLACES = {

@@ -1,8 +1,8 @@
 """tools/inspect_shards.py: what it shows, and what its --verify finds."""
 
 import dataclasses
-import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,9 +11,9 @@ from PIL import Image
 from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base import files
-from cfpretrain.data.shard_writer import ShardWriter
-from cfpretrain.data.shards import ImagesInfo, check_infos, image_columns, read_latents_info
+from cfpretrain.data.shards import check_infos, read_latents_info
 from tests.digits import digits_info, write_digits, write_latents
+from tests.image_files import encoded, write_images
 from tests.processes import REPOSITORY
 from tools import inspect_shards
 
@@ -21,21 +21,12 @@ REJECTED = '{"id": 9, "path": "a.png", "reason": "the file is empty"}'
 
 
 def png(size: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(np.random.default_rng(0).integers(256, size=(size, size, 3), dtype=np.uint8)).save(file, "PNG")
-    return file.getvalue()
+    return encoded(np.random.default_rng(0).integers(256, size=(size, size, 3), dtype=np.uint8))
 
 
-def write_images(
-    folder: Path, images: list[bytes], ids: list[int] | None = None, rejected: str = "", num_rejected: int = 0
-) -> Path:
-    writer = ShardWriter(folder, image_columns(), {})
-    writer.begin()
-    rows = zip(ids or range(len(images)), images, strict=True)
-    writer.write(0, [{"id": i, "label": n % 2, "caption": "", "image": image} for n, (i, image) in enumerate(rows)])
-    info = ImagesInfo(("cat", "dog"), len(images), num_rejected, "lossless", 16, 3, "a test")
-    writer.finish(info, 1, {"rejected.jsonl": rejected} if rejected else {})
-    return folder
+def rejecting(num: int, text: str) -> dict[str, Any]:
+    """What describes image shards whose folder has this list of rejected images."""
+    return {"num_rejected": num, "files": {"rejected.jsonl": text} if text else {}}
 
 
 def inspect(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
@@ -106,12 +97,8 @@ def test_the_config_names_the_autoencoder_that_is_given(
 def test_what_images_lost_is_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    writer = ShardWriter(tmp_path / "images", image_columns(), {})
-    writer.begin()
-    writer.write(0, [{"id": 0, "label": 0, "caption": "", "image": png(16)}])
     changes = {"composited": 1, "enlarged": 1}
-    info = ImagesInfo(("cat",), 1, 0, "lossless", 16, 3, "a test", background=(0, 0, 0), changes=changes)
-    writer.finish(info, 1)
+    write_images(tmp_path / "images", [[png(16)]], 16, background=(0, 0, 0), changes=changes)
     inspect(monkeypatch, tmp_path / "images")
     shown = capsys.readouterr().out
     assert "of these: 1 images with transparency are composited on black (--background)\n" in shown
@@ -121,7 +108,7 @@ def test_what_images_lost_is_shown(
 def test_images_are_described_and_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = write_images(tmp_path / "images", [png(16)] * 4, None, f"{REJECTED}\n{REJECTED}\n", 2)
+    folder = write_images(tmp_path / "images", [[png(16)] * 4], 16, **rejecting(2, f"{REJECTED}\n{REJECTED}\n"))
     inspect(monkeypatch, folder, "--verify", "--grid", tmp_path / "grid.png")
     shown = capsys.readouterr().out
     assert "images: lossless, 16 x 16 x 3" in shown
@@ -132,7 +119,7 @@ def test_a_list_of_rejected_images_may_be_longer_than_any_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = REJECTED.replace("a.png", "a" * 2**20)
-    folder = write_images(tmp_path / "images", [png(16)] * 2, None, f"{line}\n" * 65, 65)
+    folder = write_images(tmp_path / "images", [[png(16)] * 2], 16, **rejecting(65, f"{line}\n" * 65))
     assert (folder / "rejected.jsonl").stat().st_size > files.MAX_TEXT_BYTES
     inspect(monkeypatch, folder, "--verify")
     assert "verified" in capsys.readouterr().out
@@ -141,11 +128,11 @@ def test_a_list_of_rejected_images_may_be_longer_than_any_text(
 def test_what_is_wrong_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cut = write_images(tmp_path / "cut", [png(16), png(16)[:-300]])
-    assert "sample 1 does not decode" in refused(monkeypatch, capsys, cut, "--verify")
-    small = write_images(tmp_path / "small", [png(16), png(15)])
-    assert "sample 1 is 15 x 15, not 16" in refused(monkeypatch, capsys, small, "--verify")
-    twice = write_images(tmp_path / "twice", [png(16)] * 3, [4, 5, 4])
+    cut = write_images(tmp_path / "cut", [[png(16), png(16)[:-300]]], 16)
+    assert "sample 3 does not decode" in refused(monkeypatch, capsys, cut, "--verify")
+    small = write_images(tmp_path / "small", [[png(16), png(15)]], 16)
+    assert "sample 3 is 15 x 15, not 16" in refused(monkeypatch, capsys, small, "--verify")
+    twice = write_images(tmp_path / "twice", [[png(16)] * 3], 16, ids=[4, 5, 4])
     assert "id 4 comes twice" in refused(monkeypatch, capsys, twice, "--verify")
     wrong = write_latents(tmp_path / "nan", digits_info(1), [(0, 0, np.full((1, 8, 8), np.nan))])
     assert "sample 0 is not finite" in refused(monkeypatch, capsys, wrong, "--verify")
@@ -155,7 +142,7 @@ def test_what_is_wrong_is_found(
         ("half", f"{REJECTED}\n{REJECTED[:20]}", "but it cannot be read"),
         ("text", f'{REJECTED}\n"reason"', "but it cannot be read"),
     ):
-        folder = write_images(tmp_path / name, [png(16)], None, content, 2)
+        folder = write_images(tmp_path / name, [[png(16)]], 16, **rejecting(2, content))
         message = refused(monkeypatch, capsys, folder, "--verify")
         assert f"{name}/rejected.jsonl: expected 2 images, as the description says, {problem}" in message
     flipped = write_digits(tmp_path / "flipped", 20)

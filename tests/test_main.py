@@ -33,8 +33,11 @@ def test_help_lists_every_verb_with_a_line_each() -> None:
 def test_a_verb_is_its_tool(verb: str) -> None:
     ended = run(verb, "--help")
     assert ended.returncode == 0, ended.stderr
-    name = "deepspeed cfpretrain/train.py" if verb == "train" else f"cfpretrain {verb}"
-    assert ended.stdout.startswith(f"usage: {name} ")
+    assert ended.stdout.startswith(f"usage: cfpretrain {verb} ")
+
+
+def test_what_a_verb_measures_is_part_of_its_usage() -> None:
+    assert run("measure", "step", "--help").stdout.startswith("usage: cfpretrain measure step ")
 
 
 @pytest.mark.parametrize("words", [[], ["sampel"], ["sample", "runs/none", "--num-images", "0"]])

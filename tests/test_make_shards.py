@@ -24,6 +24,7 @@ from cfpretrain.data.listing import list_images
 from cfpretrain.data.shards import ImagesInfo, Shards, read_info
 from cfpretrain.data.storing import deal_images
 from tests.disks import mounted_disk
+from tests.folders import content
 from tests.processes import Ended, Rank, wait_until
 from tests.test_images import encoded, oracle, picture, write_tree
 from tests.test_tables import table
@@ -60,10 +61,6 @@ def refused(*arguments: object) -> str:
     assert ended.err.count("\n") == 1, ended.err
     assert ended.err.startswith("[cfpretrain] error: ")
     return ended.err
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def children(process: Rank) -> list[int]:

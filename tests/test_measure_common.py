@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from cfpretrain.base import config as configs
+from cfpretrain.base import config_checks
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.shards import read_latents_info
 from tests.processes import REPOSITORY
@@ -32,7 +33,7 @@ def test_shards_of_noise_fit_the_recipe(
     small = ("train.global_batch_size=8", "train.micro_batch_size=4", "data.num_workers=0", *overrides)
     config = configs.load(REPOSITORY / "configs" / f"{preset}.yaml", small)
     config = common.on_noise(config, tmp_path)
-    configs.check(config, 1)
+    config_checks.check(config, 1)
     info = read_latents_info(tmp_path / "latents")
     assert (info.has_posterior, info.has_mirror) == (has_posterior, has_mirror)
     model = config.model
@@ -65,7 +66,7 @@ def test_sides_take_turns() -> None:
 def test_rates_are_compared_by_their_medians(capsys: pytest.CaptureFixture[str]) -> None:
     found = common.print_rates({"ours": [2.0, 4.0, 9.0], "plain": [1.0, 2.0, 5.0]}, "images/s")
     assert found["ratio"] == 2
-    assert "ours                4.0 images/s  (2.0 to 9.0)" in capsys.readouterr().out
+    assert f"{'ours':28}      4.00 images/s (2.00 to 9.00)\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("what", command._OPTIONS)

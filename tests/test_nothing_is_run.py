@@ -36,22 +36,13 @@ from cfpretrain.run.metrics import read_metrics
 from cfpretrain.run.state import read_state
 from tests.checkpoints import random_bits, whole, zero_like
 from tests.digits import write_digits
+from tests.folders import Bomb
 from tests.latent_shards import as_read
 from tests.processes import REPOSITORY, Ended, run_alone, run_in_processes
 from tests.runs import STEP, as_older, write_run
 from tools import replay
 
 CPU = torch.device("cpu")
-
-
-class Bomb:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, trace: Path) -> None:
-        self.trace = str(trace)
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (self.trace,)
 
 
 def bombs(trace: Path) -> dict[str, bytes]:

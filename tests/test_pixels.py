@@ -5,7 +5,6 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +16,8 @@ from cfpretrain.base.console import UserError
 from cfpretrain.data import pixels
 from cfpretrain.data.images import centre_crop
 from cfpretrain.data.pixels import PixelBatch, decode_shards
-from cfpretrain.data.shard_writer import ShardWriter
-from cfpretrain.data.shards import ImagesInfo, Shards, image_columns
+from cfpretrain.data.shards import ImagesInfo, Shards
+from tests.image_files import encoded, write_images
 
 CPU = torch.device("cpu")
 SIZE = 24
@@ -31,34 +30,6 @@ def photos(*suffixes: str) -> list[Path]:
 
     folders = [Path(sklearn.datasets.__file__).parent / "images", Path(skimage.__file__).parent / "data"]
     return [path for folder in folders for path in sorted(folder.iterdir()) if path.suffix in suffixes]
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def write_images(
-    folder: Path,
-    shards: Sequence[Sequence[bytes]],
-    image_size: int = SIZE,
-    channels: int = 3,
-    store: str = "lossless",
-    source: str = "test",
-) -> Path:
-    """Image shards of these files; ids have gaps, as where images were rejected."""
-    writer = ShardWriter(folder, image_columns(), {"made": "by a test"})
-    writer.begin()
-    ids = iter(range(0, 10**6, 3))
-    for number, files in enumerate(shards):
-        writer.write(
-            number,
-            [{"id": (i := next(ids)), "label": i % 2, "caption": f"image {i}", "image": file} for file in files],
-        )
-    num_samples = sum(map(len, shards))
-    writer.finish(ImagesInfo(("a", "b"), num_samples, 0, store, image_size, channels, source), len(shards))
-    return folder
 
 
 def crops(num: int, size: int = SIZE, seed: int = 0) -> list[Image.Image]:
@@ -144,7 +115,7 @@ def test_batches_are_full_and_cut_by_shard(tmp_path: Path) -> None:
     sizes, batch_size = (5, 1, 8, 3), 4
     images = crops(sum(sizes))
     files = iter(map(encoded, images))
-    folder = write_images(tmp_path / "images", [[next(files) for _ in range(size)] for size in sizes])
+    folder = write_images(tmp_path / "images", [[next(files) for _ in range(size)] for size in sizes], SIZE)
     batches = decode_all(folder, batch_size)
     assert [(batch.shard, len(batch.samples)) for batch in batches] == [
         *((0, 4), (0, 1)),
@@ -168,7 +139,7 @@ def test_batches_are_full_and_cut_by_shard(tmp_path: Path) -> None:
 
 def test_a_shard_gives_the_same_batches_in_any_order_of_work(tmp_path: Path) -> None:
     files = list(map(encoded, crops(9)))
-    folder = write_images(tmp_path / "images", [files[:2], files[2:7], files[7:]])
+    folder = write_images(tmp_path / "images", [files[:2], files[2:7], files[7:]], SIZE)
     by_shard: dict[int, list[torch.Tensor]] = {}
     for batch in decode_all(folder):
         by_shard.setdefault(batch.shard, []).append(batch.pixels_BYXC)
@@ -181,7 +152,7 @@ def test_a_shard_gives_the_same_batches_in_any_order_of_work(tmp_path: Path) -> 
 
 def test_batches_stay_what_they_were_while_others_are_decoded(tmp_path: Path) -> None:
     images = crops(12)
-    folder = write_images(tmp_path / "images", [list(map(encoded, images))])
+    folder = write_images(tmp_path / "images", [list(map(encoded, images))], SIZE)
     batches = decode_all(folder, batch_size=2)  # all are kept
     for i, image in enumerate(images):
         np.testing.assert_array_equal(batches[i // 2].pixels_BYXC[i % 2], np.asarray(image))
@@ -194,7 +165,7 @@ def test_originals_are_cropped_near_to_adm(tmp_path: Path) -> None:
     folder = write_images(
         tmp_path / "images",
         [[encoded(image, "JPEG", quality=95) for image in resized]],
-        image_size=64,
+        size=64,
         store="original",
     )
     (batch,) = decode_all(folder, batch_size=len(resized))
@@ -225,7 +196,7 @@ def test_a_gpu_gives_png_exactly_and_jpeg_nearly(tmp_path: Path) -> None:
 def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     good = list(map(encoded, crops(7)))
     cut_short = encoded(crops(1)[0], "JPEG")[:200]
-    folder = write_images(tmp_path / "images", [good[:3], [*good[3:], cut_short, good[0]]])
+    folder = write_images(tmp_path / "images", [good[:3], [*good[3:], cut_short, good[0]]], SIZE)
     with pytest.raises(
         UserError, match=r"shard\.00001\.mds: image of id 21: DALI cannot decode it \(nvImageCodec failure: .*\); make"
     ):
@@ -233,19 +204,19 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "images", [[encoded(crops(1)[0]), b"hello"]])
+    folder = write_images(tmp_path / "images", [[encoded(crops(1)[0]), b"hello"]], SIZE)
     with pytest.raises(UserError, match=r"shard\.00000\.mds: image of id 3: DALI cannot decode it"):
         decode_all(folder)
 
 
 def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "images", [[encoded(crops(1)[0]), encoded(crops(1, SIZE + 1)[0])]])
+    folder = write_images(tmp_path / "images", [[encoded(crops(1)[0]), encoded(crops(1, SIZE + 1)[0])]], SIZE)
     with pytest.raises(UserError, match=r"image of id 3: expected 24 x 24 x 3 pixels, got 25 x 25 x 3; make"):
         decode_all(folder)
 
 
 def test_a_damaged_sample_is_named(tmp_path: Path) -> None:
-    folder = write_images(tmp_path / "images", [list(map(encoded, crops(3)))])
+    folder = write_images(tmp_path / "images", [list(map(encoded, crops(3)))], SIZE)
     path = folder / "shard.00000.mds"
     data = bytearray(path.read_bytes())
     data[-100] ^= 1
@@ -255,7 +226,7 @@ def test_a_damaged_sample_is_named(tmp_path: Path) -> None:
 
 
 def test_without_dali_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_images(tmp_path / "images", [[encoded(crops(1)[0])]])
+    folder = write_images(tmp_path / "images", [[encoded(crops(1)[0])]], SIZE)
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(UserError, match=r'pip install "cfpretrain\[dali\]"'):
         decode_all(folder)

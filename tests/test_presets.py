@@ -13,6 +13,7 @@ import torch
 
 from cfpretrain import train
 from cfpretrain.base import config as configs
+from cfpretrain.base import config_checks
 from cfpretrain.base.console import UserError
 from cfpretrain.run.build import make_loss
 from cfpretrain.training import memory
@@ -71,7 +72,7 @@ def test_every_preset_passes_its_dry_run(names, capsys) -> None:
     # What a run prints is the config that a run loads.
     assert configs.to_yaml(config) in shown
     for num_ranks in (1, 2, 16, 64):
-        configs.check(config, num_ranks)
+        config_checks.check(config, num_ranks)
 
 
 @pytest.mark.parametrize(

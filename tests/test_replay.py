@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.digits import digits, digits_info, small_run, write_digits, write_latents
+from tests.folders import rows
 from tests.processes import run_script
 
 TOOL = "tools/replay.py"
@@ -53,24 +54,16 @@ def sick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def all_rows(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_equal(run: Path, step: int) -> dict:
     """Replays a step and finds it to be the logged one."""
     [ended] = run_script(TOOL, [str(run), "--step", str(step)])
     assert ended.code == 0, ended.out + ended.err
     result = json.loads((run / "replay" / f"step_{step:08d}" / "samples.json").read_text())
-    row = all_rows(run)[step - 1]
+    row = rows(run)[step - 1]
     assert (result["loss"], result["grad_norm"]) == (row["loss"], row["grad_norm"])
     assert result["skipped"] == row.get("skipped")
     assert sorted(sample["id"] for sample in result["samples"]) == row["sample_ids"]
     return result
-
-
-def logged_row(run: Path, step: int) -> dict:
-    return json.loads((run / "metrics.jsonl").read_text().splitlines()[step - 1])
 
 
 def test_a_step_is_the_logged_one_bit_by_bit(run: Path) -> None:
@@ -81,7 +74,7 @@ def test_a_step_is_the_logged_one_bit_by_bit(run: Path) -> None:
     assert first.out.count(" logged: equal") == 2
     made = run / "replay" / "step_00000011"
     result = json.loads((made / "samples.json").read_text())
-    row = logged_row(run, 11)
+    row = rows(run)[10]
     assert (result["loss"], result["grad_norm"]) == (row["loss"], row["grad_norm"])
     assert sorted(sample["id"] for sample in result["samples"]) == row["sample_ids"]
     assert sum(sample["loss"] for sample in result["samples"]) / 16 == pytest.approx(row["loss"], rel=1e-6)
@@ -125,13 +118,13 @@ def test_a_step_is_made_again_with_the_config_of_its_time(run: Path, tmp_path: P
 
 
 def test_a_spike(sick_run: Path) -> None:
-    rows = [row for row in all_rows(sick_run) if "deviations above" in row.get("skipped", "")]
-    assert_equal(sick_run, next(row["step"] for row in rows if "rewound_to_step" not in row))
+    found = [row for row in rows(sick_run) if "deviations above" in row.get("skipped", "")]
+    assert_equal(sick_run, next(row["step"] for row in found if "rewound_to_step" not in row))
 
 
 def test_a_sample_that_is_no_number_is_named_first(sick_run: Path) -> None:
-    rows = [row for row in all_rows(sick_run) if row.get("skipped") == "the loss is nan"]
-    row = next(row for row in rows if row["step"] > 8)
+    found = [row for row in rows(sick_run) if row.get("skipped") == "the loss is nan"]
+    row = next(row for row in found if row["step"] > 8)
     assert row["loss"] is None
     worst, second, *_ = assert_equal(sick_run, row["step"])["samples"]
     assert (worst["id"], worst["loss"]) == (40, None)
@@ -139,16 +132,16 @@ def test_a_sample_that_is_no_number_is_named_first(sick_run: Path) -> None:
 
 
 def test_a_step_that_rewinds_and_one_after_it(sick_run: Path) -> None:
-    rows = all_rows(sick_run)
+    found = rows(sick_run)
     # Not followed by a checkpoint at once: the replay goes back as the run did.
-    at = next(row["step"] for row in rows if "rewound_to_step" in row and row["step"] % 8 not in (0, 7))
+    at = next(row["step"] for row in found if "rewound_to_step" in row and row["step"] % 8 not in (0, 7))
     assert_equal(sick_run, at)
     assert_equal(sick_run, at + 1)
 
 
 def test_a_rewind_to_a_checkpoint_that_is_gone_is_said(sick_run: Path, tmp_path: Path) -> None:
-    rows = all_rows(sick_run)
-    row = next(row for row in rows if "rewound_to_step" in row and row["rewound_to_step"] > 8)
+    found = rows(sick_run)
+    row = next(row for row in found if "rewound_to_step" in row and row["rewound_to_step"] > 8)
     copy = tmp_path / "run"
     shutil.copytree(sick_run, copy)
     shutil.rmtree(copy / "checkpoints" / f"step_{row['rewound_to_step']:08d}")
@@ -177,7 +170,7 @@ def test_a_damaged_checkpoint_leaves_the_one_before_it(sick_run: Path, tmp_path:
 def test_another_number_of_ranks_is_said_to_differ(run: Path) -> None:
     [ended] = run_script(TOOL, [str(run), "--step", "7"], 1)
     result = json.loads((run / "replay" / "step_00000007" / "samples.json").read_text())
-    assert result["loss"] == pytest.approx(logged_row(run, 7)["loss"], rel=1e-5)
+    assert result["loss"] == pytest.approx(rows(run)[6]["loss"], rel=1e-5)
     assert ended.code == (0 if result["equal"] else 1)
     assert "digest" in ended.out
 
@@ -199,8 +192,8 @@ def test_a_wrong_number_is_found(run: Path, tmp_path: Path) -> None:
 def test_a_row_without_numbers_and_a_link_in_the_way(run: Path, tmp_path: Path) -> None:
     given = tmp_path / "given"
     shutil.copytree(run, given)
-    rows = [json.dumps(row) for row in all_rows(run) if row["step"] != 6]
-    (given / "metrics.jsonl").write_text("\n".join([*rows, '{"step": 6, "loss": "x"}']) + "\n")
+    kept = [json.dumps(row) for row in rows(run) if row["step"] != 6]
+    (given / "metrics.jsonl").write_text("\n".join([*kept, '{"step": 6, "loss": "x"}']) + "\n")
     [ended] = run_script(TOOL, [str(given), "--step", "6"])
     assert ended.code == 1, ended.err
     assert "NOT EQUAL" in ended.out

@@ -2,24 +2,19 @@
 
 import argparse
 import dataclasses
-import io
 import json
 import signal
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
 
 from cfpretrain.base import config as configs
 from cfpretrain.base.console import UserError
-from cfpretrain.data.shard_writer import ShardWriter
-from cfpretrain.data.shards import ImagesInfo, image_columns
 from cfpretrain.run import build
 from examples.digits import report
 from tests.digits import digits, digits_info, write_latents
+from tests.image_files import write_digits, write_images
 from tests.processes import Rank, run_script, start_script, wait_until
 from tests.runs import write_run
 from tests.test_config import TINY
@@ -65,15 +60,12 @@ def test_no_scale_to_guide_by_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000], ids=["empty", "cut", "list", "deep"])
 def test_a_damaged_report_is_none(tmp_path: Path, text) -> None:
     (tmp_path / "report.json").write_text(text)
-    assert report._read_report(tmp_path) == {}
+    assert report._table_there(tmp_path, {}) is None
 
 
-def write_images(folder: Path, image_size: int, class_names: tuple[str, ...]) -> Path:
-    writer = ShardWriter(folder, image_columns(), {})
-    writer.begin()
-    writer.write(0, [{"id": 0, "label": 0, "caption": "", "image": b""}])
-    writer.finish(ImagesInfo(class_names, 1, 0, "lossless", image_size, 1, "a test"), 1)
-    return folder
+def write_one(folder: Path, size: int, class_names: tuple[str, ...]) -> Path:
+    """Shards of one image, which nobody reads."""
+    return write_images(folder, [[b""]], size, class_names=class_names, channels=1)
 
 
 def test_images_of_another_size_or_other_classes_are_refused(
@@ -81,9 +73,9 @@ def test_images_of_another_size_or_other_classes_are_refused(
 ) -> None:
     """Before sampling, which takes minutes."""
     names = tuple(map(str, range(10)))
-    fitting = write_images(tmp_path / "fitting", 8, names)
-    large = write_images(tmp_path / "large", 16, names)
-    other = write_images(tmp_path / "other", 8, (*names[:9], "ten"))
+    fitting = write_one(tmp_path / "fitting", 8, names)
+    large = write_one(tmp_path / "large", 16, names)
+    other = write_one(tmp_path / "other", 8, (*names[:9], "ten"))
     source = f"data.shards={shards}"
     message = refused(monkeypatch, tmp_path, source, large, fitting)
     assert message == f"--images: expected image_size 8 as of {shards}, got 16"
@@ -93,31 +85,16 @@ def test_images_of_another_size_or_other_classes_are_refused(
     assert message.startswith("--held-out: expected shards of images, got latents in")
 
 
-def write_digits(folder: Path, first: int, count: int) -> Path:
-    """Real digits, grey as the demo's, as image shards."""
-    data, labels = load_digits(return_X_y=True)
-    rows = []
-    for i in range(first, first + count):
-        file = io.BytesIO()
-        Image.fromarray((data[i].reshape(8, 8) * 15.9).astype(np.uint8)).save(file, "PNG")
-        rows.append({"id": i, "label": int(labels[i]), "caption": "", "image": file.getvalue()})
-    writer = ShardWriter(folder, image_columns(), {})
-    writer.begin()
-    writer.write(0, rows)
-    writer.finish(ImagesInfo(tuple(map(str, range(10))), count, 0, "lossless", 8, 1, "a test"), 1)
-    return folder
-
-
 def test_too_few_classes_or_images_are_refused_before_sampling(
     shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     names = tuple(map(str, range(10)))
-    few = write_images(tmp_path / "few", 8, names)
+    few = write_one(tmp_path / "few", 8, names)
     message = refused(monkeypatch, tmp_path, f"data.shards={shards}", few, few)
     assert message == "--images, --held-out: expected at least 18 images together for 10 classes, got 2; give more"
     one = dataclasses.replace(digits_info(4), class_names=("0",))
     alike = write_latents(tmp_path / "latents", one, [(i, 0, pixels) for i, _, pixels in digits(4)])
-    few = write_images(tmp_path / "one", 8, ("0",))
+    few = write_one(tmp_path / "one", 8, ("0",))
     message = refused(monkeypatch, tmp_path, f"data.shards={alike}", few, few)
     assert message == "RUN: expected at least 2 classes, which the scores tell apart, got 1"
 

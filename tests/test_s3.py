@@ -24,10 +24,11 @@ from cfpretrain.data import storage
 from cfpretrain.data.loader import Loader, Position, order_fingerprint
 from cfpretrain.data.reader import Samples
 from tests.digits import digits, digits_info, small_run, write_latents
+from tests.image_files import write_images
 from tests.latent_shards import as_read, config_for, write_samples
 from tests.object_store import BUCKET, ObjectStore, running_store
 from tests.processes import REPOSITORY, run_in_processes
-from tests.test_inspect_shards import REJECTED, png, write_images
+from tests.test_inspect_shards import REJECTED, png, rejecting
 from tools import inspect_shards
 
 NUM_SAMPLES, NUM_SHARDS = 101, 6
@@ -221,7 +222,8 @@ def test_a_folder_in_the_store_is_inspected(
 def test_a_long_list_of_rejected_images_in_the_store_is_read(
     store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    images = write_images(tmp_path / "images", [png(16)] * 2, None, f"{REJECTED}\n" * 1000, 1000)
+    rejected = rejecting(1000, f"{REJECTED}\n" * 1000)
+    images = write_images(tmp_path / "images", [[png(16)] * 2], 16, **rejected)
     monkeypatch.setattr(storage, "MAX_TEXT_BYTES", (images / "rejected.jsonl").stat().st_size - 1)
     options = ["--cache-folder", str(tmp_path / "cache"), "--verify"]
     monkeypatch.setattr(sys, "argv", ["inspect_shards.py", store.upload(images, "rejected"), *options])

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
+from tests.folders import content
+from tests.image_files import pixels
 from tests.processes import run_alone, run_script, run_tool, start_script
 from tests.runs import write_run
 
@@ -25,15 +26,6 @@ def source(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
 
 
 run = partial(run_tool, SCRIPT)
-
-
-def pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
-
-
-def content(path: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in ([path] if path.is_file() else path.iterdir())}
 
 
 @pytest.fixture(scope="module")

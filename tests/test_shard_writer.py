@@ -16,6 +16,7 @@ from cfpretrain.base.console import UserError
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, Shards, image_columns, read_info
 from tests.disks import mount, mounted_disk
+from tests.folders import content
 
 NUM_SHARDS, EACH = 6, 5
 PLAN = {"made": "by a test", "sizes": [1, 2]}
@@ -46,10 +47,6 @@ def write_all(folder: Path, order: list[int]) -> ShardWriter:
 def write_missing(writer: ShardWriter) -> None:
     for number in writer.missing(NUM_SHARDS):
         writer.write(number, samples(number), lambda number=number: {"number": number})
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")

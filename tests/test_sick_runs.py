@@ -15,6 +15,7 @@ from torch import Tensor
 from cfpretrain.base import runtime
 from cfpretrain.base.stopping import StopRequest
 from cfpretrain.core.objective import Batch
+from tests import folders
 from tests.digits import small_config
 from tests.processes import run_in_processes
 
@@ -89,8 +90,7 @@ def train(
 
 
 def rows(folder: Path) -> dict[int, dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
+    found = folders.rows(folder)
     assert [row["step"] for row in found] == list(range(1, len(found) + 1))
     return {row["step"]: row for row in found}
 

@@ -26,7 +26,9 @@ from tests.processes import (
     Rank,
     free_port,
     launcher_environment,
+    run_alone,
     run_in_processes,
+    set_constants,
     start_script,
     wait_until,
 )
@@ -155,6 +157,10 @@ def store() -> Iterator[ObjectStore]:
         yield store
 
 
+# What a run waits for is said after 5 s.
+SOON_SAID = {"base.console._HEARTBEAT_SECONDS": 0.5}
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_request_to_one_rank_ends_the_others_wait_for_data(
     store: ObjectStore, tmp_path: Path, num_workers: int
@@ -174,8 +180,10 @@ def test_a_request_to_one_rank_ends_the_others_wait_for_data(
         "data.shuffle_block_size=27",
     )
     port, alone = free_port(), {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment = alone | store.environment()
     ranks = [
-        Rank(TRAIN, arguments, launcher_environment(rank, 2, port) | alone | store.environment()) for rank in range(2)
+        Rank(TRAIN, arguments, launcher_environment(rank, 2, port) | environment, constants=SOON_SAID)
+        for rank in range(2)
     ]
     wait_for_steps(tmp_path / "run", 2, ranks)
     store.kill()
@@ -191,6 +199,7 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
     from cfpretrain.training import trainer
 
     config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=600")
+    set_constants({"base.watchdog._STOP_SECONDS": 3.0})  # for 10: still far from the 600 s
     stop = StopRequest()
     stop.listen()
     runtime.start(torch.device("cpu"))
@@ -210,7 +219,7 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
 def test_a_worker_that_hangs_keeps_nobody_who_was_asked_to_stop(shards: Path, tmp_path: Path) -> None:
     """It has promised batches that only it can hand over."""
     folder = tmp_path / "run"
-    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "data.num_workers=1"), 1)
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "data.num_workers=1"), 1, constants=SOON_SAID)
     wait_for_steps(folder, 3, ranks)
     [worker] = psutil.Process(ranks[0].pid).children()
     worker.suspend()
@@ -261,7 +270,8 @@ def test_an_error_ends_a_run_whose_wandb_hangs(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("HOME", str(tmp_path))
     shards = write_latents(tmp_path / "shards", digits_info(100), digits(100), samples_per_shard=20)
     folder = tmp_path / "run"
-    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "metrics.wandb=offline"), 1)
+    arguments = small_run(shards, folder, *LONG, "metrics.wandb=offline")
+    ranks = start_script(TRAIN, arguments, 1, constants={"run.tracker._END_SECONDS": 2.0})
     wait_for_steps(folder, 2, ranks)
     [service] = [child for child in psutil.Process(ranks[0].pid).children() if child.name() == "wandb-core"]
     service.suspend()
@@ -293,7 +303,7 @@ def test_a_closed_terminal_is_heard_without_one() -> None:
 
 
 SMALL_MEMORY = """
-import ctypes, os, runpy, subprocess, sys
+import ctypes, runpy, subprocess, sys
 libc = ctypes.CDLL(None, use_errno=True)
 if libc.unshare(0x00020000) or subprocess.run(["mount", "--make-rprivate", "/"]).returncode:
     sys.exit(99)
@@ -309,12 +319,11 @@ def test_shared_memory_that_is_too_small_is_one_line(shards: Path, tmp_path: Pat
     if os.geteuid() != 0:
         pytest.skip("a small /dev/shm needs root")
     arguments = small_run(shards, tmp_path / "run", *LONG, "data.num_workers=2", "train.micro_batch_size=16")
-    command = [sys.executable, "-c", SMALL_MEMORY, TRAIN, *arguments]
-    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=240)
-    if ended.returncode == 99:
-        pytest.skip(f"mounting a small /dev/shm was refused: {ended.stderr}")
-    assert ended.returncode == EXIT_USER_ERROR, ended.stderr
-    [line] = ended.stderr.strip().splitlines()
+    ended = run_alone(SMALL_MEMORY, [TRAIN, *arguments])
+    if ended.code == 99:
+        pytest.skip(f"mounting a small /dev/shm was refused: {ended.err}")
+    assert ended.code == EXIT_USER_ERROR, ended.err
+    [line] = ended.err.strip().splitlines()
     assert line.startswith("[cfpretrain] error: data.num_workers: /dev/shm (0.06554 MB")
     assert "--shm-size" in line
     assert "--ipc=host" in line

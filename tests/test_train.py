@@ -24,6 +24,7 @@ from cfpretrain.run import build
 from cfpretrain.run.state import read_state
 from cfpretrain.training.folder import check_moved, prepare_folder
 from tests.digits import digits_info, small_config, small_run, write_digits, write_latents
+from tests.folders import rows
 from tests.processes import REPOSITORY, Ended, run_alone, run_script, start_script, wait_until
 from tests.runs import as_older
 from tests.test_encoding import write_autoencoder
@@ -33,8 +34,7 @@ TRAIN = "cfpretrain/train.py"
 
 def numbers(folder: Path) -> list[tuple[object, ...]]:
     """What must repeat bit by bit: not the times."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(row[key] for key in ("step", "loss", "grad_norm", "learning_rate", "epoch")) for row in rows]
+    return [tuple(row[key] for key in ("step", "loss", "grad_norm", "learning_rate", "epoch")) for row in rows(folder)]
 
 
 def checkpoint(folder: Path, content: str, step: int = 12) -> dict[str, torch.Tensor]:
@@ -56,8 +56,7 @@ def test_a_run_leaves_what_it_promises(whole_run: Path) -> None:
     summary = json.loads((whole_run / "summary.json").read_text())
     assert (summary["world_size"], summary["zero_stage"], summary["num_steps"]) == (2, 3, 12)
     assert summary["loss_first"] == losses[0]
-    rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
-    peaks = [row["peak_memory_gb"] for row in rows]  # a window a step; without a GPU, of the process
+    peaks = [row["peak_memory_gb"] for row in rows(whole_run)]  # a window a step; without a GPU, of the process
     assert peaks == sorted(peaks)
     assert 0.05 < peaks[0] <= peaks[-1] <= summary["peak_rss_mb"] / 1e3
 
@@ -383,7 +382,7 @@ def test_each_checkpoint_says_what_it_was_trained_with(shards: Path, whole_run: 
     for step, learning_rate in ((1, 1e-3), (12, 1e-3), (13, 0.5), (14, 0.25), (15, 0.25)):
         assert build.config_at(folder, step).train.learning_rate == learning_rate
         if step > 12:
-            logged = json.loads((folder / "metrics.jsonl").read_text().splitlines()[step - 1])["learning_rate"]
+            logged = rows(folder)[step - 1]["learning_rate"]
             fall = min(1.0, ({13: 13}.get(step, 15) - step + 1) / 3)
             assert logged == pytest.approx(learning_rate * fall)
     assert build.find_checkpoint(folder, 14).config.train.learning_rate == 0.25

@@ -1,7 +1,6 @@
 """tools/train_autoencoder.py, on small real digits; and the autoencoder that the demo uses."""
 
 import fcntl
-import io
 import os
 import re
 import signal
@@ -13,46 +12,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
 from cfpretrain.autoencoder import WEIGHTS_FILE, KLAutoencoder
-from cfpretrain.data.shard_writer import ShardWriter
-from cfpretrain.data.shards import ImagesInfo, image_columns
 from examples.digits import example_images, train_autoencoder
 from examples.digits.autoencoder_training import PICTURE_FILE
 from examples.digits.reconstruction import reconstruction_error
+from tests.image_files import write_digits
 from tests.processes import REPOSITORY, Rank, wait_until
 
 LONG = ["--channels", "8", "8", "--num-steps", "40", "--batch-size", "16", "--save-seconds", "0"]
 STEPS = ["--channels", "8", "16", "--num-steps", "60", "--batch-size", "32", "--learning-rate", "0.004"]
 
 
-def write_images(folder: Path, begin: int, num: int, size: int = 8) -> Path:
-    """Real 8x8 digits as lossless image shards."""
-    pixels, labels = load_digits(return_X_y=True)
-    writer = ShardWriter(folder, image_columns(), {})
-    writer.begin()
-    samples = []
-    for i in range(begin, begin + num):
-        image = Image.fromarray((pixels[i].reshape(8, 8) * 255 / 16).astype(np.uint8)).resize((size, size))
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        samples.append({"id": i, "label": int(labels[i]), "caption": "", "image": file.getvalue()})
-    writer.write(0, samples)
-    writer.finish(ImagesInfo(tuple("0123456789"), num, 0, "lossless", size, 1, "scikit-learn"), 1)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Training and held-out images, as arguments; tests read them only."""
     folder = tmp_path_factory.mktemp("images")
-    return [str(write_images(folder / "train", 0, 400)), "--held-out", str(write_images(folder / "held-out", 400, 100))]
+    return [str(write_digits(folder / "train", 0, 400)), "--held-out", str(write_digits(folder / "held-out", 400, 100))]
 
 
 def start(images: list[str], out: Path, *options: str) -> Rank:
@@ -282,7 +262,7 @@ def test_mistakes_are_one_line(images, tmp_path, options, message) -> None:
 
 
 def test_held_out_images_of_another_size_are_refused(images, tmp_path) -> None:
-    other = write_images(tmp_path / "other", 0, 3, size=16)
+    other = write_digits(tmp_path / "other", 0, 3, size=16)
     message = refused([images[0], "--held-out", str(other)], tmp_path / "out")
     assert "--held-out: expected images of shape [1, 8, 8]" in message
 

@@ -1,6 +1,6 @@
 """Runs that are asked to stop, and runs that lose a rank: on real ranks."""
 
-import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +15,7 @@ from cfpretrain.base import runtime, stopping, watchdog
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR, UserError
 from cfpretrain.training import folder as run_folder
 from tests.digits import small_config, small_run
+from tests.folders import rows
 from tests.processes import (
     REPOSITORY,
     Rank,
@@ -23,6 +24,7 @@ from tests.processes import (
     run_alone,
     run_in_processes,
     run_script,
+    set_constants,
     start_script,
     wait_until,
 )
@@ -30,10 +32,6 @@ from tests.processes import (
 TRAIN = "cfpretrain/train.py"
 # It would train on for long: what happens to it comes while it does.
 LONG = ("train.num_steps=5000", "checkpoint.every_steps=1000")
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def wait_for_steps(folder: Path, num_steps: int, ranks: list[Rank]) -> None:
@@ -93,22 +91,23 @@ def children(process: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 
+PIPED = """
+import os, runpy
+os.dup2(os.open({pipe!r}, os.O_WRONLY), 1)
+runpy.run_path("cfpretrain/train.py", run_name="__main__")
+"""
+
+
 def test_a_closed_terminal_does_not_cost_the_checkpoint(shards: Path, tmp_path: Path) -> None:
     """Nobody reads what the run says any more, as behind `| tee log` after Ctrl-C."""
-    folder = tmp_path / "run"
-    command = [sys.executable, TRAIN, *small_run(shards, folder, *LONG)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE) as process:
-        try:
-            assert process.stdout is not None
-            while not ((folder / "metrics.jsonl").exists() and rows(folder)):
-                assert process.poll() is None
-                time.sleep(0.01)
-            process.stdout.close()
-            process.send_signal(signal.SIGINT)
-            assert process.wait(120) == EXIT_REQUEUE
-        finally:
-            process.kill()
+    folder, pipe = tmp_path / "run", tmp_path / "pipe"
+    os.mkfifo(pipe)
+    rank = Rank(PIPED.format(pipe=str(pipe)), small_run(shards, folder, *LONG), {"DS_ACCELERATOR": "cpu"})
+    with pipe.open():
+        wait_for_steps(folder, 1, [rank])
+    rank.send_signal(signal.SIGINT)
+    [(code, said)] = end([rank])
+    assert code == EXIT_REQUEUE, said
     assert (folder / "requeue").read_text() == "SIGINT\n"
     step = int((folder / "checkpoints" / "latest").read_text().strip().removeprefix("step_"))
     assert step == rows(folder)[-1]["step"]
@@ -158,16 +157,16 @@ time.sleep(60)
 
 
 def test_a_later_signal_ends_at_once() -> None:
-    process = Rank(SLEEPER, [], {})
+    process = Rank(SLEEPER, [], {}, constants={"base.stopping._ONE_REQUEST_SECONDS": 0.5})
     wait_until(lambda: process.said() == "ready\n")
     process.send_signal(signal.SIGUSR1)
-    process.send_signal(signal.SIGUSR1)  # within 2 s: the same request
+    process.send_signal(signal.SIGUSR1)  # at once: the same request
     wait_until(lambda: process.said().count("\n") == 3)
     _, announced, reason = process.said().splitlines()
     assert "SIGUSR1: stopping after this step" in announced
     assert reason == "SIGUSR1"
     assert process.poll() is None
-    time.sleep(stopping._ONE_REQUEST_SECONDS + 0.5)
+    time.sleep(1.0)
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 128 + signal.SIGTERM
@@ -197,25 +196,21 @@ import os, sys, time
 with open(sys.argv[1], "w") as file:
     print(os.getppid(), file=file)
 time.sleep(0.5)
-from tests import test_watchdog
-test_watchdog.launched()
+from cfpretrain.base.stopping import StopRequest
+stop = StopRequest()
+stop.listen()
+print("watching", flush=True)
+deadline = time.monotonic() + 60
+while stop.reason is None and time.monotonic() < deadline:
+    time.sleep(0.01)
+print(stop.reason, flush=True)
 """
+# A rank's launcher is two processes, as deepspeed's are.
 LAUNCHER = """
 import subprocess, sys  # deepspeed
 middle = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])  # deepspeed.launcher"
 subprocess.run([sys.executable, "-c", middle, *sys.argv[1:]])
 """
-
-
-def launched() -> None:
-    """A rank whose launcher is two processes, as deepspeed's are."""
-    stop = stopping.StopRequest()
-    stop.listen()
-    print("watching", flush=True)
-    deadline = time.monotonic() + 60
-    while stop.reason is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    print(stop.reason, flush=True)
 
 
 @pytest.mark.parametrize("moment", ["while the rank starts", "later"])
@@ -281,9 +276,14 @@ def test_a_launcher_that_goes_is_no_second_signal(tmp_path: Path) -> None:
 # Lost ranks
 
 
+SOON_SEEN = {"base.watchdog._POLL_SECONDS": 0.25}
+# The rank that is left keeps its store for nobody, and takes no rank that lives for a dead one.
+ONE_IS_LEFT = SOON_SEEN | {"base.runtime._KEEP_STORE_SECONDS": 0.25}
+
+
 def test_a_killed_rank_ends_the_run_by_name(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    ranks = start_script(TRAIN, small_run(shards, folder, *LONG), 2)
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG), 2, constants=ONE_IS_LEFT)
     wait_for_steps(folder, 4, ranks)
     ranks[1].kill()
     (code, said), _ = end(ranks)
@@ -294,7 +294,7 @@ def test_a_killed_rank_ends_the_run_by_name(shards: Path, tmp_path: Path) -> Non
 
 def test_a_killed_rank_zero_ends_the_run_too(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    ranks = start_script(TRAIN, small_run(shards, folder, *LONG), 2)
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG), 2, constants=ONE_IS_LEFT)
     wait_for_steps(folder, 4, ranks)
     ranks[0].kill()
     _, (code, said) = end(ranks)
@@ -307,7 +307,8 @@ def test_a_killed_rank_zero_ends_the_run_too(shards: Path, tmp_path: Path) -> No
 def test_a_stopped_rank_ends_the_run(shards: Path, tmp_path: Path, stopped: int) -> None:
     """SIGSTOP: the process is there and says nothing, as behind a broken network."""
     folder = tmp_path / "run"
-    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "guard.rank_timeout_seconds=5"), 2)
+    arguments = small_run(shards, folder, *LONG, "guard.rank_timeout_seconds=5")
+    ranks = start_script(TRAIN, arguments, 2, constants=SOON_SEEN)
     wait_for_steps(folder, 4, ranks)
     ranks[stopped].send_signal(signal.SIGSTOP)
     other = ranks[1 - stopped]
@@ -320,6 +321,7 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
     from cfpretrain.training import trainer
 
     config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=5")
+    set_constants(SOON_SEEN)
     device = torch.device("cpu")
     stop = stopping.StopRequest()
     stop.listen()
@@ -405,19 +407,14 @@ def hold(folder: Path) -> int:
 
 
 def _in_another_process(folder: Path) -> None:
-    code = f"""
-from pathlib import Path
-from cfpretrain.base.console import UserError
-from cfpretrain.training import folder
-folder._LOCK_SECONDS = 0.3
-try:
-    folder.take(Path({str(folder)!r}))
-except UserError as error:
-    print(error)
-"""
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=True)
-    if ended.stdout:
-        raise UserError(ended.stdout)
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        pool.apply(_take, (folder,))
+
+
+def _take(folder: Path) -> None:
+    run_folder._locks.clear()  # of the process that this one is a fork of
+    run_folder._LOCK_SECONDS = 0.3
+    run_folder.take(folder)
 
 
 def test_a_folder_is_used_by_one_run(tmp_path: Path) -> None:

@@ -22,14 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files, launch
-from cfpretrain.base.command_line import Parser
-from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.command_line import Parser, check_range
+from cfpretrain.base.console import UserError, count, ending_in_one_line, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_picture, check_place, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfpretrain.data.images import Colour
     from cfpretrain.evaluation.generation import GenerationSettings
     from cfpretrain.evaluation.source import Source
 
@@ -41,26 +40,19 @@ _CELL_SIZE = 96  # picture pixels a side of an image
 def main() -> None:
     """The command."""
     parser = Parser(__doc__)
-    parser.add_argument("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
+    add = parser.add_argument
+    add("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--image", type=path_argument, metavar="FILE", help="an image of any size")
     given.add_argument("--generate", metavar="CLASS", help="an image that the model makes first")
-    parser.add_argument("--region", required=True, help="what is regenerated: see below")
-    parser.add_argument(
-        "--class",
-        dest="classes",
-        nargs="+",
-        required=True,
-        metavar="CLASS",
-        help="names or numbers (name:10 or index:10 where a word is both)",
-    )
-    parser.add_argument("--background", metavar="COLOUR", default="white",
-                        help="behind what is transparent in --image: a name or '#rrggbb' (default white)")  # fmt: skip
-    parser.add_argument("--num-seeds", type=int, default=4, help="edits of each class (default 4)")
-    parser.add_argument("--out", type=path_argument, default=Path("edit.png"), help="the picture (default edit.png)")
-    parser.add_argument(
-        "--images", type=path_argument, metavar="FOLDER", help="a new folder for the edited images alone"
-    )
+    add("--region", required=True, help="what is regenerated: see below")
+    add("--class", dest="classes", nargs="+", required=True, metavar="CLASS",
+        help="names or numbers (name:10 or index:10 where a word is both)")  # fmt: skip
+    add("--background", metavar="COLOUR", default="white",
+        help="behind what is transparent in --image: a name or '#rrggbb' (default white)")  # fmt: skip
+    add("--num-seeds", type=int, default=4, help="edits of each class (default 4)")
+    add("--out", type=path_argument, default=Path("edit.png"), help="the picture (default edit.png)")
+    add("--images", type=path_argument, metavar="FOLDER", help="a new folder for the edited images alone")
     add_sampling_options(parser, batch_size=16)
     arguments = parser.parse_args()
     launch.check()
@@ -95,21 +87,20 @@ def run(arguments: argparse.Namespace) -> None:
     region_L = read_region(arguments.region, model.grid, image_size, given.file_size if given else None)
     settings = read_settings(arguments, config, int(region_L.sum()))
     original = given or _make_image(source, generated, autoencoder, settings)
-    ar_steps, levels = settings.num_ar_steps, settings.num_denoising_steps
-    num_made = f"{int(region_L.sum())} of {model.num_tokens} tokens are regenerated"
-    say(f"{num_made}: AR steps {ar_steps}, denoising steps {levels} ({settings.solver})")
+    say(f"{int(region_L.sum())} of {model.num_tokens} tokens are regenerated: {settings}")
     tokens_BLP = original.tokens.expand(len(labels), -1, -1)
     with phase(f"making {len(labels)} edits"):
         # The original, where it was generated, has id 0.
         edited = edit_tokens(config, source.model, tokens_BLP, region_L, labels, settings, device, first_id=1)
         images = autoencoder.decode(unpatchify(edited, model.patch_size)).cpu()
     _draw(arguments, source, original, region_L, images, settings)
-    say(f"{len(labels)} edits: {arguments.out}")
+    if arguments.images is not None:
+        _write_images(arguments.images, images, arguments.num_seeds)
+    say(f"{count(len(labels), 'edit')}: {arguments.out}" + (f" and {arguments.images}" if arguments.images else ""))
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    if not 1 <= arguments.num_seeds <= _MOST_SEEDS:
-        raise UserError(f"--num-seeds: expected 1 to {_MOST_SEEDS}, got {arguments.num_seeds}")
+    check_range("--num-seeds", arguments.num_seeds, 1, _MOST_SEEDS)
     mask = arguments.region.removeprefix("mask:") if arguments.region.startswith("mask:") else None
     for option, file in (("--image", arguments.image), ("--region", mask and Path(mask))):
         if file is not None and file.exists() and not file.is_file():
@@ -130,7 +121,7 @@ class _Original:
     file_size: tuple[int, int] | None = None  # (width, height) of what the image was cropped from
 
 
-def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int, background: "Colour") -> _Original:
+def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int, background: Any) -> _Original:
     from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation.editing import encode_tokens, read_crop
 
@@ -169,36 +160,38 @@ def _draw(
     images: "Tensor",
     settings: "GenerationSettings",
 ) -> None:
-    """Writes the picture, a row for each class, and the edited images where they are wanted."""
+    """Writes the picture, a row for each class."""
     import torch
 
-    from cfpretrain.base.outputs import whole_or_nothing
-    from cfpretrain.evaluation import pictures
-    from cfpretrain.evaluation.generation import grid_title
+    from cfpretrain.evaluation.generation import draw_grid, grid_title
+    from cfpretrain.evaluation.pictures import tinted
 
-    names = [source.class_names[source.label_of(text)] for text in arguments.classes]
-    image = original.image
-    left = {"original": image.expand(-1, 3, -1, -1)}
+    left = {"original": original.image.expand(-1, 3, -1, -1)}
     if original.decoded is not None:
         left["decoded"] = original.decoded.expand(-1, 3, -1, -1)
-    left["region"] = pictures.tinted(image, region_L[None], _REGION_COLOUR, _REGION_SHARE)
+    left["region"] = tinted(original.image, region_L[None], _REGION_COLOUR, _REGION_SHARE)
     by_class = images.expand(-1, 3, -1, -1).split(arguments.num_seeds)
-    with whole_or_nothing(arguments.out, "--out") as picture:
-        pictures.sample_grid(
-            picture,
-            torch.cat([one for edits in by_class for one in (*left.values(), edits)]),
-            [f"-> {name}" for name in names],
-            title=grid_title(f"{source.title}, region {arguments.region}", settings),
-            value_range=(0.0, 1.0),
-            cell_size=_CELL_SIZE,
-            column_names=[*left, *(f"edit {i + 1}" for i in range(arguments.num_seeds))],
-        )
-    if arguments.images is not None:
-        with whole_or_nothing(arguments.images, "--images") as folder:
-            files.make_folder(folder)
-            for i, image in enumerate(pictures.to_rgb(images, (0.0, 1.0))):
-                row, column = divmod(i, arguments.num_seeds)
-                pictures.write_png(folder / f"row_{row + 1}_edit_{column + 1}.png", image)
+    draw_grid(
+        arguments.out,
+        "--out",
+        torch.cat([one for edits in by_class for one in (*left.values(), edits)]),
+        [f"-> {source.class_names[source.label_of(text)]}" for text in arguments.classes],
+        grid_title(f"{source.title}, region {arguments.region}", settings),
+        cell_size=_CELL_SIZE,
+        column_names=[*left, *(f"edit {i + 1}" for i in range(arguments.num_seeds))],
+    )
+
+
+def _write_images(out: Path, images: "Tensor", num_columns: int) -> None:
+    """Writes the edited images, named by their places in the picture."""
+    from cfpretrain.base.outputs import whole_or_nothing
+    from cfpretrain.evaluation.pictures import to_rgb, write_png
+
+    with whole_or_nothing(out, "--images") as folder:
+        files.make_folder(folder)
+        for i, image in enumerate(to_rgb(images, (0.0, 1.0))):
+            row, column = divmod(i, num_columns)
+            write_png(folder / f"row_{row + 1}_edit_{column + 1}.png", image)
 
 
 if __name__ == "__main__":

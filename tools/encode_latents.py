@@ -11,18 +11,15 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base import launch
-from cfpretrain.base.command_line import Parser, add_local_rank
+from cfpretrain.base.command_line import Parser, add_local_rank, run_on_ranks
 from cfpretrain.base.console import (
     Progress,
     UserError,
     address_argument,
-    ending_in_one_line,
     path_argument,
     phase,
     say,
 )
-from cfpretrain.base.stopping import leave_when_asked
 
 if TYPE_CHECKING:
     from cfpretrain.data.encoding import Encoding
@@ -52,11 +49,7 @@ def main() -> None:
         "--precision", choices=_PRECISIONS, default="fp32", help="of the autoencoder on a GPU (default fp32)"
     )
     add_local_rank(parser)
-    arguments = parser.parse_args()
-    launch.check()
-    leave_when_asked()
-    with ending_in_one_line():
-        run(arguments)
+    run_on_ranks(run, parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> None:

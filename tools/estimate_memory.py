@@ -62,11 +62,12 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> bool:
     """Prints the tables; returns whether the config fits as it is written."""
     from cfpretrain.base import config as configs
+    from cfpretrain.base import config_checks
     from cfpretrain.training.memory import plan_memory
 
     config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
     _check_arguments(arguments)
-    configs.check(config, arguments.num_gpus)
+    config_checks.check(config, arguments.num_gpus)
     if arguments.measure:
         if arguments.num_gpus != 1:
             raise UserError(f"--measure: expected --num-gpus 1, since it runs one rank, got {arguments.num_gpus}")

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base import files, launch, outputs, plans
-from cfpretrain.base.command_line import Parser
-from cfpretrain.base.console import Progress, UserError, ending_in_one_line, path_argument, phase, say
-from cfpretrain.base.stopping import leave_when_asked
+from cfpretrain.base import files, outputs, plans
+from cfpretrain.base.command_line import Parser, run_on_ranks
+from cfpretrain.base.console import Progress, UserError, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
@@ -54,11 +53,7 @@ def main() -> None:
     add("--background", metavar="COLOUR", default="white", help=behind)
     add("--wandb", metavar="PROJECT", help="log the scores there, too")
     add_sampling_options(parser, batch_size=64, guidance=1.0)
-    arguments = parser.parse_args()
-    launch.check()
-    leave_when_asked()
-    with ending_in_one_line():
-        run(arguments)
+    run_on_ranks(run, parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -136,7 +131,7 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
     if arguments.labels == "random":
         labels_N = seeds.integers(seeds.fold(seeds.key(settings.seed, "labels"), torch.arange(num_images)), num_classes)
     labels = labels_N.tolist()
-    say(f"{source.title}: AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}")
+    say(f"{source.title}: {settings}")
 
     def batches(numbers: list[int]) -> Iterator[tuple[int, "Tensor"]]:
         made = generate_batches(source.config, source.model, labels, settings, device, autoencoder.decode, numbers)

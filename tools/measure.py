@@ -146,14 +146,15 @@ def main(given: Sequence[str] | None = None) -> None:
     Args:
         given: what to measure, and its options; None: those of the command line.
     """
+    command = "measure.py" if given else Path(sys.argv[0]).name
     words = sys.argv[1:] if given is None else given
     what, *options = [word for word in words if not word.startswith("--local_rank=")] or [""]  # the launcher adds it
     if what not in _OPTIONS:
         lines = (f"  {name:<12}{_doc(name).splitlines()[0]}" for name in _OPTIONS)
-        parser = Parser("\n".join([__doc__ or "", "WHAT is one of", "", *lines]))
+        parser = Parser("\n".join([__doc__ or "", "WHAT is one of", "", *lines]), command)
         parser.add_argument("what", metavar="WHAT", choices=_OPTIONS, help="see below")
         parser.parse_args([what] if what else [])
-    parser = Parser(_doc(what), f"measure.py {what}")
+    parser = Parser(_doc(what), f"{command} {what}")
     _OPTIONS[what](parser)
     arguments = parser.parse_intermixed_args(options)
     if what in _ON_RANKS:

@@ -61,7 +61,7 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
     is_told = any(override.startswith("data.shards=") for override in overrides)
     with phase("loading torch, deepspeed and streaming"):
         from cfpretrain.base import config as configs
-        from cfpretrain.base import runtime
+        from cfpretrain.base import config_checks, runtime
         from cfpretrain.run import build
         from cfpretrain.training import trainer
     device = runtime.pick_device()
@@ -73,7 +73,7 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
             as_it_was = Path(own) / build.CONFIG_FILE
             files.replace(as_it_was, configs.to_yaml(in_force))
             config = configs.load(as_it_was, [*overrides, f"run.folder={scratch}", "metrics.wandb=disabled"])
-            configs.check(config, runtime.world_size())
+            config_checks.check(config, runtime.world_size())
             elsewhere = [one for one in config.data.shards if "://" in one]
             if elsewhere and not is_told:
                 raise UserError(

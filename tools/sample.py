@@ -12,21 +12,14 @@ folder, or damaged in it.
 """
 
 import argparse
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from cfpretrain.base import launch
-from cfpretrain.base.command_line import Parser
-from cfpretrain.base.console import (
-    Progress,
-    UserError,
-    count,
-    ending_in_one_line,
-    path_argument,
-    phase,
-    say,
-)
-from cfpretrain.base.stopping import leave_when_asked
+from cfpretrain.base.command_line import Parser, check_range, run_on_ranks
+from cfpretrain.base.console import Progress, UserError, count, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import (
     add_sampling_options,
     check_picture,
@@ -50,25 +43,16 @@ _OTHER_PICTURES = {".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"}  #
 def main() -> None:
     """The command."""
     parser = Parser(__doc__)
-    parser.add_argument("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
-    parser.add_argument(
-        "--classes",
-        nargs="+",
-        metavar="CLASS",
-        help="names or numbers, name:10 or index:10 where a word is both (default: all, evenly)",
-    )
-    parser.add_argument("--num-images", type=int, help="in all, evenly over the classes")
-    parser.add_argument("--num-per-class", type=int, help=f"instead of --num-images (default {_PER_CLASS})")
-    parser.add_argument("--out", type=path_argument, help="NAME.png, NAME.npz, or a folder (default samples.png)")
-    parser.add_argument(
-        "--trajectory", type=path_argument, metavar="NAME.png", help="draw one image's way, and nothing else"
-    )
+    add = parser.add_argument
+    add("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
+    add("--classes", nargs="+", metavar="CLASS",
+        help="names or numbers, name:10 or index:10 where a word is both (default: all, evenly)")  # fmt: skip
+    add("--num-images", type=int, help="in all, evenly over the classes")
+    add("--num-per-class", type=int, help=f"instead of --num-images (default {_PER_CLASS})")
+    add("--out", type=path_argument, help="NAME.png, NAME.npz, or a folder (default samples.png)")
+    add("--trajectory", type=path_argument, metavar="NAME.png", help="draw one image's way, and nothing else")
     add_sampling_options(parser, batch_size=64)
-    arguments = parser.parse_args()
-    launch.check()
-    leave_when_asked()
-    with ending_in_one_line():
-        run(arguments)
+    run_on_ranks(run, parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -85,14 +69,13 @@ def run(arguments: argparse.Namespace) -> None:
             settings = read_settings(arguments, origin.config, origin.config.model.num_tokens)
             labels = _labels(arguments, origin)
             source = origin.load(device, arguments.precision)
-        ar_steps, levels = settings.num_ar_steps, settings.num_denoising_steps
-        say(f"{source.title}: AR steps {ar_steps}, denoising steps {levels} ({settings.solver})")
+        say(f"{source.title}: {settings}")
         if arguments.trajectory is not None:
             _draw_trajectory(arguments.trajectory, source, labels[0], settings)
         elif is_picture(arguments.out):
             _draw_grid(arguments.out, source, labels, settings)
         else:
-            _write_set(arguments, source, labels, settings)
+            _write_set(arguments.out, source, labels, settings)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -101,29 +84,27 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.num_images is not None and arguments.num_per_class is not None:
         raise UserError("--num-images: expected alone, got --num-per-class too; leave one out")
     for name, value in (("--num-images", arguments.num_images), ("--num-per-class", arguments.num_per_class)):
-        if value is not None and value < 1:
-            raise UserError(f"{name}: expected at least 1, got {value}")
+        if value is not None:
+            check_range(name, value, 1)
     arguments.out = arguments.out or Path("samples.png")
     if arguments.trajectory is not None:
         check_picture("--trajectory", arguments.trajectory)
         check_place("--trajectory", arguments.trajectory)
+    elif arguments.out.suffix.lower() in _OTHER_PICTURES:
+        raise UserError(f"--out: expected NAME.png, NAME.npz or the name of a folder, got {arguments.out}")
     else:
-        if arguments.out.suffix.lower() in _OTHER_PICTURES:
-            raise UserError(f"--out: expected NAME.png, NAME.npz or the name of a folder, got {arguments.out}")
         # An archive or a folder may be there and hold these images.
         check_place("--out", arguments.out, must_be_new=is_picture(arguments.out))
 
 
 def _labels(arguments: argparse.Namespace, origin: "Origin") -> list[int]:
     """The class of each image: the classes in turn, so that image i has the same whatever the number of images."""
-    names = origin.class_names
+    num_classes = len(origin.class_names)
     if arguments.classes:
         classes = [origin.label_of(text) for text in arguments.classes]
-    elif is_picture(arguments.out):
-        num_rows = min(len(names), _MOST_ROWS)
-        classes = [i * len(names) // num_rows for i in range(num_rows)]
     else:
-        classes = list(range(len(names)))
+        num_asked = min(num_classes, _MOST_ROWS) if is_picture(arguments.out) else num_classes
+        classes = [i * num_classes // num_asked for i in range(num_asked)]
     num_images = arguments.num_images or len(classes) * (arguments.num_per_class or _PER_CLASS)
     if is_picture(arguments.out) and num_images % len(classes):
         raise UserError(
@@ -134,32 +115,23 @@ def _labels(arguments: argparse.Namespace, origin: "Origin") -> list[int]:
 
 
 def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "GenerationSettings") -> None:
-    from cfpretrain.base import runtime
-    from cfpretrain.base.outputs import whole_or_nothing
-    from cfpretrain.evaluation import pictures
-    from cfpretrain.evaluation.generation import decode_to_look_at, generate_images, grid_title
+    from cfpretrain.evaluation.generation import decode_to_look_at, draw_grid, generate_images, grid_title
 
     config, device = source.config, source.device
     decode, note = decode_to_look_at(config, device, source.make_autoencoder)
-    with _Progress(len(labels), 0, settings.num_batches(len(labels)), settings) as progress:
-        images = generate_images(config, source.model, labels, settings, device, decode, progress.step)
+    with _progress(len(labels), 0, settings.num_batches(len(labels)), settings) as on_step:
+        images = generate_images(config, source.model, labels, settings, device, decode, on_step)
     classes = list(dict.fromkeys(labels))
     by_class = [i for label in classes for i in range(len(labels)) if labels[i] == label]
     names = [source.class_names[label] for label in classes]
-    with runtime.together():
-        if runtime.rank() == 0:
-            title = grid_title(source.title, settings, note)
-            with whole_or_nothing(path, "--out") as unfinished:
-                pictures.sample_grid(unfinished, images[by_class], names, title=title, value_range=(0.0, 1.0))
+    draw_grid(path, "--out", images[by_class], names, grid_title(source.title, settings, note))
     say(f"{count(len(labels), 'image')}: {path}")
 
 
 def _draw_trajectory(path: Path, source: "Source", label: int, settings: "GenerationSettings") -> None:
-    from cfpretrain.base import runtime
-    from cfpretrain.base.outputs import whole_or_nothing
     from cfpretrain.core.latents import unpatchify
-    from cfpretrain.evaluation import pictures
-    from cfpretrain.evaluation.generation import decode_to_look_at, follow, grid_title
+    from cfpretrain.evaluation.generation import decode_to_look_at, draw_grid, follow, grid_title
+    from cfpretrain.evaluation.pictures import tinted
 
     config, device = source.config, source.device
     decode, colours = decode_to_look_at(config, device, source.make_autoencoder)
@@ -168,104 +140,79 @@ def _draw_trajectory(path: Path, source: "Source", label: int, settings: "Genera
         way = follow(config, source.model, label, settings, device)
     latents = unpatchify(way.states.flatten(0, 1), config.model.patch_size)
     is_made = way.is_made.repeat_interleave(len(way.timesteps), 0)
-    images = pictures.tinted(decode(latents.to(device)).cpu(), ~is_made, _NOT_MADE, 1.0)
-    with runtime.together():
-        if runtime.rank() == 0:
-            with whole_or_nothing(path, "--trajectory") as unfinished:
-                pictures.sample_grid(
-                    unfinished,
-                    images,
-                    [f"AR step {step}" for step in way.ar_steps],
-                    title=grid_title(f"class {source.class_names[label]}, {source.title}", settings, note),
-                    value_range=(0.0, 1.0),
-                    cell_size=_WAY_CELL_SIZE,
-                    column_names=["clean" if t is None else f"t = {t}" for t in way.timesteps],
-                )
+    draw_grid(
+        path,
+        "--trajectory",
+        tinted(decode(latents.to(device)).cpu(), ~is_made, _NOT_MADE, 1.0),
+        [f"AR step {step}" for step in way.ar_steps],
+        grid_title(f"class {source.class_names[label]}, {source.title}", settings, note),
+        cell_size=_WAY_CELL_SIZE,
+        column_names=["clean" if t is None else f"t = {t}" for t in way.timesteps],
+    )
     say(f"the way of one image: {path}")
 
 
-def _write_set(
-    arguments: argparse.Namespace, source: "Source", labels: list[int], settings: "GenerationSettings"
-) -> None:
+def _write_set(out: Path, source: "Source", labels: list[int], settings: "GenerationSettings") -> None:
+    from cfpretrain.autoencoder import fingerprint
     from cfpretrain.base import runtime
-    from cfpretrain.evaluation.generation import generate_batches
+    from cfpretrain.evaluation.generation import generate_batches, plan_of
     from cfpretrain.evaluation.image_set import ImageSet
 
-    config, device = source.config, source.device
+    config, device, plan, missing = source.config, source.device, {}, None
     with runtime.together():
         autoencoder = source.make_autoencoder()
-        plan = _plan(source, autoencoder, labels, settings) if runtime.rank() == 0 else {}
-        images = ImageSet(arguments.out, labels, source.class_names, settings.batch_size, plan)
-        missing = _begin(images) if runtime.rank() == 0 else None
+        if runtime.rank() == 0:
+            with phase("hashing the weights", announce=False):
+                weights = fingerprint(source.model.state_dict())
+            # All that the bytes depend on.
+            plan = {"num_images": len(labels), "classes": list(dict.fromkeys(labels))}
+            plan |= plan_of(config, weights, autoencoder.fingerprint, settings)
+        images = ImageSet(out, labels, source.class_names, settings.batch_size, plan)
+        if runtime.rank() == 0:
+            missing = _begin(images)
     missing = runtime.gather(missing)[0]
     if missing is None:
         return
-
     num_done = len(labels) - images.count(missing)
-    with (
-        _Progress(len(labels), num_done, len(missing), settings) as progress,
-        runtime.Exchange() as exchange,
-    ):
+    with _progress(len(labels), num_done, len(missing), settings) as on_step, runtime.Exchange() as exchange:
         for ids, made in generate_batches(
-            config, source.model, labels, settings, device, autoencoder.decode, missing, progress.step
+            config, source.model, labels, settings, device, autoencoder.decode, missing, on_step
         ):
             images.write(ids, made)
             exchange.add(len(ids))
     with runtime.together():
         if runtime.rank() == 0:
             images.finish()
-            say(f"{count(len(labels), 'image')}: {images.out}")
-
-
-def _plan(source: "Source", autoencoder: Any, labels: list[int], settings: "GenerationSettings") -> dict[str, Any]:
-    """All that the bytes depend on."""
-    from cfpretrain.autoencoder import fingerprint
-    from cfpretrain.evaluation.generation import plan_of
-
-    with phase("hashing the weights", announce=False):
-        weights = fingerprint(source.model.state_dict())
-    return {
-        "num_images": len(labels),
-        "classes": list(dict.fromkeys(labels)),
-        **plan_of(source.config, weights, autoencoder.fingerprint, settings),
-    }
+            say(f"{count(len(labels), 'image')}: {out}")
 
 
 def _begin(images: "ImageSet") -> list[int] | None:
     """The batches that are missing; None where all is there already."""
+    num_images = len(images.labels)
     if images.is_complete():
-        say(f"nothing to do: {images.out} holds these {len(images.labels)} images already")
+        say(f"nothing to do: {images.out} holds these {num_images} images already")
         return None
     images.begin()
     missing = images.missing()
     num_missing = images.count(missing)
-    there = len(images.labels) - num_missing
-    say(
-        f"sampling {count(num_missing, 'image')}" + f"; {there} of {len(images.labels)} are there already" * bool(there)
-    )
+    there = f"; {num_images - num_missing} of {num_images} are there already" * (num_missing < num_images)
+    say(f"sampling {count(num_missing, 'image')}{there}")
     return missing
 
 
-class _Progress:
-    """A bar of images that moves with every denoising step."""
+@contextmanager
+def _progress(
+    num_images: int, num_done: int, num_batches: int, settings: "GenerationSettings"
+) -> Iterator[Callable[[], None]]:
+    """A bar of images; gives what moves it with every denoising step."""
+    from cfpretrain.base import runtime
 
-    def __init__(self, num_images: int, num_done: int, num_batches: int, settings: "GenerationSettings") -> None:
-        from cfpretrain.base import runtime
-
-        self._bar = Progress(num_images, num_done, "image")
-        self._num_done, self._num_left, self._steps = num_done, num_images - num_done, 0
-        steps_a_batch = settings.num_ar_steps * settings.num_denoising_steps
-        self._num_steps = -(-num_batches // runtime.world_size()) * steps_a_batch
-
-    def step(self) -> None:
-        self._steps += 1
-        self._bar.show(self._num_done + self._num_left * self._steps // self._num_steps)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
+    bar, steps = Progress(num_images, num_done, "image"), itertools.count(1)
+    num_steps = -(-num_batches // runtime.world_size()) * settings.num_ar_steps * settings.num_denoising_steps
+    try:
+        yield lambda: bar.show(num_done + (num_images - num_done) * next(steps) // num_steps)
+    finally:
+        bar.close()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """What command lines share: training's and the tools'. Standard library only: mistakes are found before torch loads."""
 
 import argparse
+from collections.abc import Callable
 from typing import NoReturn
 
-from cfpretrain.base.console import UserError, add_allow_env, exit_with
+from cfpretrain.base import launch
+from cfpretrain.base.console import UserError, add_allow_env, ending_in_one_line, exit_with
+from cfpretrain.base.stopping import leave_when_asked
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,6 +42,14 @@ def add_config(parser: argparse.ArgumentParser, example: str = "configs/tiny.yam
 def add_local_rank(parser: argparse.ArgumentParser) -> None:
     """The option that launchers add to a command; ranks are told by the environment (`launch`)."""
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def run_on_ranks(run: Callable[[argparse.Namespace], object], arguments: argparse.Namespace) -> None:
+    """Runs a command that any number of ranks run and that goes on where it was stopped; mistakes are one line."""
+    launch.check()
+    leave_when_asked()
+    with ending_in_one_line():
+        run(arguments)
 
 
 def check_range(option: str, value: float, low: float, high: float | None = None) -> None:

@@ -1,20 +1,19 @@
-"""Every knob of a run, typed: dataclasses <- YAML <- `key.sub=value`, checked once, never mutated."""
+"""Every knob of a run, typed: dataclasses <- YAML <- `key.sub=value`; `config_checks` says which go together."""
 
-import math
 import os
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cfpretrain.base import config_files
-from cfpretrain.base.config_files import Address, FilePath, Origin, Range
+from cfpretrain.base import config_files, typed
+from cfpretrain.base.config_files import Origin
 from cfpretrain.base.config_files import to_plain as to_plain
 from cfpretrain.base.config_files import to_shown as to_shown
 from cfpretrain.base.config_files import to_yaml as to_yaml
 from cfpretrain.base.config_files import without_texts as without_texts
-from cfpretrain.base.console import UserError
+from cfpretrain.base.typed import Address, FilePath, Natural, NotNegative, Positive, Range, Share
 from cfpretrain.core import attention
 
 # What a run folder holds, and an export.
@@ -22,14 +21,6 @@ CONFIG_FILE, CHECKPOINTS, INDEX_FILE = "config.yaml", "checkpoints", "model_inde
 
 # The Inception Score has ten splits, and none may be empty.
 _FEWEST_SCORED = 20
-# Each length is compiled, which takes minutes, and torch has a limit.
-_MOST_COMPILED_LENGTHS = 16
-_MOST_VALUES = 2**28  # of the tokens of an image
-
-Natural = Annotated[int, Range(0)]
-Positive = Annotated[int, Range(1)]
-NotNegative = Annotated[float, Range(0)]
-Share = Annotated[float, Range(0, 1)]
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,7 @@ class OrderConfig:
     # P(S) is proportional to ar_step_decay^(S-1), where S is drawn.
     ar_step_decay: Annotated[float, Range(1e-9, 1)] = 0.9
     ar_step_sizes: Literal["random", "equal"] = "random"  # uniform cut points, or num_ar_steps equal steps
-    ar_split: Literal["sample", "batch"] = "sample"  # who shares a split: nobody, or a global batch
+    ar_split: Literal["sample", "batch"] = "sample"  # each sample has its own split, or a global batch shares one
     ar_weight_first: NotNegative = 2.0  # loss weight of a step that begins at token 0
     ar_weight_last: NotNegative = 1.0  # its limit for a step that begins at token L
     ar_weight_schedule: Literal["linear", "cosine"] = "linear"
@@ -148,7 +139,7 @@ class GuardConfig:
     # A loss or gradient norm that lies so many robust standard deviations above the median of the latest applied steps
     # is a spike, and its step is skipped, as one is that is not finite; 0 = only those.
     spike_deviations: NotNegative = 20.0
-    window_steps: Annotated[int, Range(32, 1_000_000)] = 200  # applied steps that say what is usual
+    window_steps: Annotated[int, Range(32, 1_000_000)] = 200  # the latest applied steps, which define what is normal
     max_skips_in_row: Positive = 10  # then back to the last checkpoint, and on with the data after the skipped
     max_rewinds: Natural = 3  # in a run; then it stops
     # A run ends when a rank keeps the others waiting for longer.
@@ -237,6 +228,11 @@ class Config:
         return min(64 * -(-num_tokens // 512), num_tokens)
 
 
+def can_checkpoint(zero_stage: int, precision: str) -> bool:
+    """Whether activation checkpointing recomputes what the forward computed."""
+    return zero_stage > 0 or precision == "fp32"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
@@ -247,45 +243,9 @@ def load(paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = ()
     Args:
         paths: one file or several; where two set the same key, the later one wins.
         overrides: win over all files.
-        allow_env: whether `${oc.env:NAME}` is read, in what the user wrote.
-
-    Raises:
-        UserError: a file is missing or not YAML; unknown keys and wrong types, all in one message; `${` in the config
-            of a run or an export, which holds values alone.
+        allow_env: whether `${oc.env:NAME}` is read where the user wrote it: a run's or an export's config holds values.
     """
     return load_with_origins(paths, overrides, allow_env)[0]
-
-
-def load_recorded(file: str | Path) -> Config:
-    """The config of a run or an export, which holds values alone; errors as `load`."""
-    return typing.cast(Config, config_files.load(Config, file, (), is_recorded=lambda _: True)[0])
-
-
-def is_recorded(file: Path) -> bool:
-    """Whether a config is of a run or an export, by what lies beside it."""
-    folder = file.expanduser().parent
-    return file.name == CONFIG_FILE and any(os.path.lexists(folder / name) for name in (CHECKPOINTS, INDEX_FILE))
-
-
-def check_code(config: Config, origins: Mapping[str, Origin], allow_code: bool) -> None:
-    """Refuses to import what a file names: a stranger's run would have its own code run where it is trained on.
-
-    Args:
-        config: of a run that is to train.
-        origins: of `load_with_origins`.
-        allow_code: whether a file of the user's own may name it; that of a run may not.
-
-    Raises:
-        UserError: says how to name it.
-    """
-    named, origin = config.evaluation.features, origins.get("evaluation.features")
-    if ":" not in named or not config.evaluation.every_steps or origin is None:
-        return
-    if origin.name != config_files.COMMAND_LINE and (not allow_code or is_recorded(Path(origin.name))):
-        raise UserError(
-            f"{origin.name}: evaluation.features: {named!r:.100} is code, which a config file may not run; to run it, "
-            "give evaluation.features=MODULE:FUNCTION on the command line, or --allow-code with a config of your own"
-        )
 
 
 def load_with_origins(
@@ -295,248 +255,18 @@ def load_with_origins(
     return config_files.load(Config, paths, overrides, allow_env, is_recorded)
 
 
+def load_recorded(file: str | Path) -> Config:
+    """The config of a run or an export, which holds values alone."""
+    return typing.cast(Config, config_files.load(Config, file, (), is_recorded=lambda _: True)[0])
+
+
+def is_recorded(file: Path) -> bool:
+    """Whether a config is of a run or an export, by the files beside it."""
+    folder = file.expanduser().parent
+    return file.name == CONFIG_FILE and any(os.path.lexists(folder / name) for name in (CHECKPOINTS, INDEX_FILE))
+
+
 def from_plain(plain: Any, source: str) -> Config:
-    """Builds a config from nested dicts; raises UserError with every unknown key, wrong type and reference."""
+    """Builds a config from nested dicts of a file (`source`) that a run recorded."""
     config_files.refuse_references(plain, source)
-    return typing.cast(Config, config_files.from_plain(Config, plain, source))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checking
-
-
-def check(config: Config, world_size: int) -> None:
-    """Refuses a config that cannot run on `world_size` ranks, naming every problem at once.
-
-    Raises:
-        UserError: each problem names its key, what was expected, what came and the fix.
-    """
-    outside = list(config_files.out_of_range(config, Config))
-    wrong = {problem.key for problem in outside}
-    problems = [*map(str, outside), *_check_numbers(config), *_check_data(config)]
-    if not wrong & {("train", "global_batch_size"), ("train", "micro_batch_size")}:
-        problems += _check_batch(config, world_size)
-    if "model" not in {section for section, *_ in wrong}:
-        problems += [
-            *_check_model(config.model),
-            *_check_order(config),
-            *_check_engine(config),
-            *_check_sampling(config),
-            *_check_scaling(config),
-        ]
-    if problems:
-        count = "" if len(problems) == 1 else f"{len(problems)} problems: "
-        raise UserError(f"config: {count}{' | '.join(problems)}")
-
-
-def _check_numbers(config: Config) -> Iterable[str]:
-    if not config.run.folder.strip():
-        yield "run.folder: expected the path of a folder, got an empty text; give one, e.g. run.folder=runs/mine"
-    if not 0 <= config.train.decay_steps <= config.train.num_steps:
-        yield (
-            f"train.decay_steps: expected between 0 and train.num_steps = {config.train.num_steps}, "
-            f"got {config.train.decay_steps}; change it with train.num_steps, 0 for a constant learning rate"
-        )
-    if config.order.ar_weight_first < config.order.ar_weight_last:
-        yield (
-            f"order.ar_weight_first: expected at least order.ar_weight_last = {config.order.ar_weight_last:g}, "
-            f"got {config.order.ar_weight_first:g}; earlier AR steps weigh more"
-        )
-    if config.noise.beta_first > config.noise.beta_last:
-        yield f"noise.beta_first: expected at most noise.beta_last = {config.noise.beta_last:g}; noise grows with t"
-    has_betas = config.noise.process != "flow" and config.noise.num_timesteps >= 1
-    if has_betas and config.noise.beta_last * 1000 / config.noise.num_timesteps >= 1:
-        yield (
-            f"noise.num_timesteps: expected more than {1000 * config.noise.beta_last:g}, since betas are scaled by "
-            f"1000 / num_timesteps and must stay under 1, got {config.noise.num_timesteps}"
-        )
-
-
-def doubts(config: Config, origins: Mapping[str, Origin]) -> list[str]:
-    """What is allowed and hardly ever meant, a line for each.
-
-    Args:
-        config: passed the check.
-        origins: of `load_with_origins`.
-    """
-    train, found = config.train, []
-    if train.warmup_steps > train.num_steps:
-        found.append(
-            f"train.warmup_steps: {train.warmup_steps} are more than train.num_steps = {train.num_steps}: the learning "
-            f"rate never exceeds {train.learning_rate * train.num_steps / train.warmup_steps:.3g}; set fewer"
-        )
-    initial_share = train.ema_decay**train.num_steps
-    if initial_share > 0.05:
-        found.append(
-            f"train.ema_decay: at the end {initial_share:.0%} of the averaged weights, which make the samples, are "
-            f"still the initial ones; for {train.num_steps} steps set about {max(0.0, 1 - 10 / train.num_steps):.3g}"
-        )
-    return [*found, *_doubt_mirrors(config.data, origins)]
-
-
-def _doubt_mirrors(data: DataConfig, origins: Mapping[str, Origin]) -> Iterable[str]:
-    """A preset for digits under a config for photos: nothing else would tell that they are never mirrored."""
-    shards, mirrors = origins.get("data.shards"), origins.get("data.mirror_prob")
-    if data.mirror_prob > 0 or shards is None or mirrors is None or shards.name == config_files.COMMAND_LINE:
-        return
-    if mirrors < shards:
-        yield (
-            f"data.mirror_prob: 0 in {mirrors.name} also holds for data.shards of {shards.name}, so no image is "
-            f"mirrored; set it in {shards.name} too: 0.5 where a mirrored image is as good, else 0"
-        )
-
-
-def _check_model(model: ModelConfig) -> Iterable[str]:
-    if model.num_tokens * model.width > _MOST_VALUES:
-        yield (
-            f"model.latent_size: expected at most {_MOST_VALUES:g} values of all tokens together, got "
-            f"{model.num_tokens} tokens of model.width = {model.width}; set a larger model.patch_size"
-        )
-    if model.latent_size % model.patch_size:
-        yield f"model.patch_size: expected a divisor of model.latent_size = {model.latent_size}, got {model.patch_size}"
-    if model.width % model.num_heads:
-        yield f"model.num_heads: expected a divisor of model.width = {model.width}, got {model.num_heads}"
-    if model.width % 4:
-        yield f"model.width: expected a multiple of 4 (2-d sin-cos positions), got {model.width}"
-
-
-def _check_order(config: Config) -> Iterable[str]:
-    order, num_tokens, grid = config.order, config.model.num_tokens, config.model.grid
-    if order.num_ar_steps > num_tokens:
-        yield (
-            f"order.num_ar_steps: expected at most {num_tokens} (the tokens of an image), or 0 to draw it, "
-            f"got {order.num_ar_steps}"
-        )
-    if order.ar_step_sizes == "equal" and order.num_ar_steps == 0:
-        yield (
-            "order.ar_step_sizes: equal sizes need a fixed number of AR steps, got order.num_ar_steps = 0 (drawn); "
-            "set order.num_ar_steps, or order.ar_step_sizes=random"
-        )
-    if order.token_order in ("block_raster", "dilated") and order.block_size >= 1 and grid % order.block_size:
-        yield (
-            f"order.block_size: expected a divisor of {grid}, the token grid's rows, for "
-            f"order.token_order = {order.token_order}, got {order.block_size}"
-        )
-
-
-def _check_engine(config: Config) -> Iterable[str]:
-    engine, model = config.engine, config.model
-    key = ("engine", "clean_token_multiple")
-    yield from map(str, config_files.in_range(key, engine.clean_token_multiple, 0, model.num_tokens))
-    for knob, name, job in (
-        ("attention", engine.attention, "training"),
-        ("cached_attention", engine.cached_attention, "sampling"),
-    ):
-        if name not in attention.names(job):
-            yield f"engine.{knob}: expected one of {', '.join(attention.names(job))}; got {name!r}"
-    if engine.attention not in attention.names("training"):
-        return
-    if model.width % model.num_heads == 0:
-        yield from _check_head_width(engine.attention, model.width // model.num_heads)
-    if 1 <= engine.clean_token_multiple <= model.num_tokens and config.compiles_lengths():
-        yield from _check_num_lengths(config)
-    if engine.activation_checkpointing and not can_checkpoint(engine.zero_stage, engine.precision):
-        yield (
-            "engine.activation_checkpointing: expected false at engine.zero_stage = 0 in bf16, which would recompute "
-            "with the fp32 weights, got true; set engine.zero_stage=1"
-        )
-
-
-def can_checkpoint(zero_stage: int, precision: str) -> bool:
-    """Whether activation checkpointing recomputes what the forward computed."""
-    return zero_stage > 0 or precision == "fp32"
-
-
-def _check_num_lengths(config: Config) -> Iterable[str]:
-    order, multiple = config.order, config.clean_token_multiple()
-    if order.ar_step_sizes == "equal" or order.num_ar_steps == 1:
-        return
-    # The last AR step begins at S - 1 at the earliest, and at L - 1 at the latest.
-    first, last = -(-max(order.num_ar_steps - 1, 0) // multiple), -(-(config.model.num_tokens - 1) // multiple)
-    num_lengths = last - first + 1
-    if num_lengths > _MOST_COMPILED_LENGTHS:
-        yield (
-            f"engine.clean_token_multiple: expected one that makes at most {_MOST_COMPILED_LENGTHS} lengths, since "
-            f"kernels are compiled for each, got {multiple}, which makes {num_lengths}; set a larger one, or 0 to have "
-            "it chosen"
-        )
-
-
-def _check_head_width(name: str, head_width: int) -> Iterable[str]:
-    if name != "auto" and head_width not in attention.BACKENDS[name].head_widths:
-        yield (
-            f"engine.attention: {name} needs heads of width {attention.BACKENDS[name].widths}, got model.width / "
-            f"model.num_heads = {head_width}; change model.num_heads, or set engine.attention=sdpa"
-        )
-
-
-def _check_data(config: Config) -> Iterable[str]:
-    data, patience = config.data, config.data.download_patience_seconds
-    if not data.shards or "" in data.shards:
-        yield f"data.shards: expected folders or addresses, got {list(data.shards)}"
-    places = [one.rstrip("/") if "://" in one else os.path.realpath(one) for one in data.shards]
-    twice = [one for one, place in zip(data.shards, places, strict=True) if places.count(place) > 1]
-    if twice:
-        yield f"data.shards: expected each folder once, got {' and '.join(twice)}; set data.repeat to see it more often"
-    if len(data.repeat) not in (1, len(data.shards)):
-        yield f"data.repeat: expected 1 or {len(data.shards)} values (one a folder), got {len(data.repeat)}"
-    if not data.cache_folder:
-        yield "data.cache_folder: expected the path of a folder, got an empty text"
-    is_remote = any("://" in address for address in data.shards)
-    if is_remote and not patience < config.guard.rank_timeout_seconds:
-        yield (
-            f"data.download_patience_seconds: expected less than guard.rank_timeout_seconds = "
-            f"{config.guard.rank_timeout_seconds:g}, after which a waiting rank is taken for lost, got {patience:g}"
-        )
-
-
-def _check_sampling(config: Config) -> Iterable[str]:
-    sample, evaluation = config.sample, config.evaluation
-    if not sample.num_ar_steps:
-        yield "sample.num_ar_steps: expected at least one number of AR steps, got none"
-    sections = {"sample": sample.num_ar_steps}
-    # A section that is off need not fit: its defaults are of larger models.
-    if evaluation.every_steps:
-        sections["evaluation"] = (evaluation.num_ar_steps,)
-        if not evaluation.reference:
-            yield (
-                "evaluation.reference: expected real images (a folder, image shards or an .npz), got none; give them, "
-                "or set evaluation.every_steps=0"
-            )
-    for section, num_ar_steps in sections.items():
-        num_levels = getattr(config, section).num_denoising_steps
-        yield from map(
-            str, config_files.in_range((section, "num_denoising_steps"), num_levels, 2, config.noise.num_timesteps)
-        )
-        for num in num_ar_steps:
-            if not 1 <= num <= max(config.model.num_tokens, 1):
-                num_tokens = config.model.num_tokens
-                yield f"{section}.num_ar_steps: expected 1 to {num_tokens} (the tokens of an image), got {num}"
-
-
-def _check_scaling(config: Config) -> Iterable[str]:
-    channels = config.model.latent_channels
-    for name in ("latent_shift", "latent_scale"):
-        values = getattr(config.data, name)
-        if len(values) not in (1, channels):
-            yield f"data.{name}: expected 1 or {channels} values (one a latent channel), got {len(values)}"
-        if not all(map(math.isfinite, values)):
-            yield f"data.{name}: expected finite numbers, got {', '.join(map(str, values))}"
-    if 0.0 in config.data.latent_scale:
-        yield "data.latent_scale: expected non-zero numbers, got 0"
-
-
-def _check_batch(config: Config, world_size: int) -> Iterable[str]:
-    train = config.train
-    if train.global_batch_size % world_size:
-        yield (
-            f"train.global_batch_size: expected a multiple of the {world_size} ranks, got {train.global_batch_size}; "
-            "change it or the number of ranks"
-        )
-        return
-    share, micro = train.global_batch_size // world_size, config.micro_batch_size(world_size)
-    if share % micro:
-        yield (
-            f"train.micro_batch_size: expected a divisor of {share}, a rank's share of train.global_batch_size = "
-            f"{train.global_batch_size} on {world_size} ranks, got {micro}"
-        )
+    return typing.cast(Config, typed.from_plain(Config, plain, source))

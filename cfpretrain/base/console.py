@@ -1,4 +1,4 @@
-"""What rank 0 says to the person in front of it. Standard library only: it speaks before torch is imported."""
+"""What rank 0 prints for the user. Standard library only: the first line comes before torch is imported."""
 
 import argparse
 import errno
@@ -20,7 +20,7 @@ EXIT_SICK = 3  # training that does not recover by itself: the same command woul
 EXIT_REQUEUE = 75  # stopped to be continued by the same command: asked to stop, or a rank was lost (EX_TEMPFAIL)
 EXIT_INTERRUPTED = 130  # by Ctrl-C, where the same command starts over (128 + SIGINT)
 _HEARTBEAT_SECONDS = 5.0
-# The launcher ends all ranks within a second of the first that ends: rank 0 gets the time to speak before.
+# The launcher ends all ranks within a second of the first that ends: the others wait until rank 0 has printed.
 _LINGER_SECONDS = 5.0
 
 # In what a RuntimeError of torch, CUDA, its libraries or the C++ library says, in small letters.
@@ -31,9 +31,9 @@ _LESS_MEMORY = "give a smaller batch (--batch-size, train.micro_batch_size), or 
 
 
 class UserError(ValueError):
-    """A mistake of the user's: shown as one line, without a traceback.
+    """A mistake of the user's, shown as one line without a traceback; secrets in it are masked.
 
-    The message names the key or file, what was expected, what came, and how to fix it; secrets in it are masked.
+    The message names the key or file, what was expected, what came, and how to fix it. What raises it seldom says so.
     """
 
     def __init__(self, text: object = "") -> None:
@@ -41,7 +41,7 @@ class UserError(ValueError):
 
 
 class SickRunError(RuntimeError):
-    """Training that does not recover by itself: shown as one line, without a traceback."""
+    """Training that does not recover by itself, shown as one line without a traceback."""
 
 
 _hidden: dict[str, str] = {}  # secrets, with the text that is shown for each
@@ -49,7 +49,7 @@ _FEWEST_HIDDEN = 4  # characters: a shorter text is no secret, and occurs in man
 
 
 def hide(value: str, shown: str) -> None:
-    """Shows `shown` for a text of the environment from here on, where it may be a secret: no number, not too short."""
+    """From here on shows `shown` in place of a value of the environment that may be a secret: not short, no number."""
     if re.fullmatch(r"[-+.\deE]*|true|false", value, re.IGNORECASE):
         return
     for form in (value, repr(value)[1:-1], " ".join(value.split()), value.rstrip("/"), os.path.expanduser(value)):
@@ -65,7 +65,7 @@ def masked(text: str) -> str:
 
 
 def excerpt(text: str, most: int | None = None) -> str:
-    """A text for a message, cut to `most` characters; masked before, since a part of a secret is not recognised."""
+    """A text for a message, masked, then cut to `most` characters: part of a secret would not be recognised."""
     return masked(text)[:most]
 
 
@@ -80,12 +80,12 @@ def add_allow_env(parser: argparse.ArgumentParser) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, for a message of one line; the name of its class where it says nothing."""
+    """The text of an error on one line; the name of its class where it has none."""
     return excerpt(" ".join(str(error).split())) or type(error).__name__
 
 
 def reason_of(error: BaseException) -> str:
-    """What went wrong, in a few words; with the file, of an error of the system."""
+    """The text of an error; of a system error, its reason and file."""
     if not isinstance(error, OSError):
         return str(error)
     where = f" ({error.filename})" if error.filename else ""
@@ -94,7 +94,7 @@ def reason_of(error: BaseException) -> str:
 
 @contextmanager
 def explaining(message: str) -> Iterator[None]:
-    """Raises an error of the system as a `UserError`: the message, with its reason in the place of "{reason}"."""
+    """Turns a system error into a `UserError` with this message, its reason in the place of "{reason}"."""
     try:
         yield
     except OSError as error:
@@ -131,7 +131,7 @@ def is_rank_zero() -> bool:
 
 
 def say(text: str) -> None:
-    """Prints one line from rank 0, at once; silent once nobody reads any more."""
+    """Prints one line from rank 0, at once; silent once stdout is closed."""
     if is_rank_zero():
         try:
             # As one write: threads speak too.
@@ -143,7 +143,7 @@ def say(text: str) -> None:
 
 def print_error(text: str) -> None:
     """Prints one line to stderr, whatever the rank."""
-    with suppress(OSError):  # nobody reads it any more
+    with suppress(OSError):  # stderr is closed
         sys.stdout.flush()
         print(printable(masked(f"[cfpretrain] {text}")) + "\n", end="", file=sys.stderr, flush=True)
 
@@ -169,7 +169,7 @@ def printable(text: str) -> str:
 
 @contextmanager
 def ending_in_one_line() -> Iterator[None]:
-    """The context of a command: an error that its user can do something about, or Ctrl-C, ends it with one line."""
+    """The context of a command: an error that its user can fix, or Ctrl-C, ends it with one line."""
     try:
         yield
     except (UserError, SickRunError) as error:
@@ -197,9 +197,8 @@ def ending_in_one_line() -> Iterator[None]:
 def explain_no_memory(error: Exception) -> UserError | None:
     """What a user can do about an error of too little memory, on a GPU or the host; None for all other errors.
 
-    Args:
-        error: it, or one of its causes, may be torch's, CUDA's, Python's or the system's. Its notes
-            (`BaseException.add_note`) are the advice, where there are any.
+    The error, or one of its causes, may be torch's, CUDA's, Python's or the system's. Its notes
+    (`BaseException.add_note`) are the advice, where there are any.
     """
     cause: BaseException | None = error
     while cause is not None and not _says_no_memory(cause):
@@ -222,14 +221,9 @@ def _says_no_memory(error: BaseException) -> bool:
 
 
 def exit_with(error: UserError | SickRunError, speaks: bool | None = None) -> NoReturn:
-    """Ends this process with an error on one line.
-
-    Args:
-        error: decides the exit code.
-        speaks: this rank prints it, and ends first; None: rank 0 does.
-    """
+    """Ends this process with an error on one line; rank 0 prints it and ends first, or whoever `speaks`."""
     if is_rank_zero() if speaks is None else speaks:
-        # Cut twice, since what is escaped grows.
+        # Cut twice, since escaping makes a text longer.
         text = printable(excerpt(f"error: {error}", _LONGEST_ERROR + 1))
         print_error(text if len(text) <= _LONGEST_ERROR else f"{text[:_LONGEST_ERROR]} ...")
     else:
@@ -243,16 +237,13 @@ def linger() -> None:
         time.sleep(_LINGER_SECONDS)
 
 
-# Seconds of the phases that have ended in this process, for those who measure starts.
+# Seconds of the phases that have ended in this process, to measure starts.
 phase_seconds: dict[str, float] = {}
 
 
 @contextmanager
 def phase(name: str, announce: bool = True) -> Iterator[None]:
-    """Says what begins now, and again every 5 s until it ends.
-
-    Work that is usually over in a moment need not be announced: it is named once it takes longer.
-    """
+    """Prints the name of some work as it begins, unless it is usually short, and again every 5 s until it ends."""
     if announce:
         say(f"{name} ...")
     if not is_rank_zero():
@@ -287,9 +278,8 @@ class Progress:
     """How far some work is: a bar on a terminal, else a line every few seconds; rank 0 only.
 
     Args:
-        total: where it ends.
+        total: of units, such as images.
         done: by earlier runs.
-        unit: what is counted, e.g. "image".
     """
 
     def __init__(self, total: int, done: int, unit: str = "step") -> None:
@@ -305,12 +295,9 @@ class Progress:
             self._bar = tqdm(total=total, initial=done, unit=unit, dynamic_ncols=True, bar_format=shape)
 
     def show(self, done: int, text: str = "", seconds_left: float | None = None) -> None:
-        """Shows how far it is, those done by earlier runs included.
+        """Shows how many units are done, those of earlier runs included, with a text such as loss and speed.
 
-        Args:
-            done: how many.
-            text: e.g. loss and speed.
-            seconds_left: None: counted from the rate so far, which is shown before the text; silent without one.
+        `seconds_left` None: counted from the rate so far, which is shown before the text; silent without one.
         """
         if seconds_left is None:
             rate = (done - self._first) / max(time.monotonic() - self._begin, 1e-3)

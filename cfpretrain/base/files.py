@@ -1,11 +1,10 @@
-"""Reading, making, moving and removing files, where the folder may be a stranger's or another process may write it.
+"""Reading, making, moving and removing files in folders that may be a stranger's, or that other processes write.
 
-All that the project writes goes through here, and all that it reads of folders that were given to it. A path is changed
-only as what it is itself: where it is a link, the link is replaced or removed, or the call is refused; what it leads to
-is never touched. What is read may be behind links, but it is a regular file (a pipe would keep its reader waiting, a
-device has no end), and no larger than the caller allows.
+The project writes everything through here, and so reads whatever a user gave it. No change follows a link: the link
+itself is replaced or removed, or the call is refused. A file to read may be behind links, but it is a regular file (a
+pipe would keep its reader waiting, a device has no end), and no larger than the caller allows.
 
-Errors are `OSError`, whose `strerror` says in a few words what is wrong, and `ValueError` for content.
+Errors are `OSError`, whose `strerror` is the reason in a few words, and `ValueError` for content.
 """
 
 import errno
@@ -15,7 +14,7 @@ import os
 import shutil
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader, FileIO
 from pathlib import Path
 from typing import IO, Any
@@ -37,40 +36,22 @@ _SUFFIX_LETTERS = 8  # behind it
 
 
 def open_to_read(file: Path, max_bytes: int | None = None, follow: bool = True) -> BufferedReader:
-    """Opens a regular file.
-
-    Args:
-        file: behind links, where `follow` allows it.
-        max_bytes: the largest size that is accepted; None: any.
-        follow: whether the last name of the path may be a link.
-
-    Raises:
-        OSError: it cannot be opened, is something else than a regular file, or is larger.
-    """
-    return os.fdopen(_open_to_read(file, max_bytes, follow), "rb")
+    """Opens a regular file of any size, or of at most `max_bytes`; `follow`: its path may end in a link."""
+    opened = os.fdopen(_open(file, os.O_RDONLY | (0 if follow else os.O_NOFOLLOW)), "rb")
+    num_bytes = os.fstat(opened.fileno()).st_size
+    if max_bytes is not None and num_bytes > max_bytes:
+        opened.close()
+        raise OSError(errno.EFBIG, f"{num_bytes} bytes, at most {max_bytes} are read", str(file))
+    return opened
 
 
 def open_unbuffered(file: Path) -> FileIO:
     """As `open_to_read`, for reading at places."""
-    return FileIO(_open_to_read(file, None, True))
-
-
-def _open_to_read(file: Path, max_bytes: int | None, follow: bool) -> int:
-    descriptor = _open(file, os.O_RDONLY | (0 if follow else os.O_NOFOLLOW))
-    num_bytes = os.fstat(descriptor).st_size
-    if max_bytes is not None and num_bytes > max_bytes:
-        os.close(descriptor)
-        raise OSError(errno.EFBIG, f"{num_bytes} bytes, at most {max_bytes} are read", str(file))
-    return descriptor
+    return FileIO(_open(file, os.O_RDONLY))
 
 
 def check_safetensors(file: Path) -> None:
-    """Checks that a file is regular and that its header fits, before safetensors' own reader maps it.
-
-    Raises:
-        OSError: as `open_to_read`.
-        ValueError: it is no file of tensors, or a part of one.
-    """
+    """ValueError where a file has no header of safetensors that fits it, before their own reader maps the file."""
     with open_to_read(file) as opened:
         num_header_bytes, size = int.from_bytes(opened.read(8), "little"), os.fstat(opened.fileno()).st_size
         if not 2 <= num_header_bytes <= min(size - 8, _MAX_HEADER_BYTES):
@@ -80,7 +61,7 @@ def check_safetensors(file: Path) -> None:
 
 
 def read_bytes(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) -> bytes:
-    """The content of a regular file; errors as of `open_to_read`."""
+    """The content of a regular file."""
     with open_to_read(file, max_bytes, follow) as opened:
         # No more than there is: `read` takes memory for all that it is asked for.
         content = opened.read(min(os.fstat(opened.fileno()).st_size, max_bytes) + 1)
@@ -90,28 +71,25 @@ def read_bytes(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True)
 
 
 def read_text(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True) -> str:
-    """The content of a regular file as UTF-8; ValueError where it is none, other errors as of `open_to_read`."""
+    """The content of a regular file as UTF-8; ValueError where it is none."""
     return read_bytes(file, max_bytes, follow).decode()
 
 
 def _check_num_values(text: str, max_values: int) -> None:
-    # Of the text: the values themselves would take the memory.
+    # Counted in the text: the values themselves would take the memory.
     if len(text) > max_values and sum(map(text.count, "[{,")) > max_values:
         raise ValueError(f"it holds more than {max_values:,} values")
 
 
 def parse_json(
-    text: str | bytes,
-    of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None,
-    max_values: int = _MAX_VALUES,
+    text: str | bytes, of_pairs: Callable[[list[tuple[str, Any]]], Any] | None = None, max_values: int = _MAX_VALUES
 ) -> Any:
-    """The value that JSON says, with `of_pairs` of each object's (name, value) in place of a dict.
+    """The value of a JSON text; ValueError where it is none, nests too deep or holds more than `max_values` values.
 
-    Raises:
-        ValueError: it is none, holds more than about `max_values` values, or nests too deep to be read.
+    Args:
+        of_pairs: makes each object from its (name, value) pairs; None: a dict.
     """
-    if isinstance(text, bytes):
-        text = text.decode()
+    text = text.decode() if isinstance(text, bytes) else text
     _check_num_values(text, max_values)
     try:
         value = json.loads(text, object_pairs_hook=of_pairs)
@@ -128,7 +106,7 @@ def parse_json(
 
 
 def read_json(file: Path, max_bytes: int = MAX_TEXT_BYTES, follow: bool = True, max_values: int = _MAX_VALUES) -> Any:
-    """The value in a JSON file; errors as of `read_text` and `parse_json`."""
+    """The value in a JSON file; ValueError as of `read_text` and `parse_json`."""
     return parse_json(read_text(file, max_bytes, follow), max_values=max_values)
 
 
@@ -144,20 +122,16 @@ def create(file: Path) -> IO[bytes]:
 def open_lock(file: Path) -> int:
     """A descriptor to lock a file by, which is made where it is not there; OSError where it is a link, or no file.
 
-    It may have other names, in a copy of the folder by hard links: who writes into it looks at that.
+    It may have other names (hard links, in a copy of the folder): whoever writes into it checks that.
     """
     return _open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
 
 
 def open_to_change(file: Path, flags: int) -> int:
-    """A descriptor of a file that is changed where it is, as one that grows.
+    """A descriptor of a file that is changed where it is, as one that grows; OSError where it has a second name.
 
     Args:
-        file: what it holds is left as it is.
         flags: of `os.open`, without O_TRUNC, which acts before anything is checked.
-
-    Raises:
-        OSError: it cannot be opened, is a link or no regular file, or has other names (hard links) that would change.
     """
     descriptor = _open(file, flags | os.O_NOFOLLOW)
     if os.fstat(descriptor).st_nlink > 1:
@@ -190,36 +164,25 @@ def try_lock(file: Path) -> int | None:
 
     Returns:
         The descriptor; None where another process holds the lock, or the file has lost its name meanwhile.
-
-    Raises:
-        OSError: as of `open_lock`.
     """
     descriptor = open_lock(file)
-    try:
+    with ExitStack() as closing, suppress(BlockingIOError, FileNotFoundError):
+        closing.callback(os.close, descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Its last holder may have finished, and moved or removed the folder, since it was opened.
+        # Since it was opened, its last holder may have finished, and moved or removed the folder.
         if os.path.samestat(os.fstat(descriptor), os.lstat(file)):
+            closing.pop_all()
             return descriptor
-    except (BlockingIOError, FileNotFoundError):
-        pass
-    except BaseException:
-        os.close(descriptor)
-        raise
-    os.close(descriptor)
     return None
 
 
 def replace(file: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
-    """Writes a file that is never there in part: what has its name is on the disk.
+    """Writes a file, or replaces one or a link, that is never there in part: under its name it is on the disk.
 
     Any number of processes may; each writes under a name of its own (`remove_leftovers`).
 
     Args:
-        file: what is there is replaced, were it a link.
         content: text is written as UTF-8; a function puts bytes into the open file.
-
-    Raises:
-        OSError: it cannot be written, or a folder is there.
     """
     writing, made = _create_beside(file)
     try:
@@ -238,12 +201,12 @@ def replace(file: Path, content: bytes | str | Callable[[IO[bytes]], object]) ->
 
 
 def hidden_beside(path: Path) -> Path:
-    """A name of its own for what will be moved to a path once it is whole."""
+    """A new name beside a path for a file or folder that will be moved there once it is whole."""
     return path.with_name(f"{_WRITING}{path.name}.{os.urandom(_SUFFIX_LETTERS // 2).hex()}")
 
 
 def _create_beside(file: Path) -> tuple[Path, IO[bytes]]:
-    """Makes a file under such a name, and locks it: a sign that its writer lives."""
+    """Makes a file under such a name, locked as long as its writer lives."""
     while True:
         writing = hidden_beside(file)
         made = create(writing)
@@ -255,51 +218,36 @@ def _create_beside(file: Path) -> tuple[Path, IO[bytes]]:
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Removes what killed writers left under names of `hidden_beside`; what cannot be removed stays.
+    """Removes files and folders that killed writers left under names of `hidden_beside`, where it can.
 
-    A file of `replace` stays while its writer lives. Folders go: where some are, the sole writer may call this.
+    A file of `replace` stays while its writer lives. Folders go, so that only their sole writer may call this.
 
     Args:
         folder: one that is not there, or is a link, is left alone.
         name: of the file or folder that was written; None: any.
     """
-    found = [] if folder.is_symlink() else list(folder.glob(f"{_WRITING}*"))
-    for path in found:
-        if name is None or path.name[: -_SUFFIX_LETTERS - 1] == f"{_WRITING}{name}":
-            with suppress(OSError):
-                _remove_leftover(path)
-
-
-def _remove_leftover(path: Path) -> None:
-    if path.is_symlink() or not path.is_file():
-        remove(path)
-        return
-    descriptor = _open(path, os.O_WRONLY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
-    finally:
-        os.close(descriptor)
+    for path in [] if folder.is_symlink() else list(folder.glob(f"{_WRITING}*")):
+        if name is not None and path.name[: -_SUFFIX_LETTERS - 1] != f"{_WRITING}{name}":
+            continue
+        with suppress(OSError):
+            if path.is_symlink() or not path.is_file():
+                remove(path)
+                continue
+            # Open to write: network file systems lock no other.
+            with os.fdopen(_open(path, os.O_WRONLY | os.O_NOFOLLOW), "wb") as opened:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def copy(
-    source: Path,
-    target: Path,
-    is_right: Callable[[bytes], bool],
-    max_bytes: int | None = None,
-    follow: bool = False,
+    source: Path, target: Path, is_right: Callable[[bytes], bool], max_bytes: int | None = None, follow: bool = False
 ) -> None:
-    """Copies a file of a folder that was given.
+    """Copies a regular file of a folder that was given to where nothing is yet.
 
     Args:
-        source: a regular file.
-        target: nothing may be there.
         is_right: whether the first kilobyte is of the expected kind.
         max_bytes: the largest size that is copied; None: any.
         follow: whether the source may be a link, which may lead to any file of this machine.
-
-    Raises:
-        OSError: it cannot be copied, or is something else.
     """
     with open_to_read(source, max_bytes, follow) as given:
         if not is_right(given.read(1024)):
@@ -310,7 +258,7 @@ def copy(
 
 
 def is_png(begin: bytes) -> bool:
-    """Whether a file that begins so says that it is a PNG."""
+    """Whether a file with these first bytes is a PNG."""
     return begin.startswith(PNG_BEGIN)
 
 
@@ -319,17 +267,13 @@ def is_png(begin: bytes) -> bool:
 
 
 def make_folder(folder: Path, private: bool = False, follow: bool = False, parents: bool = True) -> None:
-    """Makes a folder and those above it; what is there already is accepted where it is a folder of this user's.
+    """Makes a folder and those above it; an existing one is accepted where it is this user's.
 
     Args:
         folder: those above it may be links.
         private: others may not enter a folder that is made; `publish` opens it.
         follow: a link to a folder, or another user's, is accepted too: for a path that the user gave.
         parents: make missing folders above it; else they are an error.
-
-    Raises:
-        FileExistsError: something else is there.
-        OSError: it cannot be made.
     """
     try:
         os.mkdir(folder, 0o700 if private else 0o777)
@@ -344,7 +288,7 @@ def make_folder(folder: Path, private: bool = False, follow: bool = False, paren
 
 
 def check_folder(folder: Path) -> None:
-    """Raises FileExistsError where a path is no folder, a link to one, or that of a user who is not its parent's."""
+    """FileExistsError where a path is no folder, a link to one, or that of a user who is not its parent's."""
     status = os.lstat(folder)
     # In a container, root works in folders of the machine's users.
     if stat.S_ISLNK(status.st_mode):
@@ -362,11 +306,8 @@ def publish(unfinished: Path, target: Path) -> None:
     """Gives a file or folder its name, on the disk once this returns, open to others as this user's files are.
 
     Args:
-        unfinished: what lies in it is on the disk.
-        target: nothing may be there, or an empty folder where a folder gets its place.
-
-    Raises:
-        OSError: it cannot be renamed, or something is at the target.
+        unfinished: its content is on the disk already.
+        target: nothing may be there, or an empty folder that a folder replaces.
     """
     if unfinished.is_dir():
         open_to_others(unfinished)
@@ -392,12 +333,12 @@ def remove(path: Path) -> None:
     """Deletes a file, a link (never what it leads to) or a folder with all in it, where one is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    elif os.path.lexists(path):  # a read-only folder refuses to delete even what is not there
+    elif os.path.lexists(path):  # a read-only folder refuses to delete even a file that is not there
         path.unlink(missing_ok=True)
 
 
 def clear(folder: Path, *kept: str) -> None:
-    """Removes all that lies in a folder but some names; NotADirectoryError where the folder is a link."""
+    """Empties a folder but for some names; NotADirectoryError where the folder is a link."""
     if folder.is_symlink():
         raise NotADirectoryError(errno.ENOTDIR, "a link, where a folder is expected", str(folder))
     names = set(kept)
@@ -407,10 +348,10 @@ def clear(folder: Path, *kept: str) -> None:
 
 
 def remove_locked(folder: Path, lock: str) -> None:
-    """Removes a folder with the lock in it that is held; what cannot be removed stays."""
+    """Removes a folder whose lock, a file in it, is held; leaves what cannot be removed."""
     with suppress(OSError):
         clear(folder, lock)
-        # Last: once it is gone another process may begin, and what lies there then is its own.
+        # The lock last: once it is gone another process may begin, and the files there are its own.
         (folder / lock).unlink()
         folder.rmdir()
 

@@ -13,7 +13,7 @@ _FIX = (
     "start with a launcher, which sets RANK, WORLD_SIZE and what goes with them (deepspeed, torchrun, a script of "
     "cluster/), or unset both for one rank"
 )
-# What starts several tasks without telling them in our names, and how many. SLURM_NTASKS would not do: a job script and
+# The number of tasks, of launchers that start several without setting our variables. Not SLURM_NTASKS: a job script and
 # the shell of salloc have it too.
 _TASKS = {
     "SLURM_STEP_NUM_TASKS": "srun",
@@ -43,7 +43,7 @@ def read() -> Launch:
         if world_size not in (None, 1):
             raise _error("WORLD_SIZE", f"{world_size} ranks, but RANK is not set, so this process is none of them")
         _refuse_tasks()
-        return Launch()  # the other variables are of nobody
+        return Launch()  # the other variables are left over
     world_size = world_size or 1
     if rank >= world_size:
         raise _error(
@@ -65,14 +65,14 @@ def read() -> Launch:
 
 
 def check() -> None:
-    """Takes this process for a rank; ends it with one line where the environment is no launcher's.
+    """Ends this process with one line where its environment is no launcher's; else its rank is that of `console`.
 
-    To be called by what runs on ranks, before it says a word or imports torch.
+    Every command that runs on ranks calls it before it prints anything or imports torch.
     """
     try:
         speak_as(read().rank)
     except UserError as error:
-        exit_with(error, speaks=True)  # which rank speaks for the others is what cannot be told
+        exit_with(error, speaks=True)  # on each rank, since none is known to be rank 0
 
 
 def _number(name: str, least: int) -> int | None:

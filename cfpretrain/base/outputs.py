@@ -19,13 +19,11 @@ LOCK_FILE = "lock"
 class Unfinished:
     """Work on an output: a hidden folder beside it, `.NAME.KIND`, held by one process until the output is whole.
 
-    A killed process frees the lock, and the next one goes on with what lies there.
+    A killed process frees the lock, and the next one goes on with its files.
 
     Args:
-        out: the output.
-        option: the argument or option that gave it, for messages; "" for none.
+        option: the argument or option that gave the output, for messages; "" for none.
         plan: JSON-able, all that the output depends on; see `begin`.
-        kind: of the folder's name.
         plan_file: name of the file in the folder that holds the plan.
     """
 
@@ -57,11 +55,7 @@ class Unfinished:
         files.remove_leftovers(self.out.parent.resolve(), self.out.name)
 
     def begin(self, starts_over: Callable[[dict[str, Any]], bool] = lambda _: False) -> None:
-        """Takes the folder and compares plans: work under another one is refused.
-
-        Args:
-            starts_over: of the other plan, whether its work is dropped instead.
-        """
+        """Takes the folder and compares plans; other work is refused, or dropped where `starts_over` of its plan."""
         with self.writing():
             self.take()
             there = self._read_plan()
@@ -78,7 +72,7 @@ class Unfinished:
             files.replace(self.plan_file, json.dumps(self.plan, indent=2) + "\n")
 
     def _read_plan(self) -> dict[str, Any] | None:
-        """The plan of the work that lies there; None where none was begun."""
+        """The plan of the work in the folder; None where none was begun."""
         with self.reading(self.plan_file):
             try:
                 return parse_plan(read_text(self.plan_file))
@@ -87,13 +81,13 @@ class Unfinished:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Says in one line what cannot be written inside."""
+        """UserError that the output cannot be written, where the block raises an OSError."""
         with writing(f"{self._says}{self.out}"):
             yield
 
     @contextmanager
     def reading(self, file: Path) -> Iterator[None]:
-        """Says in one line that a file of the folder is damaged, where what is inside raises."""
+        """UserError that a file of the folder is damaged, where the block raises an error."""
         try:
             yield
         except (OSError, ValueError, TypeError, LookupError) as error:
@@ -102,11 +96,7 @@ class Unfinished:
             ) from error
 
     def publish(self, made: Path | None = None) -> None:
-        """Gives the output its name, and ends the work.
-
-        Args:
-            made: the output, in the folder; None: the folder itself.
-        """
+        """Gives the output (`made`, in the folder, or the folder itself) its name, and ends the work."""
         with self.writing():
             files.publish(made or self.folder, self.out)
             if made is None:
@@ -131,11 +121,7 @@ class Unfinished:
 def whole_or_nothing(out: Path, option: str) -> Iterator[Path]:
     """A hidden path for a file or a folder that becomes `out` at the end of the block; where that fails, it is removed.
 
-    What a killed process left is removed by the next one; two at once are refused.
-
-    Args:
-        out: nothing may be there.
-        option: argument that gave it, for messages.
+    Nothing may be at `out`. The files of a killed process are removed by the next one; two at once are refused.
     """
     work = Unfinished(out, option, kind="partial")
     try:
@@ -157,7 +143,7 @@ def whole_or_nothing(out: Path, option: str) -> Iterator[Path]:
 
 @contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Says in one line that something cannot be written: for work that goes on once it can be."""
+    """UserError that something cannot be written, where the block raises an OSError; for work that then goes on."""
     try:
         yield
     except OSError as error:
@@ -167,7 +153,7 @@ def writing(what: str) -> Iterator[None]:
 
 
 def parse_plan(text: str) -> dict[str, Any]:
-    """The settings that some work was done with, of JSON; ValueError where it is none."""
+    """The plan in a JSON text; ValueError where it is none."""
     plan = parse_json(text)
     if not isinstance(plan, dict):
         raise ValueError("it holds no keys with values")
@@ -175,6 +161,6 @@ def parse_plan(text: str) -> dict[str, Any]:
 
 
 def refuse_existing(path: Path, option: str) -> None:
-    """Refuses a path at which something is; `option` is the argument that gave it."""
+    """UserError where something is at the path that `option` gave."""
     if os.path.lexists(path):
         raise UserError(f"{option}: expected a path where nothing is yet, got {path}; remove it or give another")

@@ -66,9 +66,9 @@ def ranks_per_node() -> int | None:
 def pick_device(device_files: Path = Path("/dev")) -> torch.device:
     """This rank's GPU where there is one, else the CPU; DS_ACCELERATOR=cpu chooses the CPU.
 
-    To be called before anything is on a GPU: memory there is then taken in segments that grow, which fragment less,
-    unless the user has other settings. A GPU that torch cannot use (in `device_files`) is an error: nobody wants days
-    of training on the CPUs beside it.
+    To be called before anything is on a GPU: its memory is then taken in segments that grow, which fragment less,
+    unless the user has other settings. A GPU (in `device_files`) that torch cannot use is an error: without one, the
+    run would take the CPUs beside it for days.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch prefers
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -116,8 +116,7 @@ def _why_no_cuda() -> str:
 def start(device: torch.device) -> None:
     """Joins the process group (nccl with gloo for CPU tensors on a GPU, gloo on a CPU).
 
-    Where ranks meet at the loopback address, no port of theirs can be reached from another machine. UserError on rank 0
-    where another process listens on the port.
+    Where ranks meet at the loopback address, no port of theirs can be reached from another machine.
     """
     global _started
     found = _started = launch.read()
@@ -197,15 +196,15 @@ def gather(item: Any) -> list[Any]:
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()
-    with _others_are_there():
+    with _raising_lost_rank():
         dist.all_gather_object(items, item)
     return items
 
 
 def agree(problem: str | None) -> None:
-    """UserError on every rank where one of them has a problem: that of the first that has one."""
+    """UserError on every rank where any has a problem: the problem of the lowest such rank."""
     if not sum_over_ranks(torch.tensor([float(problem is not None)])):
-        return  # one number travels in a third of the time that texts take: it is asked in every step
+        return  # this is called in every step, and one number travels in a third of the time of texts
     for found in gather(problem):
         if found is not None:
             raise UserError(found)
@@ -226,7 +225,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum over ranks of a small tensor, as a new tensor on its device; on a GPU, nothing waits for it."""
     total = values.clone()
     if dist.is_initialized():
-        with _others_are_there():
+        with _raising_lost_rank():
             dist.all_reduce(total)
     return total
 
@@ -241,7 +240,7 @@ class LostRankError(RuntimeError):
 
 
 @contextmanager
-def _others_are_there() -> Iterator[None]:
+def _raising_lost_rank() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
@@ -256,11 +255,7 @@ def connect_to_store() -> Any:
 
 
 def first_to_fail(code: int) -> tuple[int, int]:
-    """The rank that called this first, and its exit code: it says what is wrong, and the others end with that code.
-
-    Args:
-        code: with which this rank would end.
-    """
+    """The rank that called this first, and its exit code: it says what is wrong, and the others end with that code."""
     if not dist.is_initialized() or world_size() == 1:
         return rank(), code
     try:
@@ -311,7 +306,7 @@ class Exchange:
     A context around the work; its end waits for the work of all ranks. A UserError of one is raised on every rank.
 
     Args:
-        on_exchange: called on every rank, every few seconds and at the end, with what all have done together.
+        on_exchange: called on every rank, every few seconds and at the end, with the sum of what ranks have done.
     """
 
     def __init__(self, on_exchange: Callable[[int], None] = lambda num_done: None) -> None:

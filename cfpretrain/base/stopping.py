@@ -1,4 +1,4 @@
-"""How a process learns that it must stop: by a signal, or the end of its launcher. Needs no torch, and so hears early.
+"""How a process learns that it must stop: by a signal, or the end of its launcher. Listens before torch is loaded.
 
 Threads of their own listen, since the main thread may be inside a collective that never returns.
 """
@@ -30,7 +30,7 @@ class StopRequest:
     def __init__(self, leave: Callable[[str], None] | None = None) -> None:
         self.reason: str | None = None  # what asked it to stop; None where nothing has
         self.leave = leave  # ends the process at the first request; None once there is something to save
-        self.end_waiting: Callable[[], None] | None = None  # by the main thread, for what is needed no longer
+        self.end_waiting: Callable[[], None] | None = None  # ends a wait of the main thread for data
         self.is_in_step = False  # ranks are on their way to where they agree to stop, and none writes to a disk
         self.longest_step = 0.0  # seconds, without the first
         self._lock = threading.Lock()
@@ -113,13 +113,13 @@ def leave_when_asked() -> None:
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Those that ask a run to stop, that of a closed terminal among them unless `nohup` has it ignored."""
+    """The signals that ask a run to stop; SIGHUP, of a closed terminal, is one unless `nohup` has it ignored."""
     always = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     return always if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else (*always, signal.SIGHUP)
 
 
 def leave_signals_to_the_rank(*_: object) -> None:
-    """In a forked child (a loader's worker): signals to a whole process group are for the rank, which still needs it.
+    """In a forked child (a loader's worker): ignores signals to the process group; the rank still needs the child.
 
     Torch's workers call it too, since torch sets handlers of its own after the fork.
     """
@@ -131,7 +131,7 @@ def leave_signals_to_the_rank(*_: object) -> None:
 
 
 def _leave_terminal() -> None:
-    """Points the output to nowhere where it went to a terminal that was closed: each write to it would fail."""
+    """Discards output to a terminal that was closed: each write to it would fail."""
     for descriptor in (1, 2):
         with suppress(OSError):  # it may be closed
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):
@@ -139,16 +139,16 @@ def _leave_terminal() -> None:
 
 
 class Launcher:
-    """The two processes of the deepspeed launcher above this one; without them nobody would end the ranks.
+    """The two processes of the deepspeed launcher above this one; without them nothing would end the ranks.
 
-    Others may stand between: a profiler, a script that sets the environment.
+    There may be others between them: a profiler, a script that sets the environment.
     """
 
     def __init__(self) -> None:
         above = _ancestors()
         found = [i for i, process in enumerate(above) if "deepspeed.launcher" in _command(process)]
-        # The launcher alone sets it. Where it was killed while this process was starting, the first process is in its
-        # place, or in that of the one above it; else it is left over from another command.
+        # The launcher alone sets CROSS_RANK. Where it was killed while this process was starting, process 1 has taken
+        # its place, or that of the one above it; without that, the variable is left over from another command.
         is_expected = "CROSS_RANK" in os.environ
         self._chain = above[: found[0] + 2] if found and is_expected else []
         is_orphan = self._chain[-1:] == [1] if found else above[:1] == [1]

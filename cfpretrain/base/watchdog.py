@@ -30,14 +30,13 @@ _Verdict = tuple[int, str]  # exit code and reason
 class Watchdog:
     """Ends the run when a rank died, or keeps the others waiting for too long.
 
-    Every rank says each second that it lives, and how far it is (`runtime.tick`), in the store of the process group.
+    Every rank writes each second that it lives, and how far it is (`runtime.tick`), to the store of the process group.
     Rank 0 reads that of all; its verdict, or its own silence, ends every rank with `EXIT_REQUEUE`. A rank that was
-    asked to stop says so there as well: another may wait for data, and never come to where ranks agree.
+    asked to stop writes that too: another may wait for data, and never come to where ranks agree.
 
     Args:
         timeout_seconds: the longest that a rank may keep the others waiting; less once the run was asked to stop.
         on_lost: called with the reason before this rank ends.
-        stop: this rank's request.
     """
 
     def __init__(self, timeout_seconds: float, on_lost: Callable[[str], None], stop: StopRequest) -> None:
@@ -68,13 +67,13 @@ class Watchdog:
     def leave_if_ranks_are_lost(self, code: int) -> None:
         """After an exception that ends this rank with `code`: ends it here where other ranks died; takes seconds.
 
-        Otherwise the failure is this rank's own, and the others are told, so that they do not take it for a machine's;
-        or it follows from the failure of another, which speaks, and this process ends in silence.
+        Otherwise the failure is this rank's own, and the others are told, so that they do not blame a machine; or it
+        follows from the failure of another rank, which prints it, and this process ends without a message.
         """
         if self._world_size == 1:
             return
-        # At once: a rank hears of another's failure only after that has come here. It takes seconds on rank 0, whose
-        # store the others ask.
+        # First of all: a rank learns of another's failure only once that one has called this. It takes seconds on
+        # rank 0, which keeps the store for the others.
         first, code = runtime.first_to_fail(code)
         lost = self._find_lost()
         if lost:
@@ -85,7 +84,7 @@ class Watchdog:
             runtime.leave_after_the_first(code)
 
     def _find_lost(self) -> list[int]:
-        """The other ranks that say no longer that they live, and have not said that they failed by themselves."""
+        """The other ranks that no longer write that they live, nor wrote that they failed by themselves."""
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         try:
             self._store.set(_key("failed", self._rank), "1")

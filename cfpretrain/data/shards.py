@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpretrain.autoencoder import are_pixels
-from cfpretrain.base import config_files
+from cfpretrain.base import typed
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.base.files import parse_json, read_json
@@ -196,7 +196,7 @@ def _read_info(source: Source, key: str) -> Info:
             raise ValueError(f"expected schema_version {SCHEMA_VERSION}, got {version!r}")
         cls = _KINDS[plain.pop("kind")]
         del plain["plan"]
-        info: Info = config_files.from_plain(cls, plain, "its values")
+        info: Info = typed.from_plain(cls, plain, "its values")
         _check_size(info)
         return info
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -565,9 +565,7 @@ def _open_readers(source: Source, columns: Mapping[str, str], key: str) -> list[
     try:
         index = parse_json(_required_text(source, INDEX_FILE, key))
         _check_description(source, index, key)
-        entries = config_files.from_plain(
-            _Index, index, f"{key}: {name} cannot be read, {again}", ignore_unknown=True
-        ).shards
+        entries = typed.from_plain(_Index, index, f"{key}: {name} cannot be read, {again}", ignore_unknown=True).shards
         readers: list[_Reader] = [_Reader.from_json("", "", dataclasses.asdict(entry)) for entry in entries]
         for reader in readers:
             # Nothing else is decoded: one of MDS's encodings is a pickle.

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
+from cfpretrain.base.outputs import whole_or_nothing
 from cfpretrain.core.latents import take_tokens, unpatchify
 from cfpretrain.core.regions import kept_first
 from cfpretrain.core.sampler import Guidance, Model, Watch, generate, noise_by_image, sampling_orders
 from cfpretrain.core.solvers import Solver
-from cfpretrain.evaluation.pictures import false_colours, to_rgb
+from cfpretrain.evaluation.pictures import false_colours, sample_grid, to_rgb
 from cfpretrain.run.build import Autoencoder, make_autoencoder, make_noise_process
 
 
@@ -41,6 +43,9 @@ class GenerationSettings:
     def num_batches(self, num_images: int) -> int:
         """Batches that so many images fill."""
         return -(-num_images // self.batch_size)
+
+    def __str__(self) -> str:
+        return f"AR steps {self.num_ar_steps}, denoising steps {self.num_denoising_steps} ({self.solver})"
 
 
 def plan_of(config: Config, weights: str, autoencoder: str, settings: GenerationSettings) -> dict[str, Any]:
@@ -77,10 +82,22 @@ def to_pixels(images_BCYX: Tensor) -> Tensor:
 
 def grid_title(what: str, settings: GenerationSettings, note: str = "") -> str:
     """What stands above a grid of samples: whose they are, how they were made, and a note on their colours."""
-    solver = "" if settings.solver == "ddpm" else f" ({settings.solver})"
-    made = f"AR steps {settings.num_ar_steps}, denoising steps {settings.num_denoising_steps}{solver}"
     order = f"order {settings.token_order}" if settings.token_order else ""
-    return f"{what}, guidance {settings.guidance.scale:g}\n" + ", ".join(filter(None, (made, order, note)))
+    return f"{what}, guidance {settings.guidance.scale:g}\n" + ", ".join(filter(None, (f"{settings}", order, note)))
+
+
+def draw_grid(path: Path, option: str, images_BCYX: Tensor, row_names: Sequence[str], title: str, **how: Any) -> None:
+    """Writes a new grid of images in [0, 1] as PNG, from rank 0; called by all ranks.
+
+    Args:
+        path: the PNG.
+        option: that gave it, for messages.
+        images_BCYX, row_names, title, how: as `pictures.sample_grid` takes them.
+    """
+    with runtime.together():
+        if runtime.rank() == 0:
+            with whole_or_nothing(path, option) as unfinished:
+                sample_grid(unfinished, images_BCYX, row_names, title, (0.0, 1.0), **how)
 
 
 # ---------------------------------------------------------------------------

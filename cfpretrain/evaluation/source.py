@@ -13,9 +13,9 @@ from torch import Tensor
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base.class_names import label_of
 from cfpretrain.base.config import Config
-from cfpretrain.base.config_files import from_plain
 from cfpretrain.base.console import UserError, excerpt, say
 from cfpretrain.base.files import read_json
+from cfpretrain.base.typed import from_plain
 from cfpretrain.core import attention
 from cfpretrain.core.model import BlockSettings, CausalFusion
 from cfpretrain.export import foreign_files

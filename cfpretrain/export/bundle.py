@@ -9,7 +9,7 @@ import ast
 import builtins
 import hashlib
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +41,8 @@ def bundle(module: str, stand_ins: Mapping[str, str] | None = None) -> str:
     Raises:
         BundleError: the flat file would not mean the same, or imports what its users may not have.
     """
-    joined = dict(_in_order(module, stand_ins or {}, ()))
+    joined: dict[str, _File] = {}
+    _join(module, stand_ins or {}, (), joined)
     as_modules = {used for file in joined.values() for used, name in file.inside if not name}
     _check_names(joined, as_modules)
     lines = {line for file in joined.values() for line in file.outside.values()} | (
@@ -71,18 +72,19 @@ def content_name(stem: str, text: str) -> str:
     return f"{stem}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def _in_order(name: str, stand_ins: Mapping[str, str], users: tuple[str, ...]) -> Iterator[tuple[str, _File]]:
-    """A module behind all that it uses; what several use comes more than once."""
+def _join(name: str, stand_ins: Mapping[str, str], users: tuple[str, ...], joined: dict[str, _File]) -> None:
+    """Adds a module to `joined`, behind all that it uses."""
     if name in users:
         raise BundleError(f"modules import one another: {' > '.join([*users, name])}")
+    if name in joined:
+        return
     file = _read(name)
     file.inside = [(stand_ins.get(used, used), wanted) for used, wanted in file.inside]
     for used, wanted in file.inside:
-        *others, (_, found) = _in_order(used, stand_ins, (*users, name))
-        yield from [*others, (used, found)]
-        if wanted and wanted not in found.names:
+        _join(used, stand_ins, (*users, name), joined)
+        if wanted and wanted not in joined[used].names:
             raise BundleError(f"{name} uses {wanted} of {used}, which does not define it")
-    yield name, file
+    joined[name] = file
 
 
 def _read(name: str) -> _File:

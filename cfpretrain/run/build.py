@@ -13,10 +13,11 @@ import torch
 
 from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
 from cfpretrain.base import config as configs
-from cfpretrain.base.config import Config, Natural, NotNegative
-from cfpretrain.base.config_files import from_plain
+from cfpretrain.base import config_checks
+from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, one_line, say
 from cfpretrain.base.files import read_json
+from cfpretrain.base.typed import Natural, NotNegative, from_plain
 from cfpretrain.core import attention
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.latents import LatentScaling
@@ -95,7 +96,7 @@ def load_recorded_config(file: Path) -> Config:
 
 def _checked(config: Config) -> Config:
     # So many ranks divide whatever there is to divide.
-    configs.check(config, max(1, config.train.global_batch_size))
+    config_checks.check(config, max(1, config.train.global_batch_size))
     return config
 
 

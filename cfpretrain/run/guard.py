@@ -6,7 +6,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TypedDict
 
-from cfpretrain.base.config import GuardConfig, Natural, NotNegative
+from cfpretrain.base.config import GuardConfig
+from cfpretrain.base.typed import Natural, NotNegative
 
 # A normal distribution's standard deviation is so many of its median absolute deviations.
 _DEVIATIONS_PER_MAD = 1.4826

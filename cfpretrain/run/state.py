@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from cfpretrain.base import config_files
-from cfpretrain.base.config import Natural, NotNegative
+from cfpretrain.base import typed
 from cfpretrain.base.console import UserError, excerpt
 from cfpretrain.base.files import parse_json, read_text
+from cfpretrain.base.typed import Natural, NotNegative
 from cfpretrain.run.guard import GuardState
 from cfpretrain.run.tensor_files import DamagedCheckpointError, remedy, unreadable
 
@@ -92,7 +92,7 @@ class TrainingState:
             if plain.get("schema_version") == 2:
                 plain = _from_schema_2(plain)
         try:
-            state: TrainingState = config_files.from_plain(cls, plain, str(source))
+            state: TrainingState = typed.from_plain(cls, plain, str(source))
         except UserError as error:
             raise DamagedCheckpointError(f"{error}; {remedy(source)}") from error
         if not is_what_was_written:

@@ -21,6 +21,7 @@ _MOST_WAITING = 100_000  # rows
 _START_SECONDS = 5.0
 _END_SECONDS = 8.0
 _DEATH_SECONDS = 2.0
+_SIGNAL_SECONDS = 2.0
 _SERVICE = "wandb-core"
 
 
@@ -44,7 +45,7 @@ class Tracker:
         self.run_id = run_id
         self._folder = folder
         self._task: Task | None = None
-        self._may_end, self._is_over = False, False
+        self._end_is_expected, self._is_over = threading.Event(), False
         if mode == "disabled" or runtime.rank() != 0:
             return
         problem = _problem_of(folder)
@@ -87,7 +88,7 @@ class Tracker:
 
     def expect_end(self) -> None:
         """The run was asked to stop: a launcher or terminal may have ended wandb's process with the same signal."""
-        self._may_end = True
+        self._end_is_expected.set()
 
     def close(self, seconds: float = _END_SECONDS) -> None:
         """Ends wandb's run; what has not ended after `seconds` is left to `wandb sync`."""
@@ -118,7 +119,8 @@ class Tracker:
                 job(run)
             run.finish()
         except ConnectionError:
-            if not self._may_end:
+            # The signal that ends wandb's process may reach this one a moment later.
+            if not self._end_is_expected.wait(_SIGNAL_SECONDS):
                 self._report("has lost its process")
         except Exception as error:  # of wandb's many
             self._report(f"failed ({one_line(error):.200})")

@@ -7,6 +7,7 @@ weights, Adam's moments and a count.
 
 import copy
 import functools
+import json
 import math
 import time
 from collections.abc import Mapping
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-from cfpretrain.autoencoder import PIXELS_AT_ONCE, KLAutoencoder, read_state, write_state
+from cfpretrain.autoencoder import PIXELS_AT_ONCE, KLAutoencoder, fingerprint
 from cfpretrain.base import files, plans
-from cfpretrain.base.console import Progress, SickRunError, UserError, phase, say
+from cfpretrain.base.console import Progress, SickRunError, UserError, one_line, phase, say
 from cfpretrain.base.stopping import StopRequest
 from cfpretrain.core import seeds
 from examples.digits.reconstruction import draw_reconstructions
@@ -36,11 +39,11 @@ _BATCH = 500  # images at once where nothing is learned
 
 
 class StoppedError(Exception):
-    """Something asked for the end; the state is saved."""
+    """There was a request to stop; the state is saved."""
 
 
 def check(stop: StopRequest) -> None:
-    """Raises StoppedError where somebody asked for the end."""
+    """Raises StoppedError after a request to stop."""
     if stop.reason is not None:
         raise StoppedError
 
@@ -56,17 +59,13 @@ class Training:
             `--learning-rate` (its height), `--kl-weight`, `--seed`, and what says which images and first weights.
             Without a number of steps, `settle` must follow.
         folder: where the state and the picture are saved, and a state of the same settings may lie.
-
-    Attributes:
-        step: how many are done.
-        seconds: that they took, all starts together.
     """
 
     def __init__(
         self, network: Any, train_BCYX: Tensor, held_out_BCYX: Tensor, settings: Mapping[str, Any], folder: Path
     ) -> None:
         self.network, self.settings, self.folder = network, dict(settings), folder
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds = 0, 0.0  # done, and what they took, all starts together
         self._train_BCYX, self._held_out_BCYX = train_BCYX, held_out_BCYX
         self._device: torch.device = next(network.parameters()).device
         self._machine = (
@@ -83,10 +82,10 @@ class Training:
         return int(self.settings[NUM_STEPS])
 
     def settle(self, most_steps: int, max_seconds: float) -> None:
-        """Times a step, says how long the training takes, and settles the number of steps where nobody has.
+        """Times a step, says how long the training takes, and settles the number of steps where the settings have none.
 
         Args:
-            most_steps: where the settings have no number.
+            most_steps: in that case.
             max_seconds: the time limit, for all starts together.
         """
         with phase("timing a step"):
@@ -104,15 +103,14 @@ class Training:
             )
 
     def run(self, stop: StopRequest, save_seconds: float, max_seconds: float) -> None:
-        """Trains to the end, or to its time limit, and saves.
+        """Trains to the end, or to its time limit, and saves; StoppedError after a request to stop, the state saved.
 
         Args:
-            stop: obeyed after the step.
+            stop: looked at after each step.
             save_seconds: between two saved states, at least; more where a twentieth of the time would not do for them.
             max_seconds: as for `settle`.
 
         Raises:
-            StoppedError: it was asked to stop; the state is saved.
             SickRunError: the loss is not finite.
             OSError: the state cannot be written.
         """
@@ -149,7 +147,7 @@ class Training:
             parts = {"weights": value} | ({key: moments[key] for key in _MOMENTS} if moments else {})
             tensors |= {f"{part}/{name}": one for part, one in parts.items()}
         state = {"step": self.step, "seconds": self.seconds, "settings": self.settings, "machine": self._machine}
-        files.replace(self.folder / _STATE_FILE, functools.partial(write_state, tensors=tensors, state=state))
+        files.replace(self.folder / _STATE_FILE, functools.partial(_write_state, tensors=tensors, state=state))
         # As they will be written: in half precision.
         made = KLAutoencoder(copy.deepcopy(self.network).half().float(), "", "OUT")
         files.replace(self.folder / PICTURE_FILE, functools.partial(self.draw, made=made))
@@ -159,10 +157,8 @@ class Training:
         title = f"held-out images after {self.step} of {self.num_steps} steps"
         draw_reconstructions(file, made, evenly(self._held_out_BCYX, _NUM_SHOWN), self._device, title)
 
-    # ------------------------------------------------------------------
-
     def _load(self) -> None:
-        tensors, state = read_state(self.folder / _STATE_FILE, f"delete {self.folder} to begin again")
+        tensors, state = _read_state(self.folder / _STATE_FILE, f"delete {self.folder} to begin again")
         if self.settings[NUM_STEPS] is None:
             self.settings[NUM_STEPS] = state["settings"][NUM_STEPS]
         different = plans.differences(state["settings"], self.settings)
@@ -262,14 +258,7 @@ def evenly(images_BCYX: Tensor, most: int) -> Tensor:
 
 
 def measure_latents(network: Any, images_BCYX: Tensor, seed: int, stop: StopRequest) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each channel of the posterior's samples, in four digits.
-
-    Args:
-        network: an AutoencoderKL.
-        images_BCYX: uint8.
-        seed: of the samples.
-        stop: obeyed between batches, with StoppedError.
-    """
+    """Mean and standard deviation of each channel of the posterior's samples, in four digits; see `check`."""
     key, device, samples = seeds.key(seed, "autoencoder latents"), next(network.parameters()).device, []
     with torch.no_grad():
         # Of large images fewer: their activations take hundreds of times the memory of the images.
@@ -281,3 +270,27 @@ def measure_latents(network: Any, images_BCYX: Tensor, seed: int, stop: StopRequ
     std_C, mean_C = torch.std_mean(torch.cat(samples).double(), dim=(0, 2, 3))
     mean, std = ([float(f"{value:.4g}") for value in values_C.tolist()] for values_C in (mean_C, std_C))
     return mean, std
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a training, in one file
+
+
+def _write_state(file: IO[bytes], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """Writes safetensors whose header carries a JSON-able state, and a hash of the tensors."""
+    held = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    file.write(save(held, {"state": json.dumps({**state, "fingerprint": fingerprint(held)})}))
+
+
+def _read_state(file: Path, fix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of `_write_state`; UserError, with what to do about it, where a byte is another."""
+    try:
+        files.check_safetensors(file)
+        with safe_open(file, "pt") as opened:
+            state: dict[str, Any] = files.parse_json(opened.metadata()["state"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        if state.pop("fingerprint") != fingerprint(tensors):
+            raise ValueError("its values are not those that were written")
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({one_line(error):.200}); {fix}") from error
+    return tensors, state

@@ -30,15 +30,7 @@ class Cheat:
 
 
 def class_means(images: Tensor, labels_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean image of each class.
-
-    Args:
-        images: [R, ...] training images.
-        labels_R: int64 [R].
-
-    Returns:
-        (classes int64 [classes] in rising order, means float64 [classes, ...]).
-    """
+    """The classes of training images, int64 in rising order, and the mean image of each, float64 [classes, ...]."""
     if len(images) == 0 or len(images) != len(labels_R):
         raise UserError(
             f"cheat: expected at least one training image and a label for each, "

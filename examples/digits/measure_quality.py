@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base.command_line import Parser
-from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.command_line import Parser, check_range
+from cfpretrain.base.console import ending_in_one_line, path_argument, phase
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,19 @@ if TYPE_CHECKING:
     from examples.digits.classifier import Classifier
 
 _NUM_DDPM_STEPS = 250
+_SEAMS = ("seam", "seam_put_together", "seam_pasted")
+# Rows of the table of edits.
+_EDIT_ROWS = {
+    "num_edits": "edits",
+    "new_class": "taken for the new class",
+    "new_class_put_together": "  put together",
+    "old_class": "taken for the old class",
+    "old_class_unedited": "  unedited",
+    "seam_ratio": "seam, in those of unedited images",
+    "seam_ratio_put_together": "  put together",
+    "seam_ratio_pasted": "  pasted",
+    "moved_by_context": "moved by the kept tokens",
+}
 
 
 def main() -> None:
@@ -59,20 +72,13 @@ def main() -> None:
     arguments = parser.parse_args()
     with ending_in_one_line():
         for name, least in (("num_images", 1), ("num_edits", 1), ("batch_size", 1), ("num_denoising_steps", 2)):
-            if getattr(arguments, name, least) < least:
-                option = f"--{name.replace('_', '-')}"
-                raise UserError(f"{option}: expected at least {least}, got {getattr(arguments, name)}")
+            check_range(f"--{name.replace('_', '-')}", getattr(arguments, name, least), least)
         with phase("loading torch"):
             import torch
         measured = {"samples": measure_samples, "edits": measure_edits}[arguments.command](arguments)
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads"
     options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
     print(json.dumps({**options, **measured, "torch": torch.__version__, "hardware": hardware}))
-
-
-def _check_ar_steps(num_ar_steps: int, num_tokens: int) -> None:
-    if not 1 <= num_ar_steps <= num_tokens:
-        raise UserError(f"--num-ar-steps: expected 1 to {num_tokens}, got {num_ar_steps}")
 
 
 # ---------------------------------------------------------------------------
@@ -84,13 +90,14 @@ def measure_samples(arguments: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from examples.digits.pixels import frechet_between
+    from examples.digits.summary import table
 
     source, judge, real, held_out = _open(arguments)
     num_tokens = source.config.model.num_tokens
     rows = []
     all_num_ar_steps = arguments.num_ar_steps or sorted({1, min(4, num_tokens), min(16, num_tokens), num_tokens})
     for num_ar_steps in all_num_ar_steps:
-        _check_ar_steps(num_ar_steps, num_tokens)
+        check_range("--num-ar-steps", num_ar_steps, 1, num_tokens)
         guided, unguided = (
             _sample_and_score(arguments, source, judge, _settings(arguments, num_tokens, num_ar_steps, guidance))[1]
             for guidance in (arguments.guidance, 1.0)
@@ -109,35 +116,20 @@ def measure_samples(arguments: argparse.Namespace) -> dict[str, Any]:
         "frechet_ratio": few["frechet_pixel"] / plain["frechet_pixel"],
         "classifier_accuracy_on_real": judge.accuracy(held_out.images, held_out.labels_N),
     }
-    _say_quality(measured, arguments)
+    costs = ("accuracy", "seconds_per_image")
+    parts = ("num_evaluations", "accuracy", "frechet_pixel", "seconds_per_image")
+    lines: list[tuple[object, ...]] = [
+        ("share of images that are the class", f"guidance {arguments.guidance:g}", "s/image", "unguided", "s/image")
+    ]
+    for row in rows:
+        values = [row[which][cost] for which in ("guided", "unguided") for cost in costs]
+        lines.append((f"  AR steps {row['num_ar_steps']}", *values))
+    lines += [("  real images, held out", measured["classifier_accuracy_on_real"]), ()]
+    lines.append(("1 AR step, unguided", "evaluations", "accuracy", "Frechet", "s/image"))
+    lines += [(f"  {name}", *(scores[part] for part in parts)) for name, scores in solvers.items()]
+    lines.append(("  difference, and ratio", "", measured["accuracy_difference"], measured["frechet_ratio"]))
+    print(table(lines), flush=True)
     return measured
-
-
-def _say_quality(measured: dict[str, Any], arguments: argparse.Namespace) -> None:
-    lines = [
-        f"share of images that are the class (real ones, held out: {measured['classifier_accuracy_on_real']:.3f})",
-        f"  {'AR steps':<12}{f'guidance {arguments.guidance:g}':>14}{'s/image':>10}{'unguided':>14}{'s/image':>10}",
-    ]
-    for row in measured["rows"]:
-        cells = "".join(
-            f"{row[which]['accuracy']:>14.3f}{row[which]['seconds_per_image']:>10.3f}"
-            for which in ("guided", "unguided")
-        )
-        lines.append(f"  {row['num_ar_steps']:<12}{cells}")
-    lines += [
-        "1 AR step, unguided",
-        f"  {'solver':<16}{'evaluations':>12}{'accuracy':>12}{'Frechet':>12}{'s/image':>10}",
-    ]
-    for name, scores in measured["solvers"].items():
-        lines.append(
-            f"  {name:<16}{scores['num_evaluations']:>12}{scores['accuracy']:>12.3f}{scores['frechet_pixel']:>12.3f}"
-            f"{scores['seconds_per_image']:>10.3f}"
-        )
-    lines.append(
-        f"  difference of accuracy {measured['accuracy_difference']:+.3f}, ratio of Frechet distances "
-        f"{measured['frechet_ratio']:.3f}"
-    )
-    print("\n".join(lines), flush=True)
 
 
 def _settings(
@@ -167,8 +159,7 @@ def _sample_and_score(
     from cfpretrain.evaluation.generation import generate_images
 
     labels = [i % source.config.model.num_classes for i in range(arguments.num_images)]
-    what = f"AR steps {settings.num_ar_steps}, {settings.num_denoising_steps} denoising steps ({settings.solver})"
-    with phase(f"sampling {len(labels)} images, {what}, guidance {settings.guidance.scale:g}"):
+    with phase(f"sampling {len(labels)} images, {settings}, guidance {settings.guidance.scale:g}"):
         begin = time.perf_counter()
         images = generate_images(source.config, source.model, labels, settings, source.device) * 2 - 1
         seconds = time.perf_counter() - begin
@@ -183,21 +174,14 @@ def _sample_and_score(
 def _open(arguments: argparse.Namespace) -> tuple["Source", "Classifier", "Tensor", Any]:
     """The model, the classifier, the images it was fitted on, and held-out images; pixels in [-1, 1]."""
     from cfpretrain.base import runtime
-    from cfpretrain.data.images import read_all_images
     from cfpretrain.evaluation.source import load_source
     from examples.digits import classifier
-    from examples.digits.summary import LabelledImages
+    from examples.digits.summary import read_labelled
 
     with phase(f"loading {arguments.source}"):
         source = load_source(arguments.source, runtime.pick_device())
     with phase("fitting the classifier"):
-        train, held_out = (
-            LabelledImages(images.float() / 127.5 - 1, labels)
-            for images, labels in (
-                read_all_images(arguments.images, "--images"),
-                read_all_images(arguments.held_out, "--held-out"),
-            )
-        )
+        train, held_out = read_labelled(arguments.images, "--images"), read_labelled(arguments.held_out, "--held-out")
         return source, classifier.fit(train.images, train.labels_N), train.images, held_out
 
 
@@ -208,38 +192,30 @@ def _open(arguments: argparse.Namespace) -> tuple["Source", "Classifier", "Tenso
 def measure_edits(arguments: argparse.Namespace) -> dict[str, Any]:
     """Edits of held-out images, each under another class than its own, region by region."""
     from cfpretrain.evaluation.editing import read_region
+    from examples.digits.summary import table
 
     source, judge, _, held_out = _open(arguments)
     model, size = source.config.model, held_out.images.shape[-1]
     regions = {text: read_region(text, model.grid, size, None) for text in arguments.regions}
-    _check_ar_steps(arguments.num_ar_steps, min(int(region_L.sum()) for region_L in regions.values()))
+    smallest = min(int(region_L.sum()) for region_L in regions.values())
+    check_range("--num-ar-steps", arguments.num_ar_steps, 1, smallest)
     edits = range(arguments.num_edits)
     by_region = {
         text: _edit(arguments, source, judge, held_out, region_L, edits[number :: len(regions)])
         for number, (text, region_L) in enumerate(regions.items())
         if len(edits[number :: len(regions)])
     }
+    num_edits = arguments.num_edits
     overall = {
-        key: sum(one[key] * one["num_edits"] for one in by_region.values()) / arguments.num_edits
+        key: sum(one[key] * one["num_edits"] for one in by_region.values()) / num_edits
         for key in next(iter(by_region.values()))
-        if key != "num_edits"
     }
-    for text, one in {**by_region, "all": {**overall, "num_edits": arguments.num_edits}}.items():
-        seams = {name: one[name] / one["seam_unedited"] for name in ("seam", "seam_put_together", "seam_pasted")}
-        say(
-            f"{text}: of {one['num_edits']} edits the classifier sees the new class in {one['new_class']:.3f} (put "
-            f"together: {one['new_class_put_together']:.3f}), the old one in {one['old_class']:.3f} (unedited: "
-            f"{one['old_class_unedited']:.3f}); seam {seams['seam']:.2f} of unedited images' (put together "
-            f"{seams['seam_put_together']:.2f}, pasted {seams['seam_pasted']:.2f}); moved by the kept tokens: "
-            f"{one['moved_by_context']:.3f}"
-        )
-    return {
-        **overall,
-        "seam_ratio": overall["seam"] / overall["seam_unedited"],
-        "seam_ratio_put_together": overall["seam_put_together"] / overall["seam_unedited"],
-        "seam_ratio_pasted": overall["seam_pasted"] / overall["seam_unedited"],
-        "regions": by_region,
-    }
+    columns = {**by_region, "all": {**overall, "num_edits": num_edits}}
+    for one in columns.values():
+        one |= {name.replace("seam", "seam_ratio"): one[name] / one["seam_unedited"] for name in _SEAMS}
+    rows = [(text, *(one[name] for one in columns.values())) for name, text in _EDIT_ROWS.items()]
+    print(table([("", *columns), *rows]), flush=True)
+    return {**columns.pop("all"), "regions": columns}
 
 
 def _edit(

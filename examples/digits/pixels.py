@@ -8,14 +8,11 @@ from cfpretrain.evaluation.frechet import Gaussian, frechet_distance, gaussian_o
 
 
 def pixel_features(images: Tensor, name: str) -> Tensor:
-    """The pixels of each image as its features.
+    """The pixels of each image as its features, float64 [N, F] on the CPU.
 
     Args:
         images: [N, ...], any real dtype; the scale of the pixels is the scale of the features.
         name: what the images are, for the message.
-
-    Returns:
-        float64 [N, F] on the CPU.
     """
     features_NF = images.detach().to("cpu", torch.float64).flatten(1)
     num_broken = int((~features_NF.isfinite().all(dim=1)).sum())
@@ -28,7 +25,7 @@ def pixel_features(images: Tensor, name: str) -> Tensor:
 
 
 def gaussian_of_pixels(images: Tensor, name: str) -> Gaussian:
-    """What the Frechet distance knows of images; arguments as for `pixel_features`."""
+    """The Gaussian that the Frechet distance compares; arguments as for `pixel_features`."""
     return gaussian_of(moments_of(pixel_features(images, name)))
 
 

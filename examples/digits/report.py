@@ -13,32 +13,32 @@ Exit code 2: a mistake; 75: it was asked to stop.
 
 import argparse
 import json
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base import files, launch
-from cfpretrain.base.command_line import Parser, add_local_rank
+from cfpretrain.base import files
+from cfpretrain.base.command_line import Parser, add_local_rank, check_range, run_on_ranks
 from cfpretrain.base.console import (
     UserError,
-    ending_in_one_line,
     path_argument,
     phase,
     printable,
     say,
 )
 from cfpretrain.base.files import read_json
-from cfpretrain.base.stopping import leave_when_asked
 from cfpretrain.evaluation.sampling_options import check_guidance
 
 if TYPE_CHECKING:
     from cfpretrain.base.outputs import Unfinished
     from examples.digits.sample_sets import SampleSet
 
+    Sets = dict[tuple[int, float] | None, SampleSet]  # by AR steps and guidance; None: of the model before training
+
 # For few denoising steps; examples/digits/measure_quality.py holds it against DDPM's.
 _SOLVER, _SPACING = "sde-dpm++", "log_snr"
 _REPORT_FILE = "report.json"
+_KEPT = ".report.partial"  # of the run: samples, until the report is complete
 _LEAST_SCORED, _MOST_SCORED = 100, 10**6
 _LEAST_COMPARED = 4  # images of each set: one more than the neighbours behind precision and recall
 _MOST_MAPPED = 1500  # latents behind the loss map
@@ -63,11 +63,7 @@ def main() -> None:
     add("--guidance", type=float, default=2.0, help="beside unguided samples; 0 to 1000 but 1 (default 2)")
     add("--batch-size", type=int, default=250, help=f"images a forward on one rank, 1 to {_MOST_SCORED} (default 250)")
     add_local_rank(parser)
-    arguments = parser.parse_args()
-    launch.check()
-    leave_when_asked()
-    with ending_in_one_line():
-        run(arguments)
+    run_on_ranks(run, parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -79,8 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         from examples.digits.sample_sets import make_missing
     device = runtime.pick_device()
     config, model, step = build.load_run(arguments.run, device)
-    _check(arguments, config.model.num_tokens, config.noise.num_timesteps)
-    _check_decodes(arguments.run, config)
+    _check(arguments, config)
     num_real = _check_images(arguments, config)
     # As many of each set, and the real ones are cut into halves.
     num_embedded = min(_MOST_EMBEDDED, arguments.num_images, num_real // 2)
@@ -97,39 +92,36 @@ def run(arguments: argparse.Namespace) -> None:
             work = _begin(arguments.run) if runtime.rank() == 0 else None
         sets = _plan(arguments, config, model, num_embedded, device)
         make_missing(config, list(sets.values()), device)
-        made = _judged(sets, arguments)
         with phase(f"comparing {num_embedded} images by {extractor.name}"):
-            embedded = _score_embedded(arguments, made, num_embedded, extractor)
+            embedded = _score_embedded(arguments, sets, num_embedded, extractor)
         if work is not None:
             with work.writing():
-                _report(arguments, config, model, step, sets, embedded, settings)
+                scores = _score(arguments, config, model, sets) | {_FEATURES: embedded}
+                _draw(arguments.run, config, model, step, sets)
+                summary = build.read_summary(arguments.run)
+                if summary is None or summary["num_steps"] != step:
+                    summary = {}  # a run that has not ended, or goes on
+                report = {**summary, **scores, **settings}
+                files.replace(arguments.run / _REPORT_FILE, json.dumps(report, indent=2) + "\n")
+                _print_table(_table(report, arguments.run), arguments.run)
             work.remove()
-
-
-def _read_report(folder: Path) -> dict[str, Any]:
-    """What an earlier scoring wrote; nothing where there is none, or it is damaged: then it is written again."""
-    try:
-        report = read_json(folder / _REPORT_FILE)
-    except (OSError, ValueError):
-        return {}
-    return report if isinstance(report, dict) else {}
 
 
 def _table_there(folder: Path, settings: dict[str, Any]) -> str | None:
     """The table of an earlier scoring with these settings; None where there is none, or it lacks something."""
-    report = _read_report(folder)
     try:
+        report = read_json(folder / _REPORT_FILE)
         return _table(report, folder) if _is_of(report, settings) else None
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, OverflowError):
         return None
 
 
 def _is_of(report: dict[str, Any], settings: dict[str, Any]) -> bool:
-    """Whether a report is of these settings; where the real images lie does not matter."""
-    there = dict(report)
-    if isinstance(there.get("num_ar_steps"), list):
-        there["num_ar_steps"] = sorted(there["num_ar_steps"], key=str)
-    wanted = settings | {"num_ar_steps": sorted(settings["num_ar_steps"], key=str)}
+    """Whether a report is of these settings; where the real images lie and the order of AR steps do not matter."""
+    there, wanted = (
+        {name: sorted(value, key=str) if isinstance(value, list) else value for name, value in of.items()}
+        for of in (report, settings)
+    )
     return all(there.get(name) == value for name, value in wanted.items() if name not in ("images", "held_out"))
 
 
@@ -156,28 +148,22 @@ def _settings(arguments: argparse.Namespace, step: int, num_embedded: int) -> di
     }
 
 
-def _check(arguments: argparse.Namespace, num_tokens: int, num_levels: int) -> None:
-    for name, value, low, high in (
-        ("--num-images", arguments.num_images, _LEAST_SCORED, _MOST_SCORED),
-        ("--num-denoising-steps", arguments.num_denoising_steps, 2, num_levels),
-        ("--batch-size", arguments.batch_size, 1, _MOST_SCORED),
-        *(("--num-ar-steps", value, 1, num_tokens) for value in arguments.num_ar_steps),
-    ):
-        if not low <= value <= high:
-            raise UserError(f"{name}: expected {low} to {high}, got {value}")
+def _check(arguments: argparse.Namespace, config: Any) -> None:
+    from cfpretrain.autoencoder import are_pixels
+
+    check_range("--num-images", arguments.num_images, _LEAST_SCORED, _MOST_SCORED)
+    check_range("--num-denoising-steps", arguments.num_denoising_steps, 2, config.noise.num_timesteps)
+    check_range("--batch-size", arguments.batch_size, 1, _MOST_SCORED)
+    for num_ar_steps in arguments.num_ar_steps:
+        check_range("--num-ar-steps", num_ar_steps, 1, config.model.num_tokens)
     check_guidance(arguments.guidance)
     if arguments.guidance == 1:
         raise UserError("--guidance: expected another scale than 1, which is measured anyway; e.g. 2")
     arguments.num_ar_steps = sorted(set(arguments.num_ar_steps))
-
-
-def _check_decodes(run: Path, config: Any) -> None:
-    from cfpretrain.autoencoder import are_pixels
-
     if not config.data.autoencoder and not are_pixels(config.model.latent_channels):
         raise UserError(
-            f"run folder {run}: expected a run that names its autoencoder (data.autoencoder), so that its samples can "
-            "be decoded and scored, got none; train with it, or write it into the run's config.yaml"
+            f"run folder {arguments.run}: expected a run that names its autoencoder (data.autoencoder), so that its "
+            "samples can be decoded and scored, got none; train with it, or write it into the run's config.yaml"
         )
 
 
@@ -210,10 +196,6 @@ def _check_images(arguments: argparse.Namespace, config: Any) -> int:
 # Samples
 
 
-def _kept(run: Path) -> Path:
-    return run / ".report.partial"
-
-
 def _begin(run: Path) -> "Unfinished":
     """Takes the folder of the samples, so that no second report works there."""
     from cfpretrain.base.outputs import Unfinished
@@ -228,10 +210,8 @@ def _begin(run: Path) -> "Unfinished":
     return work
 
 
-def _plan(
-    arguments: argparse.Namespace, config: Any, model: Any, num_embedded: int, device: Any
-) -> "dict[tuple[int, float] | None, SampleSet]":
-    """The sets to sample, by AR steps and guidance; None: of the model before training."""
+def _plan(arguments: argparse.Namespace, config: Any, model: Any, num_embedded: int, device: Any) -> "Sets":
+    """The sets to sample."""
     from cfpretrain.autoencoder import fingerprint
     from cfpretrain.base.config import to_plain
     from cfpretrain.core.ar import equal_sizes
@@ -241,11 +221,12 @@ def _plan(
     from examples.digits.sample_sets import SampleSet
 
     labels = [i % config.model.num_classes for i in range(arguments.num_images)]
-    decoder, weights = build.make_autoencoder(config, device).fingerprint, fingerprint(model.state_dict())
-    untrained = json.dumps([config.run.seed, to_plain(config)["model"]])
+    decoder = build.make_autoencoder(config, device).fingerprint
 
-    def settings(num_ar_steps: int, guidance: float) -> Any:
-        return GenerationSettings(
+    def make_set(
+        name: str, make_model: Any, weights: str, labels: Any, num_ar_steps: int, guidance: float
+    ) -> SampleSet:
+        settings = GenerationSettings(
             equal_sizes(config.model.num_tokens, num_ar_steps),
             arguments.num_denoising_steps,
             Guidance(guidance),
@@ -254,161 +235,125 @@ def _plan(
             _SOLVER,
             _SPACING,
         )
+        plan = plan_of(config, weights, decoder, settings)
+        return SampleSet(name, make_model, labels, settings, arguments.run / _KEPT, plan)
 
-    sets: dict[tuple[int, float] | None, SampleSet] = {}
-    for key in [(num, guidance) for guidance in (arguments.guidance, 1.0) for num in arguments.num_ar_steps]:
-        name, how = f"AR steps {key[0]}, guidance {key[1]:g}", settings(*key)
-        plan = plan_of(config, weights, decoder, how)
-        sets[key] = SampleSet(name, lambda: model, labels, how, _kept(arguments.run), plan)
-    how = settings(min(arguments.num_ar_steps), 1.0)
-    plan = plan_of(config, untrained, decoder, how)
-    make_untrained = partial(build.make_untrained, config, device)
-    sets[None] = SampleSet(
-        "the untrained model", make_untrained, labels[:num_embedded], how, _kept(arguments.run), plan
-    )
+    trained, untrained = fingerprint(model.state_dict()), json.dumps([config.run.seed, to_plain(config)["model"]])
+    sets: Sets = {
+        (num, scale): make_set(f"AR steps {num}, guidance {scale:g}", lambda: model, trained, labels, num, scale)
+        for scale in (arguments.guidance, 1.0)
+        for num in arguments.num_ar_steps
+    }
+    make_untrained, fewest = partial(build.make_untrained, config, device), min(arguments.num_ar_steps)
+    sets[None] = make_set("the untrained model", make_untrained, untrained, labels[:num_embedded], fewest, 1.0)
     return sets
-
-
-def _judged(sets: "dict[tuple[int, float] | None, SampleSet]", arguments: argparse.Namespace) -> dict[str, Any]:
-    """uint8 images to be compared by features, on all ranks: of the model, and of the one before training."""
-    from cfpretrain.base import runtime
-    from cfpretrain.evaluation.generation import to_pixels
-
-    chosen = {"value": sets[min(arguments.num_ar_steps), 1.0], "untrained": sets[None]}
-    num_images = len(chosen["untrained"].labels)
-    return runtime.gather(
-        {name: to_pixels(one.read()[:num_images]) for name, one in chosen.items()} if runtime.rank() == 0 else None
-    )[0]
-
-
-def _score_embedded(
-    arguments: argparse.Namespace, candidates: dict[str, Any], num_images: int, extractor: Any
-) -> dict[str, float]:
-    """Distances to real images of generated ones, other real ones, and those of the model before training."""
-    import numpy as np
-
-    from cfpretrain.base import runtime
-    from cfpretrain.evaluation.given_images import open_images
-    from examples.digits.embedded import distances_beside_floor
-
-    with runtime.together():
-        real = open_images(arguments.images, "--images")
-        real_NCYX = real.read(np.linspace(0, len(real) - 1, 2 * num_images).round().astype(int))
-    return distances_beside_floor(real_NCYX, candidates, extractor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def _report(
+def _score_embedded(
     arguments: argparse.Namespace,
-    config: Any,
-    model: Any,
-    step: int,
-    sets: "dict[tuple[int, float] | None, SampleSet]",
-    embedded: dict[str, float],
-    settings: dict[str, Any],
-) -> None:
+    sets: "Sets",
+    num_images: int,
+    extractor: Any,
+) -> dict[str, float]:
+    """Distances to real images of generated ones, other real ones, and those of the model before training."""
     import numpy as np
+
+    from cfpretrain.base import runtime
+    from cfpretrain.evaluation.generation import to_pixels
+    from cfpretrain.evaluation.given_images import open_images
+    from examples.digits.embedded import distances_beside_floor
+
+    made = None
+    if runtime.rank() == 0:
+        chosen = {"value": sets[min(arguments.num_ar_steps), 1.0], "untrained": sets[None]}
+        made = {name: to_pixels(one.read()[:num_images]) for name, one in chosen.items()}
+    made = runtime.gather(made)[0]
+    with runtime.together():
+        real = open_images(arguments.images, "--images")
+        real_NCYX = real.read(np.linspace(0, len(real) - 1, 2 * num_images).round().astype(int))
+    return distances_beside_floor(real_NCYX, made, extractor)
+
+
+def _score(arguments: argparse.Namespace, config: Any, model: Any, sets: "Sets") -> dict[str, Any]:
     import torch
 
     from cfpretrain.base import runtime
     from cfpretrain.data.images import read_all_images
-    from cfpretrain.data.loader import open_folders
     from cfpretrain.run import build
-    from examples.digits.loss_map import draw_loss_map, measure_loss_map
     from examples.digits.reconstruction import reconstruction_error
-    from examples.digits.summary import LabelledImages, summarise
+    from examples.digits.summary import read_labelled, summarise
 
-    folder: Path = arguments.run
     device = next(model.parameters()).device
-    shards = open_folders(config)[0]
-    with phase("drawing the loss map"):
-        trained = shards.read_latents(
-            np.linspace(0, len(shards) - 1, min(len(shards), _MOST_MAPPED)).round().astype(int)
-        )
-        latents = build.make_scaling(config).to_model(trained.mean_BCYX).to(device)
-        errors = measure_loss_map(model, build.make_loss(config), latents, trained.labels_B, num_bins=20, passes=8)
-        draw_loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
     torch.set_num_threads(torch.get_num_threads() * runtime.world_size())  # those of the ranks that are done
     with phase("scoring"):
-        held_out_pixels, held_out_labels = read_all_images(arguments.held_out, "--held-out")
-        train, held_out = (
-            LabelledImages(images.float() / 127.5 - 1, labels)
-            for images, labels in (
-                read_all_images(arguments.images, "--images"),
-                (held_out_pixels, held_out_labels),
-            )
-        )
-        generated = {
-            key: (LabelledImages(one.read() * 2 - 1, torch.tensor(one.labels)), one.settings)
-            for key, one in sets.items()
-            if key is not None
-        }
+        train, held_out = read_labelled(arguments.images, "--images"), read_labelled(arguments.held_out, "--held-out")
         guided, unguided = (
-            {num: made for (num, scale), (made, _) in generated.items() if scale == wanted}
-            for wanted in (arguments.guidance, 1.0)
+            {key[0]: one.labelled() for key, one in sets.items() if key is not None and key[1] == scale}
+            for scale in (arguments.guidance, 1.0)
         )
         scores = summarise(train, held_out, guided, unguided, config.run.seed, num_splits=2)
+        pixels, _ = read_all_images(arguments.held_out, "--held-out")
         autoencoder = build.make_autoencoder(config, device)
-        scores[_FEATURES] = embedded
-        scores["autoencoder_reconstruction_mse"] = reconstruction_error(autoencoder, held_out_pixels, device)
-    _draw_grids(folder, generated, shards.info.class_names[: config.sample.max_classes], step)
-    summary = build.read_summary(folder)
-    if summary is None or summary["num_steps"] != step:
-        summary = {}  # a run that has not ended, or goes on
-    report = {**summary, **scores, **settings}
-    files.replace(folder / _REPORT_FILE, json.dumps(report, indent=2) + "\n")
-    _print_table(_table(report, folder), folder)
+        return scores | {"autoencoder_reconstruction_mse": reconstruction_error(autoencoder, pixels, device)}
 
 
-def _draw_grids(folder: Path, generated: dict[tuple[int, float], Any], names: Sequence[str], step: int) -> None:
+def _draw(folder: Path, config: Any, model: Any, step: int, sets: "Sets") -> None:
+    """The loss map, and a grid of each setting."""
+    import numpy as np
     import torch
 
+    from cfpretrain.data.loader import open_folders
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
     from cfpretrain.run import build
+    from examples.digits.loss_map import draw_loss_map, measure_loss_map
 
-    for (num_ar_steps, guidance), (made, how) in generated.items():
+    shards = open_folders(config)[0]
+    with phase("drawing the loss map"):
+        some = np.linspace(0, len(shards) - 1, min(len(shards), _MOST_MAPPED)).round().astype(int)
+        trained = shards.read_latents(some)
+        latents = build.make_scaling(config).to_model(trained.mean_BCYX).to(next(model.parameters()).device)
+        errors = measure_loss_map(model, build.make_loss(config), latents, trained.labels_B, num_bins=20, passes=8)
+        draw_loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
+    names = shards.info.class_names[: config.sample.max_classes]
+    for key, one in sets.items():
+        if key is None:
+            continue
+        made = one.labelled()
         rows = [made.images[made.labels_N == label][:10] for label in range(len(names))]
-        path = folder / build.SAMPLES / f"report_ar_steps_{num_ar_steps:04d}_guidance_{guidance:g}.png"
-        title = grid_title(f"step {step}, EMA weights", how)
-        pictures.sample_grid(path, torch.cat(rows), names, title=title, value_range=(-1.0, 1.0))
+        path = folder / build.SAMPLES / f"report_ar_steps_{key[0]:04d}_guidance_{key[1]:g}.png"
+        pictures.sample_grid(path, torch.cat(rows), names, grid_title(f"step {step}, EMA weights", one.settings))
 
 
 def _table(report: dict[str, Any], folder: Path) -> str:
     from cfpretrain.run import build
+    from examples.digits.summary import table
 
-    def line(name: str, *values: object) -> str:
-        cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)
-        return f"  {name:<38}" + "".join(f"{cell:>12}" for cell in cells)
-
-    ar_steps = list(report["class_accuracy"])
-    lines = [
-        "",
-        line("share of images that are the class", *(f"{n} AR step{'s' if n != '1' else ''}" for n in ar_steps)),
-        line(f"  guidance {report['guidance']:g}", *report["class_accuracy"].values()),
-        line("  unguided", *report["class_accuracy_unguided"].values()),
-        line("  real images, held out", report["classifier_accuracy_on_real"]),
-        "",
-        line(f"unguided, AR steps {min(report['num_ar_steps'])}", "model", "real", "cheat"),
+    ar_steps, fewest = list(report["class_accuracy"]), f"unguided, AR steps {min(report['num_ar_steps'])}"
+    rows: list[tuple[object, ...]] = [
+        (),
+        ("share of images that are the class", *(f"{n} AR step{'s' if n != '1' else ''}" for n in ar_steps)),
+        (f"  guidance {report['guidance']:g}", *report["class_accuracy"].values()),
+        ("  unguided", *report["class_accuracy_unguided"].values()),
+        ("  real images, held out", report["classifier_accuracy_on_real"]),
+        (),
+        (fewest, "model", "real", "cheat"),
         *(
-            line(f"  {name}", *(report[name][who] for who in ("value", "real_against_real", "cheat")))
+            (f"  {name}", *(report[name][who] for who in ("value", "real_against_real", "cheat")))
             for name in ("precision", "recall", "frechet_pixel")
         ),
-        "",
-        line(
-            f"unguided, AR steps {min(report['num_ar_steps'])}, {report['num_embedded']} images",
-            "model",
-            "real",
-            "untrained",
-        ),
-        line(f"  {_FEATURES}", *(report[_FEATURES][who] for who in ("value", "real_against_real", "untrained"))),
-        "",
-        line("reconstruction by the autoencoder, MSE", report["autoencoder_reconstruction_mse"]),
-        "",
+        (),
+        (f"{fewest}, {report['num_embedded']} images", "model", "real", "untrained"),
+        (f"  {_FEATURES}", *(report[_FEATURES][who] for who in ("value", "real_against_real", "untrained"))),
+        (),
+        ("reconstruction by the autoencoder, MSE", report["autoencoder_reconstruction_mse"]),
+        (),
     ]
+    lines = table(rows).split("\n")
     if report.keys() >= set(build.SUMMARY_NUMBERS):
         lines.append(
             f"  trained {report['num_steps']} steps in {report['train_seconds']:.0f} s on {report['world_size']} ranks "

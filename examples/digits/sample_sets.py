@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from cfpretrain.base.outputs import writing
 from cfpretrain.core.sampler import Model
 from cfpretrain.evaluation import array_files
 from cfpretrain.evaluation.generation import GenerationSettings, generate_batches
+from examples.digits.summary import LabelledImages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +57,7 @@ class SampleSet:
 
     def missing(self) -> list[int]:
         """The batches that are yet to be written."""
-        place = self.place
-        return [number for number, size in enumerate(self._sizes()) if not _holds(_file(place, number), size)]
+        return [number for number, size in enumerate(self._sizes()) if not _holds(self._file(number), size)]
 
     def count(self, numbers: Sequence[int]) -> int:
         """Images of these batches."""
@@ -65,25 +66,26 @@ class SampleSet:
 
     def write(self, ids_B: Tensor, images_BCYX: Tensor) -> None:
         """Writes one batch, float32; UserError where it cannot be written."""
-        file = _file(self.place, int(ids_B[0]) // self.settings.batch_size)
+        file = self._file(int(ids_B[0]) // self.settings.batch_size)
         with writing(str(file)):
             files.make_folder(file.parent)
             files.replace(file, lambda opened: np.save(opened, images_BCYX.numpy(), allow_pickle=False))
 
     def read(self) -> Tensor:
         """All images, float32 [N, C, Y, X], not clamped, once none is missing."""
-        place = self.place
-        return torch.cat(
-            [torch.from_numpy(array_files.load(_file(place, number))) for number in range(len(self._sizes()))]
-        )
+        numbers = range(len(self._sizes()))
+        return torch.cat([torch.from_numpy(array_files.load(self._file(number))) for number in numbers])
+
+    def labelled(self) -> LabelledImages:
+        """All images in the scale that scores are made in."""
+        return LabelledImages(self.read() * 2 - 1, torch.tensor(self.labels))
 
     def _sizes(self) -> list[int]:
         size, num_images = self.settings.batch_size, len(self.labels)
         return [min(size, num_images - first) for first in range(0, num_images, size)]
 
-
-def _file(place: Path, number: int) -> Path:
-    return place / f"batch_{number:06d}.npy"
+    def _file(self, number: int) -> Path:
+        return self.place / f"batch_{number:06d}.npy"
 
 
 def _holds(file: Path, num_images: int) -> bool:
@@ -102,45 +104,28 @@ def make_missing(config: Config, sets: Sequence[SampleSet], device: torch.device
         device: where the models compute.
     """
     missing = runtime.gather([one.missing() for one in sets] if runtime.rank() == 0 else None)[0]
-    progress = _Progress(sets, missing)
-    try:
-        with runtime.Exchange() as exchange:
-            for one, numbers in zip(sets, missing, strict=True):
-                if not numbers:
-                    continue
-                progress.begin(one, numbers)
-                model, labels, settings = one.make_model(), one.labels, one.settings
-                for ids_B, images_BCYX in generate_batches(
-                    config, model, labels, settings, device, None, numbers, progress.step
-                ):
-                    one.write(ids_B, images_BCYX)
-                    exchange.add(len(ids_B))
-    finally:
-        progress.close()
+    num_images = sum(len(one.labels) for one in sets)
+    num_missing = sum(one.count(numbers) for one, numbers in zip(sets, missing, strict=True))
+    there = f"; {num_images - num_missing} of {num_images} are there already" * (num_missing < num_images)
+    say(f"sampling {count(num_missing, 'image')} of {len(sets)} settings{there}")
+    work = sum(one.settings.num_batches(len(one.labels)) * one.work for one in sets)
+    done: float = work - sum(len(numbers) * one.work for one, numbers in zip(sets, missing, strict=True))
+    with closing(Progress(work, int(done), "forward")) as bar, runtime.Exchange() as exchange:
+        for one, numbers in zip(sets, missing, strict=True):
+            if not numbers:
+                continue
+            # Each step of this rank stands for those of all ranks.
+            num_rounds = -(-len(numbers) // runtime.world_size())
+            a_step = len(numbers) * one.work / (num_rounds * one.num_steps)
 
+            def on_step(name: str = one.name, a_step: float = a_step) -> None:
+                nonlocal done
+                done += a_step
+                bar.show(round(done), f"{done / work:.0%} of all samples, now {name}")
 
-class _Progress:
-    """The share of the work that is done, which each denoising step moves."""
-
-    def __init__(self, sets: Sequence[SampleSet], missing: Sequence[Sequence[int]]) -> None:
-        num_images = sum(len(one.labels) for one in sets)
-        num_missing = sum(one.count(numbers) for one, numbers in zip(sets, missing, strict=True))
-        there = f"; {num_images - num_missing} of {num_images} are there already" * (num_missing < num_images)
-        say(f"sampling {count(num_missing, 'image')} of {len(sets)} settings{there}")
-        left = sum(len(numbers) * one.work for one, numbers in zip(sets, missing, strict=True))
-        self._work = sum(one.settings.num_batches(len(one.labels)) * one.work for one in sets)
-        self._done: float = self._work - left
-        self._bar = Progress(self._work, int(self._done), "forward")
-        self._a_step, self._name = 0.0, ""
-
-    def begin(self, one: SampleSet, numbers: Sequence[int]) -> None:
-        """What follows is this set; each step of this rank stands for those of all ranks."""
-        rounds = -(-len(numbers) // runtime.world_size())
-        self._a_step, self._name = len(numbers) * one.work / (rounds * one.num_steps), one.name
-
-    def step(self) -> None:
-        self._done += self._a_step
-        self._bar.show(round(self._done), f"{self._done / self._work:.0%} of all samples, now {self._name}")
-
-    def close(self) -> None:
-        self._bar.close()
+            batches = generate_batches(
+                config, one.make_model(), one.labels, one.settings, device, None, numbers, on_step
+            )
+            for ids_B, images_BCYX in batches:
+                one.write(ids_B, images_BCYX)
+                exchange.add(len(ids_B))

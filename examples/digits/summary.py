@@ -16,8 +16,9 @@ scikit-learn's 8x8 digits as value / 8 - 1 give 0.23 to 0.27 for real_against_re
 and the cheat's noise is left whole too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
+from cfpretrain.data import images
 from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of, moments_of
 from cfpretrain.evaluation.neighbours import precision_recall
 from examples.digits import classifier
@@ -48,6 +50,21 @@ class LabelledImages:
                 f"labelled images: expected one label an image, got {len(self.labels_N)} labels "
                 f"for {len(self.images)} images"
             )
+
+
+def read_labelled(folder: Path, option: str) -> LabelledImages:
+    """All images of image shards."""
+    pixels, labels_N = images.read_all_images(folder, option)
+    return LabelledImages(pixels.float() / 127.5 - 1, labels_N)
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Lines of a name and values each, floats with three digits; an empty row is an empty line."""
+    lines = []
+    for name, *values in (row or ("",) for row in rows):
+        cells = (f"{value:.3f}" if isinstance(value, float) else str(value) for value in values)
+        lines.append(f"  {name:<38}{''.join(f'{cell:>12}' for cell in cells)}".rstrip())
+    return "\n".join(lines)
 
 
 def summarise(

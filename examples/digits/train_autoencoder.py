@@ -18,13 +18,12 @@ Exit code 2: a mistake; 75: it was asked to stop.
 import argparse
 import math
 import sys
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cfpretrain.base import files
-from cfpretrain.base.command_line import Parser
+from cfpretrain.base.command_line import Parser, check_range
 from cfpretrain.base.console import (
     EXIT_REQUEUE,
     UserError,
@@ -110,17 +109,13 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    for name, values, least in (
-        ("--channels", arguments.channels, _NORM_GROUPS),
-        ("--latent-channels", [arguments.latent_channels], 1),
-        ("--num-steps", [_NUM_STEPS if arguments.num_steps is None else arguments.num_steps], 1),
-        ("--batch-size", [arguments.batch_size], 1),
-        ("--kl-weight", [arguments.kl_weight], 0),
-        ("--seed", [arguments.seed], 0),
-        ("--save-seconds", [arguments.save_seconds], 0),
-    ):
-        if not least <= min(values) <= max(values) < math.inf:
-            raise UserError(f"{name}: expected at least {least}, got {' '.join(map(str, values))}")
+    for channels in arguments.channels:
+        check_range("--channels", channels, _NORM_GROUPS)
+    for name, least in (("latent_channels", 1), ("num_steps", 1), ("batch_size", 1), ("kl_weight", 0), ("seed", 0),
+                        ("save_seconds", 0)):  # fmt: skip
+        value = getattr(arguments, name)
+        if value is not None:
+            check_range(f"--{name.replace('_', '-')}", value, least)
     if any(num % _NORM_GROUPS for num in arguments.channels):
         raise UserError(f"--channels: expected multiples of {_NORM_GROUPS}, got {arguments.channels}")
     if not 0 < arguments.learning_rate < 1:
@@ -133,8 +128,7 @@ def _check(arguments: argparse.Namespace) -> None:
 # Images and networks
 
 
-@dataclass(frozen=True)
-class Images:
+class Images(NamedTuple):
     """Images to train on and images kept from training, uint8 [B, C, Y, X], and which they are, for the settings."""
 
     train: "Tensor"
@@ -149,11 +143,11 @@ def _read_images(arguments: argparse.Namespace) -> Images:
     from cfpretrain.data.shards import fingerprint
     from cfpretrain.data.storage import open_source
 
-    given = {"IMAGES": arguments.images} | ({"--held-out": arguments.held_out} if arguments.held_out else {})
-    with phase("reading the images"):
-        read = {key: read_all_images(folder, key)[0] for key, folder in given.items()}
-        which = {key: fingerprint(open_source(str(folder), key), key) for key, folder in given.items()}
-    train = read["IMAGES"]
+    def read(folder: Path, key: str) -> "tuple[Tensor, str]":
+        with phase(f"reading the images of {folder}"):
+            return read_all_images(folder, key)[0], fingerprint(open_source(str(folder), key), key)
+
+    train, which = read(arguments.images, "IMAGES")
     if arguments.held_out is None:
         if len(train) < 2:
             raise UserError(f"IMAGES: expected at least 2 images, one of them to be held out, got {len(train)}")
@@ -162,29 +156,26 @@ def _read_images(arguments: argparse.Namespace) -> Images:
             f"{int(is_held_out.sum())} of {len(train)} images are held out: every {_HELD_OUT_EVERY}th of "
             f"{arguments.images} from the first on; --held-out gives others"
         )
-        which["--held-out"] = f"every {_HELD_OUT_EVERY}th of IMAGES"
-        return Images(train[~is_held_out], train[is_held_out], which)
-    held_out = read["--held-out"]
-    if train.shape[1:] != held_out.shape[1:]:
-        raise UserError(
-            f"--held-out: expected images of shape {list(train.shape[1:])} as in {arguments.images}, "
-            f"got {list(held_out.shape[1:])}; make both shards alike"
-        )
-    return Images(train, held_out, which)
+        which_held_out = f"every {_HELD_OUT_EVERY}th of IMAGES"
+        train, held_out = train[~is_held_out], train[is_held_out]
+    else:
+        held_out, which_held_out = read(arguments.held_out, "--held-out")
+        if train.shape[1:] != held_out.shape[1:]:
+            raise UserError(
+                f"--held-out: expected images of shape {list(train.shape[1:])} as in {arguments.images}, "
+                f"got {list(held_out.shape[1:])}; make both shards alike"
+            )
+    return Images(train, held_out, {"IMAGES": which, "--held-out": which_held_out})
 
 
 def _settings(arguments: argparse.Namespace, images: Images, network: Any) -> dict[str, Any]:
     """All that the weights depend on, by argument; an autoencoder to go on from by its fingerprint."""
     from cfpretrain.autoencoder import fingerprint
 
-    init = fingerprint(network.state_dict()) if arguments.init else None
-    names = ("num_steps", "batch_size", "learning_rate", "kl_weight", "seed")
-    names += () if arguments.init else ("channels", "latent_channels")
-    return {
-        **images.which,
-        "--init": init,
-        **{f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names},
-    }
+    names = ["num_steps", "batch_size", "learning_rate", "kl_weight", "seed"]
+    names += [] if arguments.init else ["channels", "latent_channels"]
+    given = {f"--{name.replace('_', '-')}": getattr(arguments, name) for name in names}
+    return {**images.which, "--init": fingerprint(network.state_dict()) if arguments.init else None, **given}
 
 
 def make_network(arguments: argparse.Namespace, image_channels: int, image_size: int) -> Any:

@@ -31,20 +31,21 @@ from cfpretrain.core import attention, seeds
 from cfpretrain.core.ar import draw_steps
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import build_layout, visible_keys
-from tools.measuring.common import alternate, seconds_of
+from tools.measuring.common import alternate, dtype_of, seconds_of
 
 _DENSE = {"dense flash": SDPBackend.FLASH_ATTENTION, "dense cudnn": SDPBackend.CUDNN_ATTENTION}
 _NUM_COND_TOKENS = 64
 _TOKENS = {"cuda": [128, 256, 608, 1024], "cpu": [128, 256]}  # sequences of 320, 576, 1280 and 2112
 _TOKENS_IN_A_BATCH = {"cuda": 32 * 576, "cpu": 1}
 _REPEATS_AND_TURNS = {"cuda": (20, 7), "cpu": (1, 5)}
-_KINDS = ("forward", "kernels", "both")
+_FORWARDS = {"forward": 1.0, "kernels": 3.5, "both": 3.5}  # as many forwards a run of each kind is worth
+_KINDS = tuple(_FORWARDS)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Prints a line for each backend and size; returns them as rows, and why others were not measured."""
     device, missing = runtime.pick_device(), dict[str, str]()
-    print(f"{arguments.num_heads} heads, {_dtype(device)}; ms; TFLOP/s on visible pairs, backward as 2.5 forwards")
+    print(f"{arguments.num_heads} heads, {dtype_of(device)}; ms; TFLOP/s on visible pairs, backward as 2.5 forwards")
     print(f"{'length':>8}{'visible':>9}{'head':>6}{'batch':>7}  {'backend':<12}", end="")
     print("".join(f"{kind + ' ms':>12}" for kind in _KINDS) + f"{'fwd TFLOP/s':>13}{'both TFLOP/s':>14}{'error':>10}")
     rows = []
@@ -56,10 +57,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"attention": rows, "not_measured": missing}
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
 def _measure_size(
     num_tokens: int, head_width: int, arguments: argparse.Namespace, device: torch.device, missing: dict[str, str]
 ) -> list[dict[str, Any]]:
@@ -69,7 +66,7 @@ def _measure_size(
     names, reasons = backends(device, head_width)
     missing |= {f"{name}, head {head_width}": reason for name, reason in reasons.items()}
     runs = {}
-    for name, run in make_runs(names, intervals_BMI, head_width, arguments.num_heads, _dtype(device)).items():
+    for name, run in make_runs(names, intervals_BMI, head_width, arguments.num_heads, dtype_of(device)).items():
         try:
             run.check()
         except Exception as error:  # the table goes on without it: compilers and kernels raise what they like
@@ -83,18 +80,9 @@ def _measure_size(
     for name, seconds in _race(runs, device).items():
         pairs = num_pairs if name in _DENSE else num_visible
         flops = 4 * arguments.num_heads * head_width * pairs
-        row = {
-            "length": length,
-            "head_width": head_width,
-            "batch_size": batch_size,
-            "backend": name,
-            "visible_share": pairs / num_pairs,
-            **seconds,
-            "forward_tflops": flops / seconds["forward"] / 1e12,
-            "kernels_tflops": 3.5 * flops / seconds["kernels"] / 1e12,
-            "both_tflops": 3.5 * flops / seconds["both"] / 1e12,
-            "error": runs[name].error,
-        }
+        tflops = {f"{kind}_tflops": _FORWARDS[kind] * flops / seconds[kind] / 1e12 for kind in _KINDS}
+        row = {"length": length, "head_width": head_width, "batch_size": batch_size, "backend": name}
+        row |= {"visible_share": pairs / num_pairs, **seconds, **tflops, "error": runs[name].error}
         rows.append(row)
         print(
             f"{length:8}{row['visible_share']:9.2f}{head_width:6}{batch_size:7}  {name:<12}"
@@ -129,37 +117,29 @@ def full_intervals(seed: int, batch_size: int, num_cond_tokens: int, num_tokens:
 
 @dataclass
 class AttentionRun:
-    """Attention of one backend on given inputs.
+    """Attention of one backend on given inputs."""
 
-    Attributes:
-        qkv: [B, M, 3, H, E], what a projection gives.
-        attend: q, k, v -> [B, H, M, E].
-        gradient: of the output.
-        wanted: the output of the first sample in float64.
-        error: of the output, once `check` was called.
-    """
-
-    qkv: Tensor
-    attend: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gradient: Tensor
-    wanted: Tensor
-    error: float = math.nan
+    qkv: Tensor  # [B, M, 3, H, E], what a projection gives
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor]  # q, k, v -> [B, H, M, E]
+    gradient: Tensor  # of the output
+    wanted: Tensor  # the output of the first sample in float64
+    error: float = math.nan  # of the output, once `check` was called
 
     def forward(self) -> Tensor:
         """The output alone."""
         with torch.no_grad():
-            return self._attend()
+            return self.attend(*_split(self.qkv))
 
     def kernels(self) -> None:
         """Forward, and the gradients of q, k and v."""
         # As the network has them, permuted views of one projection, but of no gradient in common.
-        q, k, v = (x.requires_grad_() for x in self._split(self.qkv.detach()))
+        q, k, v = (x.requires_grad_() for x in _split(self.qkv.detach()))
         torch.autograd.grad(self.attend(q, k, v), (q, k, v), self.gradient)
 
     def both(self) -> None:
         """Forward and backward as a network has them."""
         self.qkv.grad = None
-        self._attend().backward(self.gradient)
+        self.attend(*_split(self.qkv)).backward(self.gradient)
 
     def check(self) -> None:
         """Runs everything once, and compares."""
@@ -168,12 +148,9 @@ class AttentionRun:
         self.kernels()
         self.both()
 
-    def _attend(self) -> Tensor:
-        return self.attend(*self._split(self.qkv))
 
-    @staticmethod
-    def _split(qkv: Tensor) -> Sequence[Tensor]:
-        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+def _split(qkv: Tensor) -> Sequence[Tensor]:
+    return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
 def make_runs(
@@ -189,7 +166,7 @@ def make_runs(
     assert isinstance(may_attend, Tensor)
     mask = torch.zeros(may_attend.shape, device=device).masked_fill(~may_attend, -math.inf)
     # One sample is enough to see that a backend computes what it should.
-    sample = qkv.detach()[:1].double().permute(2, 0, 3, 1, 4).unbind(0)
+    sample = _split(qkv.detach()[:1].double())
     wanted = naive_attention(*sample, mask[:1].double())
     wanted_dense = naive_attention(*sample, torch.zeros((), dtype=torch.float64, device=device))
 

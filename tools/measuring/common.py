@@ -45,11 +45,15 @@ def on_noise(config: Config, folder: Path, num_samples: int = 0) -> Config:
     """
     model, data = config.model, config.data
     pixels = are_pixels(model.latent_channels)
+
+    def of_each_channel(values: tuple[float, ...]) -> tuple[float, ...]:
+        return values * model.latent_channels if len(values) == 1 else values
+
     info = LatentsInfo(
         autoencoder="identity" if pixels else "noise",
         latent_shape=(model.latent_channels, model.latent_size, model.latent_size),
-        latent_shift=_of_each_channel(data.latent_shift, model.latent_channels),
-        latent_scale=_of_each_channel(data.latent_scale, model.latent_channels),
+        latent_shift=of_each_channel(data.latent_shift),
+        latent_scale=of_each_channel(data.latent_scale),
         class_names=tuple(map(str, range(model.num_classes))),
         num_samples=num_samples or max(2 * config.train.global_batch_size, _FEWEST_SAMPLES),
         source="noise",
@@ -74,10 +78,6 @@ def refuse_skipped(trainer: Any) -> None:
         raise RuntimeError(f"a step before {trainer.at.step} was skipped: the times say nothing")
 
 
-def _of_each_channel(values: tuple[float, ...], num_channels: int) -> tuple[float, ...]:
-    return values * num_channels if len(values) == 1 else values
-
-
 def _write_noise(folder: Path, info: LatentsInfo) -> None:
     columns = columns_of(info)
     arrays = [name for name, encoding in columns.items() if encoding.startswith("ndarray")]
@@ -90,11 +90,11 @@ def _write_noise(folder: Path, info: LatentsInfo) -> None:
     for number, begin in enumerate(begins):
         ids = range(begin, min(begin + per_shard, info.num_samples))
         moments = rng.standard_normal((len(ids), len(arrays), *info.latent_shape), np.float32).astype(np.float16)
-        common = [{"id": id, "label": id % len(info.class_names), "caption": ""} for id in ids]
-        writer.write(
-            number,
-            (sample | dict(zip(arrays, values, strict=True)) for sample, values in zip(common, moments, strict=True)),
+        samples = (
+            {"id": id, "label": id % len(info.class_names), "caption": "", **dict(zip(arrays, values, strict=True))}
+            for id, values in zip(ids, moments, strict=True)
         )
+        writer.write(number, samples)
     writer.finish(info, len(begins))
 
 
@@ -102,10 +102,21 @@ def _write_noise(folder: Path, info: LatentsInfo) -> None:
 # Seconds, and where they were measured
 
 
+def dtype_of(device: torch.device) -> torch.dtype:
+    """What kernels are measured in: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def synchronise(device: torch.device) -> None:
     """Waits for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def resident_bytes(field: str) -> int:
+    """This process's resident memory: VmRSS now, VmHWM at its highest (without what its parent had, unlike rusage)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> float:
@@ -122,16 +133,13 @@ def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> f
 def alternate(
     sides: Mapping[str, Callable[[], float]], num_turns: int, unit: str | None = None, num_warm_up: int = 1
 ) -> dict[str, list[float]]:
-    """Runs sides by turns (a b, b a, ...), so that a machine's wandering falls on all.
+    """Runs sides by turns (a b, b a, ...), so that changes of a machine's speed fall on all; returns their values.
 
     Args:
         sides: by name; each returns what it measured.
         num_turns: that count.
         unit: each value is said with it; empty: turns alone are said, ten of many; None: nothing is.
         num_warm_up: turns before, which do not count.
-
-    Returns:
-        The values of each side.
     """
     found: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(-num_warm_up, num_turns):
@@ -148,28 +156,23 @@ def alternate(
 
 
 def print_rates(rates: Mapping[str, list[float]], unit: str) -> dict[str, Any]:
-    """Prints each side's median and range, and how many times faster the first is; returns all of it."""
+    """Prints each side's median and range, and the ratio of the first to the second; returns all of it."""
     for name, values in rates.items():
-        print(f"{name:12} {statistics.median(values):10.1f} {unit}  ({min(values):.1f} to {max(values):.1f})")
+        print(f"{name:28}{statistics.median(values):10.2f} {unit} ({min(values):.2f} to {max(values):.2f})")
     ours, other = (statistics.median(values) for values in rates.values())
-    print(f"{'ratio':12} {ours / other:10.2f}")
+    print(f"{'ratio':28}{ours / other:10.2f}")
     return {"unit": unit, "rates": rates, "ratio": ours / other}
 
 
 def whereabouts() -> dict[str, Any]:
     """Versions and hardware, for the last line of a tool."""
-    return {"versions": _versions(), "hardware": _hardware(runtime.pick_device()), "threads": torch.get_num_threads()}
-
-
-def _versions() -> dict[str, str | None]:
-    def find(name: str) -> str | None:
+    versions: dict[str, str | None] = {"python": platform.python_version(), "cfpretrain": cfpretrain.__version__}
+    for name in _PACKAGES:
         try:
-            return version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            return None
-
-    ours = {"python": platform.python_version(), "cfpretrain": cfpretrain.__version__}
-    return ours | {name: find(name) for name in _PACKAGES}
+            versions[name] = None
+    return {"versions": versions, "hardware": _hardware(runtime.pick_device()), "threads": torch.get_num_threads()}
 
 
 def _hardware(device: torch.device) -> dict[str, Any]:

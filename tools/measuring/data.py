@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     for name, value in _DEFAULTS[arguments.what].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    run = {"make_shards": measure_make_shards, "encode": measure_encode, "loader": measure_loader}
-    return {"measured": arguments.what, **(run | {"ready": measure_ready})[arguments.what](arguments)}
+    run = {"make_shards": make_shards, "encode": encode_latents, "loader": loader, "ready": ready}[arguments.what]
+    return {"measured": arguments.what, **run(arguments)}
 
 
 def _alternate_writing(
@@ -83,9 +84,11 @@ def _alternate_writing(
 
 
 def write_photos(folder: Path, num_photos: int, seed: int = 0) -> Path:
-    """JPEG files of varied size, cut out of real photos and scaled, in class folders."""
+    """JPEG files of varied size, cut out of real photos of installed packages and scaled, in class folders."""
     rng = random.Random(seed)
-    sources = [Image.open(path).convert("RGB") for path in _photos()]
+    packages = {"sklearn": "datasets/images", "skimage": "data"}  # the two photos of the first are enough
+    folders = [Path(spec.origin).parent / place for name, place in packages.items() if (spec := find_spec(name))]
+    sources = [Image.open(path).convert("RGB") for place in folders for path in sorted(place.glob("*.jp*g"))]
     for i in range(num_photos):
         photo = sources[i % len(sources)]
         share = rng.uniform(0.6, 1.0)
@@ -100,25 +103,11 @@ def write_photos(folder: Path, num_photos: int, seed: int = 0) -> Path:
     return folder
 
 
-def _photos() -> list[Path]:
-    """Real photos in installed packages."""
-    import sklearn.datasets
-
-    folders = [Path(sklearn.datasets.__file__).parent / "images"]
-    try:
-        import skimage
-
-        folders.append(Path(skimage.__file__).parent / "data")
-    except ImportError:
-        pass  # two photos are enough
-    return [path for folder in folders for path in sorted(folder.glob("*.jp*g"))]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # make_shards
 
 
-def measure_make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
+def make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of tools/make_shards.py, without its start, against `plain_shards`."""
     num_workers = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
@@ -132,9 +121,7 @@ def measure_make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
             how = Storing(arguments.store, arguments.size)
             store_images([(listing, out)], how, "photos", per_shard, num_workers)
 
-        def plain(out: Path) -> None:
-            plain_shards(photos, out, arguments.size, arguments.store)
-
+        plain = functools.partial(plain_shards, photos, size=arguments.size, store=arguments.store)
         return _alternate_writing({"make_shards": ours, "plain loop": plain}, arguments, Path(temporary))
 
 
@@ -157,9 +144,8 @@ def plain_shards(photos: Path, out: Path, size: int, store: str) -> None:
                 image = image.resize(sides, Image.Resampling.BICUBIC)
                 left, top = (image.width - size) // 2, (image.height - size) // 2
                 buffer = io.BytesIO()
-                image.crop((left, top, left + size, top + size)).save(
-                    buffer, "PNG", compress_level=PNG_LEVEL
-                )  # both compress alike
+                cut = image.crop((left, top, left + size, top + size))
+                cut.save(buffer, "PNG", compress_level=PNG_LEVEL)  # both compress alike
                 data = buffer.getvalue()
             writer.write({"id": id, "label": names.index(path.parent.name), "caption": "", "image": data})
 
@@ -187,7 +173,7 @@ _LAYOUTS = {
 }
 
 
-def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
+def encode_latents(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of what tools/encode_latents.py does, without its start, against `plain_latents`."""
     num_threads = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
@@ -212,9 +198,7 @@ def measure_encode(arguments: argparse.Namespace) -> dict[str, Any]:
             encode(encoding, writer, range(num_shards), num_threads, lambda num_images: None)
             writer.finish(encoding.describe(writer.records(num_shards)), num_shards)
 
-        def plain(out: Path) -> None:
-            plain_latents(images, autoencoder, device, out, arguments.batch_size, num_threads)
-
+        plain = functools.partial(plain_latents, images, autoencoder, device, arguments.batch_size, num_threads)
         return _alternate_writing({"encode_latents": ours, "plain loop": plain}, arguments, folder)
 
 
@@ -234,7 +218,7 @@ class _PilImages:
         return int(sample["id"]), int(sample["label"]), sample["caption"], pixels_CYX
 
 
-def plain_latents(images: Any, autoencoder: Any, device: Any, out: Path, batch_size: int, num_threads: int) -> None:
+def plain_latents(images: Any, autoencoder: Any, device: Any, batch_size: int, num_threads: int, out: Path) -> None:
     """Latent shards as one would first write them: PIL in the workers of a DataLoader, one encoding loop."""
     from streaming import MDSWriter
 
@@ -263,15 +247,13 @@ _LATENTS = {
 }
 
 
-def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
+def loader(arguments: argparse.Namespace) -> dict[str, Any]:
     """Latents per second of the training loader, drawn from their posteriors, against `plain_loader`."""
-    needed = _LATENTS[arguments.latents][2]
-    batch_size = arguments.batch_size
-    num_workers = arguments.workers
+    needed, batch_size, num_workers = _LATENTS[arguments.latents][2], arguments.batch_size, arguments.workers
     num_batches = 2 * arguments.samples // batch_size  # two epochs: the turn counts
+    cpu_seconds: list[float] = []  # for one latent
     with tempfile.TemporaryDirectory() as temporary:
         config = _run_on_noise(arguments, num_workers, Path(temporary))
-        folder = Path(config.data.shards[0])
 
         def timed(batches: Any) -> float:
             for _ in range(num_workers + 1):  # the processes are up
@@ -281,19 +263,21 @@ def measure_loader(arguments: argparse.Namespace) -> dict[str, Any]:
                 next(batches)
             return num_batches * batch_size / (time.perf_counter() - begin)
 
-        cpu_seconds: list[float] = []  # for one latent
-
         def ours() -> float:
-            begin = _cpu_seconds()
-            with closing(Loader(config, lambda samples, step: samples, 0, 1)) as loader:
-                rate = timed(loader)
-            cpu_seconds.append((_cpu_seconds() - begin) / (num_batches * batch_size))
+            begin = sum(os.times()[:4])  # of this process and of those that it has ended
+            with closing(Loader(config, lambda samples, step: samples, 0, 1)) as batches:
+                rate = timed(batches)
+            cpu_seconds.append((sum(os.times()[:4]) - begin) / (num_batches * batch_size))
             return rate
 
-        sides = {"loader": ours, "DataLoader": lambda: timed(plain_loader(folder, batch_size, num_workers))}
-        measured = print_rates(alternate(sides, arguments.pairs, "latents/s"), "latents/s")
+        def plain() -> float:
+            return timed(plain_loader(Path(config.data.shards[0]), batch_size, num_workers))
+
+        measured = print_rates(
+            alternate({"loader": ours, "DataLoader": plain}, arguments.pairs, "latents/s"), "latents/s"
+        )
     num_busy = needed * statistics.median(cpu_seconds)
-    print(f"{'needed':12} {needed:10.1f} latents/s, which keep {num_busy:.2f} cores busy")
+    print(f"{'needed':28}{needed:10.2f} latents/s, which keep {num_busy:.2f} cores busy")
     settings = {"latents": arguments.latents, "num_workers": num_workers}
     return {**measured, **settings, "needed": needed, "cores_busy": num_busy}
 
@@ -314,7 +298,7 @@ def _run_on_noise(arguments: argparse.Namespace, num_workers: int, folder: Path)
         return on_noise(config, folder, arguments.samples)
 
 
-def measure_ready(arguments: argparse.Namespace) -> dict[str, Any]:
+def ready(arguments: argparse.Namespace) -> dict[str, Any]:
     """CPU milliseconds of the training thread for a micro-batch, made by workers and made in that thread."""
     check_range("--workers", arguments.workers, 1)
     check_range("--batch-size", arguments.batch_size, 1, arguments.samples)
@@ -335,17 +319,8 @@ def measure_ready(arguments: argparse.Namespace) -> dict[str, Any]:
     workers = {"made ready by workers": arguments.workers, "made in the training thread": 0}
     sides = {name: functools.partial(milliseconds, count) for name, count in workers.items()}
     spent = alternate(sides, arguments.pairs, "ms", num_warm_up=0)
-    for name, values in spent.items():
-        print(
-            f"{name:28} {statistics.median(values):8.2f} ms of the training thread a micro-batch of "
-            f"{arguments.batch_size} ({min(values):.2f} to {max(values):.2f})"
-        )
+    print_rates(spent, f"ms of the training thread a micro-batch of {arguments.batch_size}")
     return {"unit": "ms", "spent": spent, "latents": arguments.latents, "batch_size": arguments.batch_size}
-
-
-def _cpu_seconds() -> float:
-    """Of this process and of those that it has ended."""
-    return sum(os.times()[:4])
 
 
 class _PlainLatents:

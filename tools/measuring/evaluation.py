@@ -14,9 +14,7 @@ import functools
 import json
 import os
 import socket
-import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,16 +24,16 @@ import torch
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.command_line import check_range
-from cfpretrain.base.console import UserError, phase
+from cfpretrain.base.console import UserError, phase, phase_seconds
 from cfpretrain.evaluation.feature_sums import Sums, add, part_of, sums_of
 from cfpretrain.evaluation.features import INCEPTION, FeatureExtractor, Features, make_extractor
 from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of
 from cfpretrain.evaluation.inception_score import splits_of
 from cfpretrain.evaluation.neighbours import precision_recall
-from tools.measuring.common import alternate
+from tools.measuring import tool
+from tools.measuring.common import alternate, print_rates
 
 _BATCH = 250
-_COMMAND = Path(__file__).parents[1] / "measure.py"
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -49,44 +47,50 @@ def scale(arguments: argparse.Namespace) -> dict[str, Any]:
     check_range("--num-images", num_images, 2 * _BATCH)
     generator = torch.Generator().manual_seed(0)
     sets = [torch.randn(num_images, num_features, generator=generator).relu_() for _ in range(2)]
-    sums, sum_seconds, per_thousand = [], 0.0, {}
+    gaussians, per_thousand = [], {}
     for features_NF in sets:
         total, begin = Sums(), time.perf_counter()
-        with phase(f"sums of {num_images} images"):
+        with phase("summing"):
             for first in range(0, num_images, _BATCH):
                 rows_BF = features_NF[first : first + _BATCH]
-                batch = sums_of(Features(rows_BF), splits_of(len(rows_BF)))
-                total = add(total, batch)
+                total = add(total, sums_of(Features(rows_BF), splits_of(len(rows_BF))))
                 if first + _BATCH in (num_images // 10, num_images // 2, num_images):
                     per_thousand[first + _BATCH] = 1000 * (time.perf_counter() - begin) / (first + _BATCH)
-        sum_seconds = time.perf_counter() - begin
-        sums.append(gaussian_of(part_of(total, "pooled")))
-    begin = time.perf_counter()
+        gaussians.append(gaussian_of(part_of(total, "pooled")))
     with phase("Frechet distance"):
-        distance = frechet_distance(*sums)
-    frechet_seconds, begin = time.perf_counter() - begin, time.perf_counter()
+        distance = frechet_distance(*gaussians)
     with phase("precision and recall"):
         precision, recall = precision_recall(*sets)
-    return {
+    found = {
         "num_images": num_images,
         "num_features": num_features,
-        "sum_seconds_a_set": sum_seconds,
+        "sum_seconds_a_set": phase_seconds["summing"] / 2,
         "sum_seconds_a_thousand_images": per_thousand,
-        "frechet_seconds": frechet_seconds,
-        "precision_recall_seconds": time.perf_counter() - begin,
+        "frechet_seconds": phase_seconds["Frechet distance"],
+        "precision_recall_seconds": phase_seconds["precision and recall"],
         "peak_rss_mb": runtime.peak_rss_mb(),
         "frechet": distance,
         "precision": precision,
         "recall": recall,
     }
+    for done, seconds in per_thousand.items():
+        print(f"{'sums':28}{seconds:10.3f} s a thousand images, after {done}")
+    print(f"{'sums of a set':28}{found['sum_seconds_a_set']:10.1f} s")
+    print(f"{'Frechet distance':28}{found['frechet_seconds']:10.1f} s")
+    print(f"{'precision and recall':28}{found['precision_recall_seconds']:10.1f} s")
+    print(f"{'memory at its highest':28}{found['peak_rss_mb']:10.0f} MB")
+    return found
 
 
 def ranks(arguments: argparse.Namespace) -> dict[str, Any]:
     """Two processes against one."""
-    sides = {str(size): functools.partial(_rate, arguments, size) for size in (1, 2)}
-    rates = alternate(sides, arguments.pairs, "images/s", num_warm_up=0)
-    one, two = map(statistics.median, rates.values())
-    return {"features": arguments.features, "images_per_second": rates, "efficiency": two / one / 2}
+    sides = {
+        "two processes": functools.partial(_rate, arguments, 2),
+        "one process": functools.partial(_rate, arguments, 1),
+    }
+    found = print_rates(alternate(sides, arguments.pairs, "images/s", num_warm_up=0), "images/s")
+    print(f"{'efficiency':28}{found['ratio'] / 2:10.2f}")
+    return {"features": arguments.features, "images_per_second": found["rates"], "efficiency": found["ratio"] / 2}
 
 
 def _rate(arguments: argparse.Namespace, world_size: int) -> float:
@@ -94,17 +98,13 @@ def _rate(arguments: argparse.Namespace, world_size: int) -> float:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     options = ["--batches", arguments.batches, "--batch-size", arguments.batch_size, "--features", arguments.features]
-    command = [sys.executable, str(_COMMAND), "evaluation", "one-rank", *map(str, options)]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1"}
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_PORT": str(port)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
+    command = tool("evaluation", "one-rank", *options)
+    common = {"OMP_NUM_THREADS": 1, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    processes = []
+    for rank in range(world_size):
+        told = common | {"RANK": rank, "LOCAL_RANK": rank}
+        environment = os.environ | {name: str(value) for name, value in told.items()}
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
     said = [process.communicate()[0] for process in processes]
     if any(process.returncode for process in processes):
         raise UserError("a process failed; what it wrote stands above")
@@ -118,8 +118,12 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
-        random = arguments.features == INCEPTION
-        extractor = _random_inception(device) if random else make_extractor(arguments.features, device)
+        if arguments.features == INCEPTION:  # with random weights: its published ones need a download
+            from cfpretrain.evaluation.inception import Inception
+
+            extractor = FeatureExtractor("fd_inception_random", "random", Inception().to(device), device, "random")
+        else:
+            extractor = make_extractor(arguments.features, device)
         num_images = arguments.batches * arguments.batch_size
         shape = (arguments.batch_size, 3, 256, 256)
         images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -138,10 +142,3 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any] | None:
         work.remove()
         files.remove(Path(folder))
         return {"features": arguments.features, "images_per_second": num_images / seconds}
-
-
-def _random_inception(device: torch.device) -> FeatureExtractor:
-    """The FID Inception with random weights: its published ones need a download."""
-    from cfpretrain.evaluation.inception import Inception
-
-    return FeatureExtractor("fd_inception_random", "random", Inception().to(device), device, "random")

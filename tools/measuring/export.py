@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,9 +23,10 @@ from cfpretrain.base import files
 from cfpretrain.base.console import UserError, phase, say
 from cfpretrain.export import imported_run
 from cfpretrain.export.diffusers_layout import ExportSettings, export
+from tools.measuring import tool
+from tools.measuring.common import resident_bytes
 
 _GB = 1e9
-_COMMAND = Path(__file__).parents[1] / "measure.py"
 _TINY = ["model.width=32", "model.depth=1", "model.num_heads=1", "model.num_classes=2", "model.num_cond_tokens=1"]
 
 
@@ -35,9 +35,7 @@ def _export(run: Path, out: Path, arguments: argparse.Namespace) -> dict[str, fl
     begin = time.monotonic()
     export(run, out, ExportSettings(dtype=arguments.dtype, max_shard_bytes=round(arguments.max_shard_gb * _GB)))
     seconds = time.monotonic() - begin
-    status = Path("/proc/self/status").read_text()
-    [peak_kb] = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
-    return {"seconds": seconds, "peak_rss_gb": int(peak_kb) * 1024 / _GB}
+    return {"seconds": seconds, "peak_rss_gb": resident_bytes("VmHWM") / _GB}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,15 +65,8 @@ def _measure_one(config: Any, folder: Path, arguments: argparse.Namespace) -> di
     with phase(f"writing a run of {sum(map(math.prod, shapes.values())) / 1e6:,.1f} M parameters"):
         made = imported_run.ForeignCheckpoint("random values", imported_run.Counters(1, 0), read_tensor)
         imported_run.write_run(folder / "run", config, made)
-    options = [
-        "--dtype",
-        arguments.dtype,
-        "--max-shard-gb",
-        str(arguments.max_shard_gb),
-        "--config",
-        arguments.config[0],
-    ]
-    command = [sys.executable, str(_COMMAND), "export", "--export", str(folder / "run"), str(folder / "out"), *options]
+    options = ["--dtype", arguments.dtype, "--max-shard-gb", arguments.max_shard_gb, "--config", arguments.config[0]]
+    command = tool("export", "--export", folder / "run", folder / "out", *options)
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if ended.returncode:
         raise UserError(f"the export ended with code {ended.returncode}; see above")

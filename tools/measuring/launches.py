@@ -13,11 +13,10 @@ import itertools
 import json
 import math
 import os
+import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -27,8 +26,9 @@ from cfpretrain.base import files, runtime
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core.attention import block_causal
 from cfpretrain.core.attention.block_causal import Launch
+from tools.measuring import tool
 from tools.measuring.attention import full_intervals
-from tools.measuring.common import seconds_of
+from tools.measuring.common import dtype_of, seconds_of
 
 KERNELS = ("forward", "backward_q", "backward_kv")
 _ROWS, _KEYS, _WARPS, _STAGES = (64, 128), (32, 64, 128), (4, 8), (2, 3, 4)
@@ -37,7 +37,6 @@ _NUM_COND_TOKENS, _NUM_HEADS = 64, 20
 _TOKENS_IN_A_BATCH = 16 * 576
 _REPEATS, _TURNS = 10, 3
 _COMPILE_SHARE = 0.6  # of the time
-_WORKER = (sys.executable, str(Path(__file__).parents[1] / "measure.py"), "launches")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
@@ -60,7 +59,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def settings() -> list[Launch]:
-    """What could do."""
+    """All that are tried."""
     grid = itertools.product(_ROWS, _KEYS, _WARPS, _STAGES)
     return [Launch(*one) for one in grid if one[0] * one[1] <= _MOST_TILE_VALUES]
 
@@ -73,8 +72,9 @@ def _compile_in_parallel(arguments: argparse.Namespace, end: float) -> None:
     """Fills Triton's cache, until `end` at the latest."""
     num_workers = max(1, len(os.sched_getaffinity(0)) - 1)
     say(f"compiling {len(settings()) * len(KERNELS) * len(arguments.head_widths)} kernels on {num_workers} processes")
-    options = ["--tokens", *map(str, arguments.tokens), "--head-widths", *map(str, arguments.head_widths)]
-    workers = [subprocess.Popen([*_WORKER, *options, "--worker", str(i), str(num_workers)]) for i in range(num_workers)]
+    options = ["--tokens", *arguments.tokens, "--head-widths", *arguments.head_widths]
+    commands = [tool("launches", *options, "--worker", i, num_workers) for i in range(num_workers)]
+    workers = list(map(subprocess.Popen, commands))
     for worker in workers:
         try:
             worker.wait(max(0.0, end - time.monotonic()))
@@ -105,9 +105,8 @@ class Inputs:
     def __init__(self, batch_size: int, num_tokens: int, num_heads: int, head_width: int, device: Any) -> None:
         self.intervals_BMI = full_intervals(0, batch_size, _NUM_COND_TOKENS, num_tokens).to(device)
         self.length = self.intervals_BMI.shape[1]
-        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
         shape = (batch_size, self.length, 3, num_heads, head_width)
-        qkv = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype)
+        qkv = torch.randn(shape, generator=torch.Generator(device).manual_seed(0), device=device).to(dtype_of(device))
         self.q, self.k, self.v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         self.gradient = torch.ones_like(self.q)
 
@@ -154,39 +153,34 @@ def sweep(
             if seconds is not None:
                 timed.append({"launch": list(launch), "seconds": seconds})
         timed.sort(key=lambda one: one["seconds"])
-        value_bytes = inputs.q.element_size()
-        now = list(block_causal.LAUNCHES[kernel, head_width, value_bytes])
-        rows.append(
-            {"kernel": kernel, "head_width": head_width, "value_bytes": value_bytes, "length": length}
-            | {"default": now, "timed": timed}
-        )
+        key = {"kernel": kernel, "head_width": head_width, "value_bytes": inputs.q.element_size()}
+        now = tuple(block_causal.LAUNCHES[tuple(key.values())])
+        rows.append({**key, "length": length, "default": list(now), "timed": timed})
         shown = ", ".join(f"{tuple(one['launch'])} {1e3 * one['seconds']:.3f}" for one in timed[:3])
-        print(f"{kernel}, head {head_width}, {length} tokens, ms: {shown}; default {tuple(now)}")
+        print(f"{kernel}, head {head_width}, {length} tokens, ms: {shown}; default {now}")
     return rows
 
 
 def best_settings(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of each kernel and head width the setting that is best over all lengths that were timed."""
+    names = ("kernel", "head_width", "value_bytes")
+    by_key: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["timed"]:
+            by_key.setdefault(tuple(row[name] for name in names), []).append(row)
     best = []
-    keys = dict.fromkeys((row["kernel"], row["head_width"], row["value_bytes"]) for row in rows if row["timed"])
-    for key in keys:
-        alike = [row for row in rows if (row["kernel"], row["head_width"], row["value_bytes"]) == key and row["timed"]]
-        sums: dict[tuple[int, ...], float] = {}
-        for one in alike[0]["timed"]:
-            launch = tuple(one["launch"])
-            ratios = [_seconds_at(row, launch) / row["timed"][0]["seconds"] for row in alike]
-            sums[launch] = sum(ratios) / len(ratios)
-        launch = min(sums, key=lambda one: sums[one])
+    for key, alike in by_key.items():
+        # Times as multiples of the best at their length; a setting that does not run at one of them is none.
+        seconds = [{tuple(one["launch"]): one["seconds"] for one in row["timed"]} for row in alike]
+        ratios = {
+            launch: statistics.mean(of.get(launch, math.inf) / min(of.values()) for of in seconds)
+            for launch in seconds[0]
+        }
+        launch = min(ratios, key=lambda one: ratios[one])
         lengths = [row["length"] for row in alike]
-        best.append(
-            {"kernel": key[0], "head_width": key[1], "value_bytes": key[2], "launch": list(launch)}
-            | {"of_best": sums[launch], "lengths": lengths}
-        )
+        found = {"launch": list(launch), "of_best": ratios[launch], "lengths": lengths}
+        best.append(dict(zip(names, key, strict=True)) | found)
     return best
-
-
-def _seconds_at(row: dict[str, Any], launch: tuple[int, ...]) -> float:
-    return next((one["seconds"] for one in row["timed"] if tuple(one["launch"]) == launch), math.inf)
 
 
 def lines_for_launches(best: Sequence[dict[str, Any]]) -> list[str]:

@@ -11,7 +11,7 @@ from cfpretrain.base.config import ModelConfig
 from cfpretrain.core import attention
 from cfpretrain.core.model import Block, BlockSettings
 from tools.measuring.attention import full_intervals
-from tools.measuring.common import synchronise
+from tools.measuring.common import dtype_of, synchronise
 
 # By a part of the name of a kernel, or on a CPU of an operator; the first that fits counts.
 _KINDS = {
@@ -63,7 +63,12 @@ def summarise(events: Iterable[Any], on_gpu: bool) -> dict[str, Any]:
     # What the host has launched may begin later than the range ends.
     inside = [event for event in events if span.start <= event.time_range.start and event.name != _RANGE]
     if on_gpu:
-        kernels = [event for event in inside if _is_of_device(event)]
+        # Ranges that the host names are shown on the device as well.
+        kernels = [
+            event
+            for event in inside
+            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        ]
         worked = [(event.name, event.time_range.elapsed_us()) for event in kernels]
         busy = _union([(event.time_range.start, event.time_range.end) for event in kernels])
     else:
@@ -78,11 +83,6 @@ def summarise(events: Iterable[Any], on_gpu: bool) -> dict[str, Any]:
         "num_launches": sum(not _IS_NO_LAUNCH.match(name) for name, _ in worked) if on_gpu else 0,
         "num_synchronisations": len(waits),
     }
-
-
-def _is_of_device(event: Any) -> bool:
-    # Ranges that the host names are shown on the device as well.
-    return event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
 
 
 def _union(spans: list[tuple[float, float]]) -> float:
@@ -117,13 +117,20 @@ def count_kernels(model: ModelConfig, backend: str, device: torch.device) -> dic
     from torch._dynamo.utils import counters
     from torch._inductor import metrics
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = dtype_of(device)
     torch._dynamo.reset()
     counters.clear()
     metrics.reset()
     with device:
         block = Block(model.width, model.num_heads, BlockSettings(attention=backend, compile=True)).to(dtype)
-    run = _block_run(block, model, backend, device, dtype)
+
+    def run(seed: int) -> None:
+        intervals_BMI = full_intervals(seed, 2, model.num_cond_tokens, model.num_tokens).to(device)
+        length = intervals_BMI.shape[1]
+        visibility = attention.make_visibility(intervals_BMI, length, backend)
+        x_BMD = torch.randn(2, length, model.width, device=device, dtype=dtype, requires_grad=True)
+        block(x_BMD, visibility).sum().backward()
+
     run(0)
     run(1)
     counted = {
@@ -134,16 +141,3 @@ def count_kernels(model: ModelConfig, backend: str, device: torch.device) -> dic
     if device.type != "cuda":
         return counted
     return counted | {"launched": int(profile(lambda: run(0), device)["num_launches"])}
-
-
-def _block_run(
-    block: Block, model: ModelConfig, backend: str, device: torch.device, dtype: torch.dtype
-) -> Callable[[int], None]:
-    def run(seed: int) -> None:
-        intervals_BMI = full_intervals(seed, 2, model.num_cond_tokens, model.num_tokens).to(device)
-        length = intervals_BMI.shape[1]
-        visibility = attention.make_visibility(intervals_BMI, length, backend)
-        x_BMD = torch.randn(2, length, model.width, device=device, dtype=dtype, requires_grad=True)
-        block(x_BMD, visibility).sum().backward()
-
-    return run

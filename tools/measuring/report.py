@@ -29,7 +29,8 @@ from types import FrameType
 from typing import Any
 
 from cfpretrain.base import files
-from cfpretrain.base.console import UserError, say
+from cfpretrain.base.console import UserError, explaining, say
+from tools.measuring import tool
 from tools.measuring.report_tables import to_markdown
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -41,23 +42,14 @@ _COMPILE_THREADS = "2"  # of the compiler in each of many processes
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report.
+    """A part of the report."""
 
-    Attributes:
-        name: of it and of its log.
-        seconds: that it takes, roughly.
-        commands: tools with their options, `_LIMIT` among them; several run at once.
-        needs_gpu: it has nothing to measure without one.
-        packages: that it needs beside those of every run.
-        only_if_asked: it is left out unless `--only` names it.
-    """
-
-    name: str
-    seconds: float
-    commands: tuple[tuple[str, ...], ...]
-    needs_gpu: bool = False
-    packages: tuple[str, ...] = ()
-    only_if_asked: bool = False
+    name: str  # of it and of its log
+    seconds: float  # that it takes, roughly
+    commands: Sequence[Sequence[str]]  # tools with their options, `_LIMIT` among them; several run at once
+    needs_gpu: bool = False  # it has nothing to measure without one
+    packages: tuple[str, ...] = ()  # that it needs beside those of every run
+    only_if_asked: bool = False  # it is left out unless `--only` names it
 
 
 def measure(arguments: argparse.Namespace) -> None:
@@ -66,17 +58,20 @@ def measure(arguments: argparse.Namespace) -> None:
         raise UserError("measure report: expected a checkout of cfpretrain, whose configs it measures; run it there")
     if not 0 < arguments.minutes < float("inf"):
         raise UserError(f"--minutes: expected a number above 0, got {arguments.minutes:g}")
-    _check_names(arguments.only or [], arguments.out)
+    known = {section.name for on_gpu in (False, True) for section in sections(on_gpu, arguments.out)}
+    for name in arguments.only or []:
+        if name not in known | {"environment"}:
+            raise UserError(f"--only: expected sections among environment, {', '.join(sorted(known))}, got {name!r}")
     end = time.monotonic() + 60 * arguments.minutes
     # What is stopped writes no further, and leaves no process behind.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     report = Report(arguments.out)
     environment = Section("environment", 20, (tool("machine"),))
-    found = report.add(environment, run_section(environment, end, arguments.out))
-    on_gpu = found.get("device") == "cuda"
-    planned = sections(on_gpu, arguments.out)
-    wanted = chosen(planned, arguments.only, arguments.sweep)
+    found = run_section(environment, end, arguments.out)
+    report.add(environment, found)
+    on_gpu = any(result.get("device") == "cuda" for result in found["results"])
+    wanted = chosen(sections(on_gpu, arguments.out), arguments.only, arguments.sweep)
     for section in wanted:
         why_not = reason_to_leave_out(section, on_gpu, end - time.monotonic())
         if why_not is None:
@@ -90,14 +85,6 @@ def measure(arguments: argparse.Namespace) -> None:
         raise UserError(f"no section was measured; {arguments.out / 'report.md'} says why")
 
 
-def _check_names(only: Sequence[str], out: Path) -> None:
-    """Before anything is written."""
-    known = {section.name for on_gpu in (False, True) for section in sections(on_gpu, out)}
-    for name in only:
-        if name not in known | {"environment"}:
-            raise UserError(f"--only: expected sections among environment, {', '.join(sorted(known))}, got {name!r}")
-
-
 def _interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
@@ -106,12 +93,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 # What is measured
 
 
-def tool(what: str, *options: str) -> tuple[str, ...]:
-    """The command of a measurement."""
-    return (sys.executable, str(_ROOT / "tools" / "measure.py"), what, *options)
-
-
-def _step(config: str, *options: str) -> tuple[str, ...]:
+def _step(config: str, *options: str) -> list[str]:
     return tool("step", "--config", f"configs/{config}.yaml", *options)
 
 
@@ -207,19 +189,18 @@ def reason_to_leave_out(section: Section, on_gpu: bool, seconds_left: float) -> 
     """Why a section cannot run here and now; None where it can."""
     if section.needs_gpu and not on_gpu:
         return "needs a GPU"
-    absent = [name for name in section.packages if not _is_installed(name)]
+    absent = []
+    for name in section.packages:
+        try:
+            is_there = find_spec(name) is not None
+        except ModuleNotFoundError:  # of the package around it
+            is_there = False
+        absent += [] if is_there else [name]
     if absent:
         return f"{', '.join(absent)} is not installed"
     if seconds_left < section.seconds / 2:
         return f"it takes about {section.seconds:.0f} s, and {max(0.0, seconds_left):.0f} s are left"
     return None
-
-
-def _is_installed(name: str) -> bool:
-    try:
-        return find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package around it
-        return False
 
 
 # ---------------------------------------------------------------------------
@@ -232,42 +213,39 @@ def run_section(section: Section, end: float, out: Path) -> dict[str, Any]:
     Args:
         section: whose commands print JSON on their last line, or, of pytest, a summary.
         end: of the report, by `time.monotonic`.
-        out: folder of the log.
+        out: folder of the logs.
 
     Returns:
         `state` ("measured", "failed" or "out of time"), `seconds`, `results` (what each command measured) and `why`.
     """
     say(f"{section.name} ...")
-    begin, left = time.monotonic(), max(0.0, end - time.monotonic())
-    limit = seconds_for(section, left)
+    begin = time.monotonic()
+    limit = seconds_for(section, max(0.0, end - begin))
     must_end = str(max(1, int(limit - _MARGIN_SECONDS)))
     commands = [[part.replace(_LIMIT, must_end) for part in command] for command in section.commands]
-    logs = [_log_file(out, section, i) for i in range(len(commands))]
+    stem = section.name.replace(" ", "_")
+    logs = [out / (f"{stem}.{i}.log" if len(commands) > 1 else f"{stem}.log") for i in range(len(commands))]
     with _processes(commands, logs) as processes:
         while any(process.poll() is None for process in processes) and time.monotonic() < begin + limit:
             time.sleep(_POLL_SECONDS)
         codes = [process.poll() for process in processes]
     texts = [log.read_text(errors="replace") for log in logs]
-    results = [result for result in map(measured_in, texts) if result is not None]
-    found: dict[str, Any] = {"seconds": time.monotonic() - begin, "results": results}
+    measured = list(map(measured_in, texts))
+    seconds = time.monotonic() - begin
+    found = {"state": "measured", "seconds": seconds, "results": [one for one in measured if one is not None]}
     # pytest's code says whether tests failed, which is a result.
-    failed = [text for code, text in zip(codes, texts, strict=True) if code != 0 and measured_in(text) is None]
+    failed = [text for code, text, one in zip(codes, texts, measured, strict=True) if code != 0 and one is None]
     if None in codes:
-        found |= {"state": "out of time", "why": f"ended after {found['seconds']:.0f} s"}
+        found |= {"state": "out of time", "why": f"ended after {seconds:.0f} s"}
     elif failed:
-        found |= {"state": "failed", "why": last_line(failed[0])}
-    else:
-        found |= {"state": "measured"}
+        lines = [line.strip() for line in failed[0].splitlines() if line.strip()]
+        found |= {"state": "failed", "why": lines[-1][:300] if lines else "it said nothing"}
     return found
 
 
 def seconds_for(section: Section, seconds_left: float) -> float:
     """How long a section may take: one that hangs leaves half of what is left to the others."""
     return min(seconds_left, max(section.seconds, seconds_left / 2))
-
-
-def _log_file(out: Path, section: Section, number: int) -> Path:
-    return out / f"{section.name.replace(' ', '_')}{f'.{number}' if len(section.commands) > 1 else ''}.log"
 
 
 @contextmanager
@@ -290,13 +268,9 @@ def _processes(commands: Sequence[Sequence[str]], logs: Sequence[Path]) -> Itera
         yield started
     finally:
         for process in started:
-            _kill_group(process)
-
-
-def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    with suppress(ProcessLookupError):  # all of it has ended
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+            with suppress(ProcessLookupError):  # all of it has ended
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def measured_in(text: str) -> dict[str, Any] | None:
@@ -320,43 +294,29 @@ def measured_in(text: str) -> dict[str, Any] | None:
     return {"summary": f"{len(verdicts)} tests until its time was over", "failures": failures}
 
 
-def last_line(text: str) -> str:
-    """What a process that failed said last."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "it said nothing"
-
-
 # ---------------------------------------------------------------------------
 # The report
 
 
 class Report:
-    """report.json and report.md, written again with every section.
-
-    Args:
-        folder: of the report, and of the logs.
-    """
+    """report.json and report.md in a folder beside the logs, written again with every section."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._sections: dict[str, dict[str, Any]] = {}
         if (folder / "report.json").exists():
             raise UserError(f"--out: {folder} holds a report; choose another folder, or remove it")
-        try:
+        with explaining(f"--out: {folder} cannot be made ({{reason}}); choose another"):
             files.make_folder(folder, follow=True)
-        except OSError as error:
-            raise UserError(f"--out: {folder} cannot be made ({error.strerror or error}); choose another") from error
 
-    def add(self, section: Section, found: dict[str, Any]) -> dict[str, Any]:
-        """Adds what was found to the report; returns what the section's first command measured."""
-        self._sections[section.name] = {"state": found["state"], **found}
+    def add(self, section: Section, found: dict[str, Any]) -> None:
+        """Adds what was found to the report."""
+        self._sections[section.name] = found
         files.replace(self._folder / "report.json", json.dumps({"sections": self._sections}, indent=1) + "\n")
         files.replace(self._folder / "report.md", to_markdown(self._sections))
-        if found["state"] == "interrupted":
-            return {}
-        said = found["state"] if "seconds" not in found else f"{found['state']} in {found['seconds']:.0f} s"
-        say(f"{section.name}: {said}{': ' + found['why'] if 'why' in found else ''}")
-        return dict(found.get("results", [{}])[0]) if found.get("results") else {}
+        if found["state"] != "interrupted":
+            took = f" in {found['seconds']:.0f} s" if "seconds" in found else ""
+            say(f"{section.name}: {found['state']}{took}{': ' + found['why'] if 'why' in found else ''}")
 
     def has_measured(self, wanted: Sequence[Section]) -> bool:
         """Whether there is a result of any of these sections."""

@@ -1,175 +1,151 @@
 """The report of `measure.py report` as Markdown, for docs/benchmarks.md."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-GB = 1e9
-Sections = Mapping[str, Mapping[str, Any]]
-Rows = Sequence[Sequence[str]]
+Results = Mapping[str, dict[str, Any]]  # what the first command of each section printed
 
 
-def to_markdown(sections: Sections) -> str:
+def to_markdown(sections: Mapping[str, Mapping[str, Any]]) -> str:
     """The tables of all sections that were measured, and why the others were not.
 
     Args:
         sections: by name: `state`, `results` (what each command of it printed), `why`.
     """
-    tables: list[Callable[[dict[str, dict[str, Any]]], Iterator[str]]] = [
-        _environment,
-        _tests,
-        _steps,
-        _starts,
-        _kinds,
-        _attention,
-        _rates,
-        _launches,
-    ]
     measured = {name: of["results"][0] for name, of in sections.items() if name != "compile" and of.get("results")}
-    parts = ["\n".join(lines) for table in tables if (lines := _lines(table, measured))]
-    return "\n\n".join([*parts, "\n".join(_states(sections))]) + "\n"
+    parts = []
+    for table in (_environment, _tests, _steps, _starts, _kinds, _attention, _rates, _launches):
+        try:
+            parts.append(table(measured))
+        except Exception as error:  # the figures are in the JSON, and those yet to come are worth more than this table
+            parts.append([f"- table{table.__name__.replace('_', ' ')}: failed: {error!r}"])
+    states = [f"- {name}: {of['state']}: {of['why']}" for name, of in sections.items() if of["state"] != "measured"]
+    spent = ", ".join(f"{name} {of['seconds']:.0f} s" for name, of in sections.items() if "seconds" in of)
+    parts.append([*states, f"- spent: {spent}"])
+    return "\n\n".join("\n".join(lines) for lines in parts if lines) + "\n"
 
 
-def _lines(
-    table: Callable[[dict[str, dict[str, Any]]], Iterator[str]], measured: dict[str, dict[str, Any]]
-) -> list[str]:
-    try:
-        return list(table(measured))
-    except Exception as error:  # the figures are in the JSON, and those yet to come are worth more than this table
-        return [f"- table{table.__name__.replace('_', ' ')}: failed: {error!r}"]
-
-
-def _table(head: Sequence[str], rows: Rows) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield f"| {' | '.join(row)} |"
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a table; none where it has no rows."""
+    lines = [f"| {' | '.join(row)} |" for row in rows]
+    return lines and [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines]
 
 
 def _number(value: float | None, form: str = ".3g", factor: float = 1.0) -> str:
     return "-" if value is None else f"{factor * value:{form}}"
 
 
-def _environment(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _environment(measured: Results) -> list[str]:
     found = measured.get("environment")
     if found is None:
-        return
+        return []
     hardware, versions = found["hardware"], found["versions"]
     machine = f"{hardware['gpu']}, " if "gpu" in hardware else ""
-    parts = [f"{name} {version}" for name, version in versions.items() if version]
-    yield (
-        f"{machine}{hardware['cpu']}, {hardware['cores']} cores; {', '.join(parts)}. A product of large matrices: "
+    parts = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    return [
+        f"{machine}{hardware['cpu']}, {hardware['cores']} cores; {parts}. A product of large matrices: "
         f"{found['matmul_tflops']:.3g} TFLOP/s."
-    )
+    ]
 
 
-def _tests(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
-    for name, found in measured.items():
-        if "summary" in found:
-            yield f"{name}: {found['summary']}"
-            yield from (f"- {failure}" for failure in found["failures"])
+def _tests(measured: Results) -> list[str]:
+    summaries = {name: found for name, found in measured.items() if "summary" in found}
+    lines = [[f"{name}: {found['summary']}", *found["failures"]] for name, found in summaries.items()]
+    return [line for summary, *failures in lines for line in (summary, *(f"- {failure}" for failure in failures))]
 
 
-def _of_steps(measured: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _of_steps(measured: Results) -> Results:
     return {name: found for name, found in measured.items() if "images_per_second" in found and "side" in found}
 
 
-def _steps(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _steps(measured: Results) -> list[str]:
+    head = ["step", "micro-batch", "ZeRO", "attention", "s", "images/s", "MFU", "GB measured / estimated"]
     rows = []
     for name, found in _of_steps(measured).items():
         profile, train, engine = found.get("profile", {}), found["config"]["train"], found["config"]["engine"]
-        rows.append(
-            [
-                name,
-                f"{found['micro_batch_size']} x {train['global_batch_size'] // found['micro_batch_size']}",
-                str(engine["zero_stage"]),
-                found["blocks"]["attention"],
-                _number(found["seconds_per_step"]),
-                _number(found["images_per_second"], ".1f"),
-                _number(found["mfu"], ".1%"),
-                f"{_number(found['peak_memory_bytes'] / GB)} / {_number(found['estimated_memory_bytes'] / GB)}",
-                _number(profile.get("busy_share"), ".1%"),
-                _number(profile.get("num_launches"), ".0f"),
-                _number(profile.get("num_synchronisations"), ".0f"),
-            ]
-        )
-    if rows:
-        head = ["step", "micro-batch", "ZeRO", "attention", "s", "images/s", "MFU", "GB measured / estimated"]
-        yield from _table([*head, "GPU busy", "launches", "syncs"], rows)
+        row = [
+            name,
+            f"{found['micro_batch_size']} x {train['global_batch_size'] // found['micro_batch_size']}",
+            str(engine["zero_stage"]),
+            found["blocks"]["attention"],
+            _number(found["seconds_per_step"]),
+            _number(found["images_per_second"], ".1f"),
+            _number(found["mfu"], ".1%"),
+            f"{found['peak_memory_bytes'] / 1e9:.3g} / {found['estimated_memory_bytes'] / 1e9:.3g}",
+            _number(profile.get("busy_share"), ".1%"),
+            _number(profile.get("num_launches"), ".0f"),
+            _number(profile.get("num_synchronisations"), ".0f"),
+        ]
+        rows.append(row)
+    return _table([*head, "GPU busy", "launches", "syncs"], rows)
 
 
-def _starts(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _compared(title: str, columns: Results, form: str) -> list[str]:
+    """A table with a column for each section and a row for each name that one of them has."""
+    names = dict.fromkeys(name for column in columns.values() for name in column)
+    return _table(
+        [title, *columns], ([name, *(_number(of.get(name), form) for of in columns.values())] for name in names)
+    )
+
+
+def _starts(measured: Results) -> list[str]:
     starts = {
         # A stage is another row's; names of folders differ from run to run.
         name: {phase.split(", ")[0]: s for phase, s in found["start_seconds"].items() if "/" not in phase}
         for name, found in _of_steps(measured).items()
     }
-    phases = list(dict.fromkeys(phase for start in starts.values() for phase in start))
-    rows = [[phase, *(_number(start.get(phase), ".1f") for start in starts.values())] for phase in phases]
-    if rows:
-        yield from _table(["seconds of the start", *starts], rows)
+    return _compared("seconds of the start", starts, ".1f")
 
 
-def _kinds(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _kinds(measured: Results) -> list[str]:
     shares = {name: found["profile"]["shares"] for name, found in measured.items() if "profile" in found}
-    kinds = list(dict.fromkeys(kind for of in shares.values() for kind in of))
-    rows = [[kind, *(_number(of.get(kind), ".1%") for of in shares.values())] for kind in kinds]
-    if rows:
-        yield from _table(["share of the busy time", *shares], rows)
+    return _compared("share of the busy time", shares, ".1%")
 
 
-def _attention(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
-    found = measured.get("attention", {})
+def _attention(measured: Results) -> list[str]:
+    found, kinds = measured.get("attention", {}), ("forward", "kernels", "both")
     rows = [
         [
             f"{row['length']} / {row['head_width']}",
             str(row["batch_size"]),
             row["backend"],
             f"{row['visible_share']:.2f}",
-            *(_number(1e3 * row[kind], ".3f") for kind in ("forward", "kernels", "both")),
-            *(_number(row[f"{kind}_tflops"]) for kind in ("forward", "kernels", "both")),
+            *(_number(1e3 * row[kind], ".3f") for kind in kinds),
+            *(_number(row[f"{kind}_tflops"]) for kind in kinds),
             f"{row['error']:.1e}",
         ]
         for row in found.get("attention", [])
     ]
-    if rows:
-        times = [f"{kind} {unit}" for unit in ("ms", "TFLOP/s") for kind in ("forward", "kernels", "both")]
-        yield from _table(["tokens / head", "batch", "backend", "visible", *times, "error"], rows)
-        yield ""
-    yield from (f"- {name}: not measured: {why}" for name, why in found.get("not_measured", {}).items())
+    times = [f"{kind} {unit}" for unit in ("ms", "TFLOP/s") for kind in kinds]
+    table = _table(["tokens / head", "batch", "backend", "visible", *times, "error"], rows)
+    missing = [f"- {name}: not measured: {why}" for name, why in found.get("not_measured", {}).items()]
+    return [*table, *([""] if table and missing else []), *missing]
 
 
-def _rates(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _rates(measured: Results) -> list[str]:
     rows = []
     for name, found in measured.items():
         for row in found.get("rows", []):
             what = f"{name}, {row['num_ar_steps']} AR steps x {found['num_denoising_steps']}, {found['precision']}"
             rows.append([f"{what}, {found['cached_attention']}", f"{row['cached_images_per_second']:.3g} images/s"])
+        if "spent" in found:
+            of_thread = f"{name} of {found['batch_size']}, {{}}: the training thread"
+            rows += [
+                [of_thread.format(side), f"{min(spent):.2f} ms a micro-batch"] for side, spent in found["spent"].items()
+            ]
         if "rates" in found:
             rows += [[f"{name}, {side}", f"{max(rates):.4g} {found['unit']}"] for side, rates in found["rates"].items()]
-        for side, spent in found.get("spent", {}).items():
-            what = f"{name} of {found['batch_size']}, {side}: the training thread"
-            rows.append([what, f"{min(spent):.2f} {found['unit']} a micro-batch"])
         if "features" in found:
             rows.append([f"{name}, {found['features']}", f"{found['images_per_second']:.4g} images/s"])
         if "stall_seconds" in found:
             rows.append([f"{name}: a save keeps the step waiting", f"{_number(found['stall_seconds'], '.2f')} s"])
             rows += [[f"{name}: {kind} adds", f"{share:+.1%}"] for kind, share in found["added"].items()]
-    if rows:
-        yield from _table(["what", "measured"], rows)
+    return _table(["what", "measured"], rows)
 
 
-def _launches(measured: dict[str, dict[str, Any]]) -> Iterator[str]:
+def _launches(measured: Results) -> list[str]:
     rows = [
         [one["kernel"], str(one["head_width"]), f"Launch{tuple(one['launch'])}", f"{one['of_best']:.2f}"]
         for one in measured.get("sweep", {}).get("best", [])
     ]
-    if rows:
-        yield from _table(["kernel", "head", "for LAUNCHES", "of the best at each length"], rows)
-
-
-def _states(sections: Sections) -> Iterator[str]:
-    for name, of in sections.items():
-        if of["state"] != "measured":
-            yield f"- {name}: {of['state']}: {of['why']}"
-    spent = ", ".join(f"{name} {of['seconds']:.0f} s" for name, of in sections.items() if "seconds" in of)
-    yield f"- spent: {spent}"
+    return _table(["kernel", "head", "for LAUNCHES", "of the best at each length"], rows)

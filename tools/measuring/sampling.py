@@ -10,9 +10,10 @@ the ratio of the medians of images a second.
 """
 
 import argparse
+import functools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -68,26 +69,24 @@ def _time_both(
     )
     images: dict[str, Tensor] = {}
 
-    def rate(name: str, generate: Callable[..., Tensor]) -> float:
+    def rate(name: str) -> float:
         begin = time.perf_counter()
-        images[name] = generate(*given).cpu()
+        images[name] = (sampler.generate if name == "cached" else generate_plainly)(*given).cpu()
         return arguments.batch_size / (time.perf_counter() - begin)
 
-    sides = {"cached": lambda: rate("cached", sampler.generate)}
-    if not arguments.alone:
-        sides["plain"] = lambda: rate("plain", generate_plainly)
     say(f"{num_ar_steps} AR steps")
-    rates = alternate(sides, arguments.pairs, "images/s")
-    cached = statistics.median(rates["cached"])
-    row = {"num_ar_steps": num_ar_steps, "cached_images_per_second": cached}
-    said = f"{num_ar_steps} AR steps: {cached:.3f} images/s with the cache"
+    names = ["cached"] if arguments.alone else ["cached", "plain"]
+    rates = alternate({name: functools.partial(rate, name) for name in names}, arguments.pairs, "images/s")
+    medians = {name: statistics.median(of_side) for name, of_side in rates.items()}
+    row = {"num_ar_steps": num_ar_steps, **{f"{name}_images_per_second": value for name, value in medians.items()}}
+    said = f"{num_ar_steps} AR steps: {medians['cached']:.3f} images/s with the cache"
     if not arguments.alone:
         difference = float((images["cached"] - images["plain"]).abs().max() / images["plain"].abs().max())
         if not difference < _TOLERANCE[arguments.precision]:
             raise UserError(f"the two samplers disagree by {difference:.2g} at {num_ar_steps} AR steps: not compared")
-        plain = statistics.median(rates["plain"])
-        row |= {"plain_images_per_second": plain, "ratio": cached / plain, "difference": difference}
-        said += f", {plain:.3f} without: {cached / plain:.2f} times (images differ by {difference:.1g})"
+        ratio = medians["cached"] / medians["plain"]
+        row |= {"ratio": ratio, "difference": difference}
+        said += f", {medians['plain']:.3f} without: {ratio:.2f} times (images differ by {difference:.1g})"
     say(said)
     return row
 

@@ -22,14 +22,15 @@ from typing import Any
 from unittest.mock import patch
 
 from cfpretrain.base import config as configs
-from cfpretrain.base import runtime
+from cfpretrain.base import config_checks, runtime
 from cfpretrain.base.console import phase
 from cfpretrain.training import trainer as training
 from cfpretrain.training.step import StepResult
 from tools.measuring.common import alternate, on_noise, refuse_skipped, synchronise
 
-_KINDS = ("bare", "unguarded", "full", "saving")
-_ADDS = {
+# Kinds of blocks, and what each adds to the one before.
+_KINDS = {
+    "bare": "",
     "unguarded": "EMA and metrics add",
     "full": "guards and the ranks' exchange add",
     "saving": "a checkpoint a block adds",
@@ -42,7 +43,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any] | None:
     # Rank 0's folder serves all ranks; the others' stay empty.
     with runtime.ranks_of_a_tool(device), tempfile.TemporaryDirectory() as own:
         config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
-        configs.check(config, runtime.world_size())
+        config_checks.check(config, runtime.world_size())
         config = on_noise(config, Path(runtime.gather(own)[0]))
         training.prepare_folder(config, device)
         seconds, stalls = _measure(training.Trainer(config, device), arguments)
@@ -106,12 +107,12 @@ def _summarise(seconds: dict[str, list[float]], stalls: list[float]) -> dict[str
     added: dict[str, float] = {}
     for kind, values in seconds.items():
         text = f"{kind:<10}{1e3 * statistics.median(values):8.1f} ms a step (median)"
-        before = _KINDS[max(0, _KINDS.index(kind) - 1)]
-        if kind in _ADDS and before in seconds:
+        before = list(_KINDS)[max(0, list(_KINDS).index(kind) - 1)]
+        if kind != before and before in seconds:
             ratios = [a / b - 1 for a, b in zip(values, seconds[before], strict=True)]
             added[kind] = statistics.median(ratios)
             error = 1.25 * statistics.pstdev(ratios) / len(ratios) ** 0.5  # of a median, for a normal distribution
-            text += f": {_ADDS[kind]} {added[kind]:+.1%} (standard error {error:.1%})"
+            text += f": {_KINDS[kind]} {added[kind]:+.1%} (standard error {error:.1%})"
         print(text)
     stall = statistics.median(stalls) if stalls else None
     if stall is not None:

@@ -4,8 +4,8 @@ import multiprocessing
 import os
 import statistics
 import time
-import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from cfpretrain.data.loader import Loader
 from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.run.build import choose_blocks, initial_weights, make_loss, make_model, make_prepare, make_scaling
 from cfpretrain.run.metrics import training_flops
-from tools.measuring.common import refuse_skipped, synchronise
+from tools.measuring.common import refuse_skipped, resident_bytes, synchronise
 from tools.measuring.profiling import profile
 
 NAIVE = ("naive", "naive-autocast")
@@ -28,17 +28,11 @@ NAIVE = ("naive", "naive-autocast")
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step as one side made it.
-
-    Attributes:
-        seconds: of the step.
-        loss: of its global batch.
-        flops: of its global batch; 0 where the side does not count.
-    """
+    """One step as one side made it."""
 
     seconds: float
-    loss: float
-    flops: float = 0.0
+    loss: float  # of the global batch
+    flops: float = 0.0  # of the global batch; 0 where the side does not count
 
 
 class TrainerSide:
@@ -71,26 +65,38 @@ class TrainerSide:
         self._trainer.ema.wait()
 
 
-class BareSide:
-    """The engine and the objective alone, on batches that were made ahead."""
+class _OnBatches:
+    """A side whose batches are made ahead."""
+
+    def __init__(self, config: Config, device: torch.device, prepare: Prepare[Any], move: Callable[[Any], Any]) -> None:
+        self._config, self._device, self._move = config, device, move
+        self._loader: Loader[Any] = Loader(config, prepare, 0, 1)
+        self._ready: list[list[Any]] = []
+
+    def prepare(self, num_steps: int) -> None:
+        """Puts the batches of the next steps on the device."""
+        self._ready += [list(map(self._move, next(self._loader))) for _ in range(num_steps)]
+
+    def close(self) -> None:
+        """Ends the loader's workers."""
+        self._loader.close()
+
+
+class BareSide(_OnBatches):
+    """The engine and the objective alone."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         from cfpretrain.training.engine import build_engine
 
-        self._config, self._device, self._loss = config, device, make_loss(config)
-        blocks = choose_blocks(config, device.type)
+        self._loss, blocks = make_loss(config), choose_blocks(config, device.type)
         self._engine = build_engine(lambda: make_model(config, blocks), config, device)
         self._engine.initialise(initial_weights(config))
-        self._loader: Loader[Batch] = Loader(config, make_prepare(config), 0, 1)
-        self._ready: list[list[Batch]] = []
-
-    def prepare(self, num_steps: int) -> None:
-        """Puts the batches of the next steps on the device."""
-        self._ready += [[batch.to(self._device) for batch in next(self._loader)] for _ in range(num_steps)]
+        super().__init__(config, device, make_prepare(config), lambda batch: batch.to(device))
 
     def step(self) -> tuple[float, float]:
         """The next step; returns the loss and the FLOPs."""
-        batches, all_terms = self._ready.pop(0), []
+        batches: list[Batch] = self._ready.pop(0)
+        all_terms = []
         for batch in batches:
             all_terms.append(self._loss(self._engine, batch))
             self._engine.backward(all_terms[-1].total / all_terms[-1].count)
@@ -98,33 +104,19 @@ class BareSide:
         loss = statistics.mean(float(terms.total.detach()) / terms.count for terms in all_terms)
         return loss, sum(training_flops(self._config.model, batch.work) for batch in batches)
 
-    def close(self) -> None:
-        """Ends the loader's workers."""
-        self._loader.close()
 
-
-class NaiveSide:
-    """The plain implementation, on the same numbers, drawn ahead."""
+class NaiveSide(_OnBatches):
+    """The plain implementation, on the same numbers."""
 
     def __init__(self, config: Config, device: torch.device, autocast: bool) -> None:
         from tests.plain_step import PlainTraining
 
-        self._training, self._device = PlainTraining(config, device, autocast), device
-        self._loader: Loader[tuple[Tensor, Draws]] = Loader(config, make_draw(config), 0, 1)
-        self._ready: list[list[tuple[Tensor, Draws]]] = []
-
-    def prepare(self, num_steps: int) -> None:
-        """Puts the latents of the next steps on the device."""
-        for _ in range(num_steps):
-            self._ready.append([(latents.to(self._device), draws) for latents, draws in next(self._loader)])
+        self._training = PlainTraining(config, device, autocast)
+        super().__init__(config, device, make_draw(config), lambda drawn: (drawn[0].to(device), drawn[1]))
 
     def step(self) -> tuple[float, float]:
         """The next step; returns the loss, and no FLOPs."""
         return self._training.step(self._ready.pop(0)), 0.0
-
-    def close(self) -> None:
-        """Ends the loader's workers."""
-        self._loader.close()
 
 
 def make_draw(config: Config) -> Prepare[tuple[Tensor, Draws]]:
@@ -172,12 +164,7 @@ _IMPORTS = _seconds_since_start()
 
 
 class Measured:
-    """A side in this process, which joins a process group of its own for it.
-
-    Attributes:
-        name: of the side.
-        start: seconds of its start, by phase; a phase of the engine is part of the building.
-    """
+    """A side in this process, which joins a process group of its own for it."""
 
     def __init__(self, name: str, config: Config) -> None:
         for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
@@ -190,8 +177,9 @@ class Measured:
             os.environ.setdefault("DS_ACCELERATOR", self._device.type)
             import cfpretrain.training.trainer  # noqa: F401
         imported = time.perf_counter()
-        self._bare_bytes = _resident_bytes("VmRSS")
+        self._bare_bytes = resident_bytes("VmRSS")
         self._side = make_side(name, config, self._device)
+        # Seconds, by phase; a phase of the engine is part of the building.
         self.start = {
             "imports": _IMPORTS,
             "deepspeed": imported - begin,
@@ -215,71 +203,33 @@ class Measured:
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device)
         else:
-            peak = max(0, _resident_bytes("VmHWM") - self._bare_bytes)
+            peak = max(0, resident_bytes("VmHWM") - self._bare_bytes)
         self._side.close()
         runtime.stop()
         return peak
 
-    def kill(self) -> None:
-        """Nothing: it ends with this process."""
+
+_measured: Measured  # in the process of a `Worker`
 
 
-def serve(pipe: Any, name: str, config: Config) -> None:
-    """A process that does for `Worker` what it asks for, by the names of `Measured`'s methods."""
-    try:
-        measured = Measured(name, config)
-        pipe.send(measured.start)
-        what = ""
-        while what != "end":
-            what, *given = pipe.recv()
-            pipe.send(getattr(measured, what)(*given))
-    except BaseException:
-        pipe.send(traceback.format_exc())
+def _begin(name: str, config: Config) -> dict[str, float]:
+    global _measured
+    _measured = Measured(name, config)
+    return _measured.start
 
 
-def _resident_bytes(field: str) -> int:
-    """This process's resident memory: VmRSS now, VmHWM at its highest."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+def _call(method: str, *given: Any) -> Any:
+    return getattr(_measured, method)(*given)
 
 
 class Worker:
-    """`Measured` in a process of its own."""
+    """`Measured` in a process of its own, which ends with the pool."""
 
     def __init__(self, name: str, config: Config) -> None:
-        context = multiprocessing.get_context("spawn")
         self.name = name
-        self._pipe, theirs = context.Pipe()
-        # No daemon: the loader has processes of its own.
-        self._process = context.Process(target=serve, args=(theirs, name, config))
-        self._process.start()
-        theirs.close()
-        self.start: dict[str, float] = self._receive()
+        self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        self.start = self._pool.submit(_begin, name, config).result()
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __getattr__(self, method: str) -> Callable[..., Any]:
         """A method of `Measured`, called there."""
-
-        def call(*given: Any) -> Any:
-            self._pipe.send((name, *given))
-            found = self._receive()
-            if name == "end":
-                self._process.join()
-            return found
-
-        return call
-
-    def kill(self) -> None:
-        """Ends a process that is no longer needed, at once."""
-        self._process.kill()
-        self._process.join()
-
-    def _receive(self) -> Any:
-        try:
-            received = self._pipe.recv()
-        except EOFError as error:
-            self._process.join()
-            code = self._process.exitcode
-            raise RuntimeError(f"the process of {self.name} died with exit code {code}; out of memory?") from error
-        if isinstance(received, str):
-            raise RuntimeError(f"{self.name} failed:\n{received}")
-        return received
+        return lambda *given: self._pool.submit(_call, method, *given).result()

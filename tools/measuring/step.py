@@ -16,9 +16,10 @@ FLOPs count visible pairs of attention only.
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from cfpretrain.base import config as configs
-from cfpretrain.base import runtime
+from cfpretrain.base import config_checks, runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core.modalities import class_segment, image_segment
@@ -53,7 +54,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         config = _fitting(config, device)
     if arguments.compile:  # all blocks have the kernels of one
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
-    configs.check(config, 1)
+    config_checks.check(config, 1)
     choose_blocks(config, device.type)
     if arguments.kernels:
         kernels = count_kernels(config.model, choose_attention(config, device.type), device)
@@ -89,19 +90,12 @@ def _fitting(config: Config, device: torch.device) -> Config:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which of a run's steps are timed.
+    """Which of a run's steps are timed."""
 
-    Attributes:
-        num_warm_up: steps before those that are timed.
-        lengths: tokens that a sequence is computed with, of the steps that are timed.
-        num_between: steps between those and the one that is profiled, which has the length of one of them.
-        profiled_length: its.
-    """
-
-    num_warm_up: int
-    lengths: list[int]
-    num_between: int
-    profiled_length: int
+    num_warm_up: int  # steps before those that are timed
+    lengths: list[int]  # tokens that a sequence is computed with, of the steps that are timed
+    num_between: int  # steps between those and the one that is profiled, which has the length of one of them
+    profiled_length: int  # of a sequence
 
 
 def plan_steps(config: Config, num_timed: int, compiles: bool) -> Plan:
@@ -113,25 +107,21 @@ def plan_steps(config: Config, num_timed: int, compiles: bool) -> Plan:
         compiles: something is compiled, or tuned, for each length when it first comes.
     """
     loss = make_loss(config)
-    lengths: list[int] = []
+    length_of = functools.cache(lambda step: _length_of(config, loss, step))
 
-    def lengths_until(num_steps: int) -> list[int]:
-        while len(lengths) < num_steps:
-            lengths.append(_length_of(config, loss, len(lengths)))
-        return lengths
+    def lengths_of(steps: range) -> list[int]:
+        return [length_of(step) for step in steps]
 
     num_warm_up = 2 if compiles else 1  # ZeRO stage 3 learns from its first step
     while compiles and num_warm_up < _MOST_STEPS_PLANNED:
-        known = set(lengths_until(num_warm_up + num_timed)[:num_warm_up])
-        if known >= set(lengths[num_warm_up : num_warm_up + num_timed]):
+        if set(lengths_of(range(num_warm_up))) >= set(lengths_of(range(num_warm_up, num_warm_up + num_timed))):
             break
         num_warm_up += 1
     end = num_warm_up + num_timed
-    timed = lengths_until(end)[num_warm_up:end]
-    num_between = next(
-        (i for i in range(_MOST_STEPS_PLANNED) if not compiles or lengths_until(end + i + 1)[end + i] in timed), 0
-    )
-    return Plan(num_warm_up, timed, num_between, lengths_until(end + num_between + 1)[end + num_between])
+    timed = lengths_of(range(num_warm_up, end))
+    alike = (i for i in range(_MOST_STEPS_PLANNED) if not compiles or length_of(end + i) in timed)
+    num_between = next(alike, 0)
+    return Plan(num_warm_up, timed, num_between, length_of(end + num_between))
 
 
 def _length_of(config: Config, loss: Any, step: int) -> int:
@@ -155,45 +145,38 @@ def time_steps(config: Config, arguments: argparse.Namespace, device: torch.devi
         device: where to compute.
     """
     plan = plan_steps(config, arguments.pairs, config.engine.compile_blocks or device.type == "cuda")
-    names = ["bare" if arguments.bare else "trainer", *([arguments.against] if arguments.against else [])]
-    workers: list[Worker | Measured] = []
-    try:
-        for name in names:
-            say(f"starting {name}")
-            workers.append((Worker if arguments.against else Measured)(name, config))
-        results = _take_turns(workers, plan, arguments.pairs)
-        profiled = _profile(workers[0], plan, results[names[0]], device) if arguments.profile else {}
-        peaks = {worker.name: worker.end() for worker in workers}
-    finally:
-        for worker in workers:
-            worker.kill()
+    sides: list[Worker | Measured] = []
+    for name in ["bare" if arguments.bare else "trainer", *([arguments.against] if arguments.against else [])]:
+        say(f"starting {name}")
+        sides.append((Worker if arguments.against else Measured)(name, config))
+    results = _take_turns(sides, plan, arguments.pairs)
+    profiled = _profile(sides[0], plan, results[sides[0].name], device) if arguments.profile else {}
+    peaks = {side.name: side.end() for side in sides}
     _print_steps(results, plan, peaks)
     measured = _summarise(config, arguments, device, results, peaks)
-    return measured | {"lengths": plan.lengths, "start_seconds": workers[0].start} | profiled
+    return measured | {"lengths": plan.lengths, "start_seconds": sides[0].start} | profiled
 
 
-def _take_turns(workers: Sequence[Worker | Measured], plan: Plan, num_timed: int) -> dict[str, list[StepResult]]:
-    for worker in workers:
-        say(f"warming up {worker.name} with {plan.num_warm_up} steps")
-        first, *_ = worker.steps(1) + worker.steps(plan.num_warm_up - 1)
-        worker.start["the first step"] = first.seconds
-    if len(workers) == 1:
+def _take_turns(sides: Sequence[Worker | Measured], plan: Plan, num_timed: int) -> dict[str, list[StepResult]]:
+    for side in sides:
+        say(f"warming up {side.name} with {plan.num_warm_up} steps")
+        first, *_ = side.steps(1) + side.steps(plan.num_warm_up - 1)
+        side.start["the first step"] = first.seconds
+    if len(sides) == 1:
         # As in training, where nothing waits for the device between two steps.
-        return {workers[0].name: workers[0].steps(num_timed)}
-    results: dict[str, list[StepResult]] = {worker.name: [] for worker in workers}
+        return {sides[0].name: sides[0].steps(num_timed)}
+    results: dict[str, list[StepResult]] = {side.name: [] for side in sides}
     for step in range(num_timed):
         say(f"step {step + 1} of {num_timed}")
-        for worker in workers if step % 2 == 0 else workers[::-1]:
-            results[worker.name] += worker.steps(1)
+        for side in sides if step % 2 == 0 else sides[::-1]:
+            results[side.name] += side.steps(1)
     return results
 
 
-def _profile(
-    worker: Worker | Measured, plan: Plan, timed: Sequence[StepResult], device: torch.device
-) -> dict[str, Any]:
+def _profile(side: Worker | Measured, plan: Plan, timed: Sequence[StepResult], device: torch.device) -> dict[str, Any]:
     """Profiles a step, and says for how much of its time without a profiler the device is busy."""
-    worker.steps(plan.num_between)
-    found = worker.profile()
+    side.steps(plan.num_between)
+    found = side.profile()
     alike = [one.seconds for one, length in zip(timed, plan.lengths, strict=True) if length == plan.profiled_length]
     seconds = statistics.median(alike or [one.seconds for one in timed])
     if device.type == "cuda":
@@ -206,25 +189,26 @@ def _profile(
 
 
 def _print_steps(results: dict[str, list[StepResult]], plan: Plan, peaks: dict[str, int]) -> None:
-    ours, *others = results
+    def line(label: str, seconds: Iterable[float], ratio: float | None, loss: str = "") -> None:
+        shown = "".join(f"{value:18.3f}" for value in seconds)
+        print(f"{label:>14}{shown}{'' if ratio is None else f'{ratio:.2f}':>8}{loss:>10}")
+
     titles = "".join(f"{name + ' s':>18}" for name in results)
     print(f"{'step':>6}{'tokens':>8}{titles}{'ratio':>8}{'loss':>10}")
-    for i, made in enumerate(results[ours]):
-        seconds = "".join(f"{of_side[i].seconds:18.3f}" for of_side in results.values())
-        ratio = f"{results[others[0]][i].seconds / made.seconds:8.2f}" if others else f"{'':8}"
-        print(f"{plan.num_warm_up + i:6}{plan.lengths[i]:8}{seconds}{ratio}{made.loss:10.5f}")
+    ratios = _ratios(results)
+    for i, made in enumerate(zip(*results.values(), strict=True)):
+        label = f"{plan.num_warm_up + i:6}{plan.lengths[i]:8}"
+        line(label, (one.seconds for one in made), ratios[i] if ratios else None, f"{made[0].loss:.5f}")
     for label, pick in (("min", min), ("median", statistics.median), ("max", max)):
-        seconds = "".join(f"{pick(made.seconds for made in of_side):18.3f}" for of_side in results.values())
-        ratio = f"{_ratios(results)[label]:8.2f}" if others else ""
-        print(f"{label:>14}{seconds}{ratio}")
+        line(label, (pick(one.seconds for one in made) for made in results.values()), pick(ratios) if ratios else None)
     print(f"{'peak GB':>14}" + "".join(f"{peaks[name] / 1e9:18.2f}" for name in results))
 
 
-def _ratios(results: dict[str, list[StepResult]]) -> dict[str, float]:
-    """How many times longer the other side takes, pair by pair."""
-    ours, theirs = results.values()
-    ratios = [b.seconds / a.seconds for a, b in zip(ours, theirs, strict=True)]
-    return {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)}
+def _ratios(results: dict[str, list[StepResult]]) -> list[float]:
+    """How many times longer the other side takes, pair by pair; nothing where there is none."""
+    if len(results) == 1:
+        return []
+    return [theirs.seconds / ours.seconds for ours, theirs in zip(*results.values(), strict=True)]
 
 
 def _summarise(
@@ -254,10 +238,10 @@ def _summarise(
     }
     if not others:
         return summary
-    theirs = results[others[0]]
+    theirs, ratios = results[others[0]], _ratios(results)
     difference = max(abs(a.loss / b.loss - 1) for a, b in zip(made, theirs, strict=True))
     return summary | {
-        "ratio": _ratios(results),
+        "ratio": {"min": min(ratios), "median": statistics.median(ratios), "max": max(ratios)},
         "against": {
             "name": others[0],
             "seconds_per_step": statistics.median(one.seconds for one in theirs),
