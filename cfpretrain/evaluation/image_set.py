@@ -167,7 +167,7 @@ class ImageSet:
                 for part in parts:
                     member.write(array_files.load(part).data)
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
-                np.save(member, np.asarray(self.labels, np.int64))
+                np.lib.format.write_array(member, np.asarray(self.labels, np.int64), version=(1, 0))
             archive.comment = json.dumps(self._work.plan).encode()
 
 
