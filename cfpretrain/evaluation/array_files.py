@@ -1,7 +1,7 @@
-"""Reading numpy's .npy and .npz files, which may be a stranger's: no pickles, and no memory for what is only declared.
+"""Reads numpy's .npy and .npz files from untrusted sources: no pickles, and no memory that a header only claims.
 
-What a header says is held against the bytes that are there before an array is made. Errors are `OSError`, and
-`ValueError` for whatever is wrong with the content.
+The size in a header is checked against the bytes in the file before an array is allocated. Errors are `OSError`, and
+`ValueError` for invalid content.
 """
 
 import math

@@ -70,7 +70,7 @@ class Evaluator:
             del self.measured_by[key]
         # Precision and recall of so few images say little, and their features are large.
         self._reference = dataclasses.replace(reference.statistics, neighbours_KF=None)
-        self._real_size = reference.image_size  # until it was held against that of the model's images
+        self._real_size = reference.image_size  # None once compared with the size of the model's images
         self._config, self._device = config, device
         self._labels = [i % config.model.num_classes for i in range(asked.num_images)]
         self._splits_N = splits_of(asked.num_images)

@@ -1,4 +1,4 @@
-"""Features of many images reduced to sums, on any number of ranks and over any number of kills.
+"""Features of many images reduced to sums, on any number of ranks, resumable after a kill.
 
 Images are seen in batches of fixed ids. Until all are done, the work folder holds done.npz, the sums of earlier starts
 of the command; a file of sums for each rank of this start, replaced every half a minute; and the features that nearest
@@ -24,7 +24,7 @@ from cfpretrain.evaluation.inception_score import class_sums, splits_of
 
 # All that Frechet distances and the Inception Score need of a set, by name; they add up over batches and ranks.
 Sums = dict[str, Tensor]
-# Batches of images, uint8 [B, 3, Y, X], with their numbers: this rank's share of those asked for.
+# Numbers of batches -> this rank's share of them, each with its number: images, uint8 [B, 3, Y, X].
 Batches = Callable[[list[int]], Iterator[tuple[int, Tensor]]]
 
 MOST_KEPT = 50_000  # images behind precision and recall
@@ -43,7 +43,7 @@ def sums_of(features: Features, splits_N: Tensor) -> Sums:
 
 
 def add(first: Sums, second: Sums) -> Sums:
-    """The sums of two sets together, which are of the same features; either may be of none at all, {}."""
+    """The sums of two sets together, of the same features; {} are the sums of no image."""
     return {name: first[name] + second[name] for name in first} if first and second else first or second
 
 
@@ -106,7 +106,7 @@ class Work:
         on_begin: Callable[[int], None] = lambda _: None,
         on_done: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Does all batches that are yet to be done; all ranks call it.
+        """Does all batches that are missing; all ranks call it.
 
         Args:
             batches: gives them.
@@ -138,7 +138,7 @@ class Work:
         Work on images that have changed since starts over: one that could not be read may have been repaired.
 
         Returns:
-            The number of this start of the command, and the batches that are yet to be done.
+            The number of this start of the command, and the batches that are missing.
         """
         self._unfinished.begin(lambda there: there.get("images") != self._unfinished.plan.get("images"))
         last, numbers, sums = 0, list[int](), Sums()

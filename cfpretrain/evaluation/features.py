@@ -34,7 +34,7 @@ class Features:
     """Of a batch of images, float32."""
 
     pooled_BF: Tensor  # one vector an image: for the Frechet distance, precision and recall
-    spatial_BF: Tensor | None = None  # what still knows of places, for sFID; None: the network gives none
+    spatial_BF: Tensor | None = None  # features with a place in the image, for sFID; None: the network has none
     logits_BK: Tensor | None = None  # of classes, for the Inception Score; None: it would not be one
 
     def some(self, is_wanted_B: Tensor) -> "Features":

@@ -1,7 +1,7 @@
-"""Images that are there already, for scoring: a folder of files, image shards, or an `.npz` as ADM's evaluation reads.
+"""Existing images, for scoring: a folder of files, image shards, or an `.npz` as ADM's evaluation reads it.
 
-All of a set have one size; they are read in a fixed order, as they are, in RGB: nothing is cropped or resized. What is
-transparent is composited on a background.
+All of a set have one size; they are read in a fixed order, in RGB, and are neither cropped nor resized. Transparent
+pixels are composited on a background.
 """
 
 import functools
@@ -49,8 +49,8 @@ class GivenImages(ABC):
 
     def __init__(self, place: Path, key: str, background: Colour = WHITE) -> None:
         self.name, self._key = str(place), key
-        self.background = background  # behind what is transparent
-        self.size: tuple[int, int] = (0, 0)  # width and height of each; of none read yet
+        self.background = background  # behind transparent pixels
+        self.size: tuple[int, int] = (0, 0)  # width and height of each; 0 before the first is read
         self.changes: Counter[str] = Counter()  # images read by this process that lost something (`describe_changes`)
 
     @abstractmethod
@@ -116,12 +116,12 @@ def is_archive(path: Path) -> bool:
 
 
 def open_images(path: Path, key: str, background: Colour = WHITE) -> GivenImages:
-    """Opens a set of images; says it where a folder holds others that are not read.
+    """Opens a set of images; warns of files in a folder that are not read.
 
     Args:
         path: a folder of image files, one of image shards, or an archive with `arr_0`, uint8 [N, Y, X, 3].
         key: option that gave it, for messages.
-        background: behind what is transparent in a folder of image files.
+        background: behind transparent pixels in a folder of image files.
     """
     images: GivenImages
     if path.is_file() and is_archive(path):
@@ -139,14 +139,14 @@ def open_images(path: Path, key: str, background: Colour = WHITE) -> GivenImages
 
 
 def say_changes(images: GivenImages, key: str) -> None:
-    """Says what the images that all ranks have read lost; all ranks call it."""
+    """Says what was lost in reading the images, summed over all ranks; all ranks call it."""
     counts = sum(runtime.gather(images.changes), Counter[str]())
     for line in describe_changes(counts, images.background, min(images.size)):
         say(f"{key}: of the images read now, {line}")
 
 
 def say_sizes(size: tuple[int, int], reference: tuple[int, int] | None) -> None:
-    """Says it where scored images have another size, [width, height], than those of the reference."""
+    """Warns if scored images have another size, (width, height), than those of the reference."""
     if reference is not None and size != reference:
         scored, real = (f"{width} x {height}" for width, height in (size, reference))
         shape = "" if size[0] * reference[1] == size[1] * reference[0] else " and squeezed to one shape"

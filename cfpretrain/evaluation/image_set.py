@@ -1,4 +1,4 @@
-"""Generated images as files, made by any number of ranks and over any number of kills, all of them or nothing.
+"""Generated images as files: all of them or nothing, made by any number of ranks, resumable after a kill.
 
 Either a folder of PNG, or one `.npz` as ADM's evaluation reads it: `arr_0`, uint8 [N, Y, X, 3], and `arr_1`, the
 classes, int64 [N]. Until all images are there they lie in a hidden folder beside, `.NAME.unfinished`, in files that are
@@ -92,7 +92,7 @@ class ImageSet:
             raise UserError(f"--out: {self.out} is there, and so is {self.unfinished}; delete one of them")
 
     def missing(self) -> list[int]:
-        """The batches that are yet to be written."""
+        """The batches that are missing."""
         return self._missing_from(self.unfinished)
 
     def _missing_from(self, folder: Path) -> list[int]:

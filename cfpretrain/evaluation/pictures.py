@@ -152,7 +152,7 @@ def tinted(images_BCYX: Tensor, tokens_BL: Tensor, colour: str, share: float) ->
         images_BCYX: the images.
         tokens_BL: bool [B or 1, L], those covered, of a square grid.
         colour: as "#rrggbb".
-        share: of the colour in what is seen there; 1 hides the image.
+        share: of the colour in the mix; 1 hides the image.
     """
     grid, (Y, X) = math.isqrt(tokens_BL.shape[1]), images_BCYX.shape[2:]
     covered_BCYX = tokens_BL.unflatten(1, (1, grid, grid))

@@ -1,11 +1,11 @@
-"""The real images that generated ones are compared with, reduced to statistics once and kept.
+"""The real images that generated ones are compared with, reduced to statistics once and cached.
 
 A reference is a set of images (see `given_images`), an archive of statistics (`mu`, `sigma`, and for sFID `mu_s`,
 `sigma_s`), or ADM's, which holds both: there the Frechet distances take the statistics, made of all training images,
 and precision and recall the images, as ADM's evaluator does.
 
-Statistics that we made say of which features they are, and are refused with others. Those of others say nothing; they
-are taken for what all of them are, the FID Inception's.
+Statistics that we made name their features, and are refused with others. Those of other tools name none, and are taken
+for the FID Inception's, as all published ones are.
 """
 
 import hashlib
@@ -81,7 +81,7 @@ def load_reference(
         cache: folder in which statistics of images are kept, by data, features and code; all ranks see it.
         on_begin: called on every rank with how many images are done, of how many, where there is work to do.
         on_done: called every few seconds with how many images are done.
-        background: behind what is transparent in a folder of images.
+        background: behind transparent pixels in a folder of images.
     """
     with runtime.together():
         given = _given_statistics(path, extractor) if path.is_file() and is_archive(path) else None
@@ -214,7 +214,7 @@ def _make_entry(
     order_N = seeds.permutation(seeds.key(0, "reference halves"), num_images)
     groups_N, is_kept_N = torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool)
     groups_N[order_N[num_images // 2 :]] = 1
-    # Of both halves alike, where there are more than are kept.
+    # As many of each half, where there are more than are kept.
     kept = min(MOST_KEPT, num_images) // 2
     is_kept_N[order_N[num_images // 2 - kept : num_images // 2]] = True
     is_kept_N[order_N[num_images // 2 : num_images // 2 + (kept if num_images > MOST_KEPT else num_images)]] = True

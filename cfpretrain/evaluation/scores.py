@@ -16,7 +16,7 @@ NUM_NEIGHBOURS = 3  # k of precision and recall
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """The statistics by which sets of images are compared; None for those that are not known."""
+    """The statistics by which sets of images are compared; None: not known."""
 
     num_images: int | None  # behind all but the neighbours
     pooled: Gaussian  # for the Frechet distance

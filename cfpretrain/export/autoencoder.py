@@ -36,7 +36,7 @@ _RENAMED = tuple(
     )
 )
 
-# Name, what the latents are multiplied by, and what of the config it is known by.
+# Name, what the latents are multiplied by, and the keys of the config that identify it.
 _PUBLISHED = (
     (
         "MAR's KL-16",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 PACKAGE = "cfpretrain"
 # What a bundle may import besides the standard library. diffusers reads every import of a file before it runs it, also
-# those inside functions, and names what is missing as a package to install.
+# those inside functions, and asks its user to install what is missing.
 _ALLOWED = {"torch", "diffusers", "numpy", "PIL", *sys.stdlib_module_names}
 _ROOT = Path(__file__).parent.parent
 

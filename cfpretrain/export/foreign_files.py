@@ -97,7 +97,7 @@ def _find_unfit(content: Any) -> Tensor | None:
 def _reason(file: Path, error: Exception) -> str:
     asked_for = re.search(r"GLOBAL (\S+)", str(error))
     if asked_for is None:
-        # Torch wraps what is wrong in the advice to read the file without care.
+        # Torch wraps the reason in the advice to read the file without the restricted reader.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].partition("\n\nCheck the documentation")[0]
         reason = " ".join(reason.split()) or repr(error)
         return (

@@ -51,7 +51,7 @@ class ForeignCheckpoint:
     source: str  # argument and path, for messages
     counters: Counters
     read_tensor: ReadTensor  # asked for one at a time, so that host memory is bounded by the largest
-    about: str = ""  # what stands behind the number of parameters, for people
+    about: str = ""  # printed after the number of parameters
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def to_official(tensors: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
 def read_official(file: Path, config: Config, step: int) -> ForeignCheckpoint:
     """The weights and averages of an official checkpoint, or of a bare state dict; the moments of Adam are 0.
 
-    What is left out of the file, or stands for something else, is said. Its tensors must be those of `config.model`.
+    Prints what is left out, or is used as both. The tensors must be those of `config.model`.
 
     Args:
         file: .pt or .safetensors; nothing in it is run.
