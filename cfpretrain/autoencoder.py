@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import check_safetensors, read_json
+from cfpretrain.base.plans import tensor_differences
 from cfpretrain.core.latents import LatentScaling
 
 # What an autoencoder's folder holds, as diffusers writes it.
@@ -27,7 +28,6 @@ PIXELS_AT_ONCE = 1 << 19  # through the network together, where little memory co
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _MOST_LAYERS, _LARGEST_SIZE = 32, 16384  # of a block and of blocks; of channels and pixels
 _SCALING = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # `shift_and_scale` checks them
-_NUM_NAMED = 3  # tensors that a message names before it says how many more there are
 # Folders that older diffusers wrote, as most of Stable Diffusion's are, name the attention's matrices otherwise.
 _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 
@@ -210,20 +210,13 @@ def fill_network(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name:
     with torch.device("meta"):
         network = make_network(config, f"{name}: {CONFIG_FILE}")
     expected = network.state_dict()
-    problems = []
-    for what, names in (
-        ("missing", expected.keys() - tensors.keys()),
-        ("not part of it", tensors.keys() - expected.keys()),
-        ("of another shape", {n for n in expected.keys() & tensors.keys() if expected[n].shape != tensors[n].shape}),
-        ("not of floating point", {n for n, value in tensors.items() if not value.is_floating_point()}),
-    ):
-        if names:
-            more = f" and {len(names) - _NUM_NAMED} more" if len(names) > _NUM_NAMED else ""
-            problems.append(f"{what}: {', '.join(sorted(names)[:_NUM_NAMED])}{more}")
-    if problems:
+    found, wanted = ({key: value.shape for key, value in these.items()} for these in (tensors, expected))
+    others = [key for key, value in tensors.items() if not value.is_floating_point()]
+    different = tensor_differences(found, wanted) or (others and f"not of floating point: {others[0]}")
+    if different:
         raise UserError(
             f"{name}: expected the {len(expected)} tensors of the {_CLASS} that {CONFIG_FILE} describes, got others "
-            f"({'; '.join(problems)}); give config and weights that belong together"
+            f"({different}); give config and weights that belong together"
         )
     network.load_state_dict(dict(tensors), assign=True)
     return network

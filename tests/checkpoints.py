@@ -4,7 +4,6 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,29 +15,14 @@ from cfpretrain.base.console import UserError
 from cfpretrain.run import checkpoint, checkpoint_writer
 from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.state import TrainingState
+from cfpretrain.run.tensor_files import Fragment
 
 CONTENTS = ("weights", "ema", "exp_avg", "exp_avg_sq")
 CONFIG = {"model": {"width": 32, "depth": 2, "position_embedding": "sincos"}}
 SHAPES = {"blocks.0.w": (4, 6), "blocks.0.b": (6,), "scale": (), "empty": (0, 3)}
 
 Full = dict[str, dict[str, Tensor]]  # content -> name -> full tensor
-Rank = tuple[list["Fragment"], list[Tensor]]
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Stands in for the engine's."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    values: Tensor
-    state: dict[str, Tensor]
-    replicated: bool
-
-    @property
-    def numel(self) -> int:
-        return self.values.numel()
+Rank = tuple[list[Fragment], list[Tensor]]
 
 
 def random_bits(shapes: dict[str, tuple[int, ...]], seed: int) -> Full:
@@ -119,9 +103,20 @@ def make_store(folder: Path, keep_last: int = 2, keep_every_steps: int = 0) -> C
     return CheckpointStore(folder, keep_last, keep_every_steps)
 
 
+def write(store: CheckpointStore, state: TrainingState, fragments: Sequence[Any], ema_values: Sequence[Tensor]) -> Path:
+    """Writes one checkpoint of all ranks and waits for it."""
+    writer = checkpoint_writer.CheckpointWriter(store, fragments, ema_values)
+    writer.begin(state)
+    outcome = writer.wait()
+    assert outcome is not None
+    if outcome.path is None:
+        raise UserError(outcome.error)
+    return outcome.path
+
+
 def save(store: CheckpointStore, step: int, shapes: dict[str, tuple[int, ...]] = SHAPES, **changes: Any) -> Full:
     full = random_bits(shapes, step)
-    checkpoint_writer.save(store, make_state(step, **changes), *whole(full))
+    write(store, make_state(step, **changes), *whole(full))
     return full
 
 

@@ -10,7 +10,7 @@ import torch
 
 from cfpretrain.base.config import to_plain, to_yaml
 from cfpretrain.core import seeds
-from cfpretrain.run import build, checkpoint_writer
+from cfpretrain.run import build
 from tests import checkpoints
 from tests.digits import small_config
 
@@ -47,7 +47,7 @@ def write_run(folder: Path, shards: Path, *overrides: str, **state: Any) -> Path
             **state,
         },
     )
-    checkpoint_writer.save(build.make_store(config), state, *checkpoints.whole(full))
+    checkpoints.write(build.make_store(config), state, *checkpoints.whole(full))
     return folder
 
 

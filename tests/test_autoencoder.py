@@ -263,8 +263,11 @@ DAMAGES = {
     ),
     "cut short": (lambda f: os.truncate(f / WEIGHTS_FILE, 5000), r"model\.safetensors cannot be read"),
     "missing": (lambda f: set_tensor(f, "quant_conv.bias", None), r"\(missing: quant_conv\.bias\)"),
-    "surplus": (lambda f: set_tensor(f, "extra", torch.zeros(2)), r"\(not part of it: extra\)"),
-    "shape": (lambda f: set_tensor(f, "quant_conv.bias", torch.zeros(3)), r"\(of another shape: quant_conv\.bias\)"),
+    "surplus": (lambda f: set_tensor(f, "extra", torch.zeros(2)), r"\(unknown: extra\)"),
+    "shape": (
+        lambda f: set_tensor(f, "quant_conv.bias", torch.zeros(3)),
+        r"\(of another shape: quant_conv\.bias \(3,\) instead of",
+    ),
     "kind": (
         lambda f: set_tensor(f, "quant_conv.bias", torch.zeros(4, dtype=torch.int8)),
         r"\(not of floating point: quant_conv\.bias\)",

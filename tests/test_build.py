@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from cfpretrain.base import config as configs
-from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
 from cfpretrain.run import build
 from tests.test_config import TINY
@@ -36,12 +35,12 @@ def test_a_config_that_was_spoilt_is_named(tmp_path: Path, key, value) -> None:
     plain[section][name] = value
     (tmp_path / build.CONFIG_FILE).write_text(configs.to_yaml(plain))
     with pytest.raises(UserError, match=key):
-        build.load_run(tmp_path, runtime.pick_device())
+        build.find_checkpoint(tmp_path)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no config\.yaml"):
-        build.load_run(tmp_path, runtime.pick_device())
+        build.find_checkpoint(tmp_path)
     (tmp_path / build.CONFIG_FILE).write_text(configs.to_yaml(configs.load(TINY)))
     with pytest.raises(UserError, match="no complete checkpoint"):
-        build.load_run(tmp_path, runtime.pick_device())
+        build.find_checkpoint(tmp_path)

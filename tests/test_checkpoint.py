@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError
-from cfpretrain.run import checkpoint, checkpoint_store, checkpoint_writer, tensor_files
-from cfpretrain.run.checkpoint import TensorFile, open_tensors, read_tensors
+from cfpretrain.run import checkpoint, checkpoint_store, tensor_files
+from cfpretrain.run.checkpoint import TensorFile, open_tensors, open_weights
 from cfpretrain.run.checkpoint_store import Best, CheckpointStore, is_healthy
 from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.run.state import TrainingState, read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError, HashedRange
+from tests import checkpoints
 from tests.checkpoints import (
     CONFIG,
     CONTENTS,
@@ -101,7 +102,7 @@ def test_bits_survive_any_change_of_ranks(data: Any, shapes: list[tuple[int, ...
 def test_save_and_load_alone(tmp_path: Path):
     store = make_store(tmp_path / "run" / "checkpoints")
     full = save(store, 500)
-    path = store.latest()
+    path = store.candidates()[0]
     assert path == tmp_path / "run" / "checkpoints" / "step_00000500"
     assert (store.folder / "latest").read_text() == "step_00000500\n"
     assert names_in(path) == {"state.json", "ranges.json", *(f"{content}.safetensors" for content in CONTENTS)}
@@ -109,7 +110,7 @@ def test_save_and_load_alone(tmp_path: Path):
     assert state == make_state(500) == read_state(path)
     assert holds(rank, full)
     for which in ("ema", "weights"):
-        tensors = read_tensors(path, which)
+        tensors = open_weights(path, which).read_all()
         assert set(tensors) == set(SHAPES)
         assert all(same_bits(t, full[which][name]) for name, t in tensors.items())
 
@@ -120,7 +121,7 @@ def test_weights_that_require_gradients(tmp_path: Path):
     fragments, ema = whole(zero_like(full))
     fragments = [dataclasses.replace(f, values=f.values.requires_grad_()) for f in fragments]
     checkpoint.load(tmp_path / "step_00000001", fragments, ema, config=CONFIG)
-    checkpoint_writer.save(store, make_state(2), fragments, ema)
+    checkpoints.write(store, make_state(2), fragments, ema)
     assert holds(load(tmp_path / "step_00000002")[1], full)
 
 
@@ -296,7 +297,7 @@ def test_retention_leaves_later_steps_of_another_line_alone(tmp_path: Path):
     (tmp_path / "latest").write_text("step_00000010\n")
     store = make_store(tmp_path, keep_last=1)
     save(store, 15)
-    assert store.latest() == tmp_path / "step_00000015"
+    assert store.candidates()[0] == tmp_path / "step_00000015"
     assert names_in(tmp_path) == {"latest", "step_00000015", "step_00000020", "step_00000030"}
 
 
@@ -316,7 +317,7 @@ def test_another_line_is_out_of_the_way_once_it_is_set_aside(tmp_path: Path, cap
     assert said.count(" is abandoned: it is now step_000000") == 2
     for step in (15, 20, 25, 30, 35):
         save(store, step)
-        assert store.latest() == tmp_path / f"step_{step:08d}"
+        assert store.candidates()[0] == tmp_path / f"step_{step:08d}"
     assert names_in(tmp_path) == {"latest", "step_00000030", "step_00000035", *aside}
     assert store.candidates() == [tmp_path / "step_00000035", tmp_path / "step_00000030"]
     assert holds(load(tmp_path / "step_00000030.abandoned")[1], fulls[30])
@@ -453,8 +454,8 @@ def test_leftovers_go_and_strangers_stay(tmp_path: Path):
 
 
 def test_no_checkpoint_yet(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    assert make_store(tmp_path).latest() is None
-    assert make_store(tmp_path / "absent").latest() is None
+    assert not make_store(tmp_path).candidates()
+    assert not make_store(tmp_path / "absent").candidates()
     assert capsys.readouterr().out == ""
 
 
@@ -476,7 +477,7 @@ def test_latest_falls_back_to_the_newest_complete_and_says_so(
     else:
         (expected / "state.json").unlink()
         expected = tmp_path / "step_00000002"
-    assert store.latest() == expected
+    assert store.candidates()[0] == expected
     said = capsys.readouterr().out
     assert said.count("\n") == 1
     assert expected.name in said
@@ -499,7 +500,7 @@ def test_latest_naming_an_older_one_is_obeyed(tmp_path: Path):
     save(store, 1)
     save(store, 2)
     (tmp_path / "latest").write_text("step_00000001")
-    assert store.latest() == tmp_path / "step_00000001"
+    assert store.candidates()[0] == tmp_path / "step_00000001"
 
 
 @pytest.mark.parametrize(
@@ -515,7 +516,7 @@ def test_candidates_begin_with_the_latest_and_go_back(tmp_path: Path, latest: st
     else:
         (tmp_path / "latest").write_text(latest)
     assert store.candidates() == [tmp_path / f"step_0000000{step}" for step in steps]
-    assert store.latest() == tmp_path / f"step_0000000{steps[0]}"
+    assert store.candidates()[0] == tmp_path / f"step_0000000{steps[0]}"
 
 
 def test_no_checkpoint_has_no_candidates(tmp_path: Path):
@@ -533,7 +534,7 @@ def test_one_that_was_moved_aside_is_still_the_latest(tmp_path: Path):
     full = random_bits(SHAPES, 2)
     assert holds(load(tmp_path / "step_00000002.replaced")[1], full)
     CheckpointWriter(store, *whole(full))
-    assert store.latest() == tmp_path / "step_00000002"
+    assert store.candidates()[0] == tmp_path / "step_00000002"
 
 
 def test_a_damaged_newest_one_leaves_the_one_before(tmp_path: Path):
@@ -592,7 +593,7 @@ def test_checkpoints_of_elsewhere_are_refused(tmp_path: Path):
         save(store, 3)
     assert names_in(theirs.folder) == {"latest", "step_00000001", "step_00000002"}
     (tmp_path / "link").symlink_to(tmp_path / "theirs")
-    assert make_store(tmp_path / "link" / "checkpoints").latest() is not None
+    assert make_store(tmp_path / "link" / "checkpoints").candidates()
 
 
 @pytest.mark.parametrize("name", ["state.json", "ranges.json", "ema.safetensors"])
@@ -612,7 +613,7 @@ def test_latest_pointing_elsewhere_is_refused(tmp_path: Path, name: str):
     shutil.copytree(tmp_path / "checkpoints" / "step_00000001", tmp_path / "step_00000001")
     (store.folder / "latest").write_text(name)
     with pytest.raises(UserError, match=r"latest: expected the name of a checkpoint .* such as step_00000500, got"):
-        store.latest()
+        store.candidates()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -679,8 +680,8 @@ def test_any_flipped_bit_is_noticed_or_changes_nothing(tmp_path: Path):
 def test_whole_tensors_are_verified(saved: Path, which: Any):
     flip_byte(saved / f"{which}.safetensors", -1)
     with pytest.raises(DamagedCheckpointError, match=rf"{which}\.safetensors: values 0 to 1 of scale are not those"):
-        read_tensors(saved, which)
-    read_tensors(saved, "weights" if which == "ema" else "ema")
+        open_weights(saved, which).read_all()
+    open_weights(saved, "weights" if which == "ema" else "ema").read_all()
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{}", '{"weights": 1, "ema": {}, "exp_avg": {}, "exp_avg_sq": {}}'])
@@ -689,7 +690,7 @@ def test_damaged_hashes_are_refused(saved: Path, text: str):
     with pytest.raises(DamagedCheckpointError, match=r"ranges\.json: expected"):
         load(saved)
     with pytest.raises(DamagedCheckpointError, match=r"ranges\.json: expected"):
-        read_tensors(saved, "weights")
+        open_weights(saved, "weights").read_all()
 
 
 def test_a_number_that_was_changed_by_hand_is_noticed(saved: Path):
@@ -712,7 +713,7 @@ def test_a_file_without_permission_is_no_damage(saved: Path, monkeypatch: pytest
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "preadv", refused)
-    for action in (lambda: load(saved), lambda: read_tensors(saved, "ema")):
+    for action in (lambda: load(saved), lambda: open_weights(saved, "ema").read_all()):
         with pytest.raises(UserError, match="cannot be read: Permission denied") as raised:
             action()
         assert raised.type is UserError
@@ -793,7 +794,7 @@ def test_other_tensors_are_refused_by_name(saved: Path):
         load(saved, shapes)
     assert "missing: head" in str(raised.value)
     assert "unknown: blocks.0.b" in str(raised.value)
-    assert "of another shape: blocks.0.w (4, 6) there and (6, 4) here" in str(raised.value)
+    assert "of another shape: blocks.0.w (4, 6) instead of (6, 4)" in str(raised.value)
 
 
 def test_many_other_tensors_make_a_short_message(saved: Path):
@@ -810,7 +811,7 @@ def test_a_file_of_another_size_is_refused(saved: Path, content: str, num_bytes:
         load(saved)
     if content in ("ema", "weights"):
         with pytest.raises(DamagedCheckpointError, match=rf"{content}\.safetensors: expected"):
-            read_tensors(saved, content)
+            open_weights(saved, content).read_all()
 
 
 def test_a_missing_file_is_refused(saved: Path):
@@ -828,7 +829,7 @@ def test_a_file_of_another_content_or_step_is_refused(saved: Path):
     with pytest.raises(DamagedCheckpointError, match="expected step 1, got step 2"):
         load(saved)
     with pytest.raises(DamagedCheckpointError, match="expected step 1, got step 2"):
-        read_tensors(saved, "ema")
+        open_weights(saved, "ema").read_all()
 
 
 @pytest.mark.parametrize(
@@ -849,7 +850,7 @@ def test_a_strange_header_is_refused(saved: Path, entries: Any):
     with pytest.raises(
         DamagedCheckpointError, match=r"ema\.safetensors: expected (a safetensors header|ema written by)"
     ):
-        read_tensors(saved, "ema")
+        open_weights(saved, "ema").read_all()
 
 
 class _Bomb:
@@ -868,7 +869,7 @@ def test_a_planted_pickle_is_refused_and_not_run(saved: Path, tmp_path: Path, ar
     else:
         file.write_bytes(pickle.dumps(_Bomb(trace)))
     with pytest.raises(DamagedCheckpointError, match=r"weights\.safetensors: expected a safetensors file"):
-        read_tensors(saved, "weights")
+        open_weights(saved, "weights").read_all()
     with pytest.raises(DamagedCheckpointError, match=r"weights\.safetensors: expected a safetensors file"):
         load(saved)
     assert not trace.exists()
@@ -879,13 +880,13 @@ def test_files_of_others_are_refused(saved: Path):
     with pytest.raises(
         DamagedCheckpointError, match="expected ema written by cfpretrain, got a safetensors file with metadata"
     ):
-        read_tensors(saved, "ema")
+        open_weights(saved, "ema").read_all()
 
 
 def test_what_is_no_complete_checkpoint_is_refused(saved: Path, tmp_path: Path):
     (saved / "state.json").unlink()
     for path in (saved, tmp_path / "absent", tmp_path / "latest", tmp_path):
         with pytest.raises(UserError, match=rf"{path} is not a complete checkpoint: expected a folder such as"):
-            read_tensors(path, "ema")
+            open_weights(path, "ema").read_all()
         with pytest.raises(UserError, match="is not a complete checkpoint"):
             load(path)

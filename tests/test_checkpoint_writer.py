@@ -26,6 +26,7 @@ from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
 from cfpretrain.run.state import read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError
+from tests import checkpoints
 from tests.checkpoints import (
     CONFIG,
     CONTENTS,
@@ -89,7 +90,7 @@ def _two_ranks_beside_training(store: CheckpointStore, share: Rank, step: int, l
         outcomes.append(writer.advance(*(flag > 0 for flag in flags)))
         busy.append(writer.is_busy)
         time.sleep(0.02)
-    before = store.latest()
+    before = store.candidates()[0]
     runtime.barrier()
     may_write.set()
     outcome = writer.wait()
@@ -102,8 +103,8 @@ def _two_ranks(folder: Path) -> dict[str, Any]:
     rank = runtime.rank()
     store = make_store(folder, keep_last=1)
     first, second = random_bits(SHAPES, 1), random_bits(SHAPES, 2)
-    checkpoint_writer.save(store, make_state(1), *_share(first, rank))
-    checkpoint_writer.save(store, make_state(2), *whole(second, replicated=True))
+    checkpoints.write(store, make_state(1), *_share(first, rank))
+    checkpoints.write(store, make_state(2), *whole(second, replicated=True))
     path = folder / "step_00000002"
     other = _share(zero_like(second), 1 - rank)
     state = checkpoint.load(path, *other, config=CONFIG)
@@ -111,9 +112,9 @@ def _two_ranks(folder: Path) -> dict[str, Any]:
     pwrite, preadv = os.pwrite, os.preadv
     if rank == 1:
         os.pwrite = failing
-    found["full_disk"] = message(lambda: checkpoint_writer.save(store, make_state(3), *_share(first, rank)))
+    found["full_disk"] = message(lambda: checkpoints.write(store, make_state(3), *_share(first, rank)))
     os.pwrite = pwrite
-    found["after_full_disk"] = (store.latest() == path, sorted(names_in(folder)))
+    found["after_full_disk"] = (store.candidates()[0] == path, sorted(names_in(folder)))
     if rank == 1:
         os.preadv = failing
     found["bad_read"] = message(lambda: checkpoint.load(path, *other, config=CONFIG))
@@ -128,7 +129,7 @@ def _two_ranks(folder: Path) -> dict[str, Any]:
     untouched = _share(first, rank)
     found["flipped"] = _kind_and_message(lambda: checkpoint.load(path, *untouched, config=CONFIG))
     found["untouched"] = holds(untouched, first)
-    checkpoint_writer.save(store, make_state(3), *_share(first, rank))
+    checkpoints.write(store, make_state(3), *_share(first, rank))
     runtime.barrier()  # rank 0 deletes the old ones while the others go on
     found["names"] = sorted(names_in(folder))
     found["late"] = [_two_ranks_beside_training(store, _share(first, rank), 4 + late, late) for late in range(2)]
@@ -190,7 +191,7 @@ def test_the_checkpoint_holds_the_values_of_its_beginning(tmp_path: Path):
                 values.zero_()
         guard["losses"].append(2.0)
         assert writer.advance(any_working=True, any_failed=False) is None
-        assert store.latest() is None
+        assert not store.candidates()
     assert writer.wait() == Outcome(1, tmp_path / "step_00000001", None)
     assert not writer.is_busy
     state, rank = load(tmp_path / "step_00000001")
@@ -324,7 +325,7 @@ def _two_ranks_one_of_them_hangs(folder: Path) -> None:
     runtime.start(torch.device("cpu"))
     rank = runtime.rank()
     store, share = make_store(folder), _share(random_bits(SHAPES, 1), rank)
-    checkpoint_writer.save(store, make_state(1), *share)
+    checkpoints.write(store, make_state(1), *share)
     Watchdog(2.0, (folder.parent / f"reason_{rank}").write_text, StopRequest())
     if rank == 1:
         os.pwrite = lambda *_: threading.Event().wait()
@@ -338,7 +339,7 @@ def test_a_write_that_hangs_ends_the_run(tmp_path: Path):
     with pytest.raises(RuntimeError, match=f"died with exit code {EXIT_REQUEUE}"):
         run_in_processes(_two_ranks_one_of_them_hangs, 2, folder, timeout_s=60)
     assert "guard.rank_timeout_seconds" in (tmp_path / "reason_0").read_text()
-    assert make_store(folder).latest() == folder / "step_00000001"
+    assert make_store(folder).candidates()[0] == folder / "step_00000001"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,11 +359,11 @@ def test_dying_at_any_change_of_the_file_system_leaves_a_usable_checkpoint(tmp_p
         mutations: list[str] = []
         with killed_at(call, mutations):
             try:
-                checkpoint_writer.save(store, make_state(step, seed=99), *whole(after))
+                checkpoints.write(store, make_state(step, seed=99), *whole(after))
                 break
             except KilledError:
                 pass
-        path = store.latest()
+        path = store.candidates()[0]
         assert path is not None
         state, rank = load(path)
         expected = after if state.seed == 99 else before
@@ -382,7 +383,7 @@ def _save_until_killed(store: CheckpointStore, step: int) -> None:
     while True:
         step += 1
         full = {c: {"p": torch.full((64, 1024), float(step + i))} for i, c in enumerate(CONTENTS)}
-        checkpoint_writer.save(store, make_state(step), *whole(full))
+        checkpoints.write(store, make_state(step), *whole(full))
 
 
 def _kill_rounds(folder: Path, num_rounds: int) -> list[int]:
@@ -395,13 +396,12 @@ def _kill_rounds(folder: Path, num_rounds: int) -> list[int]:
         child = os.fork()
         if child == 0:
             _save_until_killed(store, begin)
-        while (path := store.latest()) is None or read_state(path).step <= begin:
+        while not (paths := store.candidates()) or read_state(paths[0]).step <= begin:
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.06))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        path = store.latest()
-        assert path is not None
+        path = store.candidates()[0]
         rank = whole({c: {"p": torch.zeros(64, 1024)} for c in CONTENTS})
         step = checkpoint.load(path, *rank, config=CONFIG).step
         assert holds(rank, {c: {"p": torch.full((64, 1024), float(step + i))} for i, c in enumerate(CONTENTS)})
@@ -428,10 +428,10 @@ def test_a_full_disk_costs_only_the_new_checkpoint(tmp_path: Path, monkeypatch: 
     complete = {"latest", "step_00000001"}
     # Where only moving `latest` failed, the new folder is complete and has its name.
     assert names_in(tmp_path) == (complete | {"step_00000002"} if call == 19 else complete)
-    assert store.latest() == tmp_path / "step_00000001"
+    assert store.candidates()[0] == tmp_path / "step_00000001"
     assert holds(load(tmp_path / "step_00000001")[1], full)
     save(store, 3)
-    assert store.latest() == tmp_path / "step_00000003"
+    assert store.candidates()[0] == tmp_path / "step_00000003"
 
 
 def _save_under_a_file_size_limit(folder: Path) -> str:
@@ -492,7 +492,7 @@ def test_a_folder_that_became_read_only(small_disk: Path, capsys: pytest.Capture
     outcome = writer.wait()
     assert outcome is not None
     assert "step_00000002 cannot be written: Read-only file system" in (outcome.error or "")
-    assert store.latest() == small_disk / "step_00000001"
+    assert store.candidates()[0] == small_disk / "step_00000001"
     assert holds(load(small_disk / "step_00000001")[1], full)
     assert mount("-o", "remount,rw", str(small_disk)).returncode == 0
     writer.begin(make_state(2))
@@ -531,6 +531,6 @@ def test_a_folder_that_vanishes_during_a_write(tmp_path: Path, what: str):
         else:
             num_failed += 1
             assert "step_00000002 cannot be written: No such file or directory" in outcome.error
-            assert store.latest() == folder / "step_00000001"
+            assert store.candidates()[0] == folder / "step_00000001"
         assert holds(load(folder / "step_00000001")[1], full)
     assert num_failed >= 18

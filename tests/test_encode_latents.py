@@ -17,7 +17,7 @@ from cfpretrain.data.shards import read_latents_info
 from tests.folders import content
 from tests.image_files import encoded, write_images
 from tests.processes import REPOSITORY, Rank, run_tool, start_script, wait_until
-from tests.test_encoding import write_autoencoder
+from tests.test_latent_shards import write_autoencoder
 from tests.test_pixels import crops
 from tests.test_watchdog import LAUNCHER
 

@@ -27,7 +27,6 @@ from cfpretrain.core.model import BlockSettings, CausalFusion, write_initial_val
 from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import DenoisingLoss
 from cfpretrain.core.process import make_process
-from cfpretrain.run import checkpoint_writer
 from cfpretrain.run.build import make_model
 from cfpretrain.run.checkpoint import load
 from cfpretrain.run.checkpoint_store import CheckpointStore
@@ -35,6 +34,7 @@ from cfpretrain.run.tensor_files import Fragment
 from cfpretrain.training import optim, zero
 from cfpretrain.training.engine import Engine, build_engine
 from cfpretrain.training.zero import Decide, ds_config
+from tests import checkpoints
 from tests.checkpoints import CONFIG, make_state
 from tests.closeness import disagreement
 from tests.processes import REPOSITORY, run_in_processes
@@ -185,7 +185,7 @@ def restore(engine: Engine, whole: dict[str, Tensor], optimizer_step: int) -> No
     for fragment in engine.fragments():
         for key, values in content(fragment).items():
             saved = whole[f"{fragment.name}/{key}"]
-            values.copy_(saved[fragment.offset : fragment.offset + fragment.numel])
+            values.copy_(saved[fragment.offset : fragment.offset + len(fragment.values)])
     engine.optimizer_step = optimizer_step
     engine.refresh()
 
@@ -723,8 +723,8 @@ def muon_at_all_stages(folder: Path) -> list[float]:
         for fragment in engine.fragments():
             names = {"momentum_buffer"} if is_matrix_of_block(fragment.name) else {"exp_avg", "exp_avg_sq"}
             assert fragment.state.keys() == names, fragment.name
-            assert all(tensor.count_nonzero() for tensor in fragment.state.values() if fragment.numel > 9)
-        checkpoint_writer.save(store, make_state(stage + 1), engine.fragments(), ema)
+            assert all(tensor.count_nonzero() for tensor in fragment.state.values() if len(fragment.values) > 9)
+        checkpoints.write(store, make_state(stage + 1), engine.fragments(), ema)
         everything.append(first + network_steps(engine, (2, 0, 1)))
         assert engine.optimizer_step == 5
         resumed = network_engine(config, BlockSettings())

@@ -76,20 +76,22 @@ def test_training_is_the_same_bit_by_bit_without_scores(whole_run: Path, run: Pa
         assert [row[key] for row in ours] == [row[key] for row in theirs]
     for which in ("weights", "ema"):
         ours, theirs = (
-            checkpoint.read_tensors(path / "checkpoints" / "step_00000012", which) for path in (run, whole_run)
+            checkpoint.open_weights(path / "checkpoints" / "step_00000012", which).read_all()
+            for path in (run, whole_run)
         )
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_a_score_is_that_of_the_checkpoints_average_on_one_rank(run: Path) -> None:
     """2 ranks at ZeRO-3 with their shards against a whole model with the EMA of step 12."""
-    config, model, step = build.load_run(run, CPU)
+    found = build.find_checkpoint(run)
+    config, model, step = found.config, found.load_model(), found.state.step
     evaluator = Evaluator(config, CPU)
     scores = evaluator(model, build.make_autoencoder(config, CPU).decode)
     row = next(row for row in read_metrics(run / "metrics.jsonl") if row["step"] == step)
     # Pixels are rounded to 8 bits: where the last bit of a float differs, one of them may.
     assert [scores[name] for name in SCORES] == pytest.approx([row[name] for name in SCORES], rel=1e-3)
-    trained = build.load_run(run, CPU, "weights")[1]
+    trained = build.find_checkpoint(run).load_model("raw")
     others = evaluator(trained, build.make_autoencoder(config, CPU).decode)
     assert others["fd_small"] != pytest.approx(row["fd_small"], rel=1e-2), "the average, not the weights"
 
@@ -169,7 +171,7 @@ def test_statistics_that_are_there_are_a_reference(shards: Path, real: Path, run
     evaluator = Evaluator(config, CPU)
     assert evaluator.floor is None
     assert not (tmp_path / "references").exists()
-    _, model, _ = build.load_run(run, CPU)
+    model = build.find_checkpoint(run).load_model()
     scores = evaluator(model, build.make_autoencoder(config, CPU).decode)
     assert scores["fd_small"] == pytest.approx(scores_of(run)[12], rel=1e-3)
 

@@ -36,7 +36,7 @@ from cfpretrain.export import diffusers_layout
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import our_name
 from cfpretrain.run import build, tensor_files
-from cfpretrain.run.checkpoint import read_tensors
+from cfpretrain.run.checkpoint import open_weights
 from tests import checkpoints
 from tests.checkpoints import same_bits
 from tests.closeness import disagreement
@@ -122,7 +122,7 @@ def test_the_folder_has_what_diffusers_reads(exported: Path) -> None:
 def test_run_to_export_is_exact(run: Path, tmp_path: Path, which) -> None:
     export(run, tmp_path / "out", ExportSettings(which))
     [path] = (run / "checkpoints").glob("step_*")
-    assert equal(weights_of(tmp_path / "out"), read_tensors(path, "ema" if which == "ema" else "weights"))
+    assert equal(weights_of(tmp_path / "out"), open_weights(path, "ema" if which == "ema" else "weights").read_all())
 
 
 def test_bf16_is_rounded_once(run: Path, exported: Path, tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_the_official_format(run: Path, tmp_path: Path, monkeypatch: pytest.Monk
     [path] = (run / "checkpoints").glob("step_*")
     for key, which in (("model", "weights"), ("ema", "ema")):
         tensors = {our_name(name): value for name, value in content[key].items()}
-        assert equal(tensors, read_tensors(path, which))  # type: ignore[arg-type]
+        assert equal(tensors, open_weights(path, which).read_all())  # type: ignore[arg-type]
 
 
 def test_pushing_is_asked_for(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,7 +471,8 @@ def ours(
     **changes: Any,
 ) -> tuple[Tensor, Tensor]:
     """What cfpretrain's own sampler makes in one batch: latents, and images."""
-    config, model, _ = build.load_run(run, CPU)
+    found = build.find_checkpoint(run)
+    config, model = found.config, found.load_model()
     model = model.to(dtype)
     images = []
     decode = build.make_autoencoder(config, CPU).decode
@@ -543,7 +544,8 @@ def test_pictures_and_arrays_elsewhere(results: Results) -> None:
 
 def test_editing_elsewhere(results: Results) -> None:
     """The same as our own; what is kept comes back bit for bit."""
-    config, model, _ = build.load_run(results.run, CPU)
+    found = build.find_checkpoint(results.run)
+    config, model = found.config, found.load_model()
     region, tokens = parse_region("centre", 4), patchify(results.given, 2)
     settings = settings_of(config, 3, ar_step_sizes=choose_sizes(4, 2, "equal"))
     expected = unpatchify(edit_tokens(config, model, tokens, region, [3, 7, 0], settings, CPU), 2)

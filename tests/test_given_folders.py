@@ -198,7 +198,7 @@ def test_a_tensor_that_the_model_lacks_is_not_read(given: Path, monkeypatch: pyt
     smaller = dataclasses.replace(found.config.model, depth=found.config.model.depth - 1)
     found = dataclasses.replace(found, config=dataclasses.replace(found.config, model=smaller))
     monkeypatch.setattr(checkpoint, "read_whole", None)
-    assert "unknown: trunk.blocks." in refusal(lambda: build.load_weights(found, "ema"))
+    assert "unknown: trunk.blocks." in refusal(found.load_model)
 
 
 def yaml_of(kind: str) -> str:
@@ -307,7 +307,7 @@ def test_numbers_that_no_machine_counts(number: str, tmp_path: Path) -> None:
     for key in ("run: {seed: %s}", "train: {learning_rate: %s}"):
         (tmp_path / "config.yaml").write_text(key % number)
         if "seed" in key or number != "9223372036854775808":  # as a learning rate it is merely bold
-            refusal(lambda: build.load_config(tmp_path / "config.yaml"))
+            refusal(lambda: build.checked(load_config(tmp_path / "config.yaml")))
 
 
 @pytest.mark.parametrize(

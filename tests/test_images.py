@@ -1,6 +1,7 @@
 """Which images there are, which are rejected and why, and the crop against a plain oracle."""
 
 import io
+import json
 import os
 import random
 import struct
@@ -19,21 +20,20 @@ from PIL import Image, ImageCms
 
 from cfpretrain.base.console import UserError
 from cfpretrain.data import images
+from cfpretrain.data.image_shards import write_image_shards
 from cfpretrain.data.images import (
+    ImageFormat,
     RejectedImageError,
-    Storing,
     centre_crop,
     describe_changes,
     parse_background,
-    read_all_images,
     read_file,
     read_image,
     stored_image,
 )
 from cfpretrain.data.listing import list_images
-from cfpretrain.data.shard_writer import ShardWriter
-from cfpretrain.data.shards import ImagesInfo, Shards, image_columns
-from cfpretrain.data.storing import Outcome, read_samples
+from cfpretrain.data.shards import Shards
+from examples.digits.pixels import read_all_images
 
 _ORIENTATION = 0x0112  # of EXIF
 
@@ -126,7 +126,7 @@ def test_the_crop_is_the_oracles_bit_for_bit() -> None:
             image.putalpha(255)  # nothing of it can be seen through
         data = encoded(image, kind, **options)
         is_grey = seed % 4 == 0
-        stored = Image.open(io.BytesIO(stored_image(data, Storing("lossless", target, is_grey))))
+        stored = Image.open(io.BytesIO(stored_image(data, ImageFormat("lossless", target, is_grey))))
         assert stored.mode == ("L" if is_grey else "RGB")
         wanted = oracle(data, target, is_grey)
         np.testing.assert_array_equal(np.array(stored), wanted, err_msg=f"{mode} {size} {target} {kind} {options}")
@@ -146,12 +146,12 @@ def test_exif_rotation_is_ignored_but_where_it_is_asked_for() -> None:
         data = encoded(image if undone is None else image.transpose(undone), "PNG", exif=exif)
         for store in ("lossless", "original"):
             counts: Counter[str] = Counter()
-            stored = stored_image(data, Storing(store, 24, is_upright=True), counts)
+            stored = stored_image(data, ImageFormat(store, 24, is_upright=True), counts)
             pixels = centre_crop(read_image(stored), 24)
             np.testing.assert_array_equal(np.array(pixels), oracle(encoded(image, "PNG"), 24, False))
             assert counts == Counter([] if undone is None else ["turned"])
         counts = Counter()
-        lying = stored_image(data, Storing("lossless", 24), counts)
+        lying = stored_image(data, ImageFormat("lossless", 24), counts)
         np.testing.assert_array_equal(np.array(read_image(lying)), oracle(data, 24, False))
         assert counts == Counter([] if undone is None else ["not turned"])
 
@@ -185,7 +185,7 @@ def test_what_is_transparent_is_composited_on_the_background(background: images.
     }  # fmt: skip
     for name, (data, wanted) in files.items():
         counts: Counter[str] = Counter()
-        stored = stored_image(data, Storing(store, 24, background=background), counts)
+        stored = stored_image(data, ImageFormat(store, 24, background=background), counts)
         found = Image.open(io.BytesIO(stored))
         assert (found.mode, found.format) == ("RGB", "PNG"), name
         assert np.abs(np.array(found) - composited(wanted, background)).max() <= 1, name
@@ -213,7 +213,7 @@ def test_an_opaque_alpha_changes_nothing() -> None:
         image = picture(mode, (20, 20))
         image.putalpha(255)
         data, counts = encoded(image, "PNG"), Counter[str]()
-        assert stored_image(data, Storing("original", 16, background=(9, 9, 9)), counts) == data
+        assert stored_image(data, ImageFormat("original", 16, background=(9, 9, 9)), counts) == data
         assert counts == Counter()
 
 
@@ -260,7 +260,7 @@ LOSSES: dict[str, list[tuple[str, Callable[[], bytes]]]] = {
 def test_each_loss_is_counted_and_said(loss: str) -> None:
     for kind, make in LOSSES[loss]:
         counts: Counter[str] = Counter()
-        assert stored_image(make(), Storing("lossless", 16), counts), kind
+        assert stored_image(make(), ImageFormat("lossless", 16), counts), kind
         assert counts == Counter([loss]), kind
     (line,) = describe_changes({loss: 3}, (0, 0, 0), 16)
     assert line.startswith("3 images ")
@@ -270,15 +270,15 @@ def test_what_loses_nothing_is_not_counted() -> None:
     counts: Counter[str] = Counter()
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for kind in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF", "AVIF", "JPEG2000"):
-        stored_image(encoded(picture("RGB", (20, 20)), kind, icc_profile=profile), Storing("lossless", 16), counts)
-        stored_image(encoded(picture("L", (20, 20)), kind), Storing("lossless", 16), counts)
+        stored_image(encoded(picture("RGB", (20, 20)), kind, icc_profile=profile), ImageFormat("lossless", 16), counts)
+        stored_image(encoded(picture("L", (20, 20)), kind), ImageFormat("lossless", 16), counts)
     assert counts == Counter()
 
 
 def test_a_rejected_image_loses_nothing() -> None:
     counts: Counter[str] = Counter()
     with pytest.raises(RejectedImageError):
-        stored_image(frames("GIF"), Storing("original", 16), counts)
+        stored_image(frames("GIF"), ImageFormat("original", 16), counts)
     assert counts == Counter()
 
 
@@ -310,7 +310,7 @@ def test_only_pixels_are_stored() -> None:
     data = encoded(
         picture("RGB", (30, 30)), "PNG", exif=exif, icc_profile=b"a profile", transparency=(1, 2, 3), dpi=(72, 72)
     )
-    stored = stored_image(data, Storing("lossless", 16))
+    stored = stored_image(data, ImageFormat("lossless", 16))
     chunks, at = [], 8
     while at < len(stored):
         length = int.from_bytes(stored[at : at + 4], "big")
@@ -331,13 +331,13 @@ def test_of_a_file_of_several_pictures_the_first_is_stored() -> None:
     first, second = picture("RGB", (20, 20), 1), picture("RGB", (20, 20), 2)
     data = encoded(first, "MPO", save_all=True, append_images=[second])
     np.testing.assert_array_equal(np.array(read_image(data)), np.array(read_image(encoded(first, "JPEG"))))
-    assert stored_image(data, Storing("original", 16)) == data
+    assert stored_image(data, ImageFormat("original", 16)) == data
 
 
 def test_original_files_keep_their_bytes() -> None:
     data = encoded(picture("RGB", (50, 40)), "JPEG")
-    assert stored_image(data, Storing("original", 16)) == data
-    assert stored_image(data, Storing("original", 16, is_grey=True)) == data
+    assert stored_image(data, ImageFormat("original", 16)) == data
+    assert stored_image(data, ImageFormat("original", 16, is_grey=True)) == data
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -378,7 +378,7 @@ def test_what_does_not_decode_is_rejected_with_a_reason(name: str, store: str) -
     make, reason = REJECTED[name]
     data = make()
     with pytest.raises(RejectedImageError, match=reason) as raised:
-        stored_image(data, Storing(store, 8))
+        stored_image(data, ImageFormat(store, 8))
     assert "\n" not in str(raised.value)
     assert " at 0x" not in str(raised.value)
 
@@ -387,7 +387,7 @@ def test_a_thin_image_does_not_fill_the_memory() -> None:
     thin = encoded(Image.new("L", (1, 60000)), "PNG")
     for store in ("lossless", "original"):
         with pytest.raises(RejectedImageError, match=r"too thin: 1 x 60000 would become 256 x 15360000"):
-            stored_image(thin, Storing(store, 256))
+            stored_image(thin, ImageFormat(store, 256))
 
 
 @pytest.mark.parametrize(
@@ -399,8 +399,8 @@ def test_what_dali_cannot_decode_is_not_stored_as_it_is(kind: str, mode: str) ->
         image.putalpha(255)
     data = encoded(image, kind)
     with pytest.raises(RejectedImageError, match=f"DALI does not decode {kind} of mode {mode} as PIL does"):
-        stored_image(data, Storing("original", 8))
-    assert stored_image(data, Storing("lossless", 8))
+        stored_image(data, ImageFormat("original", 8))
+    assert stored_image(data, ImageFormat("lossless", 8))
 
 
 def test_what_is_stored_as_it_is_dali_decodes_as_pil_does(tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_what_is_stored_as_it_is_dali_decodes_as_pil_does(tmp_path: Path) -> Non
             data = encoded(picture(mode, (32, 32)), kind)
             if (kind, mode) not in {("GIF", "P"), ("TIFF", "CMYK")}:
                 (tmp_path / "images" / "x" / f"{mode}_{kind}.jpg").write_bytes(data)
-    write_shards(tmp_path / "shards", tmp_path / "images", Storing("original", 32))
+    write_shards(tmp_path / "shards", tmp_path / "images", ImageFormat("original", 32))
     paths = sorted((tmp_path / "images" / "x").iterdir())
     (batch,) = decode_shards(Shards(tmp_path / "shards"), [0], len(paths), torch.device("cpu"), 1)
     assert len(batch.samples) == len(paths) > 15
@@ -476,7 +476,7 @@ def test_damage_is_rejected_for_the_same_reason_every_time(data: bytes, seed: in
 
     def outcome() -> tuple[str, bytes]:
         try:
-            return "", stored_image(bytes(damaged), Storing("lossless", 8))
+            return "", stored_image(bytes(damaged), ImageFormat("lossless", 8))
         except RejectedImageError as error:
             return str(error), b""
 
@@ -485,14 +485,15 @@ def test_damage_is_rejected_for_the_same_reason_every_time(data: bytes, seed: in
 
 
 def test_samples_leave_gaps_where_images_were_rejected(tmp_path: Path) -> None:
-    root = write_tree(tmp_path, cat=2, dog=3)
+    root = write_tree(tmp_path / "images", cat=2, dog=3)
     (root / "cat" / "001.png").write_bytes(b"")
-    listing, begun, outcome = list_images(root), [], Outcome()
+    listing = list_images(root)
     (root / "dog" / "001.png").unlink()
-    samples = list(read_samples(listing, range(1, 5), Storing("lossless", 8), begun.append, outcome))
-    assert [(sample["id"], sample["label"], sample["caption"]) for sample in samples] == [(2, 1, ""), (4, 1, "")]
-    assert begun == [1, 2, 3, 4]
-    assert outcome.rejected == [
+    folder = tmp_path / "shards"
+    write_image_shards([(listing, folder)], ImageFormat("lossless", 8), "test", max_rejected_share=1)
+    samples = list(Shards(folder).shard(0))
+    assert [(s["id"], s["label"], s["caption"]) for s in samples] == [(0, 0, ""), (2, 1, ""), (4, 1, "")]
+    assert [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()] == [
         {"id": 1, "path": "cat/001.png", "reason": "the file is empty"},
         {"id": 3, "path": "dog/001.png", "reason": "the file cannot be read: No such file or directory"},
     ]
@@ -502,21 +503,14 @@ def test_samples_leave_gaps_where_images_were_rejected(tmp_path: Path) -> None:
 # Reading back
 
 
-def write_shards(folder: Path, root: Path, how: Storing) -> None:
-    listing = list_images(root)
-    writer = ShardWriter(folder, image_columns(), {})
-    writer.begin()
-    writer.write(0, read_samples(listing, range(len(listing.rows)), how, lambda id: None, Outcome()))
-    info = ImagesInfo(
-        listing.class_names, len(listing.rows), 0, how.store, how.image_size, how.channels, "test", images.versions()
-    )
-    writer.finish(info, 1)
+def write_shards(folder: Path, root: Path, image_format: ImageFormat) -> None:
+    write_image_shards([(list_images(root), folder)], image_format, "test")
 
 
 @pytest.mark.parametrize("is_grey", [False, True])
 def test_all_images_come_back(is_grey: bool, tmp_path: Path) -> None:
     root = write_tree(tmp_path / "images", cat=3, dog=2)
-    write_shards(tmp_path / "shards", root, Storing("lossless", 8, is_grey))
+    write_shards(tmp_path / "shards", root, ImageFormat("lossless", 8, is_grey))
     images_BCYX, labels_B = read_all_images(tmp_path / "shards", "--held-out")
     assert labels_B.tolist() == [0, 0, 0, 1, 1]
     for image_CYX, path in zip(images_BCYX, sorted(root.glob("*/*")), strict=True):
@@ -525,6 +519,6 @@ def test_all_images_come_back(is_grey: bool, tmp_path: Path) -> None:
 
 
 def test_only_lossless_images_are_read_back(tmp_path: Path) -> None:
-    write_shards(tmp_path / "shards", write_tree(tmp_path / "images", cat=2), Storing("original", 8))
+    write_shards(tmp_path / "shards", write_tree(tmp_path / "images", cat=2), ImageFormat("original", 8))
     with pytest.raises(UserError, match=r"--held-out: expected .* --store lossless, got images stored as original"):
         read_all_images(tmp_path / "shards", "--held-out")

@@ -240,7 +240,7 @@ def test_other_layouts_are_not_taken_for_published_ones() -> None:
 def test_tensors_that_have_no_place_are_named() -> None:
     tensors = random_tensors(SMALL)
     for changed, named in (
-        (tensors | {"encoder.mid.attn_2.q.bias": torch.zeros(64)}, "not part of it: encoder.mid.attn_2.q.bias"),
+        (tensors | {"encoder.mid.attn_2.q.bias": torch.zeros(64)}, "unknown: encoder.mid.attn_2.q.bias"),
         ({n: v for n, v in tensors.items() if n != "decoder.norm_out.bias"}, "missing: decoder.conv_norm_out.bias"),
         (tensors | {"quant_conv.bias": torch.zeros(9)}, "of another shape: quant_conv.bias"),
     ):

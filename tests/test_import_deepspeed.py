@@ -25,13 +25,14 @@ from cfpretrain.core import seeds
 from cfpretrain.core.model import write_initial_values
 from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
 from cfpretrain.export.official import our_name, to_official
-from cfpretrain.run import build, checkpoint_writer
-from cfpretrain.run.checkpoint import load, read_tensors
+from cfpretrain.run import build
+from cfpretrain.run.checkpoint import load, open_weights
 from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.state import TrainingState, read_state
 from cfpretrain.training import optim, zero
 from cfpretrain.training.engine import Engine, build_engine
 from cfpretrain.training.zero import ds_config
+from tests import checkpoints
 from tests.checkpoints import make_state
 from tests.folders import Bomb
 from tests.processes import run_in_processes
@@ -167,7 +168,7 @@ def of_kind(folder: Path, kind: Kind, make: Callable[[Config], Engine]) -> Found
     if make is make_engine:
         state = make_state(NUM_STEPS, config=to_plain(config))
         ema = [fragment.values.clone() for fragment in engine.fragments()]
-        checkpoint_writer.save(CheckpointStore(folder / "ours", 1, 0), state, engine.fragments(), ema)
+        checkpoints.write(CheckpointStore(folder / "ours", 1, 0), state, engine.fragments(), ema)
     further = range(NUM_STEPS, NUM_STEPS + NUM_FURTHER)
     continued = [train_step(engine, config, step) for step in further]
 
@@ -229,7 +230,7 @@ def test_it_is_our_own_checkpoint_of_the_same_engine(kind: Kind, num_ranks: int,
     for content in ("weights", "exp_avg", "exp_avg_sq"):
         name = f"{content}.safetensors"
         assert (imported / name).read_bytes() == (ours / name).read_bytes(), content
-    weights, ema = read_tensors(imported, "weights"), read_tensors(imported, "ema")
+    weights, ema = open_weights(imported, "weights").read_all(), open_weights(imported, "ema").read_all()
     assert all(torch.equal(weights[name], ema[name]) for name in weights)
     found = read_zero_checkpoint(folder / "deepspeed" / f"global_step{NUM_STEPS}")
     moments = torch.cat([found.tensor("exp_avg_sq", name).flatten() for name in found.shapes])
@@ -270,7 +271,7 @@ def test_it_is_said_what_is_not_there(
     assert "WARNING: DeepSpeed's files are pickles" in out
     assert "WARNING: DeepSpeed keeps no EMA: the averages begin as the weights" in out
     assert "at step 2 (2 updates), written by 2 ranks" in out
-    assert build.load_run(tmp_path / "run", CPU)[2] == NUM_STEPS
+    assert build.find_checkpoint(tmp_path / "run").state.step == NUM_STEPS
 
 
 def edit(file: Path, change: Callable[[Any], Any]) -> None:
@@ -443,7 +444,7 @@ def test_another_model_is_refused_by_its_keys(copy: Path, config_file: list[str]
     message = refusal(copy, config_file, ("model.depth=4", "model.num_classes=7"))
     assert f"FOLDER: {copy} does not fit the config: model.depth: expected 4, got 2 | model.num_classes: " in message
     message = refusal(copy, config_file, ("model.position_embedding=sincos",))
-    assert "tensors not in the config's model: image_embedder.pos_embed" in message
+    assert "tensors unknown: image_embedder.pos_embed" in message
 
 
 def test_an_existing_target_is_left_alone(

@@ -140,7 +140,10 @@ def test_what_is_wrong_is_found(
         ("none", "", "but it cannot be read"),
         ("one", REJECTED, "got 1"),
         ("half", f"{REJECTED}\n{REJECTED[:20]}", "but it cannot be read"),
-        ("text", f'{REJECTED}\n"reason"', "but it cannot be read"),
+        *(
+            (f"text{i}", f"{REJECTED}\n{line}", "but it cannot be read")
+            for i, line in enumerate(("{", "5", "null", "[]", '{"id": 1}', '"reason"', '{"id": 1e400, "path": 1}'))
+        ),
     ):
         folder = write_images(tmp_path / name, [[png(16)]], 16, **rejecting(2, content))
         message = refused(monkeypatch, capsys, folder, "--verify")

@@ -17,16 +17,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cfpretrain.base.console import EXIT_REQUEUE, UserError
-from cfpretrain.data import storing
-from cfpretrain.data.images import read_all_images, read_file, read_image
+from cfpretrain.base.console import EXIT_REQUEUE
+from cfpretrain.data.image_shards import deal_images
+from cfpretrain.data.images import read_file, read_image
 from cfpretrain.data.listing import list_images
 from cfpretrain.data.shards import ImagesInfo, Shards, read_info
-from cfpretrain.data.storing import deal_images
+from examples.digits.pixels import read_all_images
 from tests.disks import mounted_disk
 from tests.folders import content
-from tests.processes import Ended, Rank, wait_until
+from tests.processes import Ended, Rank, run_alone, wait_until
 from tests.test_images import encoded, oracle, picture, write_tree
+from tests.test_stopping import SMALL_MEMORY
 from tests.test_tables import table
 from tools.measuring.data import plain_shards, write_photos
 
@@ -435,15 +436,15 @@ def test_mistakes(tree: Path, tmp_path: Path) -> None:
     assert "outside of the images" in refused(tree, "--out", tree / "shards", "--size", 8)
     (tmp_path / "loop").symlink_to("loop")
     assert f"{tmp_path / 'loop'} is a link" in refused(tree, "--out", tmp_path / "loop", "--size", 8)
-    for option, value, word in (
-        ("--size", "0", "whole number from 1"),
-        ("--size", "1000000", "whole number from 1 to 8192"),
-        ("--workers", "x", "whole number from 1"),
-        ("--max-rejected-share", "2", "share from 0 to 1"),
+    for option, value, problem in (
+        ("--size", "0", "expected 1 to 8192, got 0"),
+        ("--size", "1000000", "expected 1 to 8192, got 1000000"),
+        ("--workers", "0", "expected 1 to 1024, got 0"),
+        ("--workers", "x", "invalid int value: 'x'"),
+        ("--max-rejected-share", "2", "expected 0 to 1, got 2"),
+        ("--max-rejected-share", "nan", "expected 0 to 1, got nan"),
     ):
-        ended = make(tree, "--out", out, "--size", 8, option, value)
-        assert ended.code == 2
-        assert f"argument {option}: expected a {word}" in ended.err
+        assert f"{option}: {problem}" in refused(tree, "--out", out, "--size", 8, option, value)
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("milk")
     assert "holds no complete shards" in refused(tree, "--out", tmp_path / "notes", "--size", 8)
@@ -513,8 +514,8 @@ def test_asked_to_stop(number: signal.Signals, big_tree: Path, big_content: dict
     process.send_signal(number)
     ended = end(process)
     assert (ended.code, ended.err) == (EXIT_REQUEUE, "")
-    assert ended.out.splitlines()[-1] == "[cfpretrain] stopped; the same command goes on"
-    assert all(map(is_gone, workers))
+    assert ended.out.splitlines()[-1] == f"[cfpretrain] stopped ({number.name}); the same command goes on"
+    wait_until(lambda: all(map(is_gone, workers)), _WAIT_SECONDS)
     kept = num_written(out)
     assert kept > 2
     made(big_tree, "--out", out, *_BIG)
@@ -530,7 +531,7 @@ def test_a_worker_that_is_killed_is_an_error(big_tree: Path, big_content: dict[s
     assert ended.code == 2
     assert ended.err.count("\n") == 1
     assert "error: a worker that was reading class" in ended.err
-    assert "was killed, perhaps for want of memory: give fewer --workers; the same command goes on" in ended.err
+    assert "ended by SIGKILL, as the system does where memory is short: give fewer --workers; the same" in ended.err
     made(big_tree, "--out", out, *_BIG)
     assert content(out) == big_content
 
@@ -549,8 +550,18 @@ def test_a_full_disk_is_one_line(big_tree: Path, big_content: dict[str, bytes], 
         assert content(disk / "out") == big_content
 
 
-@pytest.mark.parametrize("line", ["{", "5", "null", "[]", '{"id": 1}', '"reason"', '{"id": 1e400, "path": 1}'])
-def test_a_damaged_list_of_rejected_images_is_named(line: str, tmp_path: Path) -> None:
-    (tmp_path / "rejected.jsonl").write_text('{"id": 1, "path": "a", "reason": "b"}\n' + line + "\n")
-    with pytest.raises(UserError, match=r"rejected\.jsonl cannot be read \(.*\); remove .* to make it again"):
-        storing._rejected_in(tmp_path)
+FULL_MEMORY = SMALL_MEMORY.replace(
+    "sys.argv = sys",
+    'subprocess.run(["dd", "if=/dev/zero", "of=/dev/shm/full"], stderr=subprocess.DEVNULL)\nsys.argv = sys',
+)
+
+
+def test_shared_memory_that_is_full_is_one_line(tree: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("a full /dev/shm needs root")
+    ended = run_alone(FULL_MEMORY, ["tools/make_shards.py", str(tree), "--out", str(tmp_path / "out"), "--size", "8"])
+    if ended.code == 99:
+        pytest.skip(f"mounting a small /dev/shm was refused: {ended.err}")
+    assert ended.code == 2, ended.err
+    [line] = ended.err.strip().splitlines()
+    assert "error: no locks can be made for workers (No space left on device); free room in /dev/shm" in line

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from cfpretrain.base.console import EXIT_USER_ERROR
-from cfpretrain.data import images
-from examples.digits import measure_quality
+from examples.digits import measure_quality, summary
 from tests.digits import digits
 from tests.runs import write_run
 
@@ -25,7 +24,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path) -> lis
     rows = digits(60)
     pixels = torch.stack([torch.from_numpy(pixels * 255).to(torch.uint8) for _, _, pixels in rows])
     labels = torch.tensor([label for _, label, _ in rows])
-    monkeypatch.setattr(images, "read_all_images", lambda folder, key: (pixels, labels))
+    monkeypatch.setattr(summary, "read_all_images", lambda folder, key: (pixels, labels))
     return [
         write_run(tmp_path / "run", shards),
         "--images",

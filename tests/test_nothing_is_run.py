@@ -31,7 +31,7 @@ from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build
-from cfpretrain.run.checkpoint import load, read_tensors
+from cfpretrain.run.checkpoint import load, open_weights
 from cfpretrain.run.metrics import read_metrics
 from cfpretrain.run.state import read_state
 from tests.checkpoints import random_bits, whole, zero_like
@@ -85,11 +85,11 @@ def resume(run: Path) -> None:
 def read_run(run: Path) -> list[Callable[[], Any]]:
     checkpoint = run / build.CHECKPOINTS / f"step_{STEP:08d}"
     return [
-        lambda: build.load_run(run, CPU),
+        lambda: build.find_checkpoint(run).load_model(),
         lambda: load_source(run, CPU),
         lambda: resume(run),
         lambda: read_state(checkpoint),
-        lambda: read_tensors(checkpoint, "weights"),
+        lambda: open_weights(checkpoint, "weights").read_all(),
         lambda: build.read_summary(run),
         lambda: read_metrics(run / build.METRICS_FILE),
         lambda: write_official(run, run.parent / "out.pt"),

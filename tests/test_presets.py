@@ -154,7 +154,7 @@ def test_a_header_says_the_memory_that_is_estimated(name) -> None:
     )
     assert found, comments
     config = configs.load([str(REPOSITORY / path) for path in found[2].replace("--config", "").split()])
-    peak = memory.estimate(*memory.plan_memory(config, int(found[3]), on_gpu=True)).peak
+    peak = memory.estimate(config, int(found[3]), on_gpu=True).peak
     assert float(found[1]) == pytest.approx(peak / 1e9, abs=0.1)
 
 

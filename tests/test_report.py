@@ -29,7 +29,8 @@ def refused(
     guidance: float = 2.0,
 ) -> str:
     config = configs.load(TINY, [override])
-    monkeypatch.setattr(build, "load_run", lambda folder, device: (config, None, 100))
+    found = argparse.Namespace(config=config, state=argparse.Namespace(step=100))
+    monkeypatch.setattr(build, "find_checkpoint", lambda folder: found)
     arguments = argparse.Namespace(
         run=run,
         images=images,

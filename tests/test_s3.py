@@ -216,7 +216,7 @@ def test_a_folder_in_the_store_is_inspected(
     monkeypatch.setattr(sys, "argv", ["inspect_shards.py", "s3://bucket/folder", "--cache-limit-gb", "-1"])
     with pytest.raises(SystemExit):
         inspect_shards.main()
-    assert "argument --cache-limit-gb: expected a number from 0 on, got '-1'" in capsys.readouterr().err
+    assert "--cache-limit-gb: expected at least 0, got -1" in capsys.readouterr().err
 
 
 def test_a_long_list_of_rejected_images_in_the_store_is_read(

@@ -22,7 +22,8 @@ Loaded = tuple[Config, CausalFusion]
 
 @pytest.fixture(scope="module")
 def loaded(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    config, model, _ = build.load_run(write_run(tmp_path_factory.mktemp("runs") / "run", shards), CPU)
+    found = build.find_checkpoint(write_run(tmp_path_factory.mktemp("runs") / "run", shards))
+    config, model = found.config, found.load_model()
     return config, model
 
 

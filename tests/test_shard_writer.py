@@ -91,13 +91,12 @@ def test_it_goes_on_where_it_was(tmp_path: Path, whole: dict[str, bytes]) -> Non
     first.write(2, samples(2), lambda: {"number": 2})
     with pytest.raises(UserError, match="is being written by another process"):
         make(folder).begin()
-    os.close(first._lock)  # as the end of its process does
+    first.unfinished.release()  # as the end of its process does
     second = make(folder)
     second.begin()
     assert second.missing(NUM_SHARDS) == [0, 1, 3, 4, 5]
     write_missing(second)
     assert second.records(NUM_SHARDS) == [{"number": number} for number in range(NUM_SHARDS)]
-    assert second.num_samples(NUM_SHARDS) == NUM_SHARDS * EACH
     assert not folder.exists()
     second.finish(info(), NUM_SHARDS, {"notes.txt": "hello"})
     assert content(folder) == whole
@@ -148,8 +147,8 @@ def test_a_writer_that_fails_leaves_the_shard_unwritten(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         writer.write(0, failing())
     assert writer.missing(1) == [0]
-    assert not list(writer.unfinished.glob("*.mds"))
-    assert not list(writer.unfinished.glob(".writing.*"))
+    assert not list(writer.unfinished.folder.glob("*.mds"))
+    assert not list(writer.unfinished.folder.glob(".writing.*"))
 
 
 def write_missing_and_finish(folder: Path) -> None:
@@ -220,7 +219,7 @@ def test_what_no_finished_folder_can_take_the_place_of_is_refused_before_the_wor
             make(folder).is_complete()
     with mounted_disk(tmp_path / "disk", "64k") as disk, pytest.raises(UserError, match=r"disk is a link, a mount"):
         make(disk).is_complete()
-    with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
+    with pytest.raises(UserError, match=r"cannot be written \(File name too long "):
         make(tmp_path / ("x" * 300)).is_complete()
     (tmp_path / ".shards.unfinished").touch()
     with pytest.raises(UserError, match=r"shards\.unfinished is in the way .*; remove it"):
@@ -239,17 +238,17 @@ def test_a_damaged_file_of_unfinished_work_is_named(tmp_path: Path, name: str, c
     writer = make(tmp_path / "shards")
     writer.begin()
     writer.write(0, samples(0))
-    os.close(writer._lock)
-    (writer.unfinished / name).write_bytes(content)
+    writer.unfinished.release()
+    (writer.unfinished.folder / name).write_bytes(content)
     again = make(tmp_path / "shards")
 
     def go_on() -> None:
         again.begin()
         again.record(0)
 
-    with pytest.raises(UserError, match=f"{name} is damaged .*; delete {writer.unfinished} to begin again"):
+    with pytest.raises(UserError, match=f"{name} is damaged .*; delete {writer.unfinished.folder} to begin again"):
         go_on()
-    os.close(again._lock)
+    again.unfinished.release()
 
 
 def test_unfinished_work_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -259,12 +258,12 @@ def test_unfinished_work_of_other_settings_is_refused(tmp_path: Path) -> None:
     for sizes in ((1,), (2,)):  # of nothing written, nothing can be lost
         writer = of(*sizes)
         writer.begin()
-        os.close(writer._lock)
+        writer.unfinished.release()
     writer.write(0, samples(0))
     other = of(3)
     with pytest.raises(UserError, match=r"unfinished work of other settings \(sizes: \[2\] there, \[3\] now"):
         other.begin()
-    os.close(other._lock)
+    other.unfinished.release()
     of(2).begin()
 
 
@@ -274,7 +273,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_goes_on(tmp_path: Path, wh
         writer.begin()
         with pytest.raises(UserError, match=r"No space left on device.*the same command goes on"):
             write_missing(writer)
-        os.close(writer._lock)
+        writer.unfinished.release()
         assert mount("-o", "remount,size=4m", str(disk)).returncode == 0
         writer = make(disk / "shards")
         writer.begin()

@@ -85,7 +85,7 @@ def test_other_folders_of_ours_are_known(run: Path, exported: Path) -> None:
         (run / "checkpoints" / "step_00000007", f"expected a run folder, got a checkpoint of one; give {run}"),
     ):
         with pytest.raises(UserError, match=message):
-            build.load_run(path, CPU)
+            build.find_checkpoint(path)
 
 
 def test_damaged_exports(exported: Path) -> None:
@@ -172,7 +172,6 @@ def test_an_edited_config_that_contradicts_the_checkpoint_is_refused(
     edit_config(edited, old, new)
     for action in (
         lambda: load_source(edited, CPU),
-        lambda: build.load_run(edited, CPU),
         lambda: build.config_at(edited, 5),
         lambda: export(edited, tmp_path / "exported", ExportSettings()),
     ):
@@ -306,7 +305,7 @@ def test_another_autoencoder_is_refused(tmp_path: Path, latent_run: Path) -> Non
     message = rf"data.autoencoder: expected the autoencoder behind the latents .* of fingerprint .* in {tmp_path}/other"
     for action in (
         lambda: load_source(latent_run, CPU).make_autoencoder(),
-        lambda: build.load_run(latent_run, CPU),
+        lambda: build.find_checkpoint(latent_run).make_autoencoder(CPU),
         lambda: export(latent_run, tmp_path / "exported", ExportSettings()),
     ):
         with pytest.raises(UserError, match=message):

@@ -27,7 +27,7 @@ from tests.digits import digits_info, small_config, small_run, write_digits, wri
 from tests.folders import rows
 from tests.processes import REPOSITORY, Ended, run_alone, run_script, start_script, wait_until
 from tests.runs import as_older
-from tests.test_encoding import write_autoencoder
+from tests.test_latent_shards import write_autoencoder
 
 TRAIN = "cfpretrain/train.py"
 

@@ -1,12 +1,10 @@
 """tools/train_autoencoder.py, on small real digits; and the autoencoder that the demo uses."""
 
-import fcntl
 import os
 import re
+import select
 import signal
-import subprocess
 import sys
-import termios
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -90,7 +88,7 @@ def saved(out: Path) -> int:
     return state.stat().st_mtime_ns if state.exists() else 0
 
 
-def wait_for_a_state(out: Path, process: Rank | subprocess.Popen[bytes]) -> None:
+def wait_for_a_state(out: Path, process: Rank) -> None:
     before = saved(out)
     wait_until(lambda: saved(out) != before or process.poll() is not None)
 
@@ -128,11 +126,25 @@ def first_step(said: str) -> int:
     return int(found[1]) if found else 0
 
 
+# Runs the tool in the terminal whose name is the first argument, as its session's own.
+IN_A_TERMINAL = """
+import fcntl, os, runpy, signal, sys, termios
+os.setsid()
+terminal = os.open(sys.argv.pop(1), os.O_RDWR)
+fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+for stream in (0, 1, 2):
+    os.dup2(terminal, stream)
+os.close(terminal)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+runpy.run_path("tools/train_autoencoder.py", run_name="__main__")
+"""
+
+
 @dataclass
 class Terminal:
     """A process in a terminal of its own."""
 
-    process: subprocess.Popen[bytes]
+    process: Rank
     master: int  # the end at which a person sits
 
     def read(self) -> str:
@@ -147,30 +159,24 @@ class Terminal:
                 return said.decode()
             said += part
 
-
-def _take_terminal() -> None:
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
+    def exit_code(self) -> int | None:
+        """Of the process, which is about to end."""
+        wait_until(lambda: self.process.poll() is not None)
+        return self.process.returncode
 
 
 @contextmanager
 def in_a_terminal(arguments: list[str]) -> Iterator[Terminal]:
     master, terminal = os.openpty()
-    process = subprocess.Popen(
-        [sys.executable, str(REPOSITORY / "tools" / "train_autoencoder.py"), *arguments],
-        stdin=terminal,
-        stdout=terminal,
-        stderr=terminal,
-        start_new_session=True,
-        preexec_fn=_take_terminal,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-    )
-    os.close(terminal)
+    process = Rank(IN_A_TERMINAL, [os.ttyname(terminal), *arguments], {"OMP_NUM_THREADS": "1"})
     try:
+        os.set_blocking(master, True)
+        wait_until(lambda: bool(select.select([master], [], [], 0)[0]))  # it has the terminal, and speaks
+        os.close(terminal)
         yield Terminal(process, master)
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
         with suppress(OSError):  # a test may have closed it
             os.close(master)
 
@@ -181,7 +187,7 @@ def test_ctrl_c_in_a_terminal_while_it_loads(images, tmp_path) -> None:
         assert "loading torch" in os.read(terminal.master, 4096).decode()
         os.write(terminal.master, b"\x03")
         said = terminal.read()
-        assert terminal.process.wait(60) == 75
+        assert terminal.exit_code() == 75
     assert "stopped before training began; the same command starts it" in said
     assert "Traceback" not in said
     assert not saved(out)
@@ -200,7 +206,7 @@ def test_a_terminal_s_ctrl_c_or_end_leaves_a_state(images, tmp_path, how) -> Non
             assert "Traceback" not in said
         else:
             os.close(terminal.master)
-        assert terminal.process.wait(60) == 75
+        assert terminal.exit_code() == 75
     assert saved(out) > before
     said = train(images, out, *LONG)
     assert first_step(said) > 0

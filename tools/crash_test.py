@@ -88,7 +88,7 @@ def reach(command: Command, planned: Kill, usual: Mapping[str, float]) -> str | 
         if not command.wait_until(lambda: attempt.built is not None):
             return None
     elif moment != "start":
-        # At least one new step, so that steps are what is killed.
+        # At least one new step, so that a kill undoes work.
         if not command.wait_until(lambda: attempt.first_step is not None and attempt.last_step >= planned.step):
             return None
         num_samplings = command.num_samplings
@@ -145,7 +145,7 @@ def training(arguments: argparse.Namespace, out: Path, marker: str) -> Start:
 
 
 def _free_port() -> int:
-    # Below the ports that the system hands out, so that nobody is given it between two starts.
+    # Below the ports that the system hands out, so that no other process gets it between two starts.
     for port in random.sample(range(20000, 30000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -154,7 +154,7 @@ def _free_port() -> int:
 
 
 def run_alone(start: Start, name: str, num_ranks: int) -> Attempt:
-    """A run that nobody kills."""
+    """A run without kills."""
     _say(f"{name}: {num_ranks} ranks, left alone")
     command = start(name, num_ranks)
     command.wait_for_end()

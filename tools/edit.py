@@ -9,10 +9,10 @@ and all of an image file change as much as the autoencoder changes any image: th
 encoded and decoded without an edit.
 
 A region is centre, top, bottom, outside, box:Y0,X0,Y1,X1 (rows and columns of tokens, the ends left out), tokens:0,1,17
-(row * columns + column), or mask:FILE, a picture that is white where the image is regenerated; what is black, or
-transparent, stays. It has the size of the image file, of its centre crop, or one pixel a token. A token of which the
-mask touches a single pixel is regenerated as a whole: a mask grows to the borders of its tokens. Image files may have
-any size: they are turned upright as their EXIF rotation says, and cropped as for training.
+(row * columns + column), or mask:FILE, a picture that is white where the image is regenerated and black or transparent
+where it stays. It has the size of the image file, of its centre crop, or one pixel a token. A token of which the mask
+touches a single pixel is regenerated as a whole: a mask grows to the borders of its tokens. Image files may have any
+size: they are turned upright as their EXIF rotation says, and cropped as for training.
 """
 
 import argparse
@@ -76,10 +76,10 @@ def run(arguments: argparse.Namespace) -> None:
     device = runtime.pick_device()
     with phase(f"loading {arguments.source}"):
         # Mistakes in names are found before the weights are read.
-        origin = open_source(arguments.source, arguments.weights, arguments.step)
-        labels = [origin.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]
-        generated = None if arguments.generate is None else origin.label_of(arguments.generate)
-        source = origin.load(device, arguments.precision)
+        source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
+        labels = [source.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]
+        generated = None if arguments.generate is None else source.label_of(arguments.generate)
+        source.model.eval()
         autoencoder = source.make_autoencoder()
     config, model = source.config, source.config.model
     image_size = model.latent_size * autoencoder.stride

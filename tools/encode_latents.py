@@ -11,7 +11,7 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base.command_line import Parser, add_local_rank, run_on_ranks
+from cfpretrain.base.command_line import Parser, add_local_rank, check_range, run_on_ranks
 from cfpretrain.base.console import (
     Progress,
     UserError,
@@ -22,12 +22,10 @@ from cfpretrain.base.console import (
 )
 
 if TYPE_CHECKING:
-    from cfpretrain.data.encoding import Encoding
+    from cfpretrain.data.latent_shards import Encoding
     from cfpretrain.data.shard_writer import ShardWriter
-    from cfpretrain.data.shards import LatentsInfo
 
 _PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-_MOST_IN_A_BATCH = 4096
 
 
 def main() -> None:
@@ -54,8 +52,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Encodes on all ranks; rank 0 begins and finishes the folder."""
-    if not 1 <= arguments.batch_size <= _MOST_IN_A_BATCH:
-        raise UserError(f"--batch-size: expected 1 to {_MOST_IN_A_BATCH}, got {arguments.batch_size}")
+    check_range("--batch-size", arguments.batch_size, 1, 4096)
     with phase("loading torch and streaming"):
         from cfpretrain.base import runtime
     device = runtime.pick_device()
@@ -70,7 +67,7 @@ def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, Sha
 
     from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
     from cfpretrain.core.latents import LatentScaling
-    from cfpretrain.data.encoding import Encoding
+    from cfpretrain.data.latent_shards import Encoding
     from cfpretrain.data.shard_writer import ShardWriter
     from cfpretrain.data.shards import Shards, read_images_info
 
@@ -99,7 +96,7 @@ def _prepare(arguments: argparse.Namespace, device: Any) -> "tuple[Encoding, Sha
 
 def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
     from cfpretrain.base import runtime
-    from cfpretrain.data.encoding import encode
+    from cfpretrain.data.latent_shards import encode
 
     with runtime.together():
         missing = _begin(encoding, writer) if runtime.rank() == 0 else None
@@ -107,29 +104,29 @@ def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
     if missing is None:
         return
     sizes = encoding.images.shard_sizes
+    num_threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1")))
     done_before = int(sizes.sum() - sizes[missing].sum())
     progress = Progress(int(sizes.sum()), done_before, "image")
-
-    def show(num_done: int) -> None:
-        progress.show(done_before + num_done)
-
     try:
-        with runtime.Exchange(show) as exchange:
+        with runtime.Exchange(lambda num_done: progress.show(done_before + num_done)) as exchange:
             mine = missing[runtime.rank() :: runtime.world_size()]
-            encode(encoding, writer, mine, _num_threads(), exchange.add)
+            encode(encoding, writer, mine, num_threads, exchange.add)
     finally:
         progress.close()
     with runtime.together():
         if runtime.rank() == 0:
-            num_shards = len(sizes)
-            info = encoding.describe(writer.records(num_shards))
-            writer.finish(info, num_shards)
-            say(f"{writer.folder}: {_summary(info)}")
+            info = encoding.describe(writer.records(len(sizes)))
+            writer.finish(info, len(sizes))
+            shape = " x ".join(map(str, info.latent_shape))
+            say(
+                f"{writer.folder}: {info.num_samples} latents of {len(info.class_names)} classes, {shape} "
+                f"({info.source})"
+            )
 
 
 def _begin(encoding: "Encoding", writer: "ShardWriter") -> list[int] | None:
     """The shards that are missing; None where the folder is there already."""
-    info = encoding.images_info
+    info = encoding.info
     if writer.is_complete():
         say(f"{writer.folder}: already there: latents of {info.num_samples} images")
         return None
@@ -140,16 +137,6 @@ def _begin(encoding: "Encoding", writer: "ShardWriter") -> list[int] | None:
     begun = f"; {there} of {num_shards} shards are there already" if there else ""
     say(f"encoding {info.num_samples} images of {size} x {size} pixels ({info.source}){begun}")
     return missing
-
-
-def _summary(info: "LatentsInfo") -> str:
-    shape = " x ".join(map(str, info.latent_shape))
-    return f"{info.num_samples} latents of {len(info.class_names)} classes, {shape} ({info.source})"
-
-
-def _num_threads() -> int:
-    """This rank's share of the cores."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1")))
 
 
 if __name__ == "__main__":

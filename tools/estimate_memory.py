@@ -11,13 +11,15 @@ the config or on the command line.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base.command_line import Parser, add_config, add_local_rank, check_range
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 
     from cfpretrain.base.config import Config
     from cfpretrain.core.objective import Draws
-    from cfpretrain.training.memory import Network, Plan
 
 EXIT_DOES_NOT_FIT = 1
 GB = 1e9
@@ -40,19 +41,14 @@ def main() -> None:
     """The command."""
     parser = Parser(__doc__)
     add_config(parser, "configs/XL.yaml")
-    parser.add_argument("--num-gpus", type=int, default=1, help="ranks of the run (default 1)")
-    parser.add_argument(
-        "--gpu-memory-gb", type=float, default=80.0, help="memory of one GPU, in 1e9 bytes (default 80)"
-    )
-    parser.add_argument(
-        "--reserve-gb",
-        type=float,
-        default=4.0,
-        help="of it for the CUDA context, NCCL, workspaces of kernels and fragmentation (default 4)",
-    )
-    parser.add_argument("--json", action="store_true", help="print all of it once more as JSON, on the last line")
+    add = parser.add_argument
+    add("--num-gpus", type=int, default=1, help="ranks of the run (default 1)")
+    add("--gpu-memory-gb", type=float, default=80.0, help="memory of one GPU, in 1e9 bytes (default 80)")
+    add("--reserve-gb", type=float, default=4.0,
+        help="of it for the CUDA context, NCCL, workspaces of kernels and fragmentation (default 4)")  # fmt: skip
+    add("--json", action="store_true", help="print all of it once more as JSON, on the last line")
     add_local_rank(parser)
-    parser.add_argument("--measure", action="store_true", help="compare with a real step on this machine, on one rank")
+    add("--measure", action="store_true", help="compare with a real step on this machine, on one rank")
     arguments = parser.parse_intermixed_args()
     with ending_in_one_line():
         fits = run(arguments)
@@ -63,30 +59,9 @@ def run(arguments: argparse.Namespace) -> bool:
     """Prints the tables; returns whether the config fits as it is written."""
     from cfpretrain.base import config as configs
     from cfpretrain.base import config_checks
-    from cfpretrain.training.memory import plan_memory
+    from cfpretrain.training.memory import parameter_numels
 
     config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
-    _check_arguments(arguments)
-    config_checks.check(config, arguments.num_gpus)
-    if arguments.measure:
-        if arguments.num_gpus != 1:
-            raise UserError(f"--measure: expected --num-gpus 1, since it runs one rank, got {arguments.num_gpus}")
-        return _measure(config, arguments)
-    network, plan = plan_memory(config, arguments.num_gpus, on_gpu=True)
-    budget = int((arguments.gpu_memory_gb - arguments.reserve_gb) * GB)
-    rows = [_row(network, other, plan, budget) for other in _alternatives(plan)]
-    _print_table(network, plan, rows, arguments)
-    chosen = next(row for row in rows if row["chosen"])
-    advice = [] if chosen["fits"] else _advise(network, plan, budget)
-    for line in [_verdict(chosen, plan, budget), *advice]:
-        print(line)
-    if arguments.json:
-        report = {"num_parameters": network.num_parameters, "budget_bytes": budget, "rows": rows, "advice": advice}
-        print(json.dumps(report))
-    return bool(chosen["fits"])
-
-
-def _check_arguments(arguments: argparse.Namespace) -> None:
     check_range("--num-gpus", arguments.num_gpus, 1)
     if not math.isfinite(arguments.gpu_memory_gb):
         raise UserError(f"--gpu-memory-gb: expected a number, e.g. 80, got {arguments.gpu_memory_gb:g}")
@@ -95,71 +70,74 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
             f"--reserve-gb: expected 0 to less than --gpu-memory-gb = {arguments.gpu_memory_gb:g}, "
             f"got {arguments.reserve_gb:g}"
         )
+    config_checks.check(config, arguments.num_gpus)
+    budget = int((arguments.gpu_memory_gb - arguments.reserve_gb) * GB)
+    if arguments.measure:
+        if arguments.num_gpus != 1:
+            raise UserError(f"--measure: expected --num-gpus 1, since it runs one rank, got {arguments.num_gpus}")
+        return _measure(config, budget, arguments.json)
+    rows = _rows(config, arguments.num_gpus, budget)
+    _print_table(config, rows, arguments)
+    chosen = next(row for row in rows if row["chosen"])
+    advice = [] if chosen["fits"] else _advise(config, arguments.num_gpus, budget)
+    for line in [_verdict(chosen, budget), *advice]:
+        print(line)
+    if arguments.json:
+        num_parameters = sum(parameter_numels(config.model))
+        print(json.dumps({"num_parameters": num_parameters, "budget_bytes": budget, "rows": rows, "advice": advice}))
+    return bool(chosen["fits"])
 
 
 # ---------------------------------------------------------------------------
 # Tables
 
-
-def _alternatives(plan: "Plan") -> list["Plan"]:
-    """The plan at every ZeRO stage, with and without checkpointing, where that is possible."""
-    plans = [
-        _change(plan, zero_stage=stage, checkpointing=checkpointing)
-        for stage, checkpointing in itertools.product(range(4), (False, True))
-    ]
-    return [plan for plan in plans if _is_possible(plan)]
+_COLUMNS = ("weights", "gradients", "optimizer", "ema", "buffers", "activations", "temporary", "peak", "host")
+_STAGE, _CHECKPOINTING = "engine.zero_stage", "engine.activation_checkpointing"
 
 
-def _change(plan: "Plan", **changes: Any) -> "Plan":
-    from cfpretrain.training.zero import overlaps
-
-    changed = dataclasses.replace(plan, **changes)
-    overlap = overlaps(changed.zero_stage, changed.num_ranks, changed.on_gpu)
-    return dataclasses.replace(changed, overlap=overlap)
-
-
-def _is_possible(plan: "Plan") -> bool:
-    """Whether a config of this plan passes its check."""
+def _rows(config: "Config", num_gpus: int, budget: int) -> list[dict[str, Any]]:
+    """The config at every ZeRO stage, with and without checkpointing, where that is possible."""
     from cfpretrain.base.config import can_checkpoint
-
-    return not plan.checkpointing or can_checkpoint(plan.zero_stage, plan.precision)
-
-
-def _row(network: "Network", plan: "Plan", written: "Plan", budget: int) -> dict[str, Any]:
     from cfpretrain.training import memory
 
-    found = memory.estimate(network, plan)
-    return {
-        "zero_stage": plan.zero_stage,
-        "checkpointing": plan.checkpointing,
-        "chosen": (plan.zero_stage, plan.checkpointing) == (written.zero_stage, written.checkpointing),
-        **dataclasses.asdict(found),
-        "temporary": found.temporary,
-        "worst_moment": found.worst_moment,
-        "peak": found.peak,
-        "fits": found.peak <= budget,
-        "micro_batch_size": plan.micro_batch_size,
-        "largest_micro_batch_size": memory.largest_micro_batch(network, plan, budget),
-        "static": found.static,
-    }
+    engine, rows = config.engine, []
+    for stage, checkpointing in itertools.product(range(4), (False, True)):
+        if checkpointing and not can_checkpoint(stage, engine.precision):
+            continue
+        other = memory.with_knobs(config, {_STAGE: stage, _CHECKPOINTING: checkpointing})
+        found = memory.estimate(other, num_gpus, on_gpu=True)
+        rows.append(
+            {
+                "zero_stage": stage,
+                "checkpointing": checkpointing,
+                "chosen": (stage, checkpointing) == (engine.zero_stage, engine.activation_checkpointing),
+                **dataclasses.asdict(found),
+                **{name: getattr(found, name) for name in ("static", "temporary", "worst_moment", "peak")},
+                "fits": found.peak <= budget,
+                "micro_batch_size": config.micro_batch_size(num_gpus),
+                "largest_micro_batch_size": memory.largest_micro_batch(other, num_gpus, True, budget),
+            }
+        )
+    return rows
 
 
-_COLUMNS = ("weights", "gradients", "optimizer", "ema", "buffers", "activations", "temporary", "peak", "host")
+def _print_table(config: "Config", rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    from cfpretrain.training.memory import longest_sequence, parameter_numels
 
-
-def _print_table(network: "Network", plan: "Plan", rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    num_gpus = arguments.num_gpus
     print(
-        f"{network.num_parameters:,} parameters in {plan.precision}; GPUs: {plan.num_ranks} of "
+        f"{sum(parameter_numels(config.model)):,} parameters in {config.engine.precision}; GPUs: {num_gpus} of "
         f"{arguments.gpu_memory_gb:g} GB, of which {arguments.reserve_gb:g} are reserved"
     )
     print(
-        f"micro-batches of {plan.micro_batch_size} x {network.max_sequence} tokens (the longest sequence), "
-        f"{plan.accumulation_steps} a step"
+        f"micro-batches of {config.micro_batch_size(num_gpus)} x {longest_sequence(config)} tokens (the longest "
+        f"sequence), {config.accumulation_steps(num_gpus)} a step"
     )
     print("GB on a GPU; host: host memory for each GPU")
     print()
     names = ("stage", "checkpointing", *_COLUMNS, "at", "fits", "largest micro-batch")
-    print("  " + "  ".join(f"{name:>{_width(name)}}" for name in names))
+    widths = [max(len(name), 9 if name == "at" else 5) for name in names]
+    print("  " + "  ".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True)))
     for row in rows:
         cells = [
             row["zero_stage"],
@@ -170,45 +148,43 @@ def _print_table(network: "Network", plan: "Plan", rows: list[dict[str, Any]], a
             row["largest_micro_batch_size"] or "none",
         ]
         mark = "*" if row["chosen"] else " "
-        print(f"{mark} " + "  ".join(f"{cell:>{_width(name)}}" for name, cell in zip(names, cells, strict=True)))
+        print(f"{mark} " + "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
     print()
 
 
-def _width(name: str) -> int:
-    return max(len(name), 9 if name == "at" else 5)
-
-
-def _verdict(row: dict[str, Any], plan: "Plan", budget: int) -> str:
+def _verdict(row: dict[str, Any], budget: int) -> str:
     peak = f"{row['peak'] / GB:.1f} GB at the peak ({row['worst_moment']}), {budget / GB:.1f} GB are there"
     if not row["fits"]:
         return f"* does not fit as written: {peak}"
     largest = row["largest_micro_batch_size"]
-    more = f"; train.micro_batch_size={largest} would fit too" if largest > plan.micro_batch_size else ""
+    more = f"; train.micro_batch_size={largest} would fit too" if largest > row["micro_batch_size"] else ""
     return f"* fits as written: {peak}{more}"
 
 
-def _advise(network: "Network", plan: "Plan", budget: int) -> list[str]:
+def _advise(config: "Config", num_gpus: int, budget: int) -> list[str]:
     """The fewest changes that make a config fit, each with its largest micro-batch."""
+    from cfpretrain.base.config import can_checkpoint
     from cfpretrain.training import memory
 
-    lines = []
-    choices: list[tuple[str, str, list[Any]]] = [
-        ("engine.activation_checkpointing", "checkpointing", [True]),
-        ("engine.ema_on_host", "ema_on_host", [True]),
-        ("engine.zero_stage", "zero_stage", list(range(plan.zero_stage + 1, 4))),
-    ]
-    for num_changes in range(len(choices) + 1):
-        for chosen in itertools.combinations(choices, num_changes):
-            for values in itertools.product(*(values for _, _, values in chosen)):
-                changes = {field: value for (_, field, _), value in zip(chosen, values, strict=True)}
-                if any(getattr(plan, field) == value for field, value in changes.items()):
+    engine, lines = config.engine, []
+    changes: dict[str, list[Any]] = {
+        _CHECKPOINTING: [] if engine.activation_checkpointing else [True],
+        "engine.ema_on_host": [] if engine.ema_on_host else [True],
+        _STAGE: list(range(engine.zero_stage + 1, 4)),
+    }
+    for num_changes in range(len(changes) + 1):
+        for keys in itertools.combinations(changes, num_changes):
+            for values in itertools.product(*(changes[key] for key in keys)):
+                knobs = dict(zip(keys, values, strict=True))
+                other = memory.with_knobs(config, knobs)
+                is_possible = can_checkpoint(other.engine.zero_stage, engine.precision)
+                if other.engine.activation_checkpointing and not is_possible:
                     continue
-                other = _change(plan, **changes)
-                largest = memory.largest_micro_batch(network, other, budget) if _is_possible(other) else None
+                largest = memory.largest_micro_batch(other, num_gpus, True, budget)
                 if largest is not None:
-                    keys = [f"{key}={str(value).lower()}" for (key, _, _), value in zip(chosen, values, strict=True)]
-                    micro = min(largest, plan.micro_batch_size)
-                    lines.append("  fits with: " + " ".join([*keys, f"train.micro_batch_size={micro}"]))
+                    knobs["train.micro_batch_size"] = min(largest, config.micro_batch_size(num_gpus))
+                    written = " ".join(f"{key}={str(value).lower()}" for key, value in knobs.items())
+                    lines.append(f"  fits with: {written}")
         if lines:
             return lines
     return ["  nothing in the config makes it fit: it needs more GPUs (--num-gpus) or larger ones"]
@@ -218,15 +194,12 @@ def _advise(network: "Network", plan: "Plan", budget: int) -> list[str]:
 # A real step
 
 
-def _measure(config: "Config", arguments: argparse.Namespace) -> bool:
+def _measure(config: "Config", budget: int, as_json: bool) -> bool:
     from cfpretrain.base import runtime
     from cfpretrain.training import memory
-    from cfpretrain.training.memory import plan_memory
 
     device = runtime.pick_device()
-    on_gpu = device.type == "cuda"
-    network, plan = plan_memory(config, 1, on_gpu)
-    found = memory.estimate(network, plan)
+    found = memory.estimate(config, 1, on_gpu=device.type == "cuda")
     say(f"a step on one {device.type} rank ...")
     with runtime.ranks_of_a_tool(device):
         held, peak = measure_step(config, device)
@@ -241,9 +214,9 @@ def _measure(config: "Config", arguments: argparse.Namespace) -> bool:
             f"{title:22s} estimated {estimated / GB:8.3f} GB, measured {measured / GB:8.3f} GB, "
             f"ratio {estimated / measured:.3f}"
         )
-    if arguments.json:
+    if as_json:
         print(json.dumps(report))
-    return found.peak <= (arguments.gpu_memory_gb - arguments.reserve_gb) * GB
+    return found.peak <= budget
 
 
 def measure_step(config: "Config", device: "torch.device") -> tuple[int, int]:
@@ -253,22 +226,18 @@ def measure_step(config: "Config", device: "torch.device") -> tuple[int, int]:
         The most bytes held when no forward or backward is under way, gradients included, and the most of all, on this
         rank. On a CPU, EMA in host memory counts too.
     """
-    import contextlib
-
     import torch
 
-    from cfpretrain.training import memory
-
-    on_gpu = device.type == "cuda"
-    account = None if on_gpu else memory.TensorAccount()
+    account = None if device.type == "cuda" else make_account()
     with account or contextlib.nullcontext():
-        run_micro_batches = _prepare(config, device)
+        micro_batches = _micro_batches(config, device)
+        next(micro_batches)  # the engine is built
         held = 0
         if account is not None:
-            account.reset_peak()
+            account.peak = account.held
         else:
             torch.cuda.reset_peak_memory_stats(device)
-        for _ in run_micro_batches():
+        for _ in micro_batches:
             if account is not None:
                 time.sleep(_GLOO_SECONDS)
             held = max(held, account.held if account is not None else torch.cuda.memory_allocated(device))
@@ -276,8 +245,46 @@ def measure_step(config: "Config", device: "torch.device") -> tuple[int, int]:
     return held, peak
 
 
-def _prepare(config: "Config", device: "torch.device") -> Callable[[], Iterator[None]]:
-    """Builds engine and EMA; returns a generator function that yields after every micro-batch of a step or two."""
+def make_account() -> Any:
+    """A context that counts the bytes of living tensors, as `held` and `peak`; on a CPU, for `torch.cuda`'s numbers.
+
+    A storage counts from the first operation inside the block that sees it until it is freed. What an operation
+    allocates and frees inside itself is not seen.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Account(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.held = self.peak = 0
+            self._sizes: dict[int, int] = {}
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **kwargs or {})
+            for leaf in tree_leaves((args, kwargs, result)):
+                if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
+                    self._see(leaf.untyped_storage())
+            self.peak = max(self.peak, self.held)
+            return result
+
+        def _see(self, storage: torch.UntypedStorage) -> None:
+            key = storage._cdata
+            if key not in self._sizes:
+                weakref.finalize(storage, self._forget, key)
+            # A storage can be resized.
+            self.held += storage.nbytes() - self._sizes.get(key, 0)
+            self._sizes[key] = storage.nbytes()
+
+        def _forget(self, key: int) -> None:
+            self.held -= self._sizes.pop(key, 0)
+
+    return Account()
+
+
+def _micro_batches(config: "Config", device: "torch.device") -> Iterator[None]:
+    """Yields once engine and EMA are built, and after every micro-batch of a step or two."""
     import torch
     import torch._dynamo  # now: inside ZeRO's construction it would find a patched torch, and fail
 
@@ -302,17 +309,15 @@ def _prepare(config: "Config", device: "torch.device") -> Callable[[], Iterator[
         terms = loss(engine, loss.prepare(latents_BCYX, draws).to(device))
         engine.backward(terms.total / terms.count)
 
-    def run_micro_batches() -> Iterator[None]:
-        # Stage 3 fetches ahead from the second micro-batch on.
-        for _ in range(2 if engine.accumulation_steps == 1 else 1):
-            for _ in range(engine.accumulation_steps):
-                forward_and_backward()
-                yield
-            ema.wait()
-            engine.step(0.0)
-            ema.update()
-
-    return run_micro_batches
+    yield
+    # Stage 3 fetches ahead from the second micro-batch on.
+    for _ in range(2 if engine.accumulation_steps == 1 else 1):
+        for _ in range(engine.accumulation_steps):
+            forward_and_backward()
+            yield
+        ema.wait()
+        engine.step(0.0)
+        ema.update()
 
 
 def longest(draws: "Draws", config: "Config") -> "Draws":

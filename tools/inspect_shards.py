@@ -9,7 +9,6 @@ a line says what and where.
 """
 
 import argparse
-import math
 from collections import Counter
 from collections.abc import Callable
 from io import FileIO
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base import files
-from cfpretrain.base.command_line import Parser
+from cfpretrain.base.command_line import Parser, check_range
 from cfpretrain.base.config import DataConfig
 from cfpretrain.base.console import (
     Progress,
@@ -43,21 +42,11 @@ _MOST_NAMES = 10
 _MAX_LIST_BYTES = 2**30  # of rejected images
 
 
-def _from_zero(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 on, got {text!r}")
-    return value
-
-
 # Named as in the section data of a config.
 _CACHE_OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "cache_folder": (address_argument, "for copies of shards from an address"),
-    "cache_limit_gb": (_from_zero, "the most that they fill; 0 = no limit"),
-    "download_patience_seconds": (_from_zero, "how long a storage that is away is asked again"),
+    "cache_limit_gb": (float, "the most that they fill; 0 = no limit"),
+    "download_patience_seconds": (float, "how long a storage that is away is asked again"),
 }
 
 
@@ -85,6 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints, draws and verifies, in this order."""
     if arguments.grid is not None:
         check_picture("--grid", arguments.grid)
+    check_range("--cache-limit-gb", arguments.cache_limit_gb, 0)
+    check_range("--download-patience-seconds", arguments.download_patience_seconds, 0)
     with phase("loading torch and streaming"):
         from cfpretrain.data.shards import Shards
         from cfpretrain.data.storage import CacheSettings, open_source
@@ -256,7 +247,7 @@ def _verify_file(opened: FileIO, name: str, digest: str) -> None:
 
 
 def _verify_rejected(shards: "Shards") -> None:
-    from cfpretrain.data.storing import REJECTED_FILE, parse_rejected
+    from cfpretrain.data.image_shards import REJECTED_FILE
 
     source = shards.source
     expected, found = getattr(shards.info, "num_rejected", 0), 0
@@ -264,10 +255,14 @@ def _verify_rejected(shards: "Shards") -> None:
         return
     try:
         with source.opened(REJECTED_FILE, _MAX_LIST_BYTES) as lines:  # one for each image
-            found = sum(1 for _ in parse_rejected(lines))
+            for line in lines:
+                image = files.parse_json(line)
+                if not isinstance(image, dict) or not image.keys() >= {"id", "path", "reason"}:
+                    raise ValueError(f"expected id, path and reason of an image, got {line!r:.80}")
+                found += 1
         problem = f"got {found}"
     except (OSError, ValueError) as error:
-        problem = f"but it cannot be read ({one_line(error):.200})"
+        found, problem = -1, f"but it cannot be read ({one_line(error):.200})"
     if found != expected:
         raise UserError(
             f"shards: {source.address}/{REJECTED_FILE}: expected {expected} images, as the description says, "

@@ -21,15 +21,10 @@ Exit code 2: a mistake, or too many images rejected; 75: it was asked to stop.
 
 import argparse
 import os
-import re
-import signal
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from cfpretrain.base.command_line import Parser
+from cfpretrain.base.command_line import Parser, check_range
 from cfpretrain.base.console import (
-    EXIT_REQUEUE,
     UserError,
     count,
     ending_in_one_line,
@@ -37,20 +32,17 @@ from cfpretrain.base.console import (
     phase,
     say,
 )
-from cfpretrain.base.stopping import stop_signals
+from cfpretrain.base.stopping import leave_when_asked
+
+_MOST_WORKERS = 1024
 
 
 def main() -> None:
     """The command."""
     arguments = _parse()
-    for number in stop_signals():
-        signal.signal(number, signal.default_int_handler)
+    leave_when_asked()
     with ending_in_one_line():
-        try:
-            run(arguments)
-        except KeyboardInterrupt:
-            say("stopped; the same command goes on")
-            sys.exit(EXIT_REQUEUE)
+        run(arguments)
 
 
 def _parse() -> argparse.Namespace:
@@ -62,9 +54,7 @@ def _parse() -> argparse.Namespace:
         "with columns path and, where wanted, label and caption",
     )
     parser.add_argument("--out", type=path_argument, required=True, help="folder for the shards")
-    parser.add_argument(
-        "--size", type=_from_one_to(8192), required=True, help="pixels a side of the centre crop, e.g. 256"
-    )
+    parser.add_argument("--size", type=int, required=True, help="pixels a side of the centre crop, e.g. 256")
     parser.add_argument("--store", choices=("lossless", "original"), default="lossless",
                         help="PNG of the crop (default), or the bytes of the files")  # fmt: skip
     parser.add_argument("--grey", action="store_true", help="one channel instead of RGB")
@@ -77,45 +67,32 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--ignore-columns", nargs="+", default=[], metavar="NAME", help="of a table, that are not to be read"
     )
-    parser.add_argument("--hold-out", type=_share, metavar="SHARE", help="of each class, for --held-out (e.g. 0.1)")
+    parser.add_argument("--hold-out", type=float, metavar="SHARE", help="of each class, for --held-out (e.g. 0.1)")
     parser.add_argument(
         "--held-out", type=path_argument, metavar="FOLDER", help="folder for the shards of what --hold-out holds out"
     )
-    parser.add_argument("--workers", type=_from_one_to(1024), help="processes (default: one a CPU core)")
-    parser.add_argument("--images-per-shard", type=_from_one_to(1 << 20), default=1024, help="default 1024")
-    parser.add_argument("--max-rejected-share", type=_share, default=0.01,
+    num_cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--workers", type=int, default=min(num_cores, _MOST_WORKERS), help="processes (default: one a CPU core)"
+    )
+    parser.add_argument("--images-per-shard", type=int, default=1024, help="default 1024")
+    parser.add_argument("--max-rejected-share", type=float, default=0.01,
                         help="stop when more of all images than this share are rejected (default 0.01)")  # fmt: skip
     return parser.parse_args()
 
 
-def _from_one_to(most: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text) or not 1 <= int(text) <= most:
-            raise argparse.ArgumentTypeError(f"expected a whole number from 1 to {most}, got {text!r:.40}")
-        return int(text)
-
-    return number
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share from 0 to 1, got {text!r}")
-    return value
-
-
 def run(arguments: argparse.Namespace) -> None:
     """Lists the images and makes the shards that are missing."""
+    check_range("--size", arguments.size, 1, 8192)
+    check_range("--workers", arguments.workers, 1, _MOST_WORKERS)
+    check_range("--images-per-shard", arguments.images_per_shard, 1, 1 << 20)
+    check_range("--max-rejected-share", arguments.max_rejected_share, 0, 1)
     with phase("loading torch and streaming"):
-        from cfpretrain.data.images import Storing, parse_background
+        from cfpretrain.data.image_shards import write_image_shards
+        from cfpretrain.data.images import ImageFormat, parse_background
         from cfpretrain.data.listing import hold_out, list_images
-        from cfpretrain.data.storing import store_images
-    how = Storing(
-        arguments.store, arguments.size, arguments.grey, parse_background(arguments.background), arguments.upright
-    )
+    background = parse_background(arguments.background)
+    image_format = ImageFormat(arguments.store, arguments.size, arguments.grey, background, arguments.upright)
     _check_places(arguments)
     with phase(f"listing {arguments.images}"):
         listing = list_images(arguments.images, arguments.root, arguments.ignore_columns)
@@ -136,12 +113,12 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.held_out}{none}"
         )
         parts = [(rest, arguments.out), (held_out, arguments.held_out)]
-    store_images(
+    write_image_shards(
         parts,
-        how,
+        image_format,
         source=str(arguments.images),
         images_per_shard=arguments.images_per_shard,
-        num_workers=arguments.workers or len(os.sched_getaffinity(0)),
+        num_workers=arguments.workers,
         max_rejected_share=arguments.max_rejected_share,
     )
 
@@ -150,7 +127,7 @@ def _check_places(arguments: argparse.Namespace) -> None:
     """UserError where shards would lie among the images, or in one another."""
     if (arguments.hold_out is None) != (arguments.held_out is None):
         raise UserError("--hold-out and --held-out: expected a share and a folder for it, got one of them; give both")
-    if arguments.hold_out in (0, 1):
+    if arguments.hold_out is not None and not 0 < arguments.hold_out < 1:
         raise UserError(f"--hold-out: expected a share between 0 and 1, got {arguments.hold_out:g}")
     # Unlike Path.resolve, it takes a link that leads to itself.
     images, out = (Path(os.path.realpath(path)) for path in (arguments.images, arguments.out))

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from packaging.tags import Tag, compatible_tags, cpython_tags
+from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
 from cfpretrain.base.command_line import Parser
@@ -66,7 +66,8 @@ def run(python: str, out: Path) -> None:
     def read(names: set[str]) -> dict[str, list[Requirement]]:
         with phase(f"fetching {', '.join(sorted(names))}"):
             _fetch(names, pins, python, out)
-        return {name: _requirements(wheel) for wheel in out.glob("*.whl") if (name := _name(wheel)) in names}
+        wheels = {parse_wheel_filename(wheel.name)[0]: wheel for wheel in out.glob("*.whl")}
+        return {name: _requirements(wheel) for name, wheel in wheels.items() if name in names}
 
     needed({"cfpretrain"}, read, python)
     wheels = sorted(out.glob("*.whl"))
@@ -111,23 +112,13 @@ def read_pins(constraints: Path) -> dict[str, str]:
 
 
 def check(wheels: Iterable[Path], python: str) -> None:
-    """Checks that Python of this version takes these wheels on another machine.
-
-    Raises:
-        UserError: it does not take one.
-    """
-    for wheel in wheels:
-        if not parse_wheel_filename(wheel.name)[3] & supported_tags(python):
-            raise UserError(f"{wheel.name} does not install on Python {python}; an operator was compiled on the way?")
-
-
-def supported_tags(python: str) -> set[Tag]:
-    """What a Python of this version takes on `PLATFORMS`."""
+    """Checks that Python of this version takes these wheels on another machine, one of `PLATFORMS`."""
     major, minor = map(int, python.split("."))
-    return {
-        *cpython_tags((major, minor), platforms=PLATFORMS),
-        *compatible_tags((major, minor), f"cp{major}{minor}", PLATFORMS),
-    }
+    tags = {*cpython_tags((major, minor), platforms=PLATFORMS)}
+    tags |= {*compatible_tags((major, minor), f"cp{major}{minor}", PLATFORMS)}
+    for wheel in wheels:
+        if not parse_wheel_filename(wheel.name)[3] & tags:
+            raise UserError(f"{wheel.name} does not install on Python {python}; an operator was compiled on the way?")
 
 
 def _fetch(names: set[str], pins: Mapping[str, str], python: str, out: Path) -> None:
@@ -145,15 +136,9 @@ def _fetch(names: set[str], pins: Mapping[str, str], python: str, out: Path) -> 
 
 def _pip(command: str, *arguments: str) -> None:
     environment = os.environ | {"DS_BUILD_OPS": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "pip", command, "--quiet", "--no-deps", *arguments], env=environment, check=False
-    )
-    if done.returncode:
+    words = [sys.executable, "-m", "pip", command, "--quiet", "--no-deps", *arguments]
+    if subprocess.run(words, env=environment).returncode:
         raise UserError(f"pip {command} failed; what it wrote stands above")
-
-
-def _name(wheel: Path) -> str:
-    return parse_wheel_filename(wheel.name)[0]
 
 
 def _requirements(wheel: Path) -> list[Requirement]:

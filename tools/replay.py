@@ -66,7 +66,9 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
         from cfpretrain.training import trainer
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
-        rows, checkpoints, in_force = _look(folder, step)
+        with runtime.together():
+            found = _look(folder, step) if runtime.rank() == 0 else None
+        rows, checkpoints, in_force = runtime.gather(found)[0]
         # Rank 0's folder serves all ranks; the others' hold the config alone.
         with tempfile.TemporaryDirectory() as own:
             scratch = Path(runtime.gather(own)[0])
@@ -81,30 +83,38 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
                     "command line says so; give data.shards=[ADDRESS, ...], or a folder of the same shards"
                 )
             trainer.prepare_folder(config, device)
-            found = _replay(trainer.Trainer(config, device, resume_from=checkpoints), checkpoints, step, rows)
+            result, images = _replay(trainer.Trainer(config, device, resume_from=checkpoints), checkpoints, step, rows)
+            if runtime.rank() == 0:
+                _write(folder / "replay" / f"step_{step:08d}", result, images, config.model.num_classes)
             runtime.barrier()
-            result = _write(folder / "replay" / f"step_{step:08d}", found, rows[step], config)
-            return bool(runtime.gather(result)[0])
+            return bool(result["equal"])
 
 
 def _look(folder: Path, step: int) -> "tuple[dict[int, dict[str, Any]], list[Path], Config]":
     """The run's rows up to the step, the checkpoints of before it, newest first, and the config that it was made with.
 
-    Rank 0 looks for all.
+    Of the rows, the step's own and those that say a rewind. One rank looks for all.
     """
-    from cfpretrain.base import runtime
     from cfpretrain.run import build
+    from cfpretrain.run.checkpoint_store import step_of
+    from cfpretrain.run.metrics import read_metrics
 
-    found = None
-    with runtime.together():
-        if runtime.rank() == 0:
-            config = build.config_at(folder, step)
-            rows = _read_rows(folder / build.METRICS_FILE, step)
-            checkpoints = _find_checkpoints(folder / build.CHECKPOINTS, step)
-            _check_unchanged(folder, _step_of(checkpoints[0]), step)
-            found = rows, checkpoints, config
-    agreed: tuple[dict[int, dict[str, Any]], list[Path], Config] = runtime.gather(found)[0]
-    return agreed
+    config, metrics = build.config_at(folder, step), folder / build.METRICS_FILE
+    rows = {row["step"]: row for row in read_metrics(metrics)} if metrics.is_file() else {}
+    if step not in rows:
+        known = f"1 to {max(rows)}" if rows else "none"
+        raise UserError(f"--step: expected a step that {metrics} has ({known}), got {step}")
+    complete = build.make_store(config).candidates()
+    before = sorted((path for path in complete if step_of(path) < step), key=step_of, reverse=True)
+    if not before:
+        kept = ", ".join(map(str, sorted(map(step_of, complete)))) or "none"
+        raise UserError(
+            f"--step: expected a step after one of the checkpoints that are kept (of steps {kept}), got {step}; "
+            "checkpoint.keep_every_steps keeps some for good"
+        )
+    _check_unchanged(folder, step_of(before[0]), step)
+    rows = {at: row for at, row in rows.items() if at == step or (at < step and "rewound_to_step" in row)}
+    return rows, before, config
 
 
 def _check_unchanged(folder: Path, begin: int, step: int) -> None:
@@ -127,36 +137,6 @@ def _check_unchanged(folder: Path, begin: int, step: int) -> None:
         )
 
 
-def _read_rows(metrics: Path, step: int) -> dict[int, dict[str, Any]]:
-    """The step's row, and of those before it the ones that say a rewind."""
-    from cfpretrain.run.metrics import read_metrics
-
-    rows = {row["step"]: row for row in read_metrics(metrics)} if metrics.is_file() else {}
-    if step not in rows:
-        known = f"1 to {max(rows)}" if rows else "none"
-        raise UserError(f"--step: expected a step that {metrics} has ({known}), got {step}")
-    return {at: row for at, row in rows.items() if at == step or (at < step and "rewound_to_step" in row)}
-
-
-def _find_checkpoints(folder: Path, step: int) -> list[Path]:
-    """The complete checkpoints of before the step, newest first."""
-    from cfpretrain.run.checkpoint_store import CheckpointStore
-
-    complete = CheckpointStore(folder, 1, 0).candidates()
-    before = [path for path in complete if _step_of(path) < step]
-    if not before:
-        kept = ", ".join(map(str, sorted(map(_step_of, complete)))) or "none"
-        raise UserError(
-            f"--step: expected a step after one of the checkpoints that are kept (of steps {kept}), got {step}; "
-            "checkpoint.keep_every_steps keeps some for good"
-        )
-    return sorted(before, key=_step_of, reverse=True)
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step_"))
-
-
 class _Watched:
     """The objective, with what goes through it kept."""
 
@@ -172,8 +152,8 @@ class _Watched:
 
 def _replay(
     trainer: "Trainer", checkpoints: Sequence[Path], step: int, logged: Mapping[int, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Steps to the one that is asked for, and what all ranks know of it."""
+) -> tuple[dict[str, Any], dict[int, Any]]:
+    """Steps to the one that is asked for; returns what all ranks know of it, and its images by sample."""
     say(f"from step {trainer.at.step} to {step}")
     with phase(f"making {step - trainer.at.step} steps again", announce=False):
         while trainer.at.step < step - 1:
@@ -184,12 +164,14 @@ def _replay(
         except SickRunError as error:
             say(f"this step was the run's last: {error}")
     trainer.loader.close()
-    return _gather(trainer, watched)
+    return _gather(trainer, watched, logged[step])
 
 
 def _make_step(trainer: "Trainer", checkpoints: Sequence[Path], logged: Mapping[int, Mapping[str, Any]]) -> None:
+    from cfpretrain.run.checkpoint_store import step_of
+
     # A rewind goes to one of the checkpoints that the run had at that time.
-    trainer.checkpoints.resume_from = [path for path in checkpoints if _step_of(path) <= trainer.at.step]
+    trainer.checkpoints.resume_from = [path for path in checkpoints if step_of(path) <= trainer.at.step]
     trainer.train_step()
     row = trainer.log.rows[-1]
     there = logged.get(row["step"], {}).get("rewound_to_step")
@@ -203,7 +185,7 @@ def _make_step(trainer: "Trainer", checkpoints: Sequence[Path], logged: Mapping[
         )
 
 
-def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
+def _gather(trainer: "Trainer", watched: _Watched, logged: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, Any]]:
     from cfpretrain.base import runtime
     from cfpretrain.core.latents import take_tokens, unpatchify
     from cfpretrain.evaluation.generation import decode_to_look_at
@@ -227,79 +209,58 @@ def _gather(trainer: "Trainer", watched: _Watched) -> dict[str, Any]:
             )
         latents_BCYX = unpatchify(take_tokens(image.clean, image.positions_BL.argsort(1)), patch_size)
         images |= dict(zip(batch.ids_B.tolist(), decode(latents_BCYX.to(trainer.device)).cpu(), strict=True))
-    digest = hashlib.sha256()
+    weights = hashlib.sha256()
     for fragment in trainer.engine.fragments():
-        digest.update(fragment.values.cpu().numpy().tobytes())
-    of_ranks = runtime.gather((samples, images, digest.hexdigest()))
-    all_samples = [sample for of_rank, _, _ in of_ranks for sample in of_rank]
-    row = trainer.log.rows[-1]
-    return {
-        "samples": sorted(all_samples, key=_worst_first),
-        "images": {i: image for _, of_rank, _ in of_ranks for i, image in of_rank.items()},
-        "row": row,
-        "digest": hashlib.sha256(
-            json.dumps(
-                [sorted(all_samples, key=lambda s: s["id"]), row["grad_norm"], [d for *_, d in of_ranks]]
-            ).encode()
-        ).hexdigest(),
-    }
-
-
-def _worst_first(sample: Mapping[str, Any]) -> tuple[bool, float, int]:
-    loss = sample["loss"]
-    return loss is not None, -(loss or 0.0), sample["id"]
-
-
-def _show(loss: float | None, form: str) -> str:
-    return "not finite" if loss is None else format(loss, form)
-
-
-def _write(folder: Path, found: dict[str, Any], logged: dict[str, Any], config: "Config") -> bool | None:
-    """Rank 0 writes and prints; whether the loss is the logged one."""
-    from cfpretrain.base import runtime
-
-    if runtime.rank() != 0:
-        return None
-    row, samples = found["row"], found["samples"]
-    is_equal = (row["loss"], row["grad_norm"]) == (logged.get("loss"), logged.get("grad_norm"))
-    with writing(str(folder)):
-        files.make_folder(folder.parent)
-        files.make_folder(folder)
-        files.remove_leftovers(folder)
+        weights.update(fragment.values.cpu().numpy().tobytes())
+    of_ranks = runtime.gather((samples, images, weights.hexdigest()))
+    row, samples = trainer.log.rows[-1], [sample for of_rank, _, _ in of_ranks for sample in of_rank]
+    hashed = [sorted(samples, key=lambda s: s["id"]), row["grad_norm"], [digest for *_, digest in of_ranks]]
     result = {
         "step": row["step"],
         "loss": row["loss"],
         "logged_loss": logged.get("loss"),
         "grad_norm": row["grad_norm"],
         "logged_grad_norm": logged.get("grad_norm"),
-        "equal": is_equal,
-        "digest": found["digest"],
+        "equal": (row["loss"], row["grad_norm"]) == (logged.get("loss"), logged.get("grad_norm")),
+        "digest": hashlib.sha256(json.dumps(hashed).encode()).hexdigest(),
         "logged_on": {name: logged.get(name) for name in ("num_ranks", "zero_stage")},
         "num_ranks": runtime.world_size(),
-        "zero_stage": config.engine.zero_stage,
+        "zero_stage": trainer.config.engine.zero_stage,
         "skipped": row.get("skipped"),
-        "samples": samples,
+        # The worst first: one that is not finite, then by loss.
+        "samples": sorted(samples, key=lambda s: (s["loss"] is not None, -(s["loss"] or 0.0), s["id"])),
     }
+    return result, {i: image for _, of_rank, _ in of_ranks for i, image in of_rank.items()}
+
+
+def _show(loss: float | None, form: str) -> str:
+    return "not finite" if loss is None else format(loss, form)
+
+
+def _write(folder: Path, result: dict[str, Any], images: dict[int, Any], null_class: int) -> None:
+    with writing(str(folder)):
+        files.make_folder(folder.parent)
+        files.make_folder(folder)
+        files.remove_leftovers(folder)
     files.replace(folder / "samples.json", json.dumps(result, indent=1) + "\n")
-    _draw(folder / "samples.png", found, row)
-    _print(result, config.model.num_classes)
+    _draw(folder / "samples.png", result, images)
+    _print(result, null_class)
     say(f"see {folder}")
-    return is_equal
 
 
-def _draw(path: Path, found: dict[str, Any], row: dict[str, Any]) -> None:
+def _draw(path: Path, result: dict[str, Any], images: dict[int, Any]) -> None:
     import torch
 
     from cfpretrain.evaluation import pictures
 
-    shown = found["samples"][:_MOST_IMAGES]
+    shown = result["samples"][:_MOST_IMAGES]
     shown = shown[: len(shown) // _COLUMNS * _COLUMNS] or shown[:1]
     columns = min(_COLUMNS, len(shown))
     captions = [_show(sample["loss"], ".3g") for sample in shown]
-    images = torch.stack([found["images"][sample["id"]] for sample in shown])
-    title = f"step {row['step']}: samples by loss, highest first\nbelow each its loss"
+    shown_images = torch.stack([images[sample["id"]] for sample in shown])
+    title = f"step {result['step']}: samples by loss, highest first\nbelow each its loss"
     rows = [""] * (len(shown) // columns)
-    pictures.sample_grid(path, images, rows, title=title, value_range=(0.0, 1.0), captions=captions)
+    pictures.sample_grid(path, shown_images, rows, title=title, value_range=(0.0, 1.0), captions=captions)
 
 
 def _print(result: dict[str, Any], null_class: int) -> None:

@@ -31,7 +31,7 @@ from cfpretrain.evaluation.sampling_options import (
 if TYPE_CHECKING:
     from cfpretrain.evaluation.generation import GenerationSettings
     from cfpretrain.evaluation.image_set import ImageSet
-    from cfpretrain.evaluation.source import Origin, Source
+    from cfpretrain.evaluation.source import Source
 
 _MOST_ROWS = 10  # of a grid where no classes are asked for
 _PER_CLASS = 8
@@ -65,10 +65,10 @@ def run(arguments: argparse.Namespace) -> None:
     with runtime.ranks_of_a_tool(device):
         with runtime.together(), phase(f"loading {arguments.source}"):
             # Mistakes in names and settings are found before the weights are read.
-            origin = open_source(arguments.source, arguments.weights, arguments.step)
-            settings = read_settings(arguments, origin.config, origin.config.model.num_tokens)
-            labels = _labels(arguments, origin)
-            source = origin.load(device, arguments.precision)
+            source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
+            settings = read_settings(arguments, source.config, source.config.model.num_tokens)
+            labels = _labels(arguments, source)
+            source.model.eval()
         say(f"{source.title}: {settings}")
         if arguments.trajectory is not None:
             _draw_trajectory(arguments.trajectory, source, labels[0], settings)
@@ -97,11 +97,11 @@ def _check(arguments: argparse.Namespace) -> None:
         check_place("--out", arguments.out, must_be_new=is_picture(arguments.out))
 
 
-def _labels(arguments: argparse.Namespace, origin: "Origin") -> list[int]:
+def _labels(arguments: argparse.Namespace, source: "Source") -> list[int]:
     """The class of each image: the classes in turn, so that image i has the same whatever the number of images."""
-    num_classes = len(origin.class_names)
+    num_classes = len(source.class_names)
     if arguments.classes:
-        classes = [origin.label_of(text) for text in arguments.classes]
+        classes = [source.label_of(text) for text in arguments.classes]
     else:
         num_asked = min(num_classes, _MOST_ROWS) if is_picture(arguments.out) else num_classes
         classes = [i * num_classes // num_asked for i in range(num_asked)]

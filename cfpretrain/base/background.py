@@ -1,6 +1,7 @@
-"""Work beside the training thread."""
+"""Work beside the training thread, and how a process beside it ended."""
 
 import ctypes
+import signal
 import threading
 from collections.abc import Callable
 
@@ -42,3 +43,11 @@ class Task(threading.Thread):
 
 class StoppedError(Exception):
     """Raised in a task whose result is not needed any more."""
+
+
+def how_it_ended(exit_code: int | None) -> str:
+    """Of a process, for messages: "with exit code 3" or "by SIGSEGV"."""
+    if exit_code is None or exit_code >= 0:
+        return f"with exit code {exit_code}"
+    reason = ", as the system does where memory is short" if exit_code == -signal.SIGKILL else ""
+    return f"by {signal.Signals(-exit_code).name}{reason}"

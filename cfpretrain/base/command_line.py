@@ -1,11 +1,11 @@
-"""What command lines share: training's and the tools'. Standard library only: mistakes are found before torch loads."""
+"""What command lines share: training's and the tools'. They need no torch: mistakes are found first."""
 
 import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
 from cfpretrain.base import launch
-from cfpretrain.base.console import UserError, add_allow_env, ending_in_one_line, exit_with
+from cfpretrain.base.console import UserError, ending_in_one_line, exit_with
 from cfpretrain.base.stopping import leave_when_asked
 
 
@@ -36,7 +36,12 @@ def add_config(parser: argparse.ArgumentParser, example: str = "configs/tiny.yam
     parser.add_argument(
         "overrides", nargs="*", metavar="key.sub=value", help="over the files, e.g. train.num_steps=100"
     )
-    add_allow_env(parser)
+    parser.add_argument(
+        "--allow-env",
+        action="store_true",
+        help="let ${oc.env:NAME} in these configs and overrides read the environment; its values go into the run's "
+        "config.yaml, so that it is no place for keys",
+    )
 
 
 def add_local_rank(parser: argparse.ArgumentParser) -> None:

@@ -69,16 +69,6 @@ def excerpt(text: str, most: int | None = None) -> str:
     return masked(text)[:most]
 
 
-def add_allow_env(parser: argparse.ArgumentParser) -> None:
-    """The option `--allow-env`, of every command that reads configs of the user's own."""
-    parser.add_argument(
-        "--allow-env",
-        action="store_true",
-        help="let ${oc.env:NAME} in these configs and overrides read the environment; what it says goes into the run's "
-        "config.yaml, so that it is no place for keys",
-    )
-
-
 def one_line(error: BaseException) -> str:
     """The text of an error on one line; the name of its class where it has none."""
     return excerpt(" ".join(str(error).split())) or type(error).__name__

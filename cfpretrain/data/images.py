@@ -1,8 +1,8 @@
-"""Image files: whether they decode, what is lost by it, and the crop that is stored. The door to PIL in the data plane.
+"""Image files: decoding, what an image loses by it, and the crop that is stored. The data plane's door to PIL.
 
 The crop is ADM's: of the RGB image, PIL's box filter halves it while its short side is at least twice the wanted one,
-the bicubic filter does the rest, and the middle is cut out. As ADM does, EXIF rotation is ignored where it is not asked
-for. What is transparent is composited on a background; of that, and of all else that an image loses, there are counts.
+the bicubic filter does the rest, and the middle is cut out. As in ADM, EXIF rotation is ignored by default. Transparent
+images are composited on a background; images are counted by what they lose.
 """
 
 import errno
@@ -14,16 +14,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
-import numpy as np
 import PIL
-import torch
 from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
-from torch import Tensor
 
 import cfpretrain
 from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import read_bytes
-from cfpretrain.data.shards import ImagesInfo, Shards
 
 Colour = tuple[int, int, int]  # red, green and blue, 0 to 255
 
@@ -31,8 +27,8 @@ PNG_LEVEL = 2  # of photos: a third of the time of PIL's own choice, and a tenth
 WHITE: Colour = (255, 255, 255)
 BLACK: Colour = (0, 0, 0)
 
-# What is decoded, with the suffixes under which a folder tree is searched for it. PIL knows more kinds, one of which
-# runs an interpreter on the file.
+# Kinds that are decoded, with the suffixes of their files in a folder tree. PIL knows more kinds, one of which runs an
+# interpreter on the file.
 _SUFFIXES = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
@@ -44,10 +40,10 @@ _SUFFIXES = {
     "GIF": (".gif",),
     "AVIF": (".avif",),
 }
-Image.init()  # else PIL knows a kind by name only after it met a file of it
+Image.init()  # else PIL registers a kind with its first file
 _KINDS = [kind for kind in _SUFFIXES if kind in Image.OPEN]
 SUFFIXES = frozenset(suffix for kind in _KINDS for suffix in _SUFFIXES[kind])  # in small letters
-# What DALI decodes as PIL does, within 2 of 255, where that is not every mode of a kind.
+# Modes of a kind that DALI decodes as PIL does, within 2 of 255, where these are not all.
 _DALI_MODES = {"GIF": (), "AVIF": (), "TIFF": ("L", "RGB", "RGBA"), "JPEG2000": ("L", "RGB", "RGBA")}
 _OF_THE_FILE = {
     *(errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
@@ -68,7 +64,7 @@ _TURNS = {  # by its value, what makes the image upright
     8: Image.Transpose.ROTATE_90,
 }
 
-# What an image may lose or be changed by, as it is said of a number of them.
+# What an image may lose or be changed by, as the end of a sentence about a number of images.
 _CHANGES = {
     "composited": "with transparency are composited on {background} (--background)",
     "turned": "are turned upright, as their EXIF rotation says",
@@ -90,23 +86,18 @@ class RejectedImageError(Exception):
 
 
 @dataclass(frozen=True)
-class Storing:
-    """How images are stored.
+class ImageFormat:
+    """How images are stored: "lossless", a PNG of the crop, or "original", the bytes of the file.
 
-    Attributes:
-        store: "lossless", a PNG of the crop, or "original", the bytes of the file, which DALI decodes and crops later;
-            where that would look otherwise, for transparency or a rotation, a PNG of all of its pixels.
-        image_size: pixels a side of the crop.
-        is_grey: of one channel instead of RGB.
-        background: behind what is transparent.
-        is_upright: whether EXIF rotation is applied.
+    DALI decodes and crops an original later; where that would look otherwise, for transparency or a rotation, a PNG of
+    all of its pixels is stored.
     """
 
     store: str
-    image_size: int
-    is_grey: bool = False
-    background: Colour = WHITE
-    is_upright: bool = False
+    image_size: int  # pixels a side of the crop
+    is_grey: bool = False  # one channel instead of RGB
+    background: Colour = WHITE  # behind what is transparent
+    is_upright: bool = False  # EXIF rotation is applied
 
     @property
     def channels(self) -> int:
@@ -115,7 +106,7 @@ class Storing:
 
 
 def parse_background(text: str) -> Colour:
-    """A colour as people write it: a name that PIL knows, or #rrggbb; UserError where it is none, or is transparent."""
+    """A colour from a name that PIL knows, or from #rrggbb; UserError where it is no opaque colour."""
     try:
         red, green, blue, *alpha = ImageColor.getrgb(text.strip())
         if alpha:
@@ -135,13 +126,7 @@ def colour_name(colour: Colour) -> str:
 
 
 def describe_changes(counts: Mapping[str, int], background: Colour, image_size: int) -> list[str]:
-    """What was changed in images, a line for each kind.
-
-    Args:
-        counts: of images, by kind, as `stored_image` and `read_image` count them.
-        background: behind what was transparent.
-        image_size: pixels a side of the crop.
-    """
+    """A line for each kind of change to images, from the counts of `stored_image` or `read_image`."""
     return [
         f"{counts[change]} images {text.format(background=colour_name(background), size=image_size)}"
         for change, text in _CHANGES.items()
@@ -153,8 +138,8 @@ def read_file(path: Path) -> bytes:
     """The bytes of a file.
 
     Raises:
-        RejectedImageError: it is not there, no file, or cannot be read, and that is the file's own fault.
-        UserError: the disk or the network fails.
+        RejectedImageError: it is not there, no file, or cannot be read, and that is the file's own fault; where the
+            disk or the network fails, it is a UserError.
     """
     try:
         return read_bytes(path, _MAX_FILE_BYTES)
@@ -168,25 +153,21 @@ def read_file(path: Path) -> bytes:
         raise RejectedImageError(f"the file cannot be read: {reason}") from error
 
 
-def stored_image(data: bytes, how: Storing, changes: Counter[str] | None = None) -> bytes:
-    """What is stored of an image file, which is decoded in any case.
-
-    Args:
-        data: the file.
-        how: it is stored.
-        changes: what the image loses is counted here; see `describe_changes`.
+def stored_image(data: bytes, image_format: ImageFormat, changes: Counter[str] | None = None) -> bytes:
+    """The bytes that are stored for an image file; its changes are counted, see `describe_changes`.
 
     Raises:
         RejectedImageError: it cannot be decoded, or DALI could not decode or crop it later.
     """
-    decoded = _decode(data, how.is_grey, how.background, how.is_upright)
+    size = image_format.image_size
+    decoded = _decode(data, image_format.is_grey, image_format.background, image_format.is_upright)
     image, found = decoded.image, list(decoded.changes)
-    if min(image.size) < how.image_size:
+    if min(image.size) < size:
         found.append("enlarged")
-    if how.store == "lossless":
-        stored = _png(centre_crop(image, how.image_size))
+    if image_format.store == "lossless":
+        stored = _png(centre_crop(image, size))
     else:
-        _scaled(image, how.image_size)
+        _scaled(image, size)
         if not decoded.changes.isdisjoint(("composited", "turned")):
             stored = _png(image)
         elif decoded.mode in _DALI_MODES.get(decoded.kind, _EIGHT_BIT_MODES):
@@ -215,8 +196,8 @@ def read_image(
         is_grey: of one channel instead of RGB.
         background: behind what is transparent.
         is_upright: whether EXIF rotation is applied.
-        changes: what the image loses is counted here; see `describe_changes`.
-        check_size: is told width and height before any pixel is decoded, and may raise a UserError.
+        changes: counts of what images lose, see `describe_changes`.
+        check_size: called with width and height before any pixel is decoded; may raise a UserError.
 
     Raises:
         RejectedImageError: it is empty, cut short, damaged, of an unknown kind, or too large for PIL.
@@ -271,7 +252,7 @@ def _decode(
 
 
 def _opaque(file: Image.Image, background: Colour) -> tuple[Image.Image, bool]:
-    """In RGB, on a background where some of it is transparent; whether it is."""
+    """The image in RGB, and whether it was composited on the background, since some of it is transparent."""
     if file.has_transparency_data:
         image = file.convert("RGBA")
         if image.getchannel("A").getextrema()[0] != 255:
@@ -302,7 +283,7 @@ def _losses(
 def _has_more_frames(file: Image.Image) -> bool:
     try:
         return bool(getattr(file, "is_animated", False))
-    except Exception:  # something lies behind the first, and is damaged
+    except Exception:  # there is a damaged one behind the first
         return True
 
 
@@ -314,7 +295,7 @@ def _turn(file: Image.Image) -> Image.Transpose | None:
 
 
 def _num_bits(file: Image.Image, data: bytes) -> int:
-    """Of a channel in the file; PIL gives 8 and does not say."""
+    """Bits of a channel in the file; PIL converts to 8 without notice."""
     if file.format == "PNG":
         return data[24]
     if file.format == "TIFF":
@@ -333,11 +314,7 @@ def _num_bits(file: Image.Image, data: bytes) -> int:
 
 
 def centre_crop(image: Image.Image, image_size: int) -> Image.Image:
-    """ADM's centre crop: `image_size` pixels a side.
-
-    Raises:
-        RejectedImageError: the image is so thin that it would exceed PIL's limit once its short side fits.
-    """
+    """ADM's centre crop: `image_size` pixels a side; RejectedImageError as of `_scaled`."""
     while min(image.size) >= 2 * image_size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     width, height = _scaled(image, image_size)
@@ -347,7 +324,7 @@ def centre_crop(image: Image.Image, image_size: int) -> Image.Image:
 
 
 def _scaled(image: Image.Image, image_size: int) -> tuple[int, int]:
-    """Width and height once the short side is `image_size`."""
+    """Width and height once the short side is `image_size`; RejectedImageError where PIL could not take as much."""
     scale = image_size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
     if width * height > _MOST_PIXELS:
@@ -365,40 +342,5 @@ def _png(image: Image.Image) -> bytes:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the pixels and bytes that are stored."""
+    """Of the packages that decide the pixels and bytes that are stored."""
     return {"cfpretrain": cfpretrain.__version__, "pillow": PIL.__version__}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading what was stored
-
-
-def read_all_images(folder: str | Path, key: str) -> tuple[Tensor, Tensor]:
-    """Reads a whole folder of lossless image shards into memory: for small sets, as evaluation wants them.
-
-    Args:
-        folder: of image shards.
-        key: config key or option that gave it, for messages.
-
-    Returns:
-        images_BCYX uint8, labels_B int64.
-
-    Raises:
-        UserError: as `Shards`; or they are not lossless images.
-    """
-    shards = Shards(folder, key)
-    info = shards.info
-    if not isinstance(info, ImagesInfo) or info.store != "lossless":
-        got = f"images stored as {info.store}" if isinstance(info, ImagesInfo) else "latents"
-        raise UserError(
-            f"{key}: expected shards of images, written by tools/make_shards.py with --store lossless, got {got} in "
-            f"{folder}"
-        )
-    images_BCYX = np.empty((len(shards), info.channels, info.image_size, info.image_size), np.uint8)
-    labels_B = np.empty(len(shards), np.int64)
-    for i in range(len(shards)):
-        sample = shards.sample(i)
-        pixels = np.asarray(read_image(sample["image"], info.channels == 1))
-        images_BCYX[i] = pixels.reshape(info.image_size, info.image_size, info.channels).transpose(2, 0, 1)
-        labels_B[i] = sample["label"]
-    return torch.from_numpy(images_BCYX), torch.from_numpy(labels_B)

@@ -1,4 +1,4 @@
-"""Which images there are: of a tree of class folders or a table, in a fixed order; and which of them are held out."""
+"""The images of a tree of class folders or of a table, in a fixed order; and which of them are held out."""
 
 import hashlib
 import json
@@ -16,13 +16,13 @@ from cfpretrain.base.console import UserError, count
 from cfpretrain.data.images import SUFFIXES
 from cfpretrain.data.tables import TABLES, UNLABELLED, read_table
 
-# Images that users have and PIL does not read, or not as they look.
+# Suffixes of images that PIL does not read, or not as they look.
 _OTHER_KINDS = """
     .heic .heif .hif .avif .jxl .jxr .bpg .psd .psb .xcf .kra .svg .svgz .eps .ai .exr .hdr .tga .dds .ico .icns .pcx
     .dng .cr2 .cr3 .crw .nef .nrw .arw .sr2 .orf .rw2 .raf .pef .srw .3fr .iiq .raw .dcm .dicom .nii
 """
 _UNREAD = frozenset(_OTHER_KINDS.split()) - SUFFIXES
-# What operating systems, disk stations and archivers put beside people's files, in small letters.
+# Names, in small letters, that operating systems, disk stations and archivers put beside people's files.
 _OF_SYSTEMS = frozenset(
     (
         *("@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx", "lost+found", "thumbs.db"),
@@ -50,26 +50,26 @@ class Listing:
     root: Path
     rows: Sequence[Row]
     class_names: tuple[str, ...]
-    ignored: str = ""  # what was left out, for people; "" where nothing was
-    warnings: tuple[str, ...] = ()  # what may not be meant so, for people
+    ignored: str = ""  # for people; "" where nothing was left out
+    warnings: tuple[str, ...] = ()  # of possible mistakes, for people
     part: str = "all"  # of the images: see `hold_out`
 
     def identity(self) -> dict[str, Any]:
-        """What decides which shards are made, JSON-able: counts, and a hash of each column."""
+        """All that the shards depend on, JSON-able: counts, and a hash of each column."""
         return {
             "part": self.part,
             "images": len(self.rows),
             "classes": len(self.class_names),
             "class_names": _digest(self.class_names),
-            "paths": _digest(row.path for row in self.rows),
-            "file_sizes": _digest(row.num_bytes for row in self.rows),
-            "labels": _digest(row.label for row in self.rows),
-            "captions": _digest(f"{i} {row.caption}" for i, row in enumerate(self.rows) if row.caption),
+            "paths": _digest([row.path for row in self.rows]),
+            "file_sizes": _digest([row.num_bytes for row in self.rows]),
+            "labels": _digest([row.label for row in self.rows]),
+            "captions": _digest([f"{i} {row.caption}" for i, row in enumerate(self.rows) if row.caption]),
         }
 
 
-def _digest(values: Iterable[str | int]) -> str:
-    return hashlib.blake2b(json.dumps(list(values)).encode(), digest_size=16).hexdigest()
+def _digest(value: str | Sequence[str | int]) -> str:
+    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
 
 
 def list_images(images: Path, root: Path | None = None, ignore_columns: Sequence[str] = ()) -> Listing:
@@ -84,9 +84,6 @@ def list_images(images: Path, root: Path | None = None, ignore_columns: Sequence
         images: the tree's folder, or the table.
         root: what paths in a table are relative to; None: the table's folder.
         ignore_columns: of a table.
-
-    Raises:
-        UserError: there is nothing of the kind, or it is not clear what an image's class is.
     """
     if os.path.isdir(images):
         for option, value in (("--root", root), ("--ignore-columns", " ".join(ignore_columns))):
@@ -125,7 +122,12 @@ def _list_tree(root: Path) -> Listing:
     class_names = _in_order(root, folders)
     rows: list[Row] = []
     for label, name in enumerate(class_names):
-        rows += [Row(path, label, "", size) for path, size in finder.images_of_class(root, name)]
+        found = finder.images_below(root / name, f"{name}/")
+        if not found:
+            of_class = ImageFinder()
+            of_class.images_below(root / name)
+            raise UserError(f"images: class folder {root / name} holds no images{of_class}; fill or remove it")
+        rows += [Row(path, label, "", size) for path, size in found]
     if not rows:
         raise UserError(
             f"images: expected class folders in {root}, got none{finder}; make one folder a class, or give a table"
@@ -144,7 +146,7 @@ class ImageFinder:
         self._of_systems: Counter[str] = Counter()  # by name
 
     def visible(self, folder: Path) -> "Iterator[os.DirEntry[str]]":
-        """The entries of a folder but hidden ones and those of systems; UserError where it cannot be read."""
+        """The entries of a folder, without hidden ones and those of systems."""
         try:
             with os.scandir(folder) as scanned:
                 entries = list(scanned)
@@ -159,11 +161,7 @@ class ImageFinder:
                 yield entry
 
     def images_below(self, folder: Path, prefix: str = "") -> list[tuple[str, int]]:
-        """(path with the prefix, bytes) of the images below a folder, in order; links are followed.
-
-        Raises:
-            UserError: a folder cannot be read, or links to one above itself.
-        """
+        """(path with the prefix, bytes) of the images below a folder, in order; links are followed."""
         found: list[tuple[str, int]] = []
         for path, size in self._files_below(folder, prefix, ()):
             if _suffix(path) in SUFFIXES:
@@ -171,18 +169,6 @@ class ImageFinder:
             else:
                 self.leave_out([path])
         return sorted(found)
-
-    def images_of_class(self, root: Path, name: str) -> list[tuple[str, int]]:
-        """`images_below` of a class folder, which must hold some."""
-        of_class = ImageFinder()
-        found = of_class.images_below(root / name, f"{name}/")
-        if not found:
-            raise UserError(f"images: class folder {root / name} holds no images{of_class}; fill or remove it")
-        self._unread += of_class._unread
-        self._others += of_class._others
-        self._of_systems += of_class._of_systems
-        self._hidden += of_class._hidden
-        return found
 
     def _files_below(self, folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, int]]:
         status = folder.stat()
@@ -203,16 +189,13 @@ class ImageFinder:
             (self._unread if suffix in _UNREAD else self._others)[suffix] += 1
 
     def warnings(self) -> list[str]:
-        """That images are left out, where some are."""
-        if not self._unread:
-            return []
-        return [
-            f"{self._unread.total()} images of a kind that is not read here ({_by_kind(self._unread)}) are left out: "
-            "convert them, e.g. to PNG"
-        ]
+        """A warning where images of kinds that are not read are left out."""
+        unread, kinds = self._unread.total(), _by_kind(self._unread)
+        text = f"{unread} images of a kind that is not read here ({kinds}) are left out: convert them, e.g. to PNG"
+        return [text] if unread else []
 
     def ignored(self) -> str:
-        """What else is left out; "" where nothing is."""
+        """The other files that are left out; "" where there are none."""
         parts = []
         if self._others:
             parts.append(f"{self._others.total()} files without an image's suffix ({_by_kind(self._others)})")
@@ -223,7 +206,7 @@ class ImageFinder:
         return ", ".join(parts)
 
     def __str__(self) -> str:
-        """What was found instead of images, to be put behind that."""
+        """The files that were found instead of images, in brackets."""
         said = [*self.warnings(), self.ignored()]
         return f" ({'; '.join(text for text in said if text)})" if any(said) else ""
 
@@ -245,7 +228,7 @@ def _size(path: "os.DirEntry[str] | Path") -> int:
 
 
 def _in_order(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
-    """Class folders in the order of their classes."""
+    """Class folders, in the order of numbers where all are numbers."""
     if not all(re.fullmatch("[0-9]+", name) for name in folders):
         return tuple(folders)
     of_number: dict[int, str] = {}
@@ -259,7 +242,7 @@ def _in_order(root: Path, folders: Sequence[str]) -> tuple[str, ...]:
 
 
 def _refuse_splits(root: Path, folders: Sequence[str]) -> None:
-    """Refuses the parent of train/ and val/, where these would become the classes."""
+    """UserError for the parent of train/ and val/, which would become the classes."""
     splits = [name for name in folders if name.lower() in _SPLITS]
     if len(splits) == len(folders) == 1 and not any(map(os.path.isdir, ImageFinder().visible(root / splits[0]))):
         return  # the one class may be called so
@@ -285,19 +268,12 @@ def _odd_folders(root: Path, rows: Sequence[Row], class_names: Sequence[str]) ->
 
 
 def _odd_names(class_names: Sequence[str]) -> Iterator[str]:
-    """Names that may be meant for one class."""
+    """Warnings of names that may be meant for one class."""
     alike: dict[str, str] = {}
     for name in class_names:
         other = alike.setdefault(unicodedata.normalize("NFC", name).strip().casefold(), name)
         if other != name:
             yield f"{other!r} and {name!r} are two classes, whose names differ in case, spaces or accents alone"
-
-
-def _missing_names(class_names: Sequence[str]) -> Iterator[str]:
-    """Classes that a program may have made of no label."""
-    for name in class_names:
-        if name.lower() in _NO_NAMES and len(class_names) > 1:
-            yield f"{name!r} is a class like the others; where it stands for no label, leave out its images"
 
 
 def _and_more(names: Sequence[str]) -> str:
@@ -330,7 +306,9 @@ def _odd_rows(rows: Sequence[Row], class_names: Sequence[str]) -> Iterator[str]:
     if contradicted:
         yield f"{contradicted[0]} has more than one label{_and_more(contradicted)}: each row counts as one image"
     yield from _odd_names(class_names)
-    yield from _missing_names(class_names)
+    for name in class_names:
+        if name.lower() in _NO_NAMES and len(class_names) > 1:  # a program may have written it for no label
+            yield f"{name!r} is a class like the others; where it stands for no label, leave out its images"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,15 +318,12 @@ def _odd_rows(rows: Sequence[Row], class_names: Sequence[str]) -> Iterator[str]:
 def hold_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
     """Splits a listing: the rest, and a share of each class.
 
-    Which images depends on the hashes of their paths alone, so that other options and the rows' order change nothing,
-    and of images that come later few change sides. Rows of one path go together.
+    The hashes of paths alone decide, so other options and the order of rows change nothing, and few images change sides
+    when more are added. Rows of one path go together.
 
     Args:
         listing: of all.
         share: above 0, below 1; of each class at least one image is held out, where it has two, and one is left.
-
-    Raises:
-        UserError: no class has two images.
     """
     of_class: dict[int, set[str]] = {}
     for row in listing.rows:
@@ -356,7 +331,7 @@ def hold_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
     held: set[str] = set()
     for paths in of_class.values():
         count = min(max(1, math.floor(share * len(paths) + 0.5)), len(paths) - 1)
-        held.update(sorted(paths, key=_hashed)[:count])
+        held.update(sorted(paths, key=_digest)[:count])
     if not held:
         raise UserError("--hold-out: expected some class of two images or more, got none; leave it out")
     parts = ((f"all but {share:g} of each class", False), (f"{share:g} of each class", True))
@@ -369,7 +344,3 @@ def hold_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
             "--hold-out: expected images left in each class, got none in one, since paths have several labels"
         )
     return rest, held_out
-
-
-def _hashed(path: str) -> bytes:
-    return hashlib.blake2b(json.dumps(path).encode(), digest_size=16).digest()

@@ -1,7 +1,7 @@
 """Images as shards hold them -> pixels: the door to DALI, NVIDIA's library for decoding.
 
-Batches have one size and are cut by shard: what an image is decoded and encoded with depends on its shard alone, never
-on who reads it or on what was read before.
+Batches have one size and are cut by shard: the other images in the batch of an image depend on its shard alone, never
+on the rank or on earlier shards.
 """
 
 from collections import deque
@@ -28,13 +28,15 @@ class PixelBatch:
 
     shard: int
     samples: Sequence[Sample]  # their columns, in the order of the shard
-    pixels_BYXC: Tensor  # uint8; what lies behind the samples repeats the last of them, so that every batch is full
+    pixels_BYXC: Tensor  # uint8; padded with the last of the samples, so that every batch is full
 
 
 def decode_shards(
     shards: Shards, numbers: Iterable[int], batch_size: int, device: torch.device, num_threads: int
 ) -> Iterator[PixelBatch]:
-    """Decodes whole shards; while one batch is used, the next is being decoded, be it of the next shard.
+    """Decodes whole shards; while one batch is used, the next is being decoded, also across shards.
+
+    UserError where an image is damaged, cannot be decoded or is of another size.
 
     Args:
         shards: of images.
@@ -46,20 +48,17 @@ def decode_shards(
     Yields:
         Square images, `image_size` pixels a side. Where the folder's `store` is "lossless" they are the pixels that
         were stored; "original" ones are resized and cropped by DALI, near the ADM crop but not equal to it.
-
-    Raises:
-        UserError: DALI is not installed; an image is damaged, cannot be decoded or is of another size.
     """
     info = shards.info
     assert isinstance(info, ImagesInfo)
-    decoding: deque[tuple[int, list[Sample]]] = deque()  # what the pipeline was given and has not given back
+    decoding: deque[tuple[int, list[Sample]]] = deque()  # given to the pipeline, and not decoded yet
 
     def files() -> Iterator[_Files]:
         for number in numbers:
             samples = shards.shard(number)
             while batch := list[Sample](islice(samples, batch_size)):
                 decoding.append((number, batch))
-                yield _padded_files(batch, batch_size)
+                yield _files(batch) + _files(batch[-1:]) * (batch_size - len(batch))
 
     pipeline = _make_pipeline(info, files(), batch_size, device, num_threads)
     while True:
@@ -67,22 +66,26 @@ def decode_shards(
             (decoded,) = pipeline.run()
         except StopIteration:
             return
-        except RuntimeError as error:
-            problem = _find_undecodable(shards, *decoding[0])
-            if problem is None:
-                raise
-            raise problem from error
+        except RuntimeError:
+            _refuse_undecodable(shards, *decoding[0])
+            raise
         number, batch = decoding.popleft()
-        _check_sizes(shards, number, batch, decoded.shape())
-        yield PixelBatch(number, batch, _to_torch(decoded))
+        expected = (info.image_size, info.image_size, info.channels)
+        for sample, shape in zip(batch, decoded.shape(), strict=False):
+            if tuple(shape) != expected:
+                raise UserError(
+                    f"{_name(shards, number, sample)}: expected {' x '.join(map(str, expected))} pixels, got "
+                    f"{' x '.join(map(str, shape))}; make the image shards again"
+                )
+        # A copy, since the pipeline writes its next batch into the same memory.
+        pixels_BYXC = torch.utils.dlpack.from_dlpack(decoded.as_tensor()).clone()
+        if pixels_BYXC.is_cuda:
+            torch.cuda.current_stream(pixels_BYXC.device).synchronize()
+        yield PixelBatch(number, batch, pixels_BYXC)
 
 
 def dali_version() -> str:
-    """The version of DALI.
-
-    Raises:
-        UserError: it is not installed.
-    """
+    """The version of DALI; UserError where it is not installed."""
     return str(_import_dali().__version__)
 
 
@@ -120,47 +123,23 @@ def _make_pipeline(
     return pipeline
 
 
-def _padded_files(samples: Sequence[Sample], batch_size: int) -> _Files:
-    files = [np.frombuffer(sample["image"], np.uint8) for sample in samples]
-    return files + files[-1:] * (batch_size - len(files))
+def _files(samples: Sequence[Sample]) -> _Files:
+    return [np.frombuffer(sample["image"], np.uint8) for sample in samples]
 
 
-def _to_torch(decoded: Any) -> Tensor:
-    """A copy, since the pipeline writes its next batch into the same memory."""
-    pixels = torch.utils.dlpack.from_dlpack(decoded.as_tensor()).clone()
-    if pixels.is_cuda:
-        torch.cuda.current_stream(pixels.device).synchronize()
-    return pixels
-
-
-def _check_sizes(shards: Shards, number: int, samples: Sequence[Sample], shapes: Sequence[Sequence[int]]) -> None:
-    info = shards.info
-    assert isinstance(info, ImagesInfo)
-    expected = (info.image_size, info.image_size, info.channels)
-    for sample, shape in zip(samples, shapes, strict=False):
-        if tuple(shape) != expected:
-            raise UserError(
-                f"{_name(shards, number, sample)}: expected {' x '.join(map(str, expected))} pixels, got "
-                f"{' x '.join(map(str, shape))}; make the image shards again"
-            )
-
-
-def _find_undecodable(shards: Shards, number: int, samples: Sequence[Sample]) -> UserError | None:
-    """Which image of a batch that failed is at fault; None where each can be decoded alone."""
+def _refuse_undecodable(shards: Shards, number: int, samples: Sequence[Sample]) -> None:
+    """UserError that names the image of a failed batch which cannot be decoded alone, where there is one."""
     assert isinstance(shards.info, ImagesInfo)
-    alone = _make_pipeline(
-        shards.info, (_padded_files([sample], 1) for sample in samples), 1, torch.device("cpu"), num_threads=1
-    )
+    alone = _make_pipeline(shards.info, (_files([sample]) for sample in samples), 1, torch.device("cpu"), num_threads=1)
     for sample in samples:
         try:
             alone.run()
         except RuntimeError as error:
             reason = str(error).partition("encountered:\n")[2].partition("Current pipeline")[0]
-            return UserError(
+            raise UserError(
                 f"{_name(shards, number, sample)}: DALI cannot decode it ({' '.join(reason.split()):.200}); make the "
                 "image shards with --store lossless, which PIL decodes"
-            )
-    return None
+            ) from error
 
 
 def _name(shards: Shards, number: int, sample: Sample) -> str:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from cfpretrain.base.background import Task
+from cfpretrain.base.background import Task, how_it_ended
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, one_line, say
 from cfpretrain.base.stopping import leave_signals_to_the_rank
@@ -265,11 +265,8 @@ def _data_loader(*args: Any, **options: Any) -> "DataLoader[Any]":
 
 
 def _describe_death(exit_code: int | None) -> str:
-    killer = signal.Signals(-exit_code) if exit_code is not None and exit_code < 0 else None
-    how = f"with exit code {exit_code}" if killer is None else f"by {killer.name}"
-    if killer is signal.SIGKILL:
-        how += ", as the system does where memory is short"
-    if killer is signal.SIGBUS:
+    how = how_it_ended(exit_code)
+    if exit_code == -signal.SIGBUS:
         how += ", as where /dev/shm is full"
     return (
         f"data.num_workers: a process that reads data ended {how}; set fewer, or give the machine more memory, then "

@@ -1,7 +1,7 @@
 """Tables of images: .csv or .jsonl, a row for each image, with the columns `path`, `label` and `caption`.
 
-The names of columns are compared without case and outer spaces. A column that is not known is refused, unless it is
-named to be ignored: a model trained without its labels for a typo would not say so.
+The names of columns are compared without case and outer spaces. An unknown column is an error unless it is ignored by
+name: after a typo in `label`, training would silently go on without labels.
 """
 
 import csv
@@ -10,7 +10,7 @@ import itertools
 import re
 import shlex
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -30,8 +30,8 @@ _OTHER_NAMES = {
     "caption": ("text", "prompt", "description", "title"),
 }
 _MEANT_BY = {name: column for column, names in _OTHER_NAMES.items() for name in (column, *names)}
-_LIKENESS = 0.75  # of two names, as difflib measures it, where one is taken for a typo of the other
-# What cannot be written as UTF-8; of a path, which need not be, what no file has in its name.
+_LIKENESS = 0.75  # of two names, as difflib measures it, from which on one is taken for a typo of the other
+# Characters that cannot be written as UTF-8; in a path, which need not be UTF-8, those that no name of a file has.
 _UNFIT = {
     "path": re.compile("[\0\ud800-\udc7f\udd00-\udfff]"),
     "label": re.compile("[\0-\x1f\x7f\ud800-\udfff]"),  # it is shown in a line with others
@@ -40,18 +40,19 @@ _UNFIT = {
 
 _FORMULA = re.compile("'*[=+@\t\r-]")
 
+_Row = tuple[int, tuple[str, ...], list[Any]]  # line, names as they are written, values
 _Records = list[tuple[int, dict[str, Any]]]  # (line, value of each known column) of each row
 
 
 @dataclass(frozen=True)
 class Table:
-    """The rows of a table, in its order; `ignored` are columns that were left out because it was asked for."""
+    """The rows of a table, in its order."""
 
     paths: Sequence[str]
     labels: Sequence[int]
     captions: Sequence[str]
     class_names: tuple[str, ...]
-    ignored: Sequence[str]
+    ignored: Sequence[str]  # columns that were left out because it was asked for
 
 
 def read_table(file: Path, ignore: Iterable[str] = ()) -> Table:
@@ -60,156 +61,135 @@ def read_table(file: Path, ignore: Iterable[str] = ()) -> Table:
     Args:
         file: .csv with a first line that names the columns, or .jsonl with an object a line.
         ignore: names of columns that are left out.
-
-    Raises:
-        UserError: names the file and, where there is one, the line.
     """
-    reader = _Reader(file, ignore)
-    records = list(reader.records())
-    reader.check_ignored()
+    left_out = {_normal(name): name for name in ignore}
+    if "path" in left_out:
+        raise UserError("--ignore-columns: expected columns other than path, which says where the images are")
+    records: _Records = []
+    columns: dict[tuple[str, ...], list[str]] = {}  # the known ones, by names as they are written
+    for line, names, values in _read_rows(file):
+        if names not in columns:
+            where = f"{file}" if _is_csv(file) else f"{file}, line {line}"
+            columns[names] = _known_columns(where, names, left_out)
+        records.append((line, {name: value for name, value in zip(columns[names], values, strict=True) if name}))
     if not records:
         raise UserError(f"images: expected a row for each image in {file}, got none")
+    there = dict.fromkeys(name for names in columns for name in names)
+    absent = [name for normal, name in left_out.items() if normal not in map(_normal, there)]
+    if absent:
+        raise UserError(
+            f"--ignore-columns: expected columns of {file} ({', '.join(there):.200}), got {', '.join(absent)}; "
+            "correct or leave out"
+        )
     paths = [_text(file, line, record, "path") for line, record in records]
-    for (line, _), path in zip(records, paths, strict=True):
-        if not path:
-            raise UserError(f"images: {file}, line {line}: expected a path, got none; add it as `path`")
     labels, class_names = _classes(file, records)
     captions = [_text(file, line, record, "caption") for line, record in records]
-    ignored = sorted(name.strip() or "without a name" for name in reader.ignored)
+    ignored = sorted(name.strip() or "without a name" for name in there if _normal(name) in left_out)
     return Table(paths, labels, captions, class_names, ignored)
 
 
-class _Reader:
-    """Reads records, and notes in `ignored` which columns were left out."""
+def _is_csv(file: Path) -> bool:
+    return file.suffix.lower() == ".csv"
 
-    def __init__(self, file: Path, ignore: Iterable[str]) -> None:
-        self._file, self._ignore = file, {_normal(name): name for name in ignore}
-        self._checked: dict[tuple[str, ...], list[str]] = {}
-        self.ignored: set[str] = set()  # as they are written
-        if "path" in self._ignore:
-            raise UserError("--ignore-columns: expected columns other than path, which says where the images are")
 
-    def records(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """(line at which it begins, value of each known column) of each row."""
-        file = self._file
-        try:
-            with io.TextIOWrapper(open_to_read(file), encoding="utf-8-sig", newline="") as text:
-                yield from self._csv(text) if file.suffix.lower() == ".csv" else self._jsonl(text)
-        except OSError as error:
-            raise UserError(f"images: {file} cannot be read ({error.strerror}); fix it") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"images: {file}: expected UTF-8 text ({error}); save it so") from error
+def _read_rows(file: Path) -> Iterator[_Row]:
+    try:
+        with io.TextIOWrapper(open_to_read(file), encoding="utf-8-sig", newline="") as text:
+            yield from _read_csv(file, text) if _is_csv(file) else _read_jsonl(file, text)
+    except OSError as error:
+        raise UserError(f"images: {file} cannot be read ({error.strerror}); fix it") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"images: {file}: expected UTF-8 text ({error}); save it so") from error
 
-    def check_ignored(self) -> None:
-        """Refuses columns to ignore that the table has not."""
-        absent = [name for normal, name in self._ignore.items() if normal not in map(_normal, self.ignored)]
-        if absent:
-            there = ", ".join(dict.fromkeys(name for names in self._checked for name in names))
-            raise UserError(
-                f"--ignore-columns: expected columns of {self._file} ({there:.200}), got {', '.join(absent)}; "
-                "correct or leave out"
-            )
 
-    def _csv(self, text: io.TextIOBase) -> Iterator[tuple[int, dict[str, Any]]]:
-        columns: list[str] | None = None
-        begin = 1  # of a record; the reader's own count is where it ends
-        try:
-            head, lines = itertools.tee(text)
-            names = next(filter(None, csv.reader(head, strict=True)), [])
-            del head  # else the lines would be kept for it
-            # Whoever writes `path, label` means no value to begin with a space either.
-            has_spaces = any(name[:1].isspace() for name in names)
-            reader = csv.reader(lines, strict=True, skipinitialspace=has_spaces)
-            for values in reader:
-                if columns is None and values:
-                    self._check_has_path(values)
-                    columns = self._columns(values, "")
-                elif columns is not None and values:
-                    if len(values) != len(columns):
-                        raise UserError(
-                            f"images: {self._file}, line {begin}: expected {len(columns)} values, as the first line "
-                            f"names, got {'more' if len(values) > len(columns) else 'fewer'}; fix it (quote texts "
-                            "that hold commas)"
-                        )
-                    cells = zip(columns, values, strict=True)
-                    yield begin, {name: from_cell(value) if name == "label" else value for name, value in cells if name}
-                begin = reader.line_num + 1
-        except csv.Error as error:
-            raise UserError(
-                f"images: {self._file}, line {begin}: expected CSV ({error}); close its quotes, or shorten it"
-            ) from error
-        if columns is None:
-            self._check_has_path([])
-
-    def _check_has_path(self, names: Sequence[str]) -> None:
-        if "path" in map(_normal, names):
-            return
-        meant = [name for name in names if _meant(name) == "path"]
-        got, advice = ", ".join(names) or "nothing", "add it"
-        if meant:
-            advice = f"rename `{meant[0].strip()}`"
-        elif len(names) == 1 and re.search("[;\t]", names[0]):
-            advice = "separate columns by commas"
+def _read_csv(file: Path, text: io.TextIOBase) -> Iterator[_Row]:
+    names: tuple[str, ...] = ()
+    begin = 1  # of a record; the reader's own count is where it ends
+    try:
+        head, lines = itertools.tee(text)
+        first = next(filter(None, csv.reader(head, strict=True)), [])
+        del head  # else the lines would be kept for it
+        # Below `path, label`, values do not begin with a space either.
+        has_spaces = any(name[:1].isspace() for name in first)
+        reader = csv.reader(lines, strict=True, skipinitialspace=has_spaces)
+        for values in reader:
+            if values and not names:
+                names = tuple(values)
+                _check_has_path(file, names)
+                are_labels = [_normal(name) == "label" for name in names]
+            elif values:
+                if len(values) != len(names):
+                    raise UserError(
+                        f"images: {file}, line {begin}: expected {len(names)} values, as the first line names, got "
+                        f"{'more' if len(values) > len(names) else 'fewer'}; fix it (quote texts that hold commas)"
+                    )
+                cells = zip(values, are_labels, strict=True)
+                yield begin, names, [from_cell(value) if is_label else value for value, is_label in cells]
+            begin = reader.line_num + 1
+    except csv.Error as error:
         raise UserError(
-            f"images: {self._file}: expected a first line that names the column path, got {got:.80}; {advice}"
-        )
+            f"images: {file}, line {begin}: expected CSV ({error}); close its quotes, or shorten it"
+        ) from error
+    if not names:
+        _check_has_path(file, names)
 
-    def _jsonl(self, text: io.TextIOBase) -> Iterator[tuple[int, dict[str, Any]]]:
-        for line, content in enumerate(text, start=1):
-            if not content.strip():
-                continue
-            where = f", line {line}"
-            try:
-                # Pairs: of a key that comes twice a dict would keep the last.
-                record = parse_json(content, tuple)
-            except ValueError as error:
-                raise UserError(f"images: {self._file}{where}: expected one JSON object ({error}); fix it") from error
-            if not isinstance(record, tuple):
-                got = content.strip()
-                raise UserError(f"images: {self._file}{where}: expected one JSON object, got {got:.40}; fix it")
-            columns = self._columns([name for name, _ in record], where)
-            yield line, {name: value for name, (_, value) in zip(columns, record, strict=True) if name}
 
-    def _columns(self, names: Sequence[str], where: str) -> list[str]:
-        """The known column that each name stands for; "" of what is left out."""
-        key = tuple(names)
-        if key not in self._checked:
-            self._checked[key] = self._check_columns(names, where)
-        return self._checked[key]
+def _check_has_path(file: Path, names: Sequence[str]) -> None:
+    if "path" in map(_normal, names):
+        return
+    meant = [name for name in names if _meant(name) == "path"]
+    got, advice = ", ".join(names) or "nothing", "add it"
+    if meant:
+        advice = f"rename `{meant[0].strip()}`"
+    elif len(names) == 1 and re.search("[;\t]", names[0]):
+        advice = "separate columns by commas"
+    raise UserError(f"images: {file}: expected a first line that names the column path, got {got:.80}; {advice}")
 
-    def _check_columns(self, names: Sequence[str], where: str) -> list[str]:
-        columns = [_normal(name) for name in names]
-        for column in _COLUMNS:
-            if columns.count(column) > 1 and column not in self._ignore:
-                raise UserError(
-                    f"images: {self._file}{where}: expected one column {column}, got {columns.count(column)} "
-                    f"({', '.join(names)!r:.80}); remove or rename the others"
-                )
-        unknown = [
-            name.strip()
-            for name, column in zip(names, columns, strict=True)
-            if column not in (*_COLUMNS, *_UNREAD, *self._ignore)
-        ]
-        if unknown:
-            meant = {name: _meant(name) for name in unknown if _meant(name) and _meant(name) not in columns}
-            renames = "".join(f"rename `{name}` to `{column}`, or " for name, column in meant.items())
-            named = ", ".join(f"`{name}`" if name else "one without a name" for name in unknown)
+
+def _read_jsonl(file: Path, text: io.TextIOBase) -> Iterator[_Row]:
+    for line, content in enumerate(text, start=1):
+        if not content.strip():
+            continue
+        try:
+            # Pairs: of a key that comes twice a dict would keep the last.
+            record = parse_json(content, tuple)
+        except ValueError as error:
+            raise UserError(f"images: {file}, line {line}: expected one JSON object ({error}); fix it") from error
+        if not isinstance(record, tuple):
+            got = content.strip()
+            raise UserError(f"images: {file}, line {line}: expected one JSON object, got {got:.40}; fix it")
+        yield line, tuple(name for name, _ in record), [value for _, value in record]
+
+
+def _known_columns(where: str, names: Sequence[str], left_out: Collection[str]) -> list[str]:
+    """The known column that each name stands for; "" for those that are left out."""
+    columns = [_normal(name) for name in names]
+    for column in _COLUMNS:
+        if columns.count(column) > 1 and column not in left_out:
             raise UserError(
-                f"images: {self._file}{where}: expected the columns {', '.join(_COLUMNS)}, got "
-                f"{named:.300}; {renames}leave out what is not to be read with "
-                f"--ignore-columns {' '.join(map(shlex.quote, unknown)):.300}"
+                f"images: {where}: expected one column {column}, got {columns.count(column)} "
+                f"({', '.join(names)!r:.80}); remove or rename the others"
             )
-        self.ignored.update(name for name in names if _normal(name) in self._ignore)
-        return ["" if column in (*_UNREAD, *self._ignore) else column for column in columns]
+    known = (*_COLUMNS, *_UNREAD, *left_out)
+    unknown = [name.strip() for name, column in zip(names, columns, strict=True) if column not in known]
+    if unknown:
+        meant = {name: _meant(name) for name in unknown if _meant(name) and _meant(name) not in columns}
+        renames = "".join(f"rename `{name}` to `{column}`, or " for name, column in meant.items())
+        named = ", ".join(f"`{name}`" if name else "one without a name" for name in unknown)
+        raise UserError(
+            f"images: {where}: expected the columns {', '.join(_COLUMNS)}, got {named:.300}; {renames}leave out what "
+            f"is not to be read with --ignore-columns {' '.join(map(shlex.quote, unknown)):.300}"
+        )
+    return ["" if column in (*_UNREAD, *left_out) else column for column in columns]
 
 
 def as_cell(text: str) -> str:
-    """A name as a table holds it: a spreadsheet would compute what begins with `=`, and shows `'=` as a text."""
+    """A text as the cell of a table: a spreadsheet would compute `=...`, and shows `'=...` as a text."""
     return f"'{text}" if _FORMULA.match(text) else text
 
 
 def from_cell(text: str) -> str:
-    """What `as_cell` was given."""
+    """The inverse of `as_cell`."""
     return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
@@ -218,7 +198,7 @@ def _normal(name: str) -> str:
 
 
 def _meant(name: str) -> str:
-    """The known column that a name which is not known is taken for; "" where it is like none."""
+    """The known column that is most like an unknown name; "" where none is."""
     letters = re.sub("[^a-z0-9]", "", _normal(name))
     near = get_close_matches(letters, _MEANT_BY, 1, _LIKENESS)
     return _MEANT_BY[near[0]] if near else ""
@@ -228,6 +208,8 @@ def _text(file: Path, line: int, record: dict[str, Any], column: str) -> str:
     value = record.get(column)
     if not isinstance(value, str | None) or _UNFIT[column].search(value or ""):
         raise UserError(f"images: {file}, line {line}: expected a text as {column}, got {value!r:.40}; fix it")
+    if not value and column == "path":
+        raise UserError(f"images: {file}, line {line}: expected a path, got none; add it as `path`")
     return value or ""
 
 
@@ -254,7 +236,7 @@ def _classes(file: Path, records: _Records) -> tuple[list[int], tuple[str, ...]]
 
 
 def _is_number(text: str) -> bool:
-    """Whether a person would read a number, if with a sign, an exponent, wide digits or characters without width."""
+    """Whether it looks like a number, also with a sign, an exponent, wide digits or characters without width."""
     text = "".join(c for c in unicodedata.normalize("NFKC", text) if unicodedata.category(c) != "Cf")
     try:
         float(text.replace(",", "."))
@@ -264,7 +246,7 @@ def _is_number(text: str) -> bool:
 
 
 def _numbered(file: Path, labels: Sequence[int]) -> tuple[str, ...]:
-    """The names of classes that are numbered; UserError where a number is left out, since all would move up."""
+    """The names of numbered classes; UserError for a gap, since all numbers above it would change."""
     num_classes, found = max(labels) + 1, set(labels)
     if len(found) < num_classes:
         missing = next(number for number in range(num_classes) if number not in found)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import open_to_read
+from cfpretrain.base.plans import tensor_differences
 from cfpretrain.export import foreign_files
 
 INCEPTION, EFFNET = "inception", "effnet_lite0"
@@ -172,13 +173,12 @@ def _filled(network: nn.Module, tensors: Any, name: str) -> nn.Module:
     expected = network.state_dict()
     # Batch norm's counter is of training alone, and older files lack it.
     values = {key: value for key, value in tensors.items() if not str(key).endswith("num_batches_tracked")}
-    names = {key for key in expected if not key.endswith("num_batches_tracked")}
-    strange = sorted(map(str, names ^ values.keys()))
-    strange += sorted(n for n in names & values.keys() if getattr(values[n], "shape", None) != expected[n].shape)
-    if strange:
+    wanted = {key: value.shape for key, value in expected.items() if not key.endswith("num_batches_tracked")}
+    different = tensor_differences({str(key): getattr(value, "shape", ()) for key, value in values.items()}, wanted)
+    if different:
         raise UserError(
-            f"{name}: expected the {len(names)} tensors of {type(network).__name__}, got others: {strange[0]} and "
-            f"{len(strange) - 1} more are missing, too many or of another shape; give the right file"
+            f"{name}: expected the {len(wanted)} tensors of {type(network).__name__}, got others ({different}); give "
+            "the right file"
         )
     network.load_state_dict(values, strict=False)
     return network

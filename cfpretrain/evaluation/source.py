@@ -1,6 +1,7 @@
 """A model to sample from, wherever it comes from: a run folder, or a folder in diffusers' layout that we exported."""
 
 import dataclasses
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base.class_names import label_of
-from cfpretrain.base.config import Config
+from cfpretrain.base.config import Config, load_recorded
 from cfpretrain.base.console import UserError, excerpt, say
 from cfpretrain.base.files import read_json
 from cfpretrain.base.typed import from_plain
@@ -36,9 +37,8 @@ from cfpretrain.run.build import (
     Autoencoder,
     RunCheckpoint,
     Step,
+    checked,
     find_checkpoint,
-    load_recorded_config,
-    load_weights,
     make_autoencoder,
     make_model,
 )
@@ -49,10 +49,12 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Where a model to sample from is, and what is known of it before its weights are read."""
+class Source:
+    """A model to sample from; its weights are read when they are first asked for."""
 
     path: Path  # a run folder, or an exported one
+    device: torch.device  # where the model computes
+    precision: str  # in which: "fp32" or "bf16"
     config: Config  # that the weights were trained with
     class_names: tuple[str, ...]  # one for each class; their numbers where names are not known
     title: str  # whose weights they are, for people
@@ -66,27 +68,17 @@ class Origin:
         except ValueError as error:
             raise UserError(f"class: {error}") from error
 
-    def load(self, device: torch.device, precision: str = "fp32") -> "Source":
-        """Reads the weights; arguments and errors as `load_source`."""
+    @functools.cached_property
+    def model(self) -> CausalFusion:
+        """For sampling alone."""
         if self.checkpoint is None:
             model = _load_export(self.path, self.config)
         else:
-            model = load_weights(self.checkpoint, "ema" if self.weights == "ema" else "weights")
+            model = self.checkpoint.load_model(self.weights)
         head_width = self.config.model.width // self.config.model.num_heads
-        cached = attention.choose("auto", "sampling", device.type, precision, head_width, say)
+        cached = attention.choose("auto", "sampling", self.device.type, self.precision, head_width, say)
         model.trunk.settings = BlockSettings(cached_attention=cached)
-        model = model.to(device=device, dtype=_DTYPES[precision]).eval().requires_grad_(False)
-        return Source(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(self)}, model=model, device=device
-        )
-
-
-@dataclass(frozen=True)
-class Source(Origin):
-    """A model to sample from."""
-
-    model: CausalFusion  # on `device`, for sampling alone
-    device: torch.device  # where it computes
+        return model.to(device=self.device, dtype=_DTYPES[self.precision]).eval().requires_grad_(False)
 
     def make_autoencoder(self) -> Autoencoder:
         """What decodes its latents; UserError where it names none and its latents are no pixels."""
@@ -103,7 +95,16 @@ class Source(Origin):
 def load_source(
     path: Path, device: torch.device, precision: str = "fp32", weights: str = "ema", step: Step = None
 ) -> Source:
-    """Loads a model to sample from.
+    """As `open_source`, with the weights in memory."""
+    source = open_source(path, device, precision, weights, step)
+    source.model.eval()
+    return source
+
+
+def open_source(
+    path: Path, device: torch.device, precision: str = "fp32", weights: str = "ema", step: Step = None
+) -> Source:
+    """Finds a model to sample from, in milliseconds.
 
     Args:
         path: a run folder, or an exported one.
@@ -112,11 +113,6 @@ def load_source(
         weights: of a run: "ema" or "raw"; an export holds one of them, and is asked for none.
         step: of a run's checkpoint; see `build.find_checkpoint`.
     """
-    return open_source(path, weights, step).load(device, precision)
-
-
-def open_source(path: Path, weights: str = "ema", step: Step = None) -> Origin:
-    """Finds a model to sample from, in milliseconds; arguments and errors as `load_source`."""
     if (path / INDEX_FILE).is_file():
         if weights != "ema":
             raise UserError(f"--weights: {path} is an export, which holds the weights it was made of; leave it out")
@@ -125,11 +121,11 @@ def open_source(path: Path, weights: str = "ema", step: Step = None) -> Origin:
         config = _export_config(path)
         names = _read_json(path / INDEX_FILE, ModelIndex).get("id2label", {})
         class_names = tuple(names.get(str(i), str(i)) for i in range(config.model.num_classes))
-        return Origin(path, config, class_names, f"{path}", None, weights)
+        return Source(path, device, precision, config, class_names, f"{path}", None, weights)
     if (path / CONFIG_FILE).is_file():
         found = find_checkpoint(path, step)
         title = f"{path}, step {found.state.step}, {'EMA' if weights == 'ema' else 'raw'} weights"
-        return Origin(path, found.config, found.class_names(), title, found, weights)
+        return Source(path, device, precision, found.config, found.class_names(), title, found, weights)
     raise UserError(_no_source(path))
 
 
@@ -145,7 +141,7 @@ def _no_source(path: Path) -> str:
 
 
 def _export_config(folder: Path) -> Config:
-    config = load_recorded_config(folder / CONFIG_FILE)
+    config = checked(load_recorded(folder / CONFIG_FILE))
     _check_export(folder, config)
     autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else ""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))

@@ -31,8 +31,8 @@ from cfpretrain.export import model_card
 from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
-from cfpretrain.export.run_checkpoint import CheckpointTensors
 from cfpretrain.run import build, tensor_files
+from cfpretrain.run.checkpoint import TensorFile
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 TRANSFORMER, VAE, SCHEDULER = "transformer", "vae", "scheduler"
@@ -77,9 +77,8 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
     """Writes the model of a run, of any ranks and ZeRO stage, as a folder that is hidden until it is complete."""
     outputs.refuse_existing(out, "OUT")
     found = build.find_checkpoint(run, settings.step)
-    content: Literal["ema", "weights"] = "ema" if settings.weights == "ema" else "weights"
-    tensors = CheckpointTensors.open(found.path, content, found.state.step)
-    check_shapes(tensors.shapes, found.config, str(tensors.file))
+    tensors = found.open_weights(settings.weights)
+    check_shapes(tensors.header.shapes, found.config, str(tensors.path))
     # Loaded for its checks, and for exact values; it is small beside a model of any size.
     loaded = found.make_autoencoder(torch.device("cpu"))
     class_names = found.class_names()
@@ -101,7 +100,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
             dtype=settings.dtype,
             licence=settings.licence,
             class_names=class_names,
-            num_parameters=_num_values(tensors.shapes),
+            num_parameters=_num_values(tensors.header.shapes),
             samples=SAMPLES_FILE if samples else None,
         )
         files.replace(folder / "README.md", card)
@@ -209,9 +208,9 @@ def _num_values(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _write_weights(folder: Path, tensors: CheckpointTensors, settings: ExportSettings) -> None:
+def _write_weights(folder: Path, tensors: TensorFile, settings: ExportSettings) -> None:
     dtype_name, dtype = _DTYPES[settings.dtype]
-    shapes = tensors.shapes
+    shapes = tensors.header.shapes
     shards = _plan_shards(shapes, dtype.itemsize, settings.max_shard_bytes)
     for number, (file_name, names) in enumerate(shards.items(), start=1):
         say(f"writing weights, file {number} of {len(shards)}")

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from cfpretrain.autoencoder import KLAutoencoder
+from cfpretrain.base import config as configs
 from cfpretrain.base import files, outputs, runtime
 from cfpretrain.base.config import Config, to_plain, to_yaml
 from cfpretrain.base.console import UserError, phase, say
+from cfpretrain.base.plans import tensor_differences
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
-from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, load_config, make_model
+from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, checked, make_model
 from cfpretrain.run.checkpoint import EMA, WEIGHTS, tensor_file
 from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.guard import Guard
@@ -32,7 +34,6 @@ _X_PROJ = "image_embedder.x_proj.weight"
 _CLASS_TABLE = "class_embedder.embedding_table.weight"
 _COND_POSITIONS = "class_embedder.cond_pos_embed"
 _Q_NORM = "trunk.blocks.0.attn.q_norm.weight"
-_NUM_NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -73,11 +74,11 @@ def check_shapes(found: Shapes, config: Config, source: str, beside: Shapes | No
     problems = [
         f"{key}: expected {here[key]}, got {there[key]}" for key in here if there.get(key, here[key]) != here[key]
     ]
-    problems = problems or _differences(found, expected)
-    if problems:
+    different = " | ".join(problems) or tensor_differences(found, expected)
+    if different:
         raise UserError(
-            f"{source} does not fit the config: {' | '.join(problems)}; give the config of its model, or set these "
-            "keys on the command line"
+            f"{source} does not fit the config: {'' if problems else 'tensors '}{different}; give the config of its "
+            "model, or set these keys on the command line"
         )
 
 
@@ -100,22 +101,6 @@ def _sizes(shapes: Shapes) -> dict[str, int]:
     return sizes
 
 
-def _differences(found: Shapes, expected: Shapes) -> list[str]:
-    def some(names: list[str]) -> str:
-        more = f" and {len(names) - _NUM_NAMES_SHOWN} more" if len(names) > _NUM_NAMES_SHOWN else ""
-        return ", ".join(names[:_NUM_NAMES_SHOWN]) + more
-
-    missing = [name for name in expected if name not in found]
-    unknown = [name for name in found if name not in expected]
-    others = [
-        f"{name} of {found[name]} instead of {expected[name]}"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
-    kinds = {"missing": missing, "not in the config's model": unknown, "of another shape": others}
-    return [f"tensors {kind}: {some(names)}" for kind, names in kinds.items() if names]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 
@@ -130,7 +115,7 @@ def import_run(
 ) -> None:
     """Makes a run folder of a checkpoint that others wrote, under a config of `config.load`'s arguments."""
     outputs.refuse_existing(folder, "RUN")
-    config = load_config(paths, overrides, allow_env)
+    config = checked(configs.load(paths, overrides, allow_env))
     with phase(f"reading {source}"):
         found = read(config)
     with phase(f"writing {folder}"):

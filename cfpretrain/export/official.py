@@ -15,7 +15,6 @@ from cfpretrain.core.modalities import sincos_positions
 from cfpretrain.export import foreign_files
 from cfpretrain.export.imported_run import POSITIONS, Counters, ForeignCheckpoint, check_shapes
 from cfpretrain.run import build
-from cfpretrain.run.checkpoint import read_tensors
 
 _OURS_BY_OFFICIAL = {
     "x_proj.": "image_embedder.x_proj.",
@@ -158,7 +157,7 @@ def write_official(run: Path, out: Path) -> None:
     outputs.refuse_existing(out, "OUT")
     found = build.find_checkpoint(run)
     _check_process(found.config)
-    tensors = {key: read_tensors(found.path, ours) for ours, key in _KEYS.items()}
+    tensors = {"model": found.open_weights("raw").read_all(), "ema": found.open_weights().read_all()}
     try:
         content = {key: to_official(of_key, found.config.model.grid) for key, of_key in tensors.items()}
     except ValueError as error:  # as of a modality that the official code lacks

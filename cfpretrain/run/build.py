@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,14 +20,14 @@ from cfpretrain.base.typed import Natural, NotNegative, from_plain
 from cfpretrain.core import attention
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.latents import LatentScaling
-from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValues, initialise, write_initial_values
+from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValues, write_initial_values
 from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
 from cfpretrain.data.reader import Prepare, Samples
 from cfpretrain.data.shards import read_latents_info
-from cfpretrain.run.checkpoint import read_tensors
-from cfpretrain.run.checkpoint_store import CheckpointStore
+from cfpretrain.run.checkpoint import TensorFile, check_shapes, open_weights
+from cfpretrain.run.checkpoint_store import CheckpointStore, step_of
 from cfpretrain.run.state import TrainingState, means_the_same, read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError
 
@@ -43,7 +42,6 @@ SUMMARY_NUMBERS = (
     *("loss_first", "loss_last"),  # without one where no loss was finite
 )
 LOCK_FILE = "lock"
-
 
 Autoencoder = IdentityAutoencoder | KLAutoencoder
 
@@ -82,26 +80,15 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     return {name: value for name, value in summary.items() if value is not None}
 
 
-def load_config(
-    paths: str | Path | Sequence[str | Path], overrides: Sequence[str] = (), allow_env: bool = False
-) -> Config:
-    """A config, checked; on how many ranks it will train is not known. Arguments and errors as `config.load`."""
-    return _checked(configs.load(paths, overrides, allow_env))
-
-
-def load_recorded_config(file: Path) -> Config:
-    """The config that a run or an export holds, checked; errors as `config.load`."""
-    return _checked(configs.load_recorded(file))
-
-
-def _checked(config: Config) -> Config:
+def checked(config: Config) -> Config:
+    """The config, checked, where it is not known on how many ranks it will train."""
     # So many ranks divide whatever there is to divide.
     config_checks.check(config, max(1, config.train.global_batch_size))
     return config
 
 
 def load_run_config(folder: Path) -> Config:
-    """The config of a run folder, checked; UserError where the folder is no run's."""
+    """The config of a run folder, checked."""
     path = folder / CONFIG_FILE
     if (folder / INDEX_FILE).is_file():
         raise UserError(f"run folder {folder}: expected a run folder, got an export of one; give the run's")
@@ -110,35 +97,25 @@ def load_run_config(folder: Path) -> Config:
         if (run / CONFIG_FILE).is_file():
             raise UserError(f"run folder {folder}: expected a run folder, got a checkpoint of one; give {run}")
         raise UserError(f"run folder {folder} holds no {path.name}; give a folder that cfpretrain/train.py has written")
-    config = load_recorded_config(path)
+    config = checked(configs.load_recorded(path))
     # The folder may have been moved since.
     return dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
 
 
 def choose_blocks(config: Config, device_type: str) -> BlockSettings:
-    """How the blocks compute in training on a device.
-
-    Args:
-        config: its section `engine` decides.
-        device_type: "cpu" or "cuda".
-
-    Raises:
-        UserError: what the config asks for does not run there.
-    """
+    """How the blocks compute in training on a device ("cpu" or "cuda")."""
     engine = config.engine
-    cached = _choose_backend(config, "cached_attention", "sampling", device_type)
-    fused_norm = device_type == "cuda" and not engine.compile_blocks and has_apex()
     return BlockSettings(
         choose_attention(config, device_type),
-        cached,
+        _choose_backend(config, "cached_attention", "sampling", device_type),
         engine.compile_blocks,
         engine.activation_checkpointing,
-        fused_norm,
+        fused_norm=device_type == "cuda" and not engine.compile_blocks and has_apex(),
     )
 
 
 def choose_attention(config: Config, device_type: str) -> str:
-    """The backend of attention in training on a device ("cpu" or "cuda"); raises as `choose_blocks` does."""
+    """The backend of attention in training on a device ("cpu" or "cuda")."""
     return _choose_backend(config, "attention", "training", device_type)
 
 
@@ -151,12 +128,7 @@ def _choose_backend(config: Config, key: str, job: str, device_type: str) -> str
 
 
 def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFusion:
-    """The network, with weights of no particular value.
-
-    Args:
-        config: its section `model` says what the network is.
-        blocks: how it computes; left out, in the plainest way, which runs everywhere.
-    """
+    """The network, with weights of no particular value; without `blocks` it computes as it can everywhere."""
     model = config.model
     return CausalFusion(
         grid=model.grid,
@@ -174,15 +146,6 @@ def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFus
 def initial_weights(config: Config) -> WriteInitialValues:
     """What `Engine.initialise` gives a model of `make_model`, drawn on the device that holds it."""
     return functools.partial(write_initial_values, config.run.seed, config.model.grid)
-
-
-def make_untrained(config: Config, device: torch.device) -> CausalFusion:
-    """The model as a run begins with it, in fp32, for sampling: what any training must beat."""
-    with torch.device("meta"):
-        model = make_model(config)
-    model.to_empty(device=device)
-    initialise(model, config.run.seed)
-    return model.eval().requires_grad_(False)
 
 
 def _names_of_shards(config: Config) -> tuple[str, ...]:
@@ -245,35 +208,29 @@ def make_autoencoder(config: Config, device: torch.device, fingerprint: str = ""
     Args:
         config: its section `data` says which.
         device: where it will compute.
-        fingerprint: of the autoencoder behind the latents that were trained on; empty where it is not known.
-
-    Raises:
-        UserError: `data.autoencoder` cannot be loaded, or is another than that one.
+        fingerprint: of the autoencoder behind the latents that were trained on, which alone is accepted then; empty
+            where it is not known.
     """
     if not config.data.autoencoder:
         return IdentityAutoencoder(make_scaling(config))
     check_relative("data.autoencoder", config.data.autoencoder)
     found = KLAutoencoder.load(config.data.autoencoder, device)
-    if fingerprint:
-        _check_decodes(found, fingerprint, make_scaling(config), config.data.autoencoder)
-    return found
-
-
-def _check_decodes(found: KLAutoencoder, fingerprint: str, trained: LatentScaling, path: str) -> None:
+    trained = make_scaling(config)
     for name, expected, got in (
         ("fingerprint", fingerprint, found.fingerprint),
         ("shift", trained.shift, found.shift),
         ("scale", trained.scale, found.scale),
     ):
-        if not means_the_same(expected, got):
+        if fingerprint and not means_the_same(expected, got):
             raise UserError(
                 f"data.autoencoder: expected the autoencoder behind the latents that were trained on, of {name} "
-                f"{expected}, got {got} in {path}; give that one"
+                f"{expected}, got {got} in {config.data.autoencoder}; give that one"
             )
+    return found
 
 
 def check_relative(key: str, path: str) -> None:
-    """UserError where a relative path of a config leads nowhere from here: it says what it is relative to."""
+    """Refuses a relative path of a config that leads nowhere from here, and says what it is relative to."""
     if "://" not in path and not os.path.isabs(path) and not os.path.lexists(path):
         raise UserError(
             f"{key}: {path} does not exist in {Path.cwd()}, the working directory, to which a relative path is "
@@ -293,16 +250,10 @@ Step = int | Literal["best"] | None
 
 @dataclass(frozen=True)
 class RunCheckpoint:
-    """A checkpoint of a run, and what it was trained with.
+    """A checkpoint of a run, and what it was trained with."""
 
-    Attributes:
-        config: in force when it was written, but that data and autoencoder lie where the run folder's config says.
-        path: of its folder.
-        state: its counters and record.
-    """
-
-    config: Config
-    path: Path
+    config: Config  # in force when it was written, but that data and autoencoder lie where the run folder's config says
+    path: Path  # of its folder
     state: TrainingState
 
     def class_names(self) -> tuple[str, ...]:
@@ -310,24 +261,30 @@ class RunCheckpoint:
         return tuple(self.state.class_names) or _names_of_shards(self.config)
 
     def make_autoencoder(self, device: torch.device) -> Autoencoder:
-        """What turns its latents into images; UserError where it cannot be loaded, or is another than trained with."""
+        """What turns its latents into images, which is the one that it was trained with."""
         return make_autoencoder(self.config, device, self.state.autoencoder)
+
+    def open_weights(self, weights: str = "ema") -> TensorFile:
+        """The averaged weights ("ema") or the trained ones themselves ("raw"), to be read tensor by tensor."""
+        return open_weights(self.path, "ema" if weights == "ema" else "weights")
+
+    def load_model(self, weights: str = "ema") -> CausalFusion:
+        """The model with these weights, in fp32 on the CPU, for sampling and scoring."""
+        with torch.device("meta"):
+            model = make_model(self.config)
+        there = self.open_weights(weights)
+        check_shapes(there, {name: tuple(value.shape) for name, value in model.state_dict().items()})
+        model.load_state_dict(there.read_all(), assign=True)
+        return model.eval().requires_grad_(False)
 
 
 def find_checkpoint(run: Path, step: Step = None) -> RunCheckpoint:
-    """A checkpoint of a run.
-
-    Raises:
-        UserError: the folder is no run's, it holds no such checkpoint, or its config.yaml was edited so that it
-            contradicts the checkpoint.
-    """
+    """A checkpoint of a run, whose config.yaml must not contradict it."""
     current = load_run_config(run)
     store = make_store(current)
     there = store.candidates()
     if not there:
         raise UserError(f"run folder {run} holds no complete checkpoint yet; train until checkpoint.every_steps")
-    if step is None:
-        return _with_its_config(there[0], read_state(there[0]), current)
     if step == "best":
         best = store.best()
         if best is None:
@@ -335,19 +292,15 @@ def find_checkpoint(run: Path, step: Step = None) -> RunCheckpoint:
                 f"--step: expected a run that scores itself (evaluation.every_steps), got {run}; leave it out"
             )
         step = best.step
-    found = next((one for one in there if one.name == f"step_{step:08d}"), None)
+    found = next((one for one in there if step is None or step_of(one) == step), None)
     if found is None:
-        steps = ", ".join(str(int(one.name.removeprefix("step_"))) for one in reversed(there))
+        steps = ", ".join(str(step_of(one)) for one in reversed(there))
         raise UserError(f"--step: expected a checkpoint of {run} (steps {steps}), got {step}")
     return _with_its_config(found, read_state(found), current)
 
 
 def config_at(run: Path, step: int) -> Config:
-    """The config in force when a run made a step, be it that of the last start where no later checkpoint says it.
-
-    Raises:
-        UserError: the folder is no run's, or its config.yaml was edited so that it contradicts the checkpoint.
-    """
+    """The config in force when a run made a step, be it that of the last start where no later checkpoint says it."""
     current = load_run_config(run)
     for path in reversed(make_store(current).candidates()):  # the oldest first
         with suppress(DamagedCheckpointError):
@@ -390,40 +343,3 @@ def _find_autoencoder(folder: str, working_folder: str) -> str:
     there = os.path.join(working_folder, folder)
     is_elsewhere = folder and working_folder and os.path.realpath(working_folder) != os.path.realpath(".")
     return there if is_elsewhere and os.path.isdir(there) else folder
-
-
-def load_run(
-    folder: Path, device: torch.device, which: Literal["ema", "weights"] = "ema", step: Step = None
-) -> tuple[Config, CausalFusion, int]:
-    """The model of a run's checkpoint, for sampling and scoring.
-
-    Args:
-        folder: of the run.
-        device: where the model will compute.
-        which: the averaged weights, or the trained ones themselves.
-        step: of the checkpoint; see `find_checkpoint`.
-
-    Returns:
-        The config that it was trained with, the model in fp32 on `device`, and the checkpoint's step.
-
-    Raises:
-        UserError: the folder is not a run's, holds no such checkpoint, or names another autoencoder than it had.
-    """
-    found = find_checkpoint(folder, step)
-    if found.config.data.autoencoder:
-        found.make_autoencoder(torch.device("cpu"))  # for its checks
-    return found.config, load_weights(found, which).to(device).eval().requires_grad_(False), found.state.step
-
-
-def load_weights(found: RunCheckpoint, which: Literal["ema", "weights"]) -> CausalFusion:
-    """The model of a checkpoint in fp32 on the CPU; arguments and errors as `load_run`."""
-    with torch.device("meta"):
-        model = make_model(found.config)
-    try:
-        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        model.load_state_dict(read_tensors(found.path, which, shapes), assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        config_file = Path(found.config.run.folder) / CONFIG_FILE
-        raise UserError(f"checkpoint {found.path} does not fit {config_file}: {reason:.300}") from error
-    return model

@@ -17,11 +17,14 @@ A folder is complete before it has its name, and `latest`, a text file with the 
 The last two stay until a person deletes them; nothing resumes from them.
 """
 
+import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +32,7 @@ from torch import Tensor
 from cfpretrain.base import files, runtime
 from cfpretrain.base.console import UserError
 from cfpretrain.base.files import read_json
+from cfpretrain.base.plans import tensor_differences
 from cfpretrain.run.state import TrainingState, read_state
 from cfpretrain.run.tensor_files import (
     DamagedCheckpointError,
@@ -47,7 +51,6 @@ from cfpretrain.run.tensor_files import (
 
 WEIGHTS, EMA = "weights", "ema"  # contents; the others are the optimizer's
 RANGES_FILE = "ranges.json"
-_NUM_NAMES_SHOWN = 5
 _MAX_RANGES_BYTES, _MAX_RANGES_VALUES = 2**27, 8_000_000  # of a thousand ranks
 
 
@@ -86,12 +89,30 @@ def gather_shapes(fragments: Sequence[Fragment]) -> dict[str, dict[str, tuple[in
     return found
 
 
-class TensorFile(NamedTuple):
+@dataclass(frozen=True)
+class TensorFile:
     """A file of a checkpoint whose header and hashes are sound; its values are held against the hashes in reading."""
 
     path: Path
     header: Header
     ranges: Sequence[HashedRange]
+
+    @functools.cached_property
+    def _ranges_by_name(self) -> dict[str, list[HashedRange]]:
+        found: dict[str, list[HashedRange]] = {name: [] for name in self.header.shapes}
+        for place in self.ranges:
+            found[place.name].append(place)
+        return found
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, fp32, in full shape, on the CPU; errors as of `open_weights`."""
+        alone = dataclasses.replace(self.header, shapes={name: self.header.shapes[name]})
+        with _reading(self.path):
+            return read_whole(self.path, alone, self._ranges_by_name[name])[name]
+
+    def read_all(self) -> dict[str, Tensor]:
+        """All tensors by name; as `read`."""
+        return {name: self.read(name) for name in self.header.shapes}
 
 
 def open_tensors(checkpoint: Path, step: int, contents: Iterable[str]) -> dict[str, TensorFile]:
@@ -121,30 +142,23 @@ def open_tensors(checkpoint: Path, step: int, contents: Iterable[str]) -> dict[s
     return opened
 
 
-def read_tensors(path: Path, which: Literal["ema", "weights"], shapes: Shapes | None = None) -> dict[str, Tensor]:
-    """All averages or weights of a checkpoint, whole and on the CPU: for tools, on one process.
-
-    Args:
-        path: the checkpoint's folder.
-        which: "ema" for sampling and export, "weights" for the trained weights themselves.
-        shapes: by name, of all tensors that may be there; others are refused before any is read.
-
-    Returns:
-        fp32 tensors by parameter name, in full shape.
+def open_weights(path: Path, which: Literal["ema", "weights"]) -> TensorFile:
+    """The averages ("ema", for sampling and export) or the trained weights of a checkpoint, to be read one by one.
 
     Raises:
         DamagedCheckpointError: it is not what was written.
-        UserError: not a complete checkpoint of ours.
     """
     state = read_state(path)
+    with _reading(tensor_file(path, which)):
+        return open_tensors(path, state.step, [which])[which]
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
     try:
-        opened = open_tensors(path, state.step, [which])[which]
-        if shapes is not None:
-            _check_shapes(opened.path, opened.header.shapes, shapes)
-        return read_whole(*opened)
+        yield
     except OSError as error:
-        file = tensor_file(path, which)
-        raise unreadable(f"{file} cannot be read", error, remedy(file)) from error
+        raise unreadable(f"{error.filename or file} cannot be read", error, remedy(file)) from error
 
 
 def _verify_share(opened: Iterable[TensorFile], rank: int, world_size: int) -> None:
@@ -152,47 +166,33 @@ def _verify_share(opened: Iterable[TensorFile], rank: int, world_size: int) -> N
     opened = list(opened)
     num_values = sum(place.end - place.begin for one in opened for place in one.ranges)
     num_before = 0
-    for file, header, ranges in opened:
+    for one in opened:
         mine = []
-        for place in ranges:
+        for place in one.ranges:
             size = place.end - place.begin
             # The middle decides, so that the shares follow one another and are about equal.
             if (2 * num_before + size) * world_size // (2 * num_values) == rank:
                 mine.append(place)
             num_before += size
-        verify_ranges(file, header, mine)
+        verify_ranges(one.path, one.header, mine)
 
 
 def _read_ranges(opened: Mapping[str, TensorFile], fragments: Sequence[Fragment], ema_values: Sequence[Tensor]) -> None:
     """Fills one rank's fragments and averages from the files."""
-    for content, (file, header, _) in opened.items():
-        with files.opened(file, os.O_RDONLY) as descriptor:
+    for content, one in opened.items():
+        with files.opened(one.path, os.O_RDONLY) as descriptor:
             for fragment, values in held_tensors(content, fragments, ema_values):
-                read_values(descriptor, header.position(fragment.name, fragment.offset), values)
+                read_values(descriptor, one.header.position(fragment.name, fragment.offset), values)
 
 
-def _check_shapes(file: Path, there: Shapes, here: Shapes) -> None:
-    """Refuses a file of other tensors than the run's."""
-    found = {
-        "missing": [name for name in here if name not in there],
-        "unknown": [name for name in there if name not in here],
-        "of another shape": [
-            f"{name} {there[name]} there and {here[name]} here"
-            for name in here
-            if name in there and there[name] != here[name]
-        ],
-    }
-    problems = [f"{what}: {_some(names)}" for what, names in found.items() if names]
-    if problems:
+def check_shapes(opened: TensorFile, expected: Shapes) -> None:
+    """Refuses a file of other tensors than those of the run's model."""
+    different = tensor_differences(opened.header.shapes, expected)
+    if different:
         raise UserError(
-            f"{file} is of another model: tensors {', '.join(problems)}; "
+            f"{opened.path} is of another model: tensors {different}; "
             "use the config it was trained with or another run.folder"
         )
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _NUM_NAMES_SHOWN} more" if len(names) > _NUM_NAMES_SHOWN else ""
-    return ", ".join(names[:_NUM_NAMES_SHOWN]) + more
 
 
 def _check_optimizer(there: Mapping[str, Any], here: Mapping[str, Any], path: Path) -> None:
@@ -226,23 +226,19 @@ def _reading_on_all_ranks(path: Path) -> Iterator[None]:
 def load(
     path: Path, fragments: Sequence[Fragment], ema_values: Sequence[Tensor], config: Mapping[str, Any]
 ) -> TrainingState:
-    """Fills fragments and averages from a checkpoint, whatever ranks and ZeRO stage wrote it.
+    """Fills this rank's fragments and averages from a checkpoint, whatever ranks and ZeRO stage wrote it.
 
     Every byte is held against its hash before the first tensor is read; the ranks share this work. The caller
     refreshes its low-precision weights after.
 
     Args:
         path: the checkpoint's folder.
-        fragments: this rank's ranges; values and the optimizer's state are overwritten.
-        ema_values: the averages, aligned with the fragments; overwritten.
+        fragments: values and the optimizer's state are overwritten.
+        ema_values: aligned with the fragments; overwritten.
         config: the run's, as plain values.
-
-    Returns:
-        The counters and the record.
 
     Raises:
         DamagedCheckpointError: on all ranks: it is not what was written; an earlier one may be whole.
-        UserError: on all ranks: not a complete checkpoint, of another schema, model or optimizer.
     """
     shapes = gather_shapes(fragments)
     with _reading_on_all_ranks(path):
@@ -251,7 +247,7 @@ def load(
         _check_optimizer(state.config, config, path)
         opened = open_tensors(path, state.step, shapes)
         for content, one in opened.items():
-            _check_shapes(one.path, one.header.shapes, shapes[content])
+            check_shapes(one, shapes[content])
     with _reading_on_all_ranks(path):
         _verify_share(opened.values(), runtime.rank(), runtime.world_size())
     with _reading_on_all_ranks(path):

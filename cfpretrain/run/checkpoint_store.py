@@ -23,6 +23,11 @@ _LEFTOVER_NAME = re.compile(r"(step_[0-9]{8,18})\.(partial|deleted|replaced)")
 _MAX_NAME_BYTES = 4096  # of what `latest` may hold
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step that a complete checkpoint's name says."""
+    return int(checkpoint.name.removeprefix("step_").removesuffix(".replaced"))
+
+
 def remove(path: Path) -> None:
     """Deletes a folder or a file; what cannot be deleted is said, since training can go on and a later run retries."""
     try:
@@ -70,19 +75,11 @@ class CheckpointStore:
         """Where the checkpoint of a step is, or will be."""
         return self.folder / f"step_{step:08d}{suffix}"
 
-    def latest(self) -> Path | None:
-        """The first of `candidates`; None where there is none."""
-        return next(iter(self.candidates()), None)
-
     def candidates(self) -> list[Path]:
         """The checkpoints to resume from, best first: the one that `latest` names, then those before it, newest first.
 
         Where `latest` is missing or names one that is gone, it says so, and all complete ones are returned. It only
         reads, so every rank may call it, before the first save of a run.
-
-        Raises:
-            UserError: `latest` holds something else than the name of a checkpoint in this folder, or one that is
-                gone where no other is left.
         """
         if self.folder.is_symlink():
             raise UserError(
@@ -123,7 +120,7 @@ class CheckpointStore:
         Args:
             step: of the checkpoint; the tensors are in its partial folder.
             parts: what `write_ranges` returned for each content, on each rank.
-            state_text: the counters, as JSON.
+            state_text: `TrainingState.to_json`.
 
         Raises:
             DamagedCheckpointError: not every value of every file was written once.
@@ -164,11 +161,7 @@ class CheckpointStore:
         self.remove_leftovers()
 
     def best(self) -> Best | None:
-        """What `keep_if_best` named last; None where there is none, its checkpoint is gone, or the note is damaged.
-
-        Raises:
-            OSError: it cannot be read now.
-        """
+        """What `keep_if_best` named last; None where there is none, its checkpoint is gone, or the note is damaged."""
         file = self.folder / BEST_FILE
         try:
             plain = read_json(file, follow=False)
@@ -186,9 +179,6 @@ class CheckpointStore:
         """Names a complete checkpoint the best where none has a better score; it stays. Rank 0 calls it.
 
         One whose score was measured otherwise makes place for it.
-
-        Raises:
-            OSError: the note cannot be written.
         """
         old = self.best()
         is_rival = old is not None and old.step != new.step and old.measured_by == new.measured_by
@@ -205,7 +195,7 @@ class CheckpointStore:
 
         Args:
             resumed_step: of the checkpoint that the run goes on from.
-            damaged: checkpoints of this store that were refused.
+            damaged: those that were refused.
         """
         if runtime.rank() != 0:
             return

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.background import Task
-from cfpretrain.base.console import UserError, reason_of
+from cfpretrain.base.console import UserError, explaining, reason_of
 from cfpretrain.run.checkpoint import gather_shapes, held_tensors, tensor_file
 from cfpretrain.run.checkpoint_store import CheckpointStore, remove
 from cfpretrain.run.state import TrainingState
@@ -60,19 +60,16 @@ class RankPart:
         self._ranges: dict[str, list[tuple[str, int, Tensor, Tensor]]] = {}
         self._buffers: list[Tensor] = []  # pinned as long as they are here
         for content in shapes:
-            places, sources = [], []
+            ranges = []
             for fragment, values in held_tensors(content, fragments, ema_values):
-                begin, end = 0, fragment.numel
+                begin, end = 0, fragment.values.numel()
                 if fragment.replicated:  # an equal share of what every rank holds
                     begin, end = end * rank // world_size, end * (rank + 1) // world_size
-                places.append((fragment.name, fragment.offset + begin))
-                sources.append(values.detach()[begin:end])
-            sizes = [source.numel() for source in sources]
+                ranges.append((fragment.name, fragment.offset + begin, values.detach()[begin:end]))
+            sizes = [source.numel() for *_, source in ranges]
             self._buffers.append(_host_buffer(sum(sizes)))
             copies = torch.split(self._buffers[-1], sizes)
-            self._ranges[content] = [
-                (*place, source, copy) for place, source, copy in zip(places, sources, copies, strict=True)
-            ]
+            self._ranges[content] = [(*one, copy) for one, copy in zip(ranges, copies, strict=True)]
 
     @torch.no_grad()
     def take(self) -> None:
@@ -88,11 +85,10 @@ class RankPart:
         files.make_folder(partial, parents=False)  # a run folder that is gone is not made again
         hashes = {}
         for content, ranges in self._ranges.items():
-            file, data = (
-                tensor_file(partial, content),
-                ((name, first, bytes_of(copy)) for name, first, _, copy in ranges),
+            data = ((name, first, bytes_of(copy)) for name, first, _, copy in ranges)
+            hashes[content] = write_ranges(
+                tensor_file(partial, content), self._shapes[content], step, data, self._rank == 0, on_progress
             )
-            hashes[content] = write_ranges(file, self._shapes[content], step, data, self._rank == 0, on_progress)
         return hashes
 
 
@@ -113,9 +109,6 @@ class CheckpointWriter:
 
     All ranks construct it together, and after the run has loaded its checkpoint, since it moves and removes what a
     killed run has left. The tensors are those of the fragments and averages at the time of `begin`.
-
-    Raises:
-        UserError: on all ranks: the folder of the checkpoints cannot be made.
     """
 
     def __init__(self, store: CheckpointStore, fragments: Sequence[Fragment], ema_values: Sequence[Tensor]) -> None:
@@ -127,16 +120,13 @@ class CheckpointWriter:
         self._error: str | None = None
         self._progress = 0  # whatever moves on this rank: a chunk, a file, a phase
         # Each rank makes the folder: a node may show late what another has made.
-        with runtime.together():
-            try:
-                files.make_folder(store.folder)
-                if runtime.rank() == 0:
-                    store.remove_leftovers()
-            except OSError as error:
-                raise UserError(
-                    f"checkpoint folder {store.folder} cannot be written: {reason_of(error)}; "
-                    "choose another run.folder or fix this"
-                ) from error
+        unwritable = (
+            f"checkpoint folder {store.folder} cannot be written: {{reason}}; choose another run.folder or fix this"
+        )
+        with runtime.together(), explaining(unwritable):
+            files.make_folder(store.folder)
+            if runtime.rank() == 0:
+                store.remove_leftovers()
 
     @property
     def is_busy(self) -> bool:
@@ -154,10 +144,9 @@ class CheckpointWriter:
         return self._task is not None and not self._task.is_alive() and self._task.error is not None
 
     def begin(self, state: TrainingState) -> None:
-        """Copies what this rank writes and begins to write it. All ranks call it at the same step; nobody waits.
+        """Copies what this rank writes and begins to write it. All ranks call it at the same step; none waits.
 
-        Args:
-            state: the counters; `state.step` names the folder. Rank 0's are written.
+        `state.step` names the folder; rank 0's state is written.
         """
         if self.is_busy:
             raise RuntimeError("one checkpoint at a time: wait for the one in flight")
@@ -196,13 +185,10 @@ class CheckpointWriter:
         return Outcome(self._step, None if self._error else final, self._error)
 
     def wait(self) -> Outcome | None:
-        """Waits until nothing is in flight. All ranks call it together.
+        """Waits until nothing is in flight, and says what became of it, as `advance`. All ranks call it together.
 
-        As long as a rank gets on, all tick (`runtime.tick`): who watches over the ranks takes a slow write for a slow
-        write and a hung one for a hung one.
-
-        Returns:
-            What became of the checkpoint in flight; None where there was none.
+        As long as a rank makes progress, all tick (`runtime.tick`), so that the watchdog does not take a slow write
+        for a hung one.
         """
         outcome, progress = None, self._progress
         while self.is_busy and outcome is None:
@@ -245,29 +231,3 @@ class CheckpointWriter:
             raise error
         first: str = next(reason for reason in reasons if reason is not None)
         return first
-
-
-def save(
-    store: CheckpointStore, state: TrainingState, fragments: Sequence[Fragment], ema_values: Sequence[Tensor]
-) -> Path:
-    """Writes one checkpoint and waits for it; a run in training keeps a `CheckpointWriter` instead.
-
-    Args:
-        store: where.
-        state: the counters; `state.step` names the folder. Rank 0's are written.
-        fragments: this rank's ranges of the parameters; over all ranks they cover each parameter once.
-        ema_values: the averages, 1-D fp32, aligned with the fragments.
-
-    Returns:
-        The folder of the complete checkpoint.
-
-    Raises:
-        UserError: on all ranks, when one of them cannot write; the earlier checkpoints stay as they were.
-    """
-    writer = CheckpointWriter(store, fragments, ema_values)
-    writer.begin(state)
-    outcome = writer.wait()
-    assert outcome is not None
-    if outcome.path is None:
-        raise UserError(outcome.error)
-    return outcome.path

@@ -69,16 +69,11 @@ class TrainingState:
 
     @classmethod
     def from_json(cls, text: str, source: Path) -> "TrainingState":
-        """Reads what `to_json` wrote, of this schema or of schema 2.
-
-        Args:
-            text: the JSON.
-            source: the file it came from, for messages.
+        """Reads what `to_json` wrote, of this schema or of schema 2; `source` is the file, for messages.
 
         Raises:
             DamagedCheckpointError: not JSON; keys missing, unknown or of another type, all in one message; or not
                 what was written.
-            UserError: of another schema.
         """
         try:
             plain = parse_json(text)
@@ -128,9 +123,6 @@ class TrainingState:
         Args:
             config: the whole config, as plain values.
             source: the checkpoint, for the message.
-
-        Raises:
-            UserError: names each key that differs, with both values.
         """
         differing = self.contradictions(config)
         if differing:
@@ -169,7 +161,6 @@ def read_state(path: Path) -> TrainingState:
 
     Raises:
         DamagedCheckpointError: its state.json is not what was written.
-        UserError: `path` is not the folder of a complete checkpoint, or it is of another schema.
     """
     file = path / STATE_FILE
     try:
@@ -185,7 +176,7 @@ def read_state(path: Path) -> TrainingState:
 
 
 def _fixed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys that nobody may change, with their values."""
+    """The keys that may not change, with their values."""
     flat = _flat(config)
     return {path: v for path, v in flat.items() if path in _FIXED_KEYS or path.split(".")[0] in _FIXED_SECTIONS}
 
@@ -228,17 +219,15 @@ def _hash(plain: Mapping[str, Any]) -> str | None:
 
 def _check_schema(plain: Mapping[str, Any], source: Path) -> None:
     version = plain.get("schema_version")
-    if isinstance(version, int) and version > SCHEMA_VERSION:
-        raise UserError(
-            f"{source}: schema_version {version!s:.40} was written by a newer cfpretrain; this one reads "
-            f"{SCHEMA_VERSION}: install the version that wrote it ({plain.get('versions')!r:.80})"
-        )
-    if version == 1 and isinstance(version, int):
-        raise UserError(
-            f"{source}: schema_version 1 was written by an older cfpretrain, without hashes; this one reads "
-            f"{SCHEMA_VERSION}: install the version that wrote it ({plain.get('versions')!r:.80}), or choose another "
-            "run.folder"
-        )
+    if not isinstance(version, int) or not (version > SCHEMA_VERSION or version == 1):
+        return
+    by_whom, fix = "a newer cfpretrain", ""
+    if version == 1:
+        by_whom, fix = "an older cfpretrain, without hashes", ", or choose another run.folder"
+    raise UserError(
+        f"{source}: schema_version {version!s:.40} was written by {by_whom}; this one reads {SCHEMA_VERSION}: install "
+        f"the version that wrote it ({plain.get('versions')!r:.80}){fix}"
+    )
 
 
 def _from_schema_2(plain: Mapping[str, Any]) -> dict[str, Any]:

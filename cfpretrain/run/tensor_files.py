@@ -51,11 +51,6 @@ class Fragment:
     state: dict[str, Tensor]  # the optimizer's, each [numel], under torch's names: exp_avg, exp_avg_sq of Adam
     replicated: bool  # every rank holds the same range (ZeRO stage 0)
 
-    @property
-    def numel(self) -> int:
-        """Values in this range."""
-        return self.values.numel()
-
 
 class DamagedCheckpointError(UserError):
     """A checkpoint that is not what was written; an earlier one may still be whole."""
@@ -70,7 +65,10 @@ def unreadable(task: str, error: Exception, fix: str) -> UserError:
     """The error for a file of a checkpoint that cannot be read; a damaged one where another may be whole."""
     # Where a permission is missing, an earlier checkpoint is no answer.
     kind = UserError if isinstance(error, PermissionError) else DamagedCheckpointError
-    return kind(f"{task}: {reason_of(error)}; {fix}")
+    reason = reason_of(error)
+    if isinstance(error, OSError) and error.filename and str(error.filename) in task:
+        reason = str(error.strerror)
+    return kind(f"{task}: {reason}; {fix}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,10 +92,7 @@ class Header:
 def make_header(shapes: Shapes, content: str, step: int) -> tuple[bytes, Header]:
     """The first bytes of a file of fp32 tensors, which follow sorted by name, and what they say.
 
-    Args:
-        shapes: by name.
-        content: what the tensors are; the stem of the file's name.
-        step: of the checkpoint.
+    `content` says what the tensors are; it is the stem of the file's name.
     """
     metadata = {"format": "pt", "producer": _PRODUCER, "content": content, "step": str(step)}
     in_order = {name: tuple(shapes[name]) for name in sorted(shapes)}
@@ -128,7 +123,6 @@ def read_header(file: Path) -> Header:
 
     Raises:
         DamagedCheckpointError: it is none, or its size is another, or a byte of the header is.
-        OSError: it cannot be read.
     """
     with opened(file, os.O_RDONLY) as descriptor:
         num_bytes = os.fstat(descriptor).st_size
@@ -227,16 +221,13 @@ def checked_hashes(plain: Any, header: Header, source: Path) -> list[HashedRange
     """
     try:
         ranges = [HashedRange(name, *row) for name, rows in plain.items() for row in rows]
-        is_sound = all(
-            (type(place.begin), type(place.end), type(place.sha256)) == (int, int, str) and place.begin < place.end
-            for place in ranges
-        )
     except (TypeError, AttributeError) as error:
         raise DamagedCheckpointError(
             f"{source}: expected lists of [begin, end, sha256] by tensor, got {error!r:.120}; {remedy(source)}"
         ) from error
-    if not is_sound:
-        raise DamagedCheckpointError(f"{source}: expected ranges with begin < end and a sha256; {remedy(source)}")
+    for _, begin, end, sha256 in ranges:
+        if (type(begin), type(end), type(sha256)) != (int, int, str) or begin >= end:
+            raise DamagedCheckpointError(f"{source}: expected ranges with begin < end and a sha256; {remedy(source)}")
     covered = dict.fromkeys(header.shapes, 0)
     strange = sorted(covered.keys() ^ plain.keys())
     for place in sorted(ranges, key=lambda place: place.begin):
@@ -258,7 +249,6 @@ def verify_ranges(file: Path, header: Header, ranges: Iterable[HashedRange]) -> 
 
     Raises:
         DamagedCheckpointError: names the first range that is not what was written.
-        OSError: it cannot be read, or ends before its size.
     """
     buffer = memoryview(bytearray())
     with opened(file, os.O_RDONLY) as descriptor:

@@ -25,7 +25,7 @@ class ShardedEMA:
         """Starts from the present weights.
 
         Args:
-            fragments: of `Engine.fragments`; they stay the source of every update.
+            fragments: the source of every update.
             decay: in [0, 1].
             on_host: keep the averages in host memory: four bytes a weight less on the GPU, for a copy of the weights
                 to the host and an average there in each step, both beside the forwards and backwards of the next one.
@@ -48,11 +48,7 @@ class ShardedEMA:
             torch._foreach_lerp_(self.values, self._weights, 1.0 - self._decay)
 
     def wait(self) -> None:
-        """Ends the update under way: the weights may change after it, and `values` be read.
-
-        Raises:
-            Exception: whatever stopped the update, which is not complete then.
-        """
+        """Ends the update under way: the weights may change after it, and `values` be read. Raises what stopped it."""
         if self._thread is not None:
             self._thread.wait()
 
@@ -81,10 +77,7 @@ class ShardedEMA:
 class _HostThread:
     """Moves averages in host memory beside training: one piece of weights is copied while the one before is averaged.
 
-    Args:
-        averages: in host memory.
-        weights: of the same shapes, on any one device; not empty.
-        share: of the weights in the new averages.
+    The weights have the averages' shapes and are on any one device; `share` is theirs in the new averages.
     """
 
     def __init__(self, averages: Sequence[Tensor], weights: Sequence[Tensor], share: float) -> None:

@@ -29,7 +29,7 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
         make_module: constructs the module; at stage 3 each submodule is cut into shards as soon as it is constructed,
             so that no rank ever holds the whole model, and the module's dtype is already that of `engine.precision`.
             Every parameter must require a gradient: frozen tensors are buffers.
-        config: checked; its sections `train` and `engine` are used.
+        config: checked.
         device: of this rank; torch.distributed is initialised for it.
     """
     assert torch.distributed.is_initialized(), "the process group is started before the engine"
@@ -143,11 +143,7 @@ class Engine:
         return int(self._deepspeed.gradient_accumulation_steps())
 
     def backward(self, loss: Tensor) -> None:
-        """Adds one micro-batch's gradients, divided by the number of micro-batches.
-
-        Args:
-            loss: scalar, computed from the output of the latest `engine(...)`.
-        """
+        """Adds one micro-batch's gradients, of the latest `engine(...)`, divided by the number of micro-batches."""
         if self._num_backwards >= self.accumulation_steps:
             raise RuntimeError("a step has as many backwards as micro-batches")
         self._deepspeed.backward(loss)
@@ -212,12 +208,7 @@ class Engine:
 
     @torch.no_grad()
     def initialise(self, write_initial_values: WriteInitialValues) -> None:
-        """Gives every weight its initial value, whatever the stage and the number of ranks.
-
-        Args:
-            write_initial_values: (name, shape of the whole parameter, flat offset, fp32 [numel]), writes into the last;
-                the same function on every rank.
-        """
+        """Gives every weight its initial value, whatever the stage and the number of ranks."""
         for fragment in self._fragments:
             write_initial_values(fragment.name, fragment.shape, fragment.offset, fragment.values)
         self.refresh()

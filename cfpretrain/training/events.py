@@ -51,11 +51,12 @@ class Checkpoints:
 
     def prepare(self) -> TrainingState | None:
         """Restores the run, or initialises the weights where there is no checkpoint; makes EMA and writer."""
-        candidates, saved, config = self.candidates(), None, self.config
+        candidates, saved = self.candidates(), None
         if not candidates:
             with phase("initialising the weights"):
-                self.engine.initialise(initial_weights(config))
-        self.ema = ShardedEMA(self.engine.fragments(), config.train.ema_decay, config.engine.ema_on_host)
+                self.engine.initialise(initial_weights(self.config))
+        decay, on_host = self.config.train.ema_decay, self.config.engine.ema_on_host
+        self.ema = ShardedEMA(self.engine.fragments(), decay, on_host)
         if candidates:
             saved, damaged = self._restore(candidates)
             self.saved_step = saved.step
@@ -94,12 +95,7 @@ class Checkpoints:
     def rewind(self, at: Counters, problem: str) -> int:
         """Back to the weights of the last checkpoint before a row of skipped steps; the data goes on after them.
 
-        Args:
-            at: counts the steps between as skipped.
-            problem: of the last one.
-
-        Returns:
-            The step of that checkpoint.
+        `at` counts the steps between as skipped; `problem` is that of the last one. Returns the checkpoint's step.
 
         Raises:
             SickRunError: on all ranks: there were too many rewinds, or there is no such checkpoint.
@@ -217,13 +213,9 @@ class Samples:
         grids = []
         with phase(f"sampling {count(len(labels), 'image')} at step {step}"), self._model() as model:
             for num_ar_steps in sample.num_ar_steps:
-                settings = GenerationSettings(
-                    equal_sizes(self.config.model.num_tokens, num_ar_steps),
-                    sample.num_denoising_steps,
-                    Guidance(sample.guidance),
-                    batch_size,
-                    self.config.run.seed,
-                )
+                sizes = equal_sizes(self.config.model.num_tokens, num_ar_steps)
+                guidance, seed = Guidance(sample.guidance), self.config.run.seed
+                settings = GenerationSettings(sizes, sample.num_denoising_steps, guidance, batch_size, seed)
                 images = generate_images(
                     self.config, model, labels, settings, self.device, self.decode, self._leave_if_asked
                 )

@@ -66,9 +66,7 @@ def remove_requeue(folder: Path) -> None:
 def check_moved(paths: Sequence[str], config: Config) -> None:
     """Refuses the config of a moved or copied run that still names the old folder, where another run would train.
 
-    Args:
-        paths: files that the config was read from.
-        config: as it was read from them and the command line.
+    `config` was read from these files and the command line.
     """
     for file in (Path(path).expanduser() for path in paths):
         is_of_run = configs.is_recorded(file) and (file.parent / CHECKPOINTS).is_dir()
@@ -84,8 +82,7 @@ def check_moved(paths: Sequence[str], config: Config) -> None:
 def prepare_folder(config: Config, device: torch.device) -> None:
     """Checks what a run reads and where it writes, and locks the run folder, in which nothing is recorded yet.
 
-    All ranks call it, before the engine is built. UserError on all of them where the shards do not fit the config, the
-    latest checkpoint is of another run, the folder cannot be written, or the device cannot do what the config asks for.
+    All ranks call it, before the engine is built.
     """
     folder = Path(config.run.folder)
     with runtime.together():
@@ -265,22 +262,11 @@ def write_summary(config: Config, at: Counters, rows: Sequence[Mapping[str, Any]
 
 
 def tracker_run_id(saved: TrainingState | None, folder: Path, wandb: str = "auto") -> str | None:
-    """The wandb run to go on with; None begins one, as for a new run or a copy of a run.
-
-    Args:
-        saved: the checkpoint that the run goes on from; None for a new run.
-        folder: of the run.
-        wandb: `metrics.wandb`.
-    """
-    if (
-        wandb == "disabled"
-        or saved is None
-        or saved.wandb_run_id is None
-        or not saved.working_folder
-        or runtime.rank() != 0
-    ):
-        return saved.wandb_run_id if saved else None
-    run_id, before = saved.wandb_run_id, Path(saved.working_folder, str(saved.config.get("run", {}).get("folder", "")))
+    """The wandb run to go on with; None begins one, as for a new run (nothing was `saved`) or a copy of a run."""
+    run_id = saved.wandb_run_id if saved else None
+    if saved is None or run_id is None or wandb == "disabled" or not saved.working_folder or runtime.rank() != 0:
+        return run_id
+    before = Path(saved.working_folder, str(saved.config.get("run", {}).get("folder", "")))
     with suppress(OSError, UserError):  # a run that cannot be read at its earlier place does not go on there
         theirs = _newest_readable(CheckpointStore(before / CHECKPOINTS, keep_last=1, keep_every_steps=0))
         if theirs is not None and theirs[1].wandb_run_id == run_id and not before.samefile(folder):

@@ -79,9 +79,7 @@ class Log:
     def close_window(self, at: Counters, waited_seconds: float) -> None:
         """Sums the window over ranks, adds its time to the run's, and writes and shows it; all ranks call it.
 
-        Args:
-            at: of the run.
-            waited_seconds: how long this rank has waited for data since it was started.
+        `waited_seconds` is how long this rank has waited for data since it was started.
         """
         now = time.perf_counter()
         clock = now - self._begin - self._aside, self._aside

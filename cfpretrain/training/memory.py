@@ -1,20 +1,18 @@
-"""Memory of a training step: an estimate from sizes alone, and an account of what a real step holds.
+"""Memory of a training step on one rank, estimated from sizes alone.
 
-The estimate follows what DeepSpeed 0.19.8 allocates under `engine.ds_config`, and what autograd keeps of our blocks;
-`tests/test_memory.py` holds it against real steps. All sizes are bytes on one rank.
+The estimate follows what DeepSpeed 0.19.8 allocates under `zero.ds_config`, and what autograd keeps of our blocks;
+`tests/test_memory.py` holds it against real steps.
 """
 
+import functools
 import itertools
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from cfpretrain.base.config import Config, can_checkpoint
+from cfpretrain.base.config import Config, ModelConfig, OrderConfig, can_checkpoint
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.attention import BACKENDS
 from cfpretrain.core.modalities import class_segment
@@ -40,168 +38,23 @@ _ALLREDUCE_NUMEL = 500_000_000  # stage 0 copies gradients of up to so many elem
 _REUSE_NUMEL = 1_000_000_000  # stage 3 keeps parameters gathered that are used again within so many elements
 
 
-# ---------------------------------------------------------------------------
-# What is estimated
-
-
-@dataclass(frozen=True)
-class Network:
-    """Sizes of a network.
-
-    Attributes:
-        parameter_numels: elements of each parameter.
-        width, depth, num_heads: D, blocks, H.
-        num_tokens: L.
-        patch_values: P.
-        max_sequence: tokens of the longest sequence that training can draw.
-    """
-
-    parameter_numels: tuple[int, ...]
-    width: int
-    depth: int
-    num_heads: int
-    num_tokens: int
-    patch_values: int
-    max_sequence: int
-
-    @property
-    def num_parameters(self) -> int:
-        """All elements together."""
-        return sum(self.parameter_numels)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a step is made.
-
-    Attributes:
-        num_ranks: GPUs.
-        zero_stage: 0 to 3.
-        precision: "bf16" or "fp32".
-        micro_batch_size: samples of a forward on one rank.
-        accumulation_steps: micro-batches of a step.
-        checkpointing: activation checkpointing.
-        compiled: blocks are compiled.
-        mask: whose dense mask attention takes: "sample" for one of each sample, "shared", "none".
-        ema_on_host: EMA in host memory.
-        on_gpu: one fused update; else torch's foreach update, which makes a copy.
-        bucket_numel: elements of a communication bucket.
-        overlap: communication overlaps with computation, with two buckets at stages 1 and 2.
-        persistent_numel: parameters of fewer elements stay gathered at stage 3.
-        optimizer: "adamw" or "muon".
-    """
-
-    num_ranks: int
-    zero_stage: int
-    precision: Literal["bf16", "fp32"]
-    micro_batch_size: int
-    accumulation_steps: int
-    checkpointing: bool
-    compiled: bool
-    mask: Literal["none", "shared", "sample"]
-    ema_on_host: bool
-    on_gpu: bool
-    bucket_numel: int
-    overlap: bool
-    persistent_numel: int
-    optimizer: str = "adamw"
-
-    @property
-    def value_bytes(self) -> int:
-        """Of a weight in a forward, and of an activation."""
-        return 2 if self.precision == "bf16" else _FP32
-
-    @property
-    def num_masks(self) -> int:
-        """Dense masks of a micro-batch."""
-        return {"none": 0, "shared": 1, "sample": self.micro_batch_size}[self.mask]
-
-
-def network_of(config: Config, parameter_numels: Sequence[int]) -> Network:
-    """The sizes of a config's network; `parameter_numels` are those of `build.make_model`."""
-    model = config.model
-    before, ar = [class_segment(model.num_cond_tokens)], ARSettings(**vars(config.order))
-    lengths = sequence_lengths(before, model.num_tokens, ar, config.clean_token_multiple())
-    return Network(
-        parameter_numels=tuple(parameter_numels),
-        width=model.width,
-        depth=model.depth,
-        num_heads=model.num_heads,
-        num_tokens=model.num_tokens,
-        patch_values=model.patch_values,
-        max_sequence=max(lengths),
-    )
-
-
-def plan_of(config: Config, num_ranks: int, zero_settings: dict[str, Any], attention: str, on_gpu: bool) -> Plan:
-    """How a config makes a step.
-
-    Args:
-        config: checked for `num_ranks`.
-        num_ranks: GPUs.
-        zero_settings: section `zero_optimization` of `engine.ds_config`.
-        attention: its backend, chosen by `build.choose_attention`.
-        on_gpu: whether the ranks compute on GPUs.
-    """
-    engine, order = config.engine, config.order
-    shared = ARSettings(**vars(order)).shares_split
-    return Plan(
-        num_ranks=num_ranks,
-        zero_stage=engine.zero_stage,
-        precision=engine.precision,
-        micro_batch_size=config.micro_batch_size(num_ranks),
-        accumulation_steps=config.accumulation_steps(num_ranks),
-        checkpointing=engine.activation_checkpointing,
-        compiled=engine.compile_blocks,
-        mask="none" if not BACKENDS[attention].has_dense_mask else "shared" if shared else "sample",
-        ema_on_host=engine.ema_on_host,
-        on_gpu=on_gpu,
-        bucket_numel=zero_settings["reduce_bucket_size"],
-        overlap=zero_settings["overlap_comm"],
-        persistent_numel=zero_settings["stage3_param_persistence_threshold"],
-        optimizer=config.train.optimizer,
-    )
-
-
-def with_micro_batch(plan: Plan, micro_batch_size: int) -> Plan:
-    """The same global batch in other micro-batches; `micro_batch_size` divides a rank's share."""
-    share = plan.micro_batch_size * plan.accumulation_steps
-    if share % micro_batch_size:
-        raise RuntimeError(f"micro-batches of {micro_batch_size} do not divide a rank's share of {share}")
-    return replace(plan, micro_batch_size=micro_batch_size, accumulation_steps=share // micro_batch_size)
-
-
-# ---------------------------------------------------------------------------
-# The estimate
-
-
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on one rank.
+    """Bytes on one rank."""
 
-    Attributes:
-        weights: those that are held all the time, in low precision where there is another copy.
-        gradients: as held between two micro-batches. (Where a step has one micro-batch only, stages 0 and 2 hold none
-            when its backward begins; they are counted all the same.)
-        optimizer: fp32 masters and the optimizer's state.
-        ema: on the GPU.
-        buffers: of communication.
-        lasting_buffers: of them, those that also live between two micro-batches.
-        activations: kept from the forward for the backward, at the longest sequence.
-        moments: what else lives at the three moments that can be the worst: when the backward begins (beside the
-            activations), when it ends and the last gradients are reduced, and when the weights are updated.
-        host: in host memory.
-    """
-
-    weights: int
+    weights: int  # held all the time, in low precision where there is another copy
+    # As held between two micro-batches. (Where a step has one micro-batch only, stages 0 and 2 hold none when its
+    # backward begins; they are counted all the same.)
     gradients: int
-    optimizer: int
-    ema: int
-    buffers: int
-    lasting_buffers: int
-    activations: int
+    optimizer: int  # fp32 masters and the optimizer's state
+    ema: int  # on the GPU
+    buffers: int  # of communication
+    lasting_buffers: int  # of them, those that also live between two micro-batches
+    activations: int  # kept from the forward for the backward, at the longest sequence
+    # What else lives at the three moments that can be the worst: "backward", when it begins (beside the activations),
+    # "reduction", when it ends and the last gradients are reduced, and "update", of the weights.
     moments: dict[str, int]
-    host: int
+    host: int  # in host memory
 
     @property
     def static(self) -> int:
@@ -215,13 +68,13 @@ class Estimate:
 
     @property
     def worst_moment(self) -> str:
-        """The moment of the peak: "backward", "reduction" or "update"."""
-        return max(self.moments, key=lambda name: self._at(name))
+        """The moment of the peak."""
+        return max(self.moments, key=self._at)
 
     @property
     def temporary(self) -> int:
         """What lives at the peak beside the static part and the activations."""
-        return self.peak - self.static - (self.activations if self.worst_moment == "backward" else 0)
+        return self.moments[self.worst_moment]
 
     @property
     def peak(self) -> int:
@@ -232,242 +85,228 @@ class Estimate:
         return self.moments[moment] + (self.activations if moment == "backward" else 0)
 
 
-def estimate(network: Network, plan: Plan) -> Estimate:
-    """The memory of a training step on one rank."""
-    P, stage = network.num_parameters, plan.zero_stage
-    share = P if stage == 0 else -(-P // plan.num_ranks)
-    ema = _FP32 * share
-    kept, working = _activations(network, plan)
-    buffers = _buffers(plan)
-    return Estimate(
-        weights=_weights(network, plan),
-        gradients=_gradients(network, plan, share),
-        # At stage 0 the weights themselves are fp32; elsewhere there are masters, even of fp32 weights.
-        optimizer=(2 if stage == 0 else 3) * _FP32 * share - _FP32 * _muon_share(network, plan),
-        ema=0 if plan.ema_on_host else ema,
-        buffers=buffers,
-        # Stage 2 allocates its buckets in each backward.
-        lasting_buffers=0 if stage == 2 else buffers,
-        activations=kept,
-        moments={
-            "backward": working + _gathered(network, plan) + _conversions(network, plan),
-            "reduction": _reduction(network, plan),
-            "update": _update(network, plan, share),
-        },
-        host=ema if plan.ema_on_host else 0,
-    )
+def estimate(config: Config, num_ranks: int, on_gpu: bool) -> Estimate:
+    """The memory of a config's training step on one of `num_ranks` ranks, for which it is checked."""
+    return _Step(config, num_ranks, on_gpu).estimate()
 
 
-def _weights(network: Network, plan: Plan) -> int:
-    P = network.num_parameters
-    if plan.zero_stage == 0:
-        return _FP32 * P
-    if plan.zero_stage < 3:
-        return plan.value_bytes * P
-    persistent = sum(numel for numel in network.parameter_numels if numel < plan.persistent_numel)
-    return plan.value_bytes * (-(-P // plan.num_ranks) + persistent)
+@functools.cache
+def parameter_numels(model: ModelConfig) -> tuple[int, ...]:
+    """Elements of each parameter."""
+    with torch.device("meta"):
+        return tuple(parameter.numel() for parameter in make_model(Config(model=model)).parameters())
 
 
-def _gradients(network: Network, plan: Plan, share: int) -> int:
-    if plan.zero_stage < 2:
-        # Stage 1 sums over micro-batches before ranks, so that every rank holds all gradients.
-        return _FP32 * network.num_parameters
-    return _FP32 * share if plan.zero_stage == 3 else _gradients_of_partition(network, plan, share)
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest sequence that training can draw."""
+    return _longest_sequence(config.model, config.order, config.clean_token_multiple())
 
 
-def _gradients_of_partition(network: Network, plan: Plan, share: int) -> int:
-    """A rank's part of the summed gradients at stages 1 and 2."""
-    if plan.precision == "bf16":
-        return _FP32 * share
-    # In fp32 it has room for the whole of each parameter that begins or ends in another rank's part.
-    ends = list(itertools.accumulate(network.parameter_numels))
-    rooms = [
-        sum(
-            numel
-            for numel, end in zip(network.parameter_numels, ends, strict=True)
-            if end > rank * share and end - numel < (rank + 1) * share
+@functools.cache
+def _longest_sequence(model: ModelConfig, order: OrderConfig, clean_multiple: int) -> int:
+    before = [class_segment(model.num_cond_tokens)]
+    return max(sequence_lengths(before, model.num_tokens, ARSettings(**vars(order)), clean_multiple))
+
+
+def num_dense_masks(config: Config, num_ranks: int, on_gpu: bool) -> int:
+    """Masks of all pairs that attention takes in a micro-batch."""
+    if not BACKENDS[choose_attention(config, "cuda" if on_gpu else "cpu")].has_dense_mask:
+        return 0
+    return 1 if ARSettings(**vars(config.order)).shares_split else config.micro_batch_size(num_ranks)
+
+
+class _Step:
+    """The formulas, over the sizes that they share: numbers of elements, and bytes where no other unit is named."""
+
+    def __init__(self, config: Config, num_ranks: int, on_gpu: bool) -> None:
+        self.config, self.num_ranks, self.on_gpu = config, num_ranks, on_gpu
+        self.stage, self.is_bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
+        self.value = 2 if self.is_bf16 else _FP32  # of a weight in a forward, and of an activation
+        self.numels = parameter_numels(config.model)
+        self.P, self.largest = sum(self.numels), max(self.numels)
+        self.share = self.P if self.stage == 0 else -(-self.P // num_ranks)
+        zero = ds_config(config, num_ranks, torch.device("cuda" if on_gpu else "cpu"))["zero_optimization"]
+        self.bucket, self.overlaps = zero["reduce_bucket_size"], zero["overlap_comm"]
+        self.persistent_numel = zero["stage3_param_persistence_threshold"]
+        # Stage 1 in bf16 is another optimizer of DeepSpeed's, which reduces its gradients where they lie.
+        self.has_buckets = self.stage >= 2 or (self.stage == 1 and not self.is_bf16)
+
+    def estimate(self) -> Estimate:
+        ema, on_host = _FP32 * self.share, self.config.engine.ema_on_host
+        activations, working = self._activations()
+        buffers = self._buffers()
+        return Estimate(
+            weights=self._weights(),
+            gradients=self._gradients(),
+            # At stage 0 the weights themselves are fp32; elsewhere there are masters, even of fp32 weights.
+            optimizer=(2 if self.stage == 0 else 3) * _FP32 * self.share - _FP32 * self._muon_share(),
+            ema=0 if on_host else ema,
+            buffers=buffers,
+            # Stage 2 allocates its buckets in each backward.
+            lasting_buffers=0 if self.stage == 2 else buffers,
+            activations=activations,
+            moments={
+                "backward": working + self._gathered() + self._conversions(),
+                "reduction": self._reduction(),
+                "update": self._update(),
+            },
+            host=ema if on_host else 0,
         )
-        for rank in range(plan.num_ranks)
-    ]
-    return _FP32 * max(rooms)
+
+    def _weights(self) -> int:
+        if self.stage == 0:
+            return _FP32 * self.P
+        if self.stage < 3:
+            return self.value * self.P
+        persistent = sum(numel for numel in self.numels if numel < self.persistent_numel)
+        return self.value * (self.share + persistent)
+
+    def _gradients(self) -> int:
+        if self.stage < 2:
+            # Stage 1 sums over micro-batches before ranks, so that every rank holds all gradients.
+            return _FP32 * self.P
+        return _FP32 * self.share if self.stage == 3 else self._gradients_of_partition()
+
+    def _gradients_of_partition(self) -> int:
+        """A rank's part of the summed gradients at stages 1 and 2."""
+        if self.is_bf16:
+            return _FP32 * self.share
+        # In fp32 it has room for the whole of each parameter that begins or ends in another rank's part.
+        ends = list(itertools.accumulate(self.numels))
+        rooms = [
+            sum(
+                numel
+                for numel, end in zip(self.numels, ends, strict=True)
+                if end > rank * self.share and end - numel < (rank + 1) * self.share
+            )
+            for rank in range(self.num_ranks)
+        ]
+        return _FP32 * max(rooms)
+
+    def _buffers(self) -> int:
+        if not self.has_buckets:
+            return 0
+        count = 2 if self.overlaps and self.stage < 3 else 1
+        # Stage 2 fills its buckets with gradients as they come.
+        return count * (self.value if self.stage == 2 else _FP32) * self.bucket
+
+    def _gathered(self) -> int:
+        """Weights that exist for a forward and a backward only."""
+        if self.stage == 0:
+            # `engine._Bfloat16Forward` rounds all of them.
+            return self.value * self.P if self.is_bf16 else 0
+        if self.stage < 3:
+            return 0
+        # When the backward begins, the last ones are used again within the distance, there and back; and prefetching.
+        return self.value * min(self.P, _REUSE_NUMEL // 2 + self.bucket)
+
+    def _conversions(self) -> int:
+        """Copies of gradients that are on their way into their sums while the activations still live."""
+        fc1 = 4 * self.config.model.width**2
+        # At stage 3 a full bucket is flattened and cut for the ranks, at stage 2 in bf16 it is summed in an fp32 copy.
+        num_copies = {2: int(self.is_bf16), 3: 2}.get(self.stage, 0)
+        copies = (self.value + _FP32) * fc1 + num_copies * _FP32 * min(self.bucket, self.P)
+        return copies + (self._new_sums() if self.stage == 2 or self.overlaps else 0)
+
+    def _new_sums(self) -> int:
+        """In fp32 stages 1 and 2 sum over ranks beside the gradients that they already hold."""
+        if self.is_bf16 or self.stage not in (1, 2):
+            return 0
+        if self.stage == 2 and self.config.accumulation_steps(self.num_ranks) == 1:
+            return 0
+        return self._gradients_of_partition()
+
+    def _reduction(self) -> int:
+        """Beside the static part when the backward ends; the largest parameter, the class table, comes last."""
+        if self.stage == 0:
+            return _FP32 * min(self.P, _ALLREDUCE_NUMEL + self.largest)
+        gradient = (self.value + _FP32) * self.largest
+        if self.stage == 3:
+            padded = _FP32 * self.largest if self.largest % self.num_ranks else 0
+            return gradient + self.value * self.largest + padded
+        if not self.has_buckets:
+            return gradient
+        cut = (self.value + _FP32) * -(-self.largest // self.num_ranks)
+        return self._new_sums() + self.value * self.largest + cut
+
+    def _update(self) -> int:
+        """Beside the static part while the weights are updated."""
+        # A GPU makes one fused update; torch's foreach update makes a copy.
+        foreach = 0 if self.on_gpu else _FP32 * self.share
+        flattened = _FP32 * self.share if self.stage == 3 else 0
+        # The norm of a gradient is taken in fp64.
+        norm = 2 * _FP32 * -(-self.largest // self.num_ranks) if self.stage >= 2 else 0
+        return max(foreach + flattened, norm)
+
+    def _muon_share(self) -> int:
+        """Values on one rank that Muon moves, with one buffer where Adam has two: qkv, proj, fc1 and fc2 of a block."""
+        if self.config.train.optimizer != "muon":
+            return 0
+        matrices = 12 * self.config.model.width**2 * self.config.model.depth
+        return matrices if self.stage == 0 else -(-matrices // self.num_ranks)
+
+    def _activations(self) -> tuple[int, int]:
+        """Bytes that the forward keeps for the backward, and those that the backward adds when it begins."""
+        model, engine = self.config.model, self.config.engine
+        B, M, L = self.config.micro_batch_size(self.num_ranks), longest_sequence(self.config), model.num_tokens
+        num_masks = num_dense_masks(self.config, self.num_ranks, self.on_gpu)
+        tensor = self.value * B * M * model.width
+        # Mean and reciprocal deviation of two norms of a token and two of each head, and attention's log-sum-exp.
+        statistics = _FP32 * B * M * (4 + 5 * model.num_heads)
+        # Torch turns the boolean mask into one to be added, again in each block.
+        added_mask = self.value * num_masks * M * M
+        num_kept = _KEPT_OF_BLOCK + (_KEPT_BY_COMPILER_FP32 if engine.compile_blocks and not self.is_bf16 else 0)
+        block = num_kept * tensor + statistics + added_mask
+        loss = _KEPT_OF_LOSS * _FP32 * B * L * model.patch_values
+        # The trunk's output and its norm, the projected tokens and their places, the boolean mask.
+        ends = tensor + self.value * B * L * model.width + B * (M * model.patch_values * self.value + 8 * M) + loss
+        ends += num_masks * M * M
+        working = _WORKING * tensor
+        if engine.activation_checkpointing:
+            return model.depth * tensor + ends, block - tensor + working
+        return model.depth * block + ends, working
 
 
-def _has_buckets(plan: Plan) -> bool:
-    # Stage 1 in bf16 is another optimizer of DeepSpeed's, which reduces its gradients where they lie.
-    return plan.zero_stage >= 2 or (plan.zero_stage == 1 and plan.precision == "fp32")
+# ---------------------------------------------------------------------------
+# Other knobs
 
 
-def _buffers(plan: Plan) -> int:
-    if not _has_buckets(plan):
-        return 0
-    count = 2 if plan.overlap and plan.zero_stage < 3 else 1
-    # Stage 2 fills its buckets with gradients as they come.
-    return count * (plan.value_bytes if plan.zero_stage == 2 else _FP32) * plan.bucket_numel
+def with_knobs(config: Config, knobs: Mapping[str, Any]) -> Config:
+    """The config with other values of some keys, such as "train.micro_batch_size"; it is not checked."""
+    for key, value in knobs.items():
+        section, _, name = key.partition(".")
+        config = replace(config, **{section: replace(getattr(config, section), **{name: value})})
+    return config
 
 
-def _gathered(network: Network, plan: Plan) -> int:
-    """Weights that exist for a forward and a backward only."""
-    P = network.num_parameters
-    if plan.zero_stage == 0:
-        # `engine._Bfloat16Forward` rounds all of them.
-        return plan.value_bytes * P if plan.precision == "bf16" else 0
-    if plan.zero_stage < 3:
-        return 0
-    # When the backward begins, the last ones are used again within the distance, there and back; and prefetching.
-    return plan.value_bytes * min(P, _REUSE_NUMEL // 2 + plan.bucket_numel)
+def micro_batch_sizes(config: Config, num_ranks: int) -> list[int]:
+    """Those that divide a rank's share of the global batch, the largest first."""
+    share = config.train.global_batch_size // num_ranks
+    return [size for size in range(share, 0, -1) if share % size == 0]
 
 
-def _conversions(network: Network, plan: Plan) -> int:
-    """Copies of gradients that are on their way into their sums while the activations still live."""
-    fc1 = 4 * network.width**2
-    copies = (plan.value_bytes + _FP32) * fc1
-    # At stage 3 a full bucket is flattened and cut for the ranks, at stage 2 in bf16 it is summed in an fp32 copy.
-    num_copies = {2: int(plan.precision == "bf16"), 3: 2}.get(plan.zero_stage, 0)
-    copies += num_copies * _FP32 * min(plan.bucket_numel, network.num_parameters)
-    if plan.zero_stage == 2 or plan.overlap:
-        copies += _new_sums(network, plan)
-    return copies
+def largest_micro_batch(config: Config, num_ranks: int, on_gpu: bool, budget: int) -> int | None:
+    """The largest micro-batch that fits into `budget` bytes; None where none does."""
+    for size in micro_batch_sizes(config, num_ranks):
+        if estimate(with_knobs(config, {"train.micro_batch_size": size}), num_ranks, on_gpu).peak <= budget:
+            return size
+    return None
 
 
-def _new_sums(network: Network, plan: Plan) -> int:
-    """In fp32 stages 1 and 2 sum over ranks beside the gradients that they already hold."""
-    if plan.precision == "bf16" or plan.zero_stage not in (1, 2):
-        return 0
-    if plan.zero_stage == 2 and plan.accumulation_steps == 1:
-        return 0
-    return _gradients_of_partition(network, plan, -(-network.num_parameters // plan.num_ranks))
-
-
-def _reduction(network: Network, plan: Plan) -> int:
-    """Beside the static part when the backward ends; the largest parameter, the class table, has its gradient last."""
-    P, W, largest = network.num_parameters, plan.num_ranks, max(network.parameter_numels)
-    if plan.zero_stage == 0:
-        return _FP32 * min(P, _ALLREDUCE_NUMEL + largest)
-    gradient = (plan.value_bytes + _FP32) * largest
-    if plan.zero_stage == 3:
-        return gradient + plan.value_bytes * largest + (_FP32 * largest if largest % W else 0)
-    if not _has_buckets(plan):
-        return gradient
-    return _new_sums(network, plan) + plan.value_bytes * largest + (plan.value_bytes + _FP32) * -(-largest // W)
-
-
-def _update(network: Network, plan: Plan, share: int) -> int:
-    """Beside the static part while the weights are updated."""
-    foreach = 0 if plan.on_gpu else _FP32 * share
-    flattened = _FP32 * share if plan.zero_stage == 3 else 0
-    # The norm of a gradient is taken in fp64.
-    norm = 2 * _FP32 * -(-max(network.parameter_numels) // plan.num_ranks) if plan.zero_stage >= 2 else 0
-    return max(foreach + flattened, norm)
-
-
-def _muon_share(network: Network, plan: Plan) -> int:
-    """Values on one rank that Muon moves, with one buffer where Adam has two: qkv, proj, fc1 and fc2 of a block."""
-    matrices = 12 * network.width**2 * network.depth if plan.optimizer == "muon" else 0
-    return matrices if plan.zero_stage == 0 else -(-matrices // plan.num_ranks)
-
-
-def _activations(network: Network, plan: Plan) -> tuple[int, int]:
-    """Bytes that the forward keeps for the backward, and those that the backward adds when it begins."""
-    B, M, L, value = plan.micro_batch_size, network.max_sequence, network.num_tokens, plan.value_bytes
-    tensor = value * B * M * network.width
-    # Mean and reciprocal deviation of two norms of a token and two of each head, and attention's log-sum-exp.
-    statistics = _FP32 * B * M * (4 + 5 * network.num_heads)
-    # Torch turns the boolean mask into one to be added, again in each block.
-    added_mask = value * plan.num_masks * M * M
-    num_kept = _KEPT_OF_BLOCK + (_KEPT_BY_COMPILER_FP32 if plan.compiled and plan.precision == "fp32" else 0)
-    block = num_kept * tensor + statistics + added_mask
-    loss = _KEPT_OF_LOSS * _FP32 * B * L * network.patch_values
-    # The trunk's output and its norm, the projected tokens and their places, the boolean mask.
-    ends = tensor + value * B * L * network.width + B * (M * network.patch_values * value + 8 * M) + loss
-    ends += plan.num_masks * M * M
-    working = _WORKING * tensor
-    if plan.checkpointing:
-        return network.depth * tensor + ends, block - tensor + working
-    return network.depth * block + ends, working
-
-
-def largest_micro_batch(network: Network, plan: Plan, budget: int) -> int | None:
-    """The largest micro-batch that divides a rank's share of the global batch and fits; None where none does.
-
-    Args:
-        budget: bytes that may be held.
-    """
-    share = plan.micro_batch_size * plan.accumulation_steps
-    sizes = (size for size in range(share, 0, -1) if share % size == 0)
-    return next((size for size in sizes if estimate(network, with_micro_batch(plan, size)).peak <= budget), None)
-
-
-def advise(network: Network, plan: Plan) -> str:
+def advise(config: Config, num_ranks: int, on_gpu: bool) -> str:
     """What a step needs, and the knobs that would lower it, in a line."""
-    found = estimate(network, plan)
-    share = plan.micro_batch_size * plan.accumulation_steps
-    smaller = next((size for size in range(plan.micro_batch_size - 1, 0, -1) if share % size == 0), None)
-    may_recompute = not plan.checkpointing and can_checkpoint(plan.zero_stage, plan.precision)
+    found, engine, now = estimate(config, num_ranks, on_gpu), config.engine, config.micro_batch_size(num_ranks)
+    smaller = next((size for size in micro_batch_sizes(config, num_ranks) if size < now), None)
+    may_recompute = not engine.activation_checkpointing and can_checkpoint(engine.zero_stage, engine.precision)
     knobs = {
         f"train.micro_batch_size={smaller}": smaller is not None,
         "engine.activation_checkpointing=true": may_recompute,
-        "engine.ema_on_host=true": plan.on_gpu and not plan.ema_on_host,
-        "engine.zero_stage=3": plan.num_ranks > 1 and plan.zero_stage < 3,
-        "more GPUs at engine.zero_stage=3": plan.num_ranks == 1 and plan.zero_stage < 3,
-        "more GPUs": plan.zero_stage == 3,
+        "engine.ema_on_host=true": on_gpu and not engine.ema_on_host,
+        "engine.zero_stage=3": num_ranks > 1 and engine.zero_stage < 3,
+        "more GPUs at engine.zero_stage=3": num_ranks == 1 and engine.zero_stage < 3,
+        "more GPUs": engine.zero_stage == 3,
     }
     return (
         f"by the estimate this config needs {found.peak / 1e9:.1f} GB on each rank ({found.worst_moment}); "
         f"to lower it: {', '.join(knob for knob, helps in knobs.items() if helps)}"
     )
-
-
-# ---------------------------------------------------------------------------
-# The account of a real step
-
-
-class TensorAccount(TorchDispatchMode):
-    """Bytes of the tensors that live, by their storages; on a CPU, what `torch.cuda.max_memory_allocated` is on a GPU.
-
-    A storage counts from the first operation inside the block that sees it until it is freed. What an operation
-    allocates and frees inside itself is not seen.
-
-    Attributes:
-        held: bytes now.
-        peak: the most since `reset_peak`.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def reset_peak(self) -> None:
-        """Counts the peak from now on."""
-        self.peak = self.held
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation and notes the storages that it saw or made."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-                self._see(leaf.untyped_storage())
-        self.peak = max(self.peak, self.held)
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            weakref.finalize(storage, self._forget, key)
-        # A storage can be resized.
-        self.held += storage.nbytes() - self._sizes.get(key, 0)
-        self._sizes[key] = storage.nbytes()
-
-    def _forget(self, key: int) -> None:
-        self.held -= self._sizes.pop(key, 0)
-
-
-def plan_memory(config: Config, num_ranks: int, on_gpu: bool) -> tuple[Network, Plan]:
-    """The sizes of a config's network and the plan of its step, from which `estimate` follows."""
-    with torch.device("meta"):
-        numels = [parameter.numel() for parameter in make_model(config).parameters()]
-    device = torch.device("cuda" if on_gpu else "cpu")
-    settings = ds_config(config, num_ranks, device)["zero_optimization"]
-    attention = choose_attention(config, device.type)
-    return network_of(config, numels), plan_of(config, num_ranks, settings, attention, on_gpu)

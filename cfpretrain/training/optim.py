@@ -36,13 +36,9 @@ class Range:
 def make_optimizer(
     module: nn.Module, config: Config, device: torch.device, refuses: Callable[[Tensor], bool]
 ) -> torch.optim.Optimizer:
-    """The optimizer of `train.optimizer` for every parameter of a module.
+    """The optimizer of `train.optimizer` for every parameter of a module, which may be ZeRO's shards already.
 
-    Args:
-        module: its parameters may be ZeRO's shards already.
-        config: its section `train` and the stage are used.
-        device: where it computes.
-        refuses: at stage 0: (norm of the whole gradient) -> whether the update is not to be applied.
+    At stage 0, `refuses` says of the norm of the whole gradient whether the update is not to be applied.
     """
     train = config.train
     parts: list[torch.optim.Optimizer] = []
@@ -69,14 +65,11 @@ def _make_adamw(
     """AdamW; weights of linear layers decay, norms, biases and embeddings (of classes and positions) do not."""
     train = config.train
     decaying = set(map(id, matrices)) if train.weight_decay > 0 else set()
-    groups = [
-        {
-            "params": [p for p in parameters if (id(p) in decaying) == decays],
-            "weight_decay": train.weight_decay * decays,
-        }
-        for decays in (True, False)
-    ]
-    groups = [group for group in groups if group["params"]]
+    groups = []
+    for decays in (True, False):
+        of_group = [p for p in parameters if (id(p) in decaying) == decays]
+        if of_group:
+            groups.append({"params": of_group, "weight_decay": train.weight_decay * decays})
     options: dict[str, Any] = {
         "lr": train.learning_rate,
         "betas": (train.adam_beta1, train.adam_beta2),
@@ -94,9 +87,7 @@ def _make_adamw(
 def create_state(optimizer: torch.optim.Optimizer, flats: Iterable[tuple[Tensor, Mapping[str, Any]]]) -> None:
     """The state that it would create at its first step, all 0, so that it can be restored before one.
 
-    Args:
-        optimizer: whatever `make_optimizer` made.
-        flats: the tensors that it updates, each with its group of parameters.
+    `flats` are the tensors that it updates, each with its group of parameters.
     """
     for flat, group in flats:
         is_muon = "momentum" in group
@@ -153,10 +144,8 @@ class Muon(torch.optim.Optimizer):
         whole = torch.zeros(place.shape, device=device)
         end = place.offset + place.numel
         if place.flat is not None and place.flat.grad is not None:
-            gradient, momentum = (
-                place.of(place.flat.grad.contiguous()),
-                place.of(self.state[place.flat]["momentum_buffer"]),
-            )
+            gradient = place.of(place.flat.grad.contiguous())
+            momentum = place.of(self.state[place.flat]["momentum_buffer"])
             momentum.lerp_(gradient, 1 - group["momentum"])
             whole.view(-1)[place.offset : end] = gradient.lerp(momentum, group["momentum"])  # Nesterov's
         if not place.replicated:

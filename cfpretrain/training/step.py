@@ -146,13 +146,9 @@ def learning_rate(train: TrainConfig, at: Counters) -> float:
 
 
 def upload_ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    """A step's batches on the device; each is copied while the device works on the one before.
+    """A step's batches, from pinned memory, on the device; each is copied while the device works on the one before.
 
-    The first is copied while the device works on the update of the step before.
-
-    Args:
-        batches: in pinned memory.
-        device: on a CPU, batches are handed on as they are.
+    The first is copied while the device works on the update of the step before. On a CPU they stay as they are.
     """
     if device.type != "cuda":
         yield from batches

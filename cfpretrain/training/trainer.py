@@ -52,7 +52,7 @@ from cfpretrain.training.folder import (
     write_summary,
 )
 from cfpretrain.training.log import Log
-from cfpretrain.training.memory import advise, plan_memory
+from cfpretrain.training.memory import advise
 from cfpretrain.training.step import Counters, LostDataError, StepResult, TrainingStep
 
 
@@ -344,9 +344,6 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
 
 def _advise_on_memory(config: Config, device: torch.device) -> str:
     """What a run that found too little memory needs, and what to change."""
-    num_ranks = runtime.world_size()
-    network, plan = plan_memory(config, num_ranks, device.type == "cuda")
-    file = Path(config.run.folder) / CONFIG_FILE
-    return (
-        f"{advise(network, plan)}; all choices: python tools/estimate_memory.py --config {file} --num-gpus {num_ranks}"
-    )
+    num_ranks, file = runtime.world_size(), Path(config.run.folder) / CONFIG_FILE
+    advice = advise(config, num_ranks, device.type == "cuda")
+    return f"{advice}; all choices: python tools/estimate_memory.py --config {file} --num-gpus {num_ranks}"

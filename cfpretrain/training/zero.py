@@ -22,13 +22,7 @@ Decide = Callable[[Tensor], bool]
 
 
 def ds_config(config: Config, world_size: int, device: torch.device) -> dict[str, Any]:
-    """DeepSpeed's configuration, derived from ours; no user ever writes one.
-
-    Args:
-        config: checked for `world_size` ranks.
-        world_size: number of ranks.
-        device: where the ranks compute.
-    """
+    """DeepSpeed's configuration, derived from ours, which is checked for so many ranks; no user ever writes one."""
     # At stage 0 DeepSpeed knows of fp32 only, and does not clip where it should: `optim.Combined` clips.
     has_masters = config.engine.precision == "bf16" and config.engine.zero_stage > 0
     clip_grad_norm = config.train.clip_grad_norm if config.engine.zero_stage > 0 else 0.0

@@ -168,7 +168,7 @@ class Training:
                 "it to begin again"
             )
         if state["machine"] != self._machine:
-            say(f"WARNING: begun on {state['machine']}, goes on on {self._machine}, which rounds otherwise")
+            say(f"WARNING: begun on {state['machine']}, continued on {self._machine}, which rounds differently")
         self.step, self.seconds = state["step"], state["seconds"]
         with torch.no_grad():
             for name, value in self.network.named_parameters():

@@ -1,10 +1,40 @@
-"""Images compared by their pixels: what small ones, such as digits, have for features."""
+"""Small images, such as digits: read whole into memory, and compared by their pixels."""
 
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from cfpretrain.base.console import UserError
+from cfpretrain.data.images import read_image
+from cfpretrain.data.shards import ImagesInfo, Shards
 from cfpretrain.evaluation.frechet import Gaussian, frechet_distance, gaussian_of, moments_of
+
+
+def read_all_images(folder: str | Path, key: str) -> tuple[Tensor, Tensor]:
+    """Reads a whole folder of lossless image shards into memory: images_BCYX uint8, labels_B int64.
+
+    Args:
+        folder: of image shards.
+        key: config key or option that gave it, for messages.
+    """
+    shards = Shards(folder, key)
+    info = shards.info
+    if not isinstance(info, ImagesInfo) or info.store != "lossless":
+        got = f"images stored as {info.store}" if isinstance(info, ImagesInfo) else "latents"
+        raise UserError(
+            f"{key}: expected shards of images, written by tools/make_shards.py with --store lossless, got {got} in "
+            f"{folder}"
+        )
+    images_BCYX = np.empty((len(shards), info.channels, info.image_size, info.image_size), np.uint8)
+    labels_B = np.empty(len(shards), np.int64)
+    for i in range(len(shards)):
+        sample = shards.sample(i)
+        pixels = np.asarray(read_image(sample["image"], info.channels == 1))
+        images_BCYX[i] = pixels.reshape(info.image_size, info.image_size, info.channels).transpose(2, 0, 1)
+        labels_B[i] = sample["label"]
+    return torch.from_numpy(images_BCYX), torch.from_numpy(labels_B)
 
 
 def pixel_features(images: Tensor, name: str) -> Tensor:

@@ -13,7 +13,6 @@ Exit code 2: a mistake; 75: it was asked to stop.
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +73,8 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.run import build
         from examples.digits.sample_sets import make_missing
     device = runtime.pick_device()
-    config, model, step = build.load_run(arguments.run, device)
+    found = build.find_checkpoint(arguments.run)
+    config, step = found.config, found.state.step
     _check(arguments, config)
     num_real = _check_images(arguments, config)
     # As many of each set, and the real ones are cut into halves.
@@ -88,9 +88,11 @@ def run(arguments: argparse.Namespace) -> None:
         return
     with runtime.ranks_of_a_tool(device):
         with runtime.together():
+            model = found.load_model().to(device)
+            decoder = found.make_autoencoder(device).fingerprint
             extractor = make_extractor(EFFNET, device)
             work = _begin(arguments.run) if runtime.rank() == 0 else None
-        sets = _plan(arguments, config, model, num_embedded, device)
+        sets = _plan(arguments, config, model, decoder, num_embedded, device)
         make_missing(config, list(sets.values()), device)
         with phase(f"comparing {num_embedded} images by {extractor.name}"):
             embedded = _score_embedded(arguments, sets, num_embedded, extractor)
@@ -210,18 +212,30 @@ def _begin(run: Path) -> "Unfinished":
     return work
 
 
-def _plan(arguments: argparse.Namespace, config: Any, model: Any, num_embedded: int, device: Any) -> "Sets":
+def _plan(
+    arguments: argparse.Namespace, config: Any, model: Any, decoder: str, num_embedded: int, device: Any
+) -> "Sets":
     """The sets to sample."""
+    import torch
+
     from cfpretrain.autoencoder import fingerprint
     from cfpretrain.base.config import to_plain
     from cfpretrain.core.ar import equal_sizes
+    from cfpretrain.core.model import initialise
     from cfpretrain.core.sampler import Guidance
     from cfpretrain.evaluation.generation import GenerationSettings, plan_of
     from cfpretrain.run import build
     from examples.digits.sample_sets import SampleSet
 
     labels = [i % config.model.num_classes for i in range(arguments.num_images)]
-    decoder = build.make_autoencoder(config, device).fingerprint
+
+    def make_untrained() -> Any:
+        """The model as a run begins with it: what any training must beat."""
+        with torch.device("meta"):
+            model = build.make_model(config)
+        model.to_empty(device=device)
+        initialise(model, config.run.seed)
+        return model.eval().requires_grad_(False)
 
     def make_set(
         name: str, make_model: Any, weights: str, labels: Any, num_ar_steps: int, guidance: float
@@ -244,7 +258,7 @@ def _plan(arguments: argparse.Namespace, config: Any, model: Any, num_embedded: 
         for scale in (arguments.guidance, 1.0)
         for num in arguments.num_ar_steps
     }
-    make_untrained, fewest = partial(build.make_untrained, config, device), min(arguments.num_ar_steps)
+    fewest = min(arguments.num_ar_steps)
     sets[None] = make_set("the untrained model", make_untrained, untrained, labels[:num_embedded], fewest, 1.0)
     return sets
 
@@ -282,8 +296,8 @@ def _score(arguments: argparse.Namespace, config: Any, model: Any, sets: "Sets")
     import torch
 
     from cfpretrain.base import runtime
-    from cfpretrain.data.images import read_all_images
     from cfpretrain.run import build
+    from examples.digits.pixels import read_all_images
     from examples.digits.reconstruction import reconstruction_error
     from examples.digits.summary import read_labelled, summarise
 

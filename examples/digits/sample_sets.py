@@ -96,7 +96,7 @@ def _holds(file: Path, num_images: int) -> bool:
 
 
 def make_missing(config: Config, sets: Sequence[SampleSet], device: torch.device) -> None:
-    """Makes what is missing of the sets, on all ranks, and shows how far they are.
+    """Makes the missing images of the sets, on all ranks, and shows the progress.
 
     Args:
         config: of the models.

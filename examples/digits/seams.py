@@ -15,7 +15,7 @@ def pixels_of(region_L: Tensor, images_BCYX: Tensor) -> Tensor:
 def seam_steps(images_BCYX: Tensor, region_L: Tensor) -> Tensor:
     """The mean absolute step between two pixels that touch across the border of a region: float32 [B].
 
-    Where it is as large as in images that nobody edited, at the same places, there is no seam to see.
+    Where it is as large as at the same places of unedited images, there is no seam to see.
 
     Args:
         images_BCYX: float.

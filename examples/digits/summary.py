@@ -5,9 +5,9 @@ a small held-out part would say more about its size (and its writers) than about
 and held-out, are put together and split at random into two halves with equal shares of each class. One half is the
 reference. Against it stand, with the same number of images each, half and half of every class alike:
     real_against_real  the other half: the value of a perfect model, bias of the sample size included
-    value              generated images, drawn from those at hand with equal shares of each class
+    value              generated images, drawn from the sets given with equal shares of each class
     cheat              class means of the training images with the noise that pleases this reference best
-Repeated over `num_splits` splits and averaged, since one split of 1 797 digits wanders by a tenth of real_against_real.
+Repeated over `num_splits` splits and averaged, since one split of 1 797 digits varies by a tenth of real_against_real.
 A model that copies its training images is not punished here, as in the usual FID against the training set.
 
 Pixels must be in the scale where black is -1 and white 1: the distance grows with the square of the unit.
@@ -26,12 +26,11 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
-from cfpretrain.data import images
 from cfpretrain.evaluation.frechet import frechet_distance, gaussian_of, moments_of
 from cfpretrain.evaluation.neighbours import precision_recall
 from examples.digits import classifier
 from examples.digits.cheat import best_cheat
-from examples.digits.pixels import pixel_features
+from examples.digits.pixels import pixel_features, read_all_images
 
 _WHO = ("value", "real_against_real", "cheat")
 _METRICS = ("precision", "recall", "frechet_pixel")
@@ -54,7 +53,7 @@ class LabelledImages:
 
 def read_labelled(folder: Path, option: str) -> LabelledImages:
     """All images of image shards."""
-    pixels, labels_N = images.read_all_images(folder, option)
+    pixels, labels_N = read_all_images(folder, option)
     return LabelledImages(pixels.float() / 127.5 - 1, labels_N)
 
 

@@ -139,9 +139,9 @@ class Images(NamedTuple):
 def _read_images(arguments: argparse.Namespace) -> Images:
     import torch
 
-    from cfpretrain.data.images import read_all_images
     from cfpretrain.data.shards import fingerprint
     from cfpretrain.data.storage import open_source
+    from examples.digits.pixels import read_all_images
 
     def read(folder: Path, key: str) -> "tuple[Tensor, str]":
         with phase(f"reading the images of {folder}"):

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,8 @@ _PACKAGES = ("torch", "triton", "deepspeed", "mosaicml-streaming", "flash-attn",
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
 _SHARD_BYTES = 1 << 26
 _FEWEST_SAMPLES = 64
+
+Value = TypeVar("Value")  # what a side measures in a turn
 
 
 # ---------------------------------------------------------------------------
@@ -131,20 +133,20 @@ def seconds_of(call: Callable[[], Any], repeats: int, device: torch.device) -> f
 
 
 def alternate(
-    sides: Mapping[str, Callable[[], float]], num_turns: int, unit: str | None = None, num_warm_up: int = 1
-) -> dict[str, list[float]]:
+    sides: Mapping[str, Callable[[], Value]], num_turns: int, unit: str = "", num_warm_up: int = 1
+) -> dict[str, list[Value]]:
     """Runs sides by turns (a b, b a, ...), so that changes of a machine's speed fall on all; returns their values.
 
     Args:
         sides: by name; each returns what it measured.
         num_turns: that count.
-        unit: each value is said with it; empty: turns alone are said, ten of many; None: nothing is.
+        unit: each value is said with it; empty: turns alone are said, ten of many.
         num_warm_up: turns before, which do not count.
     """
-    found: dict[str, list[float]] = {name: [] for name in sides}
+    found: dict[str, list[Value]] = {name: [] for name in sides}
     for turn in range(-num_warm_up, num_turns):
         title = f"turn {turn + 1} of {num_turns}" if turn >= 0 else "warming up"
-        if unit == "" and turn % max(1, num_turns // 10) == 0:
+        if not unit and turn % max(1, num_turns // 10) == 0:
             say(title)
         for name in list(sides)[:: 1 if turn % 2 == 0 else -1]:
             value = sides[name]()

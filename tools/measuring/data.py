@@ -28,20 +28,20 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from cfpretrain.autoencoder import KLAutoencoder, make_network, write_folder
 from cfpretrain.base import files, runtime
 from cfpretrain.base.command_line import check_range
 from cfpretrain.base.config import Config, DataConfig, ModelConfig, TrainConfig
 from cfpretrain.base.console import phase
-from cfpretrain.data.encoding import Encoding, encode
-from cfpretrain.data.images import PNG_LEVEL, Storing
+from cfpretrain.data.image_shards import write_image_shards
+from cfpretrain.data.images import PNG_LEVEL, ImageFormat
+from cfpretrain.data.latent_shards import Encoding, encode
 from cfpretrain.data.listing import list_images
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import Shards
-from cfpretrain.data.storing import store_images
 from cfpretrain.run.build import make_prepare
 from tools.measuring.common import alternate, on_noise, print_rates
 
@@ -118,8 +118,8 @@ def make_shards(arguments: argparse.Namespace) -> dict[str, Any]:
         def ours(out: Path) -> None:
             # So small that all workers have something to do to the end, as they have with a large set.
             per_shard = max(1, arguments.images // (8 * num_workers))
-            how = Storing(arguments.store, arguments.size)
-            store_images([(listing, out)], how, "photos", per_shard, num_workers)
+            how = ImageFormat(arguments.store, arguments.size)
+            write_image_shards([(listing, out)], how, "photos", per_shard, num_workers)
 
         plain = functools.partial(plain_shards, photos, size=arguments.size, store=arguments.store)
         return _alternate_writing({"make_shards": ours, "plain loop": plain}, arguments, Path(temporary))
@@ -181,8 +181,8 @@ def encode_latents(arguments: argparse.Namespace) -> dict[str, Any]:
         with phase(f"making shards of {arguments.images} photos"):
             listing = list_images(write_photos(folder / "photos", arguments.images))
             per_shard = max(1, arguments.images // 4)
-            how = Storing("lossless", arguments.size)
-            store_images([(listing, folder / "images")], how, "photos", per_shard, num_threads)
+            how = ImageFormat("lossless", arguments.size)
+            write_image_shards([(listing, folder / "images")], how, "photos", per_shard, num_threads)
         if arguments.autoencoder is None:
             write_folder(folder / "autoencoder", make_network(_LAYOUTS[arguments.layout], arguments.layout))
         device, dtype = runtime.pick_device(), {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
@@ -202,22 +202,6 @@ def encode_latents(arguments: argparse.Namespace) -> dict[str, Any]:
         return _alternate_writing({"encode_latents": ours, "plain loop": plain}, arguments, folder)
 
 
-class _PilImages:
-    """A data set for torch: image shards decoded by PIL, with what else is kept of a sample."""
-
-    def __init__(self, images: Any) -> None:
-        self._images = images
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> tuple[int, int, str, Any]:
-        sample = self._images.sample(index)
-        pixels_YXC = np.array(Image.open(io.BytesIO(sample["image"])))
-        pixels_CYX = torch.from_numpy(pixels_YXC).permute(2, 0, 1).float() / 255
-        return int(sample["id"]), int(sample["label"]), sample["caption"], pixels_CYX
-
-
 def plain_latents(images: Any, autoencoder: Any, device: Any, batch_size: int, num_threads: int, out: Path) -> None:
     """Latent shards as one would first write them: PIL in the workers of a DataLoader, one encoding loop."""
     from streaming import MDSWriter
@@ -227,8 +211,16 @@ def plain_latents(images: Any, autoencoder: Any, device: Any, batch_size: int, n
     array = "ndarray:float16:" + ",".join(map(str, autoencoder.latent_shape((3, size, size))))
     names = ("mean", "log_variance", "mirror_mean", "mirror_log_variance")
     columns = {"id": "int64", "label": "int32", "caption": "str", **dict.fromkeys(names, array)}
+
+    def decode(index: int) -> tuple[int, int, str, torch.Tensor]:
+        sample = images.sample(index)
+        pixels_YXC = np.array(Image.open(io.BytesIO(sample["image"])))
+        pixels_CYX = torch.from_numpy(pixels_YXC).permute(2, 0, 1).float() / 255
+        return sample["id"], sample["label"], sample["caption"], pixels_CYX
+
+    batches = _batches(len(images), decode, batch_size, num_workers=num_threads)
     with MDSWriter(columns=columns, out=str(out), hashes=["blake2b"]) as writer:
-        for ids, labels, captions, images_BCYX in DataLoader(_PilImages(images), batch_size, num_workers=num_threads):
+        for ids, labels, captions, images_BCYX in batches:
             images_BCYX = images_BCYX.to(device)
             moments = [*autoencoder.encode(images_BCYX), *autoencoder.encode(images_BCYX.flip(-1))]
             arrays = [values.to(torch.float16).cpu().numpy() for values in moments]
@@ -323,29 +315,28 @@ def ready(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"unit": "ms", "spent": spent, "latents": arguments.latents, "batch_size": arguments.batch_size}
 
 
-class _PlainLatents:
-    """A data set for torch: posterior samples of the latents of a folder, or of their mirror."""
+def plain_loader(folder: Path, batch_size: int, num_workers: int) -> Iterator[Any]:
+    """Batches as one would first make them: torch's shuffle and torch's noise; neither goes on after a stop."""
+    from streaming import LocalDataset  # whole, which takes seconds
 
-    def __init__(self, folder: Path) -> None:
-        from streaming import LocalDataset  # whole, which takes seconds
+    samples = LocalDataset(str(folder))
 
-        self._samples = LocalDataset(str(folder))
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[int, Any, int]:
-        sample = self._samples[index]
+    def draw(index: int) -> tuple[int, torch.Tensor, int]:
+        """A sample of the posterior of a latent, or of its mirror."""
+        sample = samples[index]
         prefix = "mirror_" if "mirror_mean" in sample and torch.rand(()) < 0.5 else ""
-        mean_CYX, log_variance_CYX = (
-            torch.from_numpy(sample[prefix + name].astype("float32")) for name in ("mean", "log_variance")
-        )
+        names = (f"{prefix}mean", f"{prefix}log_variance")
+        mean_CYX, log_variance_CYX = (torch.from_numpy(sample[name].astype("float32")) for name in names)
         latent_CYX = mean_CYX + (0.5 * log_variance_CYX).exp() * torch.randn_like(mean_CYX)
         return int(sample["id"]), latent_CYX, int(sample["label"])
 
-
-def plain_loader(folder: Path, batch_size: int, num_workers: int) -> Iterator[Any]:
-    """Batches as one would first make them: torch's shuffle and torch's noise; neither goes on after a stop."""
-    batches = DataLoader(_PlainLatents(folder), batch_size, shuffle=True, num_workers=num_workers, drop_last=True)
+    batches = _batches(len(samples), draw, batch_size, num_workers=num_workers, shuffle=True, drop_last=True)
     while True:
         yield from batches
+
+
+def _batches(num_samples: int, make: Callable[[int], Any], batch_size: int, **how: Any) -> DataLoader[Any]:
+    """Batches of what `make` makes of the places of samples, in the workers."""
+    return DataLoader(
+        range(num_samples), batch_size, collate_fn=lambda places: default_collate(list(map(make, places))), **how
+    )

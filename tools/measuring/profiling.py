@@ -1,6 +1,7 @@
 """What a step is made of: kernels by kind, launches, synchronisations; and the kernels of a compiled block."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -95,11 +96,11 @@ def _union(spans: list[tuple[float, float]]) -> float:
 
 
 def _shares(worked: list[tuple[str, float]]) -> dict[str, float]:
-    by_kind: dict[str, float] = {}
+    by_kind: Counter[str] = Counter()
     for name, microseconds in worked:
-        by_kind[kind_of(name)] = by_kind.get(kind_of(name), 0.0) + microseconds
-    whole = sum(by_kind.values()) or 1.0
-    return {kind: of / whole for kind, of in sorted(by_kind.items(), key=lambda item: -item[1])}
+        by_kind[kind_of(name)] += microseconds
+    whole = by_kind.total() or 1.0
+    return {kind: of / whole for kind, of in by_kind.most_common()}
 
 
 # ---------------------------------------------------------------------------

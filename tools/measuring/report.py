@@ -36,6 +36,7 @@ from tools.measuring.report_tables import to_markdown
 _ROOT = Path(__file__).resolve().parents[2]
 _POLL_SECONDS = 0.1
 _LIMIT = "{seconds}"  # in a command: after which it must end by itself
+_OUT = "{out}"  # in a command: the file that gets the best settings
 _MARGIN_SECONDS = 15.0
 _COMPILE_THREADS = "2"  # of the compiler in each of many processes
 
@@ -93,88 +94,82 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 # What is measured
 
 
-def _step(config: str, *options: str) -> list[str]:
-    return tool("step", "--config", f"configs/{config}.yaml", *options)
+_XL = "step --config configs/XL.yaml --fit --pairs 8 train.global_batch_size=256"
+_3B = "step --config configs/3B.yaml --fit --pairs 8 train.global_batch_size=64"
+_3B += " engine.activation_checkpointing=false engine.ema_on_host=true"
+_L = "step --config configs/L.yaml --fit --pairs 8 train.global_batch_size=256"
+_SAMPLING = "sampling --config configs/XL.yaml --alone --precision bf16 --num-ar-steps 1 8 --batch-size 64"
+_SAMPLING += " --num-denoising-steps 25"
+_SAVING = "saving --config configs/L.yaml --kinds unguarded full saving --pairs 2 --block-steps 8"
+_SAVING += " --warm-up-steps 16 train.global_batch_size=64"
+_TESTS = "pytest -m gpu -v -rfE --tb=short"
+
+# Of each section the seconds that it takes, roughly, and its commands (of measure.py, or pytest), in order of priority.
+_ON_A_GPU: dict[str, tuple[Any, ...]] = {
+    "compile": (
+        100,
+        # Sequences of 320, 576, 1280 and 2112 tokens.
+        *(f"attention --compile --tokens {n} --head-widths {w}" for n in (128, 256, 608, 1024) for w in (64, 128)),
+        *(f"{step} --compile" for step in (_XL, _3B, _L)),
+    ),
+    "XL": (70, f"{_XL} --profile"),
+    "attention": (60, "attention --tokens 128 256 608 1024 --head-widths 64 128"),
+    "3B": (90, f"{_3B} --profile"),
+    "XL bare": (50, f"{_XL} --bare"),
+    "gpu tests": (120, _TESTS),
+    **{f"L stage {n}": (40, f"{_L} --profile engine.zero_stage={n}") for n in (2, 1, 3, 0)},
+    "sampling": (40, _SAMPLING),
+    "checkpoint": (60, _SAVING),
+    "features": (30, "evaluation one-rank --features inception --batches 10 --batch-size 128"),
+    "encoding": (50, "data encode --layout kl16 --precision bf16 --images 512 --batch-size 32 --pairs 1"),
+    "loader": (30, "data loader --pairs 1"),
+    "batches": (25, "data ready --pairs 1"),
+    "sweep": (150, f"launches --seconds {_LIMIT} --out {_OUT}"),
+}
+
+_TINY = "--config configs/tiny.yaml model.width=32 model.depth=2 model.num_heads=2 data.num_workers=1"
+_TINY += " train.global_batch_size=8 train.micro_batch_size=4"
+_TINY_STEP = f"step {_TINY} --fit --pairs 2"
+_TINY_ATTENTION = "--tokens 16 --head-widths 32 --num-heads 2 --batch-size 2"
+_TINY_SAMPLING = "sampling --config configs/tiny.yaml --alone --num-ar-steps 2 --batch-size 2 --pairs 1"
+_TINY_SAMPLING += " --num-denoising-steps 2"
+# With tiny sizes, so that tests run all sections.
+_ON_A_CPU: dict[str, tuple[Any, ...]] = {
+    "compile": (8, f"attention --compile {_TINY_ATTENTION}", f"{_TINY_STEP} --compile"),
+    "tiny": (8, f"{_TINY_STEP} --profile"),
+    "attention": (5, f"attention {_TINY_ATTENTION}"),
+    "tiny bare": (8, f"{_TINY_STEP} --bare"),
+    "gpu tests": (1, _TESTS),
+    "tiny stage 1": (8, f"{_TINY_STEP} engine.zero_stage=1"),
+    "sampling": (6, _TINY_SAMPLING),
+    "checkpoint": (8, f"saving {_TINY} --kinds full saving --pairs 1 --block-steps 2 --warm-up-steps 2"),
+    "features": (8, "evaluation one-rank --features inception --batches 10 --batch-size 1"),
+    "encoding": (9, "data encode --images 8 --size 32 --pairs 1"),
+    "loader": (6, "data loader --latents demo --samples 64 --pairs 1"),
+    "batches": (6, "data ready --latents demo --samples 64 --pairs 1"),
+    "sweep": (1, "launches"),
+}
+# Beside those of every run.
+_PACKAGES = {"gpu tests": ("pytest",), "encoding": ("diffusers", "nvidia.dali", "sklearn")}
 
 
 def sections(on_gpu: bool, out: Path) -> list[Section]:
-    """The sections in order of priority; on a CPU with tiny sizes, so that tests run them all."""
-    return _on_a_gpu(out) if on_gpu else _on_a_cpu()
+    """The sections in order of priority."""
 
+    def words_of(command: str) -> list[str]:
+        words = [str((out / "launches.json").resolve()) if word == _OUT else word for word in command.split()]
+        return [sys.executable, "-m", *words] if words[0] == "pytest" else tool(*words)
 
-_SIZES = {
-    "XL": ("XL", "train.global_batch_size=256"),
-    "3B": ("3B", "train.global_batch_size=64", "engine.activation_checkpointing=false", "engine.ema_on_host=true"),
-    "L": ("L", "train.global_batch_size=256"),
-}
-_STAGES = (2, 1, 3, 0)
-_TIMED = ("--fit", "--pairs", "8")
-_TOKENS = ("128", "256", "608", "1024")  # sequences of 320, 576, 1280 and 2112
-_HEAD_WIDTHS = ("64", "128")
-_SAMPLING = ("--config", "configs/XL.yaml", "--alone", "--precision", "bf16", "--num-ar-steps", "1", "8")
-_SAMPLING += ("--batch-size", "64", "--num-denoising-steps", "25")
-_SAVING = ("--config", "configs/L.yaml", "--kinds", "unguarded", "full", "saving", "--pairs", "2")
-_SAVING += ("--block-steps", "8", "--warm-up-steps", "16", "train.global_batch_size=64")
-_FEATURES = ("one-rank", "--features", "inception", "--batches", "10")
-_ENCODING = ("encode", "--layout", "kl16", "--precision", "bf16", "--images", "512", "--batch-size", "32")
-_OF_ENCODING = ("diffusers", "nvidia.dali", "sklearn")
-_PYTEST = (sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-rfE", "--tb=short")
-
-
-def _on_a_gpu(out: Path) -> list[Section]:
-    compiling = [
-        tool("attention", "--compile", "--tokens", tokens, "--head-widths", width)
-        for tokens in _TOKENS
-        for width in _HEAD_WIDTHS
-    ]
-    compiling += [_step(*size, *_TIMED, "--compile") for size in _SIZES.values()]
-    sweep = tool("launches", "--seconds", _LIMIT, "--out", str((out / "launches.json").resolve()))
     return [
-        Section("compile", 100, tuple(compiling)),
-        Section("XL", 70, (_step(*_SIZES["XL"], *_TIMED, "--profile"),)),
-        Section("attention", 60, (tool("attention", "--tokens", *_TOKENS, "--head-widths", *_HEAD_WIDTHS),)),
-        Section("3B", 90, (_step(*_SIZES["3B"], *_TIMED, "--profile"),)),
-        Section("XL bare", 50, (_step(*_SIZES["XL"], *_TIMED, "--bare"),)),
-        Section("gpu tests", 120, (_PYTEST,), packages=("pytest",)),
-        *(
-            Section(f"L stage {n}", 40, (_step(*_SIZES["L"], *_TIMED, "--profile", f"engine.zero_stage={n}"),))
-            for n in _STAGES
-        ),
-        Section("sampling", 40, (tool("sampling", *_SAMPLING),)),
-        Section("checkpoint", 60, (tool("saving", *_SAVING),)),
-        Section("features", 30, (tool("evaluation", *_FEATURES, "--batch-size", "128"),)),
-        Section("encoding", 50, (tool("data", *_ENCODING, "--pairs", "1"),), packages=_OF_ENCODING),
-        Section("loader", 30, (tool("data", "loader", "--pairs", "1"),)),
-        Section("batches", 25, (tool("data", "ready", "--pairs", "1"),)),
-        Section("sweep", 150, (sweep,), only_if_asked=True),
-    ]
-
-
-def _on_a_cpu() -> list[Section]:
-    small = ("model.width=32", "model.depth=2", "model.num_heads=2", "data.num_workers=1")
-    small += ("train.global_batch_size=8", "train.micro_batch_size=4")
-    step = ("tiny", *small, "--fit", "--pairs", "2")
-    attention = ("--tokens", "16", "--head-widths", "32", "--num-heads", "2", "--batch-size", "2")
-    sampling = ("--config", "configs/tiny.yaml", "--alone", "--num-ar-steps", "2", "--batch-size", "2")
-    sampling += ("--num-denoising-steps", "2", "--pairs", "1")
-    saving = ("--config", "configs/tiny.yaml", *small, "--kinds", "full", "saving", "--pairs", "1")
-    saving += ("--block-steps", "2", "--warm-up-steps", "2")
-    encoding = ("encode", "--images", "8", "--size", "32", "--pairs", "1")
-    noise = ("--latents", "demo", "--samples", "64", "--pairs", "1")
-    return [
-        Section("compile", 8, (tool("attention", "--compile", *attention), _step(*step, "--compile"))),
-        Section("tiny", 8, (_step(*step, "--profile"),)),
-        Section("attention", 5, (tool("attention", *attention),)),
-        Section("tiny bare", 8, (_step(*step, "--bare"),)),
-        Section("gpu tests", 1, (_PYTEST,), needs_gpu=True),
-        Section("tiny stage 1", 8, (_step(*step, "engine.zero_stage=1"),)),
-        Section("sampling", 6, (tool("sampling", *sampling),)),
-        Section("checkpoint", 8, (tool("saving", *saving),)),
-        Section("features", 8, (tool("evaluation", *_FEATURES, "--batch-size", "1"),)),
-        Section("encoding", 9, (tool("data", *encoding),), packages=_OF_ENCODING),
-        Section("loader", 6, (tool("data", "loader", *noise),)),
-        Section("batches", 6, (tool("data", "ready", *noise),)),
-        Section("sweep", 1, (tool("launches"),), needs_gpu=True, only_if_asked=True),
+        Section(
+            name,
+            seconds,
+            list(map(words_of, commands)),
+            needs_gpu=name in ("gpu tests", "sweep"),
+            packages=_PACKAGES.get(name, ()),
+            only_if_asked=name == "sweep",
+        )
+        for name, (seconds, *commands) in (_ON_A_GPU if on_gpu else _ON_A_CPU).items()
     ]
 
 

@@ -7,8 +7,8 @@ Blocks of steps take turns in one process group: bare (no EMA, no metrics, no ex
 unguarded (EMA and metrics), full (guard and exchange too) and saving (as full, and a checkpoint begins with each block,
 which is as long as `--block-steps`). wandb is off: it writes from a process of its own. Latents are noise.
 
-A small difference wants short blocks in many turns, since a machine's speed wanders: what guards cost is seen best with
-`--kinds unguarded full --block-steps 2 --pairs 150`.
+A small difference needs short blocks in many turns, since a machine's speed varies; the cost of guards is seen best
+with `--kinds unguarded full --block-steps 2 --pairs 150`.
 """
 
 import argparse
@@ -82,7 +82,7 @@ def _measure(trainer: Any, arguments: argparse.Namespace) -> tuple[dict[str, lis
         for _ in range(-(-arguments.warm_up_steps // arguments.block_steps)):
             block(kinds[-1])
         stalls.clear()
-    found = alternate({kind: partial(block, kind) for kind in kinds}, arguments.pairs, "", num_warm_up=0)
+    found = alternate({kind: partial(block, kind) for kind in kinds}, arguments.pairs, num_warm_up=0)
     trainer.loader.close()
     return found, stalls
 
@@ -96,7 +96,7 @@ def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     unguarded = [
         (step, "exchange", lambda terms, batches: None),
         (step, "decide", lambda told, grad_norm: True),
-        # Losses that nobody computed do not tell the next block's guard what is usual.
+        # Losses of these steps are constants, and must not reach the guard of the next block.
         (trainer.guard, "applied", lambda loss, grad_norm: None),
     ]
     bare = [*unguarded, (trainer.ema, "update", lambda: None), (trainer.log, "add", lambda *_: {})]

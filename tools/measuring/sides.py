@@ -1,11 +1,13 @@
 """What tools/measure.py step times, each in a process: the trainer, the bare engine, the plain implementation."""
 
+import functools
 import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -228,8 +230,14 @@ class Worker:
     def __init__(self, name: str, config: Config) -> None:
         self.name = name
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.start = self._pool.submit(_begin, name, config).result()
+        self.start = self._run(_begin, name, config)
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         """A method of `Measured`, called there."""
-        return lambda *given: self._pool.submit(_call, method, *given).result()
+        return functools.partial(self._run, _call, method)
+
+    def _run(self, function: Callable[..., Any], *given: Any) -> Any:
+        try:
+            return self._pool.submit(function, *given).result()
+        except BrokenProcessPool as error:
+            raise RuntimeError(f"the process of {self.name} died; out of memory?") from error

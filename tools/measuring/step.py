@@ -35,7 +35,7 @@ from cfpretrain.core.segments import build_layout
 from cfpretrain.run.build import choose_attention, choose_blocks, make_loss
 from cfpretrain.run.metrics import peak_flops
 from cfpretrain.training import memory
-from tools.measuring.common import on_noise
+from tools.measuring.common import alternate, on_noise
 from tools.measuring.profiling import count_kernels
 from tools.measuring.sides import Measured, StepResult, Worker
 
@@ -70,7 +70,7 @@ def _constant_rate(config: Config) -> Config:
 
 
 def _estimated_bytes(config: Config, device: torch.device) -> int:
-    return memory.estimate(*memory.plan_memory(config, 1, on_gpu=device.type == "cuda")).peak
+    return memory.estimate(config, 1, on_gpu=device.type == "cuda").peak
 
 
 def _fitting(config: Config, device: torch.device) -> Config:
@@ -126,8 +126,8 @@ def plan_steps(config: Config, num_timed: int, compiles: bool) -> Plan:
 
 def _length_of(config: Config, loss: Any, step: int) -> int:
     """Tokens that a sequence of this step is computed with: a function of the step alone."""
-    nobody = torch.zeros(1, dtype=torch.int64)
-    draws = loss.draw(step, 0, nobody, nobody, config.model.num_tokens, config.model.patch_values)
+    zero_B = torch.zeros(1, dtype=torch.int64)
+    draws = loss.draw(step, 0, zero_B, zero_B, config.model.num_tokens, config.model.patch_values)
     segments = [class_segment(config.model.num_cond_tokens), image_segment(draws.steps_BL)]
     return int(build_layout(segments, config.clean_token_multiple()).step_BM.shape[1])
 
@@ -165,12 +165,8 @@ def _take_turns(sides: Sequence[Worker | Measured], plan: Plan, num_timed: int) 
     if len(sides) == 1:
         # As in training, where nothing waits for the device between two steps.
         return {sides[0].name: sides[0].steps(num_timed)}
-    results: dict[str, list[StepResult]] = {side.name: [] for side in sides}
-    for step in range(num_timed):
-        say(f"step {step + 1} of {num_timed}")
-        for side in sides if step % 2 == 0 else sides[::-1]:
-            results[side.name] += side.steps(1)
-    return results
+    turns = {side.name: functools.partial(side.steps, 1) for side in sides}
+    return {name: [one for [one] in steps] for name, steps in alternate(turns, num_timed, num_warm_up=0).items()}
 
 
 def _profile(side: Worker | Measured, plan: Plan, timed: Sequence[StepResult], device: torch.device) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from PIL import Image
 from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, make_network, write_folder
 from cfpretrain.base.console import UserError
 from cfpretrain.core.latents import LatentScaling
-from cfpretrain.data.encoding import Encoding, encode
+from cfpretrain.data.latent_shards import Encoding, encode
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import Shards, columns_of, read_latents_info, read_plan
 from tests.closeness import disagreement
@@ -234,7 +234,7 @@ def test_another_way_of_encoding_is_another_plan(images: Path, autoencoder: KLAu
         ("precision", {"precision": "bf16"}),
         ("device", {"device": torch.device("cuda", 0)}),
     ):
-        changed = dataclasses.replace(encoding, **other)
+        changed = encoding_of(images, autoencoder, **other)
         with pytest.raises(UserError, match=rf"{latents} holds other shards already \({name}: "):
             ShardWriter(latents, changed.columns, changed.plan()).is_complete()
 
