@@ -207,7 +207,8 @@ def test_the_modality_is_learned_beside_class_and_image(run: Path) -> None:
 
 
 @pytest.mark.usefixtures("extended_library")
-def test_an_export_brings_the_modality_and_the_objective(run: Path, tmp_path: Path) -> None:
+def test_an_export_brings_the_modality_and_the_objective(extended: Path, run: Path, tmp_path: Path) -> None:
+    from cfpretrain.base.console import UserError
     from cfpretrain.core.ar import equal_sizes
     from cfpretrain.core.latents import patchify
     from cfpretrain.core.sampler import Guidance
@@ -248,6 +249,15 @@ def test_an_export_brings_the_modality_and_the_objective(run: Path, tmp_path: Pa
 
     with pytest.raises(ValueError, match=r"'caption_\S+' is not part of a CausalFusion model"):
         to_official(averages, 4)
+    captions = extended / "cfpretrain" / "core" / "captions.py"
+    text = captions.read_text()
+    captions.write_text(text.replace("import torch\n", "import torch\nimport yaml\n", 1))
+    try:
+        with pytest.raises(UserError, match=r"^yaml cannot be imported everywhere; an export may use"):
+            export(run, tmp_path / "other", ExportSettings())
+    finally:
+        captions.write_text(text)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.usefixtures("extended_library")
