@@ -49,8 +49,8 @@ def main() -> None:
     add("--out", type=path_argument, default=Path("scores.json"), help="where scores go (default scores.json)")
     cache = Path("evaluation_cache")
     add("--cache", type=path_argument, default=cache, help=f"of references (default {cache})")
-    behind = "behind what is transparent in folders of images: a name or '#rrggbb' (default white)"
-    add("--background", metavar="COLOUR", default="white", help=behind)
+    background_help = "behind what is transparent in folders of images: a name or '#rrggbb' (default white)"
+    add("--background", metavar="COLOUR", default="white", help=background_help)
     add("--wandb", metavar="PROJECT", help="log the scores there, too")
     add_sampling_options(parser, batch_size=64, guidance=1.0)
     run_on_ranks(run, parser.parse_args())

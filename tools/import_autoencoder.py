@@ -33,8 +33,10 @@ def main() -> None:
         help="what latents are multiplied by; left out, that of the published autoencoder of this layout "
         "(MAR's KL-16: 0.2325, Stable Diffusion's f8: 0.18215; SDXL's has the layout of the latter, but 0.13025)",
     )
-    shift = "what is subtracted from latents before (Stable Diffusion 3's: 0.0609, FLUX's: 0.1159; left out, nothing)"
-    add("--shift-factor", type=float, help=shift)
+    shift_help = (
+        "what is subtracted from latents before (Stable Diffusion 3's: 0.0609, FLUX's: 0.1159; left out, nothing)"
+    )
+    add("--shift-factor", type=float, help=shift_help)
     arguments = parser.parse_args()
     with ending_in_one_line():
         run(arguments.file, arguments.out, arguments.scaling_factor, arguments.shift_factor)

@@ -27,21 +27,21 @@ def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int, guida
     orders = ("random", "raster", "block_raster", "dilated")
     add("--order", choices=orders, help="in which tokens are made (default: as the model was trained)")
     add("--block-size", type=int, help="of block_raster and dilated (default: the model's)")
-    solvers = "sde-dpm++ is the one for few steps; ddim and dpm++ draw no noise on the way (default ddpm)"
-    add("--solver", choices=_BY_SOLVER, default="ddpm", help=solvers)
+    solver_help = "sde-dpm++ is the one for few steps; ddim and dpm++ draw no noise on the way (default ddpm)"
+    add("--solver", choices=_BY_SOLVER, default="ddpm", help=solver_help)
     add("--num-denoising-steps", type=int, help="of each AR step (default 250; ddim 50; others 25)")
-    spacings = "what noise levels are even in (default time; dpm++ log_snr)"
-    add("--spacing", choices=("time", "log_snr"), help=spacings)
+    spacing_help = "what noise levels are even in (default time; dpm++ log_snr)"
+    add("--spacing", choices=("time", "log_snr"), help=spacing_help)
     add("--guidance", type=float, default=guidance, help=f"towards the class; 1: none (default {guidance:g})")
-    schedules = "along the AR steps: the same for all, or from 1 up (default constant)"
-    add("--guidance-schedule", choices=("constant", "linear"), default="constant", help=schedules)
-    interval = "timesteps between which guidance acts, e.g. 100 700 (default: all)"
-    add("--guidance-interval", type=int, nargs=2, metavar=("FIRST", "LAST"), help=interval)
+    schedule_help = "along the AR steps: the same for all, or from 1 up (default constant)"
+    add("--guidance-schedule", choices=("constant", "linear"), default="constant", help=schedule_help)
+    interval_help = "timesteps between which guidance acts, e.g. 100 700 (default: all)"
+    add("--guidance-interval", type=int, nargs=2, metavar=("FIRST", "LAST"), help=interval_help)
     add("--seed", type=int, default=0, help="of noise and orders (default 0)")
     add("--batch-size", type=int, default=batch_size, help=f"images a forward on one rank (default {batch_size})")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default fp32)")
-    weights = "of a run: averaged, or as trained (default ema)"
-    add("--weights", choices=("ema", "raw"), default="ema", help=weights)
+    weights_help = "of a run: averaged, or as trained (default ema)"
+    add("--weights", choices=("ema", "raw"), default="ema", help=weights_help)
     add("--step", type=step_or_best, help="of a run's checkpoint, or best: by its scores (default: the latest)")
     add_local_rank(parser)
 
