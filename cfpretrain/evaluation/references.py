@@ -96,8 +96,7 @@ def load_reference(
     reference = _of_images(images, extractor, cache, on_begin, on_done)
     if given is None or given.statistics is None:
         return reference
-    # Whose images they are of is not said; ADM's are of many more than the archive holds, so that distances between
-    # halves of these say nothing of theirs.
+    # ADM's statistics are of many more images than the archive holds: distances between halves of these are no floor.
     both = replace(given.statistics, neighbours_KF=reference.statistics.neighbours_KF)
     floor = {name: value for name, value in (reference.floor or {}).items() if name in ("precision", "recall")}
     fingerprint = f"{reference.record['fingerprint']} {given.fingerprint}"
@@ -126,7 +125,7 @@ def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
         return _Given(None, True)  # `open_images` says what is missing
     num_images, note = None, None
     if _OWN_KEY in arrays:
-        note = _note(file, str(arrays[_OWN_KEY]))
+        note = _note(file, str(arrays.pop(_OWN_KEY)))
         if note["features"] != extractor.fingerprint:
             raise UserError(
                 f"{_KEY}: expected statistics of {extractor.name} by this version, got {file}, of {note['name']} by "

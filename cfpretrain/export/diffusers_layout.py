@@ -143,11 +143,9 @@ def _write_parts(
 
 def _newest_samples(run: Path, step: int) -> Path | None:
     """The grid of samples nearest to a step, not beyond it; of several, the one of the fewest AR steps."""
-    by_step: dict[str, list[Path]] = {}
-    for grid in sorted((run / build.SAMPLES).glob("step_*_ar_steps_*.png")):
-        by_step.setdefault(grid.name.split("_")[1], []).append(grid)
-    newest = max((number for number in by_step if number <= f"{step:08d}"), default=None)
-    return by_step[newest][0] if newest else None
+    by_step = [(grid.name.split("_")[1], grid) for grid in sorted((run / build.SAMPLES).glob("step_*_ar_steps_*.png"))]
+    newest = max((number for number, _ in by_step if number <= f"{step:08d}"), default="")
+    return next((grid for number, grid in by_step if number == newest), None)
 
 
 def _is_json(begin: bytes) -> bool:
