@@ -212,7 +212,7 @@ def test_an_export_brings_the_modality_and_the_objective(extended: Path, run: Pa
     from cfpretrain.core.ar import equal_sizes
     from cfpretrain.core.latents import patchify
     from cfpretrain.core.sampler import Guidance
-    from cfpretrain.evaluation.generation import GenerationSettings, edit_tokens
+    from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator
     from cfpretrain.evaluation.source import load_source
     from cfpretrain.export.diffusers_layout import ExportSettings, export
     from cfpretrain.export.official import to_official
@@ -244,7 +244,8 @@ def test_an_export_brings_the_modality_and_the_objective(extended: Path, run: Pa
     source, num_tokens = load_source(run, torch.device("cpu")), 16
     settings = GenerationSettings(equal_sizes(num_tokens, 2), 3, Guidance(2.0), batch_size=2, seed=5)
     nothing, everywhere = torch.zeros(2, num_tokens, 4), torch.ones(num_tokens, dtype=torch.bool)
-    tokens = edit_tokens(source.config, source.model, nothing, everywhere, [3, 7], settings, torch.device("cpu"))
+    generator = ImageGenerator(source.config, source.model, settings, torch.device("cpu"))
+    tokens = generator.edit(nothing, everywhere, [3, 7])
     assert torch.equal(patchify(latents, 2), tokens)
 
     with pytest.raises(ValueError, match=r"'caption_\S+' is not part of a CausalFusion model"):

@@ -116,7 +116,7 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
     from cfpretrain.autoencoder import fingerprint
     from cfpretrain.base import runtime
     from cfpretrain.core import seeds
-    from cfpretrain.evaluation.generation import generate_batches, plan_of, to_pixels
+    from cfpretrain.evaluation.generation import ImageGenerator, plan_of, to_pixels
     from cfpretrain.evaluation.source import load_source
 
     num_images = _DEFAULT_IMAGES if arguments.num_images is None else arguments.num_images
@@ -134,8 +134,8 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
     say(f"{source.title}: {settings}")
 
     def batches(numbers: list[int]) -> Iterator[tuple[int, "Tensor"]]:
-        made = generate_batches(source.config, source.model, labels, settings, device, autoencoder.decode, numbers)
-        for ids, images in made:
+        generator = ImageGenerator(source.config, source.model, settings, device)
+        for ids, images in generator.batches(labels, autoencoder.decode, numbers):
             yield int(ids[0]) // settings.batch_size, to_pixels(images)
 
     with phase("hashing the weights", announce=False):

@@ -19,7 +19,7 @@ from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.sampler import Guidance, Model
 from cfpretrain.evaluation.feature_sums import add, over_ranks, sums_of
 from cfpretrain.evaluation.features import make_extractor
-from cfpretrain.evaluation.generation import Decode, GenerationSettings, generate_batches, to_pixels
+from cfpretrain.evaluation.generation import Decode, GenerationSettings, ImageGenerator, to_pixels
 from cfpretrain.evaluation.given_images import say_sizes
 from cfpretrain.evaluation.inception_score import splits_of
 from cfpretrain.evaluation.references import load_reference
@@ -88,11 +88,10 @@ class Evaluator:
         self._none = sums_of(self._extractor.none(), torch.zeros(0, dtype=torch.int64))
 
     def __call__(self, model: Model, decode: Decode, on_step: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """The model's scores, by the names of `scores.compare`; equal on all ranks. Arguments as `generate_batches`."""
+        """The model's scores, by the names of `scores.compare`; equal on all ranks. Arguments as `ImageGenerator`'s."""
         sums = self._none
-        for ids_B, images_BCYX in generate_batches(
-            self._config, model, self._labels, self._settings, self._device, decode, on_step=on_step
-        ):
+        generator = ImageGenerator(self._config, model, self._settings, self._device)
+        for ids_B, images_BCYX in generator.batches(self._labels, decode, on_step=on_step):
             say_sizes((images_BCYX.shape[3], images_BCYX.shape[2]), self._real_size)
             self._real_size = None
             features = self._extractor(to_pixels(images_BCYX))
