@@ -139,13 +139,12 @@ class Images(NamedTuple):
 def _read_images(arguments: argparse.Namespace) -> Images:
     import torch
 
-    from cfpretrain.data.shards import fingerprint
-    from cfpretrain.data.storage import open_source
+    from cfpretrain.data.shards import Shards
     from examples.digits.pixels import read_all_images
 
     def read(folder: Path, key: str) -> "tuple[Tensor, str]":
         with phase(f"reading the images of {folder}"):
-            return read_all_images(folder, key)[0], fingerprint(open_source(str(folder), key), key)
+            return read_all_images(folder, key)[0], Shards(folder, key).fingerprint
 
     train, which = read(arguments.images, "IMAGES")
     if arguments.held_out is None:
@@ -242,7 +241,7 @@ def _finish(training: "Training", images: Images, stop: "StopRequest") -> str:
         with phase(f"measuring the error of {name} images", announce=False):
             error = reconstruction_error(made, evenly(some, _MOST_MEASURED), device, partial(check, stop))
         say(f"mean squared error of reconstructed {name} images on [-1, 1]: {error:.5f}")
-    files.replace(folder / PICTURE_FILE, partial(training.draw, made=made))
+    training.draw(folder / PICTURE_FILE, made)
     for path in folder.iterdir():
         files.flush(path)
     return made.scaling_overrides()
