@@ -1,5 +1,7 @@
 """What an autoencoder loses of images: held against errors that are known."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
