@@ -45,13 +45,14 @@ demo: $(READY)
 	$(LAUNCH) cfpretrain/train.py --config configs/demo.yaml
 	$(LAUNCH) tools/report.py $(RUN) --images $(IMAGES) --held-out $(HELD_OUT)
 
-# A file's fixtures are made once, by one process; tests/conftest.py puts the files with most to do first.
+# Of three processes on two cores one often waits. A file's fixtures are made once, by one of them; tests/conftest.py puts
+# the files with most to do first.
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Of tests that take minutes, whoever is free takes the next.
 test-slow: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+	$(BIN)/python -m pytest -n 3 --dist worksteal -m slow
 
 # Of the packages that it collects it needs none here, nor torch.
 wheelhouse:

@@ -19,29 +19,37 @@ settings.load_profile("timeless")
 torch.set_warn_always(True)
 
 
-# Where several processes take file after file, the last one ends with a short one.
+# Where several processes take file after file, those that wait run beside those that compute, and the last one ends
+# with a short one.
 _LONGEST_FIRST = [
     "watchdog",
     "stopping",
-    "fuzz",
-    "block_causal",
-    "train",
-    "sample",
-    "s3",
-    "train_autoencoder",
     "engine",
-    "replay",
+    "train_autoencoder",
     "evaluator",
-    "evaluate_fid",
-    "nothing_is_run",
-    "sick_runs",
-    "runtime",
-    "device_runs",
-    "loader",
+    "replay",
+    "block_causal",
+    "s3",
     "memory",
-    "checkpoint_writer",
+    "train",
+    "planted_links",
+    "device_runs",
+    "make_shards",
     "encode_latents",
+    "sample",
+    "sick_runs",
+    "checkpoint_writer",
+    "measure_launches",
     "elastic",
+    "loader",
+    "nothing_is_run",
+    "evaluate_fid",
+    "measure_step",
+    "given_folders",
+    "runtime",
+    "mosaic",
+    "extending",
+    "crash_test",
 ]
 
 

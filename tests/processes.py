@@ -47,7 +47,6 @@ def _server() -> Any:
             "cfpretrain.core.attention.sdpa",
             "matplotlib.figure",
             "matplotlib.backends.backend_agg",
-            "streaming",
             "cfpretrain.training.trainer",
             "cfpretrain.evaluation.figures",
             "tests.processes",
@@ -75,6 +74,11 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60, ranks: Sequ
         assert time.monotonic() < end, [rank.said() for rank in ranks]
         assert all(rank.poll() is None for rank in ranks), [rank.communicate() for rank in ranks]
         time.sleep(0.005)
+
+
+def wait_for_files(folder: Path, pattern: str, num: int, ranks: Sequence["Rank"]) -> None:
+    """Waits for at least so many files in a folder, or for the end of all ranks."""
+    wait_until(lambda: len(list(folder.glob(pattern))) >= num or all(rank.poll() is not None for rank in ranks))
 
 
 def free_port() -> int:

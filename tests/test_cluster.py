@@ -5,8 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.digits import small_run, write_digits
-from tests.processes import REPOSITORY, free_port
+from tests.processes import REPOSITORY, free_port, wait_until
 
 SLURM, HOSTFILE = REPOSITORY / "cluster" / "slurm.sbatch", REPOSITORY / "cluster" / "hostfile.sh"
 SCRIPTS = sorted((REPOSITORY / "cluster").glob("*.s*"))
@@ -158,13 +157,6 @@ for signal in TERM INT USR1; do trap "stop $signal" $signal; done
 touch "$SCHEDULER/ready.$RANK"
 while true; do sleep 0.05; done
 """
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @contextmanager
@@ -351,7 +343,7 @@ def test_the_warning_reaches_every_rank_and_the_job_is_requeued(tmp_path: Path) 
     machine = Machine(tmp_path, PREEMPTIBLE)
     with no_rank_left(machine):
         job = machine.start_slurm(num_tasks=3)
-        until(lambda: len(list(tmp_path.glob("ready.*"))) == 3)
+        wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == 3)
         job.send_signal(signal.SIGUSR1)
         ended = machine.wait(job)
     assert [(tmp_path / f"signals.{rank}").read_text() for rank in range(3)] == ["USR1\n"] * 3
@@ -364,7 +356,7 @@ def test_a_cancelled_job_is_not_requeued(tmp_path: Path) -> None:
     machine = Machine(tmp_path, PREEMPTIBLE)
     with no_rank_left(machine):
         job = machine.start_slurm()
-        until(lambda: len(list(tmp_path.glob("ready.*"))) == 2)
+        wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == 2)
         # As scancel does: the script, and the tasks past srun.
         job.send_signal(signal.SIGTERM)
         for task in _ranks(machine):
@@ -492,7 +484,7 @@ def test_a_signal_reaches_the_ranks_of_all_hosts(told: str, heard: str, tmp_path
     machine = Machine(tmp_path, PREEMPTIBLE)
     with no_rank_left(machine):
         job = run_over_ssh(machine, "a:1,b:2")
-        until(lambda: len(list(tmp_path.glob("ready.*"))) == 3)
+        wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == 3)
         job.send_signal(getattr(signal, told))
         ended = machine.wait(job)
     assert [(tmp_path / f"signals.{rank}").read_text() for rank in range(3)] == [f"{heard}\n"] * 3
@@ -504,10 +496,10 @@ def test_ranks_end_when_the_script_is_gone(tmp_path: Path) -> None:
     machine = Machine(tmp_path, PREEMPTIBLE)
     with no_rank_left(machine):
         job = run_over_ssh(machine, "a:1,localhost:2")
-        until(lambda: len(list(tmp_path.glob("ready.*"))) == 3)
+        wait_until(lambda: len(list(tmp_path.glob("ready.*"))) == 3)
         job.kill()
         job.wait()
-        until(lambda: len(list(tmp_path.glob("signals.*"))) == 3)
+        wait_until(lambda: len(list(tmp_path.glob("signals.*"))) == 3)
     assert [(tmp_path / f"signals.{rank}").read_text() for rank in range(3)] == ["TERM\n"] * 3
 
 
@@ -522,7 +514,7 @@ def test_a_preempted_job_is_requeued_and_completes(tmp_path: Path) -> None:
     arguments = small_run(write_digits(tmp_path / "digits"), machine.run_folder, "train.num_steps=60")
     with no_rank_left(machine):
         job = machine.start_slurm(*arguments)
-        until(lambda: job.poll() is not None or _num_rows(machine.run_folder) >= 3, 240)
+        wait_until(lambda: job.poll() is not None or _num_rows(machine.run_folder) >= 3, 240)
         job.send_signal(signal.SIGUSR1)
         ended = machine.wait(job, 240)
         assert ended.code == 0, ended.out

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.digits import small_run, write_digits
-from tests.processes import REPOSITORY
+from tests.processes import REPOSITORY, wait_until
 from tools import crash_test
 from tools.crashing import accounts
 from tools.crashing import command as watched
@@ -155,9 +154,7 @@ def test_processes_are_found_by_their_marker_orphans_too(tmp_path: Path) -> None
     launcher = subprocess.Popen(["bash", str(script), str(tmp_path / "ready")], env=environment)
     other = subprocess.Popen(["sleep", "60"], env=os.environ | {watched._MARKER: "theirs", "RANK": "0"})
     try:
-        deadline = time.monotonic() + 20
-        while len(watched.our_processes("mine")[0]) < 2 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_until(lambda: len(watched.our_processes("mine")[0]) == 2)
         ranks, launchers = watched.our_processes("mine")
         assert launchers == [launcher.pid]
         commands = [Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0] for pid in ranks]
@@ -172,10 +169,7 @@ def test_processes_are_found_by_their_marker_orphans_too(tmp_path: Path) -> None
         other.kill()
         other.wait()
     # A killed orphan is there until the system has collected it.
-    deadline = time.monotonic() + 20
-    while watched.our_processes("mine") != ([], []) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert watched.our_processes("mine") == ([], [])
+    wait_until(lambda: watched.our_processes("mine") == ([], []))
 
 
 def test_a_kill_spares_the_orphans_of_the_start_before(tmp_path: Path) -> None:
@@ -183,8 +177,7 @@ def test_a_kill_spares_the_orphans_of_the_start_before(tmp_path: Path) -> None:
     orphan = subprocess.Popen(["sleep", "60"], env=os.environ | {watched._MARKER: "campaign", "RANK": "0"})
     command = Command(["sleep", "60"], tmp_path, "campaign", 1, tmp_path / "log")
     try:
-        while not watched.our_processes(command._start, watched._START)[1]:
-            time.sleep(0.01)
+        wait_until(lambda: bool(watched.our_processes(command._start, watched._START)[1]))
         command.strike("start", "ranks", 0.5)
         command.wait_for_end()
         assert command.attempt.kill == ("start", "node")
@@ -239,7 +232,7 @@ with open(f"{folder}/metrics.jsonl", "w") as file:
     file.writelines(json.dumps(row) + "\\n" for row in rows if row["step"] <= begin)
 say(f"training from step {begin} to 120")
 for step in range(begin + 1, 121):
-    time.sleep(0.005)
+    time.sleep(0.005 if step <= 110 else 0.05)  # kills that are late come before the end, on a busy machine too
     weight = np.float32(weight * np.float32(0.99))
     # One place is lost and another seen twice, wherever in an epoch it resumes.
     place = (step - 1 + (bug == "jumps" and begin < step <= begin + 5 and begin > 0)) % 30

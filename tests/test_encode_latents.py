@@ -16,7 +16,7 @@ from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
 from cfpretrain.data.shards import read_latents_info
 from tests.folders import content
 from tests.image_files import encoded, write_images
-from tests.processes import REPOSITORY, Rank, run_tool, start_script, wait_until
+from tests.processes import REPOSITORY, Rank, run_tool, start_script, wait_for_files, wait_until
 from tests.test_latent_shards import write_autoencoder
 from tests.test_pixels import crops
 from tests.test_watchdog import LAUNCHER
@@ -50,8 +50,8 @@ def write_undisturbed(folder: Path, images: Path, autoencoder: Path | str, shape
     out = folder / "latents"
     ended = run(command(images, autoencoder, out))
     assert (ended.code, ended.err) == (0, "")
-    assert f"encoding {NUM_SHARDS * EACH} images of 32 x 32 pixels (test)" in ended.out
-    assert f"{out}: {NUM_SHARDS * EACH} latents of 2 classes, {shape} (test)" in ended.out
+    assert f"encoding {NUM_SHARDS * EACH} images of 32 x 32 pixels (a test)" in ended.out
+    assert f"{out}: {NUM_SHARDS * EACH} latents of 2 classes, {shape} (a test)" in ended.out
     assert list(folder.iterdir()) == [out]
     assert read_latents_info(out).num_samples == NUM_SHARDS * EACH
     return content(out)
@@ -94,12 +94,7 @@ def kill_until_complete(arguments: Sequence[str], out: Path, num_kills: int, dra
         # The last ones may come while the folder gets its name.
         target = round(NUM_SHARDS * (kill + draw.random()) / num_kills)
         ranks = start_script(SCRIPT, arguments, 1 + kill % 2)
-        deadline = time.monotonic() + 120
-        while len(list(records.glob("[0-9]*"))) < target and not out.exists():
-            assert time.monotonic() < deadline
-            if all(rank.poll() is not None for rank in ranks):
-                break
-            time.sleep(0.002)
+        wait_for_files(records, "[0-9]*", target, ranks)
         time.sleep(draw.uniform(0, 0.2))
         for rank in draw.sample(ranks, draw.randint(1, len(ranks))):
             rank.kill()
@@ -180,9 +175,8 @@ def test_a_launcher_that_is_gone_ends_it_and_the_same_command_goes_on(tmp_path: 
     ) as launcher:
         assert launcher.stdout is not None
         records = tmp_path / ".latents.unfinished" / "records"
-        while len(list(records.glob("[0-9]*"))) < 3:
-            assert launcher.poll() is None, launcher.stdout.read()
-            time.sleep(0.01)
+        wait_until(lambda: len(list(records.glob("[0-9]*"))) >= 3 or launcher.poll() is not None)
+        assert launcher.poll() is None, launcher.stdout.read()
         launcher.kill()  # the rank lives on, and holds the pipe open until it ends
         said = launcher.stdout.read()
     assert said.endswith("[cfpretrain] stopped (the launcher is gone); the same command goes on\n")

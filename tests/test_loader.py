@@ -28,10 +28,9 @@ from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
 from cfpretrain.data.loader import Loader, Position, epoch_order, epoch_visits
 from cfpretrain.data.reader import Samples
-from cfpretrain.data.shards import INFO_FILE, INFO_HASH, fingerprint
-from cfpretrain.data.storage import LocalFolder
+from cfpretrain.data.shards import INFO_FILE, INFO_HASH, Shards
 from tests.latent_shards import as_read, config_for, id_of, moment_of, write_samples
-from tests.processes import run_in_processes
+from tests.processes import run_in_processes, wait_until
 
 PINNED_FIRST = [71, 37, 14, 65, 93, 13, 73, 82, 18, 66, 40, 54]
 PINNED_HASH = "b3f8d50e88a4f4f5253aadf6079e8777a7969ab1f07e302502a05571062abd6b"
@@ -288,7 +287,6 @@ def test_the_position_counts_what_was_handed_out(folders: Any) -> None:
     # Workers read ahead, the last steps of an epoch and the first of the next included.
     for num_workers in (0, 2):
         with closing(Loader(config_for(folders(101), 24, 24, num_workers=num_workers), as_read, 0, 1)) as loader:
-            assert loader.steps_per_epoch == 4
             positions = [loader.position]
             for batches in loader:
                 positions.append(loader.position)
@@ -581,16 +579,13 @@ def test_a_killed_run_leaves_nothing_that_stops_the_next(folders: Any, tmp_path:
     started = tmp_path / "started"
     rank = multiprocessing.get_context("fork").Process(target=read_on, args=(folders(101), str(started)))
     rank.start()
-    while not started.exists() or not started.read_text():
-        assert rank.is_alive()
-        time.sleep(0.01)
+    wait_until(lambda: started.exists() and bool(started.read_text()))
     workers = [int(pid) for pid in started.read_text().split()]
     os.kill(rank.pid or 0, signal.SIGKILL)
     rank.join()
     # At once, while the workers of the dead rank are still there.
     ids_of_steps(config_for(folders(101), num_workers=2), 1, 5)
-    while any(_is_running(worker) for worker in workers):
-        time.sleep(0.1)
+    wait_until(lambda: not any(_is_running(worker) for worker in workers))
     assert set(os.listdir("/dev/shm")) <= before
 
 
@@ -617,7 +612,7 @@ def test_shards_that_do_not_fit_are_refused(folders: Any, tmp_path: Path) -> Non
 
 def test_the_fingerprint_is_the_folders(folders: Any) -> None:
     with closing(Loader(config_for(folders(101)), as_read, 0, 1)) as loader:
-        assert loader.fingerprint.startswith(fingerprint(LocalFolder(folders(101), "key")))
+        assert loader.fingerprint.startswith(Shards(folders(101)).fingerprint)
 
 
 def gather_ids(config: Config, num_steps: int) -> tuple[list[list[int]], set[str]]:

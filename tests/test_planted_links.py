@@ -32,11 +32,11 @@ from cfpretrain.run.metrics import MetricsFile
 from cfpretrain.training.folder import take, write_requeue
 from tests import image_files
 from tests.digits import small_run
+from tests.image_files import write_digits
 from tests.processes import Rank, run_in_processes, run_script
 from tests.runs import write_run
 from tests.test_import_autoencoder import SMALL, random_tensors
 from tests.test_import_deepspeed import make_config, make_engine
-from tests.test_report import write_digits
 
 # What a run's folder may hold, today and in earlier versions.
 NAMES = (
@@ -323,8 +323,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Sources:
     found = Sources(*(folder / name for name in names), entry="")
     write_run(found.run, shards)
     write_official(found.run, found.official)
-    write_digits(found.images, 0, 120)
-    write_digits(found.held_out, 120, 60)
+    write_digits(found.images, 0, 40)
+    write_digits(found.held_out, 40, 20)
     image_files.write_folder(found.tree, image_files.digits(0, 20))
     np.savez(found.archive, arr_0=image_files.digits(20, 20))
     save_file(random_tensors(SMALL), found.autoencoder)

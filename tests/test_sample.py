@@ -2,7 +2,6 @@
 
 import os
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
 from tests.folders import content
 from tests.image_files import pixels
-from tests.processes import run_alone, run_script, run_tool, start_script
+from tests.processes import run_alone, run_script, run_tool, start_script, wait_for_files
 from tests.runs import write_run
 
 SCRIPT = "tools/sample.py"
@@ -75,12 +74,7 @@ def test_kills_leave_no_trace(tmp_path: Path, source: Path, whole, name) -> None
     unfinished = tmp_path / f".{name}.unfinished"
     for num_batches, world_size in ((1, 2), (3, 1)):
         ranks = start_script(SCRIPT, command, world_size)
-        deadline = time.monotonic() + 120
-        while len(list(unfinished.glob("[0b]*"))) < num_batches * (4 if name == "out" else 1):
-            assert time.monotonic() < deadline
-            if all(rank.poll() is not None for rank in ranks):
-                break
-            time.sleep(0.001)
+        wait_for_files(unfinished, "[0b]*", num_batches * (4 if name == "out" else 1), ranks)
         ranks[0].kill()
         for rank in ranks:
             rank.communicate(timeout=60)

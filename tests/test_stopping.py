@@ -14,12 +14,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from cfpretrain.base import runtime
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
-from cfpretrain.base.stopping import StopRequest
-from tests.digits import digits, digits_info, small_config, small_run, write_latents
+from tests.digits import digits, digits_info, small_run, write_latents
+from tests.folders import rows
 from tests.object_store import ObjectStore, running_store
 from tests.processes import (
     REPOSITORY,
@@ -28,11 +26,10 @@ from tests.processes import (
     launcher_environment,
     run_alone,
     run_in_processes,
-    set_constants,
     start_script,
     wait_until,
 )
-from tests.test_watchdog import LONG, TRAIN, end, rows, wait_for_steps
+from tests.test_watchdog import LONG, TRAIN, end, train_with_a_sleeper, wait_for_steps
 
 
 def latest_step(folder: Path) -> int:
@@ -124,7 +121,7 @@ def stop_in_a_terminal(shards: Path, folder: Path, how: str, pause: float, after
         terminal.end()
 
 
-@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "a closed terminal"])
+@pytest.mark.parametrize("how", ["Ctrl-C", pytest.param("SIGTERM", marks=pytest.mark.slow), "a closed terminal"])
 def test_a_stop_in_a_terminal_loses_no_step(shards: Path, tmp_path: Path, how: str) -> None:
     said = stop_in_a_terminal(shards, tmp_path / "run", how, pause=0.5)
     assert_nothing_is_lost(tmp_path / "run")
@@ -195,31 +192,11 @@ def test_a_request_to_one_rank_ends_the_others_wait_for_data(
     assert (tmp_path / "run" / "requeue").read_text() == "SIGTERM\n"
 
 
-def train_with_a_sleeper(shards: Path, folder: Path) -> None:
-    from cfpretrain.training import trainer
-
-    config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=600")
-    set_constants({"base.watchdog._STOP_SECONDS": 3.0})  # for 10: still far from the 600 s
-    stop = StopRequest()
-    stop.listen()
-    runtime.start(torch.device("cpu"))
-    real = trainer.Trainer.train_step
-
-    def train_step(self: trainer.Trainer) -> None:
-        if self.at.step == 3:
-            if runtime.rank() == 1:
-                time.sleep(200)
-            os.kill(os.getpid(), signal.SIGTERM)
-        real(self)
-
-    trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
-    trainer.run(config, torch.device("cpu"), stop)
-
-
 def test_a_worker_that_hangs_keeps_nobody_who_was_asked_to_stop(shards: Path, tmp_path: Path) -> None:
     """It has promised batches that only it can hand over."""
     folder = tmp_path / "run"
-    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "data.num_workers=1"), 1, constants=SOON_SAID)
+    soon = SOON_SAID | {"data.reader._CLOSE_SECONDS": 1.0}
+    ranks = start_script(TRAIN, small_run(shards, folder, *LONG, "data.num_workers=1"), 1, constants=soon)
     wait_for_steps(folder, 3, ranks)
     [worker] = psutil.Process(ranks[0].pid).children()
     worker.suspend()
@@ -232,7 +209,7 @@ def test_a_worker_that_hangs_keeps_nobody_who_was_asked_to_stop(shards: Path, tm
 
 def test_a_rank_that_hangs_keeps_nobody_who_was_asked_to_stop(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=f"died with exit code {EXIT_REQUEUE}"):
-        run_in_processes(train_with_a_sleeper, 2, shards, tmp_path / "run", timeout_s=120)
+        run_in_processes(train_with_a_sleeper, 2, shards, tmp_path / "run", 600, True, timeout_s=120)
     assert (tmp_path / "run" / "requeue").read_text().startswith("rank 1 did not arrive for ")
     assert "asked to stop" in (tmp_path / "run" / "requeue").read_text()
 

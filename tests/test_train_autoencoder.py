@@ -2,13 +2,12 @@
 
 import os
 import re
-import select
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -126,87 +125,62 @@ def first_step(said: str) -> int:
     return int(found[1]) if found else 0
 
 
-# Runs the tool in the terminal whose name is the first argument, as its session's own.
+@pytest.fixture
+def terminal() -> Iterator[tuple[BinaryIO, str]]:
+    """A terminal: the end at which a person sits, and the name of the other."""
+    ends = os.openpty()
+    with open(ends[0], "r+b", buffering=0) as person, open(ends[1], "r+b", buffering=0):
+        yield person, os.ttyname(ends[1])
+
+
+# Begins a session in the terminal, and may be hung up on: these tests may run under nohup.
 IN_A_TERMINAL = """
 import fcntl, os, runpy, signal, sys, termios
+name, *sys.argv = sys.argv[1:]
 os.setsid()
-terminal = os.open(sys.argv.pop(1), os.O_RDWR)
+terminal = os.open(name, os.O_RDWR)
 fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
-for stream in (0, 1, 2):
+for stream in range(3):
     os.dup2(terminal, stream)
-os.close(terminal)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # these tests may run under nohup
-runpy.run_path("tools/train_autoencoder.py", run_name="__main__")
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@dataclass
-class Terminal:
-    """A process in a terminal of its own."""
-
-    process: Rank
-    master: int  # the end at which a person sits
-
-    def read(self) -> str:
-        """What it shows until nobody writes to it any more."""
-        said = b""
-        while True:
-            try:
-                part = os.read(self.master, 4096)
-            except OSError:  # so Linux says it
-                part = b""
-            if not part:
-                return said.decode()
-            said += part
-
-    def exit_code(self) -> int | None:
-        """Of the process, which is about to end."""
-        wait_until(lambda: self.process.poll() is not None)
-        return self.process.returncode
+def command_in(terminal: str, images: list[str], out: Path) -> list[str]:
+    return [terminal, "tools/train_autoencoder.py", images[0], str(out), *images[1:], *LONG]
 
 
-@contextmanager
-def in_a_terminal(arguments: list[str]) -> Iterator[Terminal]:
-    master, terminal = os.openpty()
-    process = Rank(IN_A_TERMINAL, [os.ttyname(terminal), *arguments], {"OMP_NUM_THREADS": "1"})
-    try:
-        os.set_blocking(master, True)
-        wait_until(lambda: bool(select.select([master], [], [], 0)[0]))  # it has the terminal, and speaks
-        os.close(terminal)
-        yield Terminal(process, master)
-    finally:
-        process.kill()
-        process.communicate()
-        with suppress(OSError):  # a test may have closed it
-            os.close(master)
-
-
-def test_ctrl_c_in_a_terminal_while_it_loads(images, tmp_path) -> None:
-    out = tmp_path / "out"
-    with in_a_terminal([images[0], str(out), *images[1:], *LONG]) as terminal:
-        assert "loading torch" in os.read(terminal.master, 4096).decode()
-        os.write(terminal.master, b"\x03")
-        said = terminal.read()
-        assert terminal.exit_code() == 75
+def test_ctrl_c_in_a_terminal_while_it_loads(images, terminal, tmp_path) -> None:
+    (person, name), out = terminal, tmp_path / "out"
+    # Not forked: it has yet to load torch.
+    command = [sys.executable, "-c", IN_A_TERMINAL, *command_in(name, images, out)]
+    with subprocess.Popen(command, cwd=REPOSITORY) as process:
+        assert "loading torch" in person.read(4096).decode()
+        person.write(b"\x03")
+        assert process.wait(60) == 75
+    said = person.read(1 << 16).decode()
     assert "stopped before training began; the same command starts it" in said
     assert "Traceback" not in said
     assert not saved(out)
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "closed"])
-def test_a_terminal_s_ctrl_c_or_end_leaves_a_state(images, tmp_path, how) -> None:
-    out = tmp_path / "out"
-    with in_a_terminal([images[0], str(out), *images[1:], *LONG]) as terminal:
-        wait_for_a_state(out, terminal.process)
-        before = saved(out)
-        if how == "Ctrl-C":
-            os.write(terminal.master, b"\x03")
-            said = terminal.read()
-            assert "stopped at step " in said
-            assert "Traceback" not in said
-        else:
-            os.close(terminal.master)
-        assert terminal.exit_code() == 75
+def test_a_terminal_s_ctrl_c_or_end_leaves_a_state(images, terminal, tmp_path, how) -> None:
+    (person, name), out = terminal, tmp_path / "out"
+    process = Rank(IN_A_TERMINAL, command_in(name, images, out), {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"})
+    wait_for_a_state(out, process)
+    before = saved(out)
+    if how == "Ctrl-C":
+        person.write(b"\x03")
+    else:
+        person.close()
+    process.communicate(60)
+    assert process.returncode == 75
+    if how == "Ctrl-C":
+        said = person.read(1 << 16).decode()
+        assert "stopped at step " in said
+        assert "Traceback" not in said
     assert saved(out) > before
     said = train(images, out, *LONG)
     assert first_step(said) > 0

@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -78,8 +80,9 @@ def test_ctrl_c_counts_as_one_request(shards: Path, tmp_path: Path) -> None:
     assert len(group) > 1
     for number in (signal.SIGINT, signal.SIGTERM):
         for process in group:
-            os.kill(process, number)
-        time.sleep(0.01)
+            with suppress(ProcessLookupError):  # it may have ended at the first
+                os.kill(process, number)
+        wait_until(lambda: "stopping after this step" in rank.said())
     [(code, said)] = end(ranks)
     assert code == EXIT_REQUEUE, said
     assert "Traceback" not in said
@@ -135,7 +138,8 @@ def test_a_signal_while_it_loads_is_one_line() -> None:
 def test_a_signal_while_it_waits_for_other_ranks_ends_it_at_once(shards: Path, tmp_path: Path) -> None:
     """As where rank 0 has found its port in use, and the launcher ends the others."""
     arguments = ["--local_rank=0", *small_run(shards, tmp_path / "run", *LONG)]
-    rank = Rank(TRAIN, arguments, launcher_environment(0, 2, free_port()))
+    soon_said = {"base.console._HEARTBEAT_SECONDS": 0.5}
+    rank = Rank(TRAIN, arguments, launcher_environment(0, 2, free_port()), constants=soon_said)
     wait_until(lambda: "still waiting for all ranks" in rank.said(), 200, [rank])
     rank.send_signal(signal.SIGTERM)
     [(code, said)] = end([rank])
@@ -278,7 +282,10 @@ def test_a_launcher_that_goes_is_no_second_signal(tmp_path: Path) -> None:
 
 SOON_SEEN = {"base.watchdog._POLL_SECONDS": 0.25}
 # The rank that is left keeps its store for nobody, and takes no rank that lives for a dead one.
-ONE_IS_LEFT = SOON_SEEN | {"base.runtime._KEEP_STORE_SECONDS": 0.25}
+ONE_IS_LEFT = SOON_SEEN | {
+    "base.runtime._KEEP_STORE_SECONDS": 0.25,
+    "base.runtime._STORE_TIMEOUT": timedelta(seconds=1),
+}
 
 
 def test_a_killed_rank_ends_the_run_by_name(shards: Path, tmp_path: Path) -> None:
@@ -317,11 +324,12 @@ def test_a_stopped_rank_ends_the_run(shards: Path, tmp_path: Path, stopped: int)
     assert (folder / "requeue").read_text().startswith(("rank 0 has been silent", "rank 1 died or lost")[stopped])
 
 
-def train_with_a_sleeper(shards: Path, folder: Path) -> None:
+def train_with_a_sleeper(shards: Path, folder: Path, timeout_s: int, is_asked_to_stop: bool) -> None:
+    """Rank 1 sleeps at step 3, when rank 0 may be asked to stop."""
     from cfpretrain.training import trainer
 
-    config = small_config(shards, folder, *LONG, "guard.rank_timeout_seconds=5")
-    set_constants(SOON_SEEN)
+    config = small_config(shards, folder, *LONG, f"guard.rank_timeout_seconds={timeout_s}")
+    set_constants(SOON_SEEN | {"base.watchdog._STOP_SECONDS": 3.0})
     device = torch.device("cpu")
     stop = stopping.StopRequest()
     stop.listen()
@@ -329,8 +337,11 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
     real = trainer.Trainer.train_step
 
     def train_step(self: trainer.Trainer) -> None:
-        if self.at.step == 3 and runtime.rank() == 1:
-            time.sleep(200)
+        if self.at.step == 3:
+            if runtime.rank() == 1:
+                time.sleep(200)
+            if is_asked_to_stop:
+                os.kill(os.getpid(), signal.SIGTERM)
         real(self)
 
     trainer.Trainer.train_step = train_step  # type: ignore[method-assign]
@@ -339,13 +350,14 @@ def train_with_a_sleeper(shards: Path, folder: Path) -> None:
 
 def test_a_rank_that_sleeps_past_the_timeout_ends_the_run(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=f"died with exit code {EXIT_REQUEUE}"):
-        run_in_processes(train_with_a_sleeper, 2, shards, tmp_path / "run")
+        run_in_processes(train_with_a_sleeper, 2, shards, tmp_path / "run", 5, False)
     assert (tmp_path / "run" / "requeue").read_text().startswith("rank 1 did not arrive for ")
 
 
 def train_with_a_bug(shards: Path, folder: Path, ranks: tuple[int, ...]) -> None:
     from cfpretrain.training import trainer
 
+    set_constants({"base.runtime._KEEP_STORE_SECONDS": 1.0})
     device = torch.device("cpu")
     stop = stopping.StopRequest()
     stop.listen()
@@ -388,6 +400,7 @@ def leave(disk: str) -> None:
             raise OSError(30, "Read-only file system")
         time.sleep(600)
 
+    set_constants(SOON_SEEN)
     watchdog.Watchdog(5.0, on_lost, stopping.StopRequest())._leave((EXIT_REQUEUE, "rank 1 died"))
 
 
@@ -475,7 +488,8 @@ def test_a_rank_without_memory_ends_the_run_with_one_line(shards: Path, tmp_path
     folder, script, port = tmp_path / "run", tmp_path / "greedy.py", free_port()
     script.write_text(GREEDY.format(ranks=ranks))
     arguments = small_run(shards, folder)
-    outlives = {"base.runtime._LET_SPEAK_SECONDS": 8.0}  # the rank that speaks, as in earnest
+    # A silent rank outlives the one that speaks by 4 s, as in earnest.
+    outlives = {"base.runtime._LET_SPEAK_SECONDS": 5.0, "base.runtime._KEEP_STORE_SECONDS": 1.0}
     started = [
         Rank(str(script), [f"--local_rank={rank}", *arguments], launcher_environment(rank, 2, port), constants=outlives)
         for rank in range(2)

@@ -128,7 +128,7 @@ class Trainer:
         blocks = choose_blocks(config, self.device.type)
         with phase(f"building the model on {count(num_ranks, 'rank')}, ZeRO stage {config.engine.zero_stage}"):
             self.engine = build_engine(lambda: make_model(config, blocks), config, self.device)
-        ways = [f"attention {blocks.attention}, in sampling {blocks.cached_attention}"]
+        ways = [f"attention {blocks.attention}, in sampling {blocks.sampling_attention}"]
         ways += ["blocks compiled"] * blocks.compile
         ways += ["activations recomputed"] * blocks.checkpoint_activations
         ways += ["apex LayerNorm"] * blocks.fused_norm
