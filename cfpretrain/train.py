@@ -102,7 +102,8 @@ def _describe_inputs(config: "Config") -> Iterator[str]:
     """How many samples the shards hold, and that they and the autoencoder fit, where they lie on this machine."""
     import torch
 
-    from cfpretrain.data.shards import check_autoencoder, check_infos, read_latents_info
+    from cfpretrain.data.compatibility import check_autoencoder, check_infos
+    from cfpretrain.data.shards import read_latents_info
     from cfpretrain.run.build import make_autoencoder
 
     folder, elsewhere = config.data.autoencoder, [one for one in config.data.shards if not Path(one).is_dir()]
@@ -144,8 +145,9 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     """AR steps, lengths and FLOPs of the training sequences, exact in the mean over splits."""
     import torch
 
-    from cfpretrain.core import ar, segments
-    from cfpretrain.core.modalities import class_segment
+    from cfpretrain.core import ar
+    from cfpretrain.core.modalities import class_segment, image_segment
+    from cfpretrain.core.work import expected_work, sequence_lengths
     from cfpretrain.run import metrics
 
     model, order, num_sequences = config.model, config.order, config.train.global_batch_size
@@ -154,12 +156,13 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     drawn = "" if order.num_ar_steps else f" in the mean, decay {order.ar_step_decay:g}"
     yield f"AR steps: {mean:g}{drawn}, {order.ar_step_sizes} sizes, {order.token_order} order"
 
-    before, settings = [class_segment(model.num_cond_tokens)], ar.ARSettings(**vars(order))
-    share_by_length = segments.sequence_lengths(before, L, settings, config.clean_token_multiple())
+    image = image_segment(torch.zeros(1, L, dtype=torch.int64))
+    segments, settings = [class_segment(model.num_cond_tokens), image], ar.ARSettings(**vars(order))
+    share_by_length = sequence_lengths(segments, settings, config.clean_token_multiple())
     lengths = list(share_by_length)
     shown = ", ".join(map(str, lengths)) if len(lengths) < 10 else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
     padded = sum(length * share for length, share in share_by_length.items())
-    work = segments.expected_work(before, L, settings)
+    work = expected_work(segments, settings)
     yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
     flops = num_sequences * metrics.training_flops(model, work)
     yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"

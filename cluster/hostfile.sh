@@ -176,8 +176,8 @@ while read -r name; do
     if [[ $name =~ $EXPORTED ]]; then settings+=("$name=${!name}"); fi
 done < <(compgen -e)
 
-# Each host's standard input is a named pipe that this script alone holds open: what is written goes to its ranks, and
-# when this script dies, all of them read the end.
+# Each host's standard input is a named pipe that this script alone holds open: lines written to it reach its ranks,
+# and when this script dies, all of them read the end of the file.
 pipes=$(mktemp -d)
 trap 'rm -rf "$pipes"' EXIT
 controls=() signalled=''

@@ -1,4 +1,4 @@
-# Whether a run that ended is to be started again, and what is asked of values. Sourced by slurm.sbatch and hostfile.sh.
+# Whether a run that ended should be started again, and checks of values. Sourced by slurm.sbatch and hostfile.sh.
 # shellcheck shell=bash
 
 EXIT_USER_ERROR=2

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from cfpretrain.base.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
 from cfpretrain.data.reader import Samples
-from cfpretrain.data.shards import LatentsInfo, columns_of
+from cfpretrain.data.shards import LatentsInfo, Shards, columns_of
 from tests.digits import write_latents
 
 SHAPE = (2, 4, 4)
@@ -60,6 +61,15 @@ def write_samples(
         for place in range(num_samples)
     ]
     return write_latents(folder, info, samples, samples_per_shard)
+
+
+def columns_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The ids, labels and arrays of a folder, each of all samples, arrays as float32."""
+    shards = Shards(folder)
+    samples = shards.samples(range(len(shards)))
+    names = samples[0].keys() - {"caption", "checksum"}
+    columns = {name: torch.from_numpy(np.stack([sample[name] for sample in samples])) for name in names}
+    return {name: column.float() if column.dtype == torch.float16 else column for name, column in columns.items()}
 
 
 def config_for(

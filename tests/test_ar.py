@@ -4,6 +4,7 @@ import itertools
 import math
 import random
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -13,22 +14,21 @@ from scipy.stats import chi2
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import seeds
-from cfpretrain.core.modalities import class_segment, image_segment
-from cfpretrain.core.segments import (
-    Segment,
-    Work,
-    build_layout,
-    count_work,
-    expected_work,
-    may_attend,
-    sequence_lengths,
-    visible_keys,
-)
+from cfpretrain.core.modalities import MODALITIES, Modality, class_segment, image_segment
+from cfpretrain.core.segments import Segment, build_layout, may_attend, visible_keys
+from cfpretrain.core.work import count_work, expected_work, sequence_lengths
 
 
 def text(num_tokens: int) -> Segment:
     """Words: each a clean AR step."""
     return Segment("text", torch.arange(num_tokens)[None])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def text_is_known() -> Iterator[None]:
+    MODALITIES["text"] = Modality
+    yield
+    del MODALITIES["text"]
 
 
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=6)
@@ -333,23 +333,35 @@ def test_marginals_at_full_size_are_the_official_samplers() -> None:
 
 @pytest.mark.parametrize(("num_tokens", "decay", "num_ar_steps"), [(5, 0.9, 0), (9, 1.0, 0), (8, 0.9, 3), (6, 0.9, 1)])
 def test_expected_work_is_the_mean_over_all_splits(num_tokens, decay, num_ar_steps) -> None:
-    mean = [0.0, 0.0, 0.0]
-    for parts, p in split_probabilities(num_tokens, decay, num_ar_steps).items():
-        segments = [class_segment(3), image_segment(order.steps_from_sizes(parts)[None])]
-        mean = [a + p * b for a, b in zip(mean, count_work(segments, build_layout(segments, 4)), strict=True)]
-    got = expected_work([class_segment(3)], num_tokens, order.ARSettings(num_ar_steps, decay))
-    assert got == pytest.approx(Work(*mean))
+    """Of an image at the end, and of one that another image follows."""
+    whole = image_segment(order.steps_from_sizes([num_tokens])[None])
+    splits = split_probabilities(num_tokens, decay, num_ar_steps)
+    for num_images in (1, 2):
+        mean = [0.0, 0.0, 0.0]
+        for several in itertools.product(splits.items(), repeat=num_images):
+            segments = [class_segment(3), *(image_segment(order.steps_from_sizes(parts)[None]) for parts, _ in several)]
+            work = count_work(segments, build_layout(segments, 4))
+            assert work.projections["class"] == 0
+            counts = (work.tokens, work.visible, work.projections["image"])
+            p = math.prod(p for _, p in several)
+            mean = [a + p * b for a, b in zip(mean, counts, strict=True)]
+        got = expected_work([class_segment(3), *[whole] * num_images], order.ARSettings(num_ar_steps, decay))
+        assert (got.tokens, got.visible, got.projections["image"]) == pytest.approx(tuple(mean))
 
 
 @pytest.mark.parametrize("clean_multiple", [1, 3, 4, 20])
 @pytest.mark.parametrize(("num_tokens", "decay", "num_ar_steps"), [(8, 0.5, 0), (9, 0.9, 3), (9, 1.0, 9), (5, 0.9, 1)])
 def test_lengths_have_the_probabilities_of_their_splits(num_tokens, decay, num_ar_steps, clean_multiple) -> None:
+    """Of an image at the end; one that a text follows is clean as a whole, and lengths are equal."""
     expected: dict[int, float] = {}
+    settings = order.ARSettings(num_ar_steps, decay)
     for parts, p in split_probabilities(num_tokens, decay, num_ar_steps).items():
         image = image_segment(order.steps_from_sizes(parts)[None])
         length = build_layout([class_segment(3), image], clean_multiple).step_BM.shape[1]
         expected[length] = expected.get(length, 0.0) + p
-    got = sequence_lengths([class_segment(3)], num_tokens, order.ARSettings(num_ar_steps, decay), clean_multiple)
+        before_text = build_layout([class_segment(3), image, text(2)], clean_multiple).step_BM.shape[1]
+        assert sequence_lengths([class_segment(3), image, text(2)], settings, clean_multiple) == {before_text: 1.0}
+    got = sequence_lengths([class_segment(3), image], settings, clean_multiple)
     assert got == pytest.approx(expected)
     assert list(got) == sorted(expected)
 
@@ -357,8 +369,9 @@ def test_lengths_have_the_probabilities_of_their_splits(num_tokens, decay, num_a
 def test_equal_steps_have_one_length() -> None:
     """The last of four steps of 64 tokens is never clean: 4 + 192 + 256."""
     four = order.ARSettings(4, ar_step_sizes="equal")
-    assert sequence_lengths([class_segment(4)], 256, four, 64) == {452: 1.0}
-    assert sequence_lengths([class_segment(4)], 256, four, 128) == {516: 1.0}
+    segments = [class_segment(4), image_segment(order.steps_from_sizes([256])[None])]
+    assert sequence_lengths(segments, four, 64) == {452: 1.0}
+    assert sequence_lengths(segments, four, 128) == {516: 1.0}
 
 
 @given(st.integers(1, 30), st.data())
@@ -367,7 +380,8 @@ def test_work_of_equal_sizes(num_tokens, data) -> None:
     parts = order.equal_sizes(num_tokens, num_ar_steps)
     segments = [class_segment(2), image_segment(order.steps_from_sizes(parts)[None])]
     want, equal = count_work(segments, build_layout(segments)), order.ARSettings(num_ar_steps, ar_step_sizes="equal")
-    assert expected_work([class_segment(2)], num_tokens, equal) == want
+    whole = image_segment(order.steps_from_sizes([num_tokens])[None])
+    assert expected_work([class_segment(2), whole], equal) == want
     assert order.last_size_probabilities(num_tokens, 0.9, num_ar_steps, "equal").nonzero().tolist() == [[parts[-1] - 1]]
 
 

@@ -167,7 +167,7 @@ def test_the_joined_network_computes_the_same_bits() -> None:
     def forward(names: dict[str, Any], model: nn.Module) -> Tensor:
         times = torch.tensor([3, 900])
         image = names["Segment"]("image", clean=clean, noised=noised, positions_BL=positions, times_B=times)
-        return model([names["Segment"]("class", clean=torch.tensor([1, 4])), image], intervals)[0]
+        return model([names["Segment"]("class", clean=torch.tensor([1, 4])), image], intervals)["image"]
 
     assert torch.equal(forward(scope, theirs), forward(vars(transformer), ours))
 

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,8 +12,8 @@ from cfpretrain.base import config as configs
 from cfpretrain.base import config_checks
 from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import ARSettings
-from cfpretrain.core.modalities import class_segment
-from cfpretrain.core.segments import sequence_lengths
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.work import sequence_lengths
 from tests.test_config import TINY
 
 WRONG = [
@@ -182,7 +183,8 @@ def test_lengths_are_counted_before_they_are_compiled(num_ar_steps, multiple) ->
         order=dataclasses.replace(base.order, num_ar_steps=num_ar_steps),
         engine=dataclasses.replace(base.engine, clean_token_multiple=multiple),
     )
-    lengths = sequence_lengths([class_segment(4)], 36, ARSettings(num_ar_steps), multiple)
+    image = image_segment(torch.zeros(1, 36, dtype=torch.int64))
+    lengths = sequence_lengths([class_segment(4), image], ARSettings(num_ar_steps), multiple)
     if len(lengths) <= 16:
         config_checks.check(config, world_size=1)
     else:

@@ -1,12 +1,10 @@
 """YAML and overrides as people write them: what is read as it was meant, what is refused, and who is named for it."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from cfpretrain.base import config as configs
-from cfpretrain.base import typed
 from cfpretrain.base.console import UserError
 from tests.processes import REPOSITORY
 
@@ -176,46 +174,7 @@ def test_where_values_come_from(tmp_path: Path) -> None:
     assert "train.weight_decay" not in origins
 
 
-@dataclass(frozen=True)
-class Named:
-    name: str
-
-
-def test_what_is_no_config_may_hold_any_text() -> None:
-    """The name of a class, say."""
-    assert typed.from_plain(Named, {"name": "${x}"}, "file").name == "${x}"
-
-
-@dataclass(frozen=True)
-class Numbered:
-    numbers: tuple[int, ...]
-
-
-def test_a_message_names_ten_problems_and_the_rest_is_not_looked_at() -> None:
-    looked_at = []
-
-    class Wrong:
-        def __repr__(self) -> str:
-            looked_at.append(self)
-            return "wrong"
-
-    def said(num_wrong: int) -> str:
-        with pytest.raises(UserError) as caught:
-            typed.from_plain(Numbered, {"numbers": [Wrong() for _ in range(num_wrong)]}, "file")
-        return str(caught.value)
-
-    problem = "numbers: expected a whole number, got wrong"
-    assert said(10) == f"file: 10 problems: {' | '.join([problem] * 10)}"
-    looked_at.clear()
-    assert said(1000) == f"file: more than 10 problems: {' | '.join([problem] * 10)}"
-    assert len(looked_at) < 50
-
-
-def test_a_long_value_and_a_long_name_are_cut() -> None:
-    for plain in ({"numbers": [], "n" * 10**6: 1}, {"numbers": "9" * 10**6}):
-        with pytest.raises(UserError) as caught:
-            typed.from_plain(Numbered, plain, "file")
-        assert len(str(caught.value)) < 1000
+def test_a_long_value_of_an_override_is_cut() -> None:
     with pytest.raises(UserError) as caught:
         configs.load(TINY, [f"engine.precision={'x' * 10**5}"])
     assert len(str(caught.value)) < 1000

@@ -50,8 +50,8 @@ def write_undisturbed(folder: Path, images: Path, autoencoder: Path | str, shape
     out = folder / "latents"
     ended = run(command(images, autoencoder, out))
     assert (ended.code, ended.err) == (0, "")
-    assert f"encoding {NUM_SHARDS * EACH} images of 32 x 32 pixels (test)" in ended.out
-    assert f"{out}: {NUM_SHARDS * EACH} latents of 2 classes, {shape} (test)" in ended.out
+    assert f"encoding {NUM_SHARDS * EACH} images of 32 x 32 pixels (a test)" in ended.out
+    assert f"{out}: {NUM_SHARDS * EACH} latents of 2 classes, {shape} (a test)" in ended.out
     assert list(folder.iterdir()) == [out]
     assert read_latents_info(out).num_samples == NUM_SHARDS * EACH
     return content(out)

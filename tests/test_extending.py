@@ -184,7 +184,8 @@ def test_the_modality_is_learned_beside_class_and_image(run: Path) -> None:
     assert caption.clean.tolist() == [[10, 0, 0]] * 3
     assert caption.targets.tolist() == [[0, 0, 7], [0, 0, 0], [0, 0, 9]]
 
-    of_image, of_caption = model(batch.segments, batch.intervals_BMI)
+    predicted = model(batch.segments, batch.intervals_BMI)
+    of_image, of_caption = predicted["image"], predicted["caption"]
     assert (of_image.shape, of_caption.shape) == ((3, 9, 4), (3, 3, 10))
     terms = loss(model, batch)
     assert terms.count == 3 * 9 * 4 + 3 * 3
@@ -197,8 +198,9 @@ def test_the_modality_is_learned_beside_class_and_image(run: Path) -> None:
 
     # Of its tokens each sees those before; the image sees none.
     other = dataclasses.replace(caption, clean=torch.tensor([[10, 0, 1]] * 3))
-    image_again, caption_again = model([*batch.segments[:2], other], batch.intervals_BMI)
-    assert torch.equal(image_again, of_image)
+    again = model([*batch.segments[:2], other], batch.intervals_BMI)
+    caption_again = again["caption"]
+    assert torch.equal(again["image"], of_image)
     assert torch.equal(caption_again[:, :2], of_caption[:, :2])
     assert (caption_again[:, 2] != of_caption[:, 2]).any(-1).all()
     for name, moved in checkpoint(run)["momentum_buffer"].items():

@@ -172,6 +172,54 @@ def test_a_folder_of_anothers_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         files.make_folder(tmp_path / "shared" / "folder")
 
 
+def test_a_process_that_takes_a_folder_while_it_is_removed_keeps_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of the removal, once the lock has no name, another process takes one of that name and begins."""
+    folder, unlink, taken = tmp_path / "folder", os.unlink, []
+    names = list(map(str, range(20)))  # many, since folders are listed in no order
+
+    def remove(path: Path, **where: int) -> None:
+        unlink(path, **where)
+        if os.path.basename(path) == "lock" and not taken:
+            taken.append(files.try_lock(folder / "lock"))
+            for name in names:
+                (folder / name).write_text("another's")
+
+    folder.mkdir()
+    lock = files.try_lock(folder / "lock")
+    assert lock is not None
+    for name in names:
+        (folder / name).write_text("mine")
+    monkeypatch.setattr(os, "unlink", remove)
+    files.remove_locked(folder, "lock")
+    os.close(lock)
+    assert taken not in ([], [None])
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {
+        "lock": "",
+        **dict.fromkeys(names, "another's"),
+    }
+    os.close(taken[0])
+
+
+def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+    lock, waited = files.try_lock(tmp_path / "lock"), []
+
+    def wait() -> None:
+        waited.append(None)
+        if len(waited) == 3:
+            os.close(lock)
+
+    with files.locked(tmp_path / "lock", wait):
+        assert files.try_lock(tmp_path / "lock") is None
+    assert len(waited) == 3
+    again = files.try_lock(tmp_path / "lock")  # free
+    assert again is not None
+    with pytest.raises(ZeroDivisionError), files.locked(tmp_path / "lock", lambda: 1 / 0):
+        pass
+    os.close(again)
+
+
 def test_a_lock_is_held_by_one_and_known_when_it_has_gone(tmp_path: Path) -> None:
     lock = files.try_lock(tmp_path / "lock")
     assert lock is not None

@@ -11,7 +11,8 @@ from PIL import Image
 from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base import files
-from cfpretrain.data.shards import check_infos, read_latents_info
+from cfpretrain.data.compatibility import check_infos
+from cfpretrain.data.shards import read_latents_info
 from tests.digits import digits_info, write_digits, write_latents
 from tests.image_files import encoded, write_images
 from tests.processes import REPOSITORY

@@ -20,6 +20,7 @@ from cfpretrain.data.shards import Shards, columns_of, read_latents_info, read_p
 from tests.closeness import disagreement
 from tests.folders import content
 from tests.image_files import encoded, write_images
+from tests.latent_shards import columns_in
 from tests.test_pixels import crops
 
 CPU = torch.device("cpu")
@@ -115,13 +116,13 @@ def latents(tmp_path_factory: pytest.TempPathFactory, images: Path, autoencoder:
 def test_moments_of_images_and_mirrored_images(latents: Path, photos: list[Image.Image], autoencoder) -> None:
     shards = Shards(latents)
     assert shards.shard_sizes.tolist() == list(SHARD_SIZES)
-    found = shards.read_latents(np.arange(len(shards)))
-    assert found.ids_B.tolist() == [3 * i for i in range(len(photos))]
-    assert found.labels_B.tolist() == [3 * i % 2 for i in range(len(photos))]
+    found = columns_in(latents)
+    assert found["id"].tolist() == [3 * i for i in range(len(photos))]
+    assert found["label"].tolist() == [3 * i % 2 for i in range(len(photos))]
     assert shards.sample(5)["caption"] == "image 15"
     for mirrored, mean_BCYX, log_variance_BCYX in (
-        (False, found.mean_BCYX, found.log_variance_BCYX),
-        (True, found.mirror_mean_BCYX, found.mirror_log_variance_BCYX),
+        (False, found["mean"], found["log_variance"]),
+        (True, found["mirror_mean"], found["mirror_log_variance"]),
     ):
         given = [Image.Image.transpose(photo, Image.Transpose.FLIP_LEFT_RIGHT) for photo in photos]
         moments = [autoencoder.encode(batch.contiguous()) for batch in batches(given if mirrored else photos)]
@@ -129,7 +130,7 @@ def test_moments_of_images_and_mirrored_images(latents: Path, photos: list[Image
             wanted = real([both[expected] for both in moments]).to(torch.float16).float()
             torch.testing.assert_close(stored, wanted, rtol=2e-3, atol=2e-4)
             assert wanted.std() > 0.01
-    assert (found.mean_BCYX - found.mirror_mean_BCYX).abs().max() > 0.01
+    assert (found["mean"] - found["mirror_mean"]).abs().max() > 0.01
 
 
 def test_the_folder_says_what_it_is(latents: Path, images: Path, autoencoder: KLAutoencoder) -> None:
@@ -156,9 +157,9 @@ def test_the_folder_says_what_it_is(latents: Path, images: Path, autoencoder: KL
 def test_statistics_are_those_of_drawn_latents(latents: Path) -> None:
     """Held against the definition, and against many draws."""
     info = read_latents_info(latents)
-    found = Shards(latents).read_latents(np.arange(sum(SHARD_SIZES)))
-    mean = torch.cat([found.mean_BCYX, found.mirror_mean_BCYX]).double()
-    variance = torch.cat([found.log_variance_BCYX, found.mirror_log_variance_BCYX]).double().exp()
+    found = columns_in(latents)
+    mean = torch.cat([found["mean"], found["mirror_mean"]]).double()
+    variance = torch.cat([found["log_variance"], found["mirror_log_variance"]]).double().exp()
     expected_mean = mean.mean(dim=(0, 2, 3))
     expected_std = (variance + mean.square()).mean(dim=(0, 2, 3)).sub(expected_mean.square()).sqrt()
     assert info.statistics["mean"] == pytest.approx(expected_mean.tolist(), rel=1e-9)
@@ -172,10 +173,10 @@ def test_without_mirrors(tmp_path: Path, images: Path, latents: Path, autoencode
     out = write(encoding_of(images, autoencoder, with_mirror=False), tmp_path / "out")
     info = read_latents_info(out)
     assert (info.has_posterior, info.has_mirror) == (True, False)
-    found, both = (Shards(folder).read_latents(np.arange(sum(SHARD_SIZES))) for folder in (out, latents))
-    assert torch.equal(found.mean_BCYX, both.mean_BCYX)
-    assert found.mirror_mean_BCYX is None
-    mean = found.mean_BCYX.double()
+    found, both = (columns_in(folder) for folder in (out, latents))
+    assert torch.equal(found["mean"], both["mean"])
+    assert "mirror_mean" not in found
+    mean = found["mean"].double()
     assert info.statistics["mean"] == pytest.approx(mean.mean(dim=(0, 2, 3)).tolist(), rel=1e-9)
 
 
@@ -192,7 +193,7 @@ def test_pixels_as_latents(tmp_path: Path, photos: list[Image.Image], channels: 
     assert columns_of(info).keys() == {"id", "label", "caption", "checksum", "mean"}
     assert info.versions.keys() == {"cfpretrain", "torch", "dali"}
     pixels = np.stack([np.asarray(photo).reshape(SIZE, SIZE, channels).transpose(2, 0, 1) for photo in given])
-    stored = Shards(out).read_latents(np.arange(len(photos))).mean_BCYX.numpy()
+    stored = columns_in(out)["mean"].numpy()
     np.testing.assert_array_equal(stored, (pixels.astype(np.float32) / 255).astype(np.float16))
     np.testing.assert_array_equal(np.rint(stored * 255), pixels)
     assert info.statistics["std"] == pytest.approx(stored.astype(np.float64).std(axis=(0, 2, 3)).tolist(), rel=1e-9)
@@ -249,10 +250,10 @@ def test_a_gpu_repeats_itself_and_is_near_the_cpu(tmp_path: Path, images: Path, 
         write(on_gpu, tmp_path / name, parts) for name, parts in (("a", ((0, 1, 2, 3),)), ("b", ((2, 0), (3, 1))))
     )
     assert content(first) == content(second)
-    found, expected = (Shards(out).read_latents(np.arange(sum(SHARD_SIZES))) for out in (first, latents))
+    found, expected = (columns_in(out) for out in (first, latents))
     tolerance = 1e-2 if precision == "float32" else 0.1
-    assert disagreement(found.mean_BCYX, expected.mean_BCYX) < tolerance
-    assert disagreement(found.mirror_mean_BCYX, expected.mirror_mean_BCYX) < tolerance
+    assert disagreement(found["mean"], expected["mean"]) < tolerance
+    assert disagreement(found["mirror_mean"], expected["mirror_mean"]) < tolerance
 
 
 # ---------------------------------------------------------------------------------------------------------------------

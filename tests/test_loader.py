@@ -28,8 +28,7 @@ from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
 from cfpretrain.data.loader import Loader, Position, epoch_order, epoch_visits
 from cfpretrain.data.reader import Samples
-from cfpretrain.data.shards import INFO_FILE, INFO_HASH, fingerprint
-from cfpretrain.data.storage import LocalFolder
+from cfpretrain.data.shards import INFO_FILE, INFO_HASH, Shards
 from tests.latent_shards import as_read, config_for, id_of, moment_of, write_samples
 from tests.processes import run_in_processes, wait_until
 
@@ -288,7 +287,6 @@ def test_the_position_counts_what_was_handed_out(folders: Any) -> None:
     # Workers read ahead, the last steps of an epoch and the first of the next included.
     for num_workers in (0, 2):
         with closing(Loader(config_for(folders(101), 24, 24, num_workers=num_workers), as_read, 0, 1)) as loader:
-            assert loader.steps_per_epoch == 4
             positions = [loader.position]
             for batches in loader:
                 positions.append(loader.position)
@@ -614,7 +612,7 @@ def test_shards_that_do_not_fit_are_refused(folders: Any, tmp_path: Path) -> Non
 
 def test_the_fingerprint_is_the_folders(folders: Any) -> None:
     with closing(Loader(config_for(folders(101)), as_read, 0, 1)) as loader:
-        assert loader.fingerprint.startswith(fingerprint(LocalFolder(folders(101), "key")))
+        assert loader.fingerprint.startswith(Shards(folders(101)).fingerprint)
 
 
 def gather_ids(config: Config, num_steps: int) -> tuple[list[list[int]], set[str]]:

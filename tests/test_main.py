@@ -68,6 +68,6 @@ def test_a_wheel_carries_the_tools(tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     (entry,) = (tmp_path / "site").glob("*.dist-info/entry_points.txt")
     assert "cfpretrain = cfpretrain.__main__:main" in entry.read_text()
-    for verb in ("sample", "measure"):
+    for verb in ("sample", "measure", "crash-test"):
         assert run(verb, "--help", place=tmp_path / "site").returncode == 0
     assert run("sample", "runs/none", "--num-images", "0", place=tmp_path / "site").returncode == 2

@@ -522,16 +522,25 @@ def test_asked_to_stop(number: signal.Signals, big_tree: Path, big_content: dict
     assert content(out) == big_content
 
 
-def test_a_worker_that_is_killed_is_an_error(big_tree: Path, big_content: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "how"),
+    [
+        (signal.SIGKILL, "by SIGKILL, as the system does where memory is short: give fewer --workers"),
+        (signal.SIGSEGV, "by SIGSEGV: if it happens again, remove that image"),
+    ],
+)
+def test_a_worker_that_is_killed_is_an_error(
+    number: signal.Signals, how: str, big_tree: Path, big_content: dict[str, bytes], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     process = start(big_tree, "--out", out, *_BIG, "--workers", 2)
     wait_until(lambda: num_written(out) > 2, _WAIT_SECONDS, [process])
-    os.kill(children(process)[1], signal.SIGKILL)
+    os.kill(children(process)[1], number)
     ended = end(process)
     assert ended.code == 2
     assert ended.err.count("\n") == 1
     assert "error: a worker that was reading class" in ended.err
-    assert "ended by SIGKILL, as the system does where memory is short: give fewer --workers; the same" in ended.err
+    assert f" ended {how}; the same command goes on" in ended.err
     made(big_tree, "--out", out, *_BIG)
     assert content(out) == big_content
 

@@ -15,7 +15,8 @@ from cfpretrain.base.config import ModelConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.core import ar as order
 from cfpretrain.core.modalities import class_segment, image_segment
-from cfpretrain.core.segments import build_layout, count_work
+from cfpretrain.core.segments import build_layout
+from cfpretrain.core.work import count_work
 from cfpretrain.run import metrics
 
 

@@ -96,8 +96,7 @@ def test_positions_are_looked_up_as_if_by_index(learnable, dtype) -> None:
     places_BL = seeds.permutation(seeds.fold(key, torch.arange(6)), 9)
     given = Segment(IMAGE, clean=clean, positions_BL=places_BL)
     learned = Segment(IMAGE, noised=noised, positions_BL=places_BL.flip(1), times_B=torch.arange(6))
-    (clean_vectors, _), (_, noised_vectors) = embedder([given, learned])
-    out = torch.cat([clean_vectors, noised_vectors], 1)
+    out = torch.cat(embedder([given, learned]), 1)
     direction = seeds.normal(seeds.fold(key, 200), out.shape).to(dtype)
 
     values, places = torch.cat([clean, noised], 1).to(dtype), torch.cat([places_BL, places_BL.flip(1)], 1)
@@ -138,8 +137,7 @@ def forward(model: CausalFusion, steps: torch.Tensor, clean: torch.Tensor, noise
     """The training forward of one sample in raster order."""
     layout = build_layout([class_segment(2), image_segment(steps[None])])
     image = image_of(clean[None, : layout.num_clean[1]], noised[None], torch.arange(9)[None], torch.tensor([500]))
-    (prediction,) = model([class_segment(2, torch.tensor([label])), image], layout.intervals_BMI)
-    return prediction[0]
+    return model([class_segment(2, torch.tensor([label])), image], layout.intervals_BMI)[IMAGE][0]
 
 
 @given(st.integers(0, 8), st.integers(0, 8), st.booleans())
@@ -180,7 +178,7 @@ def test_several_segments_in_one_sequence() -> None:
             class_segment(2, torch.tensor([2])),
             image_of(last[:, :4], last_noised, positions, t),
         ]
-        one, two = model(parts, layout.intervals_BMI)
+        one, two = model(parts, layout.intervals_BMI)[IMAGE].split(9, 1)
         return one, two
 
     one, two = predict(first_clean, last_clean)
@@ -215,7 +213,7 @@ def training_pass(model: CausalFusion, number: int, sizes: list[int]) -> tuple[t
     labels, timesteps = torch.tensor([1, 4]), torch.tensor([3, 700])
     image = image_of(clean[:, : layout.num_clean[1]], noised, order_BL, timesteps)
     model.zero_grad()
-    (prediction,) = model([class_segment(2, labels), image], layout.intervals_BMI)
+    prediction = model([class_segment(2, labels), image], layout.intervals_BMI)[IMAGE]
     (prediction * direction).sum().backward()
     return prediction.detach(), {name: p.grad for name, p in model.named_parameters()}
 

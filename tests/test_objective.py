@@ -2,6 +2,7 @@
 
 import dataclasses
 import pickle
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from cfpretrain.core import seeds
 from cfpretrain.core.modalities import LossTerms
 from cfpretrain.core.objective import Batch, DenoisingLoss, Draws
 from cfpretrain.core.process import make_process
+from cfpretrain.core.work import Work
 from tests.closeness import disagreement
 from tests.golden_cases import FOLDER
 from tests.test_model import small_model
@@ -36,6 +38,11 @@ def draw(loss: DenoisingLoss = LOSS, step: int = 7, epoch: int = 1, ids=IDS, lab
 def with_ar(**knobs) -> DenoisingLoss:
     """The loss with other settings of the AR axis."""
     return dataclasses.replace(LOSS, ar=dataclasses.replace(LOSS.ar, **knobs))
+
+
+def sum_of(works: Sequence[Work]) -> Work:
+    projections = {kind: sum(one.projections[kind] for one in works) for kind in works[0].projections}
+    return Work(sum(one.tokens for one in works), sum(one.visible for one in works), projections)
 
 
 def loss_of(loss: DenoisingLoss, model, latents_BCYX: torch.Tensor, draws: Draws) -> LossTerms:
@@ -156,7 +163,7 @@ def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
     alone = [loss.prepare(latents[[i]], draw(loss, ids=IDS[[i]], labels=LABELS[[i]])) for i in range(4)]
     errors = [loss(model, one).squared_error_BLP for one in alone]
     assert disagreement(whole.squared_error_BLP, torch.cat(errors)) < 1e-5
-    assert batch.work == tuple(map(sum, zip(*(one.work for one in alone), strict=True)))
+    assert batch.work == sum_of([one.work for one in alone])
 
 
 @pytest.mark.parametrize("clean_multiple", [2, 4, 9])
@@ -177,8 +184,8 @@ def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:
         draws = draw(plain, step=step)
         batch, padded_batch = plain.prepare(latents, draws), padded.prepare(latents, draws)
         want, got = plain(watched, batch), padded(watched, padded_batch)
-        ([prediction], length), ([padded_prediction], padded_length) = seen
-        torch.testing.assert_close(padded_prediction, prediction, rtol=0, atol=1e-12)
+        (predicted, length), (padded_predicted, padded_length) = seen
+        torch.testing.assert_close(padded_predicted["image"], predicted["image"], rtol=0, atol=1e-12)
         torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)
         # FLOPs are of useful work: padding is none.
         counts = [(b.work, t.count) for b, t in ((batch, want), (padded_batch, got))]
@@ -272,4 +279,4 @@ def test_a_batch_moves_with_all_its_tensors() -> None:
     for name, value in batch.tensors().items():
         assert moved.tensors()[name].device.type == "meta"
         assert moved.tensors()[name].shape == value.shape
-    assert (moved.step, moved.num_clean, len(moved)) == (7, batch.num_clean, 4)
+    assert (moved.step, moved.num_clean, moved.work) == (7, batch.num_clean, batch.work)

@@ -48,7 +48,7 @@ def test_prediction_loss_and_gradients(name: str) -> None:
     case = load(name)
     model = case.model()
     predictions = []
-    model.register_forward_hook(lambda module, args, output: predictions.append(output[0].detach()))
+    model.register_forward_hook(lambda module, args, output: predictions.append(output["image"].detach()))
     terms, batch = loss_of(case, model)
     mean = terms.total / terms.count
     mean.backward()

@@ -70,7 +70,7 @@ def test_levels_are_those_of_their_times(process: NoiseProcess) -> None:
         torch.testing.assert_close((levels.alphas_T, levels.sigmas_T), (alphas, sigmas), rtol=0, atol=1e-7)
         assert float(levels.times_T[-1]) == 999
         assert bool((levels.times_T.diff() > 0).all())
-        assert bool((levels.log_snr().diff() < 0).all())
+        assert bool((levels.half_log_snr().diff() < 0).all())
 
 
 @pytest.mark.parametrize("name", ["epsilon", "v"])
@@ -104,7 +104,7 @@ def test_impossible_numbers_of_steps_are_refused(process: NoiseProcess, num_step
 
 
 def gaps_of(levels: Levels) -> float:
-    gaps = -levels.log_snr().diff()
+    gaps = -levels.half_log_snr().diff()
     return float(gaps.max() / gaps.min())
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from cfpretrain.core import ar as order
 from cfpretrain.core import sampler
 from cfpretrain.core.latents import take_tokens
-from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.modalities import IMAGE, class_segment, image_segment
 from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.process import make_process
 from cfpretrain.core.segments import build_layout
@@ -48,7 +48,8 @@ def generate_without_cache(model: CausalFusion, sizes: Sequence[int], guidance: 
             image = image_of(clean[:, :num_clean], noised, orders, t)
             null = torch.full_like(LABELS, model.null_class)
             cond, uncond = (
-                model([class_segment(2, labels), image], layout.intervals_BMI)[0][:, now] for labels in (LABELS, null)
+                model([class_segment(2, labels), image], layout.intervals_BMI)[IMAGE][:, now]
+                for labels in (LABELS, null)
             )
             epsilon = uncond + guidance * (cond - uncond)
             alpha, sigma = float(SOLVER.levels.alphas_T[left - 1]), float(SOLVER.levels.sigmas_T[left - 1])

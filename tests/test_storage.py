@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 
+from cfpretrain.base import files
 from cfpretrain.base.console import UserError
 from cfpretrain.data import storage
-from cfpretrain.data.storage import CacheSettings, LocalFolder, Patience, RemoteFolder, ShardFile, Source, open_source
+from cfpretrain.data.cache import Cache, RetryBudget, ShardFile
+from cfpretrain.data.storage import LocalFolder, RemoteFolder, Source, open_source
 from tests.disks import mount, mounted_disk
 from tests.processes import wait_until
 
@@ -75,8 +77,8 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
         child.join()
 
 
-def remote(folder: Path, limit_bytes: int = 0, patience_seconds: float = 30.0) -> RemoteFolder:
-    return RemoteFolder(ADDRESS, "data.shards", CacheSettings(folder, limit_bytes, Patience(patience_seconds)))
+def remote(folder: Path, limit_bytes: int = 0, retry_seconds: float = 30.0) -> RemoteFolder:
+    return RemoteFolder(ADDRESS, "data.shards", Cache(folder, limit_bytes, RetryBudget(retry_seconds)))
 
 
 def content(source: Source, file: ShardFile) -> bytes:
@@ -268,27 +270,32 @@ def test_a_storage_that_comes_back(store: Store, tmp_path: Path, capsys: pytest.
 
 def test_a_storage_that_stays_away(store: Store, tmp_path: Path) -> None:
     store.troubles = [ConnectionError("connection refused")] * 1000
-    message = error_of(lambda: content(remote(tmp_path / "cache", patience_seconds=5.0), file_of(0)))
+    message = error_of(lambda: content(remote(tmp_path / "cache", retry_seconds=5.0), file_of(0)))
     begin = f"data.shards: {ADDRESS}/shard.00000.mds could not be read for "
     said = re.match(re.escape(begin) + r"(\d+) s \(connection refused\); fix the storage", message)
     assert said
-    assert int(said[1]) >= 5  # by its own account all of its patience
+    assert int(said[1]) >= 5  # by its own account all of its budget
     assert "S3_ENDPOINT_URL" in message
     assert "data.download_patience_seconds" in message
     assert len(store.asked()) > 3
     assert copies_in(tmp_path / "cache") == set()
 
 
-def test_patience_begins_with_the_first_failure(store: Store, tmp_path: Path) -> None:
+def test_the_retry_budget_begins_with_the_first_failure(store: Store, tmp_path: Path) -> None:
     """Neither waiting for another process's copy nor a long transfer that breaks off takes any of it."""
-    cache, patience, held = tmp_path / "cache", Patience(0.3), threading.Event()
+    cache, held = tmp_path / "cache", threading.Event()
+    part = cache / f"{file_of(0).digest}.{NUM_BYTES}.part"
+    part.mkdir(parents=True)
 
     def hold() -> None:
-        with storage._held(cache / f"{file_of(0).digest}.{NUM_BYTES}.part", patience):
-            held.set()
-            time.sleep(0.5)
+        lock = files.try_lock(part / "lock")
+        assert lock is not None
+        held.set()
+        time.sleep(0.5)
+        os.close(lock)
 
     def break_off(name: str) -> None:
+        assert not other.is_alive()
         store.before_second_half = lambda name: None
         time.sleep(0.5)
         raise ConnectionError("broken off")
@@ -297,7 +304,7 @@ def test_patience_begins_with_the_first_failure(store: Store, tmp_path: Path) ->
     other.start()
     held.wait()
     store.before_second_half = break_off
-    assert content(remote(cache, patience_seconds=0.3), file_of(0)) == content_of(0)
+    assert content(remote(cache, retry_seconds=0.3), file_of(0)) == content_of(0)
     other.join()
     assert len(store.asked()) == 2
 
@@ -351,7 +358,7 @@ def read_in_turn(source: RemoteFolder, numbers: list[int]) -> None:
     for number in numbers:
         assert content(source, file_of(number)) == content_of(number)  # though others may need the room at once
         limit, folder = source._cache.limit_bytes, source._cache.folder
-        with storage._locked(folder / "lock", source._cache.patience):  # nothing is removed meanwhile
+        with files.locked(folder / "lock", lambda: time.sleep(0.01)):  # nothing is removed meanwhile
             sizes = [path.stat().st_size for path in folder.iterdir() if len(path.name) == 128]
         assert not limit or sum(sizes) <= limit
 
@@ -405,53 +412,18 @@ def test_what_a_killed_download_leaves_is_removed_by_the_next(store: Store, tmp_
     assert copies_in(cache) == digests(1, 2)
 
 
-@pytest.mark.parametrize("is_abandoned", [False, True])
-def test_who_begins_anew_keeps_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_abandoned: bool) -> None:
-    """In the middle of the removal of a file in the making, another process takes the lock and begins."""
-    part, unlink, taken = tmp_path / "part", os.unlink, []
-
-    def remove(path: Any, **where: Any) -> None:
-        unlink(path, **where)
-        if os.path.basename(path) == "lock" and not taken:
-            taken.append(storage._try_lock(part / "lock"))
-            for name in names:
-                (part / name).write_text("another's")
-
-    names = ["copy", "reserved", *map(str, range(20))]  # many, since folders are listed in no order
-    with storage._held(part, Patience(30)):
-        for name in names:
-            (part / name).write_text("mine")
-        if is_abandoned:  # as after a kill
-            shutil.copytree(part, tmp_path / "left")
-    if is_abandoned:
-        (tmp_path / "left").rename(part)
-        monkeypatch.setattr(os, "unlink", remove)
-        assert storage._removed_if_abandoned(part)
-    else:
-        monkeypatch.setattr(os, "unlink", remove)
-        with storage._held(part, Patience(30)):
-            for name in names:
-                (part / name).write_text("mine")
-    assert taken != []
-    assert taken != [None]
-    assert {path.name: path.read_text() for path in part.iterdir()} == {"lock": "", **dict.fromkeys(names, "another's")}
-    os.close(taken[0])
-    assert storage._removed_if_abandoned(part)
-    assert not part.exists()
-
-
 def test_waiting_ends_with_the_need(store: Store, tmp_path: Path) -> None:
     """A worker that waits for a storage does not keep its rank, which is ending, or outlive it for long."""
     store.troubles = [ConnectionError()] * 100_000
-    source = remote(tmp_path / "cache", patience_seconds=600)
+    source = remote(tmp_path / "cache", retry_seconds=600)
     worker = start(read_in_turn, source, [0])
     wait_until(lambda: len(store.asked()) > 2)
-    source._cache.patience.end()
+    source._cache.budget.end()
     worker.join(30)
     assert worker.exitcode == 1
 
     def rank() -> None:
-        worker = start(read_in_turn, remote(tmp_path / "cache", patience_seconds=600), [0])
+        worker = start(read_in_turn, remote(tmp_path / "cache", retry_seconds=600), [0])
         (tmp_path / "worker").write_text(str(worker.pid))
         os.kill(os.getpid(), signal.SIGKILL)
 

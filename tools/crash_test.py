@@ -80,6 +80,7 @@ def reach(command: Command, planned: Kill, usual: Mapping[str, float]) -> str | 
         usual: seconds within which the kill comes, for each moment.
     """
     attempt, moment = command.attempt, planned.moment
+    within = usual[moment]
 
     def is_late() -> bool:
         return attempt.last_step >= planned.last_step
@@ -98,9 +99,8 @@ def reach(command: Command, planned: Kill, usual: Mapping[str, float]) -> str | 
         elif moment == "sampling":
             command.wait_until(lambda: command.num_samplings > num_samplings or is_late())
         if is_late():
-            moment = "step"
-    seconds = 0.0 if is_late() else planned.share * usual[moment]
-    due = seconds + (attempt.began if moment == "start" else time.monotonic())
+            moment, within = "step", 0.0
+    due = planned.share * within + (attempt.began if moment == "start" else time.monotonic())
     return moment if command.wait_until(lambda: time.monotonic() >= due, QUICK_POLL_SECONDS) else None
 
 

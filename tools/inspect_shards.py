@@ -9,6 +9,7 @@ a line says what and where.
 """
 
 import argparse
+import json
 from collections import Counter
 from collections.abc import Callable
 from io import FileIO
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfpretrain.autoencoder import KLAutoencoder
-    from cfpretrain.data.shards import Shards
+    from cfpretrain.data.shards import LatentsInfo, Shards
 
 _COLUMNS, _MOST_ROWS = 8, 6
 _MOST_NAMES = 10
@@ -77,10 +78,10 @@ def run(arguments: argparse.Namespace) -> None:
     check_range("--cache-limit-gb", arguments.cache_limit_gb, 0)
     check_range("--download-patience-seconds", arguments.download_patience_seconds, 0)
     with phase("loading torch and streaming"):
+        from cfpretrain.data.cache import Cache
         from cfpretrain.data.shards import Shards
-        from cfpretrain.data.storage import CacheSettings, open_source
-    cache = CacheSettings.of(DataConfig(**{name: getattr(arguments, name) for name in _CACHE_OPTIONS}))
-    shards = Shards(arguments.shards, "shards", open_source(arguments.shards, "shards", cache))
+    cache = Cache.of(DataConfig(**{name: getattr(arguments, name) for name in _CACHE_OPTIONS}))
+    shards = Shards(arguments.shards, "shards", cache)
     decoder = None if arguments.autoencoder is None else _load(shards, arguments.autoencoder)
     _print_description(shards, arguments.autoencoder)
     if arguments.grid is not None:
@@ -92,7 +93,8 @@ def run(arguments: argparse.Namespace) -> None:
 def _load(shards: "Shards", folder: Path) -> "KLAutoencoder":
     """The autoencoder of latents; UserError where it is another."""
     from cfpretrain.autoencoder import KLAutoencoder
-    from cfpretrain.data.shards import ImagesInfo, check_autoencoder
+    from cfpretrain.data.compatibility import check_autoencoder
+    from cfpretrain.data.shards import ImagesInfo
 
     info = shards.info
     if isinstance(info, ImagesInfo) or info.autoencoder == "identity":
@@ -104,14 +106,14 @@ def _load(shards: "Shards", folder: Path) -> "KLAutoencoder":
 
 def _print_description(shards: "Shards", autoencoder: Path | None) -> None:
     from cfpretrain.data.images import describe_changes
-    from cfpretrain.data.shards import ImagesInfo, columns_of, config_lines, fingerprint, kind_of
+    from cfpretrain.data.shards import ImagesInfo, columns_of
 
     info = shards.info
     sizes = shards.shard_sizes
     megabytes = sum(file.num_bytes for file in shards.files) / 1e6
     names = ", ".join(info.class_names[:_MOST_NAMES]) + ", ..." * (len(info.class_names) > _MOST_NAMES)
     lines = {
-        "holds": f"{kind_of(info)}, from {info.source}",
+        "holds": f"{info.kind}, from {info.source}",
         "samples": f"{len(shards):,} in {len(sizes)} shards of {sizes.min()} to {sizes.max()}, {megabytes:,.1f} MB",
         "classes": f"{len(info.class_names)}: {names}",
         "columns": ", ".join(f"{name} {kind}" for name, kind in sorted(columns_of(info).items())),
@@ -128,12 +130,25 @@ def _print_description(shards: "Shards", autoencoder: Path | None) -> None:
         for name, values in info.statistics.items():
             lines[f"raw {name}"] = _short(values)
     lines["made with"] = ", ".join(f"{name} {version}" for name, version in info.versions.items())
-    lines["fingerprint"] = fingerprint(shards.source, "shards")
+    lines["fingerprint"] = shards.fingerprint
     for name, text in lines.items():
         print(f"{name:>12}: {printable(text)}", flush=True)
     if not isinstance(info, ImagesInfo):
-        folder = None if autoencoder is None else str(autoencoder)
-        print("a config for them says", *config_lines(info, shards.source.address, folder), sep="\n  ", flush=True)
+        lines_of_config = _config_lines(info, shards.source.address, autoencoder)
+        print("a config for them says", *lines_of_config, sep="\n  ", flush=True)
+
+
+def _config_lines(info: "LatentsInfo", address: str, autoencoder: Path | None) -> list[str]:
+    """What a config for these shards must say, in YAML; the autoencoder's folder is yet to be filled in without one."""
+    data: dict[str, Any] = {"shards": address}
+    if info.autoencoder != "identity":
+        data["autoencoder"] = str(autoencoder or "FOLDER")
+    data |= {"latent_shift": list(info.latent_shift), "latent_scale": list(info.latent_scale)}
+    if info.has_posterior and not info.has_mirror:
+        data["mirror_prob"] = 0.0
+    channels, rows, _ = info.latent_shape
+    model = {"latent_size": rows, "latent_channels": channels, "num_classes": len(info.class_names)}
+    return [f"{section}: {json.dumps(values)}" for section, values in (("model", model), ("data", data))]
 
 
 def _short(values: Any) -> str:

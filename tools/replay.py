@@ -93,7 +93,7 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
 def _look(folder: Path, step: int) -> "tuple[dict[int, dict[str, Any]], list[Path], Config]":
     """The run's rows up to the step, the checkpoints of before it, newest first, and the config that it was made with.
 
-    Of the rows, the step's own and those that say a rewind. One rank looks for all.
+    Of the rows only the step's own and those with a rewind. Rank 0 looks for all.
     """
     from cfpretrain.run import build
     from cfpretrain.run.checkpoint_store import step_of

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 class Task(threading.Thread):
-    """Work in a thread, which begins at once; what stopped it is in `error`.
+    """Work in a thread, which begins at once; the exception that ended it is in `error`.
 
     A process that ends does not wait for it.
     """
@@ -27,15 +27,15 @@ class Task(threading.Thread):
                 self.error = error
             with self._ending:
                 self._has_ended = True
-        except StoppedError as error:  # it came as the work ended
+        except StoppedError as error:  # raised as the work ended
             self.error = error
 
     def stop(self) -> None:
-        """Raises `StoppedError` in the thread at its next line of Python; a call of the system is not interrupted.
+        """Raises `StoppedError` in the thread at its next line of Python, unless it has ended; called once at most.
 
-        To be called once at most; nothing happens where the work has ended.
+        A system call is not interrupted.
         """
-        # The name of a thread that has ended is soon another's.
+        # The identifier of a thread that has ended may be given to another.
         with self._ending:
             if not self._has_ended and self.ident is not None:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self.ident), ctypes.py_object(StoppedError))

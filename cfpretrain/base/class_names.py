@@ -1,4 +1,4 @@
-"""The names of classes as people write them: which class a word on a command line means."""
+"""Which class a word on a command line means: by name or number."""
 
 import difflib
 import unicodedata
@@ -9,15 +9,13 @@ _BY_NAME, _BY_INDEX = "name:", "index:"
 
 
 def label_of(text: str, names: Sequence[str]) -> int:
-    """The class that a word means: by its name, its number, or as `name:...` or `index:...` say.
+    """The class of a word: its name, its number, or `name:...` or `index:...`.
 
     Args:
-        text: the word.
         names: of the classes, by number.
 
     Raises:
-        ValueError: it means no class, or more than one: a name that several have, or one that is also the number of
-            another.
+        ValueError: no class, or more than one: a name that several have, or one that is also the number of another.
     """
     by_name, by_index = _named(text, names), _numbered(text, names)
     if text.startswith(_BY_NAME):
@@ -40,13 +38,13 @@ def label_of(text: str, names: Sequence[str]) -> int:
 
 
 def _named(text: str, names: Sequence[str]) -> list[int]:
-    """The classes of this very name; where there is none, of one that differs in case or in how accents are coded."""
+    """The classes of exactly this name; else those of one that differs in case or in how accents are coded."""
     exact = [i for i, name in enumerate(names) if name == text]
     return exact or [i for i, name in enumerate(names) if _folded(name) == _folded(text)]
 
 
 def _numbered(text: str, names: Sequence[str]) -> list[int]:
-    # A number of thousands of digits is none that a class has.
+    # No class has a number of thousands of digits, which python refuses to read.
     is_number = text.isascii() and text.isdecimal() and len(text) < 20
     return [int(text)] if is_number and int(text) < len(names) else []
 

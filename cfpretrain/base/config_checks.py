@@ -1,4 +1,4 @@
-"""What must fit together in a config, beyond the type and range of each knob; and what is allowed, but hardly meant."""
+"""Checks of knobs against each other, the number of ranks and the origin of values; warnings of likely mistakes."""
 
 import math
 import os
@@ -220,7 +220,7 @@ def check_code(config: Config, origins: Mapping[str, Origin], allow_code: bool) 
 
 
 def doubts(config: Config, origins: Mapping[str, Origin]) -> list[str]:
-    """What is allowed and hardly ever meant, a line for each; of a config that passed the check, and its origins."""
+    """Warnings of likely mistakes, a line for each, in a config that passed the check; with its origins."""
     train, found = config.train, []
     if train.warmup_steps > train.num_steps:
         found.append(

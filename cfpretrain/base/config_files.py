@@ -1,4 +1,4 @@
-"""Dataclasses of knobs from YAML files and `key.sub=value` overrides, and back; which keys there are, the class says.
+"""Dataclasses of knobs from YAML files and `key.sub=value` overrides, and back to plain values and YAML.
 
 Files and overrides that a user wrote may refer to keys, and to the environment where that is allowed; files that were
 recorded hold values alone. Nothing else is resolved: omegaconf has resolvers that import modules.

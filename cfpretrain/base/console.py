@@ -87,6 +87,8 @@ def explaining(message: str) -> Iterator[None]:
     """Turns a system error into a `UserError` with this message, its reason in the place of "{reason}"."""
     try:
         yield
+    except UserError:  # which may be a system error too
+        raise
     except OSError as error:
         raise UserError(message.replace("{reason}", str(error.strerror or error))) from error
 

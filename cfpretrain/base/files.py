@@ -176,6 +176,17 @@ def try_lock(file: Path) -> int | None:
     return None
 
 
+@contextmanager
+def locked(file: Path, wait: Callable[[], None]) -> Iterator[None]:
+    """Holds a lock, as of `try_lock`; where another process has it, calls `wait` before it is tried again."""
+    while (descriptor := try_lock(file)) is None:
+        wait()
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def replace(file: Path, content: bytes | str | Callable[[IO[bytes]], object]) -> None:
     """Writes a file, or replaces one or a link, that is never there in part: under its name it is on the disk.
 

@@ -1,4 +1,4 @@
-"""Ranks and the device: who we are in the run, and how ranks agree."""
+"""Ranks and the device: which rank this process is, which device it has, and how ranks agree."""
 
 import importlib
 import os
@@ -33,7 +33,7 @@ from cfpretrain.base.console import (
 _TIMEOUT = timedelta(minutes=15)
 _EXCHANGE_SECONDS = 5.0
 _STORE_TIMEOUT = timedelta(seconds=10)
-# Rank 0 keeps the store that the others ask who failed first; and who was not the first does not end first.
+# Rank 0 keeps the store that tells the others who failed first, and no other rank may end before that one.
 _KEEP_STORE_SECONDS = 3.0
 _LOOPBACK = "127.0.0.1"
 _LOOPBACK_NAMES = (_LOOPBACK, "localhost")  # what launchers call it
@@ -176,13 +176,13 @@ def stop() -> None:
 
 
 def tick() -> None:
-    """Notes that this rank has come one step further; called at the same places on all ranks."""
+    """Counts progress of this rank; called at the same places on all ranks."""
     global _num_ticks
     _num_ticks += 1
 
 
 def num_ticks() -> int:
-    """How far this rank is: `tick`s so far."""
+    """The number of `tick`s so far."""
     return _num_ticks
 
 
@@ -192,7 +192,7 @@ def barrier() -> None:
 
 
 def gather(item: Any) -> list[Any]:
-    """What each rank passed, in rank order, on every rank. It travels pickled between the ranks, so it is small."""
+    """The items of all ranks, in rank order, on every rank. They travel pickled, so they should be small."""
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()
@@ -222,7 +222,7 @@ def together() -> Iterator[None]:
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
-    """The sum over ranks of a small tensor, as a new tensor on its device; on a GPU, nothing waits for it."""
+    """The sum over ranks of a small tensor, as a new tensor on its device; on a GPU, the host does not wait for it."""
     total = values.clone()
     if dist.is_initialized():
         with _raising_lost_rank():
@@ -231,7 +231,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def read_back(values: torch.Tensor) -> list[float]:
-    """Numbers of the device on the host; on a GPU, waits until they are computed."""
+    """Numbers from the device; on a GPU, the host waits for them."""
     return values.tolist()
 
 
@@ -285,12 +285,12 @@ def ranks_of_a_tool(device: torch.device) -> Iterator[None]:
         _, code = first_to_fail(EXIT_REQUEUE)
         if code != EXIT_REQUEUE:
             leave_after_the_first(code)
-        # Without a farewell to the others, which may not answer.
+        # Without leaving the group, which may wait for the others for ever.
         print_error(f"rank {rank()}: another rank is gone ({error}); the same command goes on")
         os._exit(EXIT_REQUEUE)
     except Exception as error:
         explained = explain_no_memory(error)
-        if explained is not None:  # here, before the others hear that this rank has left the group
+        if explained is not None:  # here, before the others notice that this rank has left the group
             first, code = first_to_fail(EXIT_USER_ERROR)
             if first != rank():
                 leave_after_the_first(code)
@@ -301,7 +301,7 @@ def ranks_of_a_tool(device: torch.device) -> Iterator[None]:
 
 
 class Exchange:
-    """Keeps ranks in touch while each works through its own share: none works on, or waits, where another has failed.
+    """Lets ranks that each work through a share of their own learn within seconds that another has failed.
 
     A context around the work; its end waits for the work of all ranks. A UserError of one is raised on every rank.
 
@@ -342,10 +342,7 @@ class Exchange:
 
 
 def package_versions(*modules: str) -> dict[str, str]:
-    """Versions of cfpretrain and of the packages with these modules, which must be cheap to import.
-
-    A package on PYTHONPATH that was never installed has no metadata to ask.
-    """
+    """Versions of cfpretrain and of these packages, which must be cheap to import: some have no metadata to read."""
     return {"cfpretrain": __version__, **{name: str(importlib.import_module(name).__version__) for name in modules}}
 
 

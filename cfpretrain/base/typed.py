@@ -1,6 +1,6 @@
 """Typed values from plain ones, such as JSON and YAML hold: dataclasses, TypedDicts, tuples, numbers within a range.
 
-A text is a path of this machine where its type is `FilePath`. All that is wrong with a value is said in one message.
+A text of the type `FilePath` is a path of this machine. One message names all problems of a value.
 """
 
 import dataclasses
@@ -81,7 +81,7 @@ def from_plain(kind: Any, plain: Any, source: str, ignore_unknown: bool = False)
 
 
 def convert(kind: Any, plain: Any) -> tuple[Any, list[Problem]]:
-    """A value of the type `kind`, which is of no use where there are problems; they end with the first too many."""
+    """A value of the type `kind`, and its problems; with some, the value is of no use. Ends with the first too many."""
     problems: list[Problem] = []
     value = None
     with suppress(_TooManyProblemsError):
@@ -90,7 +90,7 @@ def convert(kind: Any, plain: Any) -> tuple[Any, list[Problem]]:
 
 
 def raise_all(found: Iterable[tuple[str, Problem]]) -> None:
-    """Raises the problems, each with the file that it is in, as one UserError; nothing where there is none."""
+    """Raises problems, each with the name of its file, as one UserError; does nothing without any."""
     problems = list(itertools.islice(found, _MOST_PROBLEMS + 1))
     count = f"{len(problems)} problems: " if len(problems) > 1 else ""
     if len(problems) > _MOST_PROBLEMS:
@@ -123,7 +123,7 @@ def _convert(value: Any, hint: Any, key: Key, problems: list[Problem]) -> Any:
     if type(value) is hint and (
         hint is float or (hint is str and "\0" not in value) or (hint is int and abs(value) <= _LARGEST)
     ):
-        return value  # at once: a file may hold a million
+        return value  # the fast path: a file may hold a million
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or (value is None and type(None) in (hint, *inner)):
         return value
@@ -229,7 +229,7 @@ def _shown(value: Any) -> str:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str) or "\0" in value:  # which no path may hold, nor anything that is shown
+    if not isinstance(value, str) or "\0" in value:  # no path may hold NUL, and no terminal shows it
         quoted = f"""; put it in quotes, on a command line in both kinds: "'{value}'\""""
         raise _refusal("a text", value, quoted if isinstance(value, int | float) else "")
     return value

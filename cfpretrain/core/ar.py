@@ -1,8 +1,18 @@
-"""The AR axis: AR steps and their sizes, orders, AR weights (section 3 of arXiv 2412.12095).
+"""The AR axis: AR steps, token orders and AR weights (section 3 of arXiv 2412.12095).
 
-An image's L tokens are put in an order and cut into S AR steps: S = 1 is a diffusion transformer, S = L pure
-autoregression. Training draws S with P(S) ~ gamma^(S-1), since long splits are easy (most of the image is given), then
-cut points and the order uniformly, and weighs the loss down along the axis for the same reason.
+The L tokens of an image are put in an order and cut into S AR steps kappa_1 .. kappa_S. The model factorises along both
+axes: each AR step is a diffusion (`process.py`) that is given the clean tokens of the AR steps before it,
+
+    p(x_0) = prod_s p(x_{0,kappa_s} | c_s),   c_s = x_{0,kappa_1..s-1}                                 AR axis
+    p(x_{0..T,kappa_s} | c_s) = p(x_{T,kappa_s}) prod_t p(x_{t-1,kappa_s} | x_{t,kappa_s}, c_s)        noise axis
+
+so that S = 1 is a diffusion transformer and S = L pure autoregression. Training draws
+
+    P(S) = gamma^(S-1) / sum_{i=1..L} gamma^(i-1)   AR step decay: late AR steps are easy, most of the image is given
+    cut points | S  uniform among the (S-1)-subsets of {1..L-1}
+    order           a uniform permutation of the tokens
+
+and weighs the loss of a step by w(x), which falls along the axis for the same reason (`ar_weights`).
 """
 
 import functools
@@ -21,7 +31,7 @@ from cfpretrain.core import seeds
 
 
 def step_count_probabilities(num_tokens: int, decay: float, num_ar_steps: int = 0) -> Tensor:
-    """P(S) for S = 1..L: float64 [L], proportional to decay^(S-1), or all on `num_ar_steps` where that is not 0."""
+    """P(S) = decay^(S-1) / sum_i decay^(i-1) for S = 1..L, float64 [L]; `num_ar_steps` other than 0 has all of it."""
     if num_ar_steps:
         _check_num_ar_steps(num_tokens, num_ar_steps)
         return F.one_hot(torch.tensor(num_ar_steps - 1), num_tokens).double()
@@ -36,12 +46,10 @@ def _check_num_ar_steps(num_tokens: int, num_ar_steps: int) -> None:
 
 @functools.lru_cache(maxsize=8)
 def last_size_table(num_tokens: int, decay: float, num_ar_steps: int = 0) -> Tensor:
-    """The joint law of S and the size of the last AR step, for uniformly drawn cut points.
+    """The joint law of S and the size l of the last AR step: float64 [L, L], entry [l-1, S-1] is P(l, S).
 
-    P(last = l | S) = C(L-l-1, S-2) / C(L-1, S-1) for S >= 2, and S = 1 iff l = L.
-
-    Returns:
-        float64 [L, L]: entry [l-1, S-1] is P(last = l, S).
+    The last cut is at L - l, the S - 2 others before it, of C(L-1, S-1) equally probable ways to choose all:
+    P(l | S) = C(L-l-1, S-2) / C(L-1, S-1) for S >= 2, and l = L iff S = 1.
     """
     L = num_tokens
     last = torch.arange(1, L + 1, dtype=torch.float64)[:, None]
@@ -63,16 +71,10 @@ def _log_choose(n: Tensor, k: Tensor) -> Tensor:
 def draw_shared_steps(
     shared_key: Tensor, batch_size: int, num_tokens: int, decay: float, num_ar_steps: int = 0
 ) -> Tensor:
-    """One split for the whole batch, as the official training draws it.
+    """One split for the whole batch, as the official training draws it: int64 [B, L], each position's 0-based AR step.
 
-    Args:
-        shared_key: int64 scalar, equal on all ranks and micro-batches of an optimizer step.
-        batch_size: B.
-        num_tokens: L.
-        decay, num_ar_steps: of P(S), see `step_count_probabilities`.
-
-    Returns:
-        int64 [B, L]: the AR step (0-based) of each position of the ordered tokens.
+    `shared_key`, an int64 scalar, is equal on all ranks and micro-batches of an optimizer step; `decay` and
+    `num_ar_steps` are those of `step_count_probabilities`.
     """
     num_steps = _draw_index(step_count_probabilities(num_tokens, decay, num_ar_steps), shared_key) + 1
     cuts_BL = _cut_uniformly(seeds.fold(shared_key, 0)[None], num_steps[None], num_tokens, torch.tensor([num_tokens]))
@@ -82,11 +84,11 @@ def draw_shared_steps(
 def draw_steps(
     shared_key: Tensor, sample_keys_B: Tensor, num_tokens: int, decay: float, num_ar_steps: int = 0
 ) -> Tensor:
-    """A split for each sample, all with a last AR step of the same size.
+    """A split for each sample, all with a last AR step of the same size: int64 [B, L].
 
-    A sequence's length depends on the size of its last step only. That size is drawn once from its marginal with
-    `shared_key`, the rest of each split from the exact conditional, so that lengths are equal and every sample's split
-    has the law of `draw_shared_steps`. Arguments and result as there; `sample_keys_B`: int64 [B], one key a sample.
+    A sequence's length, Q + 2L - l, depends on the size l of its last step only. So l ~ P(l) is drawn once, with
+    `shared_key`, then for each sample S ~ P(S | l) and S - 2 cut points below L - l: lengths are equal, and every
+    sample's split has the law of `draw_shared_steps`.
     """
     table = last_size_table(num_tokens, decay, num_ar_steps)
     last = _draw_index(last_size_probabilities(num_tokens, decay, num_ar_steps, "random"), shared_key)
@@ -135,15 +137,10 @@ def cosine_sizes(num_tokens: int, num_ar_steps: int) -> list[int]:
 
 
 def choose_sizes(num_tokens: int, num_ar_steps: int, sizes: str | Sequence[int]) -> list[int]:
-    """Sizes of AR steps as a person asks for them.
-
-    Args:
-        num_tokens: that are to be made.
-        num_ar_steps: how many steps; where sizes are given, their number.
-        sizes: "equal", "cosine", or the sizes themselves.
+    """Sizes of AR steps as a person asks for them: "equal", "cosine", or the sizes themselves.
 
     Raises:
-        ValueError: no such number of steps; sizes below 1, or that add up to something else.
+        ValueError: sizes that are not `num_ar_steps` numbers from 1 on with the sum `num_tokens`.
     """
     if isinstance(sizes, str):
         return {"equal": equal_sizes, "cosine": cosine_sizes}[sizes](num_tokens, num_ar_steps)
@@ -157,8 +154,7 @@ def choose_sizes(num_tokens: int, num_ar_steps: int, sizes: str | Sequence[int])
 
 def steps_from_sizes(sizes: Sequence[int] | Tensor) -> Tensor:
     """The AR step of each position for steps of the given sizes: int64 [L]."""
-    sizes = torch.as_tensor(sizes)
-    return torch.arange(len(sizes)).repeat_interleave(sizes)
+    return torch.arange(len(sizes)).repeat_interleave(torch.as_tensor(sizes))
 
 
 def step_begin(steps_BL: Tensor) -> Tensor:
@@ -169,12 +165,12 @@ def step_begin(steps_BL: Tensor) -> Tensor:
 
 
 def ar_weights(steps_BL: Tensor, first: float, last: float, schedule: str) -> Tensor:
-    """The loss weight of each token, by the position x at which its AR step begins: float32 [B, L].
+    """The loss weight w(x) of each token, by the position x at which its AR step begins: float32 [B, L].
 
-    Args:
-        steps_BL: int64 [B, L], the AR step of each position.
-        first, last: the weights at x = 0 and x = L.
-        schedule: "linear" or "cosine", from one to the other.
+    It leads from w_first at x = 0 to w_last at x = L:
+
+        linear   w(x) = w_first - (w_first - w_last) x / L
+        cosine   w(x) = (w_first - w_last) / 2 cos(pi x / L) + (w_first + w_last) / 2
     """
     share_BL = step_begin(steps_BL).float() / steps_BL.shape[1]
     if schedule == "cosine":
@@ -185,7 +181,7 @@ def ar_weights(steps_BL: Tensor, first: float, last: float, schedule: str) -> Te
 
 @functools.lru_cache(maxsize=8)
 def last_size_probabilities(num_tokens: int, decay: float, num_ar_steps: int, ar_step_sizes: str) -> Tensor:
-    """P(last = l) for l = 1..L, on which alone a sequence's length depends: float64 [L]; arguments as `ARSettings`."""
+    """P(l), l = 1..L, of the last AR step's size, which alone decides a sequence's length: float64 [L]."""
     if ar_step_sizes == "equal":
         return F.one_hot(torch.tensor(equal_sizes(num_tokens, num_ar_steps)[-1] - 1), num_tokens).double()
     return last_size_table(num_tokens, decay, num_ar_steps).sum(1)
@@ -196,34 +192,18 @@ def last_size_probabilities(num_tokens: int, decay: float, num_ar_steps: int, ar
 
 
 def draw_orders(sample_keys_B: Tensor, num_tokens: int, token_order: str, block_size: int) -> Tensor:
-    """The order of each sample's tokens: int64 [B, L], entry i the token (row * grid + column) at position i.
-
-    Args:
-        sample_keys_B: int64 [B], one key a sample.
-        num_tokens: L.
-        token_order: "random" for a permutation of its own for each sample, else as for `fixed_order`.
-        block_size: as for `fixed_order`.
-    """
+    """The order of each sample's tokens, int64 [B, L]: "random" for a permutation by its key, else `fixed_order`'s."""
     if token_order == "random":
         return seeds.permutation(sample_keys_B, num_tokens)
     return fixed_order(math.isqrt(num_tokens), token_order, block_size).expand(len(sample_keys_B), -1)
 
 
 def fixed_order(grid: int, token_order: str, block_size: int) -> Tensor:
-    """An order that all images share.
+    """An order that all images share: int64 [L], entry i the token (row * grid + column) at position i.
 
-    Args:
-        grid: rows = columns of the token grid.
-        token_order: "raster": row by row. "block_raster": blocks of block_size x block_size tokens row by row, and the
-            tokens of each block row by row. "dilated": the tokens with (row % s, column % s) = (0, 0) for the stride
-            s = block_size, row by row, then those with (0, 1), and so on to (s - 1, s - 1).
-        block_size: divides the grid; "raster" has no use for it.
-
-    Returns:
-        int64 [L], entry i the token (row * grid + column) at position i.
-
-    Raises:
-        ValueError: the block size does not divide the grid.
+    "raster": row by row. "block_raster": blocks of s x s tokens row by row, and the tokens of each block row by row.
+    "dilated": the tokens with (row % s, column % s) = (0, 0), row by row, then those with (0, 1), and so on to
+    (s - 1, s - 1). The block size or stride s = block_size must divide the grid, or a ValueError says so.
     """
     tokens_L = torch.arange(grid**2)
     if token_order == "raster":
@@ -243,26 +223,17 @@ def fixed_order(grid: int, token_order: str, block_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ARSettings:
-    """AR steps, orders and weights in training; section `order` of a config has the same keys.
+    """AR steps, orders and weights in training; section `order` of a config has the same keys."""
 
-    Attributes:
-        num_ar_steps: AR steps (S) of every split; 0 draws it.
-        ar_step_decay: P(S) is proportional to ar_step_decay^(S-1).
-        ar_step_sizes: "random" cut points, or "equal" sizes of `num_ar_steps` steps.
-        ar_split: "sample" for a split of its own for each sample (equal last sizes), "batch" for one that all share.
-        ar_weight_first, ar_weight_last, ar_weight_schedule: see `ar_weights`.
-        token_order, block_size: see `draw_orders`.
-    """
-
-    num_ar_steps: int = 0
-    ar_step_decay: float = 0.9
-    ar_step_sizes: str = "random"
-    ar_split: str = "sample"
-    ar_weight_first: float = 2.0
-    ar_weight_last: float = 1.0
+    num_ar_steps: int = 0  # S of every split; 0 draws it
+    ar_step_decay: float = 0.9  # gamma: P(S) is proportional to gamma^(S-1)
+    ar_step_sizes: str = "random"  # cut points, or "equal" sizes of `num_ar_steps` steps
+    ar_split: str = "sample"  # a split for each sample (equal last sizes), or one for the whole "batch"
+    ar_weight_first: float = 2.0  # w(0), see `ar_weights`
+    ar_weight_last: float = 1.0  # w(L)
     ar_weight_schedule: str = "linear"
-    token_order: str = "random"
-    block_size: int = 4
+    token_order: str = "random"  # see `draw_orders`
+    block_size: int = 4  # of the orders "block_raster" and "dilated"
 
     @property
     def shares_split(self) -> bool:

@@ -11,12 +11,7 @@ from torch import Tensor
 
 
 class LatentScaling:
-    """The shift and scale, per channel, between raw latents and those that the transformer sees.
-
-    Args:
-        shift: one value, or one for each latent channel.
-        scale: likewise; not zero.
-    """
+    """z = (raw - shift) * scale between raw latents and those that the transformer sees, each one value or C."""
 
     def __init__(self, shift: Sequence[float], scale: Sequence[float]) -> None:
         self.shift, self.scale = tuple(shift), tuple(scale)

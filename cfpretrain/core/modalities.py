@@ -1,12 +1,14 @@
 """Modalities: what is particular to a kind of token, beside a trunk that all kinds share.
 
 A modality embeds the segments of its kind, predicts what is to be learned of them, and says what the prediction costs.
-Classes and images are two; a further kind is a file with one more, its line in `MODALITIES` and its place in a
-`Network`.
+Classes and images are two; a further kind is a file with one more, which enters itself in `MODALITIES`, and its place
+in a `Network`.
 """
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,17 +26,11 @@ _MAX_PERIOD = 10000.0
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss as a pair, since counts may differ between ranks; those of several segments add up.
+    """A loss as a pair, since counts may differ between ranks; those of several segments add up."""
 
-    Attributes:
-        total: scalar, the weighted errors added up.
-        count: number of values added.
-        squared_error_BLP: float32 [B, L, P], unweighted, of images in the order of generation; detached. Other kinds
-            have none: [0], which `torch.cat` leaves out.
-    """
-
-    total: Tensor
-    count: int
+    total: Tensor  # scalar, the weighted errors added up
+    count: int  # of the values added
+    # Float32 [B, L, P], unweighted, of images in the order of generation; detached. Other kinds have none: [0].
     squared_error_BLP: Tensor
 
     def __add__(self, other: "LossTerms") -> "LossTerms":
@@ -42,35 +38,63 @@ class LossTerms:
         return LossTerms(self.total + other.total, self.count + other.count, errors_BLP)
 
 
-# The vectors of a segment's clean tokens and of its noised ones; None where it has no such tokens.
-Vectors = tuple[Tensor | None, Tensor | None]
+# The vectors of all clean tokens of a kind, segment by segment, and of all noised ones; None where the kind has none.
+Vectors = tuple[Tensor, Tensor | None]
 
 
 class Modality:
-    """What is particular to a kind of token.
+    """What is particular to a kind of token."""
 
-    Attributes:
-        kind: of the segments that are its own.
-        embedder: called once a forward with all segments of the kind, returns the `Vectors` of each.
-        head: called once a forward with the vectors that it reads of all segments [B, N, D]; None predicts nothing.
-        head_name: of its parameters in a checkpoint; those of the embedder are named `<kind>_embedder`.
-    """
-
-    kind: str
-    head_name = ""
+    kind: str  # of the segments that are its own
+    head_name = ""  # of the head's parameters in a checkpoint; those of the embedder are named `<kind>_embedder`
+    projections = (0, 0)  # matrix products with each clean token and with each noised one, into the trunk and out
 
     def __init__(self, embedder: nn.Module, head: nn.Module | None = None) -> None:
+        """Each is called at most once a forward.
+
+        Args:
+            embedder: with all segments of the kind; returns their `Vectors`.
+            head: with all vectors that `read` gives, [B, N, D]; None predicts nothing.
+        """
         self.embedder, self.head = embedder, head
+
+    def num_clean(self, segment: Segment) -> int:
+        """How many clean tokens of a segment are embedded."""
+        return 0 if segment.clean is None else segment.clean.shape[1]
+
+    def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
+        """A segment of no tokens that takes those parameters of the embedder which the given ones of the kind do not.
+
+        None where these take all. It is embedded beside them; see `Network`.
+        """
+        raise NotImplementedError
 
     @staticmethod
     def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
-        """Of what the trunk makes of a segment's tokens, that from which the head predicts."""
+        """Of what the trunk makes of the tokens of the kind, that from which the head predicts."""
         raise NotImplementedError
 
     @staticmethod
-    def loss(prediction: Tensor, segment: Segment) -> LossTerms:
-        """What a prediction for a segment costs; it needs no parameters."""
+    def loss(prediction: Tensor, segments: Sequence[Segment]) -> LossTerms:
+        """What a prediction for these segments, one behind another, costs; it needs no parameters."""
         raise NotImplementedError
+
+
+def loss_of(predictions: Mapping[str, Tensor], segments: Sequence[Segment]) -> LossTerms:
+    """The loss of a batch, of what is predicted of each kind."""
+    terms = []
+    for kind, prediction in predictions.items():
+        learned = [one for one in segments if one.kind == kind and one.targets is not None]
+        if learned:
+            terms.append(MODALITIES[kind].loss(prediction, learned))
+        else:  # it is empty, and its sum 0, by which parameters have gradients of zero
+            terms.append(LossTerms(prediction.sum(), 0, prediction.new_empty(0)))
+    return functools.reduce(operator.add, terms)
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Puts [B, n, ...] parts behind one another, and does not copy a single one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 # ---------------------------------------------------------------------------
@@ -83,18 +107,18 @@ def class_segment(num_cond_tokens: int, labels_B: Tensor | None = None) -> Segme
 
 
 class ClassEmbedder(nn.Module):
-    """A class -> its condition tokens; the last row of the table is the null class."""
+    """A class -> Q condition tokens: its row of a table, whose last one is the null class's, plus learned positions."""
 
     def __init__(self, num_classes: int, num_cond_tokens: int, width: int) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + 1, num_cond_tokens * width)
         self.cond_pos_embed = nn.Parameter(torch.empty(1, num_cond_tokens, width))
 
-    def forward(self, segments: Sequence[Segment]) -> list[Vectors]:
-        """For each segment Q clean vectors."""
+    def forward(self, segments: Sequence[Segment]) -> Vectors:
+        """Q clean vectors for each segment."""
         labels = torch.cat([segment.clean for segment in segments if segment.clean is not None])
         tokens_BQD = self.embedding_table(labels).unflatten(1, self.cond_pos_embed.shape[1:]) + self.cond_pos_embed
-        return [(clean_BQD, None) for clean_BQD in tokens_BQD.chunk(len(segments))]
+        return join(tokens_BQD.chunk(len(segments))), None
 
 
 class Classes(Modality):
@@ -104,6 +128,15 @@ class Classes(Modality):
 
     def __init__(self, num_classes: int, num_cond_tokens: int, width: int) -> None:
         super().__init__(ClassEmbedder(num_classes, num_cond_tokens, width))
+        self._num_cond_tokens = num_cond_tokens
+
+    def num_clean(self, segment: Segment) -> int:
+        """Q, which a label stands for."""
+        return self._num_cond_tokens
+
+    def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
+        """Of no samples: the tokens of a class are a fixed number."""
+        return None if given else Segment(CLASS, clean=torch.zeros(0, dtype=torch.int64, device=device))
 
 
 # ---------------------------------------------------------------------------
@@ -111,10 +144,9 @@ class Classes(Modality):
 
 
 def sincos_positions(grid: int, width: int) -> Tensor:
-    """2-d sin-cos position embeddings: the first half of the width from the column, the second from the row.
+    """2-d sin-cos position embeddings, float32 [L, D]: half of the width from the column x, half from the row y.
 
-    Returns:
-        float32 [L, D]; each half is [sin | cos].
+    Each half is [sin(x f_i) | cos(x f_i)] with f_i = 10000^(-i / (D/4)), i = 0..D/4 - 1, and with y.
     """
     frequency = _MAX_PERIOD ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle_GF = torch.arange(grid, dtype=torch.float64)[:, None] * frequency
@@ -125,14 +157,14 @@ def sincos_positions(grid: int, width: int) -> Tensor:
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoid [cos | sin] of the timestep, then a two-layer perceptron with SiLU."""
+    """W_2 silu(W_1 e(t) + b_1) + b_2 of e(t) = [cos(t f_i) | sin(t f_i)], f_i = 10000^(-i / 128), i = 0..127."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(_TIMESTEP_WIDTH, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, timesteps_B: Tensor) -> Tensor:
-        """int64 [B] -> [B, D]."""
+        """Times as the network is told them [B] -> [B, D]."""
         half = _TIMESTEP_WIDTH // 2
         exponent = torch.arange(half, dtype=torch.float32, device=timesteps_B.device) / half
         angle = timesteps_B[:, None].float() * torch.exp(-math.log(_MAX_PERIOD) * exponent)
@@ -146,7 +178,7 @@ def image_segment(steps_BL: Tensor) -> Segment:
 
 
 class ImageEmbedder(nn.Module):
-    """Tokens of an image -> vectors: one projection for clean and noised, positions, timesteps for the noised."""
+    """Tokens x of an image -> vectors: W x + b + position for clean ones, and + TimestepEmbedder(t) for noised ones."""
 
     def __init__(self, grid: int, patch_values: int, width: int, learnable_positions: bool) -> None:
         super().__init__()
@@ -155,25 +187,28 @@ class ImageEmbedder(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, width)) if learnable_positions else None
         self.t_embedder = TimestepEmbedder(width)
 
-    def forward(self, segments: Sequence[Segment]) -> list[Vectors]:
-        """For each segment the vectors of its first positions, clean, and of all, noised, as far as they enter."""
-        clean, noised = [one.clean for one in segments], [one.noised for one in segments]
-        pairs = zip([*segments, *segments], [*clean, *noised], strict=True)
-        entering = [(one.positions_BL, values) for one, values in pairs if values is not None]
-        values = torch.cat([values for _, values in entering], dim=1)
-        positions = torch.cat([places[:, : one.shape[1]] for places, one in entering if places is not None], dim=1)
-        tokens: Tensor = self.x_proj(values.to(self.x_proj.weight.dtype))
+    def forward(self, segments: Sequence[Segment]) -> Vectors:
+        """The vectors of the first positions of segments, clean, and of all, noised, as far as they enter."""
+        clean, noised = ([one for one in segments if getattr(one, name) is not None] for name in ("clean", "noised"))
+        entering = [(one.clean, one.positions_BL) for one in clean] + [(one.noised, one.positions_BL) for one in noised]
+        pairs = [
+            (values, places[:, : values.shape[1]])
+            for values, places in entering
+            if values is not None and places is not None
+        ]
+        values_BMP, places_BM = (join(parts) for parts in zip(*pairs, strict=True))
+        tokens: Tensor = self.x_proj(values_BMP.to(self.x_proj.weight.dtype))
         # Not by an index, whose gradient is slow on a GPU where places occur often.
-        tokens = tokens + F.embedding(positions, self._position_table(tokens))
-        pieces = take_pieces(tokens, [values.shape[1] for _, values in entering])
-        clean_vectors = [None if values is None else next(pieces) for values in clean]
-        noised_vectors = [None if values is None else next(pieces) for values in noised]
-        times = [one.times_B for one in segments if one.times_B is not None and one.noised is not None]
-        if times:
+        tokens = tokens + F.embedding(places_BM, self._position_table(tokens))
+        num_clean = sum(one.clean.shape[1] for one in clean if one.clean is not None)
+        clean_BLD, noised_BND = tokens[:, :num_clean], tokens[:, num_clean:]
+        if noised:
             # Only noised tokens are told a time, by which the network also tells them from clean ones.
-            told = iter(self.t_embedder(torch.cat(times)).chunk(len(times)))
-            noised_vectors = [None if vectors is None else vectors + next(told)[:, None] for vectors in noised_vectors]
-        return list(zip(clean_vectors, noised_vectors, strict=True))
+            times = torch.cat([one.times_B for one in noised if one.times_B is not None])
+            told = self.t_embedder(times).unsqueeze(1).chunk(len(noised))
+            pieces = take_pieces(noised_BND, [one.noised.shape[1] for one in noised if one.noised is not None])
+            noised_BND = join([piece + of_segment for piece, of_segment in zip(pieces, told, strict=True)])
+        return clean_BLD, noised_BND
 
     def _position_table(self, like: Tensor) -> Tensor:
         if self.pos_embed is not None:
@@ -182,7 +217,7 @@ class ImageEmbedder(nn.Module):
 
 
 class NoiseHead(nn.Module):
-    """Noised tokens' vectors -> predicted epsilon."""
+    """Vectors h of noised tokens -> W norm(h) + b [B, N, P]: epsilon, v or whatever `NoiseProcess.target` is."""
 
     def __init__(self, width: int, patch_values: int) -> None:
         super().__init__()
@@ -197,10 +232,21 @@ class Images(Modality):
     """Images, whose noised tokens are denoised."""
 
     kind, head_name = IMAGE, "noise_head"
+    projections = (1, 2)
 
     def __init__(self, grid: int, patch_values: int, width: int, learnable_positions: bool) -> None:
         embedder = ImageEmbedder(grid, patch_values, width, learnable_positions)
         super().__init__(embedder, NoiseHead(width, patch_values))
+        self._patch_values = patch_values
+
+    def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
+        """Of no noised tokens, since only these are told a time."""
+        if any(one.noised is not None for one in given):
+            return None
+        batch_size = next((len(one.clean) for one in given if one.clean is not None), 1)
+        nothing_BLP = torch.zeros(batch_size, 0, self._patch_values, device=device)
+        times_B = torch.zeros(batch_size, device=device)
+        return Segment(IMAGE, noised=nothing_BLP, positions_BL=nothing_BLP[..., 0].long(), times_B=times_B)
 
     @staticmethod
     def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
@@ -208,20 +254,19 @@ class Images(Modality):
         return noised_BND
 
     @staticmethod
-    def loss(prediction_BLP: Tensor, segment: Segment) -> LossTerms:
-        """w(s) |target - f(x_t of step s, t, x_0 of the steps before s)|^2 over the tokens of all AR steps s at once.
+    def loss(prediction_BLP: Tensor, segments: Sequence[Segment]) -> LossTerms:
+        """The sum over AR steps s of w_s |target - f(x_{t,kappa_s}, t, x_{0,kappa_1..s-1})|^2, and its values' number.
 
-        The weights are those of the AR axis (`ar.ar_weights`), and the attention's mask makes one pass of all steps
-        (section 3 of arXiv 2412.12095).
+        The weights are those of the AR axis (`ar.ar_weights`); the attention's mask makes one pass of all steps.
         """
-        assert segment.targets is not None
-        assert segment.weights_BL is not None
-        squared_error_BLP = (prediction_BLP.float() - segment.targets).square()
-        total = (squared_error_BLP * segment.weights_BL.unsqueeze(-1)).sum()
+        targets_BLP = join([one.targets for one in segments if one.targets is not None])
+        weights_BL = join([one.weights_BL for one in segments if one.weights_BL is not None])
+        squared_error_BLP = (prediction_BLP.float() - targets_BLP).square()
+        total = (squared_error_BLP * weights_BL.unsqueeze(-1)).sum()
         return LossTerms(total, squared_error_BLP.numel(), squared_error_BLP.detach())
 
 
-# What a loss knows a modality by.
+# What a loss and a count of FLOPs know a modality by.
 MODALITIES: dict[str, type[Modality]] = {CLASS: Classes, IMAGE: Images}
 
 

@@ -1,7 +1,7 @@
 """The CausalFusion transformer: modalities around a trunk that takes (tokens, intervals, cache).
 
 A pre-norm decoder without adaLN: timesteps are added to the noised tokens, classes are condition tokens (section 3 of
-arXiv 2412.12095). The trunk knows nothing of images or classes; `modalities.py` does.
+arXiv 2412.12095). What is particular to images or classes is in `modalities.py`.
 
 Every parameter belongs to a module whose `forward` uses it, since ZeRO-3 gathers parameters only there.
 """
@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cfpretrain.core import seeds
 from cfpretrain.core.attention import Visibility, attend, compile_by_shape, make_visibility
-from cfpretrain.core.modalities import Classes, Images, Modality, sincos_positions, take_pieces
+from cfpretrain.core.modalities import Classes, Images, Modality, Vectors, join, sincos_positions, take_pieces
 from cfpretrain.core.norm import layer_norm
 from cfpretrain.core.segments import Segment
 
@@ -26,14 +26,10 @@ _EMBEDDING_STD = 0.02
 
 
 class KeyValueCache:
-    """Keys and values of the clean context, for each block.
-
-    Args:
-        depth: blocks of the trunk.
-        capacity: tokens it can hold, those of the current call included.
-    """
+    """Keys and values of the clean context, for each block."""
 
     def __init__(self, depth: int, capacity: int) -> None:
+        """`capacity`: tokens that it can hold, those of the current call included."""
         self.length = 0
         self._capacity = capacity
         self._keys: list[Tensor | None] = [None] * depth
@@ -76,7 +72,7 @@ ExtendContext = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Attention(nn.Module):
-    """Multi-head attention with LayerNorm over the head width on queries and keys."""
+    """W_o [heads' softmax(q k^T / sqrt(E)) v] + b_o, where q and k have a LayerNorm over the head width E."""
 
     def __init__(self, width: int, num_heads: int, fused_norm: bool) -> None:
         super().__init__()
@@ -95,7 +91,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers with tanh-approximated GELU, four times as wide inside."""
+    """W_2 gelu(W_1 x + b_1) + b_2, 4 D wide inside; gelu in its tanh approximation."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -108,25 +104,17 @@ class Mlp(nn.Module):
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """How the blocks compute; what they compute is the same.
+    """How the blocks compute; what they compute is the same."""
 
-    Attributes:
-        attention: backend where the intervals say who sees whom (`attention.choose`).
-        cached_attention: backend where everyone sees everything (`attention.choose`).
-        compile: torch.compile each block in training.
-        checkpoint_activations: keep only the blocks' inputs for the backward and compute the rest again.
-        fused_norm: apex's LayerNorm (`norm.has_apex`); not with `compile`.
-    """
-
-    attention: str = "sdpa"
-    cached_attention: str = "sdpa"
-    compile: bool = False
-    checkpoint_activations: bool = False
-    fused_norm: bool = False
+    attention: str = "sdpa"  # backend where the intervals say who sees whom (`attention.choose`)
+    sampling_attention: str = "sdpa"  # backend where everyone sees everything
+    compile: bool = False  # torch.compile each block in training
+    checkpoint_activations: bool = False  # keep only the blocks' inputs for the backward, compute the rest again
+    fused_norm: bool = False  # apex's LayerNorm (`norm.has_apex`); not with `compile`
 
 
 class Block(nn.Module):
-    """Pre-norm attention and perceptron, each with a residual."""
+    """x <- x + Attention(norm1(x)), then x <- x + Mlp(norm2(x))."""
 
     def __init__(self, width: int, num_heads: int, settings: BlockSettings) -> None:
         super().__init__()
@@ -157,14 +145,9 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(Block(width, num_heads, settings) for _ in range(depth))
 
     def forward(self, x_BMD: Tensor, intervals_BMI: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        """Tokens through all blocks.
-
-        Args:
-            intervals_BMI: what each row sees (`segments.Layout`); None lets each see all tokens and the whole cache.
-            cache: context of earlier calls, extended by this one's tokens; None without context.
-        """
+        """Tokens through all blocks; arguments as of `Network.forward`. The cache is extended by all tokens."""
         settings = self.settings
-        backend = settings.cached_attention if intervals_BMI is None else settings.attention
+        backend = settings.sampling_attention if intervals_BMI is None else settings.attention
         num_keys = x_BMD.shape[1] + (0 if cache is None else cache.length)
         visibility = make_visibility(intervals_BMI, num_keys, backend)
         for i, block in enumerate(self.blocks):
@@ -179,14 +162,12 @@ class Trunk(nn.Module):
 
 
 class Network(nn.Module):
-    """Modalities around a trunk.
+    """Modalities, one for each kind of token, around a trunk.
 
-    Args:
-        modalities: one for each kind of token.
-        width: D.
-        depth: blocks.
-        num_heads: heads; divides the width.
-        blocks: how the blocks compute.
+    For gradients, a call uses all parameters: those of kinds that its segments lack embed and predict no tokens, and
+    get gradients of zero. And it calls modules in one order, each once for all segments of a kind. ZeRO-3 needs both
+    from ranks whose micro-batches hold other kinds, or other numbers of them: each call gathers a module's parameters
+    from all ranks, and each gradient is summed over all.
     """
 
     def __init__(
@@ -209,7 +190,7 @@ class Network(nn.Module):
 
     def forward(
         self, segments: Sequence[Segment], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> list[Tensor]:
+    ) -> dict[str, Tensor]:
         """Predicts what is to be learned of the segments.
 
         Args:
@@ -218,65 +199,65 @@ class Network(nn.Module):
             cache: context of earlier calls. The clean tokens of this call are kept in it, the noised ones are not.
 
         Returns:
-            The prediction for each segment of which something is predicted in this call, in order: [B, N, P] for the
-            noised tokens of an image.
+            For each kind of which something is predicted in this call, the predictions for its segments, one behind
+            another: [B, N, P] for the noised tokens of images. For gradients, those of no tokens are there too.
         """
-        # One call for all segments of a kind: ranks whose rows hold other numbers of them call alike, as ZeRO-3 wants.
-        embedded = {
-            kind: iter(self.modalities[kind].embedder([one for one in segments if one.kind == kind]))
-            for kind in dict.fromkeys(one.kind for one in segments)
-        }
-        vectors = [next(embedded[one.kind]) for one in segments]
-        entering = [part for clean_or_noised in zip(*vectors, strict=True) for part in clean_or_noised]
-        num_clean = sum(clean.shape[1] for clean, _ in vectors if clean is not None)
-        x_BMD = self.trunk(torch.cat([part for part in entering if part is not None], dim=1), intervals_BMI, cache)
+        vectors, num_segments = self._embed(segments), len(segments)
+        # Of each segment, the clean tokens and then the noised ones, as they stand in the sequence.
+        sizes = [self.modalities[one.kind].num_clean(one) for one in segments]
+        num_clean = sum(sizes)
+        sizes += [0 if one.noised is None else one.noised.shape[1] for one in segments]
+        places = {kind: [i for i, one in enumerate(segments) if one.kind == kind] for kind in sorted(self.modalities)}
+        entering: dict[int, Tensor] = {}
+        for kind, parts in vectors.items():
+            for begin, part in zip((0, num_segments), parts, strict=True):
+                if part is not None:
+                    of_kind = [begin + i for i in places[kind]]
+                    entering |= zip(of_kind, take_pieces(part, [sizes[i] for i in of_kind]), strict=True)
+        sequence = [entering[i] for i in sorted(entering) if sizes[i]]
+        if torch.is_grad_enabled():
+            empty = [part for parts in vectors.values() for part in parts if part is not None and not part.numel()]
+            sequence += [part.reshape(len(sequence[0]), 0, part.shape[-1]) for part in empty]
+        x_BMD = self.trunk(join(sequence), intervals_BMI, cache)
         if cache is not None:
             cache.keep(num_clean)
-        pieces = iter(take_pieces(x_BMD, [0 if part is None else part.shape[1] for part in entering]))
-        clean = [next(pieces) for _ in segments]
-        return self._predict(segments, list(zip(clean, pieces, strict=True)))
-
-    def _predict(self, segments: Sequence[Segment], vectors: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        predictions: dict[int, Tensor] = {}
-        for kind in dict.fromkeys(one.kind for one in segments):
+        made = list(take_pieces(x_BMD, sizes))
+        predictions: dict[str, Tensor] = {}
+        for kind, of_kind in places.items():
             modality = self.modalities[kind]
-            if modality.head is None:
-                continue
-            read = {i: modality.read(*vectors[i]) for i, one in enumerate(segments) if one.kind == kind}
-            read = {i: of_segment for i, of_segment in read.items() if of_segment.shape[1]}
-            if read:
-                all_read = list(read.values())
-                predicted = modality.head(torch.cat(all_read, dim=1) if len(read) > 1 else all_read[0])
-                predictions |= zip(read, take_pieces(predicted, [one.shape[1] for one in all_read]), strict=True)
-        return [predictions[i] for i in sorted(predictions)]
+            if modality.head is not None:
+                clean = join([made[i] for i in of_kind] or [x_BMD[:, :0]])
+                noised = join([made[num_segments + i] for i in of_kind] or [x_BMD[:, :0]])
+                read = modality.read(clean, noised)
+                if read.shape[1] or torch.is_grad_enabled():
+                    predictions[kind] = modality.head(read)
+        return predictions
+
+    def _embed(self, segments: Sequence[Segment]) -> dict[str, Vectors]:
+        device = next(iter(segments[0].tensors().values())).device
+        vectors: dict[str, Vectors] = {}
+        for kind, modality in sorted(self.modalities.items()):
+            of_kind = [one for one in segments if one.kind == kind]
+            empty = modality.empty_segment(of_kind, device) if torch.is_grad_enabled() else None
+            if of_kind or empty is not None:
+                vectors[kind] = modality.embedder(of_kind if empty is None else [*of_kind, empty])
+        return vectors
 
 
 class CausalFusion(Network):
-    """CausalFusion for images of one size and class conditions.
-
-    Args:
-        grid: rows = columns of the token grid (L = grid^2).
-        patch_values: values of a token (P).
-        width: D.
-        depth: blocks.
-        num_heads: heads; divides the width.
-        num_cond_tokens: condition tokens a class (Q).
-        num_classes: classes without the null class.
-        learnable_positions: learned position embeddings, else fixed 2-d sin-cos.
-        blocks: how the blocks compute.
-    """
+    """CausalFusion for images of one size and class conditions."""
 
     def __init__(
         self,
         *,
-        grid: int,
-        patch_values: int,
-        width: int,
+        grid: int,  # rows = columns of the tokens: L = grid^2
+        patch_values: int,  # P
+        width: int,  # D
         depth: int,
-        num_heads: int,
-        num_cond_tokens: int,
-        num_classes: int,
-        learnable_positions: bool = True,
+        num_heads: int,  # divides the width
+        num_cond_tokens: int,  # Q
+        num_classes: int,  # without the null class
+        learnable_positions: bool = True,  # else fixed 2-d sin-cos
         blocks: BlockSettings | None = None,
     ) -> None:
         images = Images(grid, patch_values, width, learnable_positions)
@@ -284,11 +265,7 @@ class CausalFusion(Network):
         super().__init__([images, classes], width, depth, num_heads, blocks)
         self.grid, self.patch_values = grid, patch_values
         self.num_cond_tokens, self.num_classes = num_cond_tokens, num_classes
-
-    @property
-    def null_class(self) -> int:
-        """The label that stands for "no class"."""
-        return self.num_classes
+        self.null_class = num_classes  # the label that stands for "no class"
 
 
 # ---------------------------------------------------------------------------
@@ -302,16 +279,9 @@ WriteInitialValues = Callable[[str, tuple[int, ...], int, Tensor], None]
 def write_initial_values(seed: int, grid: int, name: str, shape: Sequence[int], offset: int, values: Tensor) -> None:
     """Writes a range of a parameter's initial values: functions of the seed and the name, whoever holds the range.
 
-    Linear weights are Xavier uniform and biases 0, but the noise head is 0; embeddings are N(0, 0.02); learnable
-    positions begin as 2-d sin-cos. Beside `values`, it takes a bounded memory, on their device.
-
-    Args:
-        seed: the run's seed.
-        grid: rows = columns of the token grid.
-        name: the parameter's name in `CausalFusion`.
-        shape: its full shape.
-        offset: flat index of the first value.
-        values: float32 [number of values], contiguous.
+    Linear weights are Xavier uniform, U(-a, a) with a = sqrt(6 / (inputs + outputs)), and biases 0, but the noise head
+    is 0; embeddings are N(0, 0.02^2); learnable positions begin as 2-d sin-cos; norms as the identity. Beside `values`
+    (float32, contiguous, from flat index `offset` on), it takes a bounded memory, on their device.
     """
     leaf, count = name.rsplit(".", 2), len(values)
     if leaf[-1] == "pos_embed":

@@ -1,4 +1,4 @@
-"""LayerNorm: torch's, or the fused one of NVIDIA apex (the package of that name on the registry is another)."""
+"""LayerNorm over the last axis, (x - mean) / sqrt(variance + 1e-5) * weight + bias: torch's, or NVIDIA apex's."""
 
 import importlib.util
 
@@ -8,19 +8,14 @@ _EPS = 1e-5
 
 
 def has_apex(extension: str = "fused_layer_norm_cuda") -> bool:
-    """Whether NVIDIA's apex is installed with this CUDA extension of its own; left out, that of its LayerNorm."""
+    """Whether NVIDIA's apex (the registry's package of that name is another) is here, with this CUDA extension."""
     if importlib.util.find_spec("apex") is None or importlib.util.find_spec(extension) is None:
         return False
     return importlib.util.find_spec("apex.multi_tensor_apply") is not None
 
 
 def layer_norm(width: int, fused: bool = False) -> nn.Module:
-    """A LayerNorm over the last dimension, with weight and bias.
-
-    Args:
-        width: the last dimension's size.
-        fused: apex's kernel, where `has_apex`; a compiled graph would break at it.
-    """
+    """A LayerNorm of so many values; `fused` takes apex's, which breaks a compiled graph, where `has_apex`."""
     if not fused:
         return nn.LayerNorm(width, eps=_EPS)
     from apex.normalization import FusedLayerNorm

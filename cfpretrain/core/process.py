@@ -1,10 +1,18 @@
 """The noise axis: how tokens are noised, what the network predicts, and the levels that sampling passes.
 
-Every process noises alike, x_t = alpha_t x_0 + sigma_t epsilon. Processes differ in the curve (alpha, sigma), in the
-law of the times drawn in training, and in the mixture of x_0 and epsilon that the network predicts. Another process is
-one more class here, its name in `make_process`, and the same name among the choices of `noise.process` in the config.
+The tokens of all AR steps of an image are noised alike, with one time t for each sample (a time for each AR step gained
+nothing in the paper):
 
-Coefficients are computed in float64 and applied in the dtype of the tokens.
+    q(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I),   that is x_t = alpha_t x_0 + sigma_t epsilon,   epsilon ~ N(0, I)
+
+| process | alpha_t, sigma_t | t in training | the network predicts |
+|---|---|---|---|
+| epsilon (the paper's) | sqrt(abar_t), sqrt(1 - abar_t) of DDPM | uniform in {0..T-1} | epsilon |
+| v | as epsilon | as epsilon | alpha_t epsilon - sigma_t x_0 |
+| flow | 1 - t, t | logit-normal or uniform in (0, 1) | epsilon - x_0 |
+
+Another process is one more class here, its name in `make_process`, and the same name among the choices of
+`noise.process` in the config. Coefficients are computed in float64 and applied in the dtype of the tokens.
 """
 
 import functools
@@ -25,35 +33,28 @@ _FLOW_ENDS = (0.01, 0.99)
 
 @dataclass(frozen=True)
 class Levels:
-    """Noise levels, the least noised first.
+    """Noise levels, the least noised first."""
 
-    Attributes:
-        times_T: [T], what the network is told: int64, or float32 where times are continuous.
-        alphas_T, sigmas_T: float64 [T], x_t = alpha x_0 + sigma epsilon.
-    """
-
-    times_T: Tensor
-    alphas_T: Tensor
+    times_T: Tensor  # [T], what the network is told: int64, or float32 where times are continuous
+    alphas_T: Tensor  # float64 [T], x_t = alpha x_0 + sigma epsilon
     sigmas_T: Tensor
 
     def __len__(self) -> int:
         return len(self.times_T)
 
-    def log_snr(self) -> Tensor:
-        """log(alpha / sigma) of each level, float64 [T]: falls as noise grows, to -inf where no signal is left."""
+    def half_log_snr(self) -> Tensor:
+        """lambda = log(alpha / sigma) = log(SNR) / 2 of each level, float64 [T]: falls as noise grows, at most to -inf.
+
+        SNR = alpha^2 / sigma^2; lambda is DPM-Solver's measure of time (arXiv 2206.00927, section 3.1).
+        """
         return self.alphas_T.log() - self.sigmas_T.log()
 
 
 class NoiseProcess(ABC):
-    """A way of noising tokens, and what the network predicts of it.
+    """A way of noising tokens, and what the network predicts of it."""
 
-    Attributes:
-        num_timesteps: times told to the network lie between 0 (clean, or nearly) and num_timesteps - 1 (noise).
-        prediction_type: diffusers' name of what the network predicts.
-    """
-
-    num_timesteps: int
-    prediction_type: ClassVar[str]
+    num_timesteps: int  # times told to the network lie between 0 (clean, or nearly) and num_timesteps - 1 (noise)
+    prediction_type: ClassVar[str]  # diffusers' name of what the network predicts
 
     @abstractmethod
     def draw_times(self, keys_B: Tensor) -> Tensor:
@@ -76,14 +77,14 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def split(self, noised: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
-        """The (x_0, epsilon) that a prediction at a level means; x_0 is not clipped."""
+        """x_0 and epsilon at a level, solved from x_t = alpha x_0 + sigma epsilon and `target`; x_0 is not clipped."""
 
     @abstractmethod
     def scheduler_config(self) -> dict[str, Any]:
         """The process as diffusers' schedulers write it down; `process_of_scheduler` reads it."""
 
     def noise(self, clean: Tensor, epsilon: Tensor, times_B: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and the network's target, of x_0 [B, ...], as much standard normal noise, and a time for each sample."""
+        """(x_t, the network's target) of x_0 [B, ...], epsilon of the same shape, and a time for each sample."""
         shape = (-1, *[1] * (clean.ndim - 1))
         alpha, sigma = (one_B.to(clean.dtype).reshape(shape) for one_B in self.coefficients(times_B))
         return alpha * clean + sigma * epsilon, self.target(clean, epsilon, alpha, sigma)
@@ -95,7 +96,10 @@ class NoiseProcess(ABC):
 
 @dataclass(frozen=True)
 class _Ddpm(NoiseProcess):
-    """DDPM's schedule (Ho, Jain, Abbeel 2020, arXiv 2006.11239): betas are equally spaced, and so are times."""
+    """DDPM's schedule (Ho, Jain, Abbeel 2020, arXiv 2006.11239).
+
+    beta_t from beta_start to beta_end in equal steps, abar_t = prod_{s<=t} (1 - beta_s).
+    """
 
     num_timesteps: int
     beta_start: float
@@ -103,7 +107,6 @@ class _Ddpm(NoiseProcess):
 
     @functools.cached_property
     def schedule(self) -> Levels:
-        """All levels."""
         betas_T = torch.linspace(self.beta_start, self.beta_end, self.num_timesteps, dtype=torch.float64)
         # Equation 4: q(x_t | x_0) has the mean sqrt(abar_t) x_0 and the variance 1 - abar_t.
         alphas_bar_T = (1 - betas_T).cumprod(0)
@@ -124,9 +127,9 @@ class _Ddpm(NoiseProcess):
             kept = torch.tensor([round(i * last / (num_steps - 1)) for i in range(num_steps)])
         else:
             assert spacing == "log_snr", spacing
-            log_snr_T = all_levels.log_snr()
-            wanted = torch.linspace(float(log_snr_T[0]), float(log_snr_T[-1]), num_steps, dtype=torch.float64)
-            kept = _spread((log_snr_T[None] - wanted[:, None]).abs().argmin(1).tolist(), last)
+            lambda_T = all_levels.half_log_snr()
+            wanted = torch.linspace(float(lambda_T[0]), float(lambda_T[-1]), num_steps, dtype=torch.float64)
+            kept = _spread((lambda_T[None] - wanted[:, None]).abs().argmin(1).tolist(), last)
         return Levels(all_levels.times_T[kept], all_levels.alphas_T[kept], all_levels.sigmas_T[kept])
 
     def scheduler_config(self) -> dict[str, Any]:
@@ -171,28 +174,25 @@ class VPrediction(_Ddpm):
     prediction_type = "v_prediction"
 
     def target(self, clean: Tensor, epsilon: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-        # v = alpha_t epsilon - sigma_t x, the derivative of x_t by the angle between signal and noise.
+        # The derivative of x_t by the angle phi of alpha_t = cos(phi), sigma_t = sin(phi).
         return alpha * epsilon - sigma * clean
 
     def split(self, noised: Tensor, prediction: Tensor, alpha: float, sigma: float) -> tuple[Tensor, Tensor]:
-        # x = alpha_t x_t - sigma_t v and epsilon = sigma_t x_t + alpha_t v, since alpha^2 + sigma^2 = 1.
+        # Since alpha^2 + sigma^2 = 1.
         return alpha * noised - sigma * prediction, sigma * noised + alpha * prediction
 
 
 @dataclass(frozen=True)
 class Flow(NoiseProcess):
-    """Flow matching on straight paths: the network predicts their velocity.
+    """Flow matching on straight paths, x_t = (1 - t) x_0 + t epsilon: the network predicts their velocity.
 
     Lipman et al. 2022 (arXiv 2210.02747), equations 22 and 23 with sigma_min = 0 and time reversed: here t = 0 is clean
     and t = 1 noise, as in Esser et al. 2024 (arXiv 2403.03206), equation 13. The network is told (num_timesteps - 1) t.
-
-    Attributes:
-        times: the law of t in training: "uniform", or "logit_normal" with location 0 and scale 1.
     """
 
     prediction_type = "flow_prediction"
     num_timesteps: int
-    times: str = "logit_normal"
+    times: str = "logit_normal"  # the law of t in training: "uniform", or logit(t) ~ N(0, 1)
 
     def draw_times(self, keys_B: Tensor) -> Tensor:
         if self.times == "uniform":

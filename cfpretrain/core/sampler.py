@@ -1,5 +1,7 @@
 """Generation: AR steps outside, diffusion inside, with a cache of the clean context and classifier-free guidance.
 
+    for s = 1..S:  x_{T,kappa_s} ~ N(0, I);  for t = T..1:  x_{t-1,kappa_s} ~ p(. | x_{t,kappa_s}, x_{0,kappa_1..s-1})
+
 One AR step is a plain diffusion transformer; as many AR steps as tokens is pure autoregression. Tokens that are given
 beforehand are clean context like those of earlier AR steps, at any places: that is in-context editing, and needs no
 training of its own (section 6 of arXiv 2412.12095).
@@ -31,8 +33,8 @@ class Model(Protocol):
 
     def __call__(
         self, segments: Sequence[Segment], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> list[Tensor]:
-        """For each noised segment, what its noise process asks for."""
+    ) -> dict[str, Tensor]:
+        """For the images' noised tokens, what their noise process asks for."""
 
 
 # draw(k, positions_BN) -> float32 [B, N, P]: k = 0 is where denoising starts, k = 1, 2, ... the noise after the k-th
@@ -63,22 +65,17 @@ def sampling_orders(
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance: uncond + scale * (cond - uncond) on all channels.
+    """Classifier-free guidance, f(x_t, null class) + scale (f(x_t, class) - f(x_t, null class)), on all channels.
 
     It means the same for every process: at one x_t, each one's prediction is an affine function of another's.
-
-    Attributes:
-        scale: 1 leaves the branch without a class out.
-        along_ar: "constant", or "linear": from 1 to `scale` with the share of the tokens that are made once an AR step
-            is, as MAR does (arXiv 2406.11838).
-        first_timestep, last_timestep: the timesteps, as the network is told them, in which it acts, both included;
-            outside, the scale is 1 (guidance interval, arXiv 2404.07724). None for the last: to the end.
     """
 
-    scale: float = 1.0
+    scale: float = 1.0  # 1 leaves the branch without a class out
+    # "linear": from 1 to `scale` with the share of the tokens made once an AR step is, as in MAR (arXiv 2406.11838).
     along_ar: str = "constant"
+    # Outside of these timesteps, both included, the scale is 1 (guidance interval, arXiv 2404.07724).
     first_timestep: int = 0
-    last_timestep: int | None = None
+    last_timestep: int | None = None  # None: to the end
 
     def at(self, share_made: float, timestep: float) -> float:
         """The scale at a timestep of the AR step after which this share of the tokens is made."""
@@ -99,21 +96,18 @@ def generate(
     given_BKP: Tensor | None = None,
     watch: Watch = lambda *_: None,
 ) -> Tensor:
-    """Generates images, AR step by AR step.
+    """Generates images, AR step by AR step: tokens in raster order, float32 [B, L, P], in the model's scale.
 
     Args:
         model: trained with the solver's process.
-        labels_B: int64 [B], the classes asked for.
-        order_BL: int64 [B, L], which token of the grid is made at each position.
-        ar_step_sizes: sizes of the AR steps, adding up to the tokens that are not given.
+        labels_B: int64, the classes asked for.
+        order_BL: int64, which token of the grid is made at each position.
+        ar_step_sizes: adding up to the number of tokens that are not given.
         solver: each AR step runs through all of its levels.
         guidance: towards the class.
         draw_noise: the randomness, e.g. `noise_by_image`.
         given_BKP: float32, the tokens of the first K positions of the order, which come back as they are.
         watch: sees the tokens on their way.
-
-    Returns:
-        Tokens in raster order: float32 [B, L, P], in the model's scale.
     """
     B, L = order_BL.shape
     num_given = 0 if given_BKP is None else given_BKP.shape[1]
@@ -133,8 +127,9 @@ def generate(
             assert given_BKP is not None
             step_BNP = given_BKP
         else:
-            denoised = _Denoised(model, cache, positions_BN, guidance, begin / L, len(branches))
-            step_BNP = denoised.run(solver, draw_noise, functools.partial(watch, ar_step))
+            scale_at = functools.partial(guidance.at, begin / L)
+            watch_step = functools.partial(watch, ar_step)
+            step_BNP = _denoise(model, cache, positions_BN, len(branches), scale_at, solver, draw_noise, watch_step)
         tokens_BLP.scatter_(1, positions_BN.unsqueeze(-1).expand_as(step_BNP), step_BNP)
         if begin < L:
             clean_BNP, places_BN = step_BNP.repeat(len(branches), 1, 1), positions_BN.repeat(len(branches), 1)
@@ -142,32 +137,31 @@ def generate(
     return tokens_BLP
 
 
-@dataclass(frozen=True)
-class _Denoised:
-    """One AR step's tokens, given the context in the cache."""
+def _denoise(
+    model: Model,
+    cache: KeyValueCache,
+    positions_BN: Tensor,
+    num_branches: int,
+    scale_at: Callable[[float], float],
+    solver: Solver,
+    draw_noise: NoiseDraw,
+    watch: Callable[[int, Tensor, Tensor], None],
+) -> Tensor:
+    """One AR step's tokens, from noise to clean, given the context in the cache: [B, N, P]."""
 
-    model: Model
-    cache: KeyValueCache
-    positions_BN: Tensor
-    guidance: Guidance
-    share_made: float
-    num_branches: int
-
-    def run(self, solver: Solver, draw_noise: NoiseDraw, watch: Callable[[int, Tensor, Tensor], None]) -> Tensor:
-        """From noise to clean: [B, N, P]."""
-        at_BN = self.positions_BN
-        return solver.denoise(self._predict, lambda k: draw_noise(k, at_BN), lambda k, x_BNP: watch(k, at_BN, x_BNP))
-
-    def _predict(self, noised_BNP: Tensor, timestep: float) -> Tensor:
-        scale = self.guidance.at(self.share_made, timestep)
-        num_branches = 1 if scale == 1 else self.num_branches
-        positions_BN = self.positions_BN.repeat(num_branches, 1)
-        timesteps_B = torch.full((len(positions_BN),), timestep, device=positions_BN.device)
-        noised = noised_BNP.repeat(num_branches, 1, 1)
-        segment = Segment(IMAGE, noised=noised, positions_BL=positions_BN, times_B=timesteps_B)
-        cache = self.cache if num_branches == self.num_branches else self.cache.of_first(len(positions_BN))
-        prediction_BNP = self.model([segment], cache=cache)[0].float()
-        if num_branches == 1:
+    def predict(noised_BNP: Tensor, timestep: float) -> Tensor:
+        scale = scale_at(timestep)
+        copies = 1 if scale == 1 else num_branches
+        places_BN, noised = positions_BN.repeat(copies, 1), noised_BNP.repeat(copies, 1, 1)
+        timesteps_B = torch.full((len(places_BN),), timestep, device=places_BN.device)
+        segment = Segment(IMAGE, noised=noised, positions_BL=places_BN, times_B=timesteps_B)
+        context = cache if copies == num_branches else cache.of_first(len(places_BN))
+        prediction_BNP = model([segment], cache=context)[IMAGE].float()
+        if copies == 1:
             return prediction_BNP
         with_class, without_class = prediction_BNP.chunk(2)
         return without_class + scale * (with_class - without_class)
+
+    return solver.denoise(
+        predict, lambda k: draw_noise(k, positions_BN), lambda n, x_BNP: watch(n, positions_BN, x_BNP)
+    )

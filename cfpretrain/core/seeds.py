@@ -41,14 +41,9 @@ def _mix_(x: Tensor, spare: Tensor | None = None) -> Tensor:
 
 
 def key(seed: int, purpose: str) -> Tensor:
-    """The root key of one use of randomness.
+    """The root key of one use of randomness: an int64 scalar on the CPU; `fold` samples, steps or epochs into it.
 
-    Args:
-        seed: the run's seed.
-        purpose: names the use, e.g. "timestep"; two purposes never share numbers.
-
-    Returns:
-        An int64 scalar on the CPU; `fold` samples, steps or epochs into it.
+    `purpose` names the use, e.g. "timestep"; two purposes never share numbers.
     """
     digest = hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=8).digest()
     return torch.tensor(int.from_bytes(digest, "little", signed=True))
@@ -71,7 +66,7 @@ _Finish = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def _draw(
-    keys: Tensor, shape: Sequence[int], first: int, dtype: torch.dtype, finish: _Finish, out: Tensor | None = None
+    keys: Tensor, shape: Sequence[int], dtype: torch.dtype, finish: _Finish, first: int = 0, out: Tensor | None = None
 ) -> Tensor:
     """What `finish` makes of 64 random bits an element, as `dtype`; other arguments as for `bits` and `normal`."""
     count, num_keys, device = math.prod(shape), keys.numel(), keys.device
@@ -108,15 +103,12 @@ def _draw(
     return out
 
 
-def bits(keys: Tensor, shape: Sequence[int], first: int = 0) -> Tensor:
-    """64 random bits for each element, as int64 of shape [*keys.shape, *shape].
+def bits(keys: Tensor, shape: Sequence[int]) -> Tensor:
+    """64 random bits an element, `shape` for each of `keys` (from `fold`): int64 [*keys.shape, *shape], where keys lie.
 
-    Args:
-        keys: int64 of any shape, from `key` and `fold`; the result lies on their device.
-        shape: what each key draws.
-        first: flat index of the first element, so that a slice of a large draw can be made alone.
+    Element i of key k is the hash of k + (i + 1) gamma, SplitMix64's i-th number from the seed k.
     """
-    return _draw(keys, shape, first, torch.int64, lambda drawn, _: drawn)
+    return _draw(keys, shape, torch.int64, lambda drawn, _: drawn)
 
 
 def _to_halves(drawn: Tensor, spare: Tensor | None) -> Tensor:
@@ -128,9 +120,9 @@ def _to_unit(drawn: Tensor, spare: Tensor | None) -> Tensor:
     return _to_halves(drawn, spare).mul_(_UNIT)
 
 
-def uniform(keys: Tensor, shape: Sequence[int] = (), first: int = 0) -> Tensor:
-    """Uniform float64 numbers in the open interval (0, 1); arguments as for `bits`."""
-    return _draw(keys, shape, first, torch.float64, _to_unit)
+def uniform(keys: Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """Uniform float64 numbers in (0, 1), (53 bits + 1/2) / 2^53; arguments as for `bits`."""
+    return _draw(keys, shape, torch.float64, _to_unit)
 
 
 def uniform_within(
@@ -139,16 +131,15 @@ def uniform_within(
     """Uniform float32 numbers from -bound to bound, (2 u - 1) bound of u as in `uniform`; arguments as for `normal`."""
     # In float64 2 u - 1 is exact, and so is a factor that is a power of 2.
     scale = 2 * _UNIT * bound
-    return _draw(keys, shape, first, torch.float32, lambda *drawn: _to_halves(*drawn).sub_(2.0**52).mul_(scale), out)
+    return _draw(keys, shape, torch.float32, lambda *drawn: _to_halves(*drawn).sub_(2.0**52).mul_(scale), first, out)
 
 
 def normal(keys: Tensor, shape: Sequence[int] = (), first: int = 0, out: Tensor | None = None) -> Tensor:
-    """Standard normal float32 numbers, whose last bit may differ between kinds of devices.
+    """Standard normal float32 numbers, the normal quantile of `uniform`; their last bit may differ between devices.
 
     Args:
-        keys: as for `bits`.
-        shape: as for `bits`.
-        first: as for `bits`.
+        keys, shape: as for `bits`.
+        first: flat index of the first element, so that a slice of a large draw can be made alone.
         out: where to write them: contiguous, of the result's size and on the device of the keys.
     """
 
@@ -156,7 +147,7 @@ def normal(keys: Tensor, shape: Sequence[int] = (), first: int = 0, out: Tensor 
         unit = _to_unit(drawn, spare)
         return torch.special.ndtri(unit, out=unit)
 
-    return _draw(keys, shape, first, torch.float32, finish, out)
+    return _draw(keys, shape, torch.float32, finish, first, out)
 
 
 def integers(keys: Tensor, high: int, shape: Sequence[int] = ()) -> Tensor:

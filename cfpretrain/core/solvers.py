@@ -1,8 +1,16 @@
 """Solvers: from noise to clean tokens, level by level, for every noise process.
 
 A step leads from a level t to the less noised s, by alpha and sigma of both and by the x_0 and epsilon that the
-prediction at t means. Where no signal is left (alpha = 0, the first level of flow matching), log SNR is -inf, and the
-limits below are finite.
+prediction at t means (`NoiseProcess.split`). With r = alpha_t / alpha_s, h = lambda_s - lambda_t where lambda =
+log(alpha / sigma), h' and x_0' of the step before, and z ~ N(0, I):
+
+    ddim       x_s = alpha_s x_0 + sigma_s epsilon
+    ddpm       x_s = (alpha_s beta x_0 + r sigma_s^2 x_t) / sigma_t^2 + sqrt(beta) z,   beta = sigma_t^2 - r^2 sigma_s^2
+    dpm++      x_s = sigma_s / sigma_t x_t - alpha_s (e^-h - 1) D,   D = x_0 + h / (2 h') (x_0 - x_0'), first D = x_0
+    sde-dpm++  x_s = sigma_s / sigma_t e^-h x_t + alpha_s (1 - e^-2h) D + sigma_s sqrt(1 - e^-2h) z
+
+The last step ends at alpha = 1, sigma = 0: clean tokens. Where no signal is left (alpha = 0, the first level of flow
+matching), lambda is -inf, and the limits are finite.
 """
 
 import math
@@ -16,17 +24,10 @@ SOLVERS = ("ddpm", "ddim", "dpm++", "sde-dpm++")
 
 
 class Solver:
-    """A solver with the levels that it passes.
+    """A solver with the levels that it passes, one for each denoising step (`NoiseProcess.levels`).
 
-    Args:
-        process: that the network was trained with.
-        num_steps: denoising steps, one a level.
-        spacing: of the levels; see `NoiseProcess.levels`.
-        name: one of `SOLVERS`. "ddpm" and "sde-dpm++" draw noise on the way, which heals errors made where noise was
-            high; "ddim" and "dpm++" keep them to the end. The two with "dpm++" are of second order, for few steps.
-
-    Raises:
-        ValueError: the process has no such number of levels.
+    "ddpm" and "sde-dpm++" draw noise on the way, which corrects errors made where noise was high; "ddim" and "dpm++"
+    keep them to the end. The two with "dpm++" are of second order, for few steps.
     """
 
     def __init__(self, process: NoiseProcess, num_steps: int, spacing: str = "time", name: str = "ddpm") -> None:
@@ -36,7 +37,7 @@ class Solver:
         # By the number of steps that are left: with none, tokens are clean.
         self._alphas = [1.0, *self.levels.alphas_T.tolist()]
         self._sigmas = [0.0, *self.levels.sigmas_T.tolist()]
-        self._log_snrs = [math.inf, *self.levels.log_snr().tolist()]
+        self._lambdas = [math.inf, *self.levels.half_log_snr().tolist()]
 
     def denoise(
         self,
@@ -83,7 +84,7 @@ class Solver:
         return self._dpm(left, noised, clean, clean_before, drawn)
 
     def _ddpm(self, left: int, noised: Tensor, clean: Tensor, drawn: Tensor | None) -> Tensor:
-        """An ancestral step (Ho et al. 2020, arXiv 2006.11239), for any alpha and sigma."""
+        """An ancestral step (Ho et al. 2020, arXiv 2006.11239), for any alpha and sigma: q(x_s | x_t, x_0)."""
         alpha_t, alpha_s = self._alphas[left], self._alphas[left - 1]
         variance_t, variance_s = self._sigmas[left] ** 2, self._sigmas[left - 1] ** 2
         # q(x_t | x_s) has the mean ratio * x_s and this variance: DDPM's beta_t.
@@ -93,24 +94,23 @@ class Solver:
         mean = (alpha_s * variance * clean + ratio * variance_s * noised) / variance_t
         if drawn is None:
             return mean
-        # Section 3.2: the larger of two variances, that of q(x_s | x_t) for data of unit variance. The factor is 1 for
-        # DDPM's own schedule, and what a flow lacks of unit variance.
+        # Section 3.2: the larger of two variances, that of q(x_s | x_t) for data of unit variance. The factor is 1 in
+        # DDPM's own schedule, where alpha^2 + sigma^2 = 1; in a flow it is less than 1 or more.
         variance *= (alpha_s**2 + variance_s) / (alpha_t**2 + variance_t)
         return mean + variance**0.5 * drawn
 
     def _dpm(
         self, left: int, noised: Tensor, clean: Tensor, clean_before: Tensor | None, drawn: Tensor | None
     ) -> Tensor:
-        """DPM-Solver++(2M), or with noise SDE-DPM-Solver++(2M).
+        """DPM-Solver++(2M), or with noise SDE-DPM-Solver++(2M): arXiv 2211.01095, algorithm 2 and section 5.
 
-        Lu et al. 2022 (arXiv 2211.01095), algorithm 2 and section 5. At first order they are DDIM, and DDPM with the
-        variance of its posterior.
+        At first order they are DDIM, and DDPM with the variance of its posterior.
         """
         if left == 1:
             return clean
-        step = self._log_snrs[left - 1] - self._log_snrs[left]
+        step = self._lambdas[left - 1] - self._lambdas[left]
         if clean_before is not None:
-            ratio = (self._log_snrs[left] - self._log_snrs[left + 1]) / step
+            ratio = (self._lambdas[left] - self._lambdas[left + 1]) / step
             clean = clean + (clean - clean_before) / (2 * ratio)
         alpha_s, sigma_s = self._alphas[left - 1], self._sigmas[left - 1]
         shrink = sigma_s / self._sigmas[left]

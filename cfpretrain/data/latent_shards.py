@@ -20,7 +20,7 @@ from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
 from cfpretrain.data.pixels import PixelBatch, Sample, dali_version, decode_shards
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
-from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, fingerprint, latent_columns
+from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, latent_columns
 
 _Moments = dict[str, NDArray[np.float16]]  # by column: [B, C, Y, X]
 _Encoded = tuple[PixelBatch, _Moments]
@@ -55,7 +55,7 @@ class Encoding:
     def plan(self) -> dict[str, Any]:
         """The plan of the `ShardWriter`."""
         return {
-            "images": fingerprint(self.images.source),
+            "images": self.images.fingerprint,
             "autoencoder": self.autoencoder.fingerprint,
             "latent_shift": self.autoencoder.shift,
             "latent_scale": self.autoencoder.scale,

@@ -334,13 +334,13 @@ def hold_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
         held.update(sorted(paths, key=_digest)[:count])
     if not held:
         raise UserError("--hold-out: expected some class of two images or more, got none; leave it out")
-    parts = ((f"all but {share:g} of each class", False), (f"{share:g} of each class", True))
-    rest, held_out = (
-        replace(listing, rows=[row for row in listing.rows if (row.path in held) is is_held], part=part)
-        for part, is_held in parts
-    )
-    if len({row.label for row in rest.rows}) < len(of_class):
+    rest = [row for row in listing.rows if row.path not in held]
+    if len({row.label for row in rest}) < len(of_class):
         raise UserError(
             "--hold-out: expected images left in each class, got none in one, since paths have several labels"
         )
-    return rest, held_out
+    rows = [row for row in listing.rows if row.path in held]
+    return (
+        replace(listing, rows=rest, part=f"all but {share:g} of each class"),
+        replace(listing, rows=rows, part=f"{share:g} of each class"),
+    )

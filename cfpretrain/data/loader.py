@@ -5,12 +5,8 @@ function of the seed, the epoch, the shards, `repeat`, `num_canonical_nodes` and
 global batches, and a global batch into the ranks' shares, so neither ranks nor accumulation nor workers change what a
 step sees. Nor do they change a sample: mirror and posterior noise are drawn from the seed, the epoch and its id.
 
-Workers also make the samples into what the step needs (`prepare`), and a whole step is read ahead: ranks learn before a
-step begins that one of them cannot read its share.
-
-`StreamingDataset` itself is not used: it repeats samples at the end of an epoch to even out ranks and canonical nodes,
-restarts threads and barriers at every epoch, and keeps state in named shared memory that outlives a killed run. Here
-workers are handed the indices of a micro-batch and need no state; they read ahead across the border of an epoch.
+Workers also make the samples into what the step needs (`prepare`), and a whole step is read ahead, across the border of
+an epoch too: ranks learn before a step begins that one of them cannot read its share.
 """
 
 import time
@@ -24,10 +20,12 @@ from numpy.typing import NDArray
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, phase, say
 from cfpretrain.core import seeds
+from cfpretrain.data.cache import Cache
+from cfpretrain.data.compatibility import check_infos, samples_an_epoch
 from cfpretrain.data.mosaic import get_partitions, get_shuffle
 from cfpretrain.data.reader import REPETITION_BIT, MicroBatches, Prepare, Reader, Request, T
-from cfpretrain.data.shards import Shards, check_infos, fingerprint, samples_an_epoch
-from cfpretrain.data.storage import CacheSettings, RemoteFolder, open_source
+from cfpretrain.data.shards import Shards
+from cfpretrain.data.storage import RemoteFolder
 
 
 @dataclass(frozen=True)
@@ -43,11 +41,8 @@ class Loader(Generic[T]):
 
     In an epoch every sample comes once, or as often as `data.repeat` says: 2.5 means twice, and once more for a random
     half of the folder that is another in each epoch. The tail that does not fill a global batch, fewer than
-    `train.global_batch_size` samples and others in each epoch, is dropped.
-
-    Attributes:
-        waited_seconds: spent waiting for batches so far.
-        problem: why the next step's micro-batches cannot be read; None where they can, or nothing was read ahead.
+    `train.global_batch_size` samples and others in each epoch, is dropped. UserError where the shards are missing,
+    damaged, do not fit the config or end before `position`.
 
     Args:
         config: its `data`, `train`, `model` and `run.seed`; checked by `config.check`.
@@ -60,9 +55,6 @@ class Loader(Generic[T]):
         ranks_per_node: with more than one node, keeps the shards that a node reads few; changes no global batch.
             None: all ranks are on one node.
         pinned: put micro-batches into pinned memory.
-
-    Raises:
-        UserError: the shards are missing, damaged, do not fit the config or end before `position`.
     """
 
     def __init__(
@@ -76,38 +68,34 @@ class Loader(Generic[T]):
         ranks_per_node: int | None = None,
         pinned: bool = False,
     ) -> None:
-        cache = CacheSettings.of(config.data)
-        self._patience = cache.patience
+        cache = Cache.of(config.data)
+        self._budget = cache.budget
         folders = open_folders(config, cache)
         check_infos([folder.latents_info for folder in folders], config)
-        self.fingerprint = _fingerprint(config, folders)
+        self.fingerprint = order_fingerprint(config, folders)
         self._shard_sizes = [folder.shard_sizes for folder in folders]
         self._num_samples = sum(samples_an_epoch([len(folder) for folder in folders], config.data.repeat))
-        self._config = config
-        self._rank = rank
+        self._config, self._rank = config, rank
         self._ranks_per_node = ranks_per_node or world_size
         self._num_nodes = world_size // self._ranks_per_node
         assert self._num_nodes * self._ranks_per_node == world_size
         assert 0 <= rank < world_size
         _warn_of_a_small_cache(config, folders, self._num_nodes)
         self._accumulation = config.accumulation_steps(world_size)
-        self._position = self._turn_epoch(self._checked(position or Position()))
-        self.waited_seconds = 0.0
-        self.problem: str | None = None
+        position = position or Position()
+        if position.samples_in_epoch > self._num_samples:
+            raise UserError(
+                f"data.shards: expected more than {position.samples_in_epoch} samples, the place in the epoch where "
+                f"the run goes on, got {self._num_samples}; give the shards that the run began with"
+            )
+        # Where the batches handed out so far end: what a checkpoint after their optimizer step stores.
+        self.position = self._turn_epoch(position)
+        self.waited_seconds = 0.0  # for batches, so far
+        self.problem: str | None = None  # why the next step's micro-batches cannot be read, once that is known
         self._next: list[T] | None = None
-        dataset = MicroBatches(folders, config, prepare)
-        num_workers = config.data.num_workers
-        self._reader: Reader[T] | None = Reader(dataset, self._requests(step), num_workers, pinned, self._patience)
-
-    @property
-    def position(self) -> Position:
-        """Where the batches handed out so far end: what a checkpoint after their optimizer step stores."""
-        return self._position
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Global batches in an epoch."""
-        return self._num_samples // self._config.train.global_batch_size
+        self._reader: Reader[T] | None = Reader(
+            MicroBatches(folders, config, prepare), self._requests(step), config.data.num_workers, pinned, self._budget
+        )
 
     def __iter__(self) -> Iterator[list[T]]:
         return self
@@ -118,7 +106,7 @@ class Loader(Generic[T]):
             raise UserError(self.problem)
         assert self._next is not None
         batches, self._next = self._next, None
-        self._position = self._after(self._position)
+        self.position = self._after(self.position)
         return batches
 
     def read_ahead(self) -> None:
@@ -136,7 +124,7 @@ class Loader(Generic[T]):
 
     def end_waiting(self) -> None:
         """From here on, what is not at hand is a `problem`: nobody waits for it. Any thread may call it."""
-        self._patience.end()
+        self._budget.end()
 
     def close(self) -> None:
         """Ends the worker processes; the position stays readable."""
@@ -149,21 +137,13 @@ class Loader(Generic[T]):
         samples = position.samples_in_epoch + self._config.train.global_batch_size
         return self._turn_epoch(Position(position.epoch, samples))
 
-    def _checked(self, position: Position) -> Position:
-        if position.samples_in_epoch > self._num_samples:
-            raise UserError(
-                f"data.shards: expected more than {position.samples_in_epoch} samples, the place in the epoch where "
-                f"the run goes on, got {self._num_samples}; give the shards that the run began with"
-            )
-        return position
-
     def _turn_epoch(self, position: Position) -> Position:
         left = self._num_samples - position.samples_in_epoch
         return Position(position.epoch + 1, 0) if left < self._config.train.global_batch_size else position
 
     def _requests(self, step: int) -> Iterator[Request]:
         """This rank's micro-batches from the position on; runs ahead of the consumer, so it keeps its own position."""
-        position, batch_size = self._position, self._config.train.global_batch_size
+        position, batch_size = self.position, self._config.train.global_batch_size
         while True:
             epoch = position.epoch
             visits = epoch_visits(self._config, self._shard_sizes, epoch)
@@ -180,22 +160,18 @@ class Loader(Generic[T]):
         return grid[:, self._rank % self._ranks_per_node, self._rank // self._ranks_per_node]
 
 
-def order_fingerprint(config: Config) -> str:
+def order_fingerprint(config: Config, folders: Sequence[Shards]) -> str:
     """What a position means: the shards' fingerprints and the knobs that decide the order of an epoch."""
-    return _fingerprint(config, open_folders(config))
-
-
-def _fingerprint(config: Config, folders: Sequence[Shards]) -> str:
     data = config.data
-    shards = "+".join(fingerprint(folder.source) for folder in folders)
+    shards = "+".join(folder.fingerprint for folder in folders)
     repeat = "" if set(data.repeat) == {1.0} else "x" + ",".join(map(repr, data.repeat))
     return f"{shards}{repeat}-{data.num_canonical_nodes}-{data.shuffle_block_size}"
 
 
-def open_folders(config: Config, cache: CacheSettings | None = None) -> list[Shards]:
+def open_folders(config: Config, cache: Cache | None = None) -> list[Shards]:
     """The folders of `data.shards`; UserError where one cannot be read."""
-    key, cache = "data.shards", cache or CacheSettings.of(config.data)
-    return [Shards(address, key, open_source(address, key, cache)) for address in config.data.shards]
+    cache = cache or Cache.of(config.data)
+    return [Shards(address, cache=cache) for address in config.data.shards]
 
 
 def _warn_of_a_small_cache(config: Config, folders: Sequence[Shards], num_nodes: int) -> None:
@@ -236,7 +212,8 @@ def epoch_visits(config: Config, shard_sizes: Sequence[NDArray[np.int64]], epoch
             visits.append(np.arange(first, first + count) + (repetition << REPETITION_BIT))
             parts.append(sizes)
         if rest:
-            chosen = _choose(config.run.seed, epoch, folder, count, rest)
+            key = seeds.fold(seeds.fold(seeds.key(config.run.seed, "repeat"), epoch), folder)
+            chosen = np.sort(seeds.permutation(key, count)[:rest].numpy())
             visits.append(first + chosen + (repetitions << REPETITION_BIT))
             chosen_sizes = np.bincount(np.searchsorted(sizes.cumsum(), chosen, side="right"))
             parts.append(chosen_sizes[chosen_sizes > 0])
@@ -246,22 +223,10 @@ def epoch_visits(config: Config, shard_sizes: Sequence[NDArray[np.int64]], epoch
     return ordered
 
 
-def _choose(seed: int, epoch: int, folder: int, count: int, num_chosen: int) -> NDArray[np.int64]:
-    """Random places in a folder, ascending."""
-    key = seeds.fold(seeds.fold(seeds.key(seed, "repeat"), epoch), folder)
-    return np.sort(seeds.permutation(key, count)[:num_chosen].numpy())
-
-
 def epoch_order(config: Config, shard_sizes: NDArray[np.int64], epoch: int) -> NDArray[np.int64]:
-    """The order in which an epoch goes through the samples of a list of shards.
+    """The order in which an epoch goes through the samples of shards: a permutation of range(sum of shard_sizes).
 
-    Args:
-        config: `run.seed`, `data.num_canonical_nodes` and `data.shuffle_block_size` are used.
-        shard_sizes: samples of each shard.
-        epoch: from 0.
-
-    Returns:
-        A permutation of range(sum of shard_sizes).
+    Of the config, `run.seed`, `data.num_canonical_nodes` and `data.shuffle_block_size` are used.
     """
     num_samples, num_canonical = int(shard_sizes.sum()), config.data.num_canonical_nodes
     # Hashed, since the shuffle adds the epoch to its seed: runs of seeds 0 and 1 would share orders.

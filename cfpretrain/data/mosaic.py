@@ -28,9 +28,9 @@ def _without_running(*packages: str) -> Iterator[None]:
 
 with _without_running("streaming", "streaming.base"):
     from streaming._version import __version__
-    from streaming.base.format.mds import MDSReader, MDSWriter, encodings
+    from streaming.base.format.mds import MDSWriter, encodings
     from streaming.base.partition import get_partitions
     from streaming.base.shuffle import get_shuffle
     from streaming.base.storage import CloudDownloader
 
-__all__ = ["CloudDownloader", "MDSReader", "MDSWriter", "__version__", "encodings", "get_partitions", "get_shuffle"]
+__all__ = ["CloudDownloader", "MDSWriter", "__version__", "encodings", "get_partitions", "get_shuffle"]

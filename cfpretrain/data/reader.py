@@ -11,7 +11,7 @@ import shutil
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
@@ -28,8 +28,8 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, one_line, say
 from cfpretrain.base.stopping import leave_signals_to_the_rank
 from cfpretrain.core import seeds
+from cfpretrain.data.cache import RetryBudget
 from cfpretrain.data.shards import Shards
-from cfpretrain.data.storage import Patience
 
 # The optimizer step, the epoch, and visits (see `loader.epoch_visits`): one micro-batch.
 Request = tuple[int, int, NDArray[np.int64]]
@@ -110,7 +110,8 @@ class MicroBatches(Dataset[T | _Handed[T] | _Failure]):
         except (OSError, RuntimeError) as error:
             if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
                 return _Failure(f"data.num_workers: {one_line(error)}; raise `ulimit -n`, or set fewer workers")
-            return _Failure(_describe_full_memory(error, _num_bytes(batch) * _PREFETCH * worker.num_workers))
+            num_bytes = sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
+            return _Failure(_describe_full_memory(error, num_bytes * _PREFETCH * worker.num_workers))
 
     def _samples(self, epoch: int, visits: NDArray[np.int64]) -> Samples:
         samples, ids_B = self._read(visits)
@@ -129,10 +130,9 @@ class MicroBatches(Dataset[T | _Handed[T] | _Failure]):
         folders = np.searchsorted(self._ends, places, side="right")
         found: dict[int, dict[str, Any]] = {}
         for folder in set(folders.tolist()):
-            (positions,) = np.nonzero(folders == folder)
-            indices = places[positions] - self._ends[folder] + len(self._folders[folder])
-            found.update(zip(positions.tolist(), self._folders[folder].samples(indices.tolist()), strict=True))
-        samples = [found[position] for position in range(len(visits))]
+            wanted, first = places[folders == folder], self._ends[folder] - len(self._folders[folder])
+            found.update(zip(wanted.tolist(), self._folders[folder].samples((wanted - first).tolist()), strict=True))
+        samples = [found[place] for place in places.tolist()]
         ids = np.array([sample["id"] for sample in samples], np.int64)
         return samples, torch.from_numpy(ids + (folders << FOLDER_BIT) + (repetitions << REPETITION_BIT))
 
@@ -152,30 +152,27 @@ class Reader(Generic[T]):
     """Reads requests in order, in worker processes that read ahead, or in this process where there are none."""
 
     def __init__(
-        self,
-        dataset: MicroBatches[T],
-        requests: Iterator[Request],
-        num_workers: int,
-        pinned: bool,
-        patience: Patience,
+        self, dataset: MicroBatches[T], requests: Iterator[Request], num_workers: int, pinned: bool, budget: RetryBudget
     ) -> None:
-        self._patience = patience
+        self._budget = budget
         num_cores = len(os.sched_getaffinity(0))
         if num_workers > num_cores:
             say(f"WARNING: data.num_workers: expected at most {num_cores}, the cores of a rank, got {num_workers}")
-        data_loader = _data_loader(
-            dataset,
-            sampler=_Requests(requests),
-            batch_size=None,  # a request is a whole micro-batch
-            num_workers=num_workers,
-            prefetch_factor=_PREFETCH if num_workers else None,
-            timeout=_POLL_SECONDS if num_workers else 0,
-            # A fork starts in milliseconds; any other way imports torch and streaming again in every worker.
-            multiprocessing_context="fork" if num_workers else None,
-            worker_init_fn=leave_signals_to_the_rank,
-            pin_memory=pinned,
-            generator=torch.Generator(),  # else torch would draw from the global one
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # said above, on one line
+            data_loader: DataLoader[Any] = DataLoader(
+                dataset,
+                sampler=requests,
+                batch_size=None,  # a request is a whole micro-batch
+                num_workers=num_workers,
+                prefetch_factor=_PREFETCH if num_workers else None,
+                timeout=_POLL_SECONDS if num_workers else 0,
+                # A fork starts in milliseconds; any other way imports torch and streaming again in every worker.
+                multiprocessing_context="fork" if num_workers else None,
+                worker_init_fn=leave_signals_to_the_rank,
+                pin_memory=pinned,
+                generator=torch.Generator(),  # else torch would draw from the global one
+            )
         on_child_death, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
         try:
             self._batches: Iterator[T | _Handed[T] | _Failure] = iter(data_loader)
@@ -187,30 +184,27 @@ class Reader(Generic[T]):
             signal.signal(signal.SIGCHLD, on_child_death)
 
     def read(self) -> T:
-        """The next micro-batch.
-
-        Raises:
-            UserError: it cannot be read, a worker is dead, or nobody needs it any more.
-        """
+        """The next micro-batch; UserError where it cannot be read, a worker is dead, or the run needs no more data."""
         while True:
             try:
                 batch = next(self._batches)
                 if isinstance(batch, _Handed):
                     return self._open(batch)
-                break
             except (RuntimeError, OSError, EOFError) as error:  # the latter two of a worker that is gone
-                if "timed out" not in str(error):
-                    _let_die(self._workers)
+                has_timed_out = "timed out" in str(error)
+                if not has_timed_out:  # a socket to a process closes a moment before it is dead
+                    for worker in self._workers:
+                        worker.join(_DEATH_SECONDS / len(self._workers))
                 dead = [worker for worker in self._workers if not worker.is_alive()]
-                if dead:
-                    batch = _Failure(_describe_death(dead[0].exitcode))
-                    break
-                if "timed out" not in str(error):
-                    raise
-                self._patience.check()
-        if isinstance(batch, _Failure):
-            raise UserError(str(batch))
-        return batch
+                if not dead:
+                    if not has_timed_out:
+                        raise
+                    self._budget.check()
+                    continue
+                batch = _Failure(_describe_death(dead[0].exitcode))  # raised below, where it does not keep `error`
+            if isinstance(batch, _Failure):
+                raise UserError(str(batch))
+            return batch
 
     def _open(self, handed: _Handed[T]) -> T:
         """In a thread: its worker sends the tensors' file descriptors, and a worker that hangs never does."""
@@ -219,7 +213,7 @@ class Reader(Generic[T]):
         while opening.is_alive():
             opening.join(_POLL_SECONDS)
             if opening.is_alive():
-                self._patience.check()
+                self._budget.check()
         if opening.error is not None:
             raise opening.error
         return found[0]
@@ -238,16 +232,6 @@ class Reader(Generic[T]):
             worker.kill()
 
 
-def _let_die(workers: Collection[BaseProcess]) -> None:
-    """A socket to a process closes a moment before it is dead."""
-    for worker in workers:
-        worker.join(_DEATH_SECONDS / len(workers))
-
-
-def _num_bytes(batch: object) -> int:
-    return sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
-
-
 def _describe_full_memory(error: Exception, num_bytes: int | None = None) -> str:
     size = shutil.disk_usage(_SHARED_MEMORY)
     need = "" if num_bytes is None else f", up to {num_bytes / 1e6:.4g} MB"
@@ -258,12 +242,6 @@ def _describe_full_memory(error: Exception, num_bytes: int | None = None) -> str
     )
 
 
-def _data_loader(*args: Any, **options: Any) -> "DataLoader[Any]":
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # said by us, on one line
-        return DataLoader(*args, **options)
-
-
 def _describe_death(exit_code: int | None) -> str:
     how = how_it_ended(exit_code)
     if exit_code == -signal.SIGBUS:
@@ -272,13 +250,3 @@ def _describe_death(exit_code: int | None) -> str:
         f"data.num_workers: a process that reads data ended {how}; set fewer, or give the machine more memory, then "
         "give the same command again"
     )
-
-
-class _Requests:
-    """An iterable of requests, which is all that torch asks of a sampler."""
-
-    def __init__(self, requests: Iterator[Request]) -> None:
-        self._requests = requests
-
-    def __iter__(self) -> Iterator[Request]:
-        return self._requests

@@ -30,7 +30,7 @@ from cfpretrain.data.images import (
     read_image,
 )
 from cfpretrain.data.listing import ImageFinder
-from cfpretrain.data.shards import INFO_FILE, ImagesInfo, Shards, fingerprint
+from cfpretrain.data.shards import INFO_FILE, ImagesInfo, Shards
 from cfpretrain.evaluation import array_files
 
 IMAGES, MEAN = "arr_0", "mu"  # keys of archives
@@ -198,7 +198,7 @@ class _FromShards(_Files):
             raise UserError(f"{key}: expected shards of images, got latents in {folder}; give those they were made of")
         super().__init__(str(folder), key, info.background)
         self._crop = info.image_size if info.store == "original" else None
-        self.fingerprint = fingerprint(self._shards.source, key)
+        self.fingerprint = self._shards.fingerprint
         self.read([0])
         self.changes.clear()
 

@@ -77,7 +77,7 @@ class Source:
             model = self.checkpoint.load_model(self.weights)
         head_width = self.config.model.width // self.config.model.num_heads
         cached = attention.choose("auto", "sampling", self.device.type, self.precision, head_width, say)
-        model.trunk.settings = BlockSettings(cached_attention=cached)
+        model.trunk.settings = BlockSettings(sampling_attention=cached)
         return model.to(device=self.device, dtype=_DTYPES[self.precision]).eval().requires_grad_(False)
 
     def make_autoencoder(self) -> Autoencoder:

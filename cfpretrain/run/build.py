@@ -68,7 +68,7 @@ class Summary(_End, total=False):
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The `Summary` of a complete run, without what is None in it; None where there is none, or it is damaged."""
+    """The `Summary` of a complete run, without its None values; None where there is none, or it is damaged."""
     file = folder / SUMMARY_FILE
     try:
         summary: Summary = from_plain(Summary, read_json(file), SUMMARY_FILE, ignore_unknown=True)
@@ -153,7 +153,7 @@ def _names_of_shards(config: Config) -> tuple[str, ...]:
     numbers = tuple(map(str, range(config.model.num_classes)))
     address = config.data.shards[0]
     names: tuple[str, ...] = ()
-    reason = f"{address} is an address"  # its store, perhaps a stranger's, is not told of this machine
+    reason = f"{address} is an address"  # a store of unknown owner is not contacted from here
     if "://" not in address:
         try:
             names = read_latents_info(address).class_names
@@ -265,7 +265,7 @@ class RunCheckpoint:
         return make_autoencoder(self.config, device, self.state.autoencoder)
 
     def open_weights(self, weights: str = "ema") -> TensorFile:
-        """The averaged weights ("ema") or the trained ones themselves ("raw"), to be read tensor by tensor."""
+        """The averaged weights ("ema") or the trained ones ("raw"), to be read tensor by tensor."""
         return open_weights(self.path, "ema" if weights == "ema" else "weights")
 
     def load_model(self, weights: str = "ema") -> CausalFusion:
@@ -300,7 +300,7 @@ def find_checkpoint(run: Path, step: Step = None) -> RunCheckpoint:
 
 
 def config_at(run: Path, step: int) -> Config:
-    """The config in force when a run made a step, be it that of the last start where no later checkpoint says it."""
+    """The config in force when a run made a step; that of the last start where no later checkpoint records one."""
     current = load_run_config(run)
     for path in reversed(make_store(current).candidates()):  # the oldest first
         with suppress(DamagedCheckpointError):

@@ -29,7 +29,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def remove(path: Path) -> None:
-    """Deletes a folder or a file; what cannot be deleted is said, since training can go on and a later run retries."""
+    """Deletes a folder or a file; a failure is only reported, since training can go on and a later run retries."""
     try:
         files.remove(path)
     except OSError as error:
@@ -37,7 +37,7 @@ def remove(path: Path) -> None:
 
 
 def _move(path: Path, target: Path) -> bool:
-    """Renames a folder; what cannot be renamed is said."""
+    """Renames a folder; a failure is only reported."""
     try:
         files.move(path, target)
     except OSError as error:
@@ -102,7 +102,7 @@ class CheckpointStore:
         return paths
 
     def remove_leftovers(self) -> None:
-        """Deletes what is half-written or half-deleted, while nothing is in flight."""
+        """Deletes half-written and half-deleted checkpoints; nothing may be in flight."""
         for path in sorted(self.folder.iterdir()):
             match = _LEFTOVER_NAME.fullmatch(path.name)
             if match is None:
@@ -188,14 +188,10 @@ class CheckpointStore:
         return True
 
     def set_aside(self, resumed_step: int, damaged: Sequence[Path]) -> None:
-        """Takes out of the line of checkpoints what the run does not go on from; rank 0 does, the others do nothing.
+        """Renames the checkpoints that a run which resumes from `resumed_step` will not use; rank 0 does it.
 
-        Damaged ones become `step_X.damaged`, complete ones above the step `step_X.abandoned`; they stay on disk, and
-        each is said. What cannot be renamed is said too. It is called before a `CheckpointWriter` is made.
-
-        Args:
-            resumed_step: of the checkpoint that the run goes on from.
-            damaged: those that were refused.
+        Damaged ones, which were refused, become `step_X.damaged`, complete ones above the step `step_X.abandoned`; they
+        stay on disk, and each is reported. It is called before a `CheckpointWriter` is made.
         """
         if runtime.rank() != 0:
             return

@@ -1,6 +1,6 @@
 """Checkpoints written while training goes on: each rank copies what it writes, and threads do the rest.
 
-Each rank makes what is missing in the partial folder, so none waits for another before it writes. The hashes of what it
+Each rank makes missing files in the partial folder, so none waits for another before it writes. The hashes of what it
 wrote travel between the ranks, not over the disk: a network file system may show late what another node has written.
 """
 
@@ -31,7 +31,7 @@ def _host_buffer(num_values: int) -> Tensor:
     # Touched at once: where memory is short the run ends before it has trained, and the first copy is no slower.
     buffer = torch.empty(num_values, dtype=torch.float32).zero_()
     if num_values and torch.cuda.is_available():
-        # Memory that torch pins comes in powers of two: up to twice what is asked for.
+        # Memory that torch pins comes in powers of two: up to twice the size asked for.
         cudart: Any = torch.cuda.cudart()
         torch.cuda.check_error(cudart.cudaHostRegister(buffer.data_ptr(), VALUE_BYTES * num_values, 0))
         weakref.finalize(buffer, cudart.cudaHostUnregister, buffer.data_ptr())
@@ -209,7 +209,7 @@ class CheckpointWriter:
     ) -> None:
         self._phase = phase
         self._note_progress()
-        # Where a process ends, what is half-written is removed by the next run.
+        # Where a process ends, the next run removes the half-written checkpoint.
         self._task = Task(work, "checkpoint") if all_ranks or runtime.rank() == 0 else None
 
     def _note_progress(self) -> None:

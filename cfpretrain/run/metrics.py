@@ -14,7 +14,7 @@ from cfpretrain.base import files, runtime
 from cfpretrain.base.config import ModelConfig
 from cfpretrain.base.console import explaining, say
 from cfpretrain.base.files import open_to_read, parse_json
-from cfpretrain.core.segments import Work
+from cfpretrain.core.work import Work
 
 _MAX_BYTES, _MAX_LINE_BYTES = 2**32, 2**24  # of a metrics file
 # Dense bf16 rate of one GPU, in FLOP/s, by a part of its name (the makers' data sheets, without sparsity).
@@ -28,15 +28,12 @@ _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A
 def training_flops(model: ModelConfig, work: Work) -> float:
     """FLOPs of forward and backward; of attention, visible pairs alone count.
 
-    Embeddings of classes and timesteps, norms and pointwise operations are left out (under 1 %).
-
-    Args:
-        model: sizes.
-        work: tokens and visible pairs of the sequences, counted by their layouts.
+    Embeddings of classes and timesteps, norms and pointwise operations are left out (under 1 %). `work` holds the
+    tokens and visible pairs of the sequences, counted by their layouts.
     """
     D = model.width
     blocks = model.depth * (24 * D**2 * work.tokens + 4 * D * work.visible)
-    return 3.0 * (blocks + 2 * model.patch_values * D * work.patches)
+    return 3.0 * (blocks + 2 * model.patch_values * D * work.projections["image"])
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

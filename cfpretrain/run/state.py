@@ -57,7 +57,7 @@ class TrainingState:
     autoencoder: str  # fingerprint of the one behind the latents, or "identity"; empty where it is not known
     working_folder: str  # what relative paths of the config are relative to; empty where it is not known
     data_fingerprint: str
-    guard: GuardState  # the window of losses and gradient norms that says what is usual
+    guard: GuardState  # the window of recent losses and gradient norms
     wandb_run_id: str | None
     versions: dict[str, str]  # of the packages that wrote it
     schema_version: Literal[3] = SCHEMA_VERSION
@@ -120,9 +120,7 @@ class TrainingState:
     def check_config(self, config: Mapping[str, Any], source: str) -> None:
         """Refuses to continue another model: another network, noise schedule, or scale of latents.
 
-        Args:
-            config: the whole config, as plain values.
-            source: the checkpoint, for the message.
+        `config` is the whole one, as plain values; `source` is the checkpoint, for the message.
         """
         differing = self.contradictions(config)
         if differing:

@@ -26,18 +26,15 @@ _SERVICE = "wandb-core"
 
 
 class Tracker:
-    """What a run tells wandb, from a thread: nobody waits for it, and what goes wrong there is said once.
+    """Logs a run to wandb from a thread: training never waits for it, and its first error is reported once.
 
     Every method does nothing on ranks but 0 and where `mode` is "disabled".
-
-    Attributes:
-        run_id: of wandb's run; None where there is none.
 
     Args:
         mode: "online", "offline", "disabled", or "auto": online where a key is found, else offline.
         project: the project's name.
         folder: where its files go.
-        run_id: the run to go on with; None begins one.
+        run_id: the run to go on with; None begins one. As an attribute: of wandb's run; None where there is none.
         config: the resolved config, logged with the run.
     """
 
@@ -138,7 +135,7 @@ class Tracker:
 
 
 def _visible(plain: Any) -> Any:
-    """Plain values as people are shown them in a browser or a terminal: names in them may be a stranger's."""
+    """Plain values with control characters escaped, for a browser or a terminal: they may come from anywhere."""
     if isinstance(plain, Mapping):
         return {visible(str(key)): _visible(value) for key, value in plain.items()}
     if isinstance(plain, list | tuple):

@@ -89,7 +89,7 @@ class _HostThread:
         ]
         device = weights[0].device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # Pieces take turns in two. Pinned memory is scarce, and only what is on its way gains by it.
+        # Pieces take turns in two buffers: pinned memory is scarce, and only copies under way gain by it.
         most = max(values.numel() for _, values in self._pieces)
         self._staged = [torch.empty(most, pin_memory=device.type == "cuda") for _ in range(min(2, len(self._pieces)))]
         self._under_way: Task | None = None

@@ -1,4 +1,4 @@
-"""One engine for ZeRO stages 0 to 3, and what it keeps in fp32 (weights, the optimizer's state) as fragments.
+"""One engine for ZeRO stages 0 to 3, and its fp32 weights and optimizer state as fragments.
 
 Fragments reach into DeepSpeed's internals (read in 0.19.8). Nothing outside this module and `zero.py` may; EMA,
 checkpoints and exports use `Engine.fragments`, `Engine.refresh` and `Engine.optimizer_step` alone.
@@ -113,7 +113,6 @@ class Engine:
         self._deepspeed = deepspeed_engine
         self._zero_stage = zero_stage
         self._num_backwards = 0
-        self._grad_norm = torch.zeros(())
         optimizer = deepspeed_engine.basic_optimizer
         optim.create_state(optimizer, self._flats())
         # An optimizer that counts no steps (SGD) needs none to go on.
@@ -174,20 +173,11 @@ class Engine:
             if not zero.gate.was_asked:
                 raise RuntimeError("DeepSpeed made a step without asking")
         self._num_backwards = 0
-        self._grad_norm = zero.gate.norm
         if self._zero_stage == 3:
             # DeepSpeed writes over the gradients that the next backward computes, and would apply the others again:
             # those of parameters that the next step does not use.
             self._deepspeed.optimizer.grad_partitions_flat_buffer.zero_()
         return applied
-
-    @property
-    def grad_norm(self) -> float:
-        """Norm of the whole gradient of the latest step, applied or not, before clipping; infinity if not finite.
-
-        Waits for the device.
-        """
-        return float(self._grad_norm)
 
     @property
     def optimizer_step(self) -> int:

@@ -1,4 +1,4 @@
-"""The run folder around training: who may write in it, what in it fits the config, what it tells job scripts."""
+"""The run folder around training: its lock, its checks against the config, its notes for job scripts."""
 
 import fcntl
 import json
@@ -17,9 +17,9 @@ from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config, to_plain, to_yaml
 from cfpretrain.base.console import UserError, explaining, phase, say
 from cfpretrain.base.stopping import leave_before_training
+from cfpretrain.data.compatibility import check_autoencoder, check_infos
 from cfpretrain.data.loader import open_folders, order_fingerprint
 from cfpretrain.data.mosaic import __version__ as streaming_version
-from cfpretrain.data.shards import check_autoencoder, check_infos
 from cfpretrain.run.build import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -109,7 +109,7 @@ def _unwritable(folder: Path, reason: str = "{reason}") -> str:
 
 
 def record_config(config: Config) -> None:
-    """Writes the resolved config into the run folder, and says what it changes. All ranks call it."""
+    """Writes the resolved config into the run folder, and reports its changes. All ranks call it."""
     folder = Path(config.run.folder)
     with runtime.together(), explaining(_unwritable(folder)):
         if runtime.rank() == 0:
@@ -174,7 +174,8 @@ def _check_inputs(config: Config) -> None:
         check_relative("data.shards", address)
     if config.evaluation.every_steps:
         check_relative("evaluation.reference", config.evaluation.reference)
-    infos = [folder.latents_info for folder in open_folders(config)]
+    folders = open_folders(config)
+    infos = [folder.latents_info for folder in folders]
     check_infos(infos, config)
     if runtime.rank() == 0 and config.data.autoencoder:
         # Another one than made the latents would decode them to something else.
@@ -191,7 +192,7 @@ def _check_inputs(config: Config) -> None:
             f"on, got those of {infos[0].autoencoder}; set data.shards as it was or choose another run.folder"
         )
     # An imported checkpoint has none: it is at the beginning of an epoch of any data.
-    if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config):
+    if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config, folders):
         raise UserError(
             f"data.shards: checkpoint {latest} was trained on other shards than {', '.join(config.data.shards)}, or "
             "with other data.repeat, data.num_canonical_nodes or data.shuffle_block_size, so its place in the data "

@@ -15,8 +15,8 @@ import torch
 from cfpretrain.base.config import Config, ModelConfig, OrderConfig, can_checkpoint
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.attention import BACKENDS
-from cfpretrain.core.modalities import class_segment
-from cfpretrain.core.segments import sequence_lengths
+from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.work import sequence_lengths
 from cfpretrain.run.build import choose_attention, make_model
 from cfpretrain.training.zero import ds_config
 
@@ -104,8 +104,9 @@ def longest_sequence(config: Config) -> int:
 
 @functools.cache
 def _longest_sequence(model: ModelConfig, order: OrderConfig, clean_multiple: int) -> int:
-    before = [class_segment(model.num_cond_tokens)]
-    return max(sequence_lengths(before, model.num_tokens, ARSettings(**vars(order)), clean_multiple))
+    image = image_segment(torch.zeros(1, model.num_tokens, dtype=torch.int64))
+    segments = [class_segment(model.num_cond_tokens), image]
+    return max(sequence_lengths(segments, ARSettings(**vars(order)), clean_multiple))
 
 
 def num_dense_masks(config: Config, num_ranks: int, on_gpu: bool) -> int:

@@ -183,7 +183,7 @@ class Combined(torch.optim.Optimizer):
         refuses: Callable[[Tensor], bool] | None = None,
         clip_grad_norm: float = 0.0,
     ) -> None:
-        # The groups are those of the parts themselves: whoever changes a learning rate or parameters changes theirs.
+        # The groups are the parts' own, so that a change of a learning rate or of parameters reaches them.
         super().__init__([group for part in parts for group in part.param_groups], {})
         for part in parts:
             part.state = self.state

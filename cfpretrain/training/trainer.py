@@ -128,7 +128,7 @@ class Trainer:
         blocks = choose_blocks(config, self.device.type)
         with phase(f"building the model on {count(num_ranks, 'rank')}, ZeRO stage {config.engine.zero_stage}"):
             self.engine = build_engine(lambda: make_model(config, blocks), config, self.device)
-        ways = [f"attention {blocks.attention}, in sampling {blocks.cached_attention}"]
+        ways = [f"attention {blocks.attention}, in sampling {blocks.sampling_attention}"]
         ways += ["blocks compiled"] * blocks.compile
         ways += ["activations recomputed"] * blocks.checkpoint_activations
         ways += ["apex LayerNorm"] * blocks.fused_norm
@@ -332,7 +332,9 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
         raise
     except Exception as error:
         if explain_no_memory(error) is not None:
-            error.add_note(_advise_on_memory(config, device))
+            num_ranks, advice = runtime.world_size(), advise(config, runtime.world_size(), device.type == "cuda")
+            command = f"python tools/estimate_memory.py --config {folder / CONFIG_FILE} --num-gpus {num_ranks}"
+            error.add_note(f"{advice}; all choices: {command}")
         explained = explain_no_memory(error)
         watchdog.leave_if_ranks_are_lost(EXIT_FAILED if explained is None else EXIT_USER_ERROR)
         if explained is not None:  # this rank is the first that failed
@@ -340,10 +342,3 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
         raise
     finally:
         watchdog.end()
-
-
-def _advise_on_memory(config: Config, device: torch.device) -> str:
-    """What a run that found too little memory needs, and what to change."""
-    num_ranks, file = runtime.world_size(), Path(config.run.folder) / CONFIG_FILE
-    advice = advise(config, num_ranks, device.type == "cuda")
-    return f"{advice}; all choices: python tools/estimate_memory.py --config {file} --num-gpus {num_ranks}"

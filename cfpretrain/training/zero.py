@@ -1,4 +1,4 @@
-"""The door to DeepSpeed: its settings, derived from ours, and what of it is changed (read in 0.19.8)."""
+"""The door to DeepSpeed: its settings, derived from ours, and our patches of it (read in 0.19.8)."""
 
 import math
 import os
@@ -15,6 +15,10 @@ from cfpretrain.core.model import Block, BlockSettings
 
 # Elements of a communication bucket, at least (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
 _BUCKET_NUMEL = 50_000_000
+# Parameters of fewer elements stay gathered at stage 3, and are sent one by one after each step. Over gloo that costs
+# more than gathering them with their modules: the demo's step took 250 ms instead of 200. For GPUs it is DeepSpeed's
+# own default.
+_PERSISTENT_NUMEL = {"cpu": 0, "cuda": 100_000}
 
 # (global norm of the gradient before clipping, a scalar on the device: infinite where a gradient is not finite) ->
 # whether to apply the update; alike on all ranks, and never where the norm is infinite
@@ -57,7 +61,7 @@ def ds_config(config: Config, world_size: int, device: torch.device) -> dict[str
             # It replaces torch's linear in the whole process by one that rounds before it adds the bias,
             # so that stage 3 would compute other numbers than stages 0 to 2.
             "memory_efficient_linear": False,
-            "stage3_param_persistence_threshold": _persistent_numel(device),
+            "stage3_param_persistence_threshold": _PERSISTENT_NUMEL[device.type],
         },
     }
 
@@ -77,19 +81,12 @@ def _bucket_numel(config: Config) -> int:
     return max(_BUCKET_NUMEL, largest + largest % 2)  # DeepSpeed takes even ones only
 
 
-def _persistent_numel(device: torch.device) -> int:
-    """Parameters of fewer elements stay gathered at stage 3."""
-    # They are sent one by one after each step. Over gloo that costs more than gathering them with their modules: the
-    # demo's step took 250 ms instead of 200. On a GPU it is DeepSpeed's own default.
-    return 0 if device.type == "cpu" else 100_000
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Changes
 
 
 def load_deepspeed(device: torch.device) -> ModuleType:
-    """Imports DeepSpeed for this kind of device and changes it; RuntimeError where it has not what is changed."""
+    """Imports DeepSpeed for this kind of device and patches it; RuntimeError where a patched name is missing."""
     # DeepSpeed chooses its accelerator at import; unset, it guesses, and warns where it finds no GPU.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     import deepspeed

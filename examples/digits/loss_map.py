@@ -23,15 +23,8 @@ def measure_loss_map(
 ) -> tuple[Floats, list[float], list[float]]:
     """Mean squared error of the prediction, by timestep and by the number of clean tokens before the AR step.
 
-    Splits, orders and timesteps follow their training laws; labels are not dropped and AR weights not applied.
-
-    Args:
-        model: the network.
-        loss: the training objective.
-        latents_NCYX: as the model sees them.
-        labels_N: int64.
-        num_bins: bins of the timesteps.
-        passes: how often every image is used, each time with other draws.
+    Splits, orders and timesteps follow their training laws; labels are not dropped and AR weights not applied. Latents
+    are as the model sees them, and each is used `passes` times, with other draws each time.
 
     Returns:
         (errors [num_bins, L], NaN where nothing fell; edges of the timesteps; edges of the positions).
@@ -47,9 +40,9 @@ def measure_loss_map(
             batch = objective.prepare(latents_NCYX[ids_B], draws)
             error_BL = objective(model, batch.to(device)).squared_error_BLP.mean(-1).cpu()
             level_B = (draws.timesteps_B * num_bins // num_timesteps).long()
-            cell_BL = level_B[:, None] * num_tokens + step_begin(draws.steps_BL)
-            totals.index_add_(0, cell_BL.flatten(), error_BL.double().flatten())
-            counts.index_add_(0, cell_BL.flatten(), torch.ones(cell_BL.numel(), dtype=torch.float64))
+            cells = (level_B[:, None] * num_tokens + step_begin(draws.steps_BL)).flatten()
+            totals += cells.bincount(error_BL.double().flatten(), num_bins * num_tokens)
+            counts += cells.bincount(minlength=num_bins * num_tokens)
     errors = (totals / counts).reshape(num_bins, num_tokens).numpy()
     timestep_edges = np.linspace(0, num_timesteps, num_bins + 1).tolist()
     return errors, timestep_edges, list(range(num_tokens + 1))
@@ -79,15 +72,8 @@ def draw_loss_map(
     spread_is_large = known.min() > 0 and known.max() > 8 * known.min()
     limits = (float(known.min()), float(known.max()))
     scale = LogNorm(*limits) if spread_is_large else Normalize(*limits)
-    axes.fill_between(
-        [timestep_edges[0], timestep_edges[-1]],
-        position_edges[0],
-        position_edges[-1],
-        hatch="///",
-        facecolor="#eceff3",
-        edgecolor="#c3c9d2",
-        lw=0,
-    )
+    whole = (timestep_edges[0], timestep_edges[-1]), position_edges[0], position_edges[-1]
+    axes.fill_between(*whole, hatch="///", facecolor="#eceff3", edgecolor="#c3c9d2", lw=0)
     mesh = axes.pcolormesh(
         timestep_edges, position_edges, loss_TS.T, norm=scale, cmap="viridis", edgecolor=PAPER, linewidth=0.6
     )

@@ -23,13 +23,9 @@ def reconstruction_error(
     device: torch.device,
     on_batch: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean squared error on [-1, 1] of images decoded from the means of their posteriors.
+    """Mean squared error on [-1, 1] of uint8 images decoded from the means of their posteriors.
 
-    Args:
-        autoencoder: on `device`.
-        images_BCYX: uint8.
-        device: where to compute.
-        on_batch: called before each batch; what it raises ends the measurement.
+    `on_batch` is called before each batch; an error that it raises ends the measurement.
     """
     total = 0.0
     for begin in range(0, len(images_BCYX), _BATCH):
@@ -50,14 +46,11 @@ def reconstruct(autoencoder: Autoencoder, images_BCYX: Tensor) -> Tensor:
 def draw_reconstructions(
     file: Path | IO[bytes], autoencoder: Autoencoder, images_BCYX: Tensor, device: torch.device, title: str
 ) -> None:
-    """Writes rows of originals, each above what an autoencoder makes of them, as PNG.
+    """Writes rows of originals, each above their reconstructions, as PNG; their mean squared error follows the title.
 
     Args:
         file: the PNG, or where its bytes go.
-        autoencoder: on `device`.
-        images_BCYX: uint8, at least one; what does not fill rows of 8 is left out.
-        device: where to compute.
-        title: above all; the mean squared error of what is shown follows it.
+        images_BCYX: uint8, at least one; those that do not fill rows of 8 are left out.
     """
     num_columns = min(len(images_BCYX), _MOST_COLUMNS)
     num_rows = len(images_BCYX) // num_columns

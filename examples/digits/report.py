@@ -129,11 +129,7 @@ def _is_of(report: dict[str, Any], settings: dict[str, Any]) -> bool:
 
 def _settings(arguments: argparse.Namespace, step: int, num_embedded: int) -> dict[str, Any]:
     """What a report is of; a run that was scored so needs no second scoring."""
-    from cfpretrain.data.shards import fingerprint
-    from cfpretrain.data.storage import open_source
-
-    def content(folder: Path, key: str) -> str:
-        return fingerprint(open_source(folder, key), key)
+    from cfpretrain.data.shards import Shards
 
     return {
         "scored_step": step,
@@ -144,9 +140,9 @@ def _settings(arguments: argparse.Namespace, step: int, num_embedded: int) -> di
         "solver": _SOLVER,
         "guidance": arguments.guidance,
         "images": str(arguments.images),
-        "images_fingerprint": content(arguments.images, "--images"),
+        "images_fingerprint": Shards(arguments.images, "--images").fingerprint,
         "held_out": str(arguments.held_out),
-        "held_out_fingerprint": content(arguments.held_out, "--held-out"),
+        "held_out_fingerprint": Shards(arguments.held_out, "--held-out").fingerprint,
     }
 
 
@@ -329,9 +325,11 @@ def _draw(folder: Path, config: Any, model: Any, step: int, sets: "Sets") -> Non
     shards = open_folders(config)[0]
     with phase("drawing the loss map"):
         some = np.linspace(0, len(shards) - 1, min(len(shards), _MOST_MAPPED)).round().astype(int)
-        trained = shards.read_latents(some)
-        latents = build.make_scaling(config).to_model(trained.mean_BCYX).to(next(model.parameters()).device)
-        errors = measure_loss_map(model, build.make_loss(config), latents, trained.labels_B, num_bins=20, passes=8)
+        samples = shards.samples(some.tolist())
+        means_BCYX = torch.from_numpy(np.stack([sample["mean"] for sample in samples])).float()
+        labels_B = torch.tensor([int(sample["label"]) for sample in samples])
+        latents_BCYX = build.make_scaling(config).to_model(means_BCYX).to(next(model.parameters()).device)
+        errors = measure_loss_map(model, build.make_loss(config), latents_BCYX, labels_B, num_bins=20, passes=8)
         draw_loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
     names = shards.info.class_names[: config.sample.max_classes]
     for key, one in sets.items():

@@ -96,13 +96,7 @@ def _holds(file: Path, num_images: int) -> bool:
 
 
 def make_missing(config: Config, sets: Sequence[SampleSet], device: torch.device) -> None:
-    """Makes the missing images of the sets, on all ranks, and shows the progress.
-
-    Args:
-        config: of the models.
-        sets: alike on all ranks.
-        device: where the models compute.
-    """
+    """Makes the missing images of the sets, which are alike on all ranks, and shows the progress."""
     missing = runtime.gather([one.missing() for one in sets] if runtime.rank() == 0 else None)[0]
     num_images = sum(len(one.labels) for one in sets)
     num_missing = sum(one.count(numbers) for one, numbers in zip(sets, missing, strict=True))

@@ -77,8 +77,8 @@ def summarise(
     """The quality part of report.json.
 
     Args:
-        real_train: what the model was trained on; the classifier is fitted on it.
-        real_held_out: what it never saw.
+        real_train: the model was trained on them, and the classifier is fitted on them.
+        real_held_out: the model never saw them.
         guided: images generated with guidance, by their number of AR steps; classes evenly spread.
         unguided: the same without guidance. Precision, recall and Frechet distance are those of its smallest number of
             AR steps.

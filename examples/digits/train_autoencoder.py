@@ -139,13 +139,12 @@ class Images(NamedTuple):
 def _read_images(arguments: argparse.Namespace) -> Images:
     import torch
 
-    from cfpretrain.data.shards import fingerprint
-    from cfpretrain.data.storage import open_source
+    from cfpretrain.data.shards import Shards
     from examples.digits.pixels import read_all_images
 
     def read(folder: Path, key: str) -> "tuple[Tensor, str]":
         with phase(f"reading the images of {folder}"):
-            return read_all_images(folder, key)[0], fingerprint(open_source(str(folder), key), key)
+            return read_all_images(folder, key)[0], Shards(folder, key).fingerprint
 
     train, which = read(arguments.images, "IMAGES")
     if arguments.held_out is None:

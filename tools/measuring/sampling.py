@@ -46,7 +46,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     head_width = config.model.width // config.model.num_heads
     cached = attention.choose("auto", "sampling", device.type, arguments.precision, head_width, say)
     with device:
-        model = make_model(config, BlockSettings(cached_attention=cached)).eval().requires_grad_(False)
+        model = make_model(config, BlockSettings(sampling_attention=cached)).eval().requires_grad_(False)
     initialise(model, seed=0)
     torch.nn.init.normal_(model.noise_head.linear.weight, std=0.02)  # the head begins at 0, and would predict nothing
     model.to(torch.bfloat16 if arguments.precision == "bf16" else torch.float32)
@@ -117,7 +117,7 @@ def generate_plainly(
         def predict(x_BNP: Tensor, time: float, before=before, at_BN=at_BN, intervals_1MI=intervals_1MI) -> Tensor:
             times = torch.full((len(labels),), time, device=labels.device)
             noised = Segment(IMAGE, noised=x_BNP.repeat(n, 1, 1), positions_BL=at_BN.repeat(n, 1), times_B=times)
-            (prediction,) = model([*before, noised], intervals_1MI)
+            prediction = model([*before, noised], intervals_1MI)[IMAGE]
             if n == 1:
                 return prediction
             with_class, without_class = prediction.chunk(2)

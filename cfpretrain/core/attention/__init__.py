@@ -34,22 +34,14 @@ _MOST_GRAPHS = 64  # of one compiled function: shapes, with and without gradient
 
 @dataclass(frozen=True)
 class Backend:
-    """What is known of a backend before it is loaded.
+    """What is known of a backend before it is loaded."""
 
-    Attributes:
-        file: its module in this folder.
-        jobs: "training", where intervals say who sees whom; "sampling", where each query sees all keys (of a cache).
-        head_widths: those it has; `widths` says them in words.
-        has_dense_mask: it takes a mask of all pairs, which needs memory.
-        needs_padding: it is compiled for each length of a sequence, so that there should be few.
-    """
-
-    file: str
-    jobs: Sequence[str]
+    file: str  # its module in this folder
+    jobs: Sequence[str]  # "training", where intervals say who sees whom; "sampling", where each query sees all keys
     head_widths: Sequence[int] = range(1, sys.maxsize)
-    widths: str = ""
-    has_dense_mask: bool = False
-    needs_padding: bool = False
+    widths: str = ""  # the same in words
+    has_dense_mask: bool = False  # it takes a mask of all pairs, which needs memory
+    needs_padding: bool = False  # it is compiled for each length of a sequence, so that there should be few
 
     def load(self) -> Any:
         """Its module."""
@@ -83,17 +75,9 @@ def needs_padding(name: str, head_width: int) -> bool:
 
 
 def choose(name: str, job: str, device_type: str, precision: str, head_width: int, say: Callable[[str], None]) -> str:
-    """The backend that does a job on a device.
+    """The backend that does a job ("training" or "sampling") on a device ("cpu" or "cuda").
 
     "auto" says, once a process, which package keeps it from a backend that the run could use.
-
-    Args:
-        name: "auto" or a backend.
-        job: "training" or "sampling", see `Backend.jobs`.
-        device_type: "cpu" or "cuda".
-        precision: of the model in this job, "bf16" or "fp32".
-        head_width: E.
-        say: shows a line of text.
 
     Raises:
         ValueError: it cannot do it here; the message says what is missing and how to get it.
@@ -131,25 +115,14 @@ def _say_once(say: Callable[[str], None], text: str) -> None:
 
 
 class Visibility(NamedTuple):
-    """Who sees whom, made once for a forward and shared by its blocks.
+    """Who sees whom, made once for a forward and shared by its blocks."""
 
-    Attributes:
-        attend: of the backend.
-        mask: what its `prepare` made of the intervals; None: every query sees every key.
-    """
-
-    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]
-    mask: Any
+    attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # of the backend
+    mask: Any  # what its `prepare` made of the intervals; None: every query sees every key
 
 
 def make_visibility(intervals_BMI: Tensor | None, num_keys: int, backend: str) -> Visibility:
-    """The form of the row intervals that `backend` takes.
-
-    Args:
-        intervals_BMI: int32 [B or 1, M, 4]; None lets every query see every key.
-        num_keys: K.
-        backend: chosen by `choose`, for training, or for sampling where there are no intervals.
-    """
+    """The form that a backend takes of the row intervals, int32 [B or 1, M, 4]; without them all is visible."""
     module = BACKENDS[backend].load()
     return Visibility(module.attend, None if intervals_BMI is None else module.prepare(intervals_BMI, num_keys))
 
@@ -163,7 +136,7 @@ def compile_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
     """torch.compile with a graph for each shape of the arguments; more than a few dozen shapes are an error."""
     import torch._dynamo.config
 
-    # Past its limit of 8, torch would go on without compiling and only whisper.
+    # Past its limit of 8, torch would go on without compiling and only log it.
     torch._dynamo.config.recompile_limit = _MOST_GRAPHS
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=False)

@@ -40,19 +40,12 @@ KEY_TILE = 64  # keys of a program of dK and dV, unless `prepare` is told anothe
 
 
 class Launch(NamedTuple):
-    """How a kernel is launched.
+    """How a kernel is launched."""
 
-    Attributes:
-        rows: rows of a tile.
-        keys: keys of a tile; dK and dV take those of `Tiles`.
-        num_warps: warps of a program.
-        num_stages: tiles of the loop in flight.
-    """
-
-    rows: int
-    keys: int
-    num_warps: int
-    num_stages: int
+    rows: int  # of a tile
+    keys: int  # of a tile; dK and dV take those of `Tiles`
+    num_warps: int  # of a program
+    num_stages: int  # tiles of the loop in flight
 
 
 # By kernel, head width and bytes of a value. Those marked H200 are from a sweep of rows, keys, warps and stages in bf16
@@ -95,48 +88,44 @@ def missing_package() -> str:
 
 
 class Tiles(NamedTuple):
-    """Who sees whom, made once for a forward of the network and shared by its blocks.
+    """Who sees whom, made once for a forward of the network and shared by its blocks."""
 
-    Attributes:
-        intervals_BMI: int32 [B or 1, M, 4], contiguous.
-        row_ranges_BT4: int32 [B or 1, key tiles, 4]: (begin, end) of a range of rows without an own interval and of one
-            of rows with an own interval: no row outside sees the tile, and the two do not overlap.
-        whole_ranges_BT4: int32 [B or 1, key tiles, 4]: of each of the two, the part that sees the tile as a whole.
-        key_tile: keys of a tile.
-    """
-
-    intervals_BMI: Tensor
+    intervals_BMI: Tensor  # int32 [B or 1, M, 4], contiguous
+    # Int32 [B or 1, key tiles, 4]: (begin, end) of a range of rows without an own interval and of one of rows with an
+    # own interval: no row outside sees the tile, and the two do not overlap.
     row_ranges_BT4: Tensor
-    whole_ranges_BT4: Tensor
-    key_tile: int
+    whole_ranges_BT4: Tensor  # of each of the two, the part that sees the tile as a whole
+    key_tile: int  # keys of a tile
 
 
 def prepare(intervals_BMI: Tensor, num_keys: int, key_tile: int | None = None) -> Tiles:
-    """The tiles of a layout.
-
-    Args:
-        intervals_BMI: int32 [B or 1, M, 4], what each row sees (`segments.Layout`); samples may be packed in one row.
-        num_keys: K.
-        key_tile: keys of a tile, a power of two from 16 on; None: `KEY_TILE`.
-    """
+    """The tiles of a layout; `key_tile` is a power of two from 16 on, without it `KEY_TILE`."""
     key_tile = KEY_TILE if key_tile is None else key_tile
     intervals_BMI = intervals_BMI.to(torch.int32).contiguous()
-    prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.clamp(0, num_keys).unsqueeze(1).unbind(-1)
-    first_T1 = torch.arange(0, num_keys, key_tile, dtype=torch.int32, device=intervals_BMI.device)[:, None]
-    end_T1 = (first_T1 + key_tile).clamp(max=num_keys)
-
-    def sees(begin: Tensor, end: Tensor) -> Tensor:
-        return torch.maximum(begin, first_T1) < torch.minimum(end, end_T1)
-
-    def sees_whole(begin: Tensor, end: Tensor) -> Tensor:
-        return (begin <= first_T1) & (end_T1 <= end)
-
-    sees_BTM = sees(prefix_begin, prefix_end) | sees(own_begin, own_end)
-    whole_BTM = sees_whole(prefix_begin, prefix_end) | sees_whole(own_begin, own_end)
+    sees_BTM, whole_BTM = (tiles_BMT.transpose(1, 2) for tiles_BMT in tiles_seen(intervals_BMI, num_keys, key_tile))
+    _, _, own_begin, own_end = intervals_BMI.clamp(0, num_keys).unsqueeze(1).unbind(-1)
     has_own_B1M = own_begin < own_end
     ranges = _disjoint(*_hull(sees_BTM & ~has_own_B1M), *_hull(sees_BTM & has_own_B1M))
     whole = [bound for i in (0, 2) for bound in _first_run(whole_BTM, ranges[i], ranges[i + 1])]
     return Tiles(intervals_BMI, torch.stack(ranges, -1), torch.stack(whole, -1), key_tile)
+
+
+def tiles_seen(intervals_BMI: Tensor, num_keys: int, tile: int) -> tuple[Tensor, Tensor]:
+    """Which tiles of so many keys each row sees at all, and which as a whole: two bool [B, M, T]."""
+    prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.clamp(0, num_keys).unsqueeze(2).unbind(-1)
+    first_T = torch.arange(0, num_keys, tile, dtype=intervals_BMI.dtype, device=intervals_BMI.device)
+    end_T = (first_T + tile).clamp(max=num_keys)
+
+    def sees(begin: Tensor, end: Tensor) -> Tensor:
+        return torch.maximum(begin, first_T) < torch.minimum(end, end_T)
+
+    def sees_whole(begin: Tensor, end: Tensor) -> Tensor:
+        return (begin <= first_T) & (end_T <= end)
+
+    return (
+        sees(prefix_begin, prefix_end) | sees(own_begin, own_end),
+        sees_whole(prefix_begin, prefix_end) | sees_whole(own_begin, own_end),
+    )
 
 
 def _rows(mask_BTM: Tensor) -> Tensor:

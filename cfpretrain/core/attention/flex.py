@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from cfpretrain.core.attention import compile_by_shape
-from cfpretrain.core.attention.block_causal import can_run, missing_package
+from cfpretrain.core.attention.block_causal import can_run, missing_package, tiles_seen
 
 __all__ = ["attend", "can_run", "missing_package", "prepare"]  # torch compiles it with Triton too
 
@@ -39,23 +39,12 @@ def prepare(intervals_BMI: Tensor, num_keys: int) -> BlockMask:
 
 
 def _tiles_seen(intervals_BMI: Tensor, num_keys: int, tile: int) -> tuple[Tensor, Tensor]:
-    """Which tiles of keys each tile of rows sees in part, and which as a whole: two bool [B, row tiles, key tiles]."""
-    prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.unsqueeze(-1).unbind(2)
-    first_K = torch.arange(0, num_keys, tile, device=intervals_BMI.device)
-    end_K = (first_K + tile).clamp(max=num_keys)
-
-    def meets(begin: Tensor, end: Tensor) -> Tensor:
-        return (begin < end_K) & (first_K < end) & (begin < end)
-
-    def covers(begin: Tensor, end: Tensor) -> Tensor:
-        return (begin <= first_K) & (end_K <= end)
-
-    seen_BMK = meets(prefix_begin, prefix_end) | meets(own_begin, own_end)
-    whole_BMK = covers(prefix_begin, prefix_end) | covers(own_begin, own_end)
+    """Which tiles of keys each tile of rows sees at all, and which as a whole: two bool [B, row tiles, key tiles]."""
+    seen_BMT, whole_BMT = tiles_seen(intervals_BMI, num_keys, tile)
     missing_rows = -intervals_BMI.shape[1] % tile
-    seen_BMK = F.pad(seen_BMK, (0, 0, 0, missing_rows), value=False)
-    whole_BMK = F.pad(whole_BMK, (0, 0, 0, missing_rows), value=True)
-    return seen_BMK.unflatten(1, (-1, tile)).any(2), whole_BMK.unflatten(1, (-1, tile)).all(2)
+    seen_BMT = F.pad(seen_BMT, (0, 0, 0, missing_rows), value=False)
+    whole_BMT = F.pad(whole_BMT, (0, 0, 0, missing_rows), value=True)
+    return seen_BMT.unflatten(1, (-1, tile)).any(2), whole_BMT.unflatten(1, (-1, tile)).all(2)
 
 
 def _as_list(tiles_BTK: Tensor) -> tuple[Tensor, Tensor]:
