@@ -7,6 +7,7 @@ after the first line is out, since that takes seconds.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,6 +66,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
     """Prints the resolved config and what follows from it, in seconds; needs neither a GPU nor the weights' memory."""
     from cfpretrain.base import config as configs
     from cfpretrain.base import config_checks, runtime
+    from cfpretrain.run.build import parameter_shapes
 
     world_size = runtime.world_size() if arguments.num_ranks is None else arguments.num_ranks
     if world_size < 1:
@@ -75,7 +77,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
     print("\n".join(map(printable, configs.to_yaml(configs.to_shown(config)).split("\n"))))
 
     train = config.train
-    print(f"parameters: {_num_parameters(config):,}")
+    print(f"parameters: {sum(map(math.prod, parameter_shapes(config).values())):,}")
     print(
         f"global batch: {train.global_batch_size} = {config.micro_batch_size(world_size)} a micro-batch x "
         f"{config.accumulation_steps(world_size)} micro-batches x {world_size} ranks"
@@ -129,16 +131,6 @@ def _describe_origins(origins: "Mapping[str, Origin]") -> Iterator[str]:
     sources = sorted(set(origins.values()))
     for source in sources if len(sources) > 1 else ():
         yield f"set by {source.name}: {', '.join(key for key, origin in origins.items() if origin == source)}"
-
-
-def _num_parameters(config: "Config") -> int:
-    import torch
-
-    from cfpretrain.run.build import make_model
-
-    with torch.device("meta"):
-        model = make_model(config)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _describe_sequences(config: "Config") -> Iterator[str]:

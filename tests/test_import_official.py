@@ -22,7 +22,6 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core.modalities import sincos_positions
 from cfpretrain.data.loader import Loader
-from cfpretrain.export import imported_run
 from cfpretrain.export.official import our_name, to_official, write_official
 from cfpretrain.run import build
 from cfpretrain.run.checkpoint import open_weights
@@ -65,7 +64,7 @@ def empty_config(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def official_state(config: Config, seed: int) -> State:
     """Random tensors of the config's model under the official names."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = imported_run.expected_shapes(config)
+    shapes = build.parameter_shapes(config)
     ours = {name: 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     return to_official(ours, config.model.grid)
 

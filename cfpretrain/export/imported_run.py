@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cfpretrain.autoencoder import KLAutoencoder
@@ -18,7 +17,7 @@ from cfpretrain.base.console import UserError, phase, say
 from cfpretrain.base.plans import tensor_differences
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
-from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, checked, make_model
+from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, checked, parameter_shapes
 from cfpretrain.run.checkpoint import EMA, WEIGHTS, tensor_file
 from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.guard import Guard
@@ -59,16 +58,9 @@ class ForeignCheckpoint:
 # Sizes
 
 
-def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    """The parameters of the config's model."""
-    with torch.device("meta"):
-        model = make_model(config)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-
-
 def check_shapes(found: Shapes, config: Config, source: str, beside: Shapes | None = None) -> None:
     """Refuses tensors that are not those of the config's model, under our names; those of `beside` may be there too."""
-    expected = expected_shapes(config)
+    expected = parameter_shapes(config)
     expected |= {name: shape for name, shape in (beside or {}).items() if name in found}
     there, here = _sizes(found), _sizes(expected)
     problems = [
@@ -120,7 +112,7 @@ def import_run(
         found = read(config)
     with phase(f"writing {folder}"):
         write_run(folder, config, found)
-    num_parameters = sum(map(math.prod, expected_shapes(config).values()))
+    num_parameters = sum(map(math.prod, parameter_shapes(config).values()))
     say(f"{folder}: {num_parameters:,} parameters {found.about}; train on with")
     say(f"    deepspeed cfpretrain/train.py --config {folder}/config.yaml")
 
@@ -153,7 +145,7 @@ def write_run(folder: Path, config: Config, found: ForeignCheckpoint) -> None:
     with outputs.whole_or_nothing(folder, "RUN") as unfinished:
         files.make_folder(unfinished)
         files.replace(unfinished / CONFIG_FILE, to_yaml(config))
-        _write_checkpoint(unfinished / CHECKPOINTS, state, expected_shapes(config), found)
+        _write_checkpoint(unfinished / CHECKPOINTS, state, parameter_shapes(config), found)
 
 
 def _latents_of(config: Config) -> tuple[list[str], str]:

@@ -143,6 +143,12 @@ def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFus
     )
 
 
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """The network's parameters, by name."""
+    with torch.device("meta"):
+        return {name: tuple(parameter.shape) for name, parameter in make_model(config).named_parameters()}
+
+
 def initial_weights(config: Config) -> WriteInitialValues:
     """What `Engine.initialise` gives a model of `make_model`, drawn on the device that holds it."""
     return functools.partial(write_initial_values, config.run.seed, config.model.grid)
@@ -270,10 +276,10 @@ class RunCheckpoint:
 
     def load_model(self, weights: str = "ema") -> CausalFusion:
         """The model with these weights, in fp32 on the CPU, for sampling and scoring."""
+        there = self.open_weights(weights)
+        check_shapes(there, parameter_shapes(self.config))
         with torch.device("meta"):
             model = make_model(self.config)
-        there = self.open_weights(weights)
-        check_shapes(there, {name: tuple(value.shape) for name, value in model.state_dict().items()})
         model.load_state_dict(there.read_all(), assign=True)
         return model.eval().requires_grad_(False)
 

@@ -6,6 +6,7 @@ The estimate follows what DeepSpeed 0.19.8 allocates under `zero.ds_config`, and
 
 import functools
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.attention import BACKENDS
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.work import sequence_lengths
-from cfpretrain.run.build import choose_attention, make_model
+from cfpretrain.run.build import choose_attention, parameter_shapes
 from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
@@ -93,8 +94,7 @@ def estimate(config: Config, num_ranks: int, on_gpu: bool) -> Estimate:
 @functools.cache
 def parameter_numels(model: ModelConfig) -> tuple[int, ...]:
     """Elements of each parameter."""
-    with torch.device("meta"):
-        return tuple(parameter.numel() for parameter in make_model(Config(model=model)).parameters())
+    return tuple(map(math.prod, parameter_shapes(Config(model=model)).values()))
 
 
 def longest_sequence(config: Config) -> int:

@@ -23,6 +23,7 @@ from cfpretrain.base import files
 from cfpretrain.base.console import UserError, phase, say
 from cfpretrain.export import imported_run
 from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.run import build
 from tools.measuring import tool
 from tools.measuring.common import resident_bytes
 
@@ -55,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _measure_one(config: Any, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
-    shapes = imported_run.expected_shapes(config)
+    shapes = build.parameter_shapes(config)
 
     def read_tensor(content: str, name: str) -> torch.Tensor:
         # The moments do not leave.
