@@ -16,6 +16,7 @@ and weighs the loss of a step by w(x), which falls along the axis for the same r
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,13 +128,17 @@ def cosine_sizes(num_tokens: int, num_ar_steps: int) -> list[int]:
     """Sizes of AR steps that grow as the cosine falls: few tokens while little is known (MaskGIT, arXiv 2202.04200)."""
     _check_num_ar_steps(num_tokens, num_ar_steps)
     left = [math.cos(math.pi / 2 * (i + 1) / num_ar_steps) * num_tokens for i in range(num_ar_steps)]
-    ends = [round(num_tokens - tokens) for tokens in left]
     # At least one token a step, and enough left for the steps to come.
-    for i in range(num_ar_steps):
-        ends[i] = max(ends[i], (ends[i - 1] if i else 0) + 1)
-    for i in range(num_ar_steps - 1, -1, -1):
-        ends[i] = min(ends[i], num_tokens - (num_ar_steps - 1 - i))
-    return [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    ends = increasing([0, *(round(num_tokens - tokens) for tokens in left)], num_tokens)
+    return [end - begin for begin, end in itertools.pairwise(ends)]
+
+
+def increasing(numbers: Sequence[int], last: int) -> list[int]:
+    """Ascending numbers, each moved up where two would be one, and then down so that none is above `last`."""
+    found = list(numbers)
+    for i in range(1, len(found)):
+        found[i] = max(found[i], found[i - 1] + 1)
+    return [min(number, last - len(found) + 1 + i) for i, number in enumerate(found)]
 
 
 def choose_sizes(num_tokens: int, num_ar_steps: int, sizes: str | Sequence[int]) -> list[int]:
@@ -248,11 +253,3 @@ class ARSettings:
         if self.ar_split == "batch":
             return draw_shared_steps(shared_key, batch_size, num_tokens, self.ar_step_decay, self.num_ar_steps)
         return draw_steps(shared_key, sample_keys_B, num_tokens, self.ar_step_decay, self.num_ar_steps)
-
-    def draw_orders(self, sample_keys_B: Tensor, num_tokens: int) -> Tensor:
-        """The token at each position, int64 [B, L]; see the function `draw_orders`."""
-        return draw_orders(sample_keys_B, num_tokens, self.token_order, self.block_size)
-
-    def weights(self, steps_BL: Tensor) -> Tensor:
-        """The loss weight of each token, float32 [B, L]; see `ar_weights`."""
-        return ar_weights(steps_BL, self.ar_weight_first, self.ar_weight_last, self.ar_weight_schedule)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfpretrain.core.norm import layer_norm
-from cfpretrain.core.segments import Segment
+from cfpretrain.core.segments import Segment, tensors_of
 
 CLASS, IMAGE = "class", "image"
 
@@ -116,7 +116,7 @@ class ClassEmbedder(nn.Module):
 
     def forward(self, segments: Sequence[Segment]) -> Vectors:
         """Q clean vectors for each segment."""
-        labels = torch.cat([segment.clean for segment in segments if segment.clean is not None])
+        labels = torch.cat(tensors_of(segments, "clean"))
         tokens_BQD = self.embedding_table(labels).unflatten(1, self.cond_pos_embed.shape[1:]) + self.cond_pos_embed
         return join(tokens_BQD.chunk(len(segments))), None
 
@@ -189,24 +189,19 @@ class ImageEmbedder(nn.Module):
 
     def forward(self, segments: Sequence[Segment]) -> Vectors:
         """The vectors of the first positions of segments, clean, and of all, noised, as far as they enter."""
-        clean, noised = ([one for one in segments if getattr(one, name) is not None] for name in ("clean", "noised"))
-        entering = [(one.clean, one.positions_BL) for one in clean] + [(one.noised, one.positions_BL) for one in noised]
-        pairs = [
-            (values, places[:, : values.shape[1]])
-            for values, places in entering
-            if values is not None and places is not None
-        ]
-        values_BMP, places_BM = (join(parts) for parts in zip(*pairs, strict=True))
-        tokens: Tensor = self.x_proj(values_BMP.to(self.x_proj.weight.dtype))
+        of_clean, of_noised = ([one for one in segments if name in one.tensors()] for name in ("clean", "noised"))
+        clean, noised = tensors_of(of_clean, "clean"), tensors_of(of_noised, "noised")
+        positions = tensors_of([*of_clean, *of_noised], "positions_BL")
+        places = [one_BL[:, : values.shape[1]] for one_BL, values in zip(positions, clean + noised, strict=True)]
+        tokens: Tensor = self.x_proj(join(clean + noised).to(self.x_proj.weight.dtype))
         # Not by an index, whose gradient is slow on a GPU where places occur often.
-        tokens = tokens + F.embedding(places_BM, self._position_table(tokens))
-        num_clean = sum(one.clean.shape[1] for one in clean if one.clean is not None)
+        tokens = tokens + F.embedding(join(places), self._position_table(tokens))
+        num_clean = sum(values.shape[1] for values in clean)
         clean_BLD, noised_BND = tokens[:, :num_clean], tokens[:, num_clean:]
         if noised:
             # Only noised tokens are told a time, by which the network also tells them from clean ones.
-            times = torch.cat([one.times_B for one in noised if one.times_B is not None])
-            told = self.t_embedder(times).unsqueeze(1).chunk(len(noised))
-            pieces = take_pieces(noised_BND, [one.noised.shape[1] for one in noised if one.noised is not None])
+            told = self.t_embedder(torch.cat(tensors_of(of_noised, "times_B"))).unsqueeze(1).chunk(len(noised))
+            pieces = take_pieces(noised_BND, [values.shape[1] for values in noised])
             noised_BND = join([piece + of_segment for piece, of_segment in zip(pieces, told, strict=True)])
         return clean_BLD, noised_BND
 
@@ -259,8 +254,7 @@ class Images(Modality):
 
         The weights are those of the AR axis (`ar.ar_weights`); the attention's mask makes one pass of all steps.
         """
-        targets_BLP = join([one.targets for one in segments if one.targets is not None])
-        weights_BL = join([one.weights_BL for one in segments if one.weights_BL is not None])
+        targets_BLP, weights_BL = (join(tensors_of(segments, name)) for name in ("targets", "weights_BL"))
         squared_error_BLP = (prediction_BLP.float() - targets_BLP).square()
         total = (squared_error_BLP * weights_BL.unsqueeze(-1)).sum()
         return LossTerms(total, squared_error_BLP.numel(), squared_error_BLP.detach())

@@ -32,30 +32,25 @@ class KeyValueCache:
         """`capacity`: tokens that it can hold, those of the current call included."""
         self.length = 0
         self._capacity = capacity
-        self._keys: list[Tensor | None] = [None] * depth
-        self._values: list[Tensor | None] = [None] * depth
+        self._blocks: list[Tensor | None] = [None] * depth  # keys and values, [2, B, H, capacity, E]
 
     def extend(self, block: int, k_BHME: Tensor, v_BHME: Tensor) -> tuple[Tensor, Tensor]:
         """Puts a call's keys and values behind the kept ones and returns all; `keep` decides whether they stay."""
         end = self.length + k_BHME.shape[2]
         assert end <= self._capacity, (end, self._capacity)
-        keys, values = self._keys[block], self._values[block]
-        if keys is None or values is None:
+        kept = self._blocks[block]
+        if kept is None:
             B, H, _, E = k_BHME.shape
-            keys, values = (k_BHME.new_empty(B, H, self._capacity, E) for _ in range(2))
-            self._keys[block], self._values[block] = keys, values
-        keys[:, :, self.length : end] = k_BHME
-        values[:, :, self.length : end] = v_BHME
-        return keys[:, :, :end], values[:, :, :end]
+            self._blocks[block] = kept = k_BHME.new_empty(2, B, H, self._capacity, E)
+        kept[0, :, :, self.length : end] = k_BHME
+        kept[1, :, :, self.length : end] = v_BHME
+        return kept[0, :, :, :end], kept[1, :, :, :end]
 
     def of_first(self, num_sequences: int) -> "KeyValueCache":
         """The cache of the first sequences of the batch, in the same memory; for calls that keep nothing."""
-        view = KeyValueCache(len(self._keys), self._capacity)
+        view = KeyValueCache(len(self._blocks), self._capacity)
         view.length = self.length
-        view._keys, view._values = (
-            [None if tensor is None else tensor[:num_sequences] for tensor in tensors]
-            for tensors in (self._keys, self._values)
-        )
+        view._blocks = [None if kept is None else kept[:, :num_sequences] for kept in self._blocks]
         return view
 
     def keep(self, num_tokens: int) -> None:

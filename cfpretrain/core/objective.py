@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfpretrain.core import seeds
-from cfpretrain.core.ar import ARSettings
+from cfpretrain.core.ar import ARSettings, ar_weights, draw_orders
 from cfpretrain.core.latents import patchify, take_tokens
 from cfpretrain.core.modalities import IMAGE, LossTerms, class_segment, loss_of
 from cfpretrain.core.process import NoiseProcess
@@ -129,7 +129,7 @@ class DenoisingLoss:
             step,
             ids_B,
             labels_B=torch.where(dropped_B, self.null_class, labels_B),
-            order_BL=self.ar.draw_orders(sample_keys("order"), num_tokens),
+            order_BL=draw_orders(sample_keys("order"), num_tokens, self.ar.token_order, self.ar.block_size),
             steps_BL=self.ar.draw_steps(shared_key, sample_keys("ar split"), num_tokens),
             timesteps_B=self.process.draw_times(sample_keys("timestep")),
             noise_BLP=seeds.normal(sample_keys("noise"), (num_tokens, patch_values)),
@@ -137,7 +137,7 @@ class DenoisingLoss:
 
     def prepare(self, latents_BCYX: Tensor, draws: Draws) -> Batch:
         """The batch that the draws make of these samples' latents (as the network sees them), all on the CPU."""
-        order_BL = draws.order_BL
+        order_BL, ar = draws.order_BL, self.ar
         clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
         noise_BLP = take_tokens(draws.noise_BLP, order_BL)
         noised_BLP, target_BLP = self.process.noise(clean_BLP, noise_BLP, draws.timesteps_B)
@@ -150,10 +150,10 @@ class DenoisingLoss:
             positions_BL=order_BL,
             times_B=draws.timesteps_B,
             targets=target_BLP,
-            weights_BL=self.ar.weights(draws.steps_BL),
+            weights_BL=ar_weights(draws.steps_BL, ar.ar_weight_first, ar.ar_weight_last, ar.ar_weight_schedule),
         )
         segments = (class_segment(self.num_cond_tokens, draws.labels_B), image)
-        layout = build_layout(segments, self.clean_multiple, self.ar.shares_split)
+        layout = build_layout(segments, self.clean_multiple, ar.shares_split)
         work = count_work(segments, layout, len(latents_BCYX))
         return Batch(draws.step, draws.ids_B, segments, layout.num_clean, layout.intervals_BMI, work)
 

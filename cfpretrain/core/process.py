@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from cfpretrain.core import seeds
+from cfpretrain.core.ar import increasing
 
 # Between these times levels of flow matching are even in log SNR; beyond them x_t is nearly x_0, or nearly noise.
 _FLOW_ENDS = (0.01, 0.99)
@@ -129,7 +130,7 @@ class _Ddpm(NoiseProcess):
             assert spacing == "log_snr", spacing
             lambda_T = all_levels.half_log_snr()
             wanted = torch.linspace(float(lambda_T[0]), float(lambda_T[-1]), num_steps, dtype=torch.float64)
-            kept = _spread((lambda_T[None] - wanted[:, None]).abs().argmin(1).tolist(), last)
+            kept = torch.tensor(increasing((lambda_T[None] - wanted[:, None]).abs().argmin(1).tolist(), last))
         return Levels(all_levels.times_T[kept], all_levels.alphas_T[kept], all_levels.sigmas_T[kept])
 
     def scheduler_config(self) -> dict[str, Any]:
@@ -144,15 +145,6 @@ class _Ddpm(NoiseProcess):
             "clip_sample": False,
             "timestep_spacing": "linspace",
         }
-
-
-def _spread(levels: list[int], last: int) -> Tensor:
-    """The same levels, ascending, each moved up where two would be one."""
-    for i in range(1, len(levels)):
-        levels[i] = max(levels[i], levels[i - 1] + 1)
-    for i in range(len(levels) - 1, -1, -1):
-        levels[i] = min(levels[i], last - (len(levels) - 1 - i))
-    return torch.tensor(levels)
 
 
 class Epsilon(_Ddpm):

@@ -70,6 +70,11 @@ class Segment:
         return dataclasses.replace(self, clean=self.clean[:, :num_clean])
 
 
+def tensors_of(segments: Sequence[Segment], name: str) -> list[Tensor]:
+    """The tensors of that field, of those segments that have it."""
+    return [tensors[name] for tensors in (one.tensors() for one in segments) if name in tensors]
+
+
 # ---------------------------------------------------------------------------
 # Layout
 
@@ -127,11 +132,14 @@ def build_layout(segments: Sequence[Segment], clean_multiple: int = 1, shares_st
         parts[False].append((steps_BL[:, :num_kept], lacks_BL[:, :num_kept]))
         next_step = steps_BL[:, -1:] + 1
     step_BM, lacks_BM = (_cat(of_all) for of_all in zip(*parts[False], *parts[True], strict=True))
-    step_BM, lacks_BM = torch.broadcast_tensors(step_BM, lacks_BM)
-    intervals_BMI = _intervals(step_BM, sum(num_clean), lacks_BM)
     is_clean_M = torch.arange(step_BM.shape[1]) < sum(num_clean)
     is_unseen_BM = is_clean_M & (step_BM == next_step - 1) & segments[-1].is_noised
-    return Layout(step_BM, intervals_BMI, tuple(num_clean), lacks_BM | is_unseen_BM)
+    if all(segment.is_padding_BL is None for segment in segments):
+        intervals_BMI = _intervals(step_BM[:, : sum(num_clean)], step_BM[:, sum(num_clean) :])
+    else:
+        step_BM, lacks_BM = torch.broadcast_tensors(step_BM, lacks_BM)
+        intervals_BMI = _padded_intervals(step_BM, sum(num_clean), lacks_BM)
+    return Layout(step_BM, intervals_BMI.to(torch.int32), tuple(num_clean), lacks_BM | is_unseen_BM)
 
 
 def _clean_tokens_at_end(steps_BL: Tensor, clean_multiple: int) -> int:
@@ -153,11 +161,20 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.expand(batch_size, *part.shape[1:]) for part in parts], dim=1)
 
 
-def _intervals(step_BM: Tensor, num_clean: int, lacks_BM: Tensor) -> Tensor:
-    """The row intervals of [clean | noised] tokens whose steps never decrease in either part: int32 [B, M, 4].
+def _intervals(clean_BK: Tensor, noised_BN: Tensor) -> Tensor:
+    """The row intervals of clean and noised tokens by their steps, which never decrease in either part: [B, M, 4]."""
+    clean_BK, noised_BN = clean_BK.contiguous(), noised_BN.contiguous()
+    none_BK, num_clean = torch.zeros_like(clean_BK), clean_BK.shape[1]
+    # A clean row's own step ends its prefix; as an own interval, its keys would count twice.
+    prefix_end = [torch.searchsorted(clean_BK, clean_BK, right=True), torch.searchsorted(clean_BK, noised_BN)]
+    own_begin = [none_BK, num_clean + torch.searchsorted(noised_BN, noised_BN)]
+    own_end = [none_BK, num_clean + torch.searchsorted(noised_BN, noised_BN, right=True)]
+    bounds = [torch.cat(parts, dim=1) for parts in (prefix_end, own_begin, own_end)]
+    return torch.stack([torch.zeros_like(bounds[0]), *bounds], dim=-1)
 
-    Rows that a sample lacks see themselves, since none may see nothing, and no other row sees them.
-    """
+
+def _padded_intervals(step_BM: Tensor, num_clean: int, lacks_BM: Tensor) -> Tensor:
+    """The same where samples lack tokens, whose rows see themselves, since none may see nothing."""
     lacks_BK = lacks_BM[:, :num_clean]
     first_B1 = lacks_BK.int().cumprod(1).sum(1, keepdim=True)
     is_behind_BK = lacks_BK & (torch.arange(num_clean) >= first_B1)
@@ -166,18 +183,11 @@ def _intervals(step_BM: Tensor, num_clean: int, lacks_BM: Tensor) -> Tensor:
     # Padding before a sample's clean tokens counts as a step before all, and behind them as one behind all. A noised
     # segment is padded at its end: between its last step and the next one's first.
     clean_BK = 2 * step_BM[:, :num_clean].masked_fill(lacks_BK, -1).masked_fill(is_behind_BK, int(step_BM.max()) + 1)
-    noised_BN = 2 * step_BM[:, num_clean:] + lacks_BM[:, num_clean:]
-    clean_BK, noised_BN = clean_BK.contiguous(), noised_BN.contiguous()
-    none_BK = torch.zeros_like(clean_BK)
-    own_begin_BN = num_clean + torch.searchsorted(noised_BN, noised_BN)
-    own_end_BN = num_clean + torch.searchsorted(noised_BN, noised_BN, right=True)
-    # A clean row's own step ends its prefix; as an own interval, its keys would count twice.
-    prefix_end = [torch.searchsorted(clean_BK, clean_BK, right=True), torch.searchsorted(clean_BK, noised_BN)]
-    bounds = [first_B1.expand_as(step_BM), torch.cat(prefix_end, 1)]
-    bounds += [torch.cat([none_BK, own_BN], 1) for own_BN in (own_begin_BN, own_end_BN)]
+    intervals_BMI = _intervals(clean_BK, 2 * step_BM[:, num_clean:] + lacks_BM[:, num_clean:])
+    intervals_BMI[..., 0] = first_B1
     itself_M = torch.arange(step_BM.shape[1])
     itself_MI = torch.stack([itself_M, itself_M + 1, 0 * itself_M, 0 * itself_M], -1)
-    return torch.where(lacks_BM.unsqueeze(-1), itself_MI, torch.stack(bounds, -1)).to(torch.int32)
+    return torch.where(lacks_BM.unsqueeze(-1), itself_MI, intervals_BMI)
 
 
 def pack(layouts: Sequence[Layout]) -> Layout:

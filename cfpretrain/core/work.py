@@ -3,10 +3,12 @@
 Of a batch that is there it is counted; of what training will draw, it is the exact mean over AR steps.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from cfpretrain.core.ar import ARSettings, equal_sizes, last_size_probabilities, last_size_table
 from cfpretrain.core.modalities import MODALITIES
@@ -24,17 +26,16 @@ class Work(NamedTuple):
 def count_work(segments: Sequence[Segment], layout: Layout, batch_size: int = 1) -> Work:
     """The work of the sequences of a batch; a layout of one row serves all samples."""
     is_useful_BM = ~layout.is_padding_BM
-
-    def count(values_BN: torch.Tensor) -> int:
-        return int(values_BN.sum(-1).expand(batch_size).sum())
-
+    per_row = batch_size // len(is_useful_BM)
     noised = [one for one in segments if one.is_noised]
-    columns = is_useful_BM.split([*layout.num_clean, *(one.num_tokens for one in noised)], 1)
+    ends = itertools.accumulate([*layout.num_clean, *(one.num_tokens for one in noised)], initial=0)
+    useful = F.pad(is_useful_BM.sum(0).cumsum(0), (1, 0))[list(ends)].tolist()
     projections = dict.fromkeys(MODALITIES, 0)
-    for i, (one, column_BN) in enumerate(zip([*segments, *noised], columns, strict=True)):
+    for i, (one, (before, after)) in enumerate(zip([*segments, *noised], itertools.pairwise(useful), strict=True)):
         of_clean, of_noised = MODALITIES[one.kind].projections
-        projections[one.kind] += count(column_BN) * (of_clean if i < len(segments) else of_noised)
-    return Work(count(is_useful_BM), count(visible_keys(layout.intervals_BMI) * is_useful_BM), projections)
+        projections[one.kind] += per_row * (after - before) * (of_clean if i < len(segments) else of_noised)
+    num_visible = int((visible_keys(layout.intervals_BMI) * is_useful_BM).sum())
+    return Work(per_row * useful[-1], per_row * num_visible, projections)
 
 
 def sequence_lengths(segments: Sequence[Segment], ar: ARSettings, clean_multiple: int) -> dict[int, float]:

@@ -274,17 +274,9 @@ _forward.register_autograd(_differentiate, setup_context=_keep_for_backward)
 
 
 def attend(q_BHME: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, tiles: Tiles) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v over the visible keys; differentiable in q, k and v.
+    """softmax(q k^T / sqrt(E)) v over the visible keys, [B, H, M, E] in memory as [B, M, H, E]; differentiable.
 
-    Args:
-        q_BHME: fp32, bf16 or fp16, head width 32, 64 or 128, any strides; k and v alike.
-        tiles: of a layout with M rows and K keys.
-
-    Returns:
-        [B, H, M, E], which lies in memory as [B, M, H, E]; 0 for rows that see nothing.
-
-    Raises:
-        ValueError: what came is not supported.
+    Fp32, bf16 or fp16 in any strides, other tensors a ValueError; a row that sees nothing has 0.
     """
     _check(q_BHME, k_BHKE, v_BHKE, tiles)
     out_BHME, _ = _forward(q_BHME, k_BHKE, v_BHKE, *tiles)
