@@ -49,6 +49,11 @@ def _server() -> Any:
             "matplotlib.backends.backend_agg",
             "cfpretrain.training.trainer",
             "cfpretrain.evaluation.figures",
+            "diffusers.models.autoencoders.autoencoder_kl",
+            # What the modules import whose functions run in ranks.
+            "hypothesis",
+            "pytest",
+            "tests.digits",
             "tests.processes",
             "tests.preloaded",
         ]

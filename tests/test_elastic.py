@@ -45,9 +45,9 @@ def go_on(shards: Path, folder: Path, *overrides: str) -> list[float]:
     runtime.start(device)
     trainer.prepare_folder(config, device)
     resumed = trainer.Trainer(config, device)
-    latest = resumed.checkpoints.store.candidates()[0]
-    if latest is not None:
-        assert_state_is_of(latest, resumed)
+    checkpoints = resumed.checkpoints.store.candidates()
+    if checkpoints:
+        assert_state_is_of(checkpoints[0], resumed)
     runtime.barrier()
     assert resumed.train()
     found = rows(folder)
