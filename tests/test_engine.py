@@ -171,7 +171,7 @@ def gather(engine: Engine) -> dict[str, Tensor]:
         for key in ("values", "exp_avg", "exp_avg_sq", "times_held"):
             whole[f"{name}/{key}"] = torch.zeros(parameter.numel())
     for fragment in engine.fragments():
-        end = fragment.offset + fragment.numel
+        end = fragment.offset + len(fragment.values)
         whole[f"{fragment.name}/times_held"][fragment.offset : end] += 1
         if not fragment.replicated or dist.get_rank() == 0:
             for key, values in content(fragment).items():

@@ -16,7 +16,7 @@ from PIL import Image
 
 from cfpretrain.base import runtime
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
-from cfpretrain.evaluation import scores
+from cfpretrain.evaluation import array_files, scores
 from cfpretrain.evaluation.feature_sums import Work
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.given_images import open_images, say_sizes
@@ -96,12 +96,12 @@ def sum_until(folder: Path, generated: Path, num_batches: int | None) -> list[fl
     """Sums up on this rank's share; after so many batches the process is killed."""
     runtime.start(CPU)
     images, extractor = open_images(generated, "GENERATED"), small_features.make(CPU, None)
-    work = scores.make_work(folder, "--out", {"images": images.fingerprint}, len(images), 32, save_seconds=0.0)
+    work = Work(folder, "--out", {"images": images.fingerprint}, len(images), 32, save_seconds=0.0)
     num_left = num_batches
 
     def batches(numbers: list[int]) -> Any:
         nonlocal num_left
-        for batch in scores.given_batches(images)(numbers):
+        for batch in images.batches(numbers):
             if num_left is not None:
                 num_left -= 1
                 if num_left < 0:
@@ -109,7 +109,7 @@ def sum_until(folder: Path, generated: Path, num_batches: int | None) -> list[fl
             yield batch
 
     try:
-        scores.sum_up(work, batches, extractor)
+        work.sum_up(batches, extractor)
     except KilledError:
         return None
     statistics = scores.statistics_of(work)
@@ -131,7 +131,7 @@ def test_kills_and_other_numbers_of_ranks_leave_no_trace(tmp_path: Path, sets: P
 
 def begin(out: Path, seed: int) -> None:
     """Begins some work, and ends with it unfinished."""
-    scores.make_work(out, "--out", {"seed": seed}, 10, 2).begin()
+    Work(out, "--out", {"seed": seed}, 10, 2).begin()
 
 
 def test_work_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -141,11 +141,11 @@ def test_work_of_other_settings_is_refused(tmp_path: Path) -> None:
 
 
 def test_work_on_images_that_have_changed_starts_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = scores.make_work(tmp_path / "work", "--out", {"images": "with a damaged one"}, 10, 2)
+    first = Work(tmp_path / "work", "--out", {"images": "with a damaged one"}, 10, 2)
     first.begin()
     (first.folder / "rows_00000000.npy").touch()
     first._unfinished.release()
-    second = scores.make_work(tmp_path / "work", "--out", {"images": "repaired"}, 9, 2)
+    second = Work(tmp_path / "work", "--out", {"images": "repaired"}, 9, 2)
     assert second.begin() == (1, [0, 1, 2, 3, 4])
     assert not (second.folder / "rows_00000000.npy").exists()
     assert (
@@ -158,7 +158,7 @@ def test_a_rank_of_an_earlier_start_that_lives_on_is_not_counted(tmp_path: Path,
     images, extractor = open_images(sets / "generated.npz", "GENERATED"), small_features.make(CPU, None)
 
     def made() -> Work:
-        return scores.make_work(tmp_path / "work", "--out", {}, 40, 8, save_seconds=0.0)
+        return Work(tmp_path / "work", "--out", {}, 40, 8, save_seconds=0.0)
 
     def add(work: Work, number: int) -> None:
         work.add(number, extractor(images.read(work.ids(number))))
@@ -185,10 +185,10 @@ def test_a_rank_of_an_earlier_start_that_lives_on_is_not_counted(tmp_path: Path,
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    first = scores.make_work(tmp_path / "work", "--out", {}, 10, 2)
+    first = Work(tmp_path / "work", "--out", {}, 10, 2)
     first.begin()
     with pytest.raises(UserError, match=r"--out: .*work is being written by another process"):
-        scores.make_work(tmp_path / "work", "--out", {}, 10, 2).begin()
+        Work(tmp_path / "work", "--out", {}, 10, 2).begin()
     first.remove()
     assert not list(tmp_path.iterdir())
 
@@ -232,16 +232,21 @@ def test_an_image_that_changes_is_read_again(tmp_path: Path, sets: Path) -> None
 def test_a_cache_that_does_not_match_is_refused(tmp_path: Path, sets: Path) -> None:
     load(sets / "real", tmp_path)
     (entry,) = tmp_path.iterdir()
-    whole = json.loads((entry / "record.json").read_text())
-    record = whole | {"plan": whole["plan"] | {"images": "others"}}
-    (entry / "record.json").write_text(json.dumps(record))
-    with pytest.raises(UserError, match="holds statistics of other images or features; delete"):
-        load(sets / "real", tmp_path)
-    for changed in ({"floor": 5}, {"floor": {"fid": "x"}}, {"inception_score": 5}, {"inception_score": [10**400, 1]}):
-        (entry / "record.json").write_text(json.dumps(whole | changed))
-        with pytest.raises(UserError, match="is damaged"):
+    arrays = array_files.read_members(entry / STATISTICS_FILE)
+    whole = json.loads(str(arrays.pop("cfpretrain")))
+
+    def refused(note: dict[str, Any]) -> str:
+        np.savez(entry / STATISTICS_FILE, cfpretrain=json.dumps(note), **arrays)
+        with pytest.raises(UserError) as caught:
             load(sets / "real", tmp_path)
-    (entry / "record.json").write_text("{}")
+        return str(caught.value)
+
+    others = whole | {"plan": whole["plan"] | {"images": "others"}}
+    assert "holds statistics of other images or features; delete" in refused(others)
+    for changed in ({"floor": 5}, {"floor": {"fid": "x"}}, {"inception_score": 5}, {"inception_score": [10**400, 1]}):
+        assert "is damaged" in refused(whole | changed)
+    assert "is damaged" in refused({})
+    np.savez(entry / STATISTICS_FILE, **arrays)
     with pytest.raises(UserError, match="is damaged"):
         load(sets / "real", tmp_path)
 

@@ -35,7 +35,7 @@ def scored(real: Path, *overrides: str) -> tuple[str, ...]:
         f"evaluation.reference={real}",
         "evaluation.features=tests.small_features:make",
         "evaluation.num_images=30",
-        "evaluation.num_denoising_steps=4",
+        "evaluation.num_denoising_steps=2",
         "evaluation.num_ar_steps=2",
         "checkpoint.keep_last=1",
         "checkpoint.every_steps=5",

@@ -29,7 +29,7 @@ from cfpretrain.core.latents import patchify, unpatchify
 from cfpretrain.core.regions import parse_region
 from cfpretrain.core.sampler import Guidance
 from cfpretrain.core.solvers import SOLVERS
-from cfpretrain.evaluation.generation import GenerationSettings, edit_tokens, generate_batches
+from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator
 from cfpretrain.evaluation.sampling_options import _BY_SOLVER
 from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import diffusers_layout
@@ -294,8 +294,8 @@ def test_a_killed_export_is_not_there_and_the_next_one_is_whole(
         shutil.copytree(tmp_path / ".digits.partial", tmp_path / "seen")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    in_layout = [(diffusers_layout, place) for place in ("_shard_header", "scheduler_config", "_newest_samples")]
-    for module, place in (*in_layout, (files, "flush")):
+    places = ("_plan_shards", "scheduler_config", "_num_values", "_copy_picture")
+    for module, place in (*((diffusers_layout, place) for place in places), (files, "flush")):
         with monkeypatch.context() as patch:
             patch.setattr(module, place, dies)
             with pytest.raises(UserError, match=r"digits cannot be written \(No space left on device\); free some"):
@@ -481,10 +481,8 @@ def ours(
         images.append(decode(latents))
         return latents
 
-    batches = generate_batches(
-        config, model, labels * (number + 1), settings_of(config, len(labels), **changes), CPU, keep, [number]
-    )
-    [(_, latents)] = batches
+    generator = ImageGenerator(config, model, settings_of(config, len(labels), **changes), CPU)
+    [(_, latents)] = generator.batches(labels * (number + 1), keep, [number])
     return latents, images[0].clamp(0, 1)
 
 
@@ -548,7 +546,7 @@ def test_editing_elsewhere(results: Results) -> None:
     config, model = found.config, found.load_model()
     region, tokens = parse_region("centre", 4), patchify(results.given, 2)
     settings = settings_of(config, 3, ar_step_sizes=choose_sizes(4, 2, "equal"))
-    expected = unpatchify(edit_tokens(config, model, tokens, region, [3, 7, 0], settings, CPU), 2)
+    expected = unpatchify(ImageGenerator(config, model, settings, CPU).edit(tokens, region, [3, 7, 0]), 2)
     assert torch.equal(results.made["edited"], expected)
     kept = patchify(results.made["edited"], 2)[:, ~region]
     assert same_bits(kept, tokens[:, ~region])

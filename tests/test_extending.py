@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -205,6 +206,61 @@ def test_the_modality_is_learned_beside_class_and_image(run: Path) -> None:
     assert (caption_again[:, 2] != of_caption[:, 2]).any(-1).all()
     for name, moved in checkpoint(run)["momentum_buffer"].items():
         assert not name.startswith("caption") or moved.abs().sum() > 0, name
+
+
+@pytest.mark.usefixtures("extended_library")
+def test_an_export_brings_the_modality_and_the_objective(extended: Path, run: Path, tmp_path: Path) -> None:
+    from cfpretrain.base.console import UserError
+    from cfpretrain.core.ar import equal_sizes
+    from cfpretrain.core.latents import patchify
+    from cfpretrain.core.sampler import Guidance
+    from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator
+    from cfpretrain.evaluation.source import load_source
+    from cfpretrain.export.diffusers_layout import ExportSettings, export
+    from cfpretrain.export.official import to_official
+
+    out = tmp_path / "out"
+    export(run, out, ExportSettings())
+    averages = checkpoint(run)["ema"]
+    assert any(name.startswith("caption") for name in averages)
+    exported = load_file(out / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert exported.keys() == averages.keys()
+    assert all(torch.equal(value, averages[name]) for name, value in exported.items())
+
+    # The file of code alone, as diffusers runs it, samples what the library samples.
+    [code] = (out / "transformer").glob("*.py")
+    spec = spec_from_file_location("exported_with_captions", code)
+    assert spec is not None
+    assert spec.loader is not None
+    alone = module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    how = {"seed": 5, "num_inference_steps": 3, "solver": "ddpm", "level_spacing": "time", "num_ar_steps": 2}
+    guided = {"guidance_scale": 2.0, "guidance_schedule": "constant", "guidance_interval": (0, None)}
+    latents = alone.CausalFusionTransformer.from_pretrained(out / "transformer").sample(
+        *(torch.tensor([3, 7]), torch.arange(2)),
+        scheduler=json.loads((out / "scheduler" / "scheduler_config.json").read_text()),
+        ar_step_sizes="equal",
+        **how,
+        **guided,
+    )
+    source, num_tokens = load_source(run, torch.device("cpu")), 16
+    settings = GenerationSettings(equal_sizes(num_tokens, 2), 3, Guidance(2.0), batch_size=2, seed=5)
+    nothing, everywhere = torch.zeros(2, num_tokens, 4), torch.ones(num_tokens, dtype=torch.bool)
+    generator = ImageGenerator(source.config, source.model, settings, torch.device("cpu"))
+    tokens = generator.edit(nothing, everywhere, [3, 7])
+    assert torch.equal(patchify(latents, 2), tokens)
+
+    with pytest.raises(ValueError, match=r"'caption_\S+' is not part of a CausalFusion model"):
+        to_official(averages, 4)
+    captions = extended / "cfpretrain" / "core" / "captions.py"
+    text = captions.read_text()
+    captions.write_text(text.replace("import torch\n", "import torch\nimport yaml\n", 1))
+    try:
+        with pytest.raises(UserError, match=r"^yaml cannot be imported everywhere; an export may use"):
+            export(run, tmp_path / "other", ExportSettings())
+    finally:
+        captions.write_text(text)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.usefixtures("extended_library")

@@ -15,11 +15,8 @@ from cfpretrain.core.regions import parse_region
 from cfpretrain.core.sampler import Guidance
 from cfpretrain.evaluation.generation import (
     GenerationSettings,
+    ImageGenerator,
     decode_to_look_at,
-    edit_tokens,
-    follow,
-    generate_batches,
-    generate_images,
     grid_title,
 )
 from tests.closeness import disagreement
@@ -41,7 +38,7 @@ def settings_of(num_ar_steps: int = 2, batch_size: int = 2, guidance: float = 1.
 
 
 def make(settings: GenerationSettings) -> Tensor:
-    return generate_images(small_config(), small_model(), LABELS, settings, CPU)
+    return ImageGenerator(small_config(), small_model(), settings, CPU).images(LABELS)
 
 
 def make_on_ranks(settings: GenerationSettings) -> tuple[list[list[float]], int, list[list[int]]]:
@@ -54,7 +51,8 @@ def make_on_ranks(settings: GenerationSettings) -> tuple[list[list[float]], int,
     )
     images = make(settings)
     handle.remove()
-    ids = [ids.tolist() for ids, _ in generate_batches(small_config(), small_model(), LABELS, settings, CPU)]
+    generator = ImageGenerator(small_config(), small_model(), settings, CPU)
+    ids = [ids.tolist() for ids, _ in generator.batches(LABELS)]
     runtime.stop()
     return images.flatten(1).tolist(), len(calls), ids
 
@@ -82,18 +80,18 @@ def test_batch_size_changes_rounding_only() -> None:
 
 def test_batches_can_be_made_alone() -> None:
     """What is made again after a kill is bit by bit what would have been."""
-    settings, config, model = settings_of(batch_size=3), small_config(), small_model()
-    whole = make(settings)
-    again = list(generate_batches(config, model, LABELS, settings, CPU, numbers=[2, 0]))
+    settings = settings_of(batch_size=3)
+    whole, generator = make(settings), ImageGenerator(small_config(), small_model(), settings, CPU)
+    again = list(generator.batches(LABELS, numbers=[2, 0]))
     assert [ids.tolist() for ids, _ in again] == [[6], [0, 1, 2]]
     for ids, images in again:
         assert torch.equal(images, whole[ids])
-    assert list(generate_batches(config, model, LABELS, settings, CPU, numbers=[])) == []
+    assert list(generator.batches(LABELS, numbers=[])) == []
 
 
 def test_every_denoising_step_is_said() -> None:
     settings, before, steps = settings_of(3, batch_size=4), runtime.num_ticks(), []
-    generate_images(small_config(), small_model(), LABELS, settings, CPU, on_step=lambda: steps.append(1))
+    ImageGenerator(small_config(), small_model(), settings, CPU).images(LABELS, on_step=lambda: steps.append(1))
     assert len(steps) == runtime.num_ticks() - before == 2 * 3 * 3  # batches, AR steps, denoising steps
 
 
@@ -107,7 +105,7 @@ def test_the_order_of_tokens_is_the_models() -> None:
 
     model = small_model()
     model.register_forward_pre_hook(lambda module, args, kwargs: spy(module, *args, **kwargs), with_kwargs=True)
-    generate_images(small_config("order.token_order=raster"), model, LABELS, settings, CPU)
+    ImageGenerator(small_config("order.token_order=raster"), model, settings, CPU).images(LABELS)
     made = [positions[0].tolist() for positions in seen if positions.shape[1]]
     assert made == [row for row in ([0, 1, 2], [3, 4, 5], [6, 7, 8]) for _ in range(3)]
 
@@ -144,12 +142,10 @@ def test_a_picture_says_whether_its_colours_are_true(num_channels, note) -> None
 
 def test_images_for_scores_are_decoded_or_refused() -> None:
     config = configs.load(TINY, ["model.latent_channels=4", "model.latent_size=3", "model.patch_size=1"])
-    settings = settings_of(1)
+    generator = ImageGenerator(config, small_model(), settings_of(1), CPU)
     with pytest.raises(UserError, match=r"model\.latent_channels"):
-        generate_images(config, small_model(), [0], settings, CPU)
-    assert generate_images(config, small_model(), [0], settings, CPU, decode_to_look_at(config, CPU)[0]).shape == (
-        *(1, 3, 3, 3),
-    )
+        generator.images([0])
+    assert generator.images([0], decode_to_look_at(config, CPU)[0]).shape == (1, 3, 3, 3)
 
 
 # ---------------------------------------------------------------------------
@@ -157,28 +153,28 @@ def test_images_for_scores_are_decoded_or_refused() -> None:
 
 
 def test_edits_keep_what_is_outside_of_the_region_bit_for_bit() -> None:
-    model, config = small_model(), small_config()
     region = parse_region("tokens:0,2,5", 3)
     tokens = torch.randn(3, 9, 4, generator=torch.Generator().manual_seed(0))
     settings = GenerationSettings([1, 2], 3, Guidance(2.0), batch_size=2, seed=5)
-    edited = edit_tokens(config, model, tokens, region, [1, 4, 4], settings, CPU)
+    edit = ImageGenerator(small_config(), small_model(), settings, CPU).edit
+    edited = edit(tokens, region, [1, 4, 4])
     assert torch.equal(edited[:, ~region], tokens[:, ~region])
     assert (edited[:, region] != tokens[:, region]).all()
     # What was kept is seen, and so is the class.
-    other = edit_tokens(config, model, tokens + 1, region, [1, 4, 4], settings, CPU)
+    other = edit(tokens + 1, region, [1, 4, 4])
     assert disagreement(other[:, region], edited[:, region]) > 1e-4
-    other = edit_tokens(config, model, tokens, region, [0, 0, 0], settings, CPU)
+    other = edit(tokens, region, [0, 0, 0])
     assert disagreement(other[:, region], edited[:, region]) > 1e-4
     # An edit depends on its id, not on its place in the batch.
-    alone = edit_tokens(config, model, tokens[2:], region, [4], settings, CPU, first_id=2)
+    alone = edit(tokens[2:], region, [4], first_id=2)
     assert disagreement(alone, edited[2:]) < 1e-5
 
 
 def test_editing_everything_is_generating() -> None:
-    config, model, settings = small_config(), small_model(), settings_of(3, batch_size=7, guidance=2.0)
+    config, settings = small_config(), settings_of(3, batch_size=7, guidance=2.0)
+    generator = ImageGenerator(config, small_model(), settings, CPU)
     region, tokens = torch.ones(9, dtype=torch.bool), torch.zeros(7, 9, 4)
-    edited = edit_tokens(config, model, tokens, region, LABELS, settings, CPU)
-    images = generate_images(config, model, LABELS, settings, CPU)
+    edited, images = generator.edit(tokens, region, LABELS), generator.images(LABELS)
     decode, _ = decode_to_look_at(config, CPU)
     from cfpretrain.core.latents import unpatchify
 
@@ -190,12 +186,13 @@ def test_editing_everything_is_generating() -> None:
 
 
 def test_a_trajectory_ends_at_the_image_and_shows_what_is_made() -> None:
-    config, model, settings = small_config(), small_model(), settings_of(3, batch_size=1)
-    way = follow(config, model, 3, settings, CPU)
+    config = small_config()
+    generator = ImageGenerator(config, small_model(), settings_of(3, batch_size=1), CPU)
+    way = generator.follow(3)
     assert (way.ar_steps, way.timesteps) == ([1, 2, 3], [999, 500, 0, None])
     assert way.states.shape == (3, 4, 9, 4)
     assert way.is_made.sum(1).tolist() == [3, 6, 9]
-    (image,) = generate_images(config, model, [3], settings, CPU)
+    (image,) = generator.images([3])
     from cfpretrain.core.latents import unpatchify
 
     decode, _ = decode_to_look_at(config, CPU)
@@ -212,7 +209,7 @@ def test_a_trajectory_ends_at_the_image_and_shows_what_is_made() -> None:
 
 def test_a_long_trajectory_is_thinned() -> None:
     settings = GenerationSettings([1] * 9, 30, Guidance(), 1, 0)
-    way = follow(small_config(), small_model(), 3, settings, CPU, num_rows=4, num_columns=5)
+    way = ImageGenerator(small_config(), small_model(), settings, CPU).follow(3, num_rows=4, num_columns=5)
     assert (way.ar_steps[0], way.ar_steps[-1], len(way.ar_steps)) == (1, 9, 4)
     assert (way.timesteps[0], way.timesteps[-1], len(way.timesteps)) == (999, None, 5)
     assert way.states.shape[:2] == (4, 5)

@@ -117,8 +117,7 @@ def write_picture(out: Path) -> None:
 
 
 def sum_features(out: Path) -> None:
-    one = torch.zeros(1, dtype=torch.int64)
-    Work(out, "--out", {"made": "by a test"}, 1, one, one, one.bool()).begin()
+    Work(out, "--out", {"made": "by a test"}, 1, 1).begin()
 
 
 def train_hidden(out: Path) -> None:

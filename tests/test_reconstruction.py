@@ -1,6 +1,6 @@
 """What an autoencoder loses of images: held against errors that are known."""
 
-import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -50,12 +50,14 @@ def test_latents_are_decoded_as_they_were_encoded(images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("num", "num_columns", "num_rows"), [(1, 1, 1), (7, 7, 1), (17, 8, 2)])
-def test_originals_stand_above_what_is_made_of_them(images: torch.Tensor, num, num_columns, num_rows) -> None:
+def test_originals_stand_above_what_is_made_of_them(
+    images: torch.Tensor, num, num_columns, num_rows, tmp_path: Path
+) -> None:
     """Crisp: each pixel of an image is a square of picture pixels."""
     network = make_network(SMALL, "test")
     torch.nn.init.zeros_(network.decoder.conv_out.weight)
     torch.nn.init.zeros_(network.decoder.conv_out.bias)
-    file = io.BytesIO()
+    file = tmp_path / "picture.png"
     draw_reconstructions(file, KLAutoencoder(network, "", "test"), images[:num], CPU, "A title")
     picture = np.asarray(Image.open(file))
     names = ["original", "reconstruction"] * num_rows

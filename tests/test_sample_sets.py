@@ -10,7 +10,7 @@ from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.sampler import Guidance
-from cfpretrain.evaluation.generation import GenerationSettings, generate_images, plan_of
+from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator, plan_of
 from cfpretrain.run import build
 from examples.digits.sample_sets import SampleSet, make_missing
 from tests.runs import write_run
@@ -38,7 +38,7 @@ def test_what_is_missing_is_made_and_nothing_else(loaded: Loaded, tmp_path: Path
     sets = [make_set(loaded, tmp_path), make_set(loaded, tmp_path, guidance=2.0), make_set(loaded, tmp_path, 1)]
     make_missing(loaded[0], sets, CPU)
     assert "sampling 15 images of 3 settings\n" in capsys.readouterr().out
-    expected = [generate_images(*loaded, LABELS, one.settings, CPU) for one in sets]
+    expected = [ImageGenerator(*loaded, one.settings, CPU).images(LABELS) for one in sets]
     for one, images in zip(sets, expected, strict=True):
         assert one.missing() == []
         torch.testing.assert_close(one.read(), images, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Copies of remote shards: fetched once, whole, within the limit, whatever is killed; every trouble has its message."""
+"""Copies of remote shards: fetched once, whole, within the limit, whatever is killed; every failure has its message."""
 
 import hashlib
 import multiprocessing
@@ -41,7 +41,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.log = folder, folder.parent / "log"
-        self.troubles: list[Exception] = []
+        self.failures: list[Exception] = []
         self.before_second_half: Callable[[str], None] = lambda name: None
         folder.mkdir()
         self.log.touch()
@@ -50,8 +50,8 @@ class Store:
         name = what.removeprefix(f"{ADDRESS}/")
         with self.log.open("a") as log:
             log.write(f"{name}\n")
-        if self.troubles:
-            raise self.troubles.pop(0)
+        if self.failures:
+            raise self.failures.pop(0)
         content = (self.folder / name).read_bytes()
         with local.open("wb") as opened:
             opened.write(content[: len(content) // 2])
@@ -247,7 +247,7 @@ def test_a_read_only_cache_gives_what_it_has(store: Store, tmp_path: Path) -> No
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Storages in trouble
+# Storages that fail
 
 
 def answer(status: int) -> Exception:
@@ -258,7 +258,7 @@ def answer(status: int) -> Exception:
 
 
 def test_a_storage_that_comes_back(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    store.troubles = [ConnectionError("https://me:hunter2@host/x?token=1 refused"), TimeoutError(), answer(503)]
+    store.failures = [ConnectionError("https://me:hunter2@host/x?token=1 refused"), TimeoutError(), answer(503)]
     assert content(remote(tmp_path / "cache"), file_of(0)) == content_of(0)
     assert len(store.asked()) == 4
     assert capsys.readouterr().out.splitlines() == [
@@ -269,7 +269,7 @@ def test_a_storage_that_comes_back(store: Store, tmp_path: Path, capsys: pytest.
 
 
 def test_a_storage_that_stays_away(store: Store, tmp_path: Path) -> None:
-    store.troubles = [ConnectionError("connection refused")] * 1000
+    store.failures = [ConnectionError("connection refused")] * 1000
     message = error_of(lambda: content(remote(tmp_path / "cache", retry_seconds=5.0), file_of(0)))
     begin = f"data.shards: {ADDRESS}/shard.00000.mds could not be read for "
     said = re.match(re.escape(begin) + r"(\d+) s \(connection refused\); fix the storage", message)
@@ -314,7 +314,7 @@ class NoCredentialsError(Exception):
 
 
 @pytest.mark.parametrize(
-    ("trouble", "words"),
+    ("failure", "words"),
     [
         (answer(404), "expected a file, but it does not exist"),
         (FileNotFoundError("Object not found"), "expected a file, but it does not exist"),
@@ -324,8 +324,8 @@ class NoCredentialsError(Exception):
         (ValueError("Invalid endpoint: x"), "cannot be read (Invalid endpoint: x); check the address"),
     ],
 )
-def test_refusals_are_final(store: Store, tmp_path: Path, trouble: Exception, words: str) -> None:
-    store.troubles = [trouble]
+def test_refusals_are_final(store: Store, tmp_path: Path, failure: Exception, words: str) -> None:
+    store.failures = [failure]
     message = error_of(lambda: content(remote(tmp_path / "cache"), file_of(0)))
     assert message.startswith(f"data.shards: {ADDRESS}/shard.00000.mds")
     assert words in message
@@ -334,10 +334,10 @@ def test_refusals_are_final(store: Store, tmp_path: Path, trouble: Exception, wo
 
 def test_a_small_file_that_is_not_there(store: Store, tmp_path: Path) -> None:
     (store.folder / "index.json").write_text("content")
-    store.troubles = [ConnectionError()]
+    store.failures = [ConnectionError()]
     source = remote(tmp_path / "cache")
     assert source.text("index.json") == "content"
-    store.troubles = [answer(404)]
+    store.failures = [answer(404)]
     with pytest.raises(FileNotFoundError):
         source.text("cfpretrain.json")
     assert not (tmp_path / "cache").exists()
@@ -414,7 +414,7 @@ def test_what_a_killed_download_leaves_is_removed_by_the_next(store: Store, tmp_
 
 def test_waiting_ends_with_the_need(store: Store, tmp_path: Path) -> None:
     """A worker that waits for a storage does not keep its rank, which is ending, or outlive it for long."""
-    store.troubles = [ConnectionError()] * 100_000
+    store.failures = [ConnectionError()] * 100_000
     source = remote(tmp_path / "cache", retry_seconds=600)
     worker = start(read_in_turn, source, [0])
     wait_until(lambda: len(store.asked()) > 2)

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.core.latents import unpatchify
         from cfpretrain.data.images import parse_background
         from cfpretrain.evaluation.editing import read_region
-        from cfpretrain.evaluation.generation import edit_tokens
+        from cfpretrain.evaluation.generation import ImageGenerator
         from cfpretrain.evaluation.source import open_source
     if runtime.world_size() != 1:
         raise UserError(f"edit.py edits on one rank, got {runtime.world_size()}; start it with python alone")
@@ -91,7 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
     tokens_BLP = original.tokens.expand(len(labels), -1, -1)
     with phase(f"making {len(labels)} edits"):
         # The original, where it was generated, has id 0.
-        edited = edit_tokens(config, source.model, tokens_BLP, region_L, labels, settings, device, first_id=1)
+        generator = ImageGenerator(config, source.model, settings, device)
+        edited = generator.edit(tokens_BLP, region_L, labels, first_id=1)
         images = autoencoder.decode(unpatchify(edited, model.patch_size)).cpu()
     _draw(arguments, source, original, region_L, images, settings)
     if arguments.images is not None:
@@ -140,7 +141,7 @@ def _make_image(source: "Source", label: int, autoencoder: Any, settings: "Gener
 
     from cfpretrain.core.ar import equal_sizes
     from cfpretrain.core.latents import unpatchify
-    from cfpretrain.evaluation.generation import edit_tokens
+    from cfpretrain.evaluation.generation import ImageGenerator
 
     model = source.config.model
     num_tokens = model.num_tokens
@@ -148,7 +149,8 @@ def _make_image(source: "Source", label: int, autoencoder: Any, settings: "Gener
     nothing = torch.zeros(1, num_tokens, model.patch_values)
     settings = dataclasses.replace(settings, ar_step_sizes=equal_sizes(num_tokens, settings.num_ar_steps))
     with phase("making the image"):
-        tokens = edit_tokens(source.config, source.model, nothing, everywhere, [label], settings, source.device)
+        generator = ImageGenerator(source.config, source.model, settings, source.device)
+        tokens = generator.edit(nothing, everywhere, [label])
         return _Original(autoencoder.decode(unpatchify(tokens, model.patch_size)).cpu(), tokens)
 
 

@@ -12,31 +12,25 @@ was interrupted goes on; docs/evaluation.md says which command gives a paper's n
 
 import argparse
 import json
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base import files
+from cfpretrain.base import files, outputs, plans
 from cfpretrain.base.command_line import Parser, run_on_ranks
-from cfpretrain.base.console import (
-    Progress,
-    UserError,
-    path_argument,
-    phase,
-    say,
-)
+from cfpretrain.base.console import Progress, UserError, path_argument, phase, say
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from cfpretrain.data.images import Colour
+    from cfpretrain.evaluation.feature_sums import Batches
     from cfpretrain.evaluation.features import FeatureExtractor
     from cfpretrain.evaluation.given_images import GivenImages
     from cfpretrain.evaluation.references import Reference
-    from cfpretrain.evaluation.scores import Batches
 
 _DEFAULT_IMAGES = 50_000
 
@@ -44,36 +38,20 @@ _DEFAULT_IMAGES = 50_000
 def main() -> None:
     """The command."""
     parser = Parser(__doc__)
-    parser.add_argument(
-        "generated", type=path_argument, help="a run or exported folder; or images: folder, shards, .npz"
-    )
-    parser.add_argument(
-        "--reference", type=path_argument, required=True, help="real images, or an .npz of statistics or both"
-    )
-    parser.add_argument(
-        "--features", default="effnet_lite0", help="inception, effnet_lite0 or module:function (default effnet_lite0)"
-    )
-    parser.add_argument(
-        "--feature-weights", type=path_argument, help="of the FID Inception: pt_inception-2015-12-05-6726825d.pth"
-    )
-    parser.add_argument("--feature-label", metavar="NAME", help="take other weights, and call the result by this name")
-    parser.add_argument("--num-images", type=int, help=f"that a model makes (default {_DEFAULT_IMAGES})")
-    parser.add_argument(
-        "--labels", choices=("balanced", "random"), default="balanced", help="of a model's images (default balanced)"
-    )
-    parser.add_argument(
-        "--out", type=path_argument, default=Path("scores.json"), help="where scores go (default scores.json)"
-    )
-    parser.add_argument(
-        "--cache", type=path_argument, default=Path("evaluation_cache"), help="of references (default evaluation_cache)"
-    )
-    parser.add_argument(
-        "--background",
-        metavar="COLOUR",
-        default="white",
-        help="behind what is transparent in folders of images: a name or '#rrggbb' (default white)",
-    )
-    parser.add_argument("--wandb", metavar="PROJECT", help="log the scores there, too")
+    add = parser.add_argument
+    add("generated", type=path_argument, help="a run or exported folder; or images: folder, shards, .npz")
+    add("--reference", type=path_argument, required=True, help="real images, or an .npz of statistics or both")
+    add("--features", default="effnet_lite0", help="inception, effnet_lite0 or module:function (default effnet_lite0)")
+    add("--feature-weights", type=path_argument, help="of the FID Inception: pt_inception-2015-12-05-6726825d.pth")
+    add("--feature-label", metavar="NAME", help="take other weights, and call the result by this name")
+    add("--num-images", type=int, help=f"that a model makes (default {_DEFAULT_IMAGES})")
+    add("--labels", choices=("balanced", "random"), default="balanced", help="of a model's images (default balanced)")
+    add("--out", type=path_argument, default=Path("scores.json"), help="where scores go (default scores.json)")
+    cache = Path("evaluation_cache")
+    add("--cache", type=path_argument, default=cache, help=f"of references (default {cache})")
+    background_help = "behind what is transparent in folders of images: a name or '#rrggbb' (default white)"
+    add("--background", metavar="COLOUR", default="white", help=background_help)
+    add("--wandb", metavar="PROJECT", help="log the scores there, too")
     add_sampling_options(parser, batch_size=64, guidance=1.0)
     run_on_ranks(run, parser.parse_args())
 
@@ -90,18 +68,18 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.evaluation.given_images import say_sizes
         from cfpretrain.evaluation.references import load_reference
         from cfpretrain.evaluation.scores import check_enough
+        from cfpretrain.run.build import CONFIG_FILE, INDEX_FILE
     background = parse_background(arguments.background)
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
         with runtime.together(), phase(f"loading {arguments.features}", announce=False):
             extractor = make_extractor(arguments.features, device, arguments.feature_weights, arguments.feature_label)
-        generated = _generated(arguments, device, background)
+        is_model = any((arguments.generated / file).is_file() for file in (INDEX_FILE, CONFIG_FILE))
+        generated = _from_model(arguments, device) if is_model else _from_images(arguments, background)
         with runtime.together():
-            check_enough(generated.num_images, extractor, "--num-images" if generated.given is None else "GENERATED")
-        with _Progress("reading the reference") as progress:
-            reference = load_reference(
-                arguments.reference, extractor, arguments.cache, progress.begin, progress.show, background
-            )
+            check_enough(generated.num_images, extractor, "--num-images" if is_model else "GENERATED")
+        with _progress("reading the reference") as (begin, show):
+            reference = load_reference(arguments.reference, extractor, arguments.cache, begin, show, background)
         say_sizes(generated.size, reference.image_size)
         _score(arguments, extractor, reference, generated)
 
@@ -117,24 +95,19 @@ class _Generated:
     given: "GivenImages | None" = None  # where they are there already
 
 
-def _generated(arguments: argparse.Namespace, device: Any, background: "Colour") -> _Generated:
+def _from_images(arguments: argparse.Namespace, background: "Colour") -> _Generated:
     from cfpretrain.base import runtime
-    from cfpretrain.run.build import CONFIG_FILE, INDEX_FILE
-
-    path: Path = arguments.generated
-    if (path / INDEX_FILE).is_file() or (path / CONFIG_FILE).is_file():
-        return _from_model(arguments, device)
-    from cfpretrain.evaluation.given_images import open_images
-    from cfpretrain.evaluation.scores import BATCH_SIZE, given_batches
+    from cfpretrain.evaluation.given_images import BATCH_SIZE, open_images
 
     with runtime.together():
-        images = open_images(path, "GENERATED", background)
+        images = open_images(arguments.generated, "GENERATED", background)
         if arguments.num_images not in (None, len(images)):
             raise UserError(
-                f"--num-images: expected {len(images)}, the images of {path}, got {arguments.num_images}; leave it out"
+                f"--num-images: expected {len(images)}, the images of {arguments.generated}, got "
+                f"{arguments.num_images}; leave it out"
             )
     plan = {"images": images.fingerprint, "num_images": len(images), "batch_size": BATCH_SIZE}
-    return _Generated(given_batches(images), plan, len(images), images.size, images)
+    return _Generated(images.batches, plan, len(images), images.size, images)
 
 
 def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
@@ -143,7 +116,7 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
     from cfpretrain.autoencoder import fingerprint
     from cfpretrain.base import runtime
     from cfpretrain.core import seeds
-    from cfpretrain.evaluation.generation import generate_batches, plan_of, to_pixels
+    from cfpretrain.evaluation.generation import ImageGenerator, plan_of, to_pixels
     from cfpretrain.evaluation.source import load_source
 
     num_images = _DEFAULT_IMAGES if arguments.num_images is None else arguments.num_images
@@ -154,17 +127,15 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
         settings = read_settings(arguments, source.config, source.config.model.num_tokens)
         autoencoder = source.make_autoencoder()
     num_classes = len(source.class_names)
-    ids_N = torch.arange(num_images)
+    labels_N = torch.arange(num_images) % num_classes
     if arguments.labels == "random":
-        labels_N = seeds.integers(seeds.fold(seeds.key(settings.seed, "labels"), ids_N), num_classes)
-    else:
-        labels_N = ids_N % num_classes
+        labels_N = seeds.integers(seeds.fold(seeds.key(settings.seed, "labels"), torch.arange(num_images)), num_classes)
     labels = labels_N.tolist()
     say(f"{source.title}: {settings}")
 
     def batches(numbers: list[int]) -> Iterator[tuple[int, "Tensor"]]:
-        made = generate_batches(source.config, source.model, labels, settings, device, autoencoder.decode, numbers)
-        for ids, images in made:
+        generator = ImageGenerator(source.config, source.model, settings, device)
+        for ids, images in generator.batches(labels, autoencoder.decode, numbers):
             yield int(ids[0]) // settings.batch_size, to_pixels(images)
 
     with phase("hashing the weights", announce=False):
@@ -180,23 +151,22 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
 
 
 def _score(
-    arguments: argparse.Namespace,
-    extractor: "FeatureExtractor",
-    reference: "Reference",
-    generated: _Generated,
+    arguments: argparse.Namespace, extractor: "FeatureExtractor", reference: "Reference", generated: _Generated
 ) -> None:
     import torch
 
     import cfpretrain
     from cfpretrain.base import runtime
+    from cfpretrain.evaluation.feature_sums import Work
     from cfpretrain.evaluation.given_images import say_changes
-    from cfpretrain.evaluation.scores import NUM_NEIGHBOURS, compare, make_work, statistics_of, sum_up
+    from cfpretrain.evaluation.scores import NUM_NEIGHBOURS, compare, statistics_of
+    from cfpretrain.run.tracker import Tracker
 
     out: Path = arguments.out
     num_images = generated.num_images
     plan = {**generated.plan, "features": extractor.fingerprint}
     settings = {**plan, "reference": reference.record["fingerprint"]}
-    work = make_work(out.absolute(), "--out", plan, num_images, plan["batch_size"])
+    work = Work(out.absolute(), "--out", plan, num_images, plan["batch_size"])
     with runtime.together():
         found = _found(out, settings) if runtime.rank() == 0 else None
         if found:
@@ -206,13 +176,12 @@ def _score(
         say(f"nothing to do: {out} holds these scores already")
         say(_line({name: found[name] for name in found["scores"]}, found["floor"], found["floor_num_images"]))
         return
-    with _Progress("scoring") as progress:
-        sum_up(work, generated.batches, extractor, lambda done: progress.begin(done, num_images), progress.show)
+    with _progress("scoring") as (begin, show):
+        work.sum_up(generated.batches, extractor, lambda done: begin(done, num_images), show)
     if generated.given is not None:
         say_changes(generated.given, "GENERATED")
     with phase("comparing"):
-        scored = statistics_of(work)
-        scores = compare(scored, reference.statistics, extractor.name, together=True)
+        scores = compare(statistics_of(work), reference.statistics, extractor.name, together=True)
     result = {
         **scores,
         "scores": list(scores),
@@ -230,23 +199,23 @@ def _score(
     }
     with runtime.together():
         if runtime.rank() == 0:
-            _write(out, result)
+            with outputs.writing(f"--out: {out}"):
+                files.replace(out, f"{json.dumps(result, indent=2)}\n")
             work.remove()
     if arguments.wandb:
-        _log(arguments, scores, result)
+        tracker = Tracker("auto", arguments.wandb, out.absolute().parent, None, result)
+        tracker.log({"step": 0, **scores})
+        tracker.close()
     say(_line(scores, reference.floor, reference.floor_num_images))
     say(f"scores of {num_images} images: {out}")
 
 
 def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     """What this very command has written; None: nothing is there."""
-    from cfpretrain.base import outputs, plans
-    from cfpretrain.base.files import read_text
-
     if not out.exists():
         return None
     try:
-        there = outputs.parse_plan(read_text(out))
+        there = outputs.parse_plan(files.read_text(out))
         different = plans.differences(there["settings"], json.loads(json.dumps(settings)))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"--out: {out} is there already and holds no scores; choose another --out") from error
@@ -255,24 +224,6 @@ def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             f"--out: {out} holds scores of other settings already ({different}); delete it, or choose another --out"
         )
     return there
-
-
-def _write(out: Path, result: dict[str, Any]) -> None:
-
-    try:
-        files.replace(out, f"{json.dumps(result, indent=2)}\n")
-    except OSError as error:
-        raise UserError(
-            f"--out: {out} cannot be written ({error.strerror or error}); fix that, and the same command goes on"
-        ) from error
-
-
-def _log(arguments: argparse.Namespace, scores: dict[str, float], result: dict[str, Any]) -> None:
-    from cfpretrain.run.tracker import Tracker
-
-    tracker = Tracker("auto", arguments.wandb, arguments.out.absolute().parent, None, result)
-    tracker.log({"step": 0, **scores})
-    tracker.close()
 
 
 def _line(scores: dict[str, float], floor: dict[str, float] | None, floor_num_images: int) -> str:
@@ -284,28 +235,21 @@ def _line(scores: dict[str, float], floor: dict[str, float] | None, floor_num_im
     return ", ".join(shown) + f"; floors are of {floor_num_images} real images against others" * bool(floor)
 
 
-class _Progress:
-    """A bar of images, once there is something to do."""
+@contextmanager
+def _progress(what: str) -> Iterator[tuple[Callable[[int, int], None], Callable[[int], None]]]:
+    """A bar of images: what begins it, with how many are done of how many, and what moves it."""
+    bars: list[Progress] = []
 
-    def __init__(self, what: str) -> None:
-        self._what = what
-        self._bar: Progress | None = None
-
-    def begin(self, num_done: int, num_images: int) -> None:
+    def begin(num_done: int, num_images: int) -> None:
         there = f"; {num_done} of {num_images} are done already" if num_done else ""
-        say(f"{self._what}: {num_images - num_done} images{there}")
-        self._bar = Progress(num_images, num_done, "image")
+        say(f"{what}: {num_images - num_done} images{there}")
+        bars.append(Progress(num_images, num_done, "image"))
 
-    def show(self, num_done: int) -> None:
-        if self._bar is not None:
-            self._bar.show(num_done)
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+    try:
+        yield begin, lambda num_done: bars[0].show(num_done)
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 if __name__ == "__main__":

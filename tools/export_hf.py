@@ -29,29 +29,20 @@ _OF_DIFFUSERS = ("weights", "step", "dtype", "max_shard_gb", "license", "push")
 def main() -> None:
     """The command."""
     parser = Parser(__doc__)
-    parser.add_argument("run", type=path_argument, help="a run folder, e.g. runs/demo")
-    parser.add_argument("out", type=path_argument, help="folder (or .pt) to write; it must not be there yet")
-    parser.add_argument(
-        "--format",
-        choices=("diffusers", "official"),
-        default="diffusers",
-        help="official: a checkpoint of the official CausalFusion code, without further options (default diffusers)",
+    add = parser.add_argument
+    add("run", type=path_argument, help="a run folder, e.g. runs/demo")
+    add("out", type=path_argument, help="folder (or .pt) to write; it must not be there yet")
+    format_help = (
+        "official: a checkpoint of the official CausalFusion code, without further options (default diffusers)"
     )
-    parser.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="averaged, or as trained (default ema)"
-    )
-    parser.add_argument(
-        "--step", type=step_or_best, help="of the checkpoint, or best: by its scores (default: the latest)"
-    )
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the files (default fp32)")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="GB of a file of weights (default 5)")
-    parser.add_argument(
-        "--license",
-        default="unknown",
-        metavar="NAME",
-        help="for the model card, as the hub names it, e.g. apache-2.0 (default unknown)",
-    )
-    parser.add_argument("--push", metavar="REPO", help="then upload to a private repository of the hub, e.g. me/demo")
+    add("--format", choices=("diffusers", "official"), default="diffusers", help=format_help)
+    add("--weights", choices=("ema", "raw"), default="ema", help="averaged, or as trained (default ema)")
+    add("--step", type=step_or_best, help="of the checkpoint, or best: by its scores (default: the latest)")
+    add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the files (default fp32)")
+    add("--max-shard-gb", type=float, default=5.0, help="GB of a file of weights (default 5)")
+    licence_help = "for the model card, as the hub names it, e.g. apache-2.0 (default unknown)"
+    add("--license", default="unknown", metavar="NAME", help=licence_help)
+    add("--push", metavar="REPO", help="then upload to a private repository of the hub, e.g. me/demo")
     arguments = parser.parse_args()
     others = [name for name in _OF_DIFFUSERS if getattr(arguments, name) != parser.get_default(name)]
     with ending_in_one_line():

@@ -24,21 +24,19 @@ if TYPE_CHECKING:
 def main() -> None:
     """The command."""
     parser = Parser(__doc__)
-    parser.add_argument(
-        "file", type=path_argument, help="checkpoint: .safetensors, or a pickle (.ckpt, .pt, .pth, .bin)"
-    )
-    parser.add_argument("out", type=path_argument, help="folder to write")
-    parser.add_argument(
+    add = parser.add_argument
+    add("file", type=path_argument, help="checkpoint: .safetensors, or a pickle (.ckpt, .pt, .pth, .bin)")
+    add("out", type=path_argument, help="folder to write")
+    add(
         "--scaling-factor",
         type=float,
         help="what latents are multiplied by; left out, that of the published autoencoder of this layout "
         "(MAR's KL-16: 0.2325, Stable Diffusion's f8: 0.18215; SDXL's has the layout of the latter, but 0.13025)",
     )
-    parser.add_argument(
-        "--shift-factor",
-        type=float,
-        help="what is subtracted from latents before (Stable Diffusion 3's: 0.0609, FLUX's: 0.1159; left out, nothing)",
+    shift_help = (
+        "what is subtracted from latents before (Stable Diffusion 3's: 0.0609, FLUX's: 0.1159; left out, nothing)"
     )
+    add("--shift-factor", type=float, help=shift_help)
     arguments = parser.parse_args()
     with ending_in_one_line():
         run(arguments.file, arguments.out, arguments.scaling_factor, arguments.shift_factor)

@@ -14,7 +14,7 @@ which makes data only: nothing in a file is run, not even DeepSpeed's code, and 
 from pathlib import Path
 
 from cfpretrain.base.command_line import Parser, add_config
-from cfpretrain.base.console import ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.console import ending_in_one_line, path_argument, phase
 
 
 def main() -> None:
@@ -33,39 +33,9 @@ def main() -> None:
 def run(source: Path, folder: Path, paths: list[str], overrides: list[str], allow_env: bool = False) -> None:
     """Reads, checks and writes."""
     with phase("loading torch"):
-        import torch
-
-        from cfpretrain.base import config as configs
-        from cfpretrain.base import outputs
-        from cfpretrain.export import imported_run
-        from cfpretrain.export.deepspeed_checkpoint import read_zero_checkpoint
-        from cfpretrain.export.official import our_names
-        from cfpretrain.run import build
-
-    outputs.refuse_existing(folder, "RUN")
-    config = build.checked(configs.load(paths, overrides, allow_env))
-    say(
-        "WARNING: DeepSpeed's files are pickles, which can run code when other tools read them; here they are read as "
-        "data only, and refused where they hold more"
-    )
-    with phase(f"reading {source}"):
-        found = read_zero_checkpoint(source)
-        theirs = {ours: name for name, ours in our_names(found.shapes, f"FOLDER: {source}").items()}
-        shapes = {ours: found.shapes[name] for ours, name in theirs.items()}
-        imported_run.check_shapes(shapes, config, f"FOLDER: {source}")
-    say("WARNING: DeepSpeed keeps no EMA: the averages begin as the weights")
-
-    def read_tensor(content: str, name: str) -> torch.Tensor:
-        return found.tensor("weights" if content == "ema" else content, theirs[name])
-
-    with phase(f"writing {folder}"):
-        imported_run.write_run(folder, config, found.counters, read_tensor, f"FOLDER: {source}")
-    counters, num_parameters = found.counters, sum(map(torch.Size.numel, map(torch.Size, shapes.values())))
-    say(
-        f"{folder}: {num_parameters:,} parameters with moments at step {counters.step} "
-        f"({counters.optimizer_step} updates), written by {found.num_ranks} ranks; train on with"
-    )
-    say(f"    deepspeed cfpretrain/train.py --config {folder}/config.yaml")
+        from cfpretrain.export.deepspeed_checkpoint import read_deepspeed
+        from cfpretrain.export.imported_run import import_run
+    import_run(folder, paths, overrides, allow_env, lambda config: read_deepspeed(source, config), source)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ holds more than tensors, numbers and texts is refused.
 from pathlib import Path
 
 from cfpretrain.base.command_line import Parser, add_config, check_range
-from cfpretrain.base.console import ending_in_one_line, path_argument, phase, say
+from cfpretrain.base.console import ending_in_one_line, path_argument, phase
 
 _MOST_STEPS = 10**12
 
@@ -42,29 +42,9 @@ def run(
     """Reads, checks and writes."""
     check_range("--step", step, 0, _MOST_STEPS)
     with phase("loading torch"):
-        import torch
-
-        from cfpretrain.base import config as configs
-        from cfpretrain.base import outputs
-        from cfpretrain.export import imported_run, official
-        from cfpretrain.run import build
-
-    outputs.refuse_existing(folder, "RUN")
-    config = build.checked(configs.load(paths, overrides, allow_env))
-    with phase(f"reading {file}"):
-        tensors = official.read_official(file, config)
-    say("the optimizer starts from zero: Adam's moments are 0 (whatever state the file has of one is not used)")
-
-    def read_tensor(content: str, name: str) -> torch.Tensor:
-        return tensors[content][name] if content in tensors else torch.zeros(tensors["weights"][name].shape)
-
-    with phase(f"writing {folder}"):
-        imported_run.write_run(
-            folder, config, imported_run.Counters(step, optimizer_step=0), read_tensor, f"FILE: {file}"
-        )
-    num_parameters = sum(value.numel() for value in tensors["weights"].values())
-    say(f"{folder}: {num_parameters:,} parameters at step {step}; train on with")
-    say(f"    deepspeed cfpretrain/train.py --config {folder}/config.yaml")
+        from cfpretrain.export.imported_run import import_run
+        from cfpretrain.export.official import read_official
+    import_run(folder, paths, overrides, allow_env, lambda config: read_official(file, config, step), file)
 
 
 if __name__ == "__main__":

@@ -115,12 +115,12 @@ def _labels(arguments: argparse.Namespace, source: "Source") -> list[int]:
 
 
 def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "GenerationSettings") -> None:
-    from cfpretrain.evaluation.generation import decode_to_look_at, draw_grid, generate_images, grid_title
+    from cfpretrain.evaluation.generation import ImageGenerator, decode_to_look_at, draw_grid, grid_title
 
     config, device = source.config, source.device
     decode, note = decode_to_look_at(config, device, source.make_autoencoder)
     with _progress(len(labels), 0, settings.num_batches(len(labels)), settings) as on_step:
-        images = generate_images(config, source.model, labels, settings, device, decode, on_step)
+        images = ImageGenerator(config, source.model, settings, device).images(labels, decode, on_step)
     classes = list(dict.fromkeys(labels))
     by_class = [i for label in classes for i in range(len(labels)) if labels[i] == label]
     names = [source.class_names[label] for label in classes]
@@ -130,14 +130,14 @@ def _draw_grid(path: Path, source: "Source", labels: list[int], settings: "Gener
 
 def _draw_trajectory(path: Path, source: "Source", label: int, settings: "GenerationSettings") -> None:
     from cfpretrain.core.latents import unpatchify
-    from cfpretrain.evaluation.generation import decode_to_look_at, draw_grid, follow, grid_title
+    from cfpretrain.evaluation.generation import ImageGenerator, decode_to_look_at, draw_grid, grid_title
     from cfpretrain.evaluation.pictures import tinted
 
     config, device = source.config, source.device
     decode, colours = decode_to_look_at(config, device, source.make_autoencoder)
     note = ", ".join(filter(None, ("grey: not made yet", colours)))
     with phase("following one image on its way"):
-        way = follow(config, source.model, label, settings, device)
+        way = ImageGenerator(config, source.model, settings, device).follow(label)
     latents = unpatchify(way.states.flatten(0, 1), config.model.patch_size)
     is_made = way.is_made.repeat_interleave(len(way.timesteps), 0)
     draw_grid(
@@ -155,7 +155,7 @@ def _draw_trajectory(path: Path, source: "Source", label: int, settings: "Genera
 def _write_set(out: Path, source: "Source", labels: list[int], settings: "GenerationSettings") -> None:
     from cfpretrain.autoencoder import fingerprint
     from cfpretrain.base import runtime
-    from cfpretrain.evaluation.generation import generate_batches, plan_of
+    from cfpretrain.evaluation.generation import ImageGenerator, plan_of
     from cfpretrain.evaluation.image_set import ImageSet
 
     config, device, plan, missing = source.config, source.device, {}, None
@@ -175,9 +175,8 @@ def _write_set(out: Path, source: "Source", labels: list[int], settings: "Genera
         return
     num_done = len(labels) - images.count(missing)
     with _progress(len(labels), num_done, len(missing), settings) as on_step, runtime.Exchange() as exchange:
-        for ids, made in generate_batches(
-            config, source.model, labels, settings, device, autoencoder.decode, missing, on_step
-        ):
+        generator = ImageGenerator(config, source.model, settings, device)
+        for ids, made in generator.batches(labels, autoencoder.decode, missing, on_step):
             images.write(ids, made)
             exchange.add(len(ids))
     with runtime.together():

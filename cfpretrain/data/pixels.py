@@ -38,8 +38,6 @@ def decode_shards(
 
     UserError where an image is damaged, cannot be decoded or is of another size.
 
-    UserError where an image is damaged, cannot be decoded or is of another size.
-
     Args:
         shards: of images.
         numbers: which of them, in order.

@@ -1,7 +1,7 @@
-"""Reading numpy's .npy and .npz files, which may be a stranger's: no pickles, and no memory for what is only declared.
+"""Reads numpy's .npy and .npz files from untrusted sources: no pickles, and no memory that a header only claims.
 
-What a header says is held against the bytes that are there before an array is made. Errors are `OSError`, and
-`ValueError` for whatever is wrong with the content.
+The size in a header is checked against the bytes in the file before an array is allocated. Errors are `OSError`, and
+`ValueError` for invalid content.
 """
 
 import math
@@ -35,11 +35,7 @@ def reading() -> Iterator[None]:
 
 
 def read_header(stream: IO[bytes], num_bytes: int) -> Header:
-    """Reads the header of an array, and leaves the stream where its values begin.
-
-    Args:
-        stream: at its beginning.
-        num_bytes: of header and values.
+    """Reads the header of an array, of whose header and values there are `num_bytes`; the stream is then at the values.
 
     Raises:
         ValueError: it is none, says another size, or that the values are pickled.
@@ -57,15 +53,7 @@ def read_header(stream: IO[bytes], num_bytes: int) -> Header:
 
 
 def load(file: Path, is_mapped: bool = False) -> npt.NDArray[Any]:
-    """The array in a .npy file.
-
-    Args:
-        file: a regular file.
-        is_mapped: its values are read when they are used; writing changes the memory alone.
-
-    Raises:
-        OSError or ValueError: see above.
-    """
+    """The array in a .npy file; errors as above. Mapped, values are read when used; writing changes memory alone."""
     with open_to_read(file) as opened:
         num_bytes = opened.seek(0, 2)
         opened.seek(0)
@@ -88,12 +76,7 @@ def open_archive(file: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def read_member(archive: zipfile.ZipFile, name: str, max_bytes: int = _MAX_MEMBER_BYTES) -> npt.NDArray[Any]:
-    """An array of an archive.
-
-    Args:
-        archive: of `open_archive`.
-        name: without its .npy.
-        max_bytes: the most that it is accepted to take.
+    """An array of an archive that takes at most `max_bytes`, by its name without .npy.
 
     Raises:
         KeyError: there is none of this name.
@@ -117,6 +100,5 @@ def read_member(archive: zipfile.ZipFile, name: str, max_bytes: int = _MAX_MEMBE
 def read_members(file: Path) -> dict[str, npt.NDArray[Any]]:
     """All arrays of an .npz file, by name; errors as above."""
     with open_archive(file) as archive:
-        return {
-            name.removesuffix(".npy"): read_member(archive, name.removesuffix(".npy")) for name in archive.namelist()
-        }
+        names = [name.removesuffix(".npy") for name in archive.namelist()]
+        return {name: read_member(archive, name) for name in names}

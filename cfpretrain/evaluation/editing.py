@@ -1,4 +1,4 @@
-"""What is edited, and where: image and mask files -> tokens and regions."""
+"""Inputs of editing: image and mask files -> tokens and regions."""
 
 from collections import Counter
 from pathlib import Path
@@ -27,16 +27,16 @@ _WHITE = 128  # of 255; from here on a mask's pixel is taken for white
 
 
 def read_crop(path: Path, image_size: int, is_grey: bool, background: Colour = WHITE) -> tuple[Tensor, tuple[int, int]]:
-    """ADM's centre crop of an image file as viewers show it, and its size; says what it loses.
+    """ADM's centre crop of an image file as viewers show it, turned upright by its EXIF; says what it loses.
 
     Args:
         path: of any kind and size that shards are made of.
         image_size: pixels a side of the crop.
         is_grey: of one channel instead of RGB.
-        background: behind what is transparent.
+        background: behind transparent pixels.
 
     Returns:
-        float32 [1, C, Y, X] in [0, 1], and (width, height); upright, where EXIF says that it is not.
+        float32 [1, C, Y, X] in [0, 1], and (width, height) of the file.
     """
     try:
         changes: Counter[str] = Counter()
@@ -56,13 +56,13 @@ def encode_tokens(config: Config, autoencoder: Autoencoder, images_BCYX: Tensor)
 
 
 def read_region(text: str, grid: int, image_size: int, file_size: tuple[int, int] | None) -> Tensor:
-    """A region as the command line says it: bool [L].
+    """The region that an option gives: bool [L].
 
     Args:
         text: as for `regions.parse_region`, or "mask:FILE", a picture that is white where the image is generated again.
         grid: rows = columns of the token grid.
         image_size: pixels a side of the image that is edited.
-        file_size: (width, height) of the file it was cropped from, whose masks are cropped alike; None without one.
+        file_size: (width, height) of the file it was cropped from; a mask of that size is cropped too. None: no file.
     """
     try:
         if not text.startswith("mask:"):

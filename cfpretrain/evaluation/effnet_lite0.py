@@ -87,11 +87,7 @@ class EfficientNetLite0(nn.Module):
         self.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, images_BCYX: Tensor) -> tuple[Tensor]:
-        """Features of images: the last block's mean over space, [B, 320].
-
-        Args:
-            images_BCYX: uint8 [B, 3, Y, X], any size; resized bilinearly, with a wider filter where that shrinks them.
-        """
+        """Features of images, uint8 [B, 3, Y, X] of any size: the last block's mean over space, [B, 320]."""
         return (self._last_block(images_BCYX).mean((2, 3)),)
 
     def classify(self, images_BCYX: Tensor) -> Tensor:
@@ -101,7 +97,7 @@ class EfficientNetLite0(nn.Module):
         return logits_BK
 
     def _last_block(self, images_BCYX: Tensor) -> Tensor:
-        size = (IMAGE_SIZE, IMAGE_SIZE)
+        size = (IMAGE_SIZE, IMAGE_SIZE)  # with a wider filter where images shrink to it
         x_BCYX = F.interpolate(images_BCYX.float(), size, mode="bilinear", antialias=True, align_corners=False)
         x_BCYX = x_BCYX.contiguous(memory_format=torch.channels_last)
         last_BCYX: Tensor = self._blocks(_relu6(self._bn0(self._conv_stem((x_BCYX - 127) / 128))))

@@ -19,7 +19,7 @@ from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.sampler import Guidance, Model
 from cfpretrain.evaluation.feature_sums import add, over_ranks, sums_of
 from cfpretrain.evaluation.features import make_extractor
-from cfpretrain.evaluation.generation import Decode, GenerationSettings, generate_batches, to_pixels
+from cfpretrain.evaluation.generation import Decode, GenerationSettings, ImageGenerator, to_pixels
 from cfpretrain.evaluation.given_images import say_sizes
 from cfpretrain.evaluation.inception_score import splits_of
 from cfpretrain.evaluation.references import load_reference
@@ -41,20 +41,10 @@ class Evaluator:
     """The scores that the section `evaluation` of a config asks for.
 
     All ranks construct it, and call it, together.
-
-    Attributes:
-        name: of the score by which checkpoints are compared, a Frechet distance.
-        floor: that distance between two halves of the reference; None where it is not known.
-        measured_by: all that a score depends on besides the model, JSON-able.
     """
 
     def __init__(self, config: Config, device: torch.device) -> None:
-        """Loads the features' network, and reads the reference where its statistics are not kept yet.
-
-        Args:
-            config: of the run, with `evaluation.every_steps` above 0.
-            device: where features are computed.
-        """
+        """Loads the features' network, and reads the reference where its statistics are not kept yet."""
         asked = config.evaluation
         with _named_as_in_config():
             with runtime.together():
@@ -67,8 +57,10 @@ class Evaluator:
                 reference = load_reference(
                     Path(asked.reference), self._extractor, cache, on_done=lambda _: runtime.tick()
                 )
-        self.name = self._extractor.name
+        self.name = self._extractor.name  # of the score by which checkpoints are compared, a Frechet distance
+        # That distance between two halves of the reference; None where it is not known.
         self.floor = None if reference.floor is None else reference.floor.get(self.name)
+        # All that a score depends on besides the model, JSON-able.
         self.measured_by = dataclasses.asdict(asked) | {
             "score": self.name,
             "features": self._extractor.fingerprint,
@@ -78,7 +70,7 @@ class Evaluator:
             del self.measured_by[key]
         # Precision and recall of so few images say little, and their features are large.
         self._reference = dataclasses.replace(reference.statistics, neighbours_KF=None)
-        self._real_size = reference.image_size  # until it was held against that of the model's images
+        self._real_size = reference.image_size  # None once compared with the size of the model's images
         self._config, self._device = config, device
         self._labels = [i % config.model.num_classes for i in range(asked.num_images)]
         self._splits_N = splits_of(asked.num_images)
@@ -96,17 +88,10 @@ class Evaluator:
         self._none = sums_of(self._extractor.none(), torch.zeros(0, dtype=torch.int64))
 
     def __call__(self, model: Model, decode: Decode, on_step: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """The model's scores, by the names of `scores.compare`; equal on all ranks.
-
-        Args:
-            model: called alike on all ranks.
-            decode: makes images of its latents.
-            on_step: called after every denoising step, on all ranks at once.
-        """
+        """The model's scores, by the names of `scores.compare`; equal on all ranks. Arguments as `ImageGenerator`'s."""
         sums = self._none
-        for ids_B, images_BCYX in generate_batches(
-            self._config, model, self._labels, self._settings, self._device, decode, on_step=on_step
-        ):
+        generator = ImageGenerator(self._config, model, self._settings, self._device)
+        for ids_B, images_BCYX in generator.batches(self._labels, decode, on_step=on_step):
             say_sizes((images_BCYX.shape[3], images_BCYX.shape[2]), self._real_size)
             self._real_size = None
             features = self._extractor(to_pixels(images_BCYX))

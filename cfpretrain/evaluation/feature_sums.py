@@ -1,4 +1,4 @@
-"""Features of many images reduced to sums, on any number of ranks and over any number of kills.
+"""Features of many images reduced to sums, on any number of ranks, resumable after a kill.
 
 Images are seen in batches of fixed ids. Until all are done, the work folder holds done.npz, the sums of earlier starts
 of the command; a file of sums for each rank of this start, replaced every half a minute; and the features that nearest
@@ -6,7 +6,7 @@ neighbours need, a file a batch. Sums lie with the numbers of their batches, so 
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,18 @@ from cfpretrain.base import files, runtime
 from cfpretrain.base.console import UserError
 from cfpretrain.base.outputs import Unfinished
 from cfpretrain.evaluation import array_files
-from cfpretrain.evaluation.features import Features
+from cfpretrain.evaluation.features import FeatureExtractor, Features
 from cfpretrain.evaluation.frechet import moments_of
-from cfpretrain.evaluation.inception_score import class_sums
+from cfpretrain.evaluation.inception_score import class_sums, splits_of
 
 # All that Frechet distances and the Inception Score need of a set, by name; they add up over batches and ranks.
 Sums = dict[str, Tensor]
+# Numbers of batches -> this rank's share of them, each with its number: images, uint8 [B, 3, Y, X].
+Batches = Callable[[list[int]], Iterator[tuple[int, Tensor]]]
 
+MOST_KEPT = 50_000  # images behind precision and recall
 _DONE_FILE = "done.npz"
-SAVE_SECONDS = 30.0
+_SAVE_SECONDS = 30.0
 
 
 def sums_of(features: Features, splits_N: Tensor) -> Sums:
@@ -40,7 +43,7 @@ def sums_of(features: Features, splits_N: Tensor) -> Sums:
 
 
 def add(first: Sums, second: Sums) -> Sums:
-    """The sums of two sets together, which are of the same features; either may be of none at all, {}."""
+    """The sums of two sets together, of the same features; {} are the sums of no image."""
     return {name: first[name] + second[name] for name in first} if first and second else first or second
 
 
@@ -60,16 +63,16 @@ def part_of(sums: Sums, part: str) -> Sums:
 
 
 class Work:
-    """Images to be summed, by all ranks; rank 0 begins, each adds batches, and all ask for the total.
+    """Images to be summed, by all ranks: `sum_up`, then `total` and `kept`; `remove` once the result lies elsewhere.
 
     Args:
         out: what is made of the sums; unfinished work lies beside it, in a hidden folder that all ranks see.
         option: that gave `out`, for messages.
         plan: JSON-able; all that features and batches depend on. Work done under another plan is refused.
+        num_images: N.
         batch_size: images n * batch_size to (n + 1) * batch_size - 1 are batch n.
-        groups_N: the group of each image; each has sums of its own, and they are 0, 1, ...
-        splits_N: the split of each image for the Inception Score.
-        is_kept_N: bool; the images whose pooled features are kept for precision and recall.
+        groups_N: the group of each image, 0, 1, ...; each has sums of its own. None: one group.
+        is_kept_N: bool; the images whose pooled features are kept for precision and recall. None: the first ones.
         save_seconds: the most that a kill costs, beside one batch.
     """
 
@@ -78,36 +81,64 @@ class Work:
         out: Path,
         option: str,
         plan: Mapping[str, Any],
+        num_images: int,
         batch_size: int,
-        groups_N: Tensor,
-        splits_N: Tensor,
-        is_kept_N: Tensor,
-        save_seconds: float = SAVE_SECONDS,
+        groups_N: Tensor | None = None,
+        is_kept_N: Tensor | None = None,
+        save_seconds: float = _SAVE_SECONDS,
     ) -> None:
         self._unfinished = Unfinished(out, option, plan)
         self.folder = self._unfinished.folder
-        self.num_images, self._batch_size = len(groups_N), batch_size
-        self._groups_N, self._splits_N, self._is_kept_N = groups_N, splits_N, is_kept_N
-        self._num_groups, self._num_batches = int(groups_N.max()) + 1, -(-len(groups_N) // batch_size)
+        self.num_images, self._batch_size = num_images, batch_size
+        self._groups_N = torch.zeros(num_images, dtype=torch.int64) if groups_N is None else groups_N
+        self._is_kept_N = torch.arange(num_images) < MOST_KEPT if is_kept_N is None else is_kept_N
+        self._splits_N = splits_of(num_images)
+        self._num_groups, self._num_batches = int(self._groups_N.max()) + 1, -(-num_images // batch_size)
         self.start = 0  # of the command, counted from 1
         self._numbers: list[int] = []
         self._sums: Sums = {}
         self._save_seconds, self._saved_at = save_seconds, time.monotonic()
 
+    def sum_up(
+        self,
+        batches: Batches,
+        extractor: FeatureExtractor,
+        on_begin: Callable[[int], None] = lambda _: None,
+        on_done: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Does all batches that are missing; all ranks call it.
+
+        Args:
+            batches: gives them.
+            extractor: of their features.
+            on_begin: called on every rank with how many images are done already.
+            on_done: called every few seconds with how many are done.
+
+        Raises:
+            LostRankError: another rank is gone.
+        """
+        with runtime.together():
+            begun = self.begin() if runtime.rank() == 0 else None
+        self.start, missing = runtime.gather(begun)[0]
+        num_done = self.num_images - sum(len(self.ids(number)) for number in missing)
+        on_begin(num_done)
+        with runtime.Exchange(lambda num_now: on_done(num_done + num_now)) as exchange:
+            for number, images in batches(missing):
+                self.add(number, extractor(images))
+                exchange.add(len(images))
+            self.save()
+
     def ids(self, number: int) -> range:
         """The images of a batch."""
         return range(self.num_images)[number * self._batch_size : (number + 1) * self._batch_size]
 
-    # ------------------------------------------------------------------
-    # Rank 0
-
     def begin(self) -> tuple[int, list[int]]:
-        """Makes the folder, or goes on with it, under a lock.
+        """Makes the folder on rank 0, or goes on with it, under a lock.
 
         Work on images that have changed since starts over: one that could not be read may have been repaired.
 
         Returns:
-            The number of this start of the command, which other ranks set, and the batches that are yet to be done.
+            The number of this start of the command, and the batches that are missing.
         """
         self._unfinished.begin(lambda there: there.get("images") != self._unfinished.plan.get("images"))
         last, numbers, sums = 0, list[int](), Sums()
@@ -125,14 +156,11 @@ class Work:
         return self.start, sorted(set(range(self._num_batches)) - set(numbers))
 
     def remove(self) -> None:
-        """Removes the folder, once the result lies elsewhere."""
+        """Removes the folder, on rank 0."""
         self._unfinished.remove()
 
-    # ------------------------------------------------------------------
-    # Each rank
-
     def add(self, number: int, features: Features) -> None:
-        """Adds a batch, and saves from time to time."""
+        """Adds a batch of this rank's, and saves from time to time."""
         ids = torch.tensor(self.ids(number))
         assert len(ids) == len(features.pooled_BF)
         groups_B = self._groups_N[ids]
@@ -155,11 +183,8 @@ class Work:
             self._write(self.folder / name, self._numbers, self._sums)
             self._saved_at = time.monotonic()
 
-    # ------------------------------------------------------------------
-    # All ranks, once nothing is missing
-
     def total(self) -> list[Sums]:
-        """The sums of each group over all images, on every rank."""
+        """The sums of each group over all images, on every rank, once nothing is missing."""
         found = [self.folder / _DONE_FILE, *sorted(self.folder.glob(f"sums_{self.start:06d}_*.npz"))]
         found = runtime.gather(found)[0]  # one rank's list: a file may appear later on another machine
         with runtime.together():
@@ -189,8 +214,6 @@ class Work:
                 begin, end = end, end + len(rows_BF)
                 kept_KF[begin:end] = rows_BF
             return kept_KF
-
-    # ------------------------------------------------------------------
 
     def _write(self, file: Path, numbers: list[int], sums: Sums) -> None:
         arrays = {name: value.numpy() for name, value in sums.items()}

@@ -35,7 +35,7 @@ class Features:
     """Of a batch of images, float32."""
 
     pooled_BF: Tensor  # one vector an image: for the Frechet distance, precision and recall
-    spatial_BF: Tensor | None = None  # what still knows of places, for sFID; None: the network gives none
+    spatial_BF: Tensor | None = None  # features with a place in the image, for sFID; None: the network has none
     logits_BK: Tensor | None = None  # of classes, for the Inception Score; None: it would not be one
 
     def some(self, is_wanted_B: Tensor) -> "Features":
@@ -89,7 +89,7 @@ def make_extractor(
         kind: "inception"; "effnet_lite0", whose weights come inside a package; or "module:function", a function that
             makes a `FeatureExtractor` of a device and the path of weights, or None.
         device: where it will compute.
-        weights: a file of the Inception's; see `inception`.
+        weights: a file of the Inception's.
         label: what other weights than the published ones are called: the distance is then "fd_inception_LABEL".
     """
     if kind == INCEPTION:

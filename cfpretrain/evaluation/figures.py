@@ -36,9 +36,6 @@ _DOTS_PER_INCH = 130
 # So few values are drawn as dots: there is nothing to smooth.
 _FEW = 12
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training curves
-
 
 def curves(
     path: Path,
@@ -48,12 +45,11 @@ def curves(
 ) -> None:
     """Writes loss, gradient norm, learning rate and speed over the steps, and a score below them, as one PNG.
 
+    Loss and gradient norm leave a gap and a mark where they are not finite; skipped steps are marked.
+
     Args:
         path: the PNG; its folder must exist.
-        metrics: rows of metrics.jsonl in any order. Keys read: `step`; `loss`, `grad_norm`, `learning_rate`,
-            `images_per_second`, each drawn over the rows that have it (None counts as not having it);
-            `num_skipped_steps`, the run's total so far. Loss and gradient norm leave a gap and a mark where they are
-            not finite; rows in which the total of skipped steps grew are marked.
+        metrics: rows of metrics.jsonl in any order; each curve is drawn over the rows that have its key.
         title: above everything.
         score: the key of a score, and its floor where it is known; None draws no score.
     """
@@ -67,7 +63,9 @@ def curves(
     _curve(norm, steps, _column(rows, "grad_norm"), "gradient norm", "L2 norm before clipping")
     _plain_curve(rate, steps, _column(rows, "learning_rate"), "learning rate", "learning rate")
     _plain_curve(speed, steps, _column(rows, "images_per_second"), "speed", "images / s, all ranks together")
-    skipped = _skipped_steps(steps, _column(rows, "num_skipped_steps"))
+    totals = _column(rows, "num_skipped_steps")
+    has = np.isfinite(totals)
+    skipped = steps[has][np.diff(totals[has], prepend=0.0) > 0]
     for axes in (loss, norm):
         _mark(axes, skipped, "skipped step", "|", 0.03)
     if score is not None:
@@ -85,13 +83,6 @@ def _column(rows: Sequence[Mapping[str, Any]], key: str) -> Floats:
     values = [math.nan if row.get(key) is None else float(row[key]) for row in rows]
     broken = [row.get(key) is not None and not math.isfinite(float(row[key])) for row in rows]
     return np.where(broken, math.inf, np.array(values, dtype=np.float64))
-
-
-def _skipped_steps(steps: Floats, totals: Floats) -> Floats:
-    """The steps of the rows in which the total of skipped steps grew."""
-    has = np.isfinite(totals)
-    grew = np.diff(totals[has], prepend=0.0) > 0
-    return np.asarray(steps[has][grew])
 
 
 def _curve(axes: Axes, steps: Floats, values: Floats, title: str, unit: str, floor: float | None = None) -> None:

@@ -3,7 +3,7 @@
 For means m1, m2 and covariances C1, C2 it is |m1 - m2|^2 + tr(C1) + tr(C2) - 2 tr((C1^(1/2) C2 C1^(1/2))^(1/2))
 (Dowson and Landau 1982; Heusel et al. 2017). With factors C1 = W1 W1^T and C2 = W2 W2^T from symmetric
 eigendecompositions, the last trace is the sum of the singular values of W1^T W2: no general matrix root, no complex
-numbers, nothing that diverges, and no root of a small eigenvalue that rounding has made.
+numbers, nothing that diverges, and no root of a small eigenvalue that is rounding alone.
 
 What the degenerate cases give:
     fewer images than features  the covariance is singular; the distance is finite and exact for that covariance
@@ -25,7 +25,7 @@ from cfpretrain.base.console import UserError
 
 @dataclass(frozen=True)
 class Gaussian:
-    """What the distance knows of a set: mean and covariance of its features, float64 [F] and [F, F]."""
+    """Mean and covariance of a set's features, float64 [F] and [F, F]."""
 
     mean_F: Tensor
     covariance_FF: Tensor

@@ -49,14 +49,7 @@ class GenerationSettings:
 
 
 def plan_of(config: Config, weights: str, autoencoder: str, settings: GenerationSettings) -> dict[str, Any]:
-    """All that generated images depend on besides their classes, JSON-able.
-
-    Args:
-        config: of the model.
-        weights: fingerprint of the model's.
-        autoencoder: fingerprint of what decodes them.
-        settings: how they are made.
-    """
+    """All that generated images depend on besides their classes, JSON-able; `weights` and `autoencoder` are hashes."""
     return {
         "weights": weights,
         "autoencoder": autoencoder,
@@ -73,12 +66,9 @@ Decode = Callable[[Tensor], Tensor]
 def decode_to_look_at(
     config: Config, device: torch.device, make: Callable[[], Autoencoder] | None = None
 ) -> tuple[Decode, str]:
-    """How latents become a picture, whether or not an autoencoder is at hand, and what its title must say of it.
+    """How latents become a picture, whether or not the config names an autoencoder, and what its title says of it.
 
-    Args:
-        config: says whether it is.
-        device: where it computes.
-        make: makes it; None: `build.make_autoencoder`.
+    `make` makes the autoencoder; None: `build.make_autoencoder`.
     """
     if config.data.autoencoder or are_pixels(config.model.latent_channels):
         return (make() if make else make_autoencoder(config, device)).decode, ""
@@ -86,14 +76,7 @@ def decode_to_look_at(
 
 
 def to_pixels(images_BCYX: Tensor) -> Tensor:
-    """Images as a file would hold them, for scores.
-
-    Args:
-        images_BCYX: float [B, 1 or 3, Y, X], 0 black and 1 white.
-
-    Returns:
-        uint8 [B, 3, Y, X]; magenta where a value is not finite.
-    """
+    """Images [B, 1 or 3, Y, X] in [0, 1] as a file holds them: uint8 [B, 3, Y, X]; what is not finite is magenta."""
     return torch.from_numpy(to_rgb(images_BCYX, (0.0, 1.0))).permute(0, 3, 1, 2).contiguous()
 
 
@@ -118,198 +101,160 @@ def draw_grid(path: Path, option: str, images_BCYX: Tensor, row_names: Sequence[
 
 
 # ---------------------------------------------------------------------------
-# New images
-
-
-def generate_images(
-    config: Config,
-    model: Model,
-    labels: Sequence[int],
-    settings: GenerationSettings,
-    device: torch.device,
-    decode: Decode | None = None,
-    on_step: Callable[[], None] = lambda: None,
-) -> Tensor:
-    """One image for each label, gathered on every rank: for sets that are small. Arguments as `generate_batches`.
-
-    Returns:
-        float32 [len(labels), C, Y, X] on the CPU.
-    """
-    mine = list(generate_batches(config, model, labels, settings, device, decode, on_step=on_step))
-    batches = [batch for made in runtime.gather(mine) for batch in made]
-    ids, images = (torch.cat(part) for part in zip(*batches, strict=True))
-    return images[ids.argsort()]
-
-
-def generate_batches(
-    config: Config,
-    model: Model,
-    labels: Sequence[int],
-    settings: GenerationSettings,
-    device: torch.device,
-    decode: Decode | None = None,
-    numbers: Sequence[int] | None = None,
-    on_step: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """One image for each label; image i has id i, which fixes its noise and order.
-
-    The images are cut into batches of equal size, dealt to the ranks in turn. The last one is filled up, and where
-    batches run out some are made twice, so that every rank runs the same number of forwards (ZeRO-3 would hang
-    otherwise) and no image depends on the number of ranks; the surplus is not given out.
-
-    Args:
-        config: says which schedule and order the model was trained with.
-        model: called alike on all ranks.
-        labels: the class of each image.
-        settings: how.
-        device: where the model computes.
-        decode: makes images of latents; None: the config's autoencoder.
-        numbers: of the batches to make; None: all.
-        on_step: called after every denoising step.
-
-    Yields:
-        This rank's share, batch by batch: ids int64 [B] and images float32 [B, C, Y, X], both on the CPU.
-    """
-    decode = decode or make_autoencoder(config, device).decode
-    numbers = range(settings.num_batches(len(labels))) if numbers is None else numbers
-
-    def watch(_: int, num_steps_left: int, *__: Tensor) -> None:
-        if num_steps_left < settings.num_denoising_steps:
-            runtime.tick()
-            on_step()
-
-    for first in range(0, len(numbers), runtime.world_size()):
-        place = first + runtime.rank()
-        number = numbers[min(place, len(numbers) - 1)]
-        ids_B = torch.arange(number * settings.batch_size, (number + 1) * settings.batch_size)
-        labels_B = torch.tensor([labels[min(i, len(labels) - 1)] for i in ids_B.tolist()])
-        order_BL = _orders(config, settings, ids_B, device)
-        tokens_BLP = _make_tokens(config, model, labels_B, ids_B, order_BL, settings, watch)
-        images_BCYX = decode(unpatchify(tokens_BLP, config.model.patch_size)).cpu()
-        if place < len(numbers):
-            is_wanted_B = ids_B < len(labels)
-            yield ids_B[is_wanted_B], images_BCYX[is_wanted_B]
-
-
-def _make_tokens(
-    config: Config,
-    model: Model,
-    labels_B: Tensor,
-    ids_B: Tensor,
-    order_BL: Tensor,
-    settings: GenerationSettings,
-    watch: Watch = lambda *_: None,
-    given_BKP: Tensor | None = None,
-) -> Tensor:
-    device = order_BL.device
-    return generate(
-        model,
-        labels_B.to(device),
-        order_BL,
-        settings.ar_step_sizes,
-        _solver(config, settings),
-        settings.guidance,
-        noise_by_image(settings.seed, ids_B.to(device), config.model.patch_values),
-        given_BKP,
-        watch,
-    )
-
-
-def _orders(config: Config, settings: GenerationSettings, ids_B: Tensor, device: torch.device) -> Tensor:
-    token_order = settings.token_order or config.order.token_order
-    block_size = settings.block_size or config.order.block_size
-    return sampling_orders(settings.seed, ids_B, config.model.num_tokens, token_order, block_size).to(device)
-
-
-def _solver(config: Config, settings: GenerationSettings) -> Solver:
-    return Solver(make_noise_process(config), settings.num_denoising_steps, settings.spacing, settings.solver)
-
-
-# ---------------------------------------------------------------------------
-# Given images, in part
-
-
-def edit_tokens(
-    config: Config,
-    model: Model,
-    tokens_BLP: Tensor,
-    region_L: Tensor,
-    labels: Sequence[int],
-    settings: GenerationSettings,
-    device: torch.device,
-    first_id: int = 0,
-) -> Tensor:
-    """Generates a region of images again, each under a class of its own; on one rank.
-
-    Args:
-        config, model, device: as for `generate_batches`.
-        tokens_BLP: the images, in the model's scale.
-        region_L: bool, the tokens that are generated again; see `regions`.
-        labels: the new class of each image.
-        settings: how; the AR steps add up to the tokens of the region.
-        first_id: ids, which fix noise and orders, begin here.
-
-    Returns:
-        float32 [B, L, P]: outside of the region the tokens that were given, bit by bit.
-    """
-    edited = []
-    for places_B in torch.arange(len(labels)).split(settings.batch_size):
-        ids_B, labels_B = first_id + places_B, torch.tensor(labels)[places_B]
-        order_BL, num_kept = kept_first(_orders(config, settings, ids_B, device), region_L.to(device))
-        given_BKP = take_tokens(tokens_BLP[places_B].to(device), order_BL[:, :num_kept])
-        edited.append(_make_tokens(config, model, labels_B, ids_B, order_BL, settings, given_BKP=given_BKP))
-    return torch.cat(edited)
-
-
-# ---------------------------------------------------------------------------
-# The way of one image
+# Making them
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """One image on its way: AR steps by noise levels."""
+    """States of one image while it is made: AR steps by noise levels."""
 
     states: Tensor  # float32 [rows, columns, L, P], the clean tokens of earlier AR steps and the noised ones of this
-    is_made: Tensor  # bool [rows, L], the tokens that are there, be they noised
+    is_made: Tensor  # bool [rows, L], the tokens that are there, noised ones among them
     ar_steps: Sequence[int]  # of the rows, counted from 1
     timesteps: Sequence[int | None]  # of the columns; None: clean
 
 
-def follow(
-    config: Config,
-    model: Model,
-    label: int,
-    settings: GenerationSettings,
-    device: torch.device,
-    num_rows: int = 8,
-    num_columns: int = 9,
-) -> Trajectory:
-    """Makes the image of id 0 and keeps at most so many states of its way, evenly spread along both axes."""
-    ar_steps = _evenly(settings.num_ar_steps - 1, num_rows)
-    levels_left = _evenly(settings.num_denoising_steps, num_columns)[::-1]
-    tokens_LP = torch.zeros(config.model.num_tokens, config.model.patch_values)
-    is_made_L = torch.zeros(config.model.num_tokens, dtype=torch.bool)
-    states, is_made = [], []
+@dataclass(frozen=True)
+class ImageGenerator:
+    """Makes images with a model, which all ranks call the same number of times."""
 
-    def watch(ar_step: int, num_left: int, positions_BN: Tensor, tokens_BNP: Tensor) -> None:
-        runtime.tick()
-        is_made_L[positions_BN[0].cpu()] = True
-        tokens_LP[positions_BN[0].cpu()] = tokens_BNP[0].cpu()
-        if ar_step in ar_steps and num_left in levels_left:
-            states.append(tokens_LP.clone())
-            if num_left == 0:
-                is_made.append(is_made_L.clone())
+    config: Config  # says which noise process and order the model was trained with
+    model: Model
+    settings: GenerationSettings
+    device: torch.device  # of the model
 
-    ids_B = torch.tensor([0])
-    order_BL = _orders(config, settings, ids_B, device)
-    _make_tokens(config, model, torch.tensor([label]), ids_B, order_BL, settings, watch)
-    times = _solver(config, settings).levels.times_T.tolist()
-    return Trajectory(
-        torch.stack(states).unflatten(0, (len(ar_steps), len(levels_left))),
-        torch.stack(is_made),
-        [ar_step + 1 for ar_step in ar_steps],
-        [round(times[left - 1]) if left else None for left in levels_left],
-    )
+    def images(
+        self, labels: Sequence[int], decode: Decode | None = None, on_step: Callable[[], None] = lambda: None
+    ) -> Tensor:
+        """One image for each label, float32 [len(labels), C, Y, X] on the CPU of every rank; for sets that are small.
+
+        Arguments as `batches`.
+        """
+        mine = list(self.batches(labels, decode, on_step=on_step))
+        batches = [batch for made in runtime.gather(mine) for batch in made]
+        ids, images = (torch.cat(part) for part in zip(*batches, strict=True))
+        return images[ids.argsort()]
+
+    def batches(
+        self,
+        labels: Sequence[int],
+        decode: Decode | None = None,
+        numbers: Sequence[int] | None = None,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One image for each label; image i has id i, which fixes its noise and order.
+
+        The images are cut into batches of equal size, dealt to the ranks in turn. The last one is filled up, and where
+        batches run out some are made twice, so that every rank runs the same number of forwards (ZeRO-3 would hang
+        otherwise) and no image depends on the number of ranks; the surplus is not given out.
+
+        Args:
+            labels: the class of each image.
+            decode: makes images of latents; None: the config's autoencoder.
+            numbers: of the batches to make; None: all.
+            on_step: called after every denoising step.
+
+        Yields:
+            This rank's share, batch by batch: ids int64 [B] and images float32 [B, C, Y, X], both on the CPU.
+        """
+        settings = self.settings
+        decode = decode or make_autoencoder(self.config, self.device).decode
+        numbers = range(settings.num_batches(len(labels))) if numbers is None else numbers
+
+        def watch(_: int, num_steps_left: int, *__: Tensor) -> None:
+            if num_steps_left < settings.num_denoising_steps:
+                runtime.tick()
+                on_step()
+
+        for first in range(0, len(numbers), runtime.world_size()):
+            place = first + runtime.rank()
+            number = numbers[min(place, len(numbers) - 1)]
+            ids_B = torch.arange(number * settings.batch_size, (number + 1) * settings.batch_size)
+            labels_B = torch.tensor([labels[min(i, len(labels) - 1)] for i in ids_B.tolist()])
+            tokens_BLP = self._make_tokens(labels_B, ids_B, self._orders(ids_B), watch=watch)
+            images_BCYX = decode(unpatchify(tokens_BLP, self.config.model.patch_size)).cpu()
+            if place < len(numbers):
+                is_wanted_B = ids_B < len(labels)
+                yield ids_B[is_wanted_B], images_BCYX[is_wanted_B]
+
+    def edit(self, tokens_BLP: Tensor, region_L: Tensor, labels: Sequence[int], first_id: int = 0) -> Tensor:
+        """Generates a region of images again, each under a class of its own; on one rank.
+
+        Args:
+            tokens_BLP: the images, in the model's scale.
+            region_L: bool, the tokens that are generated again, as many as the AR steps of the settings add up to.
+            labels: the new class of each image.
+            first_id: ids, which fix noise and orders, begin here.
+
+        Returns:
+            float32 [B, L, P]: outside of the region the tokens that were given, bit by bit.
+        """
+        edited = []
+        for places_B in torch.arange(len(labels)).split(self.settings.batch_size):
+            ids_B, labels_B = first_id + places_B, torch.tensor(labels)[places_B]
+            order_BL, num_kept = kept_first(self._orders(ids_B), region_L.to(self.device))
+            given_BKP = take_tokens(tokens_BLP[places_B].to(self.device), order_BL[:, :num_kept])
+            edited.append(self._make_tokens(labels_B, ids_B, order_BL, given_BKP))
+        return torch.cat(edited)
+
+    def follow(self, label: int, num_rows: int = 8, num_columns: int = 9) -> Trajectory:
+        """Makes the image of id 0 and keeps at most so many states of its way, evenly spread along both axes."""
+        model = self.config.model
+        ar_steps = _evenly(self.settings.num_ar_steps - 1, num_rows)
+        levels_left = _evenly(self.settings.num_denoising_steps, num_columns)[::-1]
+        tokens_LP = torch.zeros(model.num_tokens, model.patch_values)
+        is_made_L = torch.zeros(model.num_tokens, dtype=torch.bool)
+        states, is_made = [], []
+
+        def watch(ar_step: int, num_left: int, positions_BN: Tensor, tokens_BNP: Tensor) -> None:
+            runtime.tick()
+            is_made_L[positions_BN[0].cpu()] = True
+            tokens_LP[positions_BN[0].cpu()] = tokens_BNP[0].cpu()
+            if ar_step in ar_steps and num_left in levels_left:
+                states.append(tokens_LP.clone())
+                if num_left == 0:
+                    is_made.append(is_made_L.clone())
+
+        ids_B = torch.tensor([0])
+        self._make_tokens(torch.tensor([label]), ids_B, self._orders(ids_B), watch=watch)
+        times = self._solver().levels.times_T.tolist()
+        return Trajectory(
+            torch.stack(states).unflatten(0, (len(ar_steps), len(levels_left))),
+            torch.stack(is_made),
+            [ar_step + 1 for ar_step in ar_steps],
+            [round(times[left - 1]) if left else None for left in levels_left],
+        )
+
+    def _make_tokens(
+        self,
+        labels_B: Tensor,
+        ids_B: Tensor,
+        order_BL: Tensor,
+        given_BKP: Tensor | None = None,
+        watch: Watch = lambda *_: None,
+    ) -> Tensor:
+        return generate(
+            self.model,
+            labels_B.to(self.device),
+            order_BL,
+            self.settings.ar_step_sizes,
+            self._solver(),
+            self.settings.guidance,
+            noise_by_image(self.settings.seed, ids_B.to(self.device), self.config.model.patch_values),
+            given_BKP,
+            watch,
+        )
+
+    def _orders(self, ids_B: Tensor) -> Tensor:
+        settings, trained = self.settings, self.config.order
+        order, block_size = settings.token_order or trained.token_order, settings.block_size or trained.block_size
+        num_tokens = self.config.model.num_tokens
+        return sampling_orders(settings.seed, ids_B, num_tokens, order, block_size).to(self.device)
+
+    def _solver(self) -> Solver:
+        settings = self.settings
+        process = make_noise_process(self.config)
+        return Solver(process, settings.num_denoising_steps, settings.spacing, settings.solver)
 
 
 def _evenly(last: int, most: int) -> list[int]:

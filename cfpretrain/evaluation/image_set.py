@@ -1,4 +1,4 @@
-"""Generated images as files, made by any number of ranks and over any number of kills, all of them or nothing.
+"""Generated images as files: all of them or nothing, made by any number of ranks, resumable after a kill.
 
 Either a folder of PNG, or one `.npz` as ADM's evaluation reads it: `arr_0`, uint8 [N, Y, X, 3], and `arr_1`, the
 classes, int64 [N]. Until all images are there they lie in a hidden folder beside, `.NAME.unfinished`, in files that are
@@ -9,16 +9,13 @@ import csv
 import io
 import json
 import os
-import shutil
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-import numpy.typing as npt
 from torch import Tensor
 
 from cfpretrain.base import files, outputs, plans
@@ -30,7 +27,6 @@ from cfpretrain.evaluation.given_images import is_archive
 from cfpretrain.evaluation.pictures import to_rgb, write_png
 
 _TABLE_FILE = "labels.csv"
-_COPY_BYTES = 1 << 24
 _JOINED_FILE = "joined.npz"  # until it has the name of the result
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
 
@@ -96,7 +92,7 @@ class ImageSet:
             raise UserError(f"--out: {self.out} is there, and so is {self.unfinished}; delete one of them")
 
     def missing(self) -> list[int]:
-        """The batches that are yet to be written."""
+        """The batches that are missing."""
         return self._missing_from(self.unfinished)
 
     def _missing_from(self, folder: Path) -> list[int]:
@@ -118,20 +114,15 @@ class ImageSet:
         return [_png_name(i) for i in self._ids(number)]
 
     def write(self, ids: Tensor, images_BCYX: Tensor) -> None:
-        """Writes one batch; any process may.
-
-        Args:
-            ids: int64 [B], those of the batch that are wanted.
-            images_BCYX: float [B, 1 or 3, Y, X], 0 black and 1 white; grey ones become RGB.
-        """
+        """Writes one batch, the images of its ids in [0, 1], grey ones as RGB; any process may."""
         images_BYXC = to_rgb(images_BCYX, (0.0, 1.0))
         with self._work.writing():
             if self._is_archive:
                 (name,) = self._files(int(ids[0]) // self.batch_size)
-                files.replace(self.unfinished / name, _npy(images_BYXC))
+                files.replace(self.unfinished / name, lambda opened: np.save(opened, images_BYXC))
                 return
             for i, image_YXC in zip(ids.tolist(), images_BYXC, strict=True):
-                files.replace(self.unfinished / _png_name(i), partial(write_png, image_YXC=image_YXC))
+                write_png(self.unfinished / _png_name(i), image_YXC)
 
     def finish(self) -> None:
         """Gives the result its name; one process calls it, once nothing is missing."""
@@ -165,7 +156,7 @@ class ImageSet:
         return text.getvalue().encode(errors="surrogateescape")  # names of folders need not be UTF-8
 
     def _join(self, opened: IO[bytes]) -> None:
-        """All batches as one array, through a bounded buffer."""
+        """All batches as one array, of which one at a time is in memory."""
         parts = [self.unfinished / self._files(number)[0] for number in range(-(-len(self.labels) // self.batch_size))]
         shape = (len(self.labels), *array_files.load(parts[0], is_mapped=True).shape[1:])
         # Members without a time of their own: the bytes depend on the images alone.
@@ -174,11 +165,9 @@ class ImageSet:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(member, header)
                 for part in parts:
-                    with open_to_read(part) as source:
-                        np.lib.format.read_magic(source)
-                        np.lib.format.read_array_header_1_0(source)
-                        shutil.copyfileobj(source, member, _COPY_BYTES)
-            archive.writestr(zipfile.ZipInfo("arr_1.npy"), _npy(np.asarray(self.labels, np.int64)))
+                    member.write(array_files.load(part).data)
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
+                np.lib.format.write_array(member, np.asarray(self.labels, np.int64), version=(1, 0))
             archive.comment = json.dumps(self._work.plan).encode()
 
 
@@ -194,9 +183,3 @@ def _is_whole_png(path: str) -> bool:
             return (begin, file.read()) == (files.PNG_BEGIN, _PNG_END)
     except OSError:
         return False
-
-
-def _npy(array: npt.NDArray[Any]) -> bytes:
-    data = io.BytesIO()
-    np.lib.format.write_array(data, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
-    return data.getvalue()

@@ -36,10 +36,7 @@ class Inception(fidelity.FeatureExtractorInceptionV3):
         self._spatial_BCYX = output_BCYX[:, :_NUM_SPATIAL_CHANNELS]
 
     def forward(self, images_BCYX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features of images.
-
-        Args:
-            images_BCYX: uint8 [B, 3, Y, X], any size.
+        """Features of images, uint8 [B, 3, Y, X] of any size.
 
         Returns:
             pooled [B, 2048]; spatial [B, 2023], the first 7 channels of what TensorFlow calls mixed_6/conv, row by row

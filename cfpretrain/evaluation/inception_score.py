@@ -33,13 +33,7 @@ def splits_of(num_images: int, num_splits: int = NUM_SPLITS) -> Tensor:
 def class_sums(logits_NK: Tensor, splits_N: Tensor, num_splits: int = NUM_SPLITS) -> dict[str, Tensor]:
     """Sums over the images in each of S splits, float64, which add up over batches and ranks.
 
-    Args:
-        logits_NK: of K classes.
-        splits_N: the split of each image.
-        num_splits: S.
-
-    Returns:
-        count_S: images; probability_SK: of each class; negentropy_S: over classes, of p log p.
+    count_S: images; probability_SK: of each of K classes; negentropy_S: over classes, of p log p.
     """
     log_p_NK = logits_NK.double().log_softmax(1)
     p_NK = log_p_NK.exp()

@@ -26,20 +26,17 @@ _BLOCK = 2048
 def precision_recall(
     real_RF: Tensor, generated_GF: Tensor, k: int = 3, block: int = _BLOCK, together: bool = False
 ) -> tuple[float, float]:
-    """Improved precision and recall.
+    """Improved precision and recall, each in [0, 1].
 
     An image is not its own neighbour, but an equal image elsewhere in its set is one, at distance 0; a distance equal
     to the radius lies inside. The result depends neither on `block` nor on ranks.
 
     Args:
-        real_RF: features of the real images, finite floats [R, F].
-        generated_GF: features of the generated images, finite floats [G, F].
+        real_RF: features of the real images, finite.
+        generated_GF: features of the generated images, finite.
         k: which neighbour sets the radius; the paper's choice is 3.
         block: sides of the tiles in which distances are held; memory is a few block * max(block, F) * 8 bytes.
         together: whether all ranks have called this, with the same features, to share the work.
-
-    Returns:
-        (precision, recall), each in [0, 1].
     """
     for name, count in (("real", len(real_RF)), ("generated", len(generated_GF))):
         if count <= k:

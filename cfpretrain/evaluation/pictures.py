@@ -2,11 +2,10 @@
 
 import bisect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +20,6 @@ INK, QUIET, PAPER = "#1f2430", "#6b7280", "#ffffff"
 _BROKEN_RGB = (255, 0, 255)
 _CAPTION_SIZE = 11
 _MOST_CHARACTERS = 500  # of a name or caption
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Grids of samples
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ def grid_layout(
 
 
 def sample_grid(
-    path: Path | IO[bytes],
+    path: Path,
     images_BCYX: Tensor,
     class_names: Sequence[str],
     title: str = "",
@@ -90,14 +86,13 @@ def sample_grid(
     """Writes a labelled grid of images as PNG: a row for each class, its name on the left.
 
     Each image pixel becomes a square of whole picture pixels (nearest neighbour), so small images stay crisp.
-    Values outside the range are clamped, values that are not finite are magenta.
 
     Args:
-        path: the PNG, whose folder must exist; or where its bytes go.
-        images_BCYX: float [B, C, Y, X], the rows of the grid one after the other; C is 1 (grey) or 3 (RGB).
+        path: the PNG, whose folder must exist; it is there whole or not at all.
+        images_BCYX: as for `to_rgb`, the rows of the grid one after the other.
         class_names: one for each row; B is a multiple of their number.
-        title: lines above the grid, e.g. step, guidance, AR steps and denoising steps.
-        value_range: what is black and what is white.
+        title: lines above the grid.
+        value_range: as for `to_rgb`.
         cell_size: about how many picture pixels a side an image should have, at least its own.
         captions: what stands below each image, cut to its width; none for no line at all.
         column_names: what stands above each column, likewise.
@@ -134,7 +129,7 @@ def sample_grid(
             text = _cut_to(captions[index], layout.cell_width)
             place = (x + layout.cell_width // 2, y + layout.cell_height + 2)
             draw.text(place, text, fill=QUIET, font=_font(_CAPTION_SIZE), anchor="ma")
-    _put(path, lambda opened: picture.save(opened, format="PNG"))
+    files.replace(path, lambda opened: picture.save(opened, format="PNG"))
 
 
 def _drawable(text: str) -> str:
@@ -151,16 +146,13 @@ def _cut_to(text: str, width: int) -> str:
 
 
 def tinted(images_BCYX: Tensor, tokens_BL: Tensor, colour: str, share: float) -> Tensor:
-    """Images with some of their tokens covered by a colour.
+    """Images [B, 1 or 3, Y, X] in [0, 1] with some of their tokens covered by a colour: float32 [B, 3, Y, X].
 
     Args:
-        images_BCYX: float [B, 1 or 3, Y, X], 0 black and 1 white.
+        images_BCYX: the images.
         tokens_BL: bool [B or 1, L], those covered, of a square grid.
         colour: as "#rrggbb".
-        share: of the colour in what is seen there; 1 hides the image.
-
-    Returns:
-        float32 [B, 3, Y, X].
+        share: of the colour in the mix; 1 hides the image.
     """
     grid, (Y, X) = math.isqrt(tokens_BL.shape[1]), images_BCYX.shape[2:]
     covered_BCYX = tokens_BL.unflatten(1, (1, grid, grid))
@@ -170,27 +162,26 @@ def tinted(images_BCYX: Tensor, tokens_BL: Tensor, colour: str, share: float) ->
     return images_BCYX.where(~covered_BCYX, images_BCYX.clamp(0, 1).lerp(paint_C11, share))
 
 
-def write_png(file: Path | IO[bytes], image_YXC: npt.NDArray[np.uint8]) -> None:
-    """Writes one image, of `to_rgb`, as it is."""
+def write_png(file: Path, image_YXC: npt.NDArray[np.uint8]) -> None:
+    """Writes one image, of `to_rgb`, as it is: whole or not at all."""
     picture = Image.fromarray(image_YXC)
-    _put(file, lambda opened: picture.save(opened, format="PNG"))
+    files.replace(file, lambda opened: picture.save(opened, format="PNG"))
 
 
 def false_colours(latents_BCYX: Tensor) -> Tensor:
     """The first channels of latents as colours, to look at where no autoencoder decodes them; never to be scored.
 
-    Args:
-        latents_BCYX: as the transformer sees them, of about unit variance: three deviations are black and white.
-
-    Returns:
-        float32 [B, 1 or 3, Y, X], 0 black and 1 white, not clamped.
+    Latents as the transformer sees them, of about unit variance -> float32 [B, 1 or 3, Y, X], not clamped.
     """
     num_shown = 3 if latents_BCYX.shape[1] >= 3 else 1
-    return 0.5 + latents_BCYX[:, :num_shown].float() / 6
+    return 0.5 + latents_BCYX[:, :num_shown].float() / 6  # three deviations are black and white
 
 
 def to_rgb(images_BCYX: Tensor, value_range: tuple[float, float]) -> npt.NDArray[np.uint8]:
-    """Grey or RGB images -> uint8 [B, Y, X, 3]; arguments, clamping and marks as for `sample_grid`."""
+    """Images, float [B, 1 (grey) or 3 (RGB), Y, X] -> uint8 [B, Y, X, 3].
+
+    `value_range` says what is black and what is white; what lies outside is clamped, what is not finite is magenta.
+    """
     if images_BCYX.ndim != 4 or images_BCYX.shape[1] not in (1, 3):
         raise UserError(
             f"sample grid: expected images [B, 1 or 3, Y, X], got {list(images_BCYX.shape)}; decode latents to pixels"
@@ -210,11 +201,3 @@ def _font(size: int, is_bold: bool = False) -> ImageFont.FreeTypeFont:
     [matplotlib] = find_spec("matplotlib").submodule_search_locations  # type: ignore[union-attr,misc]
     name = "DejaVuSans-Bold.ttf" if is_bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib, "mpl-data", "fonts", "ttf", name), size)
-
-
-def _put(where: Path | IO[bytes], write: Callable[[IO[bytes]], object]) -> None:
-    """Writes a picture; at a path it is whole or not there."""
-    if isinstance(where, Path):
-        files.replace(where, write)
-    else:
-        write(where)

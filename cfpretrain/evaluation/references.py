@@ -1,11 +1,11 @@
-"""The real images that generated ones are compared with, reduced to statistics once and kept.
+"""The real images that generated ones are compared with, reduced to statistics once and cached.
 
 A reference is a set of images (see `given_images`), an archive of statistics (`mu`, `sigma`, and for sFID `mu_s`,
 `sigma_s`), or ADM's, which holds both: there the Frechet distances take the statistics, made of all training images,
 and precision and recall the images, as ADM's evaluator does.
 
-Statistics that we made say of which features they are, and are refused with others. Those of others say nothing; they
-are taken for what all of them are, the FID Inception's.
+Statistics that we made name their features, and are refused with others. Those of other tools name none, and are taken
+for the FID Inception's, as all published ones are.
 """
 
 import hashlib
@@ -20,16 +20,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import cfpretrain
 from cfpretrain.base import files, outputs, runtime
 from cfpretrain.base.console import UserError, one_line
-from cfpretrain.base.files import parse_json, read_json
+from cfpretrain.base.files import parse_json
 from cfpretrain.core import seeds
 from cfpretrain.data.images import WHITE, Colour
 from cfpretrain.evaluation import array_files
-from cfpretrain.evaluation.feature_sums import Work, add
+from cfpretrain.evaluation.feature_sums import MOST_KEPT, Work, add
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian
 from cfpretrain.evaluation.given_images import (
+    BATCH_SIZE,
     IMAGES,
     GivenImages,
     is_archive,
@@ -37,18 +39,10 @@ from cfpretrain.evaluation.given_images import (
     read_arrays,
     say_changes,
 )
-from cfpretrain.evaluation.inception_score import NUM_SPLITS, splits_of
-from cfpretrain.evaluation.scores import (
-    BATCH_SIZE,
-    MOST_KEPT,
-    ImageStatistics,
-    check_enough,
-    compare,
-    given_batches,
-    sum_up,
-)
+from cfpretrain.evaluation.inception_score import NUM_SPLITS
+from cfpretrain.evaluation.scores import ImageStatistics, check_enough, compare
 
-STATISTICS_FILE, NEIGHBOURS_FILE, RECORD_FILE = "statistics.npz", "neighbours.npy", "record.json"
+STATISTICS_FILE, NEIGHBOURS_FILE = "statistics.npz", "neighbours.npy"
 _OWN_KEY = "cfpretrain"  # of the note by which our archives say of which features they are
 _FEWEST_FOR_FLOOR = 2 * NUM_SPLITS
 _KEY = "--reference"
@@ -59,8 +53,8 @@ class Reference:
     """A reference."""
 
     statistics: ImageStatistics  # of all of it
-    # scores of one random half against the other, what a perfect model of half as many images would get; its
-    # Inception Score is that of both. None where there are statistics alone, or too few images
+    # Scores of one random half against the other, what a perfect model of half as many images would get; its Inception
+    # Score is that of both. None where there are statistics alone, or too few images.
     floor: dict[str, float] | None
     record: dict[str, Any]  # where the statistics come from, JSON-able; its `fingerprint` changes when they do
     image_size: tuple[int, int] | None = None  # width and height; None where there are no images
@@ -87,7 +81,7 @@ def load_reference(
         cache: folder in which statistics of images are kept, by data, features and code; all ranks see it.
         on_begin: called on every rank with how many images are done, of how many, where there is work to do.
         on_done: called every few seconds with how many images are done.
-        background: behind what is transparent in a folder of images.
+        background: behind transparent pixels in a folder of images.
     """
     with runtime.together():
         given = _given_statistics(path, extractor) if path.is_file() and is_archive(path) else None
@@ -102,8 +96,7 @@ def load_reference(
     reference = _of_images(images, extractor, cache, on_begin, on_done)
     if given is None or given.statistics is None:
         return reference
-    # Whose images they are of is not said; ADM's are of many more than the archive holds, so that distances between
-    # halves of these say nothing of theirs.
+    # ADM's statistics are of many more images than the archive holds: distances between halves of these are no floor.
     both = replace(given.statistics, neighbours_KF=reference.statistics.neighbours_KF)
     floor = {name: value for name, value in (reference.floor or {}).items() if name in ("precision", "recall")}
     fingerprint = f"{reference.record['fingerprint']} {given.fingerprint}"
@@ -116,6 +109,7 @@ class _Given:
     statistics: ImageStatistics | None
     has_images: bool
     fingerprint: str = ""
+    note: Mapping[str, Any] | None = None  # of ours
 
 
 def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
@@ -129,9 +123,9 @@ def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
             )
     if "mu" not in arrays:
         return _Given(None, True)  # `open_images` says what is missing
-    num_images = None
+    num_images, note = None, None
     if _OWN_KEY in arrays:
-        note = _note(file, str(arrays[_OWN_KEY]))
+        note = _note(file, str(arrays.pop(_OWN_KEY)))
         if note["features"] != extractor.fingerprint:
             raise UserError(
                 f"{_KEY}: expected statistics of {extractor.name} by this version, got {file}, of {note['name']} by "
@@ -156,7 +150,7 @@ def _given_statistics(file: Path, extractor: FeatureExtractor) -> _Given:
                 f"{len(gaussian.mean_F)} in {file}, which are another network's; give the images"
             )
     fingerprint = hashlib.blake2b(b"".join(a.tobytes() for _, a in sorted(arrays.items())), digest_size=12).hexdigest()
-    return _Given(ImageStatistics(num_images, pooled, spatial), has_images, fingerprint)
+    return _Given(ImageStatistics(num_images, pooled, spatial), has_images, fingerprint, note)
 
 
 def _note(file: Path, text: str) -> dict[str, Any]:
@@ -201,8 +195,7 @@ def _of_images(
         "batch_size": BATCH_SIZE,
     }
     entry = cache / hashlib.blake2b(json.dumps(plan).encode(), digest_size=12).hexdigest()
-    is_there = runtime.gather((entry / RECORD_FILE).is_file())[0]
-    if not is_there:
+    if not runtime.gather((entry / STATISTICS_FILE).is_file())[0]:
         _make_entry(entry, plan, images, extractor, on_begin, on_done)
     with runtime.together():
         return _read_entry(entry, plan, images, extractor)
@@ -220,12 +213,12 @@ def _make_entry(
     order_N = seeds.permutation(seeds.key(0, "reference halves"), num_images)
     groups_N, is_kept_N = torch.zeros(num_images, dtype=torch.int64), torch.zeros(num_images, dtype=torch.bool)
     groups_N[order_N[num_images // 2 :]] = 1
-    # Of both halves alike, where there are more than are kept.
+    # As many of each half, where there are more than are kept.
     kept = min(MOST_KEPT, num_images) // 2
     is_kept_N[order_N[num_images // 2 - kept : num_images // 2]] = True
     is_kept_N[order_N[num_images // 2 : num_images // 2 + (kept if num_images > MOST_KEPT else num_images)]] = True
-    work = Work(entry, "--cache", plan, BATCH_SIZE, groups_N, splits_of(num_images), is_kept_N)
-    sum_up(work, given_batches(images), extractor, lambda done: on_begin(done, num_images), on_done)
+    work = Work(entry, "--cache", plan, num_images, BATCH_SIZE, groups_N, is_kept_N)
+    work.sum_up(images.batches, extractor, lambda done: on_begin(done, num_images), on_done)
     say_changes(images, _KEY)
     halves, kept_KF = work.total(), work.kept()
     group_K = groups_N[is_kept_N]
@@ -240,66 +233,55 @@ def _make_entry(
         floor = compare(second, first, extractor.name, together=True)
     with runtime.together():
         if runtime.rank() == 0:
-            record = {
+            note = {
+                "features": extractor.fingerprint,
+                "name": extractor.name,
+                "num_images": num_images,
+                "made_by": f"cfpretrain {cfpretrain.__version__}",
                 "reference": images.name,
                 "statistics": "of the images",
-                "num_images": num_images,
                 "inception_score": whole.inception_score,
                 "floor": floor,
                 "plan": plan,
             }
-            _write_entry(entry, record, whole, extractor, kept_KF)
+            _write_entry(entry, note, whole, kept_KF)
             work.remove()
 
 
-def _write_entry(
-    entry: Path, record: dict[str, Any], whole: ImageStatistics, extractor: FeatureExtractor, kept_KF: Tensor
-) -> None:
-    import cfpretrain
-
-    note = {
-        "features": extractor.fingerprint,
-        "name": extractor.name,
-        "num_images": whole.num_images,
-        "made_by": f"cfpretrain {cfpretrain.__version__}",
-    }
+def _write_entry(entry: Path, note: dict[str, Any], whole: ImageStatistics, kept_KF: Tensor) -> None:
     arrays = {"mu": whole.pooled.mean_F, "sigma": whole.pooled.covariance_FF}
     if whole.spatial is not None:
         arrays |= {"mu_s": whole.spatial.mean_F, "sigma_s": whole.spatial.covariance_FF}
+    of_numpy = {name: value.numpy() for name, value in arrays.items()}
     with suppress(OSError):
-        files.remove(entry)  # without its record
+        files.remove(entry)  # without its statistics
     with outputs.whole_or_nothing(entry, "--cache") as writing:
         files.make_folder(writing)
         with files.create(writing / STATISTICS_FILE) as opened:
-            np.savez(
-                opened,
-                **{_OWN_KEY: np.array(json.dumps(note))},
-                **{name: value.numpy() for name, value in arrays.items()},
-            )
+            np.savez(opened, **{_OWN_KEY: np.array(json.dumps(note))}, **of_numpy)
         with files.create(writing / NEIGHBOURS_FILE) as opened:
             np.save(opened, kept_KF.numpy())
-        files.replace(writing / RECORD_FILE, json.dumps(record, indent=2) + "\n")
 
 
 def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extractor: FeatureExtractor) -> Reference:
     advice = f"delete {entry}, and it is made again"
     try:
-        record = read_json(entry / RECORD_FILE)
+        given = _given_statistics(entry / STATISTICS_FILE, extractor)
+        if given.note is None or given.statistics is None:
+            raise ValueError("not made by cfpretrain")
+        record, floor, score = given.note, given.note["floor"], given.note["inception_score"]
+        if floor is not None:
+            floor = {name: float(value) for name, value in floor.items()}
+        if score is not None:
+            mean, deviation = score
+            score = float(mean), float(deviation)
+        is_of_these = record["plan"] == plan and record["num_images"] == plan["num_images"]
         # Mapped: who needs none of them reads none.
         neighbours_KF = torch.from_numpy(array_files.load(entry / NEIGHBOURS_FILE, is_mapped=True))
-        is_of_these = record["plan"] == plan
-        given = _given_statistics(entry / STATISTICS_FILE, extractor).statistics if is_of_these else None
-        floor = None if record["floor"] is None else {name: float(value) for name, value in record["floor"].items()}
-        score = None
-        if record["inception_score"] is not None:
-            mean, deviation = record["inception_score"]
-            score = float(mean), float(deviation)
-        if record["num_images"] != plan["num_images"]:
-            raise ValueError("it says another number of images")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:  # UserError, too
         raise UserError(f"--cache: {entry} is damaged ({one_line(error):.100}); {advice}") from error
-    if given is None:
+    if not is_of_these:
         raise UserError(f"--cache: {entry} holds statistics of other images or features; {advice}")
-    statistics = replace(given, neighbours_KF=neighbours_KF, inception_score=score)
+    statistics = replace(given.statistics, neighbours_KF=neighbours_KF, inception_score=score)
     record = {**record, "reference": images.name, "cache": str(entry), "fingerprint": entry.name}
     return Reference(statistics, floor, record, images.size)

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from cfpretrain.base.command_line import add_local_rank
+from cfpretrain.base.command_line import add_local_rank, check_range
 from cfpretrain.base.console import UserError
 
 if TYPE_CHECKING:
@@ -21,54 +21,28 @@ _MOST_GUIDANCE = 1000
 
 def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int, guidance: float = 2.0) -> None:
     """Adds them to a command, with its defaults."""
-    group = parser.add_argument_group("how images are made")
-    group.add_argument("--num-ar-steps", type=int, help="1: diffusion ... one a token: pure AR (default 1)")
-    group.add_argument(
-        "--ar-sizes", default="equal", help="tokens of the AR steps: equal, cosine (few first), or given: 1,3,12"
-    )
-    group.add_argument(
-        "--order",
-        choices=("random", "raster", "block_raster", "dilated"),
-        help="in which tokens are made (default: as the model was trained)",
-    )
-    group.add_argument("--block-size", type=int, help="of block_raster and dilated (default: the model's)")
-    group.add_argument(
-        "--solver",
-        choices=_BY_SOLVER,
-        default="ddpm",
-        help="sde-dpm++ is the one for few steps; ddim and dpm++ draw no noise on the way (default ddpm)",
-    )
-    group.add_argument("--num-denoising-steps", type=int, help="of each AR step (default 250; ddim 50; others 25)")
-    group.add_argument(
-        "--spacing", choices=("time", "log_snr"), help="what noise levels are even in (default time; dpm++ log_snr)"
-    )
-    group.add_argument(
-        "--guidance", type=float, default=guidance, help=f"towards the class; 1: none (default {guidance:g})"
-    )
-    group.add_argument(
-        "--guidance-schedule",
-        choices=("constant", "linear"),
-        default="constant",
-        help="along the AR steps: the same for all, or from 1 up (default constant)",
-    )
-    group.add_argument(
-        "--guidance-interval",
-        type=int,
-        nargs=2,
-        metavar=("FIRST", "LAST"),
-        help="timesteps between which guidance acts, e.g. 100 700 (default: all)",
-    )
-    group.add_argument("--seed", type=int, default=0, help="of noise and orders (default 0)")
-    group.add_argument(
-        "--batch-size", type=int, default=batch_size, help=f"images a forward on one rank (default {batch_size})"
-    )
-    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default fp32)")
-    group.add_argument(
-        "--weights", choices=("ema", "raw"), default="ema", help="of a run: averaged, or as trained (default ema)"
-    )
-    group.add_argument(
-        "--step", type=step_or_best, help="of a run's checkpoint, or best: by its scores (default: the latest)"
-    )
+    add = parser.add_argument_group("how images are made").add_argument
+    add("--num-ar-steps", type=int, help="1: diffusion ... one a token: pure AR (default 1)")
+    add("--ar-sizes", default="equal", help="tokens of the AR steps: equal, cosine (few first), or given: 1,3,12")
+    orders = ("random", "raster", "block_raster", "dilated")
+    add("--order", choices=orders, help="in which tokens are made (default: as the model was trained)")
+    add("--block-size", type=int, help="of block_raster and dilated (default: the model's)")
+    solver_help = "sde-dpm++ is the one for few steps; ddim and dpm++ draw no noise on the way (default ddpm)"
+    add("--solver", choices=_BY_SOLVER, default="ddpm", help=solver_help)
+    add("--num-denoising-steps", type=int, help="of each AR step (default 250; ddim 50; others 25)")
+    spacing_help = "what noise levels are even in (default time; dpm++ log_snr)"
+    add("--spacing", choices=("time", "log_snr"), help=spacing_help)
+    add("--guidance", type=float, default=guidance, help=f"towards the class; 1: none (default {guidance:g})")
+    schedule_help = "along the AR steps: the same for all, or from 1 up (default constant)"
+    add("--guidance-schedule", choices=("constant", "linear"), default="constant", help=schedule_help)
+    interval_help = "timesteps between which guidance acts, e.g. 100 700 (default: all)"
+    add("--guidance-interval", type=int, nargs=2, metavar=("FIRST", "LAST"), help=interval_help)
+    add("--seed", type=int, default=0, help="of noise and orders (default 0)")
+    add("--batch-size", type=int, default=batch_size, help=f"images a forward on one rank (default {batch_size})")
+    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default fp32)")
+    weights_help = "of a run: averaged, or as trained (default ema)"
+    add("--weights", choices=("ema", "raw"), default="ema", help=weights_help)
+    add("--step", type=step_or_best, help="of a run's checkpoint, or best: by its scores (default: the latest)")
     add_local_rank(parser)
 
 
@@ -112,13 +86,7 @@ def check_place(option: str, path: Path, must_be_new: bool = True) -> None:
 
 
 def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: int) -> "GenerationSettings":
-    """How the options say that images are made.
-
-    Args:
-        arguments: of `add_sampling_options`.
-        config: of the model.
-        num_tokens: that are to be made of an image.
-    """
+    """How the options of `add_sampling_options` say that so many tokens of an image are made."""
     from cfpretrain.core.ar import choose_sizes, fixed_order
     from cfpretrain.core.sampler import Guidance
     from cfpretrain.evaluation.generation import GenerationSettings
@@ -126,7 +94,7 @@ def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: i
     num_timesteps = config.noise.num_timesteps
     usual_steps, usual_spacing = _BY_SOLVER[arguments.solver]
     num_denoising_steps = _or(arguments.num_denoising_steps, min(usual_steps, num_timesteps))
-    given_sizes = _given_sizes(arguments.ar_sizes)
+    given_sizes = None if arguments.ar_sizes in _SIZES else _sizes(arguments.ar_sizes)
     num_ar_steps = _or(arguments.num_ar_steps, len(given_sizes) if given_sizes else 1)
     first, last = _or(arguments.guidance_interval, (0, num_timesteps - 1))
     for name, value, low, high in (
@@ -139,8 +107,7 @@ def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: i
         ("--block-size", _or(arguments.block_size, 1), 1, config.model.grid),
         *(("--ar-sizes", size, 1, num_tokens) for size in given_sizes or ()),
     ):
-        if not low <= value <= high:
-            raise UserError(f"{name}: expected {low} to {high}, got {value}")
+        check_range(name, value, low, high)
     check_guidance(arguments.guidance)
     try:
         ar_step_sizes = choose_sizes(num_tokens, num_ar_steps, given_sizes or arguments.ar_sizes)
@@ -169,9 +136,7 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
-def _given_sizes(text: str) -> list[int] | None:
-    if text in _SIZES:
-        return None
+def _sizes(text: str) -> list[int]:
     try:
         return [int(size) for size in text.split(",")]
     except ValueError as error:

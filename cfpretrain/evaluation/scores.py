@@ -1,33 +1,22 @@
 """The scores of a set of images beside a reference: what `tools/evaluate_fid.py` reports."""
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
-from cfpretrain.evaluation.feature_sums import SAVE_SECONDS, Sums, Work, part_of
+from cfpretrain.evaluation.feature_sums import Sums, Work, part_of
 from cfpretrain.evaluation.features import FeatureExtractor
 from cfpretrain.evaluation.frechet import Gaussian, frechet_distance, gaussian_of
-from cfpretrain.evaluation.given_images import GivenImages
-from cfpretrain.evaluation.inception_score import NUM_SPLITS, inception_score, splits_of
+from cfpretrain.evaluation.inception_score import NUM_SPLITS, inception_score
 from cfpretrain.evaluation.neighbours import precision_recall
 
 NUM_NEIGHBOURS = 3  # k of precision and recall
-MOST_KEPT = 50_000  # images behind precision and recall
-BATCH_SIZE = 32  # of given images; generated ones are seen in the batches they are made in
-
-# Batches of images with their numbers, this rank's share of those asked for.
-Batches = Callable[[list[int]], Iterator[tuple[int, Tensor]]]
 
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """The statistics by which sets of images are compared; None for those that are not known."""
+    """The statistics by which sets of images are compared; None: not known."""
 
     num_images: int | None  # behind all but the neighbours
     pooled: Gaussian  # for the Frechet distance
@@ -49,17 +38,17 @@ class ImageStatistics:
 
 
 def compare(scored: ImageStatistics, reference: ImageStatistics, name: str, together: bool = False) -> dict[str, float]:
-    """The scores that both sets' statistics allow.
+    """The scores of generated images that both sets' statistics allow.
 
     Args:
-        scored: generated images.
-        reference: real ones, of the same features.
+        scored: of generated images.
+        reference: of real ones, by the same features.
         name: of the Frechet distance; see `FeatureExtractor`.
         together: whether all ranks call this, to share the work.
 
     Returns:
-        By name: the Frechet distance; "sfid" or NAME_spatial; "inception_score" and its "_std", with "_LABEL" at the
-        end where the weights are not the published ones; "precision" and "recall".
+        By name: the Frechet distance; "sfid" or NAME_spatial; "inception_score" and "inception_score_std", with
+        "_of_NAME" at the end where the weights are not the published ones; "precision" and "recall".
     """
     is_fid = name == "fid"
     scores = {name: frechet_distance(reference.pooled, scored.pooled)}
@@ -83,61 +72,6 @@ def check_enough(num_images: int, extractor: FeatureExtractor, key: str) -> None
     least = NUM_SPLITS if extractor.none().logits_BK is not None else NUM_NEIGHBOURS + 1
     if num_images < least:
         raise UserError(f"{key}: expected at least {least} images for all scores, got {num_images}; give more")
-
-
-def given_batches(images: GivenImages, batch_size: int = BATCH_SIZE) -> Batches:
-    """How images that are there already are read."""
-
-    def read(numbers: list[int]) -> Iterator[tuple[int, Tensor]]:
-        for number in numbers[runtime.rank() :: runtime.world_size()]:
-            yield number, images.read(range(len(images))[number * batch_size : (number + 1) * batch_size])
-
-    return read
-
-
-def sum_up(
-    work: Work,
-    batches: Batches,
-    extractor: FeatureExtractor,
-    on_begin: Callable[[int], None] = lambda _: None,
-    on_done: Callable[[int], None] = lambda _: None,
-) -> None:
-    """Sees to it that all batches of some work are done; all ranks call it.
-
-    Args:
-        work: which images, and where their sums lie.
-        batches: gives them.
-        extractor: of their features.
-        on_begin: called on every rank with how many images are done already.
-        on_done: called every few seconds with how many are done.
-
-    Raises:
-        LostRankError: another rank is gone.
-    """
-    with runtime.together():
-        begun = work.begin() if runtime.rank() == 0 else None
-    work.start, missing = runtime.gather(begun)[0]
-    num_done = work.num_images - sum(len(work.ids(number)) for number in missing)
-    on_begin(num_done)
-    with runtime.Exchange(lambda num_now: on_done(num_done + num_now)) as exchange:
-        for number, images in batches(missing):
-            work.add(number, extractor(images))
-            exchange.add(len(images))
-        work.save()
-
-
-def make_work(
-    out: Path,
-    option: str,
-    plan: Mapping[str, Any],
-    num_images: int,
-    batch_size: int,
-    save_seconds: float = SAVE_SECONDS,
-) -> Work:
-    """The work of one set: all of its images together, the first `MOST_KEPT` for precision and recall; see `Work`."""
-    groups_N = torch.zeros(num_images, dtype=torch.int64)
-    is_kept_N = torch.arange(num_images) < MOST_KEPT
-    return Work(out, option, plan, batch_size, groups_N, splits_of(num_images), is_kept_N, save_seconds)
 
 
 def statistics_of(work: Work) -> ImageStatistics:

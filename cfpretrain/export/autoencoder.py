@@ -36,7 +36,7 @@ _RENAMED = tuple(
     )
 )
 
-# Name, what the latents are multiplied by, and what of the config it is known by.
+# Name, what the latents are multiplied by, and the keys of the config that identify it.
 _PUBLISHED = (
     (
         "MAR's KL-16",
@@ -83,12 +83,8 @@ def pick_tensors(content: Mapping[str, Any]) -> dict[str, Tensor]:
 def from_ldm(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Weights in Latent Diffusion's layout -> config and state dict of diffusers' AutoencoderKL.
 
-    The config follows from the tensors; it has a scaling factor where their layout is a published one (`recognise`).
-    Whether each tensor has its place there is for `model.autoencoder.fill_network` to say.
-
-    Args:
-        tensors: `pick_tensors`.
-        name: where they come from, for the message.
+    The config follows from the tensors of `pick_tensors`, which come from `name`. Whether each has its place there is
+    for `autoencoder.fill_network` to say.
     """
     try:
         config = _infer_config(tensors)

@@ -13,15 +13,17 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cfpretrain.base.console import UserError
+
 PACKAGE = "cfpretrain"
 # What a bundle may import besides the standard library. diffusers reads every import of a file before it runs it, also
-# those inside functions, and names what is missing as a package to install.
+# those inside functions, and asks its user to install what is missing.
 _ALLOWED = {"torch", "diffusers", "numpy", "PIL", *sys.stdlib_module_names}
 _ROOT = Path(__file__).parent.parent
 
 
-class BundleError(Exception):
-    """Modules that cannot be joined: a mistake of ours, found by the tests."""
+class BundleError(UserError):
+    """Modules that cannot be joined: a mistake of who extends the code, named in one line by an export."""
 
 
 @dataclass
@@ -36,11 +38,7 @@ class _File:
 
 
 def bundle(module: str, stand_ins: Mapping[str, str] | None = None) -> str:
-    """The text of one file that does what a module does.
-
-    Args:
-        module: its name.
-        stand_ins: for a module's name the name of the one that takes its place.
+    """The text of one file that does what a module does; `stand_ins` names modules and those that take their places.
 
     Raises:
         BundleError: the flat file would not mean the same, or imports what its users may not have.
@@ -67,7 +65,9 @@ def bundle(module: str, stand_ins: Mapping[str, str] | None = None) -> str:
         modules = [one.name for one in node.names] if isinstance(node, ast.Import) else []
         for imported in [node.module or "."] if isinstance(node, ast.ImportFrom) else modules:
             if imported.split(".")[0] not in _ALLOWED:
-                raise BundleError(f"{imported} cannot be imported everywhere")
+                raise BundleError(
+                    f"{imported} cannot be imported everywhere; an export may use torch, diffusers, numpy and PIL"
+                )
     return text
 
 

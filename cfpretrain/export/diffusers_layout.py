@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 import torch
-from torch import Tensor
 
 from cfpretrain import autoencoder
 from cfpretrain.base import config as configs
@@ -34,7 +33,6 @@ from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
 from cfpretrain.run import build, tensor_files
 from cfpretrain.run.checkpoint import TensorFile
-from cfpretrain.run.state import TrainingState
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 TRANSFORMER, VAE, SCHEDULER = "transformer", "vae", "scheduler"
@@ -76,129 +74,78 @@ class ExportSettings:
 
 
 def export(run: Path, out: Path, settings: ExportSettings) -> None:
-    """Writes a run's model as a folder in diffusers' layout.
-
-    The folder has its name once it is complete; before, it is hidden.
-
-    Args:
-        run: a run folder, of any ranks and ZeRO stage.
-        out: the folder to make.
-        settings: what and how.
-    """
+    """Writes the model of a run, of any ranks and ZeRO stage, as a folder that is hidden until it is complete."""
     outputs.refuse_existing(out, "OUT")
-    source = _Source.open(run, settings)
+    found = build.find_checkpoint(run, settings.step)
+    tensors = found.open_weights(settings.weights)
+    check_shapes(tensors.header.shapes, found.config, str(tensors.path))
+    # Loaded for its checks, and for exact values; it is small beside a model of any size.
+    loaded = found.make_autoencoder(torch.device("cpu"))
+    class_names = found.class_names()
+    samples = _newest_samples(run, found.state.step)
     with outputs.whole_or_nothing(out, "OUT") as folder:
         files.make_folder(folder)
-        source.write(folder, out.name)
+        for part in (TRANSFORMER, SCHEDULER):
+            files.make_folder(folder / part)
+        _write_parts(folder, found.config, class_names, loaded.shift, loaded.scale)
+        _write_weights(folder / TRANSFORMER, tensors, settings)
+        if samples:
+            _copy_picture(samples, folder / SAMPLES_FILE)
+        card = model_card.text(
+            name=out.name,
+            config=found.config,
+            state=found.state,
+            summary=build.read_summary(run),
+            weights=settings.weights,
+            dtype=settings.dtype,
+            licence=settings.licence,
+            class_names=class_names,
+            num_parameters=_num_values(tensors.header.shapes),
+            samples=SAMPLES_FILE if samples else None,
+        )
+        files.replace(folder / "README.md", card)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What leaves
+# Beside the weights
 
 
-@dataclass(frozen=True)
-class _Source:
-    """What is exported, found and checked before anything is written."""
-
-    run: Path
-    settings: ExportSettings
-    config: Config
-    state: TrainingState
-    tensors: TensorFile
-    vae: Path | None
-    shift: Sequence[float]
-    scale: Sequence[float]
-    class_names: Sequence[str]
-
-    @classmethod
-    def open(cls, run: Path, settings: ExportSettings) -> "_Source":
-        found = build.find_checkpoint(run, settings.step)
-        config, state = found.config, found.state
-        tensors = found.open_weights(settings.weights)
-        check_shapes(tensors.header.shapes, config, str(tensors.path))
-        vae = Path(config.data.autoencoder) if config.data.autoencoder else None
-        # Loaded for its checks, and for exact values; it is small beside a model of any size.
-        loaded = found.make_autoencoder(torch.device("cpu"))
-        return cls(run, settings, config, state, tensors, vae, loaded.shift, loaded.scale, found.class_names())
-
-    def write(self, folder: Path, name: str) -> None:
-        """All files; `name` is what the model card calls the model."""
-        pipeline = bundle("cfpretrain.export.pipeline_template")
-        transformer = bundle("cfpretrain.export.transformer_template", STAND_INS)
-        pipeline_name, transformer_name = content_name("pipeline", pipeline), content_name(TRANSFORMER, transformer)
-        for part in (TRANSFORMER, SCHEDULER):
-            files.make_folder(folder / part)
-        files.replace(folder / f"{pipeline_name}.py", pipeline)
-        files.replace(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
-        scaling = {"latent_shift": list(self.shift), "latent_scale": list(self.scale)}
-        _write_json(folder / TRANSFORMER / "config.json", transformer_config(self.config) | scaling)
-        scheduler = scheduler_config(self.config)
-        _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler)
-        index: ModelIndex = {
-            "_class_name": (pipeline_name, "CausalFusionPipeline"),
-            "transformer": (transformer_name, "CausalFusionTransformer"),
-            "scheduler": ("diffusers", scheduler["_class_name"]),
-            "vae": ("diffusers", "AutoencoderKL") if self.vae else (None, None),
-            # A list would be taken for one more part.
-            "id2label": {str(number): label for number, label in enumerate(self.class_names)},
-        }
-        _write_json(folder / "model_index.json", index)
-        if self.vae:
-            files.make_folder(folder / VAE)
-            # Read and checked by now; in the hub's cache they are links.
-            for file, is_right in ((autoencoder.CONFIG_FILE, _is_json), (autoencoder.WEIGHTS_FILE, _is_safetensors)):
-                files.copy(self.vae / file, folder / VAE / file, is_right, follow=True)
-        self._write_weights(folder / TRANSFORMER)
-        files.replace(folder / build.CONFIG_FILE, configs.to_yaml(configs.without_texts(self.config)))
-        samples = _newest_samples(self.run, self.state.step)
-        if samples:
-            _copy_picture(samples, folder / SAMPLES_FILE)
-        files.replace(folder / "README.md", self._card(name, samples is not None))
-
-    def _write_weights(self, folder: Path) -> None:
-        dtype_name, dtype = _DTYPES[self.settings.dtype]
-        shapes = self.tensors.header.shapes
-        shards = _plan_shards(shapes, dtype.itemsize, self.settings.max_shard_bytes)
-        for number, (file_name, names) in enumerate(shards.items(), start=1):
-            say(f"writing weights, file {number} of {len(shards)}")
-            with files.create(folder / file_name) as file:
-                file.write(_shard_header({name: shapes[name] for name in names}, dtype_name, dtype))
-                for name in names:
-                    values = self.tensors.read(name)
-                    for chunk in values.flatten().split(tensor_files.CHUNK_VALUES):
-                        file.write(_bytes(chunk.to(dtype)))
-                    del values  # before the next one is read
-        if len(shards) > 1:
-            weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-            size = dtype.itemsize * self._num_values()
-            index: WeightsIndex = {"metadata": {"total_size": size}, "weight_map": weight_map}
-            _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)
-
-    def _num_values(self) -> int:
-        return sum(math.prod(shape) for shape in self.tensors.header.shapes.values())
-
-    def _card(self, name: str, has_samples: bool) -> str:
-        return model_card.text(
-            name=name,
-            config=self.config,
-            state=self.state,
-            summary=build.read_summary(self.run),
-            weights=self.settings.weights,
-            dtype=self.settings.dtype,
-            licence=self.settings.licence,
-            class_names=self.class_names,
-            num_parameters=self._num_values(),
-            samples=SAMPLES_FILE if has_samples else None,
-        )
+def _write_parts(
+    folder: Path, config: Config, class_names: Sequence[str], shift: Sequence[float], scale: Sequence[float]
+) -> None:
+    """Code, configs and autoencoder."""
+    pipeline = bundle("cfpretrain.export.pipeline_template")
+    transformer = bundle("cfpretrain.export.transformer_template", STAND_INS)
+    pipeline_name, transformer_name = content_name("pipeline", pipeline), content_name(TRANSFORMER, transformer)
+    files.replace(folder / f"{pipeline_name}.py", pipeline)
+    files.replace(folder / TRANSFORMER / f"{transformer_name}.py", transformer)
+    scaling = {"latent_shift": list(shift), "latent_scale": list(scale)}
+    _write_json(folder / TRANSFORMER / "config.json", transformer_config(config) | scaling)
+    scheduler = scheduler_config(config)
+    _write_json(folder / SCHEDULER / SCHEDULER_FILE, scheduler)
+    vae = config.data.autoencoder
+    index: ModelIndex = {
+        "_class_name": (pipeline_name, "CausalFusionPipeline"),
+        "transformer": (transformer_name, "CausalFusionTransformer"),
+        "scheduler": ("diffusers", scheduler["_class_name"]),
+        "vae": ("diffusers", "AutoencoderKL") if vae else (None, None),
+        # A list would be taken for one more part.
+        "id2label": {str(number): label for number, label in enumerate(class_names)},
+    }
+    _write_json(folder / build.INDEX_FILE, index)
+    if vae:
+        files.make_folder(folder / VAE)
+        # Read and checked by now; in the hub's cache they are links.
+        for file, is_right in ((autoencoder.CONFIG_FILE, _is_json), (autoencoder.WEIGHTS_FILE, _is_safetensors)):
+            files.copy(Path(vae, file), folder / VAE / file, is_right, follow=True)
+    files.replace(folder / build.CONFIG_FILE, configs.to_yaml(configs.without_texts(config)))
 
 
 def _newest_samples(run: Path, step: int) -> Path | None:
     """The grid of samples nearest to a step, not beyond it; of several, the one of the fewest AR steps."""
-    by_step: dict[str, list[Path]] = {}
-    for grid in sorted((run / build.SAMPLES).glob("step_*_ar_steps_*.png")):
-        by_step.setdefault(grid.name.split("_")[1], []).append(grid)
-    newest = max((number for number in by_step if number <= f"{step:08d}"), default=None)
-    return by_step[newest][0] if newest else None
+    by_step = [(grid.name.split("_")[1], grid) for grid in sorted((run / build.SAMPLES).glob("step_*_ar_steps_*.png"))]
+    newest = max((number for number, _ in by_step if number <= f"{step:08d}"), default="")
+    return next((grid for number, grid in by_step if number == newest), None)
 
 
 def _is_json(begin: bytes) -> bool:
@@ -255,6 +202,31 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 # Weights
 
 
+def _num_values(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def _write_weights(folder: Path, tensors: TensorFile, settings: ExportSettings) -> None:
+    dtype_name, dtype = _DTYPES[settings.dtype]
+    shapes = tensors.header.shapes
+    shards = _plan_shards(shapes, dtype.itemsize, settings.max_shard_bytes)
+    for number, (file_name, names) in enumerate(shards.items(), start=1):
+        say(f"writing weights, file {number} of {len(shards)}")
+        with files.create(folder / file_name) as file:
+            of_file = {name: shapes[name] for name in names}
+            file.write(tensor_files.encode_header(of_file, {"format": "pt"}, dtype_name, dtype.itemsize))
+            for name in names:
+                values = tensors.read(name)
+                for chunk in values.flatten().split(tensor_files.CHUNK_VALUES):
+                    file.write(tensor_files.bytes_of(chunk.to(dtype).view(torch.uint8)))
+                del values  # before the next one is read
+    if len(shards) > 1:
+        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
+        size = dtype.itemsize * _num_values(shapes)
+        index: WeightsIndex = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)
+
+
 def _plan_shards(shapes: Mapping[str, tuple[int, ...]], value_bytes: int, max_shard_bytes: int) -> dict[str, list[str]]:
     """Which tensors lie in which file, in the order of their names; as diffusers names files."""
     shards: list[list[str]] = [[]]
@@ -272,22 +244,6 @@ def _plan_shards(shapes: Mapping[str, tuple[int, ...]], value_bytes: int, max_sh
         f"{WEIGHTS_STEM}-{number:05d}-of-{len(shards):05d}.safetensors": names
         for number, names in enumerate(shards, start=1)
     }
-
-
-def _shard_header(shapes: Mapping[str, tuple[int, ...]], dtype_name: str, dtype: torch.dtype) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    begin = 0
-    for name, shape in shapes.items():
-        end = begin + dtype.itemsize * math.prod(shape)
-        entries[name] = {"dtype": dtype_name, "shape": list(shape), "data_offsets": [begin, end]}
-        begin = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _bytes(values: Tensor) -> memoryview:
-    return tensor_files.bytes_of(values.view(torch.uint8))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

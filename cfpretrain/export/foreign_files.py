@@ -30,12 +30,12 @@ class Placeholder:
 
 
 def read(file: Path, name: str, placeholders: Sequence[str] = ()) -> Mapping[Any, Any]:
-    """What a file holds. Its tensors are on the CPU, and come into memory when they are used.
+    """What a .safetensors file holds, or one that `torch.save` wrote. Its tensors come into memory when they are used.
 
     Args:
-        file: .safetensors, or whatever `torch.save` wrote.
-        name: argument or option that gave the file, for messages.
-        placeholders: full names of the classes that a file may have objects of.
+        file: the file.
+        name: argument or option that gave it, for messages.
+        placeholders: full names of the classes that it may have objects of.
     """
     if not file.is_file():
         found = "is a folder" if file.is_dir() else "is no file" if file.exists() else "is not there"
@@ -97,7 +97,7 @@ def _find_unfit(content: Any) -> Tensor | None:
 def _reason(file: Path, error: Exception) -> str:
     asked_for = re.search(r"GLOBAL (\S+)", str(error))
     if asked_for is None:
-        # Torch wraps what is wrong in the advice to read the file without care.
+        # Torch wraps the reason in the advice to read the file without the restricted reader.
         reason = str(error).rpartition("WeightsUnpickler error:")[2].partition("\n\nCheck the documentation")[0]
         reason = " ".join(reason.split()) or repr(error)
         return (

@@ -1,7 +1,8 @@
 """A run folder made of a checkpoint that others wrote: it trains on and is sampled from as one of our own."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,14 +11,14 @@ import torch
 from torch import Tensor
 
 from cfpretrain.autoencoder import KLAutoencoder
-from cfpretrain.base import files, runtime
+from cfpretrain.base import config as configs
+from cfpretrain.base import files, outputs, runtime
 from cfpretrain.base.config import Config, to_plain, to_yaml
-from cfpretrain.base.console import UserError
-from cfpretrain.base.outputs import whole_or_nothing
+from cfpretrain.base.console import UserError, phase, say
 from cfpretrain.base.plans import tensor_differences
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
-from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, make_model
+from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, checked, make_model
 from cfpretrain.run.checkpoint import EMA, WEIGHTS, tensor_file
 from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.guard import Guard
@@ -44,6 +45,16 @@ class Counters:
     num_skipped: int = 0
 
 
+@dataclass(frozen=True)
+class ForeignCheckpoint:
+    """A checkpoint that others wrote, found and checked; its parameters are those of the config's model."""
+
+    source: str  # argument and path, for messages
+    counters: Counters
+    read_tensor: ReadTensor  # asked for one at a time, so that host memory is bounded by the largest
+    about: str = ""  # printed after the number of parameters
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes
 
@@ -56,14 +67,7 @@ def expected_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def check_shapes(found: Shapes, config: Config, source: str, beside: Shapes | None = None) -> None:
-    """Refuses tensors that are not those of the config's model.
-
-    Args:
-        found: under our names.
-        config: says what they should be.
-        source: where they are from, for the message.
-        beside: tensors that may be there too.
-    """
+    """Refuses tensors that are not those of the config's model, under our names; those of `beside` may be there too."""
     expected = expected_shapes(config)
     expected |= {name: shape for name, shape in (beside or {}).items() if name in found}
     there, here = _sizes(found), _sizes(expected)
@@ -101,36 +105,36 @@ def _sizes(shapes: Shapes) -> dict[str, int]:
 # Writing
 
 
-def write_run(folder: Path, config: Config, counters: Counters, read_tensor: ReadTensor, source: str) -> None:
-    """Writes a run folder with one complete checkpoint: it is there whole or not at all.
+def import_run(
+    folder: Path,
+    paths: Sequence[str],
+    overrides: Sequence[str],
+    allow_env: bool,
+    read: Callable[[Config], ForeignCheckpoint],
+    source: Path,
+) -> None:
+    """Makes a run folder of a checkpoint that others wrote, under a config of `config.load`'s arguments."""
+    outputs.refuse_existing(folder, "RUN")
+    config = checked(configs.load(paths, overrides, allow_env))
+    with phase(f"reading {source}"):
+        found = read(config)
+    with phase(f"writing {folder}"):
+        write_run(folder, config, found)
+    num_parameters = sum(map(math.prod, expected_shapes(config).values()))
+    say(f"{folder}: {num_parameters:,} parameters {found.about}; train on with")
+    say(f"    deepspeed cfpretrain/train.py --config {folder}/config.yaml")
 
-    Host memory is bounded by the largest tensor.
 
-    Args:
-        folder: nothing may be there.
-        config: of the run; `run.folder` becomes `folder`.
-        counters: where training goes on.
-        read_tensor: asked for each parameter of the config's model and each content, one at a time.
-        source: where they are from, for messages.
-    """
+def write_run(folder: Path, config: Config, found: ForeignCheckpoint) -> None:
+    """Writes a run folder with one complete checkpoint, of the config with another `run.folder`: whole or not there."""
     if config.train.optimizer != "adamw":
         raise UserError(
             f"train.optimizer: expected adamw, whose state an imported run begins with, got {config.train.optimizer}"
         )
     config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
-    with whole_or_nothing(folder, "RUN") as unfinished:
-        files.make_folder(unfinished)
-        files.replace(unfinished / CONFIG_FILE, to_yaml(config))
-        state = _make_state(config, counters)
-        _write_checkpoint(unfinished / CHECKPOINTS, state, expected_shapes(config), read_tensor, source)
-
-
-def _make_state(config: Config, counters: Counters) -> TrainingState:
     class_names, autoencoder = _latents_of(config)
-    return TrainingState(
-        step=counters.step,
-        optimizer_step=counters.optimizer_step,
-        num_skipped=counters.num_skipped,
+    state = TrainingState(
+        **dataclasses.asdict(found.counters),
         num_rewinds=0,
         epoch=0,
         samples_in_epoch=0,
@@ -146,6 +150,10 @@ def _make_state(config: Config, counters: Counters) -> TrainingState:
         wandb_run_id=None,
         versions=runtime.package_versions("torch"),
     )
+    with outputs.whole_or_nothing(folder, "RUN") as unfinished:
+        files.make_folder(unfinished)
+        files.replace(unfinished / CONFIG_FILE, to_yaml(config))
+        _write_checkpoint(unfinished / CHECKPOINTS, state, expected_shapes(config), found)
 
 
 def _latents_of(config: Config) -> tuple[list[str], str]:
@@ -160,21 +168,18 @@ def _latents_of(config: Config) -> tuple[list[str], str]:
     return [], ""
 
 
-def _write_checkpoint(folder: Path, state: TrainingState, shapes: Shapes, read_tensor: ReadTensor, source: str) -> None:
+def _write_checkpoint(folder: Path, state: TrainingState, shapes: Shapes, found: ForeignCheckpoint) -> None:
     store = CheckpointStore(folder, keep_last=1, keep_every_steps=0)
     partial = store.path(state.step, ".partial")
     files.make_folder(partial)
+
+    def read(content: str, name: str) -> memoryview:
+        stored = found.read_tensor(content, name).detach().resolve_neg().float().contiguous()
+        check_finite(stored, f"{found.source}: {content} of {name}")
+        return bytes_of(stored)
+
     hashes = {}
     for content in CONTENTS:
-        whole = (
-            (name, 0, bytes_of(_as_stored(read_tensor(content, name), f"{source}: {content} of {name}")))
-            for name in sorted(shapes)
-        )
+        whole = ((name, 0, read(content, name)) for name in sorted(shapes))
         hashes[content] = write_ranges(tensor_file(partial, content), shapes, state.step, whole, with_header=True)
     store.publish(state.step, [hashes], state.to_json())
-
-
-def _as_stored(values: Tensor, what: str) -> Tensor:
-    stored = values.detach().resolve_neg().float().contiguous()
-    check_finite(stored, what)
-    return stored

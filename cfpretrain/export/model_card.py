@@ -13,101 +13,86 @@ from cfpretrain.run.state import TRAINING_SECTIONS, TrainingState
 
 _PLAIN = re.compile(r"[\w.-]+")
 _MOST_NAMES = 20  # of classes that are listed
-_PLACES = (
-    "data.shards",
-    "data.autoencoder",
-    "data.cache_folder",
-    "data.num_workers",
-)  # of sections that decide what is trained
+# Of sections that decide what is trained.
+_PLACES = ("data.shards", "data.autoencoder", "data.cache_folder", "data.num_workers")
+
+_CARD = """---
+library_name: diffusers
+license: {license}
+tags:
+- causalfusion
+- class-conditional-image-generation
+---
+
+# {name}
+
+Class-conditional images from a CausalFusion transformer: diffusion inside autoregressive steps, any
+number of them, in any order ("Causal Diffusion Transformers for Generative Modeling", arXiv 2412.12095).
+
+{picture}## Use
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("FOLDER_OR_REPOSITORY", trust_remote_code=True)
+images = pipe([0, {example}], num_ar_steps={ar_steps}, solver='sde-dpm++').images
+edited = pipe.edit([{last}], region='top', image=images[:1], solver='sde-dpm++').images
+```
+
+`trust_remote_code` lets diffusers run the two Python files of this folder; read them first. They need torch
+and diffusers only. Image i of a seed is always the same (`seed=`, `ids=`; there is no `generator=`).
+
+`num_ar_steps` goes from 1 (a diffusion transformer) to {num_tokens} (pure autoregression).
+Solvers are `ddpm` (the default, 250 steps each), `ddim` (50), `dpm++` and `sde-dpm++` (25); `guidance_scale`
+is 2 unless given, and 1 is none.
+
+## Model
+
+{model}
+
+## Training
+
+{training}
+
+The config, as it was at this step, is in [{config}]({config}), without paths and addresses.
+
+{licence} An autoencoder (`vae/`) may have one of its own.
+"""
 
 
 def text(
     *,
-    name: str,
-    config: Config,
+    name: str,  # of the model
+    config: Config,  # that the checkpoint was trained with
     state: TrainingState,
-    summary: Mapping[str, Any] | None,
-    weights: str,
-    dtype: str,
-    licence: str,
+    summary: Mapping[str, Any] | None,  # `build.read_summary`; None where the run has not ended
+    weights: str,  # "ema" or "raw"
+    dtype: str,  # of the weights' files
+    licence: str,  # the hub's name of one
     class_names: Sequence[str],
-    num_parameters: int,
-    samples: str | None,
+    num_parameters: int,  # of the transformer
+    samples: str | None,  # the picture with samples; None without one
 ) -> str:
-    """The card as Markdown.
-
-    Args:
-        name: of the model.
-        config: that the checkpoint was trained with.
-        state: of the checkpoint.
-        summary: what the run says of its end (`build.read_summary`); None where it has not ended.
-        weights: "ema" or "raw".
-        dtype: of the weights' files.
-        licence: the hub's name of a licence.
-        class_names: by number.
-        num_parameters: of the transformer.
-        samples: the picture with samples; None without one.
-    """
-    picture = [f"![samples]({samples})", ""] if samples else []
-    return "\n".join(
-        [
-            *_front_matter(licence),
-            f"# {_as_text(name)}",
-            "",
-            "Class-conditional images from a CausalFusion transformer: diffusion inside autoregressive steps, any",
-            'number of them, in any order ("Causal Diffusion Transformers for Generative Modeling", arXiv 2412.12095).',
-            "",
-            *picture,
-            *_usage(class_names, config),
-            *_table("Model", _model_rows(config, weights, dtype, class_names, num_parameters)),
-            *_table("Training", _training_rows(config, state, summary)),
-            f"The config, as it was at this step, is in [{CONFIG_FILE}]({CONFIG_FILE}), without paths and addresses.",
-            "",
-            *_licence_words(licence),
-        ]
-    )
-
-
-def _front_matter(licence: str) -> list[str]:
-    return [
-        "---",
-        "library_name: diffusers",
-        f"license: {licence if _PLAIN.fullmatch(licence) else json.dumps(licence)}",
-        "tags:",
-        "- causalfusion",
-        "- class-conditional-image-generation",
-        "---",
-        "",
-    ]
-
-
-def _usage(class_names: Sequence[str], config: Config) -> list[str]:
+    """The card as Markdown."""
     last = len(class_names) - 1
     try:
         is_plain = label_of(class_names[last], class_names) == last and class_names[last].isprintable()
     except ValueError:
         is_plain = False
-    example = repr(class_names[last]) if is_plain else str(last)
-    ar_steps = min(4, config.model.num_tokens)
-    return [
-        "## Use",
-        "",
-        "```python",
-        "from diffusers import DiffusionPipeline",
-        "",
-        'pipe = DiffusionPipeline.from_pretrained("FOLDER_OR_REPOSITORY", trust_remote_code=True)',
-        f"images = pipe([0, {example}], num_ar_steps={ar_steps}, solver='sde-dpm++').images",
-        f"edited = pipe.edit([{last}], region='top', image=images[:1], solver='sde-dpm++').images",
-        "```",
-        "",
-        "`trust_remote_code` lets diffusers run the two Python files of this folder; read them first. They need torch",
-        "and diffusers only. Image i of a seed is always the same (`seed=`, `ids=`; there is no `generator=`).",
-        "",
-        f"`num_ar_steps` goes from 1 (a diffusion transformer) to {config.model.num_tokens} (pure autoregression).",
-        "Solvers are `ddpm` (the default, 250 steps each), `ddim` (50), `dpm++` and `sde-dpm++` (25); `guidance_scale`",
-        "is 2 unless given, and 1 is none.",
-        "",
-    ]
+    stated = f"Licence: {_as_text(licence)}." if licence != "unknown" else "The licence of these weights is not stated."
+    return _CARD.format(
+        license=licence if _PLAIN.fullmatch(licence) else json.dumps(licence),
+        name=_as_text(name),
+        picture=f"![samples]({samples})\n\n" if samples else "",
+        example=repr(class_names[last]) if is_plain else last,
+        last=last,
+        ar_steps=min(4, config.model.num_tokens),
+        num_tokens=config.model.num_tokens,
+        model=_table(_model_rows(config, weights, dtype, class_names, num_parameters)),
+        training=_table(_training_rows(config, state, summary)),
+        config=CONFIG_FILE,
+        licence=stated,
+    )
 
 
 def _as_text(value: Any) -> str:
@@ -116,15 +101,8 @@ def _as_text(value: Any) -> str:
     return re.sub(r"[\\`*_\[\]<>|&~@#]|(?<=(?i:www))\.|:(?=//)", r"\\\g<0>", visible(str(value)))
 
 
-def _table(title: str, rows: Mapping[str, Any]) -> list[str]:
-    return [
-        f"## {title}",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {key} | {_as_text(value)} |" for key, value in rows.items()),
-        "",
-    ]
+def _table(rows: Mapping[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {_as_text(value)} |" for key, value in rows.items())])
 
 
 def _model_rows(
@@ -168,8 +146,3 @@ def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, A
         rows["Loss"] = f"{summary['loss_first']:.4f} at first, {summary['loss_last']:.4f} at last"
         rows["Speed"] = f"{summary['images_per_second']:,.1f} images/s, ranks: {summary['world_size']}"
     return rows
-
-
-def _licence_words(licence: str) -> list[str]:
-    stated = f"Licence: {_as_text(licence)}." if licence != "unknown" else "The licence of these weights is not stated."
-    return [f"{stated} An autoencoder (`vae/`) may have one of its own.", ""]

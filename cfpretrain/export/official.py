@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core.modalities import sincos_positions
 from cfpretrain.export import foreign_files
-from cfpretrain.export.imported_run import POSITIONS, check_shapes
+from cfpretrain.export.imported_run import POSITIONS, Counters, ForeignCheckpoint, check_shapes
 from cfpretrain.run import build
 
 _OURS_BY_OFFICIAL = {
@@ -27,9 +27,9 @@ _OURS_BY_OFFICIAL = {
     "final_layer.1.": "noise_head.linear.",
 }
 # What torch's data parallelism and compiler put before every name.
-_WRAPPERS = re.compile(r"(?:module\.|_orig_mod\.)+")
+_WRAPPERS = re.compile(r"^(?:module\.|_orig_mod\.)+")
 # The official files' keys for what we call weights and EMA.
-_KEYS = {"weights": "model", "ema": "ema"}
+_KEYS: dict[Literal["weights", "ema"], str] = {"weights": "model", "ema": "ema"}
 # An exact widening to fp32 exists from these.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # An average of a table that never moves drifts by rounding: up to half a last bit a step, over some 1 / (1 - decay).
@@ -53,7 +53,7 @@ def our_name(name: str) -> str:
     Raises:
         ValueError: the model has no such parameter.
     """
-    name = name[match.end() :] if (match := _WRAPPERS.match(name)) else name
+    name = _WRAPPERS.sub("", name)
     return name if name.startswith(tuple(_OURS_BY_OFFICIAL.values())) else _rename(name, _OURS_BY_OFFICIAL)
 
 
@@ -72,7 +72,7 @@ def to_official(tensors: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
     """Our names -> the official ones; fixed sin-cos positions are written out, as the official state dict has them.
 
     Raises:
-        ValueError: a tensor that our model does not have.
+        ValueError: a tensor that the official model does not have.
     """
     official_by_ours = {ours: official for official, ours in _OURS_BY_OFFICIAL.items()}
     renamed = {_rename(name, official_by_ours): value for name, value in tensors.items()}
@@ -85,35 +85,35 @@ def to_official(tensors: Mapping[str, Tensor], grid: int) -> dict[str, Tensor]:
 # Files
 
 
-def read_official(file: Path, config: Config, name: str = "FILE") -> dict[str, dict[str, Tensor]]:
-    """The weights and averages of an official checkpoint, or of a bare state dict; nothing in the file is run.
+def read_official(file: Path, config: Config, step: int) -> ForeignCheckpoint:
+    """The weights and averages of an official checkpoint, or of a bare state dict; the moments of Adam are 0.
 
-    What is left out of it, or stands for something else, is said.
+    Prints what is left out, or is used as both. The tensors must be those of `config.model`.
 
     Args:
-        file: .pt or .safetensors.
-        config: its section `model` says what the tensors should be.
-        name: argument that gave the file, for messages.
-
-    Returns:
-        {"weights": ..., "ema": ...}, tensors under our names; both are the same where the file has one of them.
+        file: .pt or .safetensors; nothing in it is run.
+        config: of the run to be made.
+        step: that the weights are of, which the file does not say.
     """
     _check_process(config)
-    content = foreign_files.read(file, name, placeholders=["argparse.Namespace"])
+    source = f"FILE: {file}"
+    content = foreign_files.read(file, "FILE", placeholders=["argparse.Namespace"])
     found = {ours: content[key] for ours, key in _KEYS.items() if isinstance(content.get(key), Mapping)}
     left_out = sorted(str(key) for key in content if key not in _KEYS.values()) if found else []
     if left_out:
         say(f"left out of {file}: {', '.join(left_out)}")
-    taken = {
-        ours: _take(tensors, config, f"{name}: {file}") for ours, tensors in (found or {"weights": content}).items()
-    }
-    if len(taken) == 2:
-        return taken
-    missing = next((key for ours, key in _KEYS.items() if ours not in taken), None)
-    what = f"has no key {missing!r}" if found else "is a bare state dict"
-    say(f"WARNING: {file} {what}: its one set of tensors becomes both the weights and their averages (EMA)")
-    [only] = taken.values()
-    return dict.fromkeys(_KEYS, only)
+    taken = {ours: _take(tensors, config, source) for ours, tensors in (found or {"weights": content}).items()}
+    if len(taken) == 1:
+        missing = next((key for ours, key in _KEYS.items() if ours not in taken), None)
+        what = f"has no key {missing!r}" if found else "is a bare state dict"
+        say(f"WARNING: {file} {what}: its one set of tensors becomes both the weights and their averages (EMA)")
+        taken = dict.fromkeys(_KEYS, *taken.values())
+    say("the optimizer starts from zero: Adam's moments are 0 (whatever state the file has of one is not used)")
+
+    def read_tensor(content: str, name: str) -> Tensor:
+        return taken[content][name] if content in taken else torch.zeros(taken["weights"][name].shape)
+
+    return ForeignCheckpoint(source, Counters(step, optimizer_step=0), read_tensor, f"at step {step}")
 
 
 def _check_process(config: Config) -> None:
@@ -123,16 +123,6 @@ def _check_process(config: Config) -> None:
 
 def _take(tensors: Mapping[Any, Any], config: Config, source: str) -> dict[str, Tensor]:
     """A state dict under our names, as the parameters of the config's model."""
-    model = config.model
-    fixed = {} if model.position_embedding == "learnable" else {POSITIONS: (1, model.num_tokens, model.width)}
-    renamed = _under_our_names(tensors, source)
-    check_shapes({name: tuple(value.shape) for name, value in renamed.items()}, config, source, beside=fixed)
-    if fixed and POSITIONS in renamed:
-        _check_positions(renamed.pop(POSITIONS), model.grid, source)
-    return renamed
-
-
-def _under_our_names(tensors: Mapping[Any, Any], source: str) -> dict[str, Tensor]:
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise UserError(f"{source}: expected tensors by name, got {type(value).__name__} under {name!r:.40}")
@@ -141,7 +131,13 @@ def _under_our_names(tensors: Mapping[Any, Any], source: str) -> dict[str, Tenso
                 f"{source}: expected tensors of float32, bfloat16 or float16, got {value.dtype} under {name}; save it "
                 "as float32"
             )
-    return {ours: tensors[name] for name, ours in our_names(tensors, source).items()}
+    model = config.model
+    fixed = {} if model.position_embedding == "learnable" else {POSITIONS: (1, model.num_tokens, model.width)}
+    renamed = {ours: tensors[name] for name, ours in our_names(tensors, source).items()}
+    check_shapes({name: tuple(value.shape) for name, value in renamed.items()}, config, source, beside=fixed)
+    if fixed and POSITIONS in renamed:
+        _check_positions(renamed.pop(POSITIONS), model.grid, source)
+    return renamed
 
 
 def _check_positions(table: Tensor, grid: int, source: str) -> None:
@@ -156,25 +152,14 @@ def _check_positions(table: Tensor, grid: int, source: str) -> None:
         say(f"{source}: pos_embed is off the sin-cos table by up to {difference:.1g} (rounding): ours is exact")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Ours -> official
-
-
 def write_official(run: Path, out: Path) -> None:
-    """Writes the latest checkpoint of a run as the official code's: weights under `model`, averages under `ema`.
-
-    Args:
-        run: a run folder.
-        out: the .pt to write.
-    """
+    """Writes the latest checkpoint of a run as the official code's .pt: weights under `model`, averages under `ema`."""
     outputs.refuse_existing(out, "OUT")
     found = build.find_checkpoint(run)
     _check_process(found.config)
-    grid = found.config.model.grid
-    foreign_files.write(
-        out,
-        {
-            "model": to_official(found.open_weights("raw").read_all(), grid),
-            "ema": to_official(found.open_weights().read_all(), grid),
-        },
-    )
+    tensors = {"model": found.open_weights("raw").read_all(), "ema": found.open_weights().read_all()}
+    try:
+        content = {key: to_official(of_key, found.config.model.grid) for key, of_key in tensors.items()}
+    except ValueError as error:  # as of a modality that the official code lacks
+        raise UserError(f"{run}: {error}; leave --format official out") from error
+    foreign_files.write(out, content)

@@ -29,16 +29,25 @@ _PIXELS_AT_ONCE = 1 << 19  # decoded together: 8 images of 256 px
 
 
 class CausalFusionPipeline(DiffusionPipeline):
-    """Generates and edits images.
+    """Generates and edits images. An image is a function of the seed and its id.
 
-    An image is a function of the seed and its id. `solver` says how noise becomes an image; of the scheduler, only the
-    noise schedule that the model was trained with is used.
-
-    Args:
-        transformer: the network.
-        scheduler: says the noise schedule.
-        vae: an AutoencoderKL; None where latents are pixels.
-        id2label: the name of each class, by its number as text.
+    Arguments of a call, of which a mistake raises ValueError:
+        class_labels: classes by number, or by name; `name:` or `index:` before a text says which it is.
+        num_ar_steps: from 1 (a diffusion transformer) to the number of tokens made (pure autoregression).
+        num_inference_steps: noise levels that each AR step runs through; left out, 250 for "ddpm", 50 for "ddim",
+            25 for the others.
+        guidance_scale: of classifier-free guidance; 1 = none.
+        solver: "ddpm", "ddim", or of second order "dpm++" and "sde-dpm++", the one for few steps. "ddim" and "dpm++"
+            draw no noise on the way. Of the scheduler, only the noise schedule is used.
+        seed: of noise and orders.
+        ids: numbers of the images, from 0 on if left out: image i of a seed is always the same.
+        ar_step_sizes: "equal", "cosine", or sizes that add up to the tokens made.
+        guidance_schedule: "constant", or "linear": growing along the AR axis.
+        guidance_interval: the first and last timestep (0 to 999) in which guidance acts; None for the last: to the end.
+        level_spacing: noise levels evenly in "time" or in "log_snr"; left out, the latter for those of second order.
+        output_type: "pil", "np", "pt" (both in [0, 1]), or "latent" (in the network's scale).
+        return_dict: whether to return an `ImagePipelineOutput`, else a tuple.
+        region, image, latents: see `edit`.
     """
 
     model_cpu_offload_seq = "transformer->vae"
@@ -48,8 +57,8 @@ class CausalFusionPipeline(DiffusionPipeline):
         self,
         transformer: ModelMixin,
         scheduler: SchedulerMixin,
-        vae: ModelMixin | None,
-        id2label: dict[str, str] | None = None,
+        vae: ModelMixin | None,  # an AutoencoderKL; None where latents are pixels
+        id2label: dict[str, str] | None = None,  # the name of each class, by its number as text
     ) -> None:
         super().__init__()
         self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
@@ -81,30 +90,7 @@ class CausalFusionPipeline(DiffusionPipeline):
         image: Any = None,
         latents: Tensor | None = None,
     ) -> Any:
-        """Makes one image for each class; with a region, regenerates that of given images.
-
-        Args:
-            class_labels: classes by number, or by name; `name:` or `index:` before a text says which it is.
-            num_ar_steps: from 1 (a diffusion transformer) to the number of tokens made (pure autoregression).
-            num_inference_steps: noise levels that each AR step runs through; left out, 250 for "ddpm", 50 for "ddim",
-                25 for the others.
-            guidance_scale: of classifier-free guidance; 1 = none.
-            solver: "ddpm", "ddim", or of second order "dpm++" and "sde-dpm++", the one for few steps. "ddim" and
-                "dpm++" draw no noise on the way.
-            seed: of noise and orders.
-            ids: numbers of the images, from 0 on if left out: image i of a seed is always the same.
-            ar_step_sizes: "equal", "cosine", or sizes that add up to the tokens made.
-            guidance_schedule: "constant", or "linear": growing along the AR axis.
-            guidance_interval: the first and last timestep (0 to 999) in which guidance acts.
-            level_spacing: noise levels evenly in "time" or in "log_snr"; left out, the latter for those
-                of second order.
-            output_type: "pil", "np", "pt" (both in [0, 1]), or "latent" (in the network's scale).
-            return_dict: whether to return an `ImagePipelineOutput`, else a tuple.
-            region, image, latents: see `edit`.
-
-        Raises:
-            ValueError: names the argument, what was expected and what came.
-        """
+        """Makes one image for each class; with a region, regenerates that of given images."""
         labels = self._labels(class_labels)
         ids = range(len(labels)) if ids is None else ids
         if len(ids) != len(labels):
@@ -162,9 +148,6 @@ class CausalFusionPipeline(DiffusionPipeline):
             latents: instead of these, [B, channels, rows, columns] in the network's scale, as `output_type="latent"`
                 gives them.
             settings: the other arguments of a call, e.g. `num_ar_steps` and `guidance_scale`.
-
-        Raises:
-            ValueError: names the argument, what was expected and what came.
         """
         return self(class_labels, region=region, image=image, latents=latents, **settings)
 
@@ -175,21 +158,21 @@ class CausalFusionPipeline(DiffusionPipeline):
         given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
         if not given:
             raise ValueError("class_labels: expected at least one class, got none")
-        return [self._number(label) if isinstance(label, str) else self._checked(label) for label in given]
+        return [self._label(label) for label in given]
 
-    def _checked(self, label: Any) -> int:
+    def _label(self, label: Any) -> int:
+        num_classes = self.transformer.num_classes
+        if isinstance(label, str):
+            names = {int(number): known for number, known in (self.config.id2label or {}).items()}
+            try:
+                return label_of(label, [names.get(i, str(i)) for i in range(num_classes)])
+            except ValueError as error:
+                raise ValueError(f"class_labels: {error}") from None
         # Whole numbers of numpy and torch are classes too; 3.7 and True are mistakes.
         number = label.__index__() if hasattr(label, "__index__") and not isinstance(label, bool) else -1
-        if not 0 <= number < self.transformer.num_classes:
-            raise ValueError(f"class_labels: expected 0 to {self.transformer.num_classes - 1}, got {label}")
+        if not 0 <= number < num_classes:
+            raise ValueError(f"class_labels: expected 0 to {num_classes - 1}, got {label}")
         return int(number)
-
-    def _number(self, name: str) -> int:
-        names = {int(number): known for number, known in (self.config.id2label or {}).items()}
-        try:
-            return label_of(name, [names.get(i, str(i)) for i in range(self.transformer.num_classes)])
-        except ValueError as error:
-            raise ValueError(f"class_labels: {error}") from None
 
     def _given(self, image: Any, latents: Tensor | None, num_images: int) -> Tensor:
         """The latents to keep tokens of: float32 [B, C, Y, X] in the network's scale."""

@@ -16,13 +16,9 @@ STAND_INS = dict.fromkeys(("cfpretrain.core.attention", "cfpretrain.core.norm"),
 
 
 class Visibility(NamedTuple):
-    """Who sees whom, made once for a forward and shared by its blocks.
+    """Who sees whom, made once for a forward and shared by its blocks."""
 
-    Attributes:
-        mask: bool [B or 1, 1, M, K]; None: every query sees every key.
-    """
-
-    mask: Tensor | None
+    mask: Tensor | None  # bool [B or 1, 1, M, K]; None: every query sees every key
 
 
 def make_visibility(intervals_BMI: Tensor | None, num_keys: int, backend: str) -> Visibility:

@@ -23,40 +23,27 @@ from cfpretrain.core.solvers import SOLVERS, Solver
 
 
 class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
-    """The network with its own sampler.
-
-    Args:
-        grid: rows = columns of the token grid.
-        patch_size: latent rows = columns of a token.
-        latent_channels: channels of a latent.
-        width, depth, num_heads: of the transformer.
-        num_cond_tokens: condition tokens a class.
-        num_classes: classes without the null class.
-        learnable_positions: learned position embeddings, else fixed 2-d sin-cos.
-        token_order, block_size: the order in which tokens are made, as in training.
-        latent_shift, latent_scale: one value, or one a channel; the network sees (raw - shift) * scale.
-        prediction_type: what the network predicts: "epsilon", "v_prediction" or "flow_prediction".
-    """
+    """The network with its own sampler."""
 
     config: Any
 
     @register_to_config  # type: ignore[untyped-decorator]
     def __init__(
         self,
-        grid: int,
-        patch_size: int,
+        grid: int,  # rows = columns of tokens
+        patch_size: int,  # latent rows = columns of a token
         latent_channels: int,
         width: int,
         depth: int,
         num_heads: int,
-        num_cond_tokens: int,
-        num_classes: int,
-        learnable_positions: bool,
-        token_order: str,
+        num_cond_tokens: int,  # condition tokens a class
+        num_classes: int,  # without the null class
+        learnable_positions: bool,  # else fixed 2-d sin-cos
+        token_order: str,  # in which tokens are made, as in training
         block_size: int,
-        latent_shift: Sequence[float],
+        latent_shift: Sequence[float],  # one value, or one a channel; the network sees (raw - shift) * scale
         latent_scale: Sequence[float],
-        prediction_type: str,
+        prediction_type: str,  # what the network predicts, in diffusers' words
     ) -> None:
         super().__init__(
             grid=grid,
@@ -95,21 +82,11 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         region_L: Tensor | None = None,
         on_step: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Generates latents; an image is a function of seed and id, whatever else is in the batch.
+        """Generates latents; an image is a function of seed and id. Arguments are the pipeline's, but these.
 
         Args:
-            labels_B: int64, classes.
-            image_ids_B: int64, on the CPU.
-            seed: of noise and orders.
+            labels_B, image_ids_B: int64; the ids are on the CPU.
             scheduler: the config of a scheduler, which says the noise schedule.
-            num_inference_steps: noise levels that each AR step runs through.
-            solver: one of `SOLVERS`.
-            level_spacing: "time" or "log_snr".
-            num_ar_steps: AR steps in which the tokens are made.
-            ar_step_sizes: "equal", "cosine", or as many sizes, adding up to the tokens that are made.
-            guidance_scale: of classifier-free guidance; 1 = none.
-            guidance_schedule: "constant", or "linear" along the AR axis.
-            guidance_interval: the first and last timestep in which guidance acts; None for the last: to the end.
             latents_BCYX: float32, in the network's scale: images to edit.
             region_L: bool, the tokens of these that are regenerated; the others come back as they are.
             on_step: called after every denoising step.
@@ -124,13 +101,11 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         _check_choice("guidance_schedule", guidance_schedule, ("constant", "linear"))
         config, device = self.config, labels_B.device
         orders_BL = sampling_orders(seed, image_ids_B, self.grid**2, config.token_order, config.block_size)
-        order_BL, given_BKP = orders_BL.to(device), None
+        order_BL, given_BKP, num_kept = orders_BL.to(device), None, 0
         if latents_BCYX is not None and region_L is not None:
             order_BL, num_kept = kept_first(order_BL, region_L.to(device))
             given_BKP = take_tokens(patchify(latents_BCYX, config.patch_size), order_BL[:, :num_kept])
-        num_made = self.grid**2 if given_BKP is None else self.grid**2 - given_BKP.shape[1]
-        sizes = choose_sizes(num_made, num_ar_steps, ar_step_sizes)
-        process = process_of_scheduler(config.prediction_type, scheduler)
+        sizes = choose_sizes(self.grid**2 - num_kept, num_ar_steps, ar_step_sizes)
 
         def watch(_: int, num_steps_left: int, *__: Tensor) -> None:
             if num_steps_left < num_inference_steps:
@@ -141,7 +116,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
             labels_B,
             order_BL,
             sizes,
-            Solver(process, num_inference_steps, level_spacing, solver),
+            Solver(process_of_scheduler(config.prediction_type, scheduler), num_inference_steps, level_spacing, solver),
             Guidance(guidance_scale, guidance_schedule, *guidance_interval),
             noise_by_image(seed, image_ids_B.to(device), self.patch_values),
             given_BKP=given_BKP,
@@ -150,12 +125,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         return unpatchify(tokens_BLP, config.patch_size)
 
     def region(self, region: str | Tensor) -> Tensor:
-        """Tokens to regenerate: bool [L].
-
-        Args:
-            region: "centre", "top", "bottom", "outside", "box:Y0,X0,Y1,X1" or "tokens:0,1,17"; or a mask of the
-                tokens, bool [rows, columns] or [L].
-        """
+        """Tokens to regenerate, bool [L]: of a text or a mask, as `CausalFusionPipeline.edit` takes them."""
         if isinstance(region, str):
             return parse_region(region, self.grid)
         if tuple(region.shape) not in ((self.grid, self.grid), (self.grid**2,)) or region.dtype != torch.bool:

@@ -95,23 +95,27 @@ def make_header(shapes: Shapes, content: str, step: int) -> tuple[bytes, Header]
     `content` says what the tensors are; it is the stem of the file's name.
     """
     metadata = {"format": "pt", "producer": _PRODUCER, "content": content, "step": str(step)}
+    in_order = {name: tuple(shapes[name]) for name in sorted(shapes)}
+    first_bytes = encode_header(in_order, metadata)
+    begins, end = {}, len(first_bytes)
+    for name, shape in in_order.items():
+        begins[name], end = end, end + VALUE_BYTES * math.prod(shape)
+    return first_bytes, Header(in_order, begins, metadata, end)
+
+
+def encode_header(
+    shapes: Shapes, metadata: Mapping[str, str], dtype: str = "F32", value_bytes: int = VALUE_BYTES
+) -> bytes:
+    """The first bytes of a safetensors file of any dtype, which its tensors follow in the order of `shapes`."""
     entries: dict[str, Any] = {"__metadata__": metadata}
-    begins: dict[str, int] = {}
     begin = 0
-    for name in sorted(shapes):
-        end = begin + VALUE_BYTES * math.prod(shapes[name])
-        entries[name] = {"dtype": "F32", "shape": list(shapes[name]), "data_offsets": [begin, end]}
-        begins[name], begin = begin, end
+    for name, shape in shapes.items():
+        end = begin + value_bytes * math.prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    first_bytes = len(text).to_bytes(8, "little") + text
-    data_begin = len(first_bytes)
-    return first_bytes, Header(
-        {name: tuple(shapes[name]) for name in begins},
-        {name: data_begin + begin for name, begin in begins.items()},
-        metadata,
-        data_begin + begin,
-    )
+    return len(text).to_bytes(8, "little") + text
 
 
 def read_header(file: Path) -> Header:

@@ -18,7 +18,7 @@ from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.sampler import Guidance
 from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.evaluator import Evaluator
-from cfpretrain.evaluation.generation import GenerationSettings, decode_to_look_at, generate_images, grid_title
+from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator, decode_to_look_at, grid_title
 from cfpretrain.run.build import METRICS_FILE, SAMPLES, initial_weights, make_store
 from cfpretrain.run.checkpoint import load
 from cfpretrain.run.checkpoint_store import Best, is_healthy
@@ -216,10 +216,8 @@ class Samples:
                 sizes = equal_sizes(self.config.model.num_tokens, num_ar_steps)
                 guidance, seed = Guidance(sample.guidance), self.config.run.seed
                 settings = GenerationSettings(sizes, sample.num_denoising_steps, guidance, batch_size, seed)
-                images = generate_images(
-                    self.config, model, labels, settings, self.device, self.decode, self._leave_if_asked
-                )
-                grids.append((settings, images))
+                generator = ImageGenerator(self.config, model, settings, self.device)
+                grids.append((settings, generator.images(labels, self.decode, self._leave_if_asked)))
         for settings, images in grids if runtime.rank() == 0 else []:
             with tolerating("drawing samples"):
                 self._draw_grid(step, images, names, settings)

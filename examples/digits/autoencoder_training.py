@@ -150,9 +150,9 @@ class Training:
         files.replace(self.folder / _STATE_FILE, functools.partial(_write_state, tensors=tensors, state=state))
         # As they will be written: in half precision.
         made = KLAutoencoder(copy.deepcopy(self.network).half().float(), "", "OUT")
-        files.replace(self.folder / PICTURE_FILE, functools.partial(self.draw, made=made))
+        self.draw(self.folder / PICTURE_FILE, made)
 
-    def draw(self, file: IO[bytes], made: KLAutoencoder) -> None:
+    def draw(self, file: Path, made: KLAutoencoder) -> None:
         """Puts held-out images beside what an autoencoder makes of them, as PNG."""
         title = f"held-out images after {self.step} of {self.num_steps} steps"
         draw_reconstructions(file, made, evenly(self._held_out_BCYX, _NUM_SHOWN), self._device, title)

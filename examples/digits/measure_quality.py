@@ -156,12 +156,12 @@ def _sample_and_score(
     """Images with pixels in [-1, 1], all classes evenly; their class accuracy and what they cost."""
     import torch
 
-    from cfpretrain.evaluation.generation import generate_images
+    from cfpretrain.evaluation.generation import ImageGenerator
 
     labels = [i % source.config.model.num_classes for i in range(arguments.num_images)]
     with phase(f"sampling {len(labels)} images, {settings}, guidance {settings.guidance.scale:g}"):
         begin = time.perf_counter()
-        images = generate_images(source.config, source.model, labels, settings, source.device) * 2 - 1
+        images = ImageGenerator(source.config, source.model, settings, source.device).images(labels) * 2 - 1
         seconds = time.perf_counter() - begin
     return images, {
         "accuracy": judge.accuracy(images, torch.tensor(labels)),
@@ -231,7 +231,7 @@ def _edit(
 
     from cfpretrain.core.latents import unpatchify
     from cfpretrain.evaluation.editing import encode_tokens
-    from cfpretrain.evaluation.generation import edit_tokens
+    from cfpretrain.evaluation.generation import ImageGenerator
     from examples.digits.seams import pixels_of, seam_steps
 
     config, device, autoencoder = source.config, source.device, source.make_autoencoder()
@@ -243,7 +243,8 @@ def _edit(
 
     def make(region_L: "Tensor") -> "Tensor":
         settings = _settings(arguments, int(region_L.sum()), arguments.num_ar_steps, arguments.guidance)
-        return edit_tokens(config, source.model, tokens_NLP, region_L, new_N.tolist(), settings, device)
+        generator = ImageGenerator(config, source.model, settings, device)
+        return generator.edit(tokens_NLP, region_L, new_N.tolist())
 
     def look(tokens_NLP: "Tensor") -> "Tensor":
         return autoencoder.decode(unpatchify(tokens_NLP, config.model.patch_size)).cpu() * 2 - 1

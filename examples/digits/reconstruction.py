@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
@@ -44,12 +43,12 @@ def reconstruct(autoencoder: Autoencoder, images_BCYX: Tensor) -> Tensor:
 
 
 def draw_reconstructions(
-    file: Path | IO[bytes], autoencoder: Autoencoder, images_BCYX: Tensor, device: torch.device, title: str
+    file: Path, autoencoder: Autoencoder, images_BCYX: Tensor, device: torch.device, title: str
 ) -> None:
     """Writes rows of originals, each above their reconstructions, as PNG; their mean squared error follows the title.
 
     Args:
-        file: the PNG, or where its bytes go.
+        file: the PNG.
         images_BCYX: uint8, at least one; those that do not fill rows of 8 are left out.
     """
     num_columns = min(len(images_BCYX), _MOST_COLUMNS)

@@ -24,7 +24,7 @@ from cfpretrain.base.console import Progress, count, say
 from cfpretrain.base.outputs import writing
 from cfpretrain.core.sampler import Model
 from cfpretrain.evaluation import array_files
-from cfpretrain.evaluation.generation import GenerationSettings, generate_batches
+from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator
 from examples.digits.summary import LabelledImages
 
 
@@ -117,9 +117,7 @@ def make_missing(config: Config, sets: Sequence[SampleSet], device: torch.device
                 done += a_step
                 bar.show(round(done), f"{done / work:.0%} of all samples, now {name}")
 
-            batches = generate_batches(
-                config, one.make_model(), one.labels, one.settings, device, None, numbers, on_step
-            )
-            for ids_B, images_BCYX in batches:
+            generator = ImageGenerator(config, one.make_model(), one.settings, device)
+            for ids_B, images_BCYX in generator.batches(one.labels, None, numbers, on_step):
                 one.write(ids_B, images_BCYX)
                 exchange.add(len(ids_B))

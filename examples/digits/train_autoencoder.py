@@ -241,7 +241,7 @@ def _finish(training: "Training", images: Images, stop: "StopRequest") -> str:
         with phase(f"measuring the error of {name} images", announce=False):
             error = reconstruction_error(made, evenly(some, _MOST_MEASURED), device, partial(check, stop))
         say(f"mean squared error of reconstructed {name} images on [-1, 1]: {error:.5f}")
-    files.replace(folder / PICTURE_FILE, partial(training.draw, made=made))
+    training.draw(folder / PICTURE_FILE, made)
     for path in folder.iterdir():
         files.flush(path)
     return made.scaling_overrides()

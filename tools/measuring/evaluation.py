@@ -113,7 +113,8 @@ def _rate(arguments: argparse.Namespace, world_size: int) -> float:
 
 def one_rank(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """Reduces its share of random images, and all shares together, after a batch to warm up."""
-    from cfpretrain.evaluation.scores import make_work, statistics_of, sum_up
+    from cfpretrain.evaluation.feature_sums import Work
+    from cfpretrain.evaluation.scores import statistics_of
 
     device = runtime.pick_device()
     with runtime.ranks_of_a_tool(device):
@@ -128,11 +129,11 @@ def one_rank(arguments: argparse.Namespace) -> dict[str, Any] | None:
         images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
         extractor(images)
         folder = runtime.gather(tempfile.mkdtemp() if runtime.rank() == 0 else None)[0]
-        work = make_work(Path(folder) / "sums", "", {}, num_images, arguments.batch_size)
+        work = Work(Path(folder) / "sums", "", {}, num_images, arguments.batch_size)
         runtime.barrier()
         begin = time.perf_counter()
         share = slice(runtime.rank(), None, runtime.world_size())
-        sum_up(work, lambda numbers: ((number, images) for number in numbers[share]), extractor)
+        work.sum_up(lambda numbers: ((number, images) for number in numbers[share]), extractor)
         statistics_of(work)
         seconds = time.perf_counter() - begin
         runtime.barrier()

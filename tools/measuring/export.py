@@ -63,7 +63,8 @@ def _measure_one(config: Any, folder: Path, arguments: argparse.Namespace) -> di
 
     files.make_folder(folder)
     with phase(f"writing a run of {sum(map(math.prod, shapes.values())) / 1e6:,.1f} M parameters"):
-        imported_run.write_run(folder / "run", config, imported_run.Counters(1, 0), read_tensor, "random values")
+        made = imported_run.ForeignCheckpoint("random values", imported_run.Counters(1, 0), read_tensor)
+        imported_run.write_run(folder / "run", config, made)
     options = ["--dtype", arguments.dtype, "--max-shard-gb", arguments.max_shard_gb, "--config", arguments.config[0]]
     command = tool("export", "--export", folder / "run", folder / "out", *options)
     ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
