@@ -326,7 +326,7 @@ def train_with_other_kinds(stages: Sequence[int], num_steps: int) -> list[dict[s
         whole = {name: torch.zeros(p.numel()) for name, p in text_network().named_parameters()}
         for fragment in engine.fragments():
             if not fragment.replicated or dist.get_rank() == 0:
-                whole[fragment.name][fragment.offset : fragment.offset + fragment.values.numel()] = fragment.values
+                whole[fragment.name][fragment.offset :][: fragment.values.numel()] = fragment.values
         for values in whole.values():
             dist.all_reduce(values)
         found.append({name: values.numpy() for name, values in whole.items()})  # which outlive their process

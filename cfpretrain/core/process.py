@@ -44,9 +44,9 @@ class Levels:
         return len(self.times_T)
 
     def half_log_snr(self) -> Tensor:
-        """lambda = log(alpha / sigma) = log(SNR) / 2 of each level, float64 [T]: falls as noise grows, at most to -inf.
+        """lambda = log(alpha / sigma) = log(SNR) / 2 of each level, float64 [T], where SNR = alpha^2 / sigma^2.
 
-        SNR = alpha^2 / sigma^2; lambda is DPM-Solver's measure of time (arXiv 2206.00927, section 3.1).
+        DPM-Solver's measure of time (arXiv 2206.00927, section 3.1): it falls to -inf, where no signal is left.
         """
         return self.alphas_T.log() - self.sigmas_T.log()
 
