@@ -3,11 +3,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cfpretrain.evaluation.figures import _column, _skipped_steps, _smooth, curves
+from cfpretrain.evaluation import figures
+from cfpretrain.evaluation.figures import _smooth, curves
 from tests.processes import REPOSITORY
 from tests.test_pictures import num_near, pixels
 
@@ -50,14 +52,19 @@ def test_losses_that_are_not_finite_leave_a_mark_and_the_rest_of_the_curve(tmp_p
     assert num_near(tmp_path / "after.png", BLUE) > 0.9 * num_near(tmp_path / "before.png", BLUE)
 
 
-def test_skipped_steps_are_marked(tmp_path: Path) -> None:
-    rows = run(100)
+def test_skipped_steps_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, mark, marked = run(100), figures._mark, []
+
+    def noted(axes: Any, steps: Any, *how: Any) -> None:
+        marked.append((how[0], steps.tolist()))
+        mark(axes, steps, *how)
+
+    monkeypatch.setattr(figures, "_mark", noted)
     for i, row in enumerate(rows):
         row["num_skipped_steps"] = (i >= 20) + (i >= 60)
     curves(tmp_path / "curves.png", rows)
     assert num_near(tmp_path / "curves.png", RED) > 20
-    steps = np.array([row["step"] for row in rows])
-    assert _skipped_steps(steps, _column(rows, "num_skipped_steps")).tolist() == [200, 600]
+    assert [steps for what, steps in marked if what == "skipped step"] == [[200, 600]] * 2  # on loss and gradient norm
 
 
 def test_a_score_has_a_curve_of_its_own_beside_its_floor(tmp_path: Path) -> None:
