@@ -16,6 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import nn
 
 from cfpretrain.base import config as configs
@@ -348,6 +349,19 @@ def test_nothing_of_deepspeed_is_looked_up(copy: Path, monkeypatch: pytest.Monke
         monkeypatch.delitem(sys.modules, name)
     read_zero_checkpoint(copy)
     assert not [name for name in sys.modules if name.partition(".")[0] == "deepspeed"]
+
+
+class NamedByGetattr:
+    """Pickles as a member of an enum does under Python 3.11.0 to 3.11.3."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (ZeroStageEnum, "gradients")
+
+
+def test_members_of_enums_are_read_as_any_python_writes_them(copy: Path) -> None:
+    for file in files(copy, "*optim_states.pt"):
+        edit(file, zero_state("zero_stage", NamedByGetattr()))
+    read_zero_checkpoint(copy)
 
 
 def zero_state(key: str, value: Any) -> Callable[[Any], None]:

@@ -35,6 +35,7 @@ from cfpretrain.export.official import our_names
 # What the files hold besides data; they are read without DeepSpeed's code.
 _PLACEHOLDERS = (
     "argparse.Namespace",
+    "builtins.getattr",  # by which Python 3.11.0 to 3.11.3 pickles a member of an enum
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
