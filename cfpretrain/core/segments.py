@@ -47,9 +47,7 @@ class Segment:
     is_padding_BL: Tensor | None = None  # bool, positions that a sample lacks: before its clean tokens, or after
     clean: Tensor | None = None  # int64 [B] labels of a class, float32 [B, L', P] first tokens of an image
     noised: Tensor | None = None  # float32 [B, L, P]
-    positions_BL: Tensor | None = (
-        None  # int64, a token's place, as the modality counts; of an image, row * grid + column
-    )
+    positions_BL: Tensor | None = None  # int64, a token's place: row * grid + column of its image
     times_B: Tensor | None = None  # that the noised tokens are told
     targets: Tensor | None = None  # what is to be predicted, as the modality has it
     weights_BL: Tensor | None = None  # float32, of the tokens in the loss
