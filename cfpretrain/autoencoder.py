@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError, one_line
+from cfpretrain.base.differences import tensor_differences
 from cfpretrain.base.files import check_safetensors, read_json
-from cfpretrain.base.plans import tensor_differences
 from cfpretrain.core.latents import LatentScaling
 
 # What an autoencoder's folder holds, as diffusers writes it.
@@ -212,7 +212,9 @@ def fill_network(config: Mapping[str, Any], tensors: Mapping[str, Tensor], name:
     expected = network.state_dict()
     found, wanted = ({key: value.shape for key, value in these.items()} for these in (tensors, expected))
     others = [key for key, value in tensors.items() if not value.is_floating_point()]
-    different = tensor_differences(found, wanted) or (others and f"not of floating point: {others[0]}")
+    different = tensor_differences(found, wanted)
+    if not different and others:
+        different = f"not of floating point: {others[0]}"
     if different:
         raise UserError(
             f"{name}: expected the {len(expected)} tensors of the {_CLASS} that {CONFIG_FILE} describes, got others "

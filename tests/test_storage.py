@@ -384,6 +384,21 @@ def test_processes_share_a_cache_of_one_file(store: Store, tmp_path: Path) -> No
     assert len(copies_in(tmp_path / "cache")) == 1
 
 
+def test_a_cache_that_others_fill_is_said(store: Store, tmp_path: Path) -> None:
+    """What they fetch leaves no room; copies are not removed in vain."""
+    cache = tmp_path / "cache"
+    content(remote(cache, 3 * NUM_BYTES // 2), file_of(0))
+    part = cache / f"{file_of(1).digest}.{NUM_BYTES}.part"
+    part.mkdir()
+    lock = files.try_lock(part / "lock")
+    assert lock is not None
+    with pytest.raises(UserError, match=r"data\.cache_limit_gb: .*cache has no room for shard\.00002\.mds: .*lower"):
+        remote(cache, 3 * NUM_BYTES // 2, retry_seconds=0.2).open(file_of(2))
+    assert file_of(0).digest in copies_in(cache)
+    os.close(lock)
+    assert content(remote(cache, 3 * NUM_BYTES // 2), file_of(2)) == content_of(2)
+
+
 def test_what_a_killed_download_leaves_is_removed_by_the_next(store: Store, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
 

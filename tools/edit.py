@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
         labels = [source.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]
         generated = None if arguments.generate is None else source.label_of(arguments.generate)
-        source.model.eval()
+        source.load()
         autoencoder = source.make_autoencoder()
     config, model = source.config, source.config.model
     image_size = model.latent_size * autoencoder.stride

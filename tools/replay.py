@@ -84,9 +84,9 @@ def run(folder: Path, step: int, overrides: list[str]) -> bool:
                 )
             trainer.prepare_folder(config, device)
             result, images = _replay(trainer.Trainer(config, device, resume_from=checkpoints), checkpoints, step, rows)
-            if runtime.rank() == 0:
-                _write(folder / "replay" / f"step_{step:08d}", result, images, config.model.num_classes)
-            runtime.barrier()
+            with runtime.together():
+                if runtime.rank() == 0:
+                    _write(folder / "replay" / f"step_{step:08d}", result, images, config.model.num_classes)
             return bool(result["equal"])
 
 
@@ -242,8 +242,8 @@ def _write(folder: Path, result: dict[str, Any], images: dict[int, Any], null_cl
         files.make_folder(folder.parent)
         files.make_folder(folder)
         files.remove_leftovers(folder)
-    files.replace(folder / "samples.json", json.dumps(result, indent=1) + "\n")
-    _draw(folder / "samples.png", result, images)
+        files.replace(folder / "samples.json", json.dumps(result, indent=1) + "\n")
+        _draw(folder / "samples.png", result, images)
     _print(result, null_class)
     say(f"see {folder}")
 

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> None:
             source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
             settings = read_settings(arguments, source.config, source.config.model.num_tokens)
             labels = _labels(arguments, source)
-            source.model.eval()
+            source.load()
         say(f"{source.title}: {settings}")
         if arguments.trajectory is not None:
             _draw_trajectory(arguments.trajectory, source, labels[0], settings)

@@ -67,7 +67,7 @@ class OrderConfig:
     ar_weight_first: NotNegative = 2.0  # loss weight of a step that begins at token 0
     ar_weight_last: NotNegative = 1.0  # its limit for a step that begins at token L
     ar_weight_schedule: Literal["linear", "cosine"] = "linear"
-    token_order: Literal["random", "raster", "block_raster", "dilated"] = "random"  # see order.fixed_order
+    token_order: Literal["random", "raster", "block_raster", "dilated"] = "random"  # see core.ar.fixed_order
     block_size: Positive = 4  # block_raster: rows = columns of tokens of a block; dilated: the stride
 
 

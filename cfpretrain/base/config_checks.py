@@ -220,7 +220,7 @@ def check_code(config: Config, origins: Mapping[str, Origin], allow_code: bool) 
 
 
 def doubts(config: Config, origins: Mapping[str, Origin]) -> list[str]:
-    """Warnings of likely mistakes, a line for each, in a config that passed the check; with its origins."""
+    """Warnings of likely mistakes, a line each, in a checked config; `origins`: see `load_with_origins`."""
     train, found = config.train, []
     if train.warmup_steps > train.num_steps:
         found.append(

@@ -1,8 +1,8 @@
 """Reading, making, moving and removing files in folders that may be a stranger's, or that other processes write.
 
-The project writes everything through here, and so reads whatever a user gave it. No change follows a link: the link
-itself is replaced or removed, or the call is refused. A file to read may be behind links, but it is a regular file (a
-pipe would keep its reader waiting, a device has no end), and no larger than the caller allows.
+The project writes everything through here, and reads through here whatever a user gave it. No change follows a link:
+the link itself is replaced or removed, or the call is refused. A file to read may be behind links, but it is a regular
+file (a pipe would keep its reader waiting, a device has no end), and no larger than the caller allows.
 
 Errors are `OSError`, whose `strerror` is the reason in a few words, and `ValueError` for content.
 """

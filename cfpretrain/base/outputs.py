@@ -10,8 +10,8 @@ from typing import Any
 
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError, one_line, reason_of, say
+from cfpretrain.base.differences import differences
 from cfpretrain.base.files import parse_json, read_text
-from cfpretrain.base.plans import differences
 
 LOCK_FILE = "lock"
 
@@ -136,6 +136,8 @@ def whole_or_nothing(out: Path, option: str) -> Iterator[Path]:
             files.publish(work.folder / out.name, out)
         finally:
             work.remove()
+    except UserError:
+        raise
     except OSError as error:
         fix = "free some space" if error.errno == errno.ENOSPC else "fix that"
         raise UserError(f"{option}: {out} cannot be written ({reason_of(error)}); {fix} or give another") from error
@@ -146,6 +148,8 @@ def writing(what: str) -> Iterator[None]:
     """UserError that something cannot be written, where the block raises an OSError; for work that then goes on."""
     try:
         yield
+    except UserError:  # which may be an OSError too
+        raise
     except OSError as error:
         raise UserError(
             f"{what} cannot be written ({reason_of(error)}); fix that, and the same command goes on"

@@ -91,30 +91,41 @@ class Cache:
     def open(self, file: ShardFile, fetch: Callable[[Path], None]) -> FileIO:
         """Opens the copy of a file. Where there is none, waits for a process that fetches it, or has it `fetch`ed."""
         copy = self.folder / file.digest
-        opened = open_whole(copy, file.num_bytes)
-        if isinstance(opened, FileIO):
-            with suppress(OSError):
-                os.utime(copy)  # used just now
-            return opened
         part = copy.with_name(f"{file.digest}.{file.num_bytes}.part")
+        opened = open_whole(copy, file.num_bytes)
+        full_since: float | None = None
         with self._writing():
-            while True:
-                with self._locked():
-                    opened = open_whole(copy, file.num_bytes)
-                    if isinstance(opened, FileIO):  # another process has fetched it
-                        return opened
-                    lock = self._reserve(part)
+            files.make_folder(self.folder, follow=True)  # the user's own may be a link
+            while not isinstance(opened, FileIO):
+                lock = _take(part)  # by which its bytes count
                 if lock is not None:
-                    break
+                    try:
+                        opened = open_whole(copy, file.num_bytes)
+                        if isinstance(opened, FileIO):  # another process has fetched it
+                            break
+                        if self._make_room():
+                            return self._fetch(part, copy, fetch)
+                    finally:
+                        _release(part, lock)
+                    full_since = full_since or time.monotonic()
+                    if time.monotonic() - full_since > self.budget.seconds:
+                        raise UserError(
+                            f"data.cache_limit_gb: {self.folder} has no room for {file.name}: all of it is taken by "
+                            "files that other processes are fetching; raise the limit, or lower data.num_workers"
+                        )
                 self.budget.sleep(_POLL_SECONDS)
-            try:
-                fetch(part / "copy")
-                with self._locked():  # else `_make_room` might find neither the part nor the copy
-                    opened = open_unbuffered(part / "copy")  # while no process may remove it
-                    files.move(part / "copy", copy)
-                return opened
-            finally:
-                _release(part, lock)
+                opened = open_whole(copy, file.num_bytes)
+        with suppress(OSError):
+            os.utime(copy)  # used just now
+        return opened
+
+    def _fetch(self, part: Path, copy: Path, fetch: Callable[[Path], None]) -> FileIO:
+        files.clear(part, _LOCK)  # of what a killed process left
+        fetch(part / "copy")
+        with self._locked():  # else `_make_room` might find neither the part nor the copy
+            opened = open_unbuffered(part / "copy")  # while no process may remove it
+            files.move(part / "copy", copy)
+        return opened
 
     def drop(self, file: ShardFile) -> None:
         """Removes the copy of a file."""
@@ -122,44 +133,33 @@ class Cache:
             files.remove(self.folder / file.digest)
 
     def _locked(self) -> AbstractContextManager[None]:
-        files.make_folder(self.folder, follow=True)  # the user's own may be a link
         return files.locked(self.folder / _LOCK, lambda: self.budget.sleep(_POLL_SECONDS))
 
-    def _reserve(self, part: Path) -> int | None:
-        """The lock of the folder in which a file is fetched; None where another process has it, or there is no room."""
-        lock = _take(part)
-        if lock is None:
-            return None
-        files.clear(part, _LOCK)  # of what a killed process left
-        if self._make_room():
-            return lock
-        _release(part, lock)
-        return None
-
     def _make_room(self) -> bool:
-        """Removes the least recently used copies until the limit is kept; whether that succeeded."""
+        """Removes the least recently used copies until the limit is kept; False where files in the making exceed it."""
         if not self.limit_bytes:
             return True
-        copies, total = [], 0
-        for entry in os.scandir(self.folder):
-            if _COPY.fullmatch(entry.name):
-                with suppress(FileNotFoundError):
-                    stat = entry.stat()
-                    copies.append((stat.st_mtime_ns, stat.st_size, entry.path))
-                    total += stat.st_size
-            elif found := _PART.fullmatch(entry.name):
-                part = Path(entry.path)
-                lock = _take(part)
-                if lock is None:
-                    total += int(found[1])
-                else:  # of a killed process
-                    _release(part, lock)
-        for _, size, path in sorted(copies):
-            if total <= self.limit_bytes:
-                break
-            files.remove(Path(path))  # its readers keep it open
-            total -= size
-        return total <= self.limit_bytes
+        copies, left = [], self.limit_bytes
+        with self._locked():
+            for entry in os.scandir(self.folder):
+                if _COPY.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):
+                        stat = entry.stat()
+                        copies.append((stat.st_mtime_ns, stat.st_size, entry.path))
+                elif found := _PART.fullmatch(entry.name):
+                    part = Path(entry.path)
+                    lock = _take(part)
+                    if lock is None:
+                        left -= int(found[1])
+                    else:  # of a killed process
+                        _release(part, lock)
+            if left < 0:
+                return False
+            for _, size, path in sorted(copies, reverse=True):  # the latest used first
+                left -= size
+                if left < 0:
+                    files.remove(Path(path))  # its readers keep it open
+        return True
 
     def _writing(self) -> AbstractContextManager[None]:
         return explaining(

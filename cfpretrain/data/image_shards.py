@@ -43,6 +43,7 @@ from cfpretrain.data.shards import ImagesInfo, image_columns, read_info
 
 REJECTED_FILE = "rejected.jsonl"
 _POLL_SECONDS = 0.25
+_DEATH_SECONDS = 1.0
 _NUM_SHOWN = 3  # rejected images named on the terminal
 _PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
@@ -72,14 +73,16 @@ def write_image_shards(
         if not is_complete:
             folder.writer.begin()
         begun.append((folder, is_complete))
-    rejected = _Rejected(sum(len(listing.rows) for listing, _ in parts), max_rejected_share)
+    rejected = _Rejected(
+        sum(len(one.listing.rows) for one, is_complete in begun if not is_complete), max_rejected_share
+    )
     for folder, is_complete in begun:
         if is_complete:
-            rejected.count += _say_of(folder.writer.folder, ": already there").num_rejected
+            _report(folder.writer.folder, ": already there")
         else:
             rate = _write_missing(folder, num_workers, rejected)
             folder.finish(source)
-            _say_of(folder.writer.folder, "", f", {rate:.0f} images/s")
+            _report(folder.writer.folder, "", f", {rate:.0f} images/s")
 
 
 def deal_images(num_images: int, images_per_shard: int) -> list[list[int]]:
@@ -91,8 +94,8 @@ def deal_images(num_images: int, images_per_shard: int) -> list[list[int]]:
     return [sorted(dealt[begin : begin + images_per_shard]) for begin in range(0, num_images, images_per_shard)]
 
 
-def _say_of(folder: Path, before: str, behind: str = "") -> ImagesInfo:
-    """Prints the content of a finished folder and what its images lost; returns its description."""
+def _report(folder: Path, before: str, behind: str = "") -> None:
+    """Prints the content of a finished folder and what its images lost."""
     info = read_info(folder, str(folder))
     assert isinstance(info, ImagesInfo)
     for line in describe_changes(info.changes, info.background, info.image_size):
@@ -104,20 +107,22 @@ def _say_of(folder: Path, before: str, behind: str = "") -> ImagesInfo:
         f"{info.channels} x {info.image_size} x {info.image_size}, {info.store}; {info.num_rejected} rejected{named}; "
         f"{megabytes:.1f} MB{behind}"
     )
-    return info
 
 
 class _Rejected:
-    """The images that could not be stored, of `num_images` in all folders."""
+    """The images that could not be stored, of `num_images` in the unfinished folders."""
 
     def __init__(self, num_images: int, max_share: float) -> None:
         self._num_images, self._max_share = num_images, max_share
-        self.count = 0
         self._images: list[dict[str, Any]] = []
+
+    @property
+    def count(self) -> int:
+        """Of all folders together."""
+        return len(self._images)
 
     def add(self, images: Sequence[dict[str, Any]]) -> None:
         """Adds those of a shard; UserError where they become too many."""
-        self.count += len(images)
         self._images += images
         if self.count > self._max_share * self._num_images:
             self._images.sort(key=lambda image: image["id"])
@@ -252,9 +257,10 @@ def _workers(folder: _Folder, num_workers: int) -> Iterator[ProcessPoolExecutor]
         workers = [worker for worker in multiprocessing.active_children() if worker not in others]
         yield pool
     except BrokenProcessPool:
-        pool.shutdown()
-        # The pool ends the others by SIGTERM.
-        dead = next((worker for worker in workers if worker.exitcode != -signal.SIGTERM), workers[0])
+        # The pool ends the others by SIGTERM, which one that has just begun ignores.
+        for worker in workers:
+            worker.join(_DEATH_SECONDS)
+        dead = next((worker for worker in workers if worker.exitcode not in (None, -signal.SIGTERM)), workers[0])
         raise UserError(folder.describe_death(dead)) from None
     finally:
         for worker in set(multiprocessing.active_children()) - others:

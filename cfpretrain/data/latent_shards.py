@@ -112,7 +112,7 @@ def encode(
     # The same bits at every run on a GPU, and float32 where float32 is asked for.
     exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     try:
-        with exact, threads:
+        with exact:
             encoded = _in_order(threads, encoding, batches, ahead=num_workers)
             for number, of_shard in groupby(encoded, key=lambda pair: pair[0].shard):
                 _write_shard(encoding, writer, number, of_shard, on_batch)
@@ -122,6 +122,8 @@ def encode(
             f"--batch-size: {encoding.device} has too little memory to encode {encoding.batch_size} images of {size} x "
             f"{size} pixels at once; give fewer, or end what else uses its memory"
         ) from error
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _in_order(threads: Executor, encoding: Encoding, batches: Iterable[PixelBatch], ahead: int) -> Iterator[_Encoded]:

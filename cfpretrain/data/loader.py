@@ -45,7 +45,7 @@ class Loader(Generic[T]):
     damaged, do not fit the config or end before `position`.
 
     Args:
-        config: its `data`, `train`, `model` and `run.seed`; checked by `config.check`.
+        config: its `data`, `train`, `model` and `run.seed`; checked by `config_checks.check`.
         prepare: makes a micro-batch of its samples, in the workers; its result has a method `pin_memory` where it is
             to be pinned.
         rank: this rank, 0 to world_size - 1.

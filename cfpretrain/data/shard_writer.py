@@ -15,9 +15,9 @@ import numpy as np
 
 from cfpretrain.base import files
 from cfpretrain.base.console import UserError
+from cfpretrain.base.differences import differences
 from cfpretrain.base.files import read_json
 from cfpretrain.base.outputs import LOCK_FILE, Unfinished
-from cfpretrain.base.plans import differences
 from cfpretrain.data.mosaic import MDSWriter
 from cfpretrain.data.shards import (
     HASH,

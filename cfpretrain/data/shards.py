@@ -158,9 +158,9 @@ def read_images_info(folder: str | Path, key: str) -> ImagesInfo:
     return info
 
 
-def read_latents_info(folder: str | Path, key: str = "data.shards") -> LatentsInfo:
+def read_latents_info(folder: str | Path) -> LatentsInfo:
     """`read_info` of a folder that must hold latents."""
-    return _of_latents(read_info(folder, key), str(folder), key)
+    return _of_latents(read_info(folder), str(folder), "data.shards")
 
 
 def _of_latents(info: Info, address: str, key: str) -> LatentsInfo:

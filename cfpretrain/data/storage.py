@@ -42,7 +42,7 @@ class Source(ABC):
     def text(self, name: str) -> str:
         """The content of a small file; FileNotFoundError where there is none."""
         with self.opened(name, MAX_TEXT_BYTES) as opened:
-            return opened.read(MAX_TEXT_BYTES).decode()
+            return opened.read().decode()
 
     @abstractmethod
     def open(self, file: ShardFile) -> FileIO:

@@ -1,4 +1,4 @@
-"""Reads numpy's .npy and .npz files from untrusted sources: no pickles, and no memory that a header only claims.
+"""Numpy's .npy and .npz files, read from untrusted sources: no pickles, and no memory that a header only claims.
 
 The size in a header is checked against the bytes in the file before an array is allocated. Errors are `OSError`, and
 `ValueError` for invalid content.
@@ -9,6 +9,7 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any
 
 import numpy as np
@@ -102,3 +103,10 @@ def read_members(file: Path) -> dict[str, npt.NDArray[Any]]:
     with open_archive(file) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         return {name: read_member(archive, name) for name in names}
+
+
+def write_npy(opened: IO[bytes], values: npt.NDArray[Any]) -> None:
+    """Writes an array as .npy; OSError where that fails."""
+    # Into a file itself numpy writes by C, which does not say why it fails, or that closing the file did.
+    buffer: Any = SimpleNamespace(write=opened.write)
+    np.save(buffer, values, allow_pickle=False)

@@ -172,7 +172,7 @@ class Work:
         self._numbers.append(number)
         rows_BF = features.pooled_BF.cpu()[self._is_kept_N[ids]].numpy()
         with self._unfinished.writing():
-            files.replace(self.folder / _rows_name(number), lambda opened: np.save(opened, rows_BF))
+            files.replace(self.folder / _rows_name(number), lambda opened: array_files.write_npy(opened, rows_BF))
         if time.monotonic() - self._saved_at >= self._save_seconds:
             self.save()
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cfpretrain.base.console import UserError, one_line
+from cfpretrain.base.differences import tensor_differences
 from cfpretrain.base.files import open_to_read
-from cfpretrain.base.plans import tensor_differences
 from cfpretrain.export import foreign_files
 
 INCEPTION, EFFNET = "inception", "effnet_lite0"

@@ -18,8 +18,9 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
-from cfpretrain.base import files, outputs, plans
+from cfpretrain.base import files, outputs
 from cfpretrain.base.console import UserError
+from cfpretrain.base.differences import differences
 from cfpretrain.base.files import open_to_read, read_bytes, read_text
 from cfpretrain.data.tables import as_cell
 from cfpretrain.evaluation import array_files
@@ -60,7 +61,7 @@ class ImageSet:
             found = outputs.parse_plan(self._plan_text())
         except (OSError, ValueError) as error:
             raise UserError(f"--out: {self.out} is there already and is none of these images; {advice}") from error
-        different = plans.differences(found, self._work.plan)
+        different = differences(found, self._work.plan)
         if different:
             raise UserError(f"--out: {self.out} holds images of other settings already ({different}); {advice}")
         if not self._is_archive:
@@ -119,7 +120,7 @@ class ImageSet:
         with self._work.writing():
             if self._is_archive:
                 (name,) = self._files(int(ids[0]) // self.batch_size)
-                files.replace(self.unfinished / name, lambda opened: np.save(opened, images_BYXC))
+                files.replace(self.unfinished / name, lambda opened: array_files.write_npy(opened, images_BYXC))
                 return
             for i, image_YXC in zip(ids.tolist(), images_BYXC, strict=True):
                 write_png(self.unfinished / _png_name(i), image_YXC)

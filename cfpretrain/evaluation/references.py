@@ -260,7 +260,7 @@ def _write_entry(entry: Path, note: dict[str, Any], whole: ImageStatistics, kept
         with files.create(writing / STATISTICS_FILE) as opened:
             np.savez(opened, **{_OWN_KEY: np.array(json.dumps(note))}, **of_numpy)
         with files.create(writing / NEIGHBOURS_FILE) as opened:
-            np.save(opened, kept_KF.numpy())
+            array_files.write_npy(opened, kept_KF.numpy())
 
 
 def _read_entry(entry: Path, plan: dict[str, Any], images: GivenImages, extractor: FeatureExtractor) -> Reference:

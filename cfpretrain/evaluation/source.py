@@ -68,6 +68,10 @@ class Source:
         except ValueError as error:
             raise UserError(f"class: {error}") from error
 
+    def load(self) -> None:
+        """Brings the weights into memory, where they are not."""
+        self.model.eval()
+
     @functools.cached_property
     def model(self) -> CausalFusion:
         """For sampling alone."""
@@ -97,7 +101,7 @@ def load_source(
 ) -> Source:
     """As `open_source`, with the weights in memory."""
     source = open_source(path, device, precision, weights, step)
-    source.model.eval()
+    source.load()
     return source
 
 

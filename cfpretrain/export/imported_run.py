@@ -14,7 +14,7 @@ from cfpretrain.base import config as configs
 from cfpretrain.base import files, outputs, runtime
 from cfpretrain.base.config import Config, to_plain, to_yaml
 from cfpretrain.base.console import UserError, phase, say
-from cfpretrain.base.plans import tensor_differences
+from cfpretrain.base.differences import tensor_differences
 from cfpretrain.data.shards import read_latents_info
 from cfpretrain.export.foreign_files import check_finite
 from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, checked, parameter_shapes

@@ -31,8 +31,8 @@ from torch import Tensor
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.console import UserError
+from cfpretrain.base.differences import tensor_differences
 from cfpretrain.base.files import read_json
-from cfpretrain.base.plans import tensor_differences
 from cfpretrain.run.state import TrainingState, read_state
 from cfpretrain.run.tensor_files import (
     DamagedCheckpointError,

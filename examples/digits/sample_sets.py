@@ -14,7 +14,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,7 +68,7 @@ class SampleSet:
         file = self._file(int(ids_B[0]) // self.settings.batch_size)
         with writing(str(file)):
             files.make_folder(file.parent)
-            files.replace(file, lambda opened: np.save(opened, images_BCYX.numpy(), allow_pickle=False))
+            files.replace(file, lambda opened: array_files.write_npy(opened, images_BCYX.numpy()))
 
     def read(self) -> Tensor:
         """All images, float32 [N, C, Y, X], not clamped, once none is missing."""

@@ -83,9 +83,9 @@ def _alternate_writing(
     return print_rates(alternate(rates, arguments.pairs, "images/s"), "images/s")
 
 
-def write_photos(folder: Path, num_photos: int, seed: int = 0) -> Path:
+def write_photos(folder: Path, num_photos: int) -> Path:
     """JPEG files of varied size, cut out of real photos of installed packages and scaled, in class folders."""
-    rng = random.Random(seed)
+    rng = random.Random(0)
     packages = {"sklearn": "datasets/images", "skimage": "data"}  # the two photos of the first are enough
     folders = [Path(spec.origin).parent / place for name, place in packages.items() if (spec := find_spec(name))]
     sources = [Image.open(path).convert("RGB") for place in folders for path in sorted(place.glob("*.jp*g"))]
@@ -337,6 +337,7 @@ def plain_loader(folder: Path, batch_size: int, num_workers: int) -> Iterator[An
 
 def _batches(num_samples: int, make: Callable[[int], Any], batch_size: int, **how: Any) -> DataLoader[Any]:
     """Batches of what `make` makes of the places of samples, in the workers."""
+    how |= {"multiprocessing_context": "fork"} if how.get("num_workers") else {}  # which takes any function along
     return DataLoader(
         range(num_samples), batch_size, collate_fn=lambda places: default_collate(list(map(make, places))), **how
     )

@@ -31,8 +31,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return lines and [f"| {' | '.join(head)} |", "|" + "---|" * len(head), *lines]
 
 
-def _number(value: float | None, form: str = ".3g", factor: float = 1.0) -> str:
-    return "-" if value is None else f"{factor * value:{form}}"
+def _number(value: float | None, form: str = ".3g") -> str:
+    return "-" if value is None else f"{value:{form}}"
 
 
 def _environment(measured: Results) -> list[str]:

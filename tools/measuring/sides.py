@@ -229,8 +229,20 @@ class Worker:
 
     def __init__(self, name: str, config: Config) -> None:
         self.name = name
+        others = set(multiprocessing.active_children())
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        self.start = self._run(_begin, name, config)
+        self._pool.submit(os.getpid).result()
+        (self._process,) = set(multiprocessing.active_children()) - others
+        try:
+            self.start = self._run(_begin, name, config)
+        except BaseException:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """Ends the process: where another side fails, its loader's workers would keep it alive."""
+        self._process.kill()
+        self._pool.shutdown()
 
     def __getattr__(self, method: str) -> Callable[..., Any]:
         """A method of `Measured`, called there."""

@@ -146,12 +146,17 @@ def time_steps(config: Config, arguments: argparse.Namespace, device: torch.devi
     """
     plan = plan_steps(config, arguments.pairs, config.engine.compile_blocks or device.type == "cuda")
     sides: list[Worker | Measured] = []
-    for name in ["bare" if arguments.bare else "trainer", *([arguments.against] if arguments.against else [])]:
-        say(f"starting {name}")
-        sides.append((Worker if arguments.against else Measured)(name, config))
-    results = _take_turns(sides, plan, arguments.pairs)
-    profiled = _profile(sides[0], plan, results[sides[0].name], device) if arguments.profile else {}
-    peaks = {side.name: side.end() for side in sides}
+    try:
+        for name in ["bare" if arguments.bare else "trainer", *([arguments.against] if arguments.against else [])]:
+            say(f"starting {name}")
+            sides.append((Worker if arguments.against else Measured)(name, config))
+        results = _take_turns(sides, plan, arguments.pairs)
+        profiled = _profile(sides[0], plan, results[sides[0].name], device) if arguments.profile else {}
+        peaks = {side.name: side.end() for side in sides}
+    finally:
+        for side in sides:
+            if isinstance(side, Worker):
+                side.kill()
     _print_steps(results, plan, peaks)
     measured = _summarise(config, arguments, device, results, peaks)
     return measured | {"lengths": plan.lengths, "start_seconds": sides[0].start} | profiled

@@ -1,6 +1,6 @@
 """What differs between two plans, as people read it."""
 
-from cfpretrain.base.plans import differences
+from cfpretrain.base.differences import differences
 
 
 def test_values_are_shown_and_hashes_are_named() -> None:
