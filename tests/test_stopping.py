@@ -81,7 +81,8 @@ class Terminal:
         below = self.below()
         wait_until(lambda: not self._is_open())
         os.waitpid(self.pid, 0)
-        wait_until(lambda: not [process for process in below if process.is_running() and process.status() != "zombie"])
+        psutil.wait_procs(below, timeout=60)
+        assert not [process for process in below if process.is_running()]
         return self.said.decode()
 
     def below(self) -> list[psutil.Process]:

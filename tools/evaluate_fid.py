@@ -18,9 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cfpretrain.base import files, outputs, plans
+from cfpretrain.base import files, outputs
 from cfpretrain.base.command_line import Parser, run_on_ranks
 from cfpretrain.base.console import Progress, UserError, path_argument, phase, say
+from cfpretrain.base.differences import differences
 from cfpretrain.evaluation.sampling_options import add_sampling_options, check_place, read_settings
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def _found(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         return None
     try:
         there = outputs.parse_plan(files.read_text(out))
-        different = plans.differences(there["settings"], json.loads(json.dumps(settings)))
+        different = differences(there["settings"], json.loads(json.dumps(settings)))
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise UserError(f"--out: {out} is there already and holds no scores; choose another --out") from error
     if different:

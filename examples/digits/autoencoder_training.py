@@ -20,8 +20,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from cfpretrain.autoencoder import PIXELS_AT_ONCE, KLAutoencoder, fingerprint
-from cfpretrain.base import files, plans
+from cfpretrain.base import files
 from cfpretrain.base.console import Progress, SickRunError, UserError, one_line, phase, say
+from cfpretrain.base.differences import differences
 from cfpretrain.base.stopping import StopRequest
 from cfpretrain.core import seeds
 from examples.digits.reconstruction import draw_reconstructions
@@ -161,7 +162,7 @@ class Training:
         tensors, state = _read_state(self.folder / _STATE_FILE, f"delete {self.folder} to begin again")
         if self.settings[NUM_STEPS] is None:
             self.settings[NUM_STEPS] = state["settings"][NUM_STEPS]
-        different = plans.differences(state["settings"], self.settings)
+        different = differences(state["settings"], self.settings)
         if different:
             raise UserError(
                 f"OUT: {self.folder} is the unfinished training of other settings ({different}); give those, or delete "
