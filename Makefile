@@ -16,9 +16,9 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
 
 .PHONY: help demo test test-slow wheelhouse check fix clean
 help:
-	@echo "make demo       install, train on real digits on 2 CPU ranks, sample, score (about 15 minutes)"
-	@echo "make test       install, run the CPU test suite (about 15 minutes)"
-	@echo "make test-slow  the tests that take minutes each"
+	@echo "make demo       install, train on real digits on 2 CPU ranks, sample, score (about 10 minutes)"
+	@echo "make test       install, run the CPU test suite (about 12 minutes)"
+	@echo "make test-slow  the tests that take minutes each (about 15 minutes)"
 	@echo "make wheelhouse PYTHON=3.12  wheels for machines without a network, with that Python and torch"
 	@echo "make check      format, lint, types, import contract"
 	@echo "make fix        format and fix what can be fixed"
