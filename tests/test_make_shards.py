@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
@@ -418,6 +419,8 @@ def test_too_many_rejected_images_stop_it(tree: Path, tmp_path: Path) -> None:
     assert num_written(out) == before
     assert not out.exists()
     made(*arguments, "--max-rejected-share", 0.04)
+    # Nor is a finished folder taken under a share that it breaks.
+    assert re.search(r"got 2 already: 2 in \S+rejected\.jsonl\.", refused(*arguments, "--max-rejected-share", 0.02))
     made(tree, "--out", tmp_path / "at once", *_TREE)
     assert content(out) == content(tmp_path / "at once")
 

@@ -8,6 +8,7 @@ in a `Network`.
 import functools
 import math
 import operator
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class LossTerms:
 Vectors = tuple[Tensor, Tensor | None]
 
 
-class Modality:
+class Modality(ABC):
     """What is particular to a kind of token."""
 
     kind: str  # of the segments that are its own
@@ -62,12 +63,12 @@ class Modality:
         """How many clean tokens of a segment are embedded."""
         return 0 if segment.clean is None else segment.clean.shape[1]
 
+    @abstractmethod
     def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
         """A segment of no tokens that takes those parameters of the embedder which the given ones of the kind do not.
 
         None where these take all. It is embedded beside them; see `Network`.
         """
-        raise NotImplementedError
 
     @staticmethod
     def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:

@@ -73,12 +73,11 @@ def write_image_shards(
         if not is_complete:
             folder.writer.begin()
         begun.append((folder, is_complete))
-    rejected = _Rejected(
-        sum(len(one.listing.rows) for one, is_complete in begun if not is_complete), max_rejected_share
-    )
+    rejected = _Rejected(sum(len(listing.rows) for listing, _ in parts), max_rejected_share)
     for folder, is_complete in begun:
         if is_complete:
-            _report(folder.writer.folder, ": already there")
+            info = _report(folder.writer.folder, ": already there")
+            rejected.add_finished(info.num_rejected, folder.writer.folder / REJECTED_FILE)
         else:
             rate = _write_missing(folder, num_workers, rejected)
             folder.finish(source)
@@ -94,8 +93,8 @@ def deal_images(num_images: int, images_per_shard: int) -> list[list[int]]:
     return [sorted(dealt[begin : begin + images_per_shard]) for begin in range(0, num_images, images_per_shard)]
 
 
-def _report(folder: Path, before: str, behind: str = "") -> None:
-    """Prints the content of a finished folder and what its images lost."""
+def _report(folder: Path, before: str, behind: str = "") -> ImagesInfo:
+    """Prints the content of a finished folder and what its images lost; returns its description."""
     info = read_info(folder, str(folder))
     assert isinstance(info, ImagesInfo)
     for line in describe_changes(info.changes, info.background, info.image_size):
@@ -107,30 +106,42 @@ def _report(folder: Path, before: str, behind: str = "") -> None:
         f"{info.channels} x {info.image_size} x {info.image_size}, {info.store}; {info.num_rejected} rejected{named}; "
         f"{megabytes:.1f} MB{behind}"
     )
+    return info
 
 
 class _Rejected:
-    """The images that could not be stored, of `num_images` in the unfinished folders."""
+    """The images that could not be stored, of `num_images` in all folders."""
 
     def __init__(self, num_images: int, max_share: float) -> None:
         self._num_images, self._max_share = num_images, max_share
-        self._images: list[dict[str, Any]] = []
+        self._images: list[dict[str, Any]] = []  # of folders in the making
+        self._finished: dict[Path, int] = {}  # how many each file of a finished folder names
 
     @property
     def count(self) -> int:
         """Of all folders together."""
-        return len(self._images)
+        return len(self._images) + sum(self._finished.values())
+
+    def add_finished(self, num_images: int, file: Path) -> None:
+        """Adds those of a finished folder, which `file` names; errors as of `add`."""
+        if num_images:
+            self._finished[file] = num_images
+        self._check()
 
     def add(self, images: Sequence[dict[str, Any]]) -> None:
         """Adds those of a shard; UserError where they become too many."""
         self._images += images
+        self._check()
+
+    def _check(self) -> None:
         if self.count > self._max_share * self._num_images:
             self._images.sort(key=lambda image: image["id"])
-            shown = "; ".join(f"{image['path']}: {image['reason']}" for image in self._images[:_NUM_SHOWN])
-            more = "; ..." if self.count > _NUM_SHOWN else ""
+            shown = [f"{image['path']}: {image['reason']}" for image in self._images[:_NUM_SHOWN]]
+            shown += ["..."] if len(self._images) > _NUM_SHOWN else []
+            shown += [f"{num} in {file}" for file, num in self._finished.items()]
             raise UserError(
                 f"--max-rejected-share: expected at most {self._max_share:g} of {self._num_images} images to be "
-                f"rejected, got {self.count} already: {shown}{more}. Raise the share to "
+                f"rejected, got {self.count} already: {'; '.join(shown)}. Raise the share to "
                 f"{math.ceil(1000 * self.count / self._num_images) / 1000:g} or more, and it goes on; repair or "
                 "remove them, and it begins again"
             )
