@@ -270,7 +270,7 @@ def test_training_from_the_store_is_training_from_the_folder(store: ObjectStore,
     folder = write_latents(tmp_path / "digits", digits_info(100), digits(100), samples_per_shard=10)
     address = store.upload(folder, "digits")
     losses = []
-    for shards, limit in ((str(folder), 0.0), (address, 3.5 * shard_bytes(folder) / 1e9)):
+    for shards, limit in ((str(folder), 0.0), (address, 5.5 * shard_bytes(folder) / 1e9)):
         run = tmp_path / f"run{len(losses)}"
         cache = [f"data.cache_folder={tmp_path / 'cache'}", f"data.cache_limit_gb={limit}"]
         arguments = small_run(Path("unused"), run, f"data.shards={shards}", *cache, "data.num_workers=2")
@@ -279,4 +279,5 @@ def test_training_from_the_store_is_training_from_the_folder(store: ObjectStore,
         losses.append([row["loss"] for row in rows])
     assert len(losses[0]) == 12
     assert losses[0] == losses[1]
-    assert 0 < len(list((tmp_path / "cache").glob("[0-9a-f]*"))) <= 3
+    # Of ten shards there is room for five; the four workers may have been stopped while each fetched one.
+    assert 0 < len([path for path in (tmp_path / "cache").iterdir() if len(path.name) == 128]) <= 5
