@@ -105,14 +105,15 @@ def _describe_inputs(config: "Config") -> Iterator[str]:
     import torch
 
     from cfpretrain.data.compatibility import check_autoencoder, check_infos
-    from cfpretrain.data.shards import read_latents_info
+    from cfpretrain.data.online import open_training_data
     from cfpretrain.run.build import make_autoencoder
 
     folder, elsewhere = config.data.autoencoder, [one for one in config.data.shards if not Path(one).is_dir()]
-    infos = [] if elsewhere else [read_latents_info(one) for one in config.data.shards]
-    if infos:
+    data = None if elsewhere else open_training_data(config)
+    infos = [] if data is None else data.latents
+    if data is not None:
         check_infos(infos, config)
-        yield f"shards: {sum(info.num_samples for info in infos):,} samples, which fit the config"
+        yield f"shards: {sum(map(len, data.folders)):,} {data.folders[0].info.kind}, which fit the config"
     else:
         yield f"shards: not looked at, since {elsewhere[0]} is no folder of this machine"
     if not folder:

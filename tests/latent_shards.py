@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cfpretrain.base.config import Config, DataConfig, ModelConfig, RunConfig, TrainConfig
-from cfpretrain.data.reader import Samples
+from cfpretrain.data.samples import Samples
 from cfpretrain.data.shards import LatentsInfo, Shards, columns_of
 from tests.digits import write_latents
 

@@ -27,7 +27,7 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
 from cfpretrain.data.loader import Loader, Position, epoch_order, epoch_visits
-from cfpretrain.data.reader import Samples
+from cfpretrain.data.samples import Samples
 from cfpretrain.data.shards import INFO_FILE, INFO_HASH, Shards
 from tests.latent_shards import as_read, config_for, id_of, moment_of, write_samples
 from tests.processes import run_in_processes, wait_until

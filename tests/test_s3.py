@@ -20,8 +20,9 @@ import torch
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.data import storage
-from cfpretrain.data.loader import Loader, Position, open_folders, order_fingerprint
-from cfpretrain.data.reader import Samples
+from cfpretrain.data.loader import Loader, Position, order_fingerprint
+from cfpretrain.data.online import open_training_data
+from cfpretrain.data.samples import Samples
 from tests.digits import digits, digits_info, small_run, write_latents
 from tests.image_files import write_images
 from tests.latent_shards import as_read, config_for, write_samples
@@ -93,7 +94,7 @@ def test_shards_in_the_store_are_those_of_the_folder(
     config = s3_config(address, tmp_path / "cache", folder, num_workers=2)
     with closing(Loader(config, as_read, 0, 1)) as loader:
         local = local_config(folder)
-        assert loader.fingerprint == order_fingerprint(local, open_folders(local))
+        assert loader.fingerprint == order_fingerprint(local, open_training_data(local).folders)
         assert_equal(take(loader, 6), local_batches(folder, 6))
         position = loader.position
     assert "WARNING: data.cache_limit_gb = " in capsys.readouterr().out

@@ -104,13 +104,12 @@ def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
     if missing is None:
         return
     sizes = encoding.images.shard_sizes
-    num_threads = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_SIZE", "1")))
     done_before = int(sizes.sum() - sizes[missing].sum())
     progress = Progress(int(sizes.sum()), done_before, "image")
     try:
         with runtime.Exchange(lambda num_done: progress.show(done_before + num_done)) as exchange:
             mine = missing[runtime.rank() :: runtime.world_size()]
-            encode(encoding, writer, mine, num_threads, exchange.add)
+            encode(encoding, writer, mine, runtime.num_cores(), exchange.add)
     finally:
         progress.close()
     with runtime.together():

@@ -83,13 +83,19 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    shards: tuple[Address, ...] = ("data/latents",)  # folders of latent shards, or addresses: s3://bucket/folder
+    # Folders of latent shards, or of image shards, which are encoded as training goes; or addresses: s3://bucket/folder
+    shards: tuple[Address, ...] = ("data/latents",)
     # How often an epoch goes through each; one value, or one a folder.
     repeat: tuple[Annotated[float, Range(1e-9, 127)], ...] = (1.0,)
-    autoencoder: FilePath = ""  # folder of the autoencoder behind the latents, to decode samples; none: pixels
+    # Folder of the autoencoder behind the latents, which decodes samples and encodes images; none: latents are pixels.
+    autoencoder: FilePath = ""
     latent_shift: tuple[float, ...] = (0.0,)  # model sees (raw - shift) * scale; one value, or C
     latent_scale: tuple[float, ...] = (0.2325,)
     mirror_prob: Share = 0.5  # 0 for digits and text
+    # Of image shards alone. random: the paper knows no such crop; of half the area or more, scaled to the images' size.
+    crop: Literal["adm", "random"] = "adm"
+    encode_batch_size: Annotated[int, Range(1, 4096)] = 32  # images encoded at once; fewer are padded to it
+    on_bad_image: Literal["stop", "skip"] = "stop"  # one that cannot be decoded; skip: its loss is 0
     num_workers: Annotated[int, Range(0, 1024)] = 4  # loader processes a rank; 0 loads in the training process
     num_canonical_nodes: Positive = 1  # fixes the shuffle whatever the number of nodes
     shuffle_block_size: Positive = 262144  # samples shuffled together

@@ -63,6 +63,11 @@ def ranks_per_node() -> int | None:
     return here if len(set(gather(here))) == 1 and world_size() % here == 0 else None
 
 
+def num_cores() -> int:
+    """Cores of the CPU for this rank, where its machine's are shared evenly."""
+    return max(1, len(os.sched_getaffinity(0)) // _launch().local_size)
+
+
 def pick_device(device_files: Path = Path("/dev")) -> torch.device:
     """This rank's GPU where there is one, else the CPU; DS_ACCELERATOR=cpu chooses the CPU.
 

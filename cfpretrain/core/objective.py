@@ -12,6 +12,7 @@ squared error.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ class Batch:
     num_clean: tuple[int, ...]  # for each segment, how many of the first clean tokens enter the sequence
     intervals_BMI: Tensor  # int32 [B or 1, M, 4], see `segments.Layout`
     work: Work  # what the sequences' FLOPs are counted by
+    skipped: tuple[str, ...] = ()  # why samples are not trained on: their weights are 0
 
     def of_kind(self, kind: str) -> Segment:
         """The only segment of a kind."""
@@ -135,9 +137,15 @@ class DenoisingLoss:
             noise_BLP=seeds.normal(sample_keys("noise"), (num_tokens, patch_values)),
         )
 
-    def prepare(self, latents_BCYX: Tensor, draws: Draws) -> Batch:
-        """The batch that the draws make of these samples' latents (as the network sees them), all on the CPU."""
+    def prepare(self, latents_BCYX: Tensor, draws: Draws, skipped: Mapping[int, str] = MappingProxyType({})) -> Batch:
+        """The batch that the draws make of these samples' latents (as the network sees them), all on the CPU.
+
+        Samples at the places `skipped`, which says why, have the weight 0.
+        """
         order_BL, ar = draws.order_BL, self.ar
+        weights_BL = ar_weights(draws.steps_BL, ar.ar_weight_first, ar.ar_weight_last, ar.ar_weight_schedule)
+        if skipped:
+            weights_BL = weights_BL.index_fill(0, torch.tensor(list(skipped)), 0.0)
         clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
         noise_BLP = take_tokens(draws.noise_BLP, order_BL)
         noised_BLP, target_BLP = self.process.noise(clean_BLP, noise_BLP, draws.timesteps_B)
@@ -150,12 +158,13 @@ class DenoisingLoss:
             positions_BL=order_BL,
             times_B=draws.timesteps_B,
             targets=target_BLP,
-            weights_BL=ar_weights(draws.steps_BL, ar.ar_weight_first, ar.ar_weight_last, ar.ar_weight_schedule),
+            weights_BL=weights_BL,
         )
         segments = (class_segment(self.num_cond_tokens, draws.labels_B), image)
         layout = build_layout(segments, self.clean_multiple, ar.shares_split)
         work = count_work(segments, layout, len(latents_BCYX))
-        return Batch(draws.step, draws.ids_B, segments, layout.num_clean, layout.intervals_BMI, work)
+        reasons = tuple(skipped.values())
+        return Batch(draws.step, draws.ids_B, segments, layout.num_clean, layout.intervals_BMI, work, reasons)
 
     def __call__(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> LossTerms:
         """The loss of a micro-batch that lies on the model's device."""

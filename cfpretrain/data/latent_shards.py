@@ -1,13 +1,14 @@
 """Image shards -> latent shards: one shard of latents for each of images, by any number of ranks.
 
 Of an image, and of its mirror image, the posterior's mean and log-variance are stored, raw and in float16; training
-draws its latents from them. Every batch has the same size, is cut by shard (pixels.py) and is encoded by one
-thread, so the bytes of a shard depend neither on ranks and threads nor on the order of work and kills in it.
+draws its latents from them. Every batch is cut by shard, padded to one size and encoded by one thread, so the bytes of
+a shard depend neither on ranks and threads nor on the order of work and kills in it.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
 from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
-from cfpretrain.data.pixels import PixelBatch, Sample, dali_version, decode_shards
+from cfpretrain.data.pixels import PixelBatch, Sample, dali_version, decode_shards, padded
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, latent_columns
 
@@ -40,11 +41,13 @@ class Encoding:
         precision: str,
         batch_size: int,
         with_mirror: bool,
+        has_random_crops: bool = False,
     ) -> None:
         assert isinstance(images.info, ImagesInfo)
         info = images.info
         self.images, self.info = images, info
         self.autoencoder, self.device, self.batch_size = autoencoder, device, batch_size
+        self._crop = "random" if has_random_crops else "adm" if info.store == "lossless" else "dali"
         self.precision = precision  # in which the autoencoder computes, for the record
         self.latent_shape = autoencoder.latent_shape((info.channels, info.image_size, info.image_size))
         # Pixels have no log-variances, and need only be flipped.
@@ -65,8 +68,8 @@ class Encoding:
             "device": self.device.type,
         }
 
-    def describe(self, records: Sequence[Mapping[str, Any]]) -> LatentsInfo:
-        """The description of the latents, from the records of all shards."""
+    def describe(self, records: Sequence[Mapping[str, Any]] = ()) -> LatentsInfo:
+        """The description of the latents, from the records of all shards; without any, of latents yet to be made."""
         return LatentsInfo(
             autoencoder=self.autoencoder.fingerprint,
             latent_shape=self.latent_shape,
@@ -76,12 +79,43 @@ class Encoding:
             num_samples=self.info.num_samples,
             source=self.info.source,
             image_size=self.info.image_size,
-            crop="adm" if self.info.store == "lossless" else "dali",
+            crop=self._crop,
             has_posterior=self.has_posterior,
             has_mirror=self.has_mirror,
-            statistics=_statistics(records),
-            versions=merged_versions(records),
+            statistics=_statistics(records) if records else {},
+            versions=merged_versions(records) if records else {},
         )
+
+    def moments(self, pixels_BYXC: torch.Tensor, mirrored_B: torch.Tensor, names: Sequence[str]) -> _Moments:
+        """What is kept of images, or of the mirror images of some: columns `mean` and, of a posterior, `log_variance`.
+
+        UserError where float16 cannot hold them.
+
+        Args:
+            pixels_BYXC: uint8, at most `batch_size` images, on the device.
+            mirrored_B: which are mirrored before they are encoded.
+            names: of the images, for messages.
+        """
+        images_BCYX = padded(pixels_BYXC, self.batch_size).permute(0, 3, 1, 2).contiguous().float() / 255
+        turned_B = padded(mirrored_B.to(images_BCYX.device), self.batch_size)
+        images_BCYX = torch.where(turned_B[:, None, None, None], images_BCYX.flip(-1), images_BCYX)
+        mean_BCYX, log_variance_BCYX = self.autoencoder.encode(images_BCYX)
+        found = {"mean": self._stored(mean_BCYX, names)}
+        if log_variance_BCYX is not None:
+            found["log_variance"] = self._stored(log_variance_BCYX, names)
+        return found
+
+    @staticmethod
+    def _stored(values_BCYX: torch.Tensor, names: Sequence[str]) -> NDArray[np.float16]:
+        """In float16, without the padding of the batch."""
+        stored: NDArray[np.float16] = values_BCYX[: len(names)].to(torch.float16).cpu().numpy()
+        for name, values in zip(names, stored, strict=True):
+            if not np.isfinite(values).all():
+                raise UserError(
+                    f"{name}: expected latents that float16 can hold, got {float(values.min()):g} to "
+                    f"{float(values.max()):g}; encode with --precision fp32, or with another autoencoder"
+                )
+        return stored
 
     def versions(self) -> dict[str, str]:
         """Of the packages that decide the bits of latents."""
@@ -109,10 +143,8 @@ def encode(
     num_workers = 1 if encoding.device.type == "cuda" else num_threads
     # Each computes alone: the bits of a result depend on how torch shares a batch among threads.
     threads = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
-    # The same bits at every run on a GPU, and float32 where float32 is asked for.
-    exact = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
     try:
-        with exact:
+        with exactly():
             encoded = _in_order(threads, encoding, batches, ahead=num_workers)
             for number, of_shard in groupby(encoded, key=lambda pair: pair[0].shard):
                 _write_shard(encoding, writer, number, of_shard, on_batch)
@@ -124,6 +156,11 @@ def encode(
         ) from error
     finally:
         threads.shutdown(cancel_futures=True)
+
+
+def exactly() -> AbstractContextManager[None]:
+    """Encoding gives the same bits at every run on a GPU, and float32 where float32 is asked for."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def _in_order(threads: Executor, encoding: Encoding, batches: Iterable[PixelBatch], ahead: int) -> Iterator[_Encoded]:
@@ -139,27 +176,12 @@ def _in_order(threads: Executor, encoding: Encoding, batches: Iterable[PixelBatc
 
 def _encode_batch(encoding: Encoding, batch: PixelBatch) -> _Encoded:
     """A batch, and the columns of its samples."""
-    images_BCYX = batch.pixels_BYXC.permute(0, 3, 1, 2).contiguous().float() / 255
     moments: _Moments = {}
-    for prefix in ("", "mirror_") if encoding.has_mirror else ("",):
-        mean_BCYX, log_variance_BCYX = encoding.autoencoder.encode(images_BCYX.flip(-1) if prefix else images_BCYX)
-        moments[f"{prefix}mean"] = _stored(encoding, batch, mean_BCYX)
-        if log_variance_BCYX is not None:
-            moments[f"{prefix}log_variance"] = _stored(encoding, batch, log_variance_BCYX)
+    names = [f"{encoding.images.source.address}: image of id {sample['id']}" for sample in batch.samples]
+    for prefix, is_mirrored in (("", False), ("mirror_", True)) if encoding.has_mirror else (("", False),):
+        found = encoding.moments(batch.pixels_BYXC, torch.full((len(names),), is_mirrored), names)
+        moments |= {f"{prefix}{name}": values for name, values in found.items()}
     return batch, moments
-
-
-def _stored(encoding: Encoding, batch: PixelBatch, values_BCYX: torch.Tensor) -> NDArray[np.float16]:
-    """In float16, without the padding of the batch."""
-    stored: NDArray[np.float16] = values_BCYX[: len(batch.samples)].to(torch.float16).cpu().numpy()
-    for sample, values in zip(batch.samples, stored, strict=True):
-        if not np.isfinite(values).all():
-            raise UserError(
-                f"{encoding.images.source.address}: image of id {sample['id']}: expected latents that float16 can "
-                f"hold, got {float(values.min()):g} to {float(values.max()):g}; encode with --precision fp32, or with "
-                "another autoencoder"
-            )
-    return stored
 
 
 def _write_shard(

@@ -5,8 +5,9 @@ function of the seed, the epoch, the shards, `repeat`, `num_canonical_nodes` and
 global batches, and a global batch into the ranks' shares, so neither ranks nor accumulation nor workers change what a
 step sees. Nor do they change a sample: mirror and posterior noise are drawn from the seed, the epoch and its id.
 
-Workers also make the samples into what the step needs (`prepare`), and a whole step is read ahead, across the border of
-an epoch too: ranks learn before a step begins that one of them cannot read its share.
+Workers also make the samples into what the step needs (`prepare`); of images, a thread does, which has them decoded and
+encoded before (`data.online`). A whole step is read ahead, across the border of an epoch too: ranks learn before a step
+begins that one of them cannot read its share.
 """
 
 import time
@@ -15,15 +16,17 @@ from dataclasses import dataclass
 from typing import Generic
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, phase, say
 from cfpretrain.core import seeds
-from cfpretrain.data.cache import Cache
 from cfpretrain.data.compatibility import check_infos, samples_an_epoch
 from cfpretrain.data.mosaic import get_partitions, get_shuffle
-from cfpretrain.data.reader import REPETITION_BIT, MicroBatches, Prepare, Reader, Request, T
+from cfpretrain.data.online import EncodingReader, TrainingData, open_training_data
+from cfpretrain.data.reader import MicroBatches, Reader, Request
+from cfpretrain.data.samples import REPETITION_BIT, LatentReading, Prepare, T, VisitDraws
 from cfpretrain.data.shards import Shards
 from cfpretrain.data.storage import RemoteFolder
 
@@ -46,15 +49,15 @@ class Loader(Generic[T]):
 
     Args:
         config: its `data`, `train`, `model` and `run.seed`; checked by `config_checks.check`.
-        prepare: makes a micro-batch of its samples, in the workers; its result has a method `pin_memory` where it is
-            to be pinned.
+        prepare: makes a micro-batch of its samples; its result has a method `pin_memory`, used on a GPU.
         rank: this rank, 0 to world_size - 1.
         world_size: number of ranks.
         position: where to go on; any `Position` this class gave, under any number of ranks.
         step: the optimizer step that the first list is for; the next is for the step after it.
         ranks_per_node: with more than one node, keeps the shards that a node reads few; changes no global batch.
             None: all ranks are on one node.
-        pinned: put micro-batches into pinned memory.
+        device: of the training. On a GPU images are decoded and encoded there, and micro-batches come in pinned memory.
+        data: the folders of the config, where they are open already.
     """
 
     def __init__(
@@ -66,12 +69,12 @@ class Loader(Generic[T]):
         position: Position | None = None,
         step: int = 0,
         ranks_per_node: int | None = None,
-        pinned: bool = False,
+        device: torch.device | None = None,
+        data: TrainingData | None = None,
     ) -> None:
-        cache = Cache.of(config.data)
-        self._budget = cache.budget
-        folders = open_folders(config, cache)
-        check_infos([folder.latents_info for folder in folders], config)
+        data = data or open_training_data(config, device)
+        self._budget, folders = data.cache.budget, data.folders
+        check_infos(data.latents, config)
         self.fingerprint = order_fingerprint(config, folders)
         self._shard_sizes = [folder.shard_sizes for folder in folders]
         self._num_samples = sum(samples_an_epoch([len(folder) for folder in folders], config.data.repeat))
@@ -93,9 +96,14 @@ class Loader(Generic[T]):
         self.waited_seconds = 0.0  # for batches, so far
         self.problem: str | None = None  # why the next step's micro-batches cannot be read, once that is known
         self._next: list[T] | None = None
-        self._reader: Reader[T] | None = Reader(
-            MicroBatches(folders, config, prepare), self._requests(step), config.data.num_workers, pinned, self._budget
-        )
+        device, requests = device or torch.device("cpu"), self._requests(step)
+        self._reader: Reader[T] | EncodingReader[T] | None
+        if data.encodings:
+            self._reader = EncodingReader(data, config, prepare, requests, self._accumulation, device)
+        else:
+            reading = LatentReading(data.latents[0], VisitDraws(config), prepare)
+            batches, is_pinned = MicroBatches(folders, reading), device.type == "cuda"
+            self._reader = Reader(batches, requests, config.data.num_workers, is_pinned, self._budget)
 
     def __iter__(self) -> Iterator[list[T]]:
         return self
@@ -166,12 +174,6 @@ def order_fingerprint(config: Config, folders: Sequence[Shards]) -> str:
     shards = "+".join(folder.fingerprint for folder in folders)
     repeat = "" if set(data.repeat) == {1.0} else "x" + ",".join(map(repr, data.repeat))
     return f"{shards}{repeat}-{data.num_canonical_nodes}-{data.shuffle_block_size}"
-
-
-def open_folders(config: Config, cache: Cache | None = None) -> list[Shards]:
-    """The folders of `data.shards`; UserError where one cannot be read."""
-    cache = cache or Cache.of(config.data)
-    return [Shards(address, cache=cache) for address in config.data.shards]
 
 
 def _warn_of_a_small_cache(config: Config, folders: Sequence[Shards], num_nodes: int) -> None:

@@ -1,10 +1,5 @@
-"""Images as shards hold them -> pixels: the door to DALI, NVIDIA's library for decoding.
+"""Images as shards hold them -> pixels: the door to DALI, NVIDIA's library for decoding."""
 
-Batches have one size and are cut by shard: the other images in the batch of an image depend on its shard alone, never
-on the rank or on earlier shards.
-"""
-
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -19,7 +14,99 @@ from cfpretrain.base.console import UserError
 from cfpretrain.data.shards import ImagesInfo, Shards
 
 Sample = Mapping[str, Any]
-_Files = list[NDArray[np.uint8]]
+
+# Of a random crop, before it is scaled: its share of the image's area, and width / height.
+_CROP_AREA, _CROP_ASPECT = (0.5, 1.0), (3 / 4, 4 / 3)
+
+
+class BadImagesError(Exception):
+    """Images of a batch that cannot be decoded, or are of another size."""
+
+    def __init__(self, reasons: Mapping[int, str]) -> None:
+        super().__init__(reasons)
+        self.reasons = reasons  # by their places in the batch
+
+
+class Decoder:
+    """Decodes batches of image files, by DALI; between two calls nothing is in flight.
+
+    Args:
+        info: of the folder. Where its `store` is "lossless", pixels are those that were stored; "original" images are
+            resized and cropped, near the ADM crop but not equal to it.
+        batch_size: most images of a call.
+        device: where the pixels go; a GPU decodes JPEG itself.
+        num_threads: of the CPU.
+        has_random_crops: each call says how every image is cropped; the crop is scaled to the size of the images.
+    """
+
+    def __init__(
+        self,
+        info: ImagesInfo,
+        batch_size: int,
+        device: torch.device,
+        num_threads: int,
+        has_random_crops: bool = False,
+    ) -> None:
+        self._make = lambda: _make_pipeline(info, batch_size, device, num_threads, has_random_crops)
+        self._shape = (info.image_size, info.image_size, info.channels)
+        self._info, self._has_random_crops = info, has_random_crops
+        self._pipeline = self._make()
+
+    def __call__(self, files: Sequence[bytes | NDArray[np.uint8]], crops_B4: Tensor | None = None) -> Tensor:
+        """The pixels of square images: uint8 [B, Y, X, C].
+
+        Args:
+            files: the bytes of each image.
+            crops_B4: numbers in [0, 1) that choose the random crops: area, aspect, column, row.
+
+        Raises:
+            BadImagesError: names every image that cannot be decoded, or is of another size.
+        """
+        self._pipeline.feed_input("files", [np.frombuffer(file, np.uint8) for file in files])
+        if self._has_random_crops:
+            assert crops_B4 is not None
+            self._pipeline.feed_input("crops", list(crops_B4.float().numpy()))
+        try:
+            (decoded,) = self._pipeline.run()
+        except RuntimeError:
+            self._pipeline = self._make()  # one that has failed gives nothing more
+            reasons = self._find_undecodable(files)
+            if not reasons:
+                raise
+            raise BadImagesError(reasons) from None
+        shapes = [tuple(shape) for shape in decoded.shape()]
+        reasons = {
+            place: f"expected {_by(self._shape)} pixels, got {_by(shape)}; make the image shards again"
+            for place, shape in enumerate(shapes)
+            if shape != self._shape
+        }
+        if reasons:
+            raise BadImagesError(reasons)
+        # A copy, since the pipeline writes its next batch into the same memory.
+        pixels_BYXC = torch.utils.dlpack.from_dlpack(decoded.as_tensor()).clone()
+        if pixels_BYXC.is_cuda:
+            torch.cuda.current_stream(pixels_BYXC.device).synchronize()
+        return pixels_BYXC
+
+    def _find_undecodable(self, files: Sequence[bytes | NDArray[np.uint8]]) -> dict[int, str]:
+        """Those that cannot be decoded alone, on the CPU, and why."""
+        reasons = {}
+        for place, file in enumerate(files):
+            alone = _make_pipeline(self._info, 1, torch.device("cpu"), 1)
+            alone.feed_input("files", [np.frombuffer(file, np.uint8)])
+            try:
+                alone.run()
+            except RuntimeError as error:
+                reason = str(error).partition("encountered:\n")[2].partition("Current pipeline")[0]
+                reasons[place] = (
+                    f"DALI cannot decode it ({' '.join(reason.split()):.200}); make the image shards with "
+                    "--store lossless, which PIL decodes"
+                )
+        return reasons
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 @dataclass(frozen=True)
@@ -28,60 +115,33 @@ class PixelBatch:
 
     shard: int
     samples: Sequence[Sample]  # their columns, in the order of the shard
-    pixels_BYXC: Tensor  # uint8; padded with the last of the samples, so that every batch is full
+    pixels_BYXC: Tensor  # uint8, as of `Decoder`
 
 
 def decode_shards(
     shards: Shards, numbers: Iterable[int], batch_size: int, device: torch.device, num_threads: int
 ) -> Iterator[PixelBatch]:
-    """Decodes whole shards; while one batch is used, the next is being decoded, also across shards.
+    """Decodes whole shards, those of these numbers, in order; batches are cut by shard.
 
-    UserError where an image is damaged, cannot be decoded or is of another size.
-
-    Args:
-        shards: of images.
-        numbers: which of them, in order.
-        batch_size: images in a batch.
-        device: where the pixels go; a GPU decodes JPEG itself.
-        num_threads: of the CPU.
-
-    Yields:
-        Square images, `image_size` pixels a side. Where the folder's `store` is "lossless" they are the pixels that
-        were stored; "original" ones are resized and cropped by DALI, near the ADM crop but not equal to it.
+    UserError where an image is damaged, cannot be decoded or is of another size; arguments as of `Decoder`.
     """
-    info = shards.info
-    assert isinstance(info, ImagesInfo)
-    decoding: deque[tuple[int, list[Sample]]] = deque()  # given to the pipeline, and not decoded yet
-
-    def files() -> Iterator[_Files]:
-        for number in numbers:
-            samples = shards.shard(number)
-            while batch := list[Sample](islice(samples, batch_size)):
-                decoding.append((number, batch))
-                yield _files(batch) + _files(batch[-1:]) * (batch_size - len(batch))
-
-    pipeline = _make_pipeline(info, files(), batch_size, device, num_threads)
-    while True:
-        try:
-            (decoded,) = pipeline.run()
-        except StopIteration:
-            return
-        except RuntimeError:
-            _refuse_undecodable(shards, *decoding[0])
-            raise
-        number, batch = decoding.popleft()
-        expected = (info.image_size, info.image_size, info.channels)
-        for sample, shape in zip(batch, decoded.shape(), strict=False):
-            if tuple(shape) != expected:
+    assert isinstance(shards.info, ImagesInfo)
+    decoder = Decoder(shards.info, batch_size, device, num_threads)
+    for number in numbers:
+        of_shard = shards.shard(number)
+        while samples := list(islice(of_shard, batch_size)):
+            try:
+                yield PixelBatch(number, samples, decoder([sample["image"] for sample in samples]))
+            except BadImagesError as error:
+                place, reason = next(iter(error.reasons.items()))
                 raise UserError(
-                    f"{_name(shards, number, sample)}: expected {' x '.join(map(str, expected))} pixels, got "
-                    f"{' x '.join(map(str, shape))}; make the image shards again"
-                )
-        # A copy, since the pipeline writes its next batch into the same memory.
-        pixels_BYXC = torch.utils.dlpack.from_dlpack(decoded.as_tensor()).clone()
-        if pixels_BYXC.is_cuda:
-            torch.cuda.current_stream(pixels_BYXC.device).synchronize()
-        yield PixelBatch(number, batch, pixels_BYXC)
+                    f"{shards.source.address}/{shards.files[number].name}: image of id {samples[place]['id']}: {reason}"
+                ) from error
+
+
+def padded(values_B: Tensor, batch_size: int) -> Tensor:
+    """A batch with its last value repeated up to a size."""
+    return torch.cat([values_B, values_B[-1:].expand(batch_size - len(values_B), *values_B.shape[1:])])
 
 
 def dali_version() -> str:
@@ -100,14 +160,21 @@ def _import_dali() -> Any:
 
 
 def _make_pipeline(
-    info: ImagesInfo, files: Iterator[_Files], batch_size: int, device: torch.device, num_threads: int
+    info: ImagesInfo, batch_size: int, device: torch.device, num_threads: int, has_random_crops: bool = False
 ) -> Any:
     dali = _import_dali()
     fn, types = dali.fn, dali.types
     on_gpu = device.type == "cuda"
-    pipeline = dali.Pipeline(batch_size, num_threads, device.index if on_gpu else None)
+    pipeline = dali.Pipeline(
+        batch_size,
+        num_threads,
+        device.index if on_gpu else None,
+        exec_async=False,  # with these two, a call gives the batch that was fed
+        exec_pipelined=False,
+        prefetch_queue_depth=1,
+    )
     with pipeline:
-        encoded = fn.external_source(source=files, dtype=types.UINT8, ndim=1)
+        encoded = fn.external_source(name="files", dtype=types.UINT8, ndim=1)
         images = fn.decoders.image(
             encoded,
             device="mixed" if on_gpu else "cpu",
@@ -115,32 +182,28 @@ def _make_pipeline(
             adjust_orientation=False,  # as ADM reads its images
             jpeg_fancy_upsampling=True,  # as the CPU does
         )
-        if info.store == "original":
-            images = fn.resize(images, resize_shorter=info.image_size, interp_type=types.INTERP_CUBIC, antialias=True)
-            images = fn.crop(images, crop=(info.image_size, info.image_size), rounding="truncate")
+        size, how = info.image_size, {"interp_type": types.INTERP_CUBIC, "antialias": True}
+        if has_random_crops:
+            images = fn.slice(images, *_random_crop(dali, fn.peek_image_shape(encoded)), axes=(0, 1))
+            images = fn.resize(images, size=(size, size), **how)
+        elif info.store == "original":
+            images = fn.resize(images, resize_shorter=size, **how)
+            images = fn.crop(images, crop=(size, size), rounding="truncate")
         pipeline.set_outputs(images)
     pipeline.build()
     return pipeline
 
 
-def _files(samples: Sequence[Sample]) -> _Files:
-    return [np.frombuffer(sample["image"], np.uint8) for sample in samples]
-
-
-def _refuse_undecodable(shards: Shards, number: int, samples: Sequence[Sample]) -> None:
-    """UserError that names the image of a failed batch which cannot be decoded alone, where there is one."""
-    assert isinstance(shards.info, ImagesInfo)
-    alone = _make_pipeline(shards.info, (_files([sample]) for sample in samples), 1, torch.device("cpu"), num_threads=1)
-    for sample in samples:
-        try:
-            alone.run()
-        except RuntimeError as error:
-            reason = str(error).partition("encountered:\n")[2].partition("Current pipeline")[0]
-            raise UserError(
-                f"{_name(shards, number, sample)}: DALI cannot decode it ({' '.join(reason.split()):.200}); make the "
-                "image shards with --store lossless, which PIL decodes"
-            ) from error
-
-
-def _name(shards: Shards, number: int, sample: Sample) -> str:
-    return f"{shards.source.address}/{shards.files[number].name}: image of id {sample['id']}"
+def _random_crop(dali: Any, shape: Any) -> tuple[Any, Any]:
+    """Where a random crop of an image of this shape begins, and its shape, in pixels: nodes of a pipeline."""
+    fn, math = dali.fn, dali.math
+    draws = fn.external_source(name="crops", dtype=dali.types.FLOAT, ndim=1)
+    height, width = (fn.cast(shape[axis], dtype=dali.types.FLOAT) for axis in (0, 1))
+    least, most = _CROP_AREA
+    area = (least + (most - least) * draws[0]) * height * width
+    thinnest, widest = _CROP_ASPECT
+    aspect = thinnest * math.pow(widest / thinnest, draws[1])  # even over its logarithm
+    crop_width = math.min(math.sqrt(area * aspect), width)
+    crop_height = math.min(math.sqrt(area / aspect), height)
+    begin = fn.stack((height - crop_height) * draws[3], (width - crop_width) * draws[2])
+    return begin, fn.stack(crop_height, crop_width)

@@ -1,10 +1,9 @@
 """Reading micro-batches: in worker processes that read ahead, or in the process that asks.
 
-Workers are handed the indices of a micro-batch and need no state; they also make its samples into what the step needs.
+Workers are handed the places of a micro-batch and need no state; they also make of its samples what is wanted.
 """
 
 import errno
-import functools
 import multiprocessing
 import os
 import shutil
@@ -12,10 +11,9 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic
 
 import numpy as np
 import torch
@@ -24,39 +22,20 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from cfpretrain.base.background import Task, how_it_ended
-from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, one_line, say
 from cfpretrain.base.stopping import leave_signals_to_the_rank
-from cfpretrain.core import seeds
 from cfpretrain.data.cache import RetryBudget
+from cfpretrain.data.samples import FOLDER_BIT, REPETITION_BIT, T, Visits
 from cfpretrain.data.shards import Shards
 
 # The optimizer step, the epoch, and visits (see `loader.epoch_visits`): one micro-batch.
 Request = tuple[int, int, NDArray[np.int64]]
-
-# What an id says besides the sample's own, which is smaller: noise differs between the visits of an epoch.
-FOLDER_BIT, REPETITION_BIT = 40, 56
 
 _SHARED_MEMORY = "/dev/shm"
 _PREFETCH = 2  # micro-batches a worker makes ahead
 _POLL_SECONDS = 1.0
 _DEATH_SECONDS = 0.5
 _CLOSE_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Samples:
-    """A micro-batch of one rank as it is read."""
-
-    ids_B: Tensor  # int64: a sample's id in its folder, + folder << 40, + repetition in the epoch << 56
-    epoch: int
-    latents_BCYX: Tensor  # float32, drawn from the posterior, raw: shift and scale are the model's
-    labels_B: Tensor  # int64
-
-
-T = TypeVar("T")
-# What makes of samples, and of the optimizer step that they are for, what `next` of a loader gives.
-Prepare = Callable[[Samples, int], T]
 
 
 class _Failure(str):
@@ -84,22 +63,18 @@ class _Handed(Generic[T]):
 
 
 class MicroBatches(Dataset[T | _Handed[T] | _Failure]):
-    """Reads and prepares a requested micro-batch; runs in the worker processes, where there are any."""
+    """Reads a requested micro-batch and makes of it what is wanted; runs in the workers, where there are any."""
 
-    def __init__(self, folders: Sequence[Shards], config: Config, prepare: Prepare[T]) -> None:
-        self._folders, self._prepare = folders, prepare
+    def __init__(self, folders: Sequence[Shards], make: Callable[[Visits], T]) -> None:
+        self._folders, self._make = folders, make
         self._ends = np.cumsum([len(folder) for folder in folders])
-        info = folders[0].latents_info
-        self._has_posterior, self._has_mirror = info.has_posterior, info.has_mirror
-        seed = config.run.seed
-        # The same for a whole epoch, and as much work as the rest of a small draw.
-        self._epoch_key = functools.lru_cache(lambda purpose, epoch: seeds.fold(seeds.key(seed, purpose), epoch))
-        self._mirror_prob = config.data.mirror_prob
 
     def __getitem__(self, request: Request) -> T | _Handed[T] | _Failure:
         step, epoch, visits = request
         try:
-            batch = self._prepare(self._samples(epoch, visits), step)
+            samples, ids_B = self._read(visits)
+            labels_B = torch.tensor([int(sample["label"]) for sample in samples])
+            batch = self._make(Visits(step, epoch, ids_B, labels_B, samples))
         except UserError as error:
             return _Failure(error)
         worker = get_worker_info()
@@ -113,18 +88,6 @@ class MicroBatches(Dataset[T | _Handed[T] | _Failure]):
             num_bytes = sum(value.nbytes for value in vars(batch).values() if isinstance(value, Tensor))
             return _Failure(_describe_full_memory(error, num_bytes * _PREFETCH * worker.num_workers))
 
-    def _samples(self, epoch: int, visits: NDArray[np.int64]) -> Samples:
-        samples, ids_B = self._read(visits)
-        mirrored_B = self._draw_mirrored(epoch, ids_B)
-        latents_BCYX = self._stack(samples, "mean", mirrored_B)
-        if self._mirror_prob > 0 and not self._has_mirror:
-            latents_BCYX = torch.where(mirrored_B[:, None, None, None], latents_BCYX.flip(-1), latents_BCYX)
-        if self._has_posterior:
-            keys_B = seeds.fold(self._epoch_key("posterior", epoch), ids_B)
-            deviation_BCYX = (0.5 * self._stack(samples, "log_variance", mirrored_B)).exp_()
-            latents_BCYX += deviation_BCYX * seeds.normal(keys_B, latents_BCYX.shape[1:])
-        return Samples(ids_B, epoch, latents_BCYX, torch.tensor([int(sample["label"]) for sample in samples]))
-
     def _read(self, visits: NDArray[np.int64]) -> tuple[list[dict[str, Any]], Tensor]:
         places, repetitions = visits & ((1 << REPETITION_BIT) - 1), visits >> REPETITION_BIT
         folders = np.searchsorted(self._ends, places, side="right")
@@ -135,17 +98,6 @@ class MicroBatches(Dataset[T | _Handed[T] | _Failure]):
         samples = [found[place] for place in places.tolist()]
         ids = np.array([sample["id"] for sample in samples], np.int64)
         return samples, torch.from_numpy(ids + (folders << FOLDER_BIT) + (repetitions << REPETITION_BIT))
-
-    def _draw_mirrored(self, epoch: int, ids_B: Tensor) -> Tensor:
-        if self._mirror_prob == 0:
-            return torch.zeros_like(ids_B, dtype=torch.bool)
-        keys_B = seeds.fold(self._epoch_key("mirror", epoch), ids_B)
-        return seeds.uniform(keys_B) < self._mirror_prob
-
-    def _stack(self, samples: Sequence[dict[str, Any]], name: str, mirrored_B: Tensor) -> Tensor:
-        names = [f"mirror_{name}" if mirrored and self._has_mirror else name for mirrored in mirrored_B.tolist()]
-        stacked = np.stack([sample[name] for sample, name in zip(samples, names, strict=True)])
-        return torch.from_numpy(stacked.astype(np.float32))
 
 
 class Reader(Generic[T]):

@@ -79,7 +79,7 @@ class LatentsInfo:
     num_samples: int
     source: str  # where the images came from, for people
     image_size: int = 0  # pixels a side of what was encoded
-    crop: str = ""  # "adm": PIL's, exact; "dali": near it
+    crop: str = ""  # "adm": PIL's, exact; "dali": near it; "random": another at each visit, in training alone
     has_posterior: bool = False  # log-variances are there
     has_mirror: bool = False  # the mirrored images' moments are there; pixels need none, they are flipped
     statistics: dict[str, list[float]] = field(default_factory=dict)  # mean and std of raw latents, one a channel

@@ -15,7 +15,7 @@ from cfpretrain.base import files, outputs, runtime
 from cfpretrain.base.config import Config, to_plain, to_yaml
 from cfpretrain.base.console import UserError, phase, say
 from cfpretrain.base.differences import tensor_differences
-from cfpretrain.data.shards import read_latents_info
+from cfpretrain.data.shards import LatentsInfo, read_info
 from cfpretrain.export.foreign_files import check_finite
 from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, checked, parameter_shapes
 from cfpretrain.run.checkpoint import EMA, WEIGHTS, tensor_file
@@ -150,14 +150,17 @@ def write_run(folder: Path, config: Config, found: ForeignCheckpoint) -> None:
 
 def _latents_of(config: Config) -> tuple[list[str], str]:
     """The names of the classes and the autoencoder's fingerprint, where the config's data or autoencoder is at hand."""
+    names: list[str] = []
     if Path(config.data.shards[0]).is_dir():
         with suppress(UserError):  # said where training on is asked for
-            info = read_latents_info(config.data.shards[0])
-            is_of_them = len(info.class_names) == config.model.num_classes
-            return list(info.class_names) if is_of_them else [], info.autoencoder
+            info = read_info(config.data.shards[0])
+            if len(info.class_names) == config.model.num_classes:
+                names = list(info.class_names)
+            if isinstance(info, LatentsInfo):
+                return names, info.autoencoder
     if Path(config.data.autoencoder).is_dir() and config.data.autoencoder:
-        return [], KLAutoencoder.load(config.data.autoencoder, "cpu").fingerprint
-    return [], ""
+        return names, KLAutoencoder.load(config.data.autoencoder, "cpu").fingerprint
+    return names, ""
 
 
 def _write_checkpoint(folder: Path, state: TrainingState, shapes: Shapes, found: ForeignCheckpoint) -> None:

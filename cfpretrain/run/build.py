@@ -24,8 +24,8 @@ from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValue
 from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
-from cfpretrain.data.reader import Prepare, Samples
-from cfpretrain.data.shards import read_latents_info
+from cfpretrain.data.samples import Prepare, Samples
+from cfpretrain.data.shards import read_info
 from cfpretrain.run.checkpoint import TensorFile, check_shapes, open_weights
 from cfpretrain.run.checkpoint_store import CheckpointStore, step_of
 from cfpretrain.run.state import TrainingState, means_the_same, read_state
@@ -155,19 +155,19 @@ def initial_weights(config: Config) -> WriteInitialValues:
 
 
 def _names_of_shards(config: Config) -> tuple[str, ...]:
-    """The names of the classes, from the latents trained on; their numbers where those are not on this machine."""
+    """The names of the classes, from the shards trained on; their numbers where those are not on this machine."""
     numbers = tuple(map(str, range(config.model.num_classes)))
     address = config.data.shards[0]
     names: tuple[str, ...] = ()
     reason = f"{address} is an address"  # a store of unknown owner is not contacted from here
     if "://" not in address:
         try:
-            names = read_latents_info(address).class_names
+            names = read_info(address).class_names
         except UserError as error:
             reason = str(error)
     if not names:
         say(
-            "WARNING: classes go by their numbers, since this checkpoint does not say their names, and the latents "
+            "WARNING: classes go by their numbers, since this checkpoint does not say their names, and the shards "
             f"trained on are not at hand in {Path.cwd()}: {reason}"
         )
     return names if len(names) == len(numbers) else numbers
@@ -198,7 +198,7 @@ def make_prepare(config: Config) -> Prepare[Batch]:
 
     def prepare(samples: Samples, step: int) -> Batch:
         draws = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, model.num_tokens, model.patch_values)
-        return loss.prepare(scaling.to_model(samples.latents_BCYX), draws)
+        return loss.prepare(scaling.to_model(samples.latents_BCYX), draws, samples.skipped)
 
     return prepare
 

@@ -60,6 +60,7 @@ class TrainingState:
     guard: GuardState  # the window of recent losses and gradient norms
     wandb_run_id: str | None
     versions: dict[str, str]  # of the packages that wrote it
+    data_kind: str = ""  # of the shards trained on: "latents" or "images"; empty in older ones
     schema_version: Literal[3] = SCHEMA_VERSION
 
     def to_json(self) -> str:

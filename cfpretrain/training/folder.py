@@ -18,8 +18,9 @@ from cfpretrain.base.config import Config, to_plain, to_yaml
 from cfpretrain.base.console import UserError, explaining, phase, say
 from cfpretrain.base.stopping import leave_before_training
 from cfpretrain.data.compatibility import check_autoencoder, check_infos
-from cfpretrain.data.loader import open_folders, order_fingerprint
+from cfpretrain.data.loader import order_fingerprint
 from cfpretrain.data.mosaic import __version__ as streaming_version
+from cfpretrain.data.online import open_training_data
 from cfpretrain.run.build import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -174,10 +175,10 @@ def _check_inputs(config: Config) -> None:
         check_relative("data.shards", address)
     if config.evaluation.every_steps:
         check_relative("evaluation.reference", config.evaluation.reference)
-    folders = open_folders(config)
-    infos = [folder.latents_info for folder in folders]
+    data = open_training_data(config)
+    infos = data.latents
     check_infos(infos, config)
-    if runtime.rank() == 0 and config.data.autoencoder:
+    if runtime.rank() == 0 and config.data.autoencoder and not data.encodings:
         # Another one than made the latents would decode them to something else.
         autoencoder = make_autoencoder(config, torch.device("cpu"))
         check_autoencoder(infos[0], autoencoder.fingerprint, autoencoder.shift, autoencoder.scale, "data.autoencoder")
@@ -192,7 +193,7 @@ def _check_inputs(config: Config) -> None:
             f"on, got those of {infos[0].autoencoder}; set data.shards as it was or choose another run.folder"
         )
     # An imported checkpoint has none: it is at the beginning of an epoch of any data.
-    if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config, folders):
+    if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config, data.folders):
         raise UserError(
             f"data.shards: checkpoint {latest} was trained on other shards than {', '.join(config.data.shards)}, or "
             "with other data.repeat, data.num_canonical_nodes or data.shuffle_block_size, so its place in the data "

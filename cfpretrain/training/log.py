@@ -10,7 +10,7 @@ import torch
 
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import Progress, say
+from cfpretrain.base.console import Progress, count, say
 from cfpretrain.run.metrics import MetricsFile, finite_or_none, peak_flops, peak_memory_gb
 from cfpretrain.run.tracker import Tracker
 from cfpretrain.training.step import Counters, StepResult
@@ -60,6 +60,9 @@ class Log:
         if result.problem is not None:
             row["skipped"] = result.problem
             say(f"step {at.step} is skipped: {result.problem}")
+        if result.bad_images:
+            row["bad_images"] = result.bad_images
+            say(f"step {at.step}: {count(len(result.bad_images), 'image')} skipped: {result.bad_images[0]}")
         row |= {"num_skipped_steps": at.num_skipped, "num_rewinds": at.num_rewinds}
         self.rows.append(row)
         self._flops += result.flops

@@ -3,7 +3,7 @@
 import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -45,8 +45,10 @@ class StepResult:
     is_writing: bool  # a rank still writes its part of the checkpoint in flight
     has_failed: bool  # a rank could not write its part
     lacks_data: bool  # a rank could not read its share of the next step
+    num_bad_images: int  # over all ranks, which are not trained on
     learning_rate: float = 0.0
     sample_ids: list[int] | None = None  # of this rank; None where they are not logged
+    bad_images: list[str] = field(default_factory=list)  # what is wrong with each
 
 
 class LostDataError(UserError):
@@ -96,7 +98,21 @@ class TrainingStep:
         else:
             self.guard.skipped()
             at.num_skipped += 1
+        if result.num_bad_images:
+            result.bad_images = self._gather_bad_images(batches)
         return result
+
+    def _gather_bad_images(self, batches: Sequence[Batch]) -> list[str]:
+        """What is wrong with the images that are not trained on; `LostDataError` where they are most of the step's."""
+        found: list[str] = []
+        for of_rank in runtime.gather([reason for batch in batches for reason in batch.skipped]):
+            found += of_rank
+        if 2 * len(found) > self.config.train.global_batch_size:
+            raise LostDataError(
+                f"data.on_bad_image: expected most images of a step to be good, got {len(found)} bad ones of "
+                f"{self.config.train.global_batch_size}: {found[0]}"
+            )
+        return found
 
     def _next_batches(self, step: int) -> list[Batch]:
         """The step's micro-batches; `LostDataError` on all ranks where one of them cannot read its own."""
@@ -120,6 +136,7 @@ class TrainingStep:
             self.writer.is_working,  # before `has_failed`
             self.writer.has_failed,
             self.loader.problem is not None,
+            sum(len(batch.skipped) for batch in batches),
         ]
         total = torch.stack([t.total.detach() for t in terms]).double().sum(0, keepdim=True)
         on_host = torch.tensor(told, dtype=torch.float64, pin_memory=self.device.type == "cuda")
@@ -128,11 +145,12 @@ class TrainingStep:
     def decide(self, told: Tensor, grad_norm: Tensor) -> bool:
         """Whether to apply the update; the only place of a step where the host waits for the device."""
         values = runtime.read_back(torch.cat([told, grad_norm.to(told, non_blocking=True).reshape(1)]))
-        total, count, flops, must_stop, is_writing, has_failed, lacks_data, norm = values
+        total, count, flops, must_stop, is_writing, has_failed, lacks_data, num_bad, norm = values
         loss = total / count
         problem = self.guard.problem_of_loss(loss) or self.guard.problem_of_grad_norm(norm)
         self.result = StepResult(
-            loss, norm, flops, problem, must_stop > 0, is_writing > 0, has_failed > 0, lacks_data > 0
+            *(loss, norm, flops, problem, must_stop > 0, is_writing > 0, has_failed > 0, lacks_data > 0),
+            num_bad_images=round(num_bad),
         )
         return problem is None
 

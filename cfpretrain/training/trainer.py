@@ -25,7 +25,8 @@ from cfpretrain.base.console import (
 from cfpretrain.base.stopping import StopRequest
 from cfpretrain.base.watchdog import Watchdog
 from cfpretrain.core.objective import Batch
-from cfpretrain.data.loader import Loader, Position, open_folders
+from cfpretrain.data.loader import Loader, Position
+from cfpretrain.data.online import open_training_data
 from cfpretrain.evaluation.evaluator import Evaluator
 from cfpretrain.run.build import (
     CONFIG_FILE,
@@ -78,7 +79,7 @@ class Trainer:
         self.config, self.device, self.stop, self.evaluator = config, device, stop or StopRequest(), evaluator
         self.folder, self.must_stop = Path(config.run.folder), False
         with runtime.together():
-            latents_info = open_folders(config)[0].latents_info
+            data = open_training_data(config, device)
         self._build_engine()
         self.guard = Guard(config.guard)
         self.checkpoints = Checkpoints(config, self.engine, self.guard, resume_from)
@@ -93,8 +94,9 @@ class Trainer:
             "seed": config.run.seed,
             "config": to_plain(config),
             "history": [] if saved is None else saved.history_with(to_plain(config)),
-            "class_names": list(latents_info.class_names),
-            "autoencoder": latents_info.autoencoder,
+            "class_names": list(data.latents[0].class_names),
+            "autoencoder": data.latents[0].autoencoder,
+            "data_kind": data.folders[0].info.kind,
             "working_folder": os.getcwd(),
             "versions": package_versions(),
         }
@@ -108,7 +110,8 @@ class Trainer:
                 position,
                 self.at.step,
                 ranks_per_node,
-                pinned=device.type == "cuda",
+                device,
+                data,
             )
         self.step = TrainingStep(
             config, device, self.engine, self.ema, self.loader, self.guard, self.checkpoints.writer, self.stop
@@ -120,7 +123,9 @@ class Trainer:
             config.metrics.wandb, config.metrics.wandb_project, self.folder, tracker_id, to_shown(config)
         )
         self.log = Log(config, device, metrics, self.tracker)
-        self.samples = Samples(config, device, self.engine, self.ema, self.tracker, self.stop, latents_info.class_names)
+        self.samples = Samples(
+            config, device, self.engine, self.ema, self.tracker, self.stop, data.latents[0].class_names
+        )
         self.stop.end_waiting = self._end_waiting
 
     def _build_engine(self) -> None:

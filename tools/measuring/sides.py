@@ -19,7 +19,7 @@ from cfpretrain.base import console, runtime
 from cfpretrain.base.config import Config
 from cfpretrain.core.objective import Batch, Draws
 from cfpretrain.data.loader import Loader
-from cfpretrain.data.reader import Prepare, Samples
+from cfpretrain.data.samples import Prepare, Samples
 from cfpretrain.run.build import choose_blocks, initial_weights, make_loss, make_model, make_prepare, make_scaling
 from cfpretrain.run.metrics import training_flops
 from tools.measuring.common import refuse_skipped, resident_bytes, synchronise

@@ -1,0 +1,217 @@
+"""Training from image shards: files -> pixels -> the frozen autoencoder -> latents, ahead of the step.
+
+What is made of an image is what tools/encode_latents.py and the loader of latent shards make of it: the same mirror,
+moments rounded to float16, the same posterior noise. Images are encoded in batches of one size, in which an image's
+latents do not depend on the others, so neither ranks nor micro-batches change them.
+"""
+
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
+from cfpretrain.base import runtime
+from cfpretrain.base.background import Task
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
+from cfpretrain.core.latents import LatentScaling
+from cfpretrain.data.cache import Cache
+from cfpretrain.data.latent_shards import Encoding, exactly
+from cfpretrain.data.pixels import BadImagesError, Decoder
+from cfpretrain.data.reader import MicroBatches, Reader, Request
+from cfpretrain.data.samples import FOLDER_BIT, REPETITION_BIT, ImageFiles, Prepare, Samples, T, VisitDraws
+from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards
+
+_POLL_SECONDS = 1.0
+_CLOSE_SECONDS = 30.0  # for a batch that is being encoded
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The folders of `data.shards`, and what training makes of them."""
+
+    folders: list[Shards]
+    latents: list[LatentsInfo]  # of each folder: of its latents, or of those that its images become
+    encodings: list[Encoding]  # of each folder of images; none where the folders hold latents
+    cache: Cache  # of copies, for addresses
+
+
+def open_training_data(config: Config, device: torch.device | None = None) -> TrainingData:
+    """The data that a config names; UserError where a folder cannot be read, or the autoencoder does not take images.
+
+    Args:
+        config: its section `data`.
+        device: where images are encoded; the CPU by default.
+    """
+    device, cache = device or torch.device("cpu"), Cache.of(config.data)
+    folders = [Shards(address, cache=cache) for address in config.data.shards]
+    infos = [folder.info for folder in folders if isinstance(folder.info, ImagesInfo)]
+    if not infos:
+        return TrainingData(folders, [folder.latents_info for folder in folders], [], cache)
+    if len(infos) < len(folders):
+        raise UserError(
+            f"data.shards: expected shards of one kind, got images and latents in {', '.join(config.data.shards)}; "
+            "encode the images, or leave one kind out"
+        )
+    autoencoder, precision = _open_autoencoder(config, infos[0], device)
+    encodings = [
+        Encoding(
+            folder,
+            autoencoder,
+            device,
+            precision,
+            config.data.encode_batch_size,
+            with_mirror=True,
+            has_random_crops=config.data.crop == "random",
+        )
+        for folder in folders
+    ]
+    return TrainingData(folders, [encoding.describe() for encoding in encodings], encodings, cache)
+
+
+def _open_autoencoder(
+    config: Config, info: ImagesInfo, device: torch.device
+) -> tuple[IdentityAutoencoder | KLAutoencoder, str]:
+    """What encodes images of a config, and in which precision."""
+    data = config.data
+    if not data.autoencoder:
+        values = (of * info.channels if len(of) == 1 else of for of in (data.latent_shift, data.latent_scale))
+        return IdentityAutoencoder(LatentScaling(*values)), "fp32"
+    in_bf16 = device.type == "cuda" and config.engine.precision == "bf16"
+    autoencoder = KLAutoencoder.load(data.autoencoder, device, torch.bfloat16 if in_bf16 else torch.float32)
+    return autoencoder, "bf16" if in_bf16 else "fp32"
+
+
+class OnlineEncoder:
+    """Image files -> a micro-batch of latents.
+
+    Args:
+        encodings: of the folders, which are alike (`compatibility.check_infos`).
+        config: its sections `data` and `run`.
+    """
+
+    def __init__(self, encodings: Sequence[Encoding], config: Config) -> None:
+        self._draws, self._on_bad_image = VisitDraws(config), config.data.on_bad_image
+        self._addresses = [encoding.images.source.address for encoding in encodings]
+        self._has_crops = config.data.crop == "random"
+        self._encoding = encodings[0]
+        info, device = self._encoding.info, self._encoding.device
+        self._decoder = Decoder(info, self._encoding.batch_size, device, runtime.num_cores(), self._has_crops)
+
+    def __call__(self, images: ImageFiles) -> Samples:
+        """The latents of a micro-batch; UserError where an image is bad and `data.on_bad_image` is "stop"."""
+        epoch, ids_B = images.epoch, images.ids_B
+        mirrored_B, names, files = self._draws.mirrored(epoch, ids_B), self._names(ids_B), images.files()
+        crops_B4 = self._draws.crops(epoch, ids_B)
+        skipped: dict[int, str] = {}
+        moments: list[dict[str, Tensor]] = []
+        for places in np.split(
+            np.arange(len(files)), range(self._encoding.batch_size, len(files), self._encoding.batch_size)
+        ):
+            pixels_BYXC, reasons = self._decode([files[place] for place in places], crops_B4[places])
+            bad = {int(places[one]): f"{names[places[one]]}: {reason}" for one, reason in reasons.items()}
+            if bad and self._on_bad_image == "stop":
+                raise UserError(f"{next(iter(bad.values()))}; or set data.on_bad_image=skip")
+            skipped |= bad
+            found = self._encoding.moments(pixels_BYXC, mirrored_B[places], [names[place] for place in places])
+            moments.append({name: torch.from_numpy(values) for name, values in found.items()})
+        joined = {name: torch.cat([part[name] for part in moments]) for name in moments[0]}
+        latents_BCYX = self._draws.latents(epoch, ids_B, joined["mean"], joined.get("log_variance"))
+        latents_BCYX[list(skipped)] = 0
+        return Samples(ids_B, epoch, latents_BCYX, images.labels_B, skipped)
+
+    def _names(self, ids_B: Tensor) -> list[str]:
+        folders = ids_B >> FOLDER_BIT & ((1 << REPETITION_BIT - FOLDER_BIT) - 1)
+        places = zip(folders.tolist(), (ids_B % (1 << FOLDER_BIT)).tolist(), strict=True)
+        return [f"data.shards: {self._addresses[folder]}: image of id {id}" for folder, id in places]
+
+    def _decode(self, files: Sequence[NDArray[np.uint8]], crops_B4: Tensor) -> tuple[Tensor, dict[int, str]]:
+        """Pixels, black where an image is bad; and, by place, what is wrong with it."""
+        try:
+            return self._decoder(files, crops_B4), {}
+        except BadImagesError as error:
+            reasons = dict(error.reasons)
+        info, good = self._encoding.info, [place for place in range(len(files)) if place not in reasons]
+        shape = (len(files), info.image_size, info.image_size, info.channels)
+        pixels_BYXC = torch.zeros(shape, dtype=torch.uint8, device=self._encoding.device)
+        if good:
+            pixels_BYXC[good], others = self._decode([files[place] for place in good], crops_B4[good])
+            reasons |= {good[place]: reason for place, reason in others.items()}
+        return pixels_BYXC, reasons
+
+
+class EncodingReader(Generic[T]):
+    """Reads requests of image shards in order; a thread encodes and prepares them, ahead of who reads.
+
+    Args:
+        data: folders of images.
+        config: its sections `data` and `run`.
+        prepare: makes a micro-batch of its samples.
+        requests: as of `Reader`.
+        depth: micro-batches made and not read, at most; one more is in the making.
+        device: where images are decoded and encoded. On a GPU that is done on a stream of its own, and what is made is
+            put into pinned memory.
+    """
+
+    def __init__(
+        self,
+        data: TrainingData,
+        config: Config,
+        prepare: Prepare[T],
+        requests: Iterator[Request],
+        depth: int,
+        device: torch.device,
+    ) -> None:
+        self._budget, self._device, self._prepare = data.cache.budget, device, prepare
+        self._encoder = OnlineEncoder(data.encodings, config)
+        # Before the thread is there: processes are forked.
+        self._files = Reader(
+            MicroBatches(data.folders, ImageFiles.of), requests, config.data.num_workers, False, self._budget
+        )
+        self._made: queue.Queue[T] = queue.Queue(depth)
+        self._is_closed = threading.Event()
+        self._task = Task(self._work, "images")
+
+    def read(self) -> T:
+        """The next micro-batch; errors as of `Reader` and `OnlineEncoder`."""
+        while True:
+            has_ended = not self._task.is_alive()
+            try:
+                return self._made.get(timeout=0.0 if has_ended else _POLL_SECONDS)
+            except queue.Empty:
+                if has_ended:
+                    assert self._task.error is not None
+                    raise self._task.error from None
+                self._budget.check()
+
+    def close(self) -> None:
+        """Ends the thread, once what it is encoding is done, and the workers."""
+        self._is_closed.set()
+        self._task.join(_CLOSE_SECONDS)
+        self._files.close()
+
+    def _work(self) -> None:
+        torch.set_num_threads(1)  # of this thread's: how many share a batch decides the bits of its latents
+        on_gpu = self._device.type == "cuda"
+        stream = torch.cuda.Stream(self._device) if on_gpu else None
+        with torch.cuda.device(self._device) if on_gpu else nullcontext(), torch.cuda.stream(stream), exactly():
+            while not self._is_closed.is_set():
+                made = self._make()
+                while not self._is_closed.is_set():
+                    with suppress(queue.Full):
+                        self._made.put(made, timeout=_POLL_SECONDS)
+                        break
+
+    def _make(self) -> T:
+        images = self._files.read()
+        made: Any = self._prepare(self._encoder(images), images.step)
+        result: T = made.pin_memory() if self._device.type == "cuda" else made
+        return result
