@@ -81,8 +81,14 @@ def _open_autoencoder(
     config: Config, info: ImagesInfo, device: torch.device
 ) -> tuple[IdentityAutoencoder | KLAutoencoder, str]:
     """What encodes images of a config, and in which precision."""
-    data = config.data
+    data, channels = config.data, config.model.latent_channels
     if not data.autoencoder:
+        if info.channels != channels:
+            raise UserError(
+                f"data.autoencoder: expected the folder of the one that encodes the images of {data.shards[0]}, since "
+                f"model.latent_channels = {channels} are no pixels, got none; set it, or encode them before with "
+                "tools/encode_latents.py"
+            )
         values = (of * info.channels if len(of) == 1 else of for of in (data.latent_shift, data.latent_scale))
         return IdentityAutoencoder(LatentScaling(*values)), "fp32"
     in_bf16 = device.type == "cuda" and config.engine.precision == "bf16"
@@ -123,9 +129,8 @@ class OnlineEncoder:
         crops_B4 = self._draws.crops(images.epoch, images.ids_B)
         skipped: dict[int, str] = {}
         moments: list[dict[str, Tensor]] = []
-        for places in np.split(
-            np.arange(len(files)), range(self._encoding.batch_size, len(files), self._encoding.batch_size)
-        ):
+        size = self._encoding.batch_size
+        for places in np.split(np.arange(len(files)), range(size, len(files), size)):
             pixels_BYXC, reasons = self._decode([files[place] for place in places], crops_B4[places])
             bad = {int(places[one]): f"{names[places[one]]}: {reason}" for one, reason in reasons.items()}
             if bad and self._on_bad_image == "stop":
@@ -185,6 +190,7 @@ class EncodingReader(Generic[T]):
         )
         self._made: queue.Queue[T] = queue.Queue(depth)
         self._is_closed = threading.Event()
+        torch.get_num_threads()  # a thread that has never asked takes the number that another sets for itself
         self._task = Task(self._work, "images")
 
     def read(self) -> T:
@@ -206,7 +212,7 @@ class EncodingReader(Generic[T]):
         self._files.close()
 
     def _work(self) -> None:
-        torch.set_num_threads(1)  # of this thread's: how many share a batch decides the bits of its latents
+        torch.set_num_threads(1)  # for this thread: how many share a batch decides the bits of its latents
         on_gpu = self._device.type == "cuda"
         stream = torch.cuda.Stream(self._device) if on_gpu else None
         with torch.cuda.device(self._device) if on_gpu else nullcontext(), torch.cuda.stream(stream), exactly():
