@@ -5,8 +5,8 @@
 
 Of metrics.jsonl, the steps that both runs have are compared. Runs of the same numbers on the same kind of machine have
 losses that are equal bit by bit. Where only the order of a summation differs (other ranks, another machine), the
-difference is near 1e-7 at first and grows from step to step: --steps looks at the first ones alone. Speeds are medians
-of the windows of `metrics.log_every_steps`.
+difference is near 1e-7 at first and grows from step to step: --steps has the first ones judged alone. Speeds are the
+medians of the windows of `metrics.log_every_steps`.
 
 Exit code 0: no loss differs by more than --tolerance; 1: one does; 2: a mistake.
 """
@@ -16,7 +16,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
@@ -36,7 +35,7 @@ def main() -> None:
     add = parser.add_argument
     add("run", type=path_argument, help="a run folder, e.g. runs/demo")
     add("other", type=path_argument, help="the run folder to hold against it")
-    add("--steps", type=positive, help="compare the losses of so many first steps (default: of all that both have)")
+    add("--steps", type=positive, help="judge the losses of so many first steps (default: of all that both have)")
     add("--tolerance", type=float, default=0.0, help="largest relative difference of a loss (default 0: bit by bit)")
     arguments = parser.parse_args()
     with ending_in_one_line():
@@ -68,7 +67,7 @@ def run(arguments: argparse.Namespace) -> bool:
     here, other = speeds["images/s"]
     if here and other:
         print(f"{'':>14}{arguments.other} makes {other / here:.3f} times the images/s of {arguments.run}")
-    return _compare_losses([rows[: arguments.steps] for rows in both], arguments.tolerance)
+    return _compare_losses(both, arguments.steps, arguments.tolerance)
 
 
 def _median(rows: Sequence[Row], key: str) -> float | None:
@@ -77,21 +76,22 @@ def _median(rows: Sequence[Row], key: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def _compare_losses(both: list[list[dict[str, Any]]], tolerance: float) -> bool:
-    """Says whether the losses of the same steps agree."""
+def _compare_losses(both: Sequence[Sequence[Row]], num_judged: int | None, tolerance: float) -> bool:
+    """Says where the losses of the same steps differ; whether those of the first steps agree."""
     steps = [row["step"] for row in both[0]]
     largest = loss_errors(*both)  # up to each step
-    of_steps = f"of the {len(steps)} steps from {steps[0]} to {steps[-1]}"
+    said = f"{'losses':>14}  of the {len(steps)} steps that both have, {steps[0]} to {steps[-1]}: equal, bit by bit"
     if not largest[-1]:
-        print(f"{'losses':>14} {of_steps}: equal, bit by bit")
+        print(said)
         return True
     first = next(i for i, error in enumerate(largest) if error)
-    agrees = largest[-1] <= tolerance
-    verdict = f"within the tolerance of {tolerance:g}" if agrees else f"MORE than the tolerance of {tolerance:g}"
-    values = " and ".join(str(rows[first]["loss"]) for rows in both)
-    print(f"{'losses':>14} {of_steps}: equal, bit by bit, before step {steps[first]}, which has {values}")
-    place = f"at step {steps[largest.index(largest[-1])]}"
-    print(f"{'':>14} the largest relative difference is {largest[-1]:.2g}, {place}: {verdict}")
+    print(f"{said}, before step {steps[first]}: {' and '.join(str(rows[first]['loss']) for rows in both)}")
+    judged = largest[:num_judged]
+    for up_to in dict.fromkeys((len(judged), len(largest))):
+        print(f"{'':>14}  largest relative difference up to step {steps[up_to - 1]}: {largest[up_to - 1]:.2g}")
+    agrees = judged[-1] <= tolerance
+    verdict = "within" if agrees else "MORE than"
+    print(f"{'':>14}  {verdict} the tolerance of {tolerance:g} up to step {steps[len(judged) - 1]}")
     return agrees
 
 
