@@ -17,7 +17,7 @@ LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
 .PHONY: help demo demo-images test test-slow wheelhouse check fix clean
 help:
 	@echo "make demo         install, train on real digits on 2 CPU ranks, sample, score (about 10 minutes)"
-	@echo "make demo-images  after it: a minute of the same training straight from images, and both compared"
+	@echo "make demo-images  after it: the same training straight from images, compared with it (2 minutes)"
 	@echo "make test         install, run the CPU test suite (about 12 minutes)"
 	@echo "make test-slow    the tests that take minutes each (about 15 minutes)"
 	@echo "make wheelhouse PYTHON=3.12  wheels for machines without a network, with that Python and torch"
