@@ -201,6 +201,8 @@ class EncodingReader(Generic[T]):
     def close(self) -> None:
         """Ends the thread, once what it is encoding is done, and the workers."""
         self._is_closed.set()
+        with suppress(queue.Empty):
+            self._made.get_nowait()  # the thread may wait for room
         self._task.join(_CLOSE_SECONDS)
         self._files.close()
 
