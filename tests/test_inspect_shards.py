@@ -12,7 +12,7 @@ from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base import files
 from cfpretrain.data.compatibility import check_infos
-from cfpretrain.data.shards import read_latents_info
+from cfpretrain.data.shards import read_info
 from tests.digits import digits_info, write_digits, write_latents
 from tests.image_files import encoded, write_images
 from tests.processes import REPOSITORY
@@ -56,7 +56,7 @@ def test_latents_are_described_drawn_and_verified(
     said = "\n".join(line.strip() for line in shown.splitlines() if line.startswith(("  model: {", "  data: {")))
     (tmp_path / "mine.yaml").write_text(said)
     config = configs.load(tmp_path / "mine.yaml", ["train.global_batch_size=16"])
-    check_infos([read_latents_info(folder)], config)
+    check_infos([read_info(folder)], config)
     assert config.data.shards == (str(folder),)
     assert "verified: 1 files, 100 samples" in shown
     picture = Image.open(tmp_path / "pictures" / "grid.png")

@@ -53,15 +53,17 @@ def open_training_data(config: Config, device: torch.device | None = None) -> Tr
     """
     device, cache = device or torch.device("cpu"), Cache.of(config.data)
     folders = [Shards(address, cache=cache) for address in config.data.shards]
-    infos = [folder.info for folder in folders if isinstance(folder.info, ImagesInfo)]
-    if not infos:
-        return TrainingData(folders, [folder.latents_info for folder in folders], [], cache)
-    if len(infos) < len(folders):
+    infos = [folder.info for folder in folders]
+    latents = [info for info in infos if isinstance(info, LatentsInfo)]
+    images = [info for info in infos if isinstance(info, ImagesInfo)]
+    if latents and images:
         raise UserError(
             f"data.shards: expected shards of one kind, got images and latents in {', '.join(config.data.shards)}; "
             "encode the images, or leave one kind out"
         )
-    autoencoder, precision = _open_autoencoder(config, infos[0], device)
+    if latents:
+        return TrainingData(folders, latents, [], cache)
+    autoencoder, precision = _open_autoencoder(config, images[0], device)
     encodings = [
         Encoding(
             folder,
