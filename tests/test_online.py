@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import closing
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, make_network, write_folder
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core.latents import LatentScaling
@@ -28,13 +29,12 @@ from tests.closeness import disagreement
 from tests.image_files import encoded, write_images
 from tests.latent_shards import as_read, config_for
 from tests.processes import wait_until
-from tests.test_latent_shards import encoding_of, write, write_autoencoder
+from tests.test_latent_shards import CONFIG, encoding_of, write, write_autoencoder
 from tests.test_pixels import crops
 
 SIZE, BATCH = 16, 8  # of the images; in which they are encoded
 FOLDERS = ((9, 4, 17), (11, 1))  # images of the shards of two folders
 NUM_STEPS = 5  # over an epoch of 72 visits, into the next
-MOMENTS = {"shift": (0.1, 0.2, 0.3, 0.4), "scale": (0.5, 0.25, 0.125, 0.0625)}  # of the small autoencoder
 
 
 @dataclass(frozen=True)
@@ -323,10 +323,6 @@ def test_closing_while_a_worker_hangs(pairs: Any, monkeypatch: pytest.MonkeyPatc
     close(loader, before)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad images
-
-
 def test_the_training_thread_keeps_its_number_of_threads(pairs: Any) -> None:
     before = torch.get_num_threads()
     try:
@@ -335,6 +331,10 @@ def test_the_training_thread_keeps_its_number_of_threads(pairs: Any) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad images
 
 
 def with_bad_images(root: Path, bad: dict[int, bytes], **description: Any) -> Path:
@@ -429,3 +429,97 @@ def test_a_byte_that_flipped_is_no_bad_image(tmp_path: Path, on_bad_image: str) 
             ),
         ):
             take(loader)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Faults and mistakes
+
+
+def refusal(config: Config) -> str:
+    with pytest.raises(UserError) as raised:
+        Loader(config, as_read, 0, 1).close()
+    assert "\n" not in str(raised.value)
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("is_hit_at_once", [True, False])
+def test_a_worker_that_is_killed(pairs: Any, is_hit_at_once: bool) -> None:
+    before = what_there_is()
+    loader = Loader(pairs("grey").config(num_workers=1), as_read, 0, 1)
+    [victim] = multiprocessing.active_children()
+    if not is_hit_at_once:
+        next(loader)
+    os.kill(victim.pid or 0, signal.SIGKILL)
+    with pytest.raises(UserError, match=r"^data\.num_workers: a process that reads data ended by SIGKILL"):
+        take(loader, 20)
+    close(loader, before)
+
+
+def test_latents_that_float16_cannot_hold(pairs: Any, tmp_path: Path) -> None:
+    network: Any = make_network(CONFIG, "test")
+    with torch.no_grad():
+        network.quant_conv.weight *= 1e8
+    write_folder(tmp_path / "large", network)
+    pair = pairs("kl")
+    loader = Loader(pair.config(autoencoder=str(tmp_path / "large"), on_bad_image="skip"), as_read, 0, 1)
+    what = (
+        rf"data\.shards: {pair.images[0].parent}/images[01]: image of id \d+: expected latents that float16 can hold, "
+        r"got -\S*e\+\d+ to \S*e\+\d+; take another autoencoder"
+    )
+    with closing(loader), pytest.raises(UserError) as raised:
+        next(loader)
+    assert re.fullmatch(what, str(raised.value)), raised.value
+
+
+def test_an_autoencoder_that_does_not_fit(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("kl")
+    folder = write_autoencoder(tmp_path / "grey", in_channels=1, out_channels=1)
+    said = refusal(pair.config(autoencoder=str(folder)))
+    assert said.startswith(
+        "data.autoencoder: expected images of 1 channels with sides that are multiples of 2, got 3 x"
+    )
+    deep = {"block_out_channels": [8] * 6, "down_block_types": ["DownEncoderBlock2D"] * 6}
+    deep |= {"up_block_types": ["UpDecoderBlock2D"] * 6}
+    folder = write_autoencoder(tmp_path / "deep", **deep)
+    said = refusal(pair.config(autoencoder=str(folder)))
+    assert "sides that are multiples of 32, got 3 x 16 x 16; make such images or take another autoencoder" in said
+    said = refusal(pair.config(autoencoder=str(tmp_path / "nowhere")))
+    assert said.startswith("data.autoencoder: expected an autoencoder's folder with config.json and ")
+    said = refusal(pair.config(autoencoder=""))
+    assert said.startswith("data.autoencoder: expected the folder of the one that encodes the images of ")
+    assert "since model.latent_channels = 4 are not their 3, got none; set it, encode them before" in said
+    said = refusal(pair.config(latent_scale=(0.2325,)))
+    assert "data.latent_scale: expected [0.5, 0.25, 0.125, 0.0625], which these latents need, got [0.2325]" in said
+    said = refusal(pair.config(shape=(4, 16, 16)))
+    assert "model.latent_size: expected 8, the rows of the latents, got 16" in said
+    said = refusal(pairs("grey").config(autoencoder=pair.settings["autoencoder"]))
+    assert "expected images of 3 channels with sides that are multiples of 2, got 1 x 16 x 16" in said
+
+
+def test_folders_that_are_not_alike(pairs: Any, tmp_path: Path) -> None:
+    pair = pairs("rgb")
+
+    def with_second(folder: Path, **settings: Any) -> str:
+        config = pair.config(**settings)
+        data = dataclasses.replace(config.data, shards=(config.data.shards[0], str(folder)))
+        return refusal(dataclasses.replace(config, data=data))
+
+    said = with_second(pair.latents[1])
+    assert said.startswith("data.shards: expected shards of one kind, got images and latents in ")
+    assert "encode the images, or leave one kind out" in said
+    files = [list(map(encoded, crops(20, 24)))]
+    larger = write_images(tmp_path / "larger", files, 24)
+    assert f"data.shards: {larger}: expected latent_shape as in the first folder, (3, 16, 16)" in with_second(larger)
+    originals = write_images(tmp_path / "originals", files, SIZE, store="original")
+    said = with_second(originals)
+    assert f"data.shards: {originals}: expected crop as in the first folder, 'adm', got 'dali'" in said
+    random = pair.config(crop="random")
+    data = dataclasses.replace(random.data, shards=(random.data.shards[0], str(originals)))
+    visit(dataclasses.replace(random, data=data), 1, 1)  # every image is cropped by the same rule
+
+
+def test_without_dali_it_says_what_to_install(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = pairs("grey")
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    assert 'pip install "cfpretrain[dali]"' in refusal(pair.config())
+    assert visit(pair.config("latents"), 1, 1).labels  # latents need none
