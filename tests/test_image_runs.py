@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from cfpretrain.autoencoder import KLAutoencoder
+from cfpretrain.base import config as configs
 from cfpretrain.base.console import EXIT_REQUEUE
 from cfpretrain.run.state import read_state
 from tests.digits import small_run
@@ -20,7 +21,7 @@ from tests.image_files import digits, encoded, write_images
 from tests.processes import Rank, free_port, launcher_environment, run_script, start_script, wait_until
 from tests.test_latent_shards import encoding_of, write, write_autoencoder
 from tests.test_stopping import SOON_SAID, assert_nothing_is_lost, latest_step
-from tests.test_train import assert_refused, numbers
+from tests.test_train import assert_refused, numbers, refuse
 from tests.test_watchdog import LONG, TRAIN, end, wait_for_steps
 
 SIZE, NUM_IMAGES, BATCH = 16, 100, 8
@@ -169,30 +170,33 @@ def test_a_bad_image_stops_all_ranks_with_one_line(data: Data, tmp_path: Path) -
 
 
 def test_bad_images_are_skipped_alike_on_any_ranks(data: Data, trained: Path, tmp_path: Path) -> None:
-    """And after a resume over them; until the first one the run is that of good images."""
-    bad = [7, 41, 90]
+    """And after a resume over them."""
+    bad, folder = [7, 41, 90], tmp_path / "run"
     shards = write_shards(tmp_path / "images", bad)
-    skipping = ("data.on_bad_image=skip", "checkpoint.keep_last=1000", "train.num_steps=6", "train.decay_steps=0")
-    runs = {world_size: tmp_path / f"run{world_size}" for world_size in (1, 2)}
-    for world_size, folder in runs.items():
-        said = train(data.run(shards, folder, *skipping), world_size)
-        assert "image skipped: data.shards: " in said
-    found = {world_size: [row.get("bad_images") for row in rows(folder)] for world_size, folder in runs.items()}
-    assert found[1] == found[2]
-    named = [one for images in found[1] for one in images or ()]
-    places = [int(re.match(rf"data\.shards: {shards}: image of id (\d+): DALI cannot", one)[1]) for one in named]
-    assert sorted(places) == bad  # an epoch visits each once, and its tail is none of them
+    skipping = ("data.on_bad_image=skip", "train.num_steps=6", "train.decay_steps=0")
+    skipping += ("checkpoint.every_steps=2", "checkpoint.keep_last=3")
+    said = train(data.run(shards, folder, *skipping))
+    assert "step 4: 2 images skipped: data.shards: " in said
+    before = rows(folder)
+    named = [row.get("bad_images", []) for row in before]
+    places = [
+        [int(re.match(rf"data\.shards: {shards}: image of id (\d+): DALI cannot", one)[1]) for one in of_step]
+        for of_step in named
+    ]
+    assert places == [[7], [], [], [41, 90], [], []]
+    losses = [row["loss"] for row in before]
+    assert None not in losses
+    assert losses[0] != rows(trained)[0]["loss"]
 
-    folder = runs[2]
-    losses = [row["loss"] for row in rows(folder)]
-    assert all(loss is not None for loss in losses)
     (folder / "summary.json").unlink()
-    (folder / "checkpoints" / "latest").write_text("step_00000004\n")
-    shutil.rmtree(folder / "checkpoints" / "step_00000006")
-    again = train(data.run(shards, folder, *skipping), 1)
-    assert "training from step 4 to 6" in again
-    assert [row.get("bad_images") for row in rows(folder)] == found[2]
-    assert [row["loss"] for row in rows(folder)] == pytest.approx(losses, rel=1e-5)
+    (folder / "checkpoints" / "latest").write_text("step_00000002\n")
+    said = train(data.run(shards, folder, *skipping), 1)
+    assert "training from step 2 to 6" in said
+    assert "step 4: 2 images skipped: data.shards: " in said
+    after = rows(folder)
+    assert [row["num_ranks"] for row in after] == [2, 2, 1, 1, 1, 1]
+    assert [row.get("bad_images", []) for row in after] == named
+    assert [row["loss"] for row in after] == pytest.approx(losses, rel=1e-5)
 
 
 def test_a_run_of_bad_images_ends_with_a_checkpoint(data: Data, tmp_path: Path) -> None:
@@ -243,3 +247,27 @@ def test_a_request_to_stop_while_an_image_is_encoded(data: Data, tmp_path: Path)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Mistakes
+def test_an_autoencoder_that_was_exchanged_is_refused(data: Data, trained: Path, tmp_path: Path) -> None:
+    other = write_autoencoder(tmp_path / "other", layers_per_block=2)
+    _, path, *overrides = data.run(data.images, trained, f"data.autoencoder={other}")
+    before, after = (KLAutoencoder.load(folder, "cpu").fingerprint for folder in (data.autoencoder, other))
+    refuse(
+        configs.load(path, overrides),
+        f"^data.autoencoder: expected latents of the autoencoder {before}, as checkpoint .*/step_00000012 was trained "
+        f"on, got those of {after}; set data.autoencoder as it was or choose another run.folder$",
+    )
+
+
+def test_latents_do_not_go_on_where_images_were(data: Data, trained: Path) -> None:
+    """Their places in the data are those of other shards."""
+    _, path, *overrides = data.run(data.latents, trained)
+    refuse(configs.load(path, overrides), "data.shards: checkpoint .* was trained on other shards than ")
+
+
+def test_a_dry_run_says_what_the_shards_hold(data: Data, tmp_path: Path) -> None:
+    [ended] = run_script(TRAIN, [*data.run(data.images, tmp_path / "run"), "--dry-run"])
+    assert ended.code == 0, ended.err
+    assert "shards: 100 images, which fit the config" in ended.out
+    wrong = [*data.run(data.images, tmp_path / "run", "data.latent_scale=1.0", "data.crop=rnd"), "--dry-run"]
+    assert_refused(run_script(TRAIN, wrong), "data.crop: expected one of adm, random")
+    assert not (tmp_path / "run").exists()

@@ -107,7 +107,7 @@ class TrainingStep:
         found: list[str] = []
         for of_rank in runtime.gather([reason for batch in batches for reason in batch.skipped]):
             found += of_rank
-        return found
+        return sorted(found)  # on any number of ranks the same
 
     def check_images(self, result: StepResult) -> None:
         """`LostDataError` on all ranks where most images of a step are bad."""
