@@ -115,10 +115,20 @@ class OnlineEncoder:
         self._decoder = Decoder(info, self._encoding.batch_size, device, runtime.num_cores(), self._has_crops)
 
     def __call__(self, images: ImageFiles) -> Samples:
-        """The latents of a micro-batch; UserError where an image is bad and `data.on_bad_image` is "stop"."""
+        """The latents of a micro-batch; errors as of `moments`."""
         epoch, ids_B = images.epoch, images.ids_B
-        mirrored_B, names, files = self._draws.mirrored(epoch, ids_B), self._names(ids_B), images.files()
-        crops_B4 = self._draws.crops(epoch, ids_B)
+        moments, skipped = self.moments(images, self._draws.mirrored(epoch, ids_B))
+        latents_BCYX = self._draws.latents(epoch, ids_B, moments["mean"], moments.get("log_variance"))
+        latents_BCYX[list(skipped)] = 0
+        return Samples(ids_B, epoch, latents_BCYX, images.labels_B, skipped)
+
+    def moments(self, images: ImageFiles, mirrored_B: Tensor) -> tuple[dict[str, Tensor], dict[int, str]]:
+        """As of `Encoding.moments`, of images or of the mirror images of some; and, by place, why one is skipped.
+
+        UserError where an image is bad and `data.on_bad_image` is "stop".
+        """
+        names, files = self._names(images.ids_B), images.files()
+        crops_B4 = self._draws.crops(images.epoch, images.ids_B)
         skipped: dict[int, str] = {}
         moments: list[dict[str, Tensor]] = []
         size = self._encoding.batch_size
@@ -130,10 +140,7 @@ class OnlineEncoder:
             skipped |= bad
             found = self._encoding.moments(pixels_BYXC, mirrored_B[places], [names[place] for place in places])
             moments.append({name: torch.from_numpy(values) for name, values in found.items()})
-        joined = {name: torch.cat([part[name] for part in moments]) for name in moments[0]}
-        latents_BCYX = self._draws.latents(epoch, ids_B, joined["mean"], joined.get("log_variance"))
-        latents_BCYX[list(skipped)] = 0
-        return Samples(ids_B, epoch, latents_BCYX, images.labels_B, skipped)
+        return {name: torch.cat([part[name] for part in moments]) for name in moments[0]}, skipped
 
     def _names(self, ids_B: Tensor) -> list[str]:
         folders = ids_B >> FOLDER_BIT & ((1 << REPETITION_BIT - FOLDER_BIT) - 1)
