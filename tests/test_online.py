@@ -518,6 +518,19 @@ def test_folders_that_are_not_alike(pairs: Any, tmp_path: Path) -> None:
     visit(dataclasses.replace(random, data=data), 1, 1)  # every image is cropped by the same rule
 
 
+@pytest.mark.parametrize(("encode_batch_size", "padding"), [(3, 0), (6, 0), (11, 0), (12, 6), (32, 26)])
+def test_padding_that_costs_more_than_the_images_is_said(
+    pairs: Any, capsys: pytest.CaptureFixture[str], encode_batch_size: int, padding: int
+) -> None:
+    config = pairs("grey").config(micro_batch_size=6, encode_batch_size=encode_batch_size)
+    for world_size in (1, 2):
+        Loader(config, as_read, 0, world_size).close()
+        said = capsys.readouterr().out
+        what = f"data.encode_batch_size = {encode_batch_size}: a micro-batch of 6 images is encoded with {padding} more"
+        assert (f"WARNING: {what} that fill it up; set 6" in said) == (padding > 0)
+        assert ("WARNING" in said) == (padding > 0)
+
+
 def test_without_dali_it_says_what_to_install(pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = pairs("grey")
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
