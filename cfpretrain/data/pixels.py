@@ -93,15 +93,17 @@ class Decoder:
         """Those that cannot be decoded alone, on the CPU, and why."""
         again = "make the image shards again"
         fix = again if self._info.store == "lossless" else f"{again} with --store lossless, which PIL decodes"
-        reasons = {}
+        reasons: dict[int, str] = {}
+        alone = None
         for place, file in enumerate(files):
-            alone = _make_pipeline(self._info, 1, torch.device("cpu"), 1)
+            alone = alone or _make_pipeline(self._info, 1, torch.device("cpu"), 1)
             alone.feed_input("files", [np.frombuffer(file, np.uint8)])
             try:
                 alone.run()
             except RuntimeError as error:
                 reason = str(error).partition("encountered:\n")[2].partition("Current pipeline")[0]
                 reasons[place] = f"DALI cannot decode it ({' '.join(reason.split()):.200}); {fix}"
+                alone = None
         return reasons
 
 
