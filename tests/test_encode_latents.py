@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
-from cfpretrain.data.shards import read_latents_info
+from cfpretrain.data.shards import read_info
 from tests.folders import content
 from tests.image_files import encoded, write_images
 from tests.processes import REPOSITORY, Rank, run_tool, start_script, wait_for_files, wait_until
@@ -53,7 +53,7 @@ def write_undisturbed(folder: Path, images: Path, autoencoder: Path | str, shape
     assert f"encoding {NUM_SHARDS * EACH} images of 32 x 32 pixels (a test)" in ended.out
     assert f"{out}: {NUM_SHARDS * EACH} latents of 2 classes, {shape} (a test)" in ended.out
     assert list(folder.iterdir()) == [out]
-    assert read_latents_info(out).num_samples == NUM_SHARDS * EACH
+    assert read_info(out).num_samples == NUM_SHARDS * EACH
     return content(out)
 
 

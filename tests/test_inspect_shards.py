@@ -12,9 +12,11 @@ from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base import files
 from cfpretrain.data.compatibility import check_infos
-from cfpretrain.data.shards import read_latents_info
+from cfpretrain.data.online import open_training_data
+from cfpretrain.data.shards import read_info
 from tests.digits import digits_info, write_digits, write_latents
 from tests.image_files import encoded, write_images
+from tests.image_files import write_digits as write_digit_images
 from tests.processes import REPOSITORY
 from tools import inspect_shards
 
@@ -56,7 +58,7 @@ def test_latents_are_described_drawn_and_verified(
     said = "\n".join(line.strip() for line in shown.splitlines() if line.startswith(("  model: {", "  data: {")))
     (tmp_path / "mine.yaml").write_text(said)
     config = configs.load(tmp_path / "mine.yaml", ["train.global_batch_size=16"])
-    check_infos([read_latents_info(folder)], config)
+    check_infos([read_info(folder)], config)
     assert config.data.shards == (str(folder),)
     assert "verified: 1 files, 100 samples" in shown
     picture = Image.open(tmp_path / "pictures" / "grid.png")
@@ -92,7 +94,22 @@ def test_the_config_names_the_autoencoder_that_is_given(
     message = refused(monkeypatch, capsys, other, "--autoencoder", folder)
     assert "--autoencoder: expected the autoencoder that made the latents, of fingerprint 000" in message
     digits = write_digits(tmp_path / "digits", 20)
-    assert "expected none for shards of images or pixels" in refused(monkeypatch, capsys, digits, "--autoencoder", "x")
+    assert "expected none for shards of pixels" in refused(monkeypatch, capsys, digits, "--autoencoder", "x")
+
+
+@pytest.mark.parametrize("folder", ["", str(REPOSITORY / "configs" / "autoencoders" / "digits")], ids=["pixels", "KL"])
+def test_what_is_shown_of_images_trains_from_them(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = write_digit_images(tmp_path / "images", 0, 20, size=32)
+    inspect(monkeypatch, images, *["--autoencoder", folder] * bool(folder), "--grid", tmp_path / "grid.png")
+    shown = capsys.readouterr().out
+    assert "to train from these images, without encode_latents.py, a config says" in shown
+    said = "\n".join(line.strip() for line in shown.splitlines() if line.startswith(("  model: {", "  data: {")))
+    (tmp_path / "mine.yaml").write_text(said)
+    config = configs.load(tmp_path / "mine.yaml", ["train.global_batch_size=16"])
+    assert config.data.autoencoder == folder
+    check_infos(open_training_data(config).latents, config)
 
 
 def test_what_images_lost_is_shown(

@@ -16,7 +16,7 @@ from cfpretrain.base.console import UserError
 from cfpretrain.core.latents import LatentScaling
 from cfpretrain.data.latent_shards import Encoding, encode
 from cfpretrain.data.shard_writer import ShardWriter
-from cfpretrain.data.shards import Shards, columns_of, read_latents_info, read_plan
+from cfpretrain.data.shards import Shards, columns_of, read_info, read_plan
 from tests.closeness import disagreement
 from tests.folders import content
 from tests.image_files import encoded, write_images
@@ -134,7 +134,7 @@ def test_moments_of_images_and_mirrored_images(latents: Path, photos: list[Image
 
 
 def test_the_folder_says_what_it_is(latents: Path, images: Path, autoencoder: KLAutoencoder) -> None:
-    info = read_latents_info(latents)
+    info = read_info(latents)
     assert dataclasses.asdict(info) | {"statistics": {}, "versions": {}} == {
         "autoencoder": autoencoder.fingerprint,
         "latent_shape": (4, 8, 8),
@@ -156,7 +156,7 @@ def test_the_folder_says_what_it_is(latents: Path, images: Path, autoencoder: KL
 
 def test_statistics_are_those_of_drawn_latents(latents: Path) -> None:
     """Held against the definition, and against many draws."""
-    info = read_latents_info(latents)
+    info = read_info(latents)
     found = columns_in(latents)
     mean = torch.cat([found["mean"], found["mirror_mean"]]).double()
     variance = torch.cat([found["log_variance"], found["mirror_log_variance"]]).double().exp()
@@ -171,7 +171,7 @@ def test_statistics_are_those_of_drawn_latents(latents: Path) -> None:
 
 def test_without_mirrors(tmp_path: Path, images: Path, latents: Path, autoencoder: KLAutoencoder) -> None:
     out = write(encoding_of(images, autoencoder, with_mirror=False), tmp_path / "out")
-    info = read_latents_info(out)
+    info = read_info(out)
     assert (info.has_posterior, info.has_mirror) == (True, False)
     found, both = (columns_in(folder) for folder in (out, latents))
     assert torch.equal(found["mean"], both["mean"])
@@ -186,7 +186,7 @@ def test_pixels_as_latents(tmp_path: Path, photos: list[Image.Image], channels: 
     folder = write_images(tmp_path / "images", [list(map(encoded, given))], SIZE, channels=channels)
     identity = IdentityAutoencoder(LatentScaling([0.5] * channels, [2.0] * channels))
     out = write(encoding_of(folder, identity), tmp_path / "out", parts=((0,),))
-    info = read_latents_info(out)
+    info = read_info(out)
     assert (info.autoencoder, info.latent_shape) == ("identity", (channels, SIZE, SIZE))
     assert (info.latent_shift, info.latent_scale) == ((0.5,) * channels, (2.0,) * channels)
     assert (info.has_posterior, info.has_mirror) == (False, False)
@@ -202,7 +202,7 @@ def test_pixels_as_latents(tmp_path: Path, photos: list[Image.Image], channels: 
 def test_a_crop_by_dali_is_recorded(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", [[encoded(crops(1, 40)[0], "JPEG")]], SIZE, store="original")
     out = write(encoding_of(folder, IdentityAutoencoder(LatentScaling([0.5], [2.0]))), tmp_path / "out", ((0,),))
-    assert read_latents_info(out).crop == "dali"
+    assert read_info(out).crop == "dali"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,14 +3,22 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from cfpretrain.autoencoder import KLAutoencoder
+from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
 from cfpretrain.core.process import make_process
-from examples.digits.loss_map import draw_loss_map, measure_loss_map
+from cfpretrain.data.online import open_training_data
+from examples.digits.loss_map import draw_loss_map, measure_loss_map, read_means
+from tests.image_files import encoded, write_images
+from tests.latent_shards import config_for
+from tests.test_latent_shards import encoding_of, write_autoencoder
+from tests.test_latent_shards import write as write_shard
 from tests.test_model import small_model
 from tests.test_objective import LOSS
 from tests.test_pictures import num_near, pixels
@@ -73,3 +81,29 @@ def test_loss_map_without_any_loss(tmp_path: Path) -> None:
 def test_loss_map_of_one_constant_value(tmp_path: Path) -> None:
     draw_loss_map(tmp_path / "map.png", np.full((1, 1), 0.5), [0, 1], [0, 1], "A title")
     assert pixels(tmp_path / "map.png").shape[1] > 800
+
+
+def test_latents_of_images_are_those_that_their_latent_shards_hold(tmp_path: Path) -> None:
+    """But of a bad image, which training skips too."""
+    rng = np.random.default_rng(0)
+    photos = [encoded(rng.integers(256, size=(16, 16, 3), dtype=np.uint8)) for _ in range(10)]
+    images = write_images(tmp_path / "images", [photos], 16)
+    folder = write_autoencoder(tmp_path / "autoencoder")
+    latents = write_shard(encoding_of(images, KLAutoencoder.load(folder, "cpu")), tmp_path / "latents", [[0]])
+    bad = write_images(tmp_path / "bad", [[*photos[:2], photos[2][:60], *photos[3:]]], 16)
+
+    def means_of(shards: Path, **settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        config = config_for(shards, autoencoder=str(folder), encode_batch_size=4, **settings)
+        return read_means(open_training_data(config), config, 10)
+
+    expected, labels = means_of(latents)
+    found, labels_of_images = means_of(images, mirror_prob=0.5)
+    torch.testing.assert_close(found, expected, rtol=2e-3, atol=2e-4)
+    assert expected.std() > 0.01
+    assert labels_of_images.tolist() == labels.tolist()
+    found, labels_of_images = means_of(bad, on_bad_image="skip")
+    good = [0, 1, *range(3, 10)]
+    torch.testing.assert_close(found, expected[good], rtol=2e-3, atol=2e-4)
+    assert labels_of_images.tolist() == labels[good].tolist()
+    with pytest.raises(UserError, match="bad: image of id 6: DALI cannot decode it"):
+        means_of(bad)

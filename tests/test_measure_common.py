@@ -12,7 +12,7 @@ import pytest
 from cfpretrain.base import config as configs
 from cfpretrain.base import config_checks
 from cfpretrain.data.loader import Loader
-from cfpretrain.data.shards import read_latents_info
+from cfpretrain.data.shards import read_info
 from tests.processes import REPOSITORY
 from tools import measure as command
 from tools.measuring import common
@@ -34,7 +34,7 @@ def test_shards_of_noise_fit_the_recipe(
     config = configs.load(REPOSITORY / "configs" / f"{preset}.yaml", small)
     config = common.on_noise(config, tmp_path)
     config_checks.check(config, 1)
-    info = read_latents_info(tmp_path / "latents")
+    info = read_info(tmp_path / "latents")
     assert (info.has_posterior, info.has_mirror) == (has_posterior, has_mirror)
     model = config.model
     with closing(Loader(config, lambda samples, step: samples, 0, 1)) as loader:

@@ -80,6 +80,8 @@ def test_images_of_another_size_or_other_classes_are_refused(
     source = f"data.shards={shards}"
     message = refused(monkeypatch, tmp_path, source, large, fitting)
     assert message == f"--images: expected image_size 8 as of {shards}, got 16"
+    message = refused(monkeypatch, tmp_path, f"data.shards={fitting}", large, fitting)  # a run straight from images
+    assert message == f"--images: expected image_size 8 as of {fitting}, got 16"
     message = refused(monkeypatch, tmp_path, source, fitting, other)
     assert message.startswith(f"--held-out: expected class_names {names} as of {shards}, got ('0', ")
     message = refused(monkeypatch, tmp_path, source, fitting, shards)

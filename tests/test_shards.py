@@ -18,7 +18,6 @@ from cfpretrain.data.shards import (
     columns_of,
     read_images_info,
     read_info,
-    read_latents_info,
 )
 from tests.digits import write_latents
 
@@ -63,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read_in_any_order(folder: Path) -> None:
-    assert read_info(folder) == read_latents_info(folder) == INFO
+    assert read_info(folder) == INFO
     shards = Shards(folder)
     assert shards.shard_sizes.tolist() == [8] * 6 + [2]
     assert len(shards) == 50
@@ -219,5 +218,3 @@ def test_images_and_latents_are_told_apart(folder: Path, tmp_path: Path) -> None
     writer.finish(info, 1)
     assert read_images_info(tmp_path / "images", "--images") == info
     assert Shards(tmp_path / "images").sample(0)["image"] == b"png"
-    with pytest.raises(UserError, match=r"data.shards: expected shards of latents.*tools/encode_latents.py"):
-        _ = Shards(tmp_path / "images").latents_info

@@ -1,8 +1,9 @@
 """Shows what a shard folder holds; with --verify, reads all of it.
 
     python tools/inspect_shards.py data/mnist-latents --grid grid.png --autoencoder configs/autoencoders/digits
-    python tools/inspect_shards.py data/mnist-images --verify
+    python tools/inspect_shards.py data/mnist-images --autoencoder configs/autoencoders/digits --verify
 
+It ends with the lines of a config that trains on them: on latents, or straight from images.
 --verify holds every file against its hash and every sample against its checksum, decodes every image, counts the
 classes and the lines of rejected.jsonl, and looks for ids that come twice. Exit code 0: all is well; 2: it is not, and
 a line says what and where.
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cfpretrain.autoencoder import KLAutoencoder
-    from cfpretrain.data.shards import LatentsInfo, Shards
+    from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards
 
 _COLUMNS, _MOST_ROWS = 8, 6
 _MOST_NAMES = 10
@@ -60,7 +61,9 @@ def main() -> None:
     parser.add_argument("--verify", action="store_true", help="read everything: hashes, checksums, images, ids")
     parser.add_argument("--grid", type=path_argument, metavar="PNG", help="draw samples from all over the folder")
     parser.add_argument(
-        "--autoencoder", type=path_argument, help="folder of the autoencoder, which decodes latents for --grid"
+        "--autoencoder",
+        type=path_argument,
+        help="its folder: it decodes latents for --grid, and encodes images as training goes",
     )
     for name, (kind, text) in _CACHE_OPTIONS.items():
         default = getattr(DataConfig(), name)
@@ -82,29 +85,31 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.data.shards import Shards
     cache = Cache.of(DataConfig(**{name: getattr(arguments, name) for name in _CACHE_OPTIONS}))
     shards = Shards(arguments.shards, "shards", cache)
-    decoder = None if arguments.autoencoder is None else _load(shards, arguments.autoencoder)
-    _print_description(shards, arguments.autoencoder)
+    autoencoder = None if arguments.autoencoder is None else _load(shards, arguments.autoencoder)
+    _print_description(shards)
+    _print_config(shards, autoencoder, arguments.autoencoder)
     if arguments.grid is not None:
-        _draw(shards, arguments.grid, decoder)
+        _draw(shards, arguments.grid, autoencoder)
     if arguments.verify:
         _verify(shards)
 
 
 def _load(shards: "Shards", folder: Path) -> "KLAutoencoder":
-    """The autoencoder of latents; UserError where it is another."""
+    """The autoencoder of latents, where UserError refuses any other, or one for images."""
     from cfpretrain.autoencoder import KLAutoencoder
     from cfpretrain.data.compatibility import check_autoencoder
     from cfpretrain.data.shards import ImagesInfo
 
     info = shards.info
-    if isinstance(info, ImagesInfo) or info.autoencoder == "identity":
-        raise UserError(f"--autoencoder: expected none for shards of images or pixels, got {folder}; leave it out")
-    decoder = KLAutoencoder.load(folder, "cpu", key="--autoencoder")
-    check_autoencoder(info, decoder.fingerprint, decoder.shift, decoder.scale, "--autoencoder")
-    return decoder
+    if not isinstance(info, ImagesInfo) and info.autoencoder == "identity":
+        raise UserError(f"--autoencoder: expected none for shards of pixels, got {folder}; leave it out")
+    autoencoder = KLAutoencoder.load(folder, "cpu", key="--autoencoder")
+    if not isinstance(info, ImagesInfo):
+        check_autoencoder(info, autoencoder.fingerprint, autoencoder.shift, autoencoder.scale, "--autoencoder")
+    return autoencoder
 
 
-def _print_description(shards: "Shards", autoencoder: Path | None) -> None:
+def _print_description(shards: "Shards") -> None:
     from cfpretrain.data.images import describe_changes
     from cfpretrain.data.shards import ImagesInfo, columns_of
 
@@ -133,13 +138,35 @@ def _print_description(shards: "Shards", autoencoder: Path | None) -> None:
     lines["fingerprint"] = shards.fingerprint
     for name, text in lines.items():
         print(f"{name:>12}: {printable(text)}", flush=True)
-    if not isinstance(info, ImagesInfo):
-        lines_of_config = _config_lines(info, shards.source.address, autoencoder)
-        print("a config for them says", *lines_of_config, sep="\n  ", flush=True)
+
+
+def _print_config(shards: "Shards", autoencoder: "KLAutoencoder | None", folder: Path | None) -> None:
+    """What a config for these shards must say; images may be trained from as they are."""
+    from cfpretrain.data.shards import ImagesInfo
+
+    info, said = shards.info, "a config for them says"
+    if isinstance(info, ImagesInfo):
+        info = _describe_latents(shards, info, autoencoder)
+        said = "to train from these images, without encode_latents.py, a config says"
+        if autoencoder is None:
+            said += " (of pixels; with --autoencoder: of its latents)"
+    print(said, *_config_lines(info, shards.source.address, folder), sep="\n  ", flush=True)
+
+
+def _describe_latents(shards: "Shards", info: "ImagesInfo", autoencoder: "KLAutoencoder | None") -> "LatentsInfo":
+    """Of those that training makes of images; without an autoencoder they are the pixels."""
+    import torch
+
+    from cfpretrain.autoencoder import IdentityAutoencoder
+    from cfpretrain.core.latents import LatentScaling
+    from cfpretrain.data.latent_shards import Encoding
+
+    made_by = autoencoder or IdentityAutoencoder(LatentScaling([0.5] * info.channels, [2.0] * info.channels))
+    return Encoding(shards, made_by, torch.device("cpu"), "fp32", batch_size=1, with_mirror=True).describe()
 
 
 def _config_lines(info: "LatentsInfo", address: str, autoencoder: Path | None) -> list[str]:
-    """What a config for these shards must say, in YAML; the autoencoder's folder is yet to be filled in without one."""
+    """In YAML; the autoencoder's folder is yet to be filled in where none is given."""
     data: dict[str, Any] = {"shards": address}
     if info.autoencoder != "identity":
         data["autoencoder"] = str(autoencoder or "FOLDER")
@@ -160,7 +187,7 @@ def _short(values: Any) -> str:
 # A look at some
 
 
-def _draw(shards: "Shards", path: Path, decoder: "KLAutoencoder | None") -> None:
+def _draw(shards: "Shards", path: Path, autoencoder: "KLAutoencoder | None") -> None:
     import numpy as np
     import torch
 
@@ -171,7 +198,7 @@ def _draw(shards: "Shards", path: Path, decoder: "KLAutoencoder | None") -> None
     places = np.linspace(0, len(shards) - 1, num_rows * columns).round().astype(int).tolist()
     with phase(f"drawing {path}", announce=False):
         samples = [shards.sample(place) for place in places]
-        images, note = _look_at(shards, samples, decoder)
+        images, note = _look_at(shards, samples, autoencoder)
         names = shards.info.class_names
         captions = [sample["caption"] or names[sample["label"]] for sample in samples]
         title = f"{shards.source.address}: {len(shards):,} samples\n{len(places)} from all over it{note}"
@@ -187,7 +214,9 @@ def _draw(shards: "Shards", path: Path, decoder: "KLAutoencoder | None") -> None
     say(f"see {path}")
 
 
-def _look_at(shards: "Shards", samples: list[dict[str, Any]], decoder: "KLAutoencoder | None") -> "tuple[Tensor, str]":
+def _look_at(
+    shards: "Shards", samples: list[dict[str, Any]], autoencoder: "KLAutoencoder | None"
+) -> "tuple[Tensor, str]":
     """Images of samples, 0 black and 1 white, and what the title must say of them."""
     import numpy as np
     import torch
@@ -207,9 +236,9 @@ def _look_at(shards: "Shards", samples: list[dict[str, Any]], decoder: "KLAutoen
     latents_BCYX = scaling.to_model(torch.from_numpy(np.stack([sample["mean"] for sample in samples])))
     if info.autoencoder == "identity":
         return IdentityAutoencoder(scaling).decode(latents_BCYX), ""
-    if decoder is None:
+    if autoencoder is None:
         return false_colours(latents_BCYX), ", latents in false colours (give --autoencoder)"
-    return decoder.decode(latents_BCYX), ", decoded"
+    return autoencoder.decode(latents_BCYX), ", decoded"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

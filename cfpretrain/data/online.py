@@ -54,15 +54,17 @@ def open_training_data(config: Config, device: torch.device | None = None) -> Tr
     """
     device, cache = device or torch.device("cpu"), Cache.of(config.data)
     folders = [Shards(address, cache=cache) for address in config.data.shards]
-    infos = [folder.info for folder in folders if isinstance(folder.info, ImagesInfo)]
-    if not infos:
-        return TrainingData(folders, [folder.latents_info for folder in folders], [], cache)
-    if len(infos) < len(folders):
+    infos = [folder.info for folder in folders]
+    latents = [info for info in infos if isinstance(info, LatentsInfo)]
+    images = [info for info in infos if isinstance(info, ImagesInfo)]
+    if latents and images:
         raise UserError(
             f"data.shards: expected shards of one kind, got images and latents in {', '.join(config.data.shards)}; "
             "encode the images, or leave one kind out"
         )
-    autoencoder, precision = _open_autoencoder(config, infos[0], device)
+    if latents:
+        return TrainingData(folders, latents, [], cache)
+    autoencoder, precision = _open_autoencoder(config, images[0], device)
     encodings = [
         Encoding(
             folder,
@@ -82,8 +84,14 @@ def _open_autoencoder(
     config: Config, info: ImagesInfo, device: torch.device
 ) -> tuple[IdentityAutoencoder | KLAutoencoder, str]:
     """What encodes images of a config, and in which precision."""
-    data = config.data
+    data, channels = config.data, config.model.latent_channels
     if not data.autoencoder:
+        if info.channels != channels:
+            raise UserError(
+                f"data.autoencoder: expected the folder of the one that encodes the images of {data.shards[0]}, since "
+                f"model.latent_channels = {channels} are no pixels, got none; set it, or encode them before with "
+                "tools/encode_latents.py"
+            )
         values = (of * info.channels if len(of) == 1 else of for of in (data.latent_shift, data.latent_scale))
         return IdentityAutoencoder(LatentScaling(*values)), "fp32"
     precision = encoding_precision(config, device.type)
@@ -122,15 +130,24 @@ class OnlineEncoder:
         self._decoder = Decoder(info, self._encoding.batch_size, device, runtime.num_cores(), self._has_crops)
 
     def __call__(self, images: ImageFiles) -> Samples:
-        """The latents of a micro-batch; UserError where an image is bad and `data.on_bad_image` is "stop"."""
+        """The latents of a micro-batch; errors as of `moments`."""
         epoch, ids_B = images.epoch, images.ids_B
-        mirrored_B, names, files = self._draws.mirrored(epoch, ids_B), self._names(ids_B), images.files()
-        crops_B4 = self._draws.crops(epoch, ids_B)
+        moments, skipped = self.moments(images, self._draws.mirrored(epoch, ids_B))
+        latents_BCYX = self._draws.latents(epoch, ids_B, moments["mean"], moments.get("log_variance"))
+        latents_BCYX[list(skipped)] = 0
+        return Samples(ids_B, epoch, latents_BCYX, images.labels_B, skipped)
+
+    def moments(self, images: ImageFiles, mirrored_B: Tensor) -> tuple[dict[str, Tensor], dict[int, str]]:
+        """As of `Encoding.moments`, of images or of the mirror images of some; and, by place, why one is skipped.
+
+        UserError where an image is bad and `data.on_bad_image` is "stop".
+        """
+        names, files = self._names(images.ids_B), images.files()
+        crops_B4 = self._draws.crops(images.epoch, images.ids_B)
         skipped: dict[int, str] = {}
         moments: list[dict[str, Tensor]] = []
-        for places in np.split(
-            np.arange(len(files)), range(self._encoding.batch_size, len(files), self._encoding.batch_size)
-        ):
+        size = self._encoding.batch_size
+        for places in np.split(np.arange(len(files)), range(size, len(files), size)):
             pixels_BYXC, reasons = self._decode([files[place] for place in places], crops_B4[places])
             bad = {int(places[one]): f"{names[places[one]]}: {reason}" for one, reason in reasons.items()}
             if bad and self._on_bad_image == "stop":
@@ -138,10 +155,7 @@ class OnlineEncoder:
             skipped |= bad
             found = self._encoding.moments(pixels_BYXC, mirrored_B[places], [names[place] for place in places])
             moments.append({name: torch.from_numpy(values) for name, values in found.items()})
-        joined = {name: torch.cat([part[name] for part in moments]) for name in moments[0]}
-        latents_BCYX = self._draws.latents(epoch, ids_B, joined["mean"], joined.get("log_variance"))
-        latents_BCYX[list(skipped)] = 0
-        return Samples(ids_B, epoch, latents_BCYX, images.labels_B, skipped)
+        return {name: torch.cat([part[name] for part in moments]) for name in moments[0]}, skipped
 
     def _names(self, ids_B: Tensor) -> list[str]:
         folders = ids_B >> FOLDER_BIT & ((1 << REPETITION_BIT - FOLDER_BIT) - 1)
@@ -193,6 +207,7 @@ class EncodingReader(Generic[T]):
         )
         self._made: queue.Queue[T] = queue.Queue(depth)
         self._is_closed = threading.Event()
+        torch.get_num_threads()  # a thread that has never asked takes the number that another sets for itself
         self._task = Task(self._work, "images")
 
     def read(self) -> T:
@@ -214,7 +229,7 @@ class EncodingReader(Generic[T]):
         self._files.close()
 
     def _work(self) -> None:
-        torch.set_num_threads(1)  # of this thread's: how many share a batch decides the bits of its latents
+        torch.set_num_threads(1)  # for this thread: how many share a batch decides the bits of its latents
         on_gpu = self._device.type == "cuda"
         stream = torch.cuda.Stream(self._device) if on_gpu else None
         with torch.cuda.device(self._device) if on_gpu else nullcontext(), torch.cuda.stream(stream), exactly():

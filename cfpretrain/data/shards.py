@@ -158,20 +158,6 @@ def read_images_info(folder: str | Path, key: str) -> ImagesInfo:
     return info
 
 
-def read_latents_info(folder: str | Path) -> LatentsInfo:
-    """`read_info` of a folder that must hold latents."""
-    return _of_latents(read_info(folder), str(folder), "data.shards")
-
-
-def _of_latents(info: Info, address: str, key: str) -> LatentsInfo:
-    if not isinstance(info, LatentsInfo):
-        raise UserError(
-            f"{key}: expected shards of latents, got images in {address}; encode them with: "
-            f"python tools/encode_latents.py {address} --autoencoder FOLDER --out OTHER_FOLDER"
-        )
-    return info
-
-
 def _text(source: Source, name: str, key: str) -> str:
     try:
         return source.text(name)
@@ -257,11 +243,6 @@ class Shards:
 
     def __len__(self) -> int:
         return self.info.num_samples
-
-    @property
-    def latents_info(self) -> LatentsInfo:
-        """The description of a folder that must hold latents; UserError where it holds images."""
-        return _of_latents(self.info, self.source.address, self._key)
 
     def shard(self, number: int) -> Iterator[dict[str, Any]]:
         """The samples of one shard, in order; errors as of `samples`."""

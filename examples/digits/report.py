@@ -167,18 +167,18 @@ def _check(arguments: argparse.Namespace, config: Any) -> None:
 
 def _check_images(arguments: argparse.Namespace, config: Any) -> int:
     """How many images `--images` holds."""
-    from cfpretrain.data.loader import open_folders
-    from cfpretrain.data.shards import read_images_info
+    from cfpretrain.data.cache import Cache
+    from cfpretrain.data.shards import Shards, read_images_info
 
-    latents = open_folders(config)[0].latents_info
+    trained = Shards(config.data.shards[0], cache=Cache.of(config.data)).info
     infos = {"--images": read_images_info(arguments.images, "--images")}
     infos["--held-out"] = read_images_info(arguments.held_out, "--held-out")
     for key, images in infos.items():
         for name in ("image_size", "class_names"):
-            expected, got = getattr(latents, name), getattr(images, name)
+            expected, got = getattr(trained, name), getattr(images, name)
             if expected != got:
                 raise UserError(f"{key}: expected {name} {expected} as of {config.data.shards[0]}, got {got}")
-    num_classes, num_real = len(latents.class_names), sum(images.num_samples for images in infos.values())
+    num_classes, num_real = len(trained.class_names), sum(images.num_samples for images in infos.values())
     if num_classes < 2:
         raise UserError(f"RUN: expected at least 2 classes, which the scores tell apart, got {num_classes}")
     # Halves of each class are compared.
@@ -313,25 +313,22 @@ def _score(arguments: argparse.Namespace, config: Any, model: Any, sets: "Sets")
 
 def _draw(folder: Path, config: Any, model: Any, step: int, sets: "Sets") -> None:
     """The loss map, and a grid of each setting."""
-    import numpy as np
     import torch
 
-    from cfpretrain.data.loader import open_folders
+    from cfpretrain.data.online import open_training_data
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
     from cfpretrain.run import build
-    from examples.digits.loss_map import draw_loss_map, measure_loss_map
+    from examples.digits.loss_map import draw_loss_map, measure_loss_map, read_means
 
-    shards = open_folders(config)[0]
     with phase("drawing the loss map"):
-        some = np.linspace(0, len(shards) - 1, min(len(shards), _MOST_MAPPED)).round().astype(int)
-        samples = shards.samples(some.tolist())
-        means_BCYX = torch.from_numpy(np.stack([sample["mean"] for sample in samples])).float()
-        labels_B = torch.tensor([int(sample["label"]) for sample in samples])
-        latents_BCYX = build.make_scaling(config).to_model(means_BCYX).to(next(model.parameters()).device)
-        errors = measure_loss_map(model, build.make_loss(config), latents_BCYX, labels_B, num_bins=20, passes=8)
+        device = next(model.parameters()).device
+        data = open_training_data(config, device)
+        means_NCYX, labels_N = read_means(data, config, _MOST_MAPPED)
+        latents_NCYX = build.make_scaling(config).to_model(means_NCYX).to(device)
+        errors = measure_loss_map(model, build.make_loss(config), latents_NCYX, labels_N, num_bins=20, passes=8)
         draw_loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
-    names = shards.info.class_names[: config.sample.max_classes]
+    names = data.latents[0].class_names[: config.sample.max_classes]
     for key, one in sets.items():
         if key is None:
             continue
