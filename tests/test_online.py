@@ -1,10 +1,12 @@
 """Training from image shards: the batches are those of the latent shards that encode_latents makes of them."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -28,8 +30,9 @@ from cfpretrain.data.samples import Samples
 from tests.closeness import disagreement
 from tests.image_files import encoded, write_images
 from tests.latent_shards import as_read, config_for
-from tests.processes import wait_until
+from tests.processes import REPOSITORY, wait_until
 from tests.test_latent_shards import CONFIG, encoding_of, write, write_autoencoder
+from tests.test_loader import UNCLOSED
 from tests.test_pixels import crops
 
 SIZE, BATCH = 16, 8  # of the images; in which they are encoded
@@ -331,6 +334,15 @@ def test_the_training_thread_keeps_its_number_of_threads(pairs: Any) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_process_that_an_error_ends_waits_for_nothing(tmp_path: Path) -> None:
+    folder = with_bad_images(tmp_path, {}, class_names=("a", "b", "c"))
+    settings = {"shape": (3, SIZE, SIZE), "global_batch_size": 10, "micro_batch_size": 5}
+    command = [sys.executable, "-c", UNCLOSED, str(folder), json.dumps(settings)]
+    ended = subprocess.run(command, cwd=REPOSITORY, timeout=120, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
