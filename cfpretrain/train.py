@@ -35,6 +35,7 @@ from cfpretrain.base.stopping import StopRequest, leave_before_training
 if TYPE_CHECKING:
     from cfpretrain.base.config import Config
     from cfpretrain.base.config_files import Origin
+    from cfpretrain.core.work import Work
 
 
 def parse() -> argparse.Namespace:
@@ -83,7 +84,8 @@ def dry_run(arguments: argparse.Namespace) -> None:
         f"{config.accumulation_steps(world_size)} micro-batches x {world_size} ranks"
     )
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
-    for line in (*_describe_sequences(config), *_describe_inputs(config), *_describe_origins(origins)):
+    inputs = _describe_inputs(config, config.micro_batch_size(world_size))
+    for line in (*_describe_sequences(config), *inputs, *_describe_origins(origins)):
         print(printable(masked(line)))
     for doubt in config_checks.doubts(config, origins):
         print(f"WARNING: {doubt}")
@@ -100,7 +102,7 @@ def _load(arguments: argparse.Namespace, world_size: int) -> "tuple[Config, dict
     return config, origins
 
 
-def _describe_inputs(config: "Config") -> Iterator[str]:
+def _describe_inputs(config: "Config", micro_batch_size: int) -> Iterator[str]:
     """How many samples the shards hold, and that they and the autoencoder fit, where they lie on this machine."""
     import torch
 
@@ -114,6 +116,9 @@ def _describe_inputs(config: "Config") -> Iterator[str]:
     if data is not None:
         check_infos(infos, config)
         yield f"shards: {sum(map(len, data.folders)):,} {data.folders[0].info.kind}, which fit the config"
+        if data.encodings:
+            yield from _describe_encoding(config, data.latents[0].crop, micro_batch_size)
+            return
     else:
         yield f"shards: not looked at, since {elsewhere[0]} is no folder of this machine"
     if not folder:
@@ -127,11 +132,48 @@ def _describe_inputs(config: "Config") -> Iterator[str]:
     yield f"autoencoder: {folder}, which {'made the latents' if infos else 'can be read'}"
 
 
+def _describe_encoding(config: "Config", crop: str, micro_batch_size: int) -> Iterator[str]:
+    """How images are encoded as training goes, and what that costs beside the training step."""
+    from cfpretrain.data.online import encoding_precision
+    from cfpretrain.run import metrics
+
+    data, at_once = config.data, config.data.encode_batch_size
+    if not data.autoencoder:
+        yield f"images: decoded as training goes, {crop} crop; their pixels are the latents"
+        return
+    on_gpu, on_cpu = (encoding_precision(config, device_type) for device_type in ("cuda", "cpu"))
+    precision = on_cpu if on_gpu == on_cpu else f"{on_gpu} (on a CPU {on_cpu})"
+    flops = metrics.encoding_cost(config, on_gpu=True).flops
+    yield (
+        f"images: encoded as training goes, by {data.autoencoder} in {precision}, {at_once} at once, {crop} crop: "
+        f"{flops:.3e} FLOPs an image, {flops / metrics.training_flops(config.model, _mean_work(config)):.2%} of the "
+        "training FLOPs"
+    )
+    if micro_batch_size % at_once:
+        num_encoded = -(-micro_batch_size // at_once) * at_once
+        yield (
+            f"images: a micro-batch of {micro_batch_size} is padded to {num_encoded}, which takes "
+            f"{num_encoded / micro_batch_size:.2f} times the FLOPs: see data.encode_batch_size"
+        )
+
+
 def _describe_origins(origins: "Mapping[str, Origin]") -> Iterator[str]:
     """Which keys come from where, of several files."""
     sources = sorted(set(origins.values()))
     for source in sources if len(sources) > 1 else ():
         yield f"set by {source.name}: {', '.join(key for key, origin in origins.items() if origin == source)}"
+
+
+def _mean_work(config: "Config") -> "Work":
+    """That of a training sequence, exact in the mean over splits."""
+    import torch
+
+    from cfpretrain.core import ar
+    from cfpretrain.core.modalities import class_segment, image_segment
+    from cfpretrain.core.work import expected_work
+
+    image = image_segment(torch.zeros(1, config.model.num_tokens, dtype=torch.int64))
+    return expected_work([class_segment(config.model.num_cond_tokens), image], ar.ARSettings(**vars(config.order)))
 
 
 def _describe_sequences(config: "Config") -> Iterator[str]:
@@ -140,7 +182,7 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
 
     from cfpretrain.core import ar
     from cfpretrain.core.modalities import class_segment, image_segment
-    from cfpretrain.core.work import expected_work, sequence_lengths
+    from cfpretrain.core.work import sequence_lengths
     from cfpretrain.run import metrics
 
     model, order, num_sequences = config.model, config.order, config.train.global_batch_size
@@ -155,7 +197,7 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     lengths = list(share_by_length)
     shown = ", ".join(map(str, lengths)) if len(lengths) < 10 else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
     padded = sum(length * share for length, share in share_by_length.items())
-    work = expected_work(segments, settings)
+    work = _mean_work(config)
     yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
     flops = num_sequences * metrics.training_flops(model, work)
     yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"

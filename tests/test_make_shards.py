@@ -30,7 +30,8 @@ from tests.processes import Ended, Rank, run_alone, wait_until
 from tests.test_images import encoded, oracle, picture, write_tree
 from tests.test_stopping import SMALL_MEMORY
 from tests.test_tables import table
-from tools.measuring.data import plain_shards, write_photos
+from tools.measuring.data import plain_shards
+from tools.measuring.photos import write_photos
 
 _WAIT_SECONDS = 120
 

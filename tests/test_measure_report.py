@@ -213,10 +213,14 @@ def test_the_whole_report_at_tiny_sizes(tmp_path: Path) -> None:
     found = json.loads((folder / "report.json").read_text())["sections"]
     states = {name: of["state"] for name, of in found.items()}
     assert (states.pop("gpu tests"), found["gpu tests"]["why"]) == ("left out", "needs a GPU")
-    if states["encoding"] == "left out":  # where its packages are not installed
-        del states["encoding"]
+    of_images = ("encoding", "images", "tiny from images")
+    if states["encoding"] == "left out":  # where their packages are not installed
+        assert {states.pop(name) for name in of_images} == {"left out"}
     assert set(states.values()) == {"measured"}, found
     assert found["tiny stage 1"]["results"][0]["config"]["engine"]["zero_stage"] == 1
+    if "images" in states:
+        assert found["tiny from images"]["results"][0]["encoding"]["flops"] > 0
+        assert len(found["images"]["results"][0]["rates"]) == 4
     tiny = found["tiny"]["results"][0]
     assert tiny["seconds"]
     assert tiny["profile"]["shares"]

@@ -16,6 +16,7 @@ from cfpretrain.core import attention, seeds
 from cfpretrain.core import model as transformer
 from cfpretrain.run.build import make_loss
 from tests.digits import write_digits
+from tests.image_files import write_digits as write_images
 from tests.processes import REPOSITORY, run_in_processes, run_script
 from tools import measure as command
 from tools.measuring import sides, step
@@ -129,6 +130,37 @@ def test_step_command() -> None:
     assert measured["versions"]["torch"]
     assert measured["hardware"]["cpu"]
     assert "median" in ended.out
+
+
+def test_step_on_photos() -> None:
+    """Files become latents beside the step, which counts the model's FLOPs alone."""
+    overrides = ["model.latent_channels=4", "model.latent_size=4", "train.global_batch_size=4"]
+    options = ["--config", "configs/benchmark/cpu.yaml", *SMALL, *overrides, "--pairs", "1"]
+    [plain], [ended] = (run_script(TOOL, [*options, *more]) for more in ([], ["--photos", "small"]))
+    assert plain.code == 0, plain.err
+    assert ended.code == 0, ended.err
+    latents, images = last_json(plain.out), last_json(ended.out)
+    cost = images["encoding"]
+    assert f"encoding images beside the step: {cost['flops']:.3e} FLOPs an image" in ended.out
+    assert images["estimated_memory_bytes"] > cost["weights"] + cost["working"] > 0
+    assert latents["encoding"] is None
+    flops = [found["tflops"] / found["images_per_second"] for found in (latents, images)]
+    assert flops[0] == pytest.approx(flops[1])  # of the same splits
+
+
+def test_step_on_image_shards_of_the_config(tmp_path: Path) -> None:
+    """They are measured as they are; a side without a loader refuses them."""
+    images = write_images(tmp_path / "images", 0, 20)
+    tiny = ["--config", "configs/tiny.yaml", f"data.shards={images}", *SMALL, "model.latent_size=8", "--pairs", "1"]
+    [ended] = run_script(TOOL, tiny)
+    assert ended.code == 0, ended.err
+    encoding = last_json(ended.out)["encoding"]
+    assert (encoding["flops"], encoding["weights"]) == (0, 0)
+    assert encoding["working"] > 0
+    for option in (["--bare"], ["--against", "naive"]):
+        [ended] = run_script(TOOL, [*tiny, *option])
+        assert ended.code == 2
+        assert "error: --bare, --against: expected latents, since batches that are made ahead" in ended.err
 
 
 @pytest.mark.parametrize(

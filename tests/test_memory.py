@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,7 +17,10 @@ from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
 from cfpretrain.core.segments import build_layout
 from cfpretrain.run import build
+from cfpretrain.run.metrics import Account, encoding_cost
 from cfpretrain.training import memory, zero
+from tests.digits import write_digits as write_latents
+from tests.image_files import write_digits as write_images
 from tests.processes import REPOSITORY, run_in_processes, run_script
 from tools import estimate_memory
 
@@ -126,7 +130,7 @@ def test_activations(one: list[tuple[int, int]]) -> None:
 
 
 def test_account_counts_live_storages_once() -> None:
-    with estimate_memory.make_account() as account:
+    with Account() as account:
         first = torch.zeros(1000)
         views = first[10:].view(-1, 2), first.detach()
         assert account.held == 4000
@@ -269,6 +273,7 @@ def test_the_longest_sequence_is_estimated_and_measured(overrides: list[str]) ->
 
 def arguments(**values: Any) -> Any:
     given = {"num_gpus": 1, "gpu_memory_gb": 80.0, "reserve_gb": 4.0, "json": False, "measure": False}
+    given |= {"from_images": False}
     given |= {"overrides": [], "allow_env": False}
     return type("Arguments", (), {**given, **values})
 
@@ -330,6 +335,59 @@ def test_advice_is_a_config_that_passes_its_check_and_fits(
         assert estimate_memory.run(run(overrides=[*overrides, *changes])), changes
 
 
+IMAGES = [str(REPOSITORY / "configs" / "demo.yaml")]
+DIGITS = f"data.autoencoder={REPOSITORY / 'configs' / 'autoencoders' / 'digits'}"
+
+
+def reported(capsys: pytest.CaptureFixture[str], **given: Any) -> tuple[str, dict[str, Any]]:
+    """What the tool says, and its last line."""
+    estimate_memory.run(arguments(config=IMAGES, json=True, **given))
+    out = capsys.readouterr().out
+    return out, json.loads(out.splitlines()[-1])
+
+
+def test_command_counts_the_autoencoder_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where shards at hand hold images, or somebody says that others do."""
+    images, latents = write_images(tmp_path / "images", 0, 20), write_latents(tmp_path / "latents", 100)
+    of_images = [DIGITS, f"data.shards={images}"]
+    said, found = reported(capsys, overrides=of_images)
+    cost = encoding_cost(configs.load(IMAGES, of_images), on_gpu=True)
+    assert "data.shards hold images, encoded as training goes: " in said
+    assert found["encoding"] == {"flops": cost.flops, "weights": cost.weights, "working": cost.working}
+    elsewhere = [DIGITS, f"data.shards={tmp_path / 'elsewhere'}"]
+    said, assumed = reported(capsys, overrides=elsewhere, from_images=True)
+    assert "data.shards are taken to hold images, " in said
+    assert assumed == found
+    for overrides, kind in (
+        (elsewhere, "data.shards are not at hand, and taken for latents (for images: --from-images)"),
+        ([f"data.shards={latents}"], "data.shards hold latents: no autoencoder is at work"),
+    ):
+        said, without = reported(capsys, overrides=overrides)
+        assert kind in said
+        assert without["encoding"] is None
+        for row, plain in zip(found["rows"], without["rows"], strict=True):
+            assert row["autoencoder"] == cost.num_bytes
+            assert row["peak"] == plain["peak"] + cost.num_bytes
+    with pytest.raises(UserError, match=r"--from-images: expected image shards, but data.shards hold latents"):
+        reported(capsys, overrides=[f"data.shards={latents}"], from_images=True)
+
+
+def test_micro_batches_leave_room_for_the_autoencoder(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a memory that holds the largest micro-batch, and of one that holds nothing beside a large encoded batch."""
+    overrides = ["train.micro_batch_size=8", DIGITS, "data.encode_batch_size=64"]
+    config = configs.load(IMAGES, overrides)
+    encoding_bytes, peak = encoding_cost(config, on_gpu=True).num_bytes, memory.estimate(config, 1, True).peak
+    exactly = {"overrides": overrides, "reserve_gb": 0.0, "gpu_memory_gb": (peak + encoding_bytes) / 1e9}
+    for from_images, is_larger in ((True, False), (False, True)):
+        said, found = reported(capsys, **exactly, from_images=from_images)
+        [chosen] = [row for row in found["rows"] if row["chosen"]]
+        assert chosen["fits"]
+        assert (chosen["largest_micro_batch_size"] > 8) == is_larger
+    said, found = reported(capsys, **exactly | {"gpu_memory_gb": encoding_bytes / 1e9}, from_images=True)
+    assert not any(row["fits"] for row in found["rows"])
+    assert "are the autoencoder's: a smaller data.encode_batch_size needs less" in said
+
+
 def test_command_refuses_mistakes() -> None:
     config = [str(REPOSITORY / "configs" / "tiny.yaml")]
     for wrong, message in (
@@ -369,3 +427,15 @@ def test_advice_names_what_is_not_done_yet() -> None:
     config = memory.with_knobs(config, {f"engine.{name}": value for name, value in knobs.items()})
     config = memory.with_knobs(config, {"train.micro_batch_size": 1})
     assert memory.advise(config, 4, on_gpu=True).partition("to lower it: ")[2] == "more GPUs"
+
+
+def test_advice_of_a_run_from_images() -> None:
+    config = configs.load(IMAGES, [DIGITS])
+    encoding_bytes = encoding_cost(config, on_gpu=True).num_bytes
+    said = memory.advise(config, 1, True, "images")
+    peak = memory.estimate(config, 1, True, encoding_bytes).peak
+    assert peak == memory.estimate(config, 1, True).peak + encoding_bytes
+    assert f"needs {peak / 1e9:.1f} GB on each rank" in said
+    assert f"with {encoding_bytes / 1e9:.1f} GB to encode images)" in said
+    assert "data.encode_batch_size=16" in said
+    assert "images" not in memory.advise(config, 1, True, "latents")

@@ -1,5 +1,6 @@
 """Whole runs of `cfpretrain/train.py` on real ranks: resume, world sizes, and mistakes."""
 
+import argparse
 import dataclasses
 import json
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cfpretrain import train
 from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base.console import UserError
@@ -25,6 +27,8 @@ from cfpretrain.run.state import read_state
 from cfpretrain.training.folder import check_moved, prepare_folder
 from tests.digits import digits_info, small_config, small_run, write_digits, write_latents
 from tests.folders import rows
+from tests.image_files import digits as image_digits
+from tests.image_files import encoded, write_images
 from tests.processes import REPOSITORY, Ended, run_alone, run_script, start_script, wait_until
 from tests.runs import as_older
 from tests.test_latent_shards import write_autoencoder
@@ -282,6 +286,42 @@ def test_a_dry_run_holds_the_autoencoder_against_the_shards(tmp_path: Path) -> N
     assert_refused(dry_run(shards, wrong), "data.autoencoder: expected the autoencoder that made the latents")
     assert f"autoencoder: {right}, which can be read" in dry_run(tmp_path / "elsewhere", right)[0].out
     assert "autoencoder: not looked at, since FOLDER is no" in dry_run(tmp_path / "elsewhere", "FOLDER")[0].out
+
+
+def test_a_dry_run_says_what_encoding_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of image shards; the autoencoder's weights are read once."""
+    autoencoder = write_autoencoder(tmp_path / "autoencoder")
+    found = KLAutoencoder.load(autoencoder, "cpu")
+    side = 8 * found.stride
+    images = write_images(tmp_path / "images", [[encoded(image) for image in image_digits(0, 32, side)]], side)
+    loaded: list[Path] = []
+    load = KLAutoencoder.load
+    monkeypatch.setattr(KLAutoencoder, "load", lambda folder, *how: loaded.append(folder) or load(folder, *how))
+    overrides = [
+        *("model.latent_channels=4", "model.num_classes=2", "engine.precision=bf16", "engine.zero_stage=1"),
+        *(f"data.latent_shift={list(found.shift)}", f"data.latent_scale={list(found.scale)}"),
+        f"data.autoencoder={autoencoder}",
+    ]
+
+    def dry_run(*others: str) -> str:
+        _, path, *rest = small_run(images, tmp_path / "run", *overrides, *others)
+        given = {"num_ranks": 1, "allow_env": False, "allow_code": False}
+        train.dry_run(argparse.Namespace(config=[path], overrides=rest, **given))
+        return capsys.readouterr().out
+
+    said = dry_run("data.encode_batch_size=2")
+    assert loaded == [str(autoencoder)]
+    assert "shards: 32 images, which fit the config" in said
+    line = f"images: encoded as training goes, by {autoencoder} in bf16 (on a CPU fp32), 2 at once, adm crop: "
+    costs = re.search(rf"^{re.escape(line)}(\S+) FLOPs an image, (\S+)% of the training FLOPs$", said, re.MULTILINE)
+    of_training = re.search(r"^training FLOPs: (\S+) an image", said, re.MULTILINE)
+    assert costs is not None
+    assert of_training is not None
+    assert float(costs[2]) == pytest.approx(100 * float(costs[1]) / float(of_training[1]), rel=2e-3)
+    assert "is padded" not in said
+    assert "a micro-batch of 4 is padded to 6, which takes 1.50 times the FLOPs" in dry_run("data.encode_batch_size=3")
 
 
 def test_a_dry_run_says_where_values_come_from(shards: Path, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
     python tools/estimate_memory.py --config configs/XL.yaml --num-gpus 8 --gpu-memory-gb 80 [key.sub=value ...]
 
 Needs no GPU and none of the model's memory. A GB is 1e9 bytes. The row of the config itself is marked with `*`. The
-peak is at the longest sequence that training can draw. `--measure` makes a real step on this machine, on one rank, and
-prints what it held beside the estimate.
+peak is at the longest sequence that training can draw. Where `data.shards` hold images, which are encoded as training
+goes, the autoencoder counts: folders of this machine say what they hold, others are taken for latents, or for images
+with `--from-images`. `--measure` makes a real step on this machine, on one rank and on latents, and prints what it held
+beside the estimate.
 
 Exit code 0: the config fits as it is written; 1: it does not, and the last lines say what to change; 2: a mistake in
 the config or on the command line.
@@ -18,7 +20,6 @@ import json
 import math
 import sys
 import time
-import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from cfpretrain.base.config import Config
     from cfpretrain.core.objective import Draws
+    from cfpretrain.run.metrics import EncodingCost
 
 EXIT_DOES_NOT_FIT = 1
 GB = 1e9
@@ -46,6 +48,7 @@ def main() -> None:
     add("--gpu-memory-gb", type=float, default=80.0, help="memory of one GPU, in 1e9 bytes (default 80)")
     add("--reserve-gb", type=float, default=4.0,
         help="of it for the CUDA context, NCCL, workspaces of kernels and fragmentation (default 4)")  # fmt: skip
+    add("--from-images", action="store_true", help="of data.shards that are not at hand: they hold images")
     add("--json", action="store_true", help="print all of it once more as JSON, on the last line")
     add_local_rank(parser)
     add("--measure", action="store_true", help="compare with a real step on this machine, on one rank")
@@ -76,26 +79,55 @@ def run(arguments: argparse.Namespace) -> bool:
         if arguments.num_gpus != 1:
             raise UserError(f"--measure: expected --num-gpus 1, since it runs one rank, got {arguments.num_gpus}")
         return _measure(config, budget, arguments.json)
-    rows = _rows(config, arguments.num_gpus, budget)
-    _print_table(config, rows, arguments)
+    encoding, kind = _encoding(config, arguments.from_images)
+    encoding_bytes = encoding.num_bytes if encoding is not None else 0
+    rows = _rows(config, arguments.num_gpus, budget, encoding_bytes)
+    _print_table(config, rows, arguments, kind)
     chosen = next(row for row in rows if row["chosen"])
-    advice = [] if chosen["fits"] else _advise(config, arguments.num_gpus, budget)
+    advice = [] if chosen["fits"] else _advise(config, arguments.num_gpus, budget - encoding_bytes)
+    if advice and encoding_bytes:
+        advice.append(
+            f"  {encoding_bytes / GB:.1f} GB are the autoencoder's: a smaller data.encode_batch_size needs less"
+        )
     for line in [_verdict(chosen, budget), *advice]:
         print(line)
     if arguments.json:
         num_parameters = sum(parameter_numels(config.model))
-        print(json.dumps({"num_parameters": num_parameters, "budget_bytes": budget, "rows": rows, "advice": advice}))
+        report = {"num_parameters": num_parameters, "budget_bytes": budget, "rows": rows, "advice": advice}
+        print(json.dumps(report | {"encoding": dataclasses.asdict(encoding) if encoding is not None else None}))
     return bool(chosen["fits"])
+
+
+def _encoding(config: "Config", from_images: bool) -> "tuple[EncodingCost | None, str]":
+    """What encoding images takes on a GPU, None where latents are read; and, in words, what was assumed."""
+    from cfpretrain.data.online import encoding_precision, kind_at_hand
+    from cfpretrain.run.metrics import encoding_cost
+
+    kind, data = kind_at_hand(config), config.data
+    if kind == "latents" and from_images:
+        raise UserError(f"--from-images: expected image shards, but data.shards hold latents: {', '.join(data.shards)}")
+    if kind == "latents":
+        return None, "data.shards hold latents: no autoencoder is at work"
+    if kind is None and not from_images:
+        return None, "data.shards are not at hand, and taken for latents (for images: --from-images)"
+    found = encoding_cost(config, on_gpu=True)
+    known = "hold" if kind == "images" else "are taken to hold"
+    what = f"{data.autoencoder} in {encoding_precision(config, 'cuda')}" if data.autoencoder else "pixels as latents"
+    return found, (
+        f"data.shards {known} images, encoded as training goes: {what}, {found.num_bytes / GB:.2f} GB, of which "
+        f"{found.weights / GB:.2f} are weights and {found.working / GB:.2f} a batch of {data.encode_batch_size}"
+    )
 
 
 # ---------------------------------------------------------------------------
 # Tables
 
-_COLUMNS = ("weights", "gradients", "optimizer", "ema", "buffers", "activations", "temporary", "peak", "host")
+_COLUMNS = ("weights", "gradients", "optimizer", "ema", "autoencoder", "buffers")
+_COLUMNS += ("activations", "temporary", "peak", "host")
 _STAGE, _CHECKPOINTING = "engine.zero_stage", "engine.activation_checkpointing"
 
 
-def _rows(config: "Config", num_gpus: int, budget: int) -> list[dict[str, Any]]:
+def _rows(config: "Config", num_gpus: int, budget: int, encoding_bytes: int) -> list[dict[str, Any]]:
     """The config at every ZeRO stage, with and without checkpointing, where that is possible."""
     from cfpretrain.base.config import can_checkpoint
     from cfpretrain.training import memory
@@ -105,7 +137,8 @@ def _rows(config: "Config", num_gpus: int, budget: int) -> list[dict[str, Any]]:
         if checkpointing and not can_checkpoint(stage, engine.precision):
             continue
         other = memory.with_knobs(config, {_STAGE: stage, _CHECKPOINTING: checkpointing})
-        found = memory.estimate(other, num_gpus, on_gpu=True)
+        found = memory.estimate(other, num_gpus, True, encoding_bytes)
+        largest = memory.largest_micro_batch(other, num_gpus, True, budget - encoding_bytes)
         rows.append(
             {
                 "zero_stage": stage,
@@ -115,13 +148,13 @@ def _rows(config: "Config", num_gpus: int, budget: int) -> list[dict[str, Any]]:
                 **{name: getattr(found, name) for name in ("static", "temporary", "worst_moment", "peak")},
                 "fits": found.peak <= budget,
                 "micro_batch_size": config.micro_batch_size(num_gpus),
-                "largest_micro_batch_size": memory.largest_micro_batch(other, num_gpus, True, budget),
+                "largest_micro_batch_size": largest,
             }
         )
     return rows
 
 
-def _print_table(config: "Config", rows: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+def _print_table(config: "Config", rows: list[dict[str, Any]], arguments: argparse.Namespace, kind: str) -> None:
     from cfpretrain.training.memory import longest_sequence, parameter_numels
 
     num_gpus = arguments.num_gpus
@@ -133,6 +166,7 @@ def _print_table(config: "Config", rows: list[dict[str, Any]], arguments: argpar
         f"micro-batches of {config.micro_batch_size(num_gpus)} x {longest_sequence(config)} tokens (the longest "
         f"sequence), {config.accumulation_steps(num_gpus)} a step"
     )
+    print(kind)
     print("GB on a GPU; host: host memory for each GPU")
     print()
     names = ("stage", "checkpointing", *_COLUMNS, "at", "fits", "largest micro-batch")
@@ -162,7 +196,7 @@ def _verdict(row: dict[str, Any], budget: int) -> str:
 
 
 def _advise(config: "Config", num_gpus: int, budget: int) -> list[str]:
-    """The fewest changes that make a config fit, each with its largest micro-batch."""
+    """The fewest changes that make a config fit beside what encodes images, each with its largest micro-batch."""
     from cfpretrain.base.config import can_checkpoint
     from cfpretrain.training import memory
 
@@ -228,7 +262,9 @@ def measure_step(config: "Config", device: "torch.device") -> tuple[int, int]:
     """
     import torch
 
-    account = None if device.type == "cuda" else make_account()
+    from cfpretrain.run.metrics import Account
+
+    account = None if device.type == "cuda" else Account()
     with account or contextlib.nullcontext():
         micro_batches = _micro_batches(config, device)
         next(micro_batches)  # the engine is built
@@ -243,44 +279,6 @@ def measure_step(config: "Config", device: "torch.device") -> tuple[int, int]:
             held = max(held, account.held if account is not None else torch.cuda.memory_allocated(device))
         peak = account.peak if account is not None else torch.cuda.max_memory_allocated(device)
     return held, peak
-
-
-def make_account() -> Any:
-    """A context that counts the bytes of living tensors, as `held` and `peak`; on a CPU, for `torch.cuda`'s numbers.
-
-    A storage counts from the first operation inside the block that sees it until it is freed. What an operation
-    allocates and frees inside itself is not seen.
-    """
-    import torch
-    from torch.utils._python_dispatch import TorchDispatchMode
-    from torch.utils._pytree import tree_leaves
-
-    class Account(TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.held = self.peak = 0
-            self._sizes: dict[int, int] = {}
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            result = func(*args, **kwargs or {})
-            for leaf in tree_leaves((args, kwargs, result)):
-                if isinstance(leaf, torch.Tensor) and leaf.device.type != "meta":
-                    self._see(leaf.untyped_storage())
-            self.peak = max(self.peak, self.held)
-            return result
-
-        def _see(self, storage: torch.UntypedStorage) -> None:
-            key = storage._cdata
-            if key not in self._sizes:
-                weakref.finalize(storage, self._forget, key)
-            # A storage can be resized.
-            self.held += storage.nbytes() - self._sizes.get(key, 0)
-            self._sizes[key] = storage.nbytes()
-
-        def _forget(self, key: int) -> None:
-            self.held -= self._sizes.pop(key, 0)
-
-    return Account()
 
 
 def _micro_batches(config: "Config", device: "torch.device") -> Iterator[None]:

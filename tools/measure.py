@@ -31,6 +31,7 @@ def _step(parser: Parser) -> None:
     add("--against", choices=("naive", "naive-autocast"), help="the plain implementation to compare with")
     add("--pairs", type=positive, default=6, help="timed steps of each side (default 6)")
     add("--profile", action="store_true", help="profile one step more")
+    add("--photos", choices=("small", "kl16"), help="from JPEG photos, by an autoencoder of this layout")
     add("--fit", action="store_true", help="halve the micro-batch until the estimate fits the GPU")
     add("--compile", action="store_true", help="the same with one block: fills the compilers' caches")
     add("--kernels", action="store_true", help="count the kernels of a compiled block instead")
@@ -68,18 +69,20 @@ def _sampling(parser: Parser) -> None:
 
 def _data(parser: Parser) -> None:
     add = parser.add_argument
-    add("what", choices=("make_shards", "encode", "loader", "ready"), help="see below")
+    add("what", choices=("make_shards", "encode", "loader", "ready", "images"), help="see below")
     add("--pairs", type=positive, default=5, help="runs of each side (default 5)")
-    add("--images", type=positive, help="of make_shards, encode: photos (default 800; encode 96)")
-    add("--size", type=positive, default=256, help="of make_shards, encode: pixels a side of the crop (default 256)")
-    add("--store", choices=("lossless", "original"), default="lossless", help="of make_shards (default lossless)")
-    add("--autoencoder", type=path_argument, help="of encode: its folder (default: one with random weights)")
+    add("--images", type=positive, help="photos that are made (default 96; make_shards 800); of images also: a turn's")
+    add("--size", type=positive, default=256, help="pixels a side of the photos' crop (default 256)")
+    add("--store", choices=("lossless", "original"), default="lossless", help="of make_shards, images (lossless)")
+    add("--shards", type=path_argument, help="of images: a folder of image shards (default: of photos)")
+    add("--no-mirror", action="store_true", help="of images: as data.mirror_prob=0 (default: 0.5)")
+    add("--autoencoder", type=path_argument, help="of encode, images: its folder (default: one with random weights)")
     add("--layout", choices=("small", "kl16"), default="small", help="of random weights (default small)")
     add("--precision", choices=_PRECISIONS, default="fp32", help="of the autoencoder (default fp32)")
-    add("--batch-size", type=positive, help="images or latents at once (default: encode 16, loader 32, ready 64)")
+    add("--batch-size", type=positive, help="images or latents at once (default 32; encode 16, ready 64)")
     add("--latents", choices=("kl16", "demo"), default="kl16", help="of loader, ready: their shape (default kl16)")
     add("--samples", type=positive, help="of loader, ready: latents in the shards (default 4096; ready 1024)")
-    add("--workers", type=int, help="of loader, ready: processes that read (default: one a core; ready 1)")
+    add("--workers", type=int, help="of loader, ready, images: processes that read (default: one a core; ready 1)")
 
 
 def _evaluation(parser: Parser) -> None:

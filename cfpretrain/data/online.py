@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic
 
 import numpy as np
@@ -28,7 +29,7 @@ from cfpretrain.data.latent_shards import Encoding, exactly
 from cfpretrain.data.pixels import BadImagesError, Decoder
 from cfpretrain.data.reader import MicroBatches, Reader, Request
 from cfpretrain.data.samples import FOLDER_BIT, REPETITION_BIT, ImageFiles, Prepare, Samples, T, VisitDraws
-from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards
+from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, read_info
 
 _POLL_SECONDS = 1.0
 _CLOSE_SECONDS = 30.0  # for a batch that is being encoded
@@ -93,9 +94,23 @@ def _open_autoencoder(
             )
         values = (of * info.channels if len(of) == 1 else of for of in (data.latent_shift, data.latent_scale))
         return IdentityAutoencoder(LatentScaling(*values)), "fp32"
-    in_bf16 = device.type == "cuda" and config.engine.precision == "bf16"
-    autoencoder = KLAutoencoder.load(data.autoencoder, device, torch.bfloat16 if in_bf16 else torch.float32)
-    return autoencoder, "bf16" if in_bf16 else "fp32"
+    precision = encoding_precision(config, device.type)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return KLAutoencoder.load(data.autoencoder, device, dtype), precision
+
+
+def encoding_precision(config: Config, device_type: str) -> str:
+    """In which images are encoded on a device ("cpu" or "cuda"): "bf16" or "fp32"."""
+    return "bf16" if device_type == "cuda" and config.engine.precision == "bf16" else "fp32"
+
+
+def kind_at_hand(config: Config) -> str | None:
+    """What `data.shards` hold, "images" or "latents"; None where no folder of this machine says it."""
+    for address in config.data.shards:
+        if Path(address).is_dir():
+            with suppress(UserError):
+                return read_info(address).kind
+    return None
 
 
 class OnlineEncoder:

@@ -80,10 +80,10 @@ def check_moved(paths: Sequence[str], config: Config) -> None:
             )
 
 
-def prepare_folder(config: Config, device: torch.device) -> None:
+def prepare_folder(config: Config, device: torch.device) -> str:
     """Checks what a run reads and where it writes, and locks the run folder, in which nothing is recorded yet.
 
-    All ranks call it, before the engine is built.
+    All ranks call it, before the engine is built. Returns what the shards hold: "latents" or "images".
     """
     folder = Path(config.run.folder)
     with runtime.together():
@@ -93,13 +93,14 @@ def prepare_folder(config: Config, device: torch.device) -> None:
             raise UserError(_unwritable(folder, f"{nearest} is no folder"))
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(_unwritable(folder, f"no permission to write in {nearest}"))
-        _check_inputs(config)
+        kind = _check_inputs(config)
         with explaining(_unwritable(folder)):
             files.make_folder(folder, follow=True)
             take(folder)
             remove_requeue(folder)
             for place in (folder.resolve(), folder.resolve() / SAMPLES) if runtime.rank() == 0 else ():
                 files.remove_leftovers(place)
+    return kind
 
 
 def _unwritable(folder: Path, reason: str = "{reason}") -> str:
@@ -170,7 +171,8 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _check_inputs(config: Config) -> None:
+def _check_inputs(config: Config) -> str:
+    """UserError where a run cannot read its data, or was trained on other; returns what the shards hold."""
     for address in config.data.shards:
         check_relative("data.shards", address)
     if config.evaluation.every_steps:
@@ -182,9 +184,9 @@ def _check_inputs(config: Config) -> None:
         # Another one than made the latents would decode them to something else.
         autoencoder = make_autoencoder(config, torch.device("cpu"))
         check_autoencoder(infos[0], autoencoder.fingerprint, autoencoder.shift, autoencoder.scale, "data.autoencoder")
-    found = _newest_readable(make_store(config))
+    kind, found = data.folders[0].info.kind, _newest_readable(make_store(config))
     if found is None:
-        return
+        return kind
     latest, saved = found
     saved.check_config(to_plain(config), str(latest))
     if saved.autoencoder not in ("", infos[0].autoencoder):
@@ -205,6 +207,7 @@ def _check_inputs(config: Config) -> None:
             f"run.seed: expected {saved.seed}, the seed of checkpoint {latest}, got {config.run.seed}; "
             "another seed is another order of the data: choose another run.folder"
         )
+    return kind
 
 
 def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | None:

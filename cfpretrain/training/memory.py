@@ -19,6 +19,7 @@ from cfpretrain.core.attention import BACKENDS
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.work import sequence_lengths
 from cfpretrain.run.build import choose_attention, parameter_shapes
+from cfpretrain.run.metrics import encoding_cost
 from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
@@ -49,6 +50,7 @@ class Estimate:
     gradients: int
     optimizer: int  # fp32 masters and the optimizer's state
     ema: int  # on the GPU
+    autoencoder: int  # that encodes images as training goes, at any moment of the step; 0 where latents are read
     buffers: int  # of communication
     lasting_buffers: int  # of them, those that also live between two micro-batches
     activations: int  # kept from the forward for the backward, at the longest sequence
@@ -60,7 +62,7 @@ class Estimate:
     @property
     def static(self) -> int:
         """What does not depend on the micro-batch."""
-        return self.weights + self.gradients + self.optimizer + self.ema + self.buffers
+        return self.weights + self.gradients + self.optimizer + self.ema + self.autoencoder + self.buffers
 
     @property
     def between_micro_batches(self) -> int:
@@ -86,9 +88,12 @@ class Estimate:
         return self.moments[moment] + (self.activations if moment == "backward" else 0)
 
 
-def estimate(config: Config, num_ranks: int, on_gpu: bool) -> Estimate:
-    """The memory of a config's training step on one of `num_ranks` ranks, for which it is checked."""
-    return _Step(config, num_ranks, on_gpu).estimate()
+def estimate(config: Config, num_ranks: int, on_gpu: bool, encoding_bytes: int = 0) -> Estimate:
+    """The memory of a config's training step on one of `num_ranks` ranks, for which it is checked.
+
+    `encoding_bytes` are those of `metrics.encoding_cost` where training reads image shards.
+    """
+    return replace(_Step(config, num_ranks, on_gpu).estimate(), autoencoder=encoding_bytes)
 
 
 @functools.cache
@@ -142,6 +147,7 @@ class _Step:
             # At stage 0 the weights themselves are fp32; elsewhere there are masters, even of fp32 weights.
             optimizer=(2 if self.stage == 0 else 3) * _FP32 * self.share - _FP32 * self._muon_share(),
             ema=0 if on_host else ema,
+            autoencoder=0,
             buffers=buffers,
             # Stage 2 allocates its buckets in each backward.
             lasting_buffers=0 if self.stage == 2 else buffers,
@@ -287,20 +293,24 @@ def micro_batch_sizes(config: Config, num_ranks: int) -> list[int]:
 
 
 def largest_micro_batch(config: Config, num_ranks: int, on_gpu: bool, budget: int) -> int | None:
-    """The largest micro-batch that fits into `budget` bytes; None where none does."""
+    """The largest micro-batch that fits into `budget` bytes beside what encodes images; None where none does."""
     for size in micro_batch_sizes(config, num_ranks):
         if estimate(with_knobs(config, {"train.micro_batch_size": size}), num_ranks, on_gpu).peak <= budget:
             return size
     return None
 
 
-def advise(config: Config, num_ranks: int, on_gpu: bool) -> str:
-    """What a step needs, and the knobs that would lower it, in a line."""
-    found, engine, now = estimate(config, num_ranks, on_gpu), config.engine, config.micro_batch_size(num_ranks)
+def advise(config: Config, num_ranks: int, on_gpu: bool, kind: str = "latents") -> str:
+    """What a step needs that reads shards of this kind, and the knobs that would lower it, in a line."""
+    encodes = kind == "images"
+    encoding_bytes = encoding_cost(config, on_gpu).num_bytes if encodes else 0
+    found = estimate(config, num_ranks, on_gpu, encoding_bytes)
+    engine, now, at_once = config.engine, config.micro_batch_size(num_ranks), config.data.encode_batch_size
     smaller = next((size for size in micro_batch_sizes(config, num_ranks) if size < now), None)
     may_recompute = not engine.activation_checkpointing and can_checkpoint(engine.zero_stage, engine.precision)
     knobs = {
         f"train.micro_batch_size={smaller}": smaller is not None,
+        f"data.encode_batch_size={at_once // 2}": encodes and at_once > 1,
         "engine.activation_checkpointing=true": may_recompute,
         "engine.ema_on_host=true": on_gpu and not engine.ema_on_host,
         "engine.zero_stage=3": num_ranks > 1 and engine.zero_stage < 3,
@@ -308,6 +318,7 @@ def advise(config: Config, num_ranks: int, on_gpu: bool) -> str:
         "more GPUs": engine.zero_stage == 3,
     }
     return (
-        f"by the estimate this config needs {found.peak / 1e9:.1f} GB on each rank ({found.worst_moment}); "
+        f"by the estimate this config needs {found.peak / 1e9:.1f} GB on each rank ({found.worst_moment}"
+        f"{f', with {encoding_bytes / 1e9:.1f} GB to encode images' if encodes else ''}); "
         f"to lower it: {', '.join(knob for knob, helps in knobs.items() if helps)}"
     )

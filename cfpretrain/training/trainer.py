@@ -321,7 +321,7 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
     Returns:
         Whether the run is complete; False where it was asked to stop, and the same command goes on.
     """
-    prepare_folder(config, device)
+    kind = prepare_folder(config, device)
     step = finished_step(config)
     if step is not None:
         limit = "num_steps" if step >= config.train.num_steps else "max_train_seconds"
@@ -338,7 +338,8 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
         raise
     except Exception as error:
         if explain_no_memory(error) is not None:
-            num_ranks, advice = runtime.world_size(), advise(config, runtime.world_size(), device.type == "cuda")
+            num_ranks = runtime.world_size()
+            advice = advise(config, num_ranks, device.type == "cuda", kind)
             command = f"python tools/estimate_memory.py --config {folder / CONFIG_FILE} --num-gpus {num_ranks}"
             error.add_note(f"{advice}; all choices: {command}")
         explained = explain_no_memory(error)

@@ -65,10 +65,25 @@ def on_noise(config: Config, folder: Path, num_samples: int = 0) -> Config:
     if runtime.rank() == 0:
         _write_noise(folder / "latents", info)
     runtime.barrier()
+    return confined(config, folder, folder / "latents")
+
+
+def confined(config: Config, folder: Path, shards: Path | None = None, autoencoder: str = "") -> Config:
+    """The config of a run of which nothing is seen outside of the folder.
+
+    Args:
+        config: of a run.
+        folder: gets the run folder.
+        shards: it reads these; None: those that the config names, with its autoencoder.
+        autoencoder: folder of the one that belongs to `shards`.
+    """
+    data = config.data
+    if shards is not None:
+        data = dataclasses.replace(data, shards=(str(shards),), repeat=(1.0,), autoencoder=autoencoder)
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, folder=str(folder / "run")),
-        data=dataclasses.replace(data, shards=(str(folder / "latents"),), repeat=(1.0,), autoencoder=""),
+        data=data,
         evaluation=dataclasses.replace(config.evaluation, every_steps=0),
         metrics=dataclasses.replace(config.metrics, wandb="disabled"),
     )
@@ -161,8 +176,8 @@ def print_rates(rates: Mapping[str, list[float]], unit: str) -> dict[str, Any]:
     """Prints each side's median and range, and the ratio of the first to the second; returns all of it."""
     for name, values in rates.items():
         print(f"{name:28}{statistics.median(values):10.2f} {unit} ({min(values):.2f} to {max(values):.2f})")
-    ours, other = (statistics.median(values) for values in rates.values())
-    print(f"{'ratio':28}{ours / other:10.2f}")
+    ours, other, *_ = (statistics.median(values) for values in rates.values())
+    print(f"{'ratio' if len(rates) == 2 else 'ratio of the first two':28}{ours / other:10.2f}")
     return {"unit": unit, "rates": rates, "ratio": ours / other}
 
 

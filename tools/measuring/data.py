@@ -4,10 +4,12 @@
     python tools/measure.py data encode
     python tools/measure.py data loader --latents kl16
     python tools/measure.py data ready --latents kl16
+    python tools/measure.py data images
 
 make_shards: tools/make_shards.py against a loop in one process. encode: tools/encode_latents.py against PIL in a
 DataLoader. loader: the training loader against a shuffling DataLoader over the shards. ready: the training thread's
-time for a batch that workers made ready, or not. Both sides run in one process and take turns (a b, b a, ...); what is
+time for a batch that workers made ready, or not. images: the training loader from image shards against latent shards of
+the same images, and decoding and encoding alone. Sides run in one process and take turns (a b, b a, ...); what is
 compared are their medians. Images are made at the start out of the photos that scikit-learn and scikit-image ship.
 """
 
@@ -15,13 +17,11 @@ import argparse
 import functools
 import io
 import os
-import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,25 +30,21 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, default_collate
 
-from cfpretrain.autoencoder import KLAutoencoder, make_network, write_folder
-from cfpretrain.base import files, runtime
+from cfpretrain.autoencoder import KLAutoencoder
+from cfpretrain.base import runtime
 from cfpretrain.base.command_line import check_range
 from cfpretrain.base.config import Config, DataConfig, ModelConfig, TrainConfig
 from cfpretrain.base.console import phase
 from cfpretrain.data.image_shards import write_image_shards
 from cfpretrain.data.images import PNG_LEVEL, ImageFormat
-from cfpretrain.data.latent_shards import Encoding, encode
+from cfpretrain.data.latent_shards import Encoding
 from cfpretrain.data.listing import list_images
 from cfpretrain.data.loader import Loader
-from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import Shards
 from cfpretrain.run.build import make_prepare
 from tools.measuring.common import alternate, on_noise, print_rates
-
-_PHOTO_SIDES = (300, 640)  # pixels, as those of ImageNet mostly are
-_PHOTO_QUALITY = 90
-_NUM_CLASSES = 4
-
+from tools.measuring.images import images, write_latents
+from tools.measuring.photos import photo_shards, write_autoencoder, write_photos
 
 # What the options that are left out mean.
 _DEFAULTS: dict[str, dict[str, int]] = {
@@ -56,16 +52,17 @@ _DEFAULTS: dict[str, dict[str, int]] = {
     "encode": {"images": 96, "batch_size": 16},
     "loader": {"samples": 4096, "batch_size": 32, "workers": len(os.sched_getaffinity(0))},
     "ready": {"samples": 1024, "batch_size": 64, "workers": 1},
+    "images": {"images": 96, "batch_size": 32, "workers": len(os.sched_getaffinity(0))},
 }
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One of four."""
+    """One of five."""
     for name, value in _DEFAULTS[arguments.what].items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    run = {"make_shards": make_shards, "encode": encode_latents, "loader": loader, "ready": ready}[arguments.what]
-    return {"measured": arguments.what, **run(arguments)}
+    run = {"make_shards": make_shards, "encode": encode_latents, "loader": loader, "ready": ready, "images": images}
+    return {"measured": arguments.what, **run[arguments.what](arguments)}
 
 
 def _alternate_writing(
@@ -81,26 +78,6 @@ def _alternate_writing(
 
     rates = {name: functools.partial(rate, write) for name, write in sides.items()}
     return print_rates(alternate(rates, arguments.pairs, "images/s"), "images/s")
-
-
-def write_photos(folder: Path, num_photos: int) -> Path:
-    """JPEG files of varied size, cut out of real photos of installed packages and scaled, in class folders."""
-    rng = random.Random(0)
-    packages = {"sklearn": "datasets/images", "skimage": "data"}  # the two photos of the first are enough
-    folders = [Path(spec.origin).parent / place for name, place in packages.items() if (spec := find_spec(name))]
-    sources = [Image.open(path).convert("RGB") for place in folders for path in sorted(place.glob("*.jp*g"))]
-    for i in range(num_photos):
-        photo = sources[i % len(sources)]
-        share = rng.uniform(0.6, 1.0)
-        width, height = int(photo.width * share), int(photo.height * share)
-        left, top = rng.randint(0, photo.width - width), rng.randint(0, photo.height - height)
-        sides = (rng.randint(*_PHOTO_SIDES), rng.randint(*_PHOTO_SIDES))
-        path = folder / f"class{i % _NUM_CLASSES}" / f"{i:05d}.jpg"
-        files.make_folder(path.parent)
-        cut = photo.crop((left, top, left + width, top + height)).resize(sides, Image.Resampling.BICUBIC)
-        with files.create(path) as opened:
-            cut.save(opened, "JPEG", quality=_PHOTO_QUALITY)
-    return folder
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -153,25 +130,6 @@ def plain_shards(photos: Path, out: Path, size: int, store: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # encode
 
-_LAYOUTS = {
-    # So small that decoding counts beside it.
-    "small": {
-        "block_out_channels": [8, 16, 32, 32],
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "norm_num_groups": 4,
-        "layers_per_block": 1,
-    },
-    # MAR's KL-16.
-    "kl16": {
-        "block_out_channels": [128, 128, 256, 256, 512],
-        "down_block_types": ["DownEncoderBlock2D"] * 4 + ["AttnDownEncoderBlock2D"],
-        "up_block_types": ["UpDecoderBlock2D"] * 5,
-        "latent_channels": 16,
-        "layers_per_block": 2,
-    },
-}
-
 
 def encode_latents(arguments: argparse.Namespace) -> dict[str, Any]:
     """Images per second of what tools/encode_latents.py does, without its start, against `plain_latents`."""
@@ -179,25 +137,14 @@ def encode_latents(arguments: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         with phase(f"making shards of {arguments.images} photos"):
-            listing = list_images(write_photos(folder / "photos", arguments.images))
-            per_shard = max(1, arguments.images // 4)
-            how = ImageFormat("lossless", arguments.size)
-            write_image_shards([(listing, folder / "images")], how, "photos", per_shard, num_threads)
-        if arguments.autoencoder is None:
-            write_folder(folder / "autoencoder", make_network(_LAYOUTS[arguments.layout], arguments.layout))
+            where = photo_shards(folder / "images", arguments.images, arguments.size, "lossless")
         device, dtype = runtime.pick_device(), {"fp32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
-        where = arguments.autoencoder or folder / "autoencoder"
-        autoencoder = KLAutoencoder.load(where, device, dtype, key="--autoencoder")
-        images = Shards(folder / "images", "images")
+        given = arguments.autoencoder or write_autoencoder(folder / "autoencoder", arguments.layout)
+        autoencoder = KLAutoencoder.load(given, device, dtype, key="--autoencoder")
+        images = Shards(where, "images")
         encoding = Encoding(images, autoencoder, device, arguments.precision, arguments.batch_size, with_mirror=True)
 
-        def ours(out: Path) -> None:
-            writer = ShardWriter(out, encoding.columns, encoding.plan())
-            writer.begin()
-            num_shards = len(images.shard_sizes)
-            encode(encoding, writer, range(num_shards), num_threads, lambda num_images: None)
-            writer.finish(encoding.describe(writer.records(num_shards)), num_shards)
-
+        ours = functools.partial(write_latents, encoding, num_threads)
         plain = functools.partial(plain_latents, images, autoencoder, device, arguments.batch_size, num_threads)
         return _alternate_writing({"encode_latents": ours, "plain loop": plain}, arguments, folder)
 

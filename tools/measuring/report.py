@@ -102,6 +102,7 @@ _SAMPLING = "sampling --config configs/XL.yaml --alone --precision bf16 --num-ar
 _SAMPLING += " --num-denoising-steps 25"
 _SAVING = "saving --config configs/L.yaml --kinds unguarded full saving --pairs 2 --block-steps 8"
 _SAVING += " --warm-up-steps 16 train.global_batch_size=64"
+_PHOTOS = "--store original --layout kl16 --precision bf16"
 _TESTS = "pytest -m gpu -v -rfE --tb=short"
 
 # Of each section the seconds that it takes, roughly, and its commands (of measure.py, or pytest), in order of priority.
@@ -117,6 +118,8 @@ _ON_A_GPU: dict[str, tuple[Any, ...]] = {
     "3B": (90, f"{_3B} --profile"),
     "XL bare": (50, f"{_XL} --bare"),
     "gpu tests": (120, _TESTS),
+    "XL from images": (90, f"{_XL} --photos kl16"),
+    "images": (80, f"data images {_PHOTOS} --images 512 --batch-size 64 --workers 4 --pairs 2"),
     **{f"L stage {n}": (40, f"{_L} --profile engine.zero_stage={n}") for n in (2, 1, 3, 0)},
     "sampling": (40, _SAMPLING),
     "checkpoint": (60, _SAVING),
@@ -140,6 +143,8 @@ _ON_A_CPU: dict[str, tuple[Any, ...]] = {
     "attention": (5, f"attention {_TINY_ATTENTION}"),
     "tiny bare": (8, f"{_TINY_STEP} --bare"),
     "gpu tests": (1, _TESTS),
+    "tiny from images": (12, f"{_TINY_STEP} --photos small model.latent_channels=4 data.encode_batch_size=4"),
+    "images": (12, "data images --store original --size 32 --images 8 --batch-size 4 --workers 1 --pairs 1"),
     "tiny stage 1": (8, f"{_TINY_STEP} engine.zero_stage=1"),
     "sampling": (6, _TINY_SAMPLING),
     "checkpoint": (8, f"saving {_TINY} --kinds full saving --pairs 1 --block-steps 2 --warm-up-steps 2"),
@@ -150,7 +155,8 @@ _ON_A_CPU: dict[str, tuple[Any, ...]] = {
     "sweep": (1, "launches"),
 }
 # Beside those of every run.
-_PACKAGES = {"gpu tests": ("pytest",), "encoding": ("diffusers", "nvidia.dali", "sklearn")}
+_OF_IMAGES = ("encoding", "images", "XL from images", "tiny from images")
+_PACKAGES = {"gpu tests": ("pytest",), **dict.fromkeys(_OF_IMAGES, ("diffusers", "nvidia.dali", "sklearn"))}
 
 
 def sections(on_gpu: bool, out: Path) -> list[Section]:

@@ -9,6 +9,10 @@ shards of noise that the tool writes, forward, backward, clipping, the optimizer
 wandb, no checkpoint, no sample. `--bare` leaves the trainer out: engine and objective alone, on batches that were made
 ahead. The learning rate is constant, so that losses soon depend on gradients.
 
+Images are read, and encoded as training goes, where the config names image shards of this machine, and with `--photos`,
+for which the tool writes JPEG photos of four classes and an autoencoder with random weights. FLOPs and MFU stay the
+model's; those of the autoencoder are said beside them.
+
 `--against naive` holds it beside a plain implementation (tests/plain_step.py), which trains on the same numbers, and
 compares the losses. Each side then has a process of its own, one at work at a time, in the order a b, b a, a b, ...
 FLOPs count visible pairs of attention only.
@@ -32,10 +36,12 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import build_layout
+from cfpretrain.data.online import kind_at_hand
 from cfpretrain.run.build import choose_attention, choose_blocks, make_loss
-from cfpretrain.run.metrics import peak_flops
+from cfpretrain.run.metrics import EncodingCost, encoding_cost, peak_flops
 from cfpretrain.training import memory
-from tools.measuring.common import alternate, on_noise
+from tools.measuring.common import alternate, confined, on_noise
+from tools.measuring.photos import on_photos
 from tools.measuring.profiling import count_kernels
 from tools.measuring.sides import Measured, StepResult, Worker
 
@@ -50,10 +56,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     if runtime.world_size() != 1:
         raise UserError(f"measure.py step measures one rank, got {runtime.world_size()}; start it with python alone")
     config = _constant_rate(configs.load(arguments.config, arguments.overrides, arguments.allow_env))
-    if arguments.fit:
-        config = _fitting(config, device)
-    if arguments.compile:  # all blocks have the kernels of one
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
     config_checks.check(config, 1)
     choose_blocks(config, device.type)
     if arguments.kernels:
@@ -61,7 +63,25 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         print(f"a compiled block, forward and backward: {kernels}")
         return {"kernels": kernels}
     with tempfile.TemporaryDirectory() as folder:
-        return time_steps(on_noise(config, Path(folder)), arguments, device)
+        config = _on_shards(config, Path(folder), arguments)
+        if arguments.fit:
+            config = _fitting(config, device)
+        if arguments.compile:  # all blocks have the kernels of one
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=1))
+        config_checks.check(config, 1)
+        return time_steps(config, arguments, device)
+
+
+def _on_shards(config: Config, folder: Path, arguments: argparse.Namespace) -> Config:
+    """The config of a run on images, where the command or the shards at hand say so, else on latents of noise."""
+    has_images = kind_at_hand(config) == "images"
+    if not (has_images or arguments.photos):
+        return on_noise(config, folder)
+    if arguments.bare or arguments.against:
+        raise UserError(
+            "--bare, --against: expected latents, since batches that are made ahead tell nothing of images, got images"
+        )
+    return on_photos(config, folder, arguments.photos) if arguments.photos else confined(config, folder)
 
 
 def _constant_rate(config: Config) -> Config:
@@ -70,7 +90,13 @@ def _constant_rate(config: Config) -> Config:
 
 
 def _estimated_bytes(config: Config, device: torch.device) -> int:
-    return memory.estimate(config, 1, on_gpu=device.type == "cuda").peak
+    encoding = _encoding_cost(config, device)
+    return memory.estimate(config, 1, device.type == "cuda", encoding.num_bytes if encoding is not None else 0).peak
+
+
+def _encoding_cost(config: Config, device: torch.device) -> EncodingCost | None:
+    """None where latents are read."""
+    return encoding_cost(config, device.type == "cuda") if kind_at_hand(config) == "images" else None
 
 
 def _fitting(config: Config, device: torch.device) -> Config:
@@ -236,6 +262,7 @@ def _summarise(
         "blocks": vars(choose_blocks(config, device.type)),
         "command": {"config": arguments.config, "overrides": arguments.overrides, "pairs": arguments.pairs},
         "config": {name: configs.to_plain(config)[name] for name in ("model", "order", "train", "engine")},
+        "encoding": _describe_encoding(config, device, len(made) * config.train.global_batch_size / seconds),
     }
     if not others:
         return summary
@@ -250,3 +277,13 @@ def _summarise(
             "max_relative_loss_difference": difference,
         },
     }
+
+
+def _describe_encoding(config: Config, device: torch.device, images_per_second: float) -> dict[str, Any] | None:
+    """What the autoencoder computes beside the model, which is printed; None where latents are read."""
+    cost = _encoding_cost(config, device)
+    if cost is None:
+        return None
+    tflops = cost.flops * images_per_second / 1e12
+    print(f"encoding images beside the step: {cost.flops:.3e} FLOPs an image, {tflops:.3g} TFLOP/s")
+    return {**dataclasses.asdict(cost), "tflops": tflops}
