@@ -56,6 +56,14 @@ def test_mirrors_and_autoencoders_must_be_those_of_the_shards() -> None:
         check_infos([pixels], with_one)
 
 
+def test_latents_are_not_cropped_again() -> None:
+    cropping = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, crop="random"))
+    for made_by in ("adm", "dali", ""):
+        with pytest.raises(UserError, match=r"data\.crop: expected adm, since the shards hold latents, .*got random"):
+            check_infos([dataclasses.replace(INFO, crop=made_by)], cropping)
+    check_infos([dataclasses.replace(INFO, crop="random")], cropping)  # what images become
+
+
 def test_an_autoencoder_of_other_weights_or_another_scale_is_refused() -> None:
     check_autoencoder(INFO, "0123456789abcdef", [0.5, 0.25], [2.0, 4.0], "--autoencoder")
     for changed, word in (

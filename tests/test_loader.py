@@ -1,6 +1,7 @@
 """The loader: one order for any number of ranks, no sample twice in an epoch, exact resume."""
 
 import dataclasses
+import gc
 import hashlib
 import itertools
 import json
@@ -26,6 +27,7 @@ from hypothesis import strategies as st
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
+from cfpretrain.data import reader
 from cfpretrain.data.loader import Loader, Position, epoch_order, epoch_visits
 from cfpretrain.data.samples import Samples
 from cfpretrain.data.shards import INFO_FILE, INFO_HASH, Shards
@@ -564,6 +566,47 @@ def test_a_worker_that_is_killed_with_batches_on_their_way(folders: Any) -> None
         victim.join()
         with pytest.raises(UserError, match=r"data\.num_workers: a process that reads data ended by SIGKILL"):
             read_steps(loader, 20)
+
+
+def end_at_once(_: int) -> None:
+    os._exit(3)
+
+
+def test_a_worker_that_dies_at_its_start(folders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "leave_signals_to_the_rank", end_at_once)
+    monkeypatch.setattr(multiprocessing, "active_children", list)  # dead before they were counted
+    ended = pytest.raises(UserError, match=r"data\.num_workers: a process that reads data ended at its start")
+    with closing(Loader(config_for(folders(101), num_workers=1), as_read, 0, 1)) as loader, ended:
+        next(loader)
+
+
+class Destroyed:
+    """In a ring with itself; says where the collection of garbage found it."""
+
+    def __init__(self, where: Path) -> None:
+        self.where, self.ring = where, self
+
+    def __del__(self) -> None:
+        self.where.write_text(str(os.getpid()))
+
+
+def test_workers_do_not_collect_the_garbage_of_the_training_process(folders: Any, tmp_path: Path) -> None:
+    """Its destructors may wait for threads that a fork has not."""
+
+    def prepare(samples: Samples, step: int) -> Samples:
+        gc.collect()
+        return samples
+
+    gc.disable()
+    try:
+        Destroyed(tmp_path / "where")
+        with closing(Loader(config_for(folders(101), num_workers=1), prepare, 0, 1)) as loader:
+            next(loader)
+        assert not (tmp_path / "where").exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert (tmp_path / "where").read_text() == str(os.getpid())
 
 
 def read_on(folder: Path, started: str) -> None:

@@ -110,6 +110,28 @@ def test_loss_is_the_weighted_mean_over_tokens() -> None:
     )
 
 
+def test_a_skipped_sample_has_no_weight_and_is_counted() -> None:
+    """As one whose weights alone are 0; the others' losses and gradients are those of the batch without it."""
+    latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
+
+    def gradients_of(batch: Batch) -> tuple[LossTerms, list[torch.Tensor]]:
+        model = small_model()
+        terms = LOSS(model, batch)
+        terms.total.backward()
+        return terms, [value.grad for value in model.parameters() if value.grad is not None]
+
+    skipped, its_gradients = gradients_of(LOSS.prepare(latents, draw(), {1: "it is torn", 3: "it is wet"}))
+    kept = [0, 2]
+    rest, gradients = gradients_of(LOSS.prepare(latents[kept], draw(ids=IDS[kept], labels=LABELS[kept])))
+    assert disagreement(skipped.total, rest.total) < 1e-5
+    assert skipped.count == 2 * rest.count
+    assert all(disagreement(ours, theirs) < 1e-4 for ours, theirs in zip(its_gradients, gradients, strict=True))
+    assert LOSS.prepare(latents, draw(), {1: "it is torn", 3: "it is wet"}).skipped == ("it is torn", "it is wet")
+    every, none = gradients_of(LOSS.prepare(latents, draw(), dict.fromkeys(range(4), "it is torn")))
+    assert (every.total.item(), every.count) == (0.0, skipped.count)
+    assert not any(value.any() for value in none)
+
+
 def test_a_zero_head_predicts_nothing() -> None:
     """At the start the prediction is 0, so a token's error is its noise's square: the loss knows the order it used."""
     model = small_model(random_head=False)

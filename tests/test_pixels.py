@@ -1,6 +1,7 @@
 """DALI's pixels against PIL's, on real photos; batches; what is refused."""
 
 import io
+import itertools
 import math
 import sys
 from collections.abc import Sequence
@@ -12,10 +13,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from cfpretrain.base.config import Config, RunConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.data import pixels
 from cfpretrain.data.images import centre_crop
-from cfpretrain.data.pixels import PixelBatch, decode_shards
+from cfpretrain.data.pixels import Decoder, PixelBatch, decode_shards
+from cfpretrain.data.samples import VisitDraws
 from cfpretrain.data.shards import ImagesInfo, Shards
 from tests.image_files import encoded, write_images
 
@@ -174,6 +177,88 @@ def test_originals_are_cropped_near_to_adm(tmp_path: Path) -> None:
         assert 10 * math.log10(255**2 / max(error, 1e-9)) > 25  # decibels
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Random crops
+
+LAST = 1 - 2**-24  # the last number below 1 in float32
+
+
+def cropping(size: int, batch_size: int = 1) -> Decoder:
+    info = ImagesInfo(("a",), 1, 0, "original", size, 3, "test")
+    return Decoder(info, batch_size, CPU, 2, has_random_crops=True)
+
+
+def places(height: int, width: int) -> NDArray[np.uint8]:
+    """An image whose pixels tell where they are: red their column, green their row."""
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    return np.stack([columns, rows, np.zeros_like(rows)], axis=-1)
+
+
+def crop_of(pixels_YXC: torch.Tensor, axis: int) -> tuple[float, float]:
+    """Where a scaled crop of `places` begins along columns (0) or rows (1), and its length, in pixels of the image."""
+    of_axis = pixels_YXC[..., axis].double().mean(dim=axis).numpy()  # the mean over the other axis
+    size = len(of_axis)
+    inner = np.arange(size // 4, size - size // 4)  # the ends are sharpened
+    slope, at_0 = np.polyfit(inner + 0.5, of_axis[inner] + 0.5, 1)
+    return float(at_0), float(slope * size)
+
+
+def test_random_crops_are_where_and_as_large_as_their_numbers_say() -> None:
+    side, num = 200, 300
+    draws_B4 = VisitDraws(Config(run=RunConfig(seed=3))).crops(2, torch.arange(num))
+    decode, file = cropping(64, 50), encoded(places(side, side))
+    found = [crop for part in draws_B4.split(50) for crop in decode([file] * len(part), part)]
+    (left, width), (top, height) = (np.array([crop_of(crop, axis) for crop in found]).T for axis in (0, 1))
+    # Crops begin and end between pixels.
+    assert min(left.min(), top.min()) > -1.5
+    assert max((left + width).max(), (top + height).max()) < side + 1.5
+    area, aspect = width * height / side**2, width / height
+    assert 0.48 < area.min() < 0.53
+    assert 0.97 < area.max() < 1.01
+    assert 0.73 < aspect.min() < 0.78
+    assert 1.28 < aspect.max() < 1.36
+    assert 0.4 < np.mean(area < 0.75) < 0.65
+    assert 0.4 < np.mean(aspect < 1) < 0.6
+    for begin, length in ((left, width), (top, height)):
+        share = (begin / (side - length))[side - length > 20]
+        assert (share.min() < 0.1, share.max() > 0.9) == (True, True)
+        assert 0.4 < np.mean(share < 0.5) < 0.6
+    assert abs(np.corrcoef(area, aspect)[0, 1]) < 0.25
+
+
+def test_the_largest_crop_is_the_image() -> None:
+    image = crops(1, 40)[0]
+    # The aspect 1 lies in the middle of a logarithmic range.
+    whole = cropping(40)([encoded(image)], torch.tensor([[1.0, 0.5, 0.3, 0.7]]))
+    np.testing.assert_array_equal(whole[0], np.asarray(image))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 250), (250, 1), (2, 3), (31, 127)])
+def test_crops_are_within_images_of_any_shape(shape: tuple[int, int]) -> None:
+    """At the ends of the ranges of their numbers; the pixels are the image's."""
+    draws_B4 = torch.tensor(list(itertools.product((0.0, LAST, 1.0), repeat=4)))
+    found = cropping(16, len(draws_B4))([encoded(places(*shape))] * len(draws_B4), draws_B4)
+    assert found.shape == (len(draws_B4), 16, 16, 3)
+    for axis, length in ((0, shape[1]), (1, shape[0])):
+        assert found[..., axis].max() <= length - 1
+        if length > 100:  # the first and the last crop, which are apart
+            first, last = (crop_of(found[draws_B4.tolist().index([0.0, 0.0, at, at])], axis) for at in (0.0, LAST))
+            assert abs(first[0]) < 0.05 * length
+            assert abs(sum(last) - length) < 0.05 * length
+
+
+def test_a_crop_of_a_photo_that_a_camera_noted_as_rotated() -> None:
+    """Its shape is that of the pixels, whose rotation is ignored."""
+    cut = crops(1, 60)[0].crop((0, 0, 60, 20))
+    rotated = cut.getexif()
+    rotated[0x0112] = 6
+    draws_B4 = torch.tensor([[0.6, 0.9, 0.2, 0.8]])
+    files = [encoded(cut, "JPEG", quality=95, **options) for options in ({}, {"exif": rotated})]
+    plain, noted = (cropping(16)([file], draws_B4) for file in files)
+    assert files[0] != files[1]
+    assert torch.equal(plain, noted)
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_png_exactly_and_jpeg_nearly(tmp_path: Path) -> None:
     images = crops(7, 64)
@@ -197,7 +282,8 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
     cut_short = encoded(crops(1)[0], "JPEG")[:200]
     folder = write_images(tmp_path / "images", [good[:3], [*good[3:], cut_short, good[0]]], SIZE)
     with pytest.raises(
-        UserError, match=r"shard\.00001\.mds: image of id 21: DALI cannot decode it \(nvImageCodec failure: .*\); make"
+        UserError,
+        match=r"shard\.00001\.mds: image of id 21: DALI cannot decode it \(nvImageCodec failure: .*\); make the image",
     ):
         decode_all(folder)
 

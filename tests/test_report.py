@@ -201,14 +201,15 @@ def test_a_run_is_scored_beside_floor_cheat_and_an_untrained_model(shards: Path,
     assert "nothing to do" in again.out
     assert f"{embedded['untrained']:.3f}" in again.out
 
-    # One that was cut off, on another number of ranks, is the same.
-    other = write_run(tmp_path / "other", shards)
+    # One that was cut off, on another number of ranks, is the same, and so is that of a run straight from images.
+    other = write_run(tmp_path / "other", tmp_path / "images")
     ranks = start_script("tools/report.py", [str(other), *given], 1)
     wait_for_a_batch(other, ranks)
     ranks[0].kill()
     ranks[0].communicate(60)
     [last] = run_script("tools/report.py", [str(other), *given, "--num-ar-steps", "2", "1"])
     assert "are there already" in last.out
+    assert (other / "loss_map.png").is_file()
     found = json.loads((other / "report.json").read_text())
     # Two ranks add up features in another order.
     assert found.pop("fd_effnet_lite0") == pytest.approx(report.pop("fd_effnet_lite0"), rel=1e-9)

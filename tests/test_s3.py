@@ -24,7 +24,8 @@ from cfpretrain.data.loader import Loader, Position, order_fingerprint
 from cfpretrain.data.online import open_training_data
 from cfpretrain.data.samples import Samples
 from tests.digits import digits, digits_info, small_run, write_latents
-from tests.image_files import write_images
+from tests.image_files import digits as digits_in_colour
+from tests.image_files import encoded, write_images
 from tests.latent_shards import as_read, config_for, write_samples
 from tests.object_store import BUCKET, ObjectStore, running_store
 from tests.processes import REPOSITORY, run_in_processes, wait_until
@@ -121,6 +122,35 @@ def test_an_object_larger_than_declared_is_cut(store: ObjectStore, folder: Path,
     assert re.fullmatch(rf"data.shards: {address}/shard.0000\d.mds: expected at most \d+ bytes, got more; .*", said)
     assert size < config.data.cache_limit_gb * 1e9 < 32 * 2**20
     assert not any(path.is_file() and path.name != "lock" for path in (tmp_path / "cache").rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images in six shards."""
+    files = [encoded(image) for image in digits_in_colour(0, NUM_SAMPLES, 16)]
+    shards = [files[begin : begin + 20] for begin in range(0, NUM_SAMPLES, 20)]
+    return write_images(tmp_path_factory.mktemp("s3") / "images", shards, 16, class_names=("a", "b", "c"))
+
+
+def test_the_server_dies_under_image_shards_and_comes_back(
+    store: ObjectStore, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """They are encoded by a thread, which waits as the one that trains would."""
+    address, pixels = store.upload(images, "images"), {"shape": (3, 16, 16), "encode_batch_size": 4}
+    with closing(Loader(local_config(images, **pixels), as_read, 0, 1)) as loader:
+        wanted = take(loader, 7)
+    healer = threading.Timer(0.5, store.start)
+    config = s3_config(address, tmp_path / "cache", images, num_workers=1, **pixels)
+    with closing(Loader(config, as_read, 0, 1)) as loader:
+        found = take(loader, 2)
+        store.kill()
+        healer.start()
+        found += take(loader, 5)
+        healer.join()
+    assert_equal(found, wanted)
+    said = capfd.readouterr().out
+    assert f"WARNING: {address}/shard.0" in said
+    assert "the storage is back" in said
 
 
 def test_the_server_dies_in_mid_epoch_and_comes_back(

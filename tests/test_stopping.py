@@ -16,8 +16,10 @@ import psutil
 import pytest
 
 from cfpretrain.base.console import EXIT_REQUEUE, EXIT_USER_ERROR
+from tests import image_files
 from tests.digits import digits, digits_info, small_run, write_latents
 from tests.folders import rows
+from tests.image_files import encoded, write_images
 from tests.object_store import ObjectStore, running_store
 from tests.processes import (
     REPOSITORY,
@@ -159,12 +161,25 @@ def store() -> Iterator[ObjectStore]:
 SOON_SAID = {"base.console._HEARTBEAT_SECONDS": 0.5}
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
+def write_shards(folder: Path, kind: str) -> Path:
+    """A hundred digits as they are or as images, in five shards."""
+    if kind == "latents":
+        return write_latents(folder, digits_info(100), digits(100), samples_per_shard=20)
+    files = [encoded(image[..., 0]) for image in image_files.digits(0, 100)]
+    names, labels = tuple("0123456789"), [place % 10 for place in range(100)]
+    shards = [files[begin : begin + 20] for begin in range(0, 100, 20)]
+    return write_images(folder, shards, 8, labels=labels, class_names=names, channels=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_workers"),
+    [("latents", 0), ("latents", 1), ("images", 0), pytest.param("images", 1, marks=pytest.mark.slow)],
+)
 def test_a_request_to_one_rank_ends_the_others_wait_for_data(
-    store: ObjectStore, tmp_path: Path, num_workers: int
+    store: ObjectStore, tmp_path: Path, kind: str, num_workers: int
 ) -> None:
     """The storage is away for good, and patience and the ranks' timeout are long."""
-    shards = write_latents(tmp_path / "shards", digits_info(100), digits(100), samples_per_shard=20)
+    shards = write_shards(tmp_path / "shards", kind)
     smallest_cache = 2.5 * max(path.stat().st_size for path in shards.glob("*.mds")) / 1e9
     arguments = small_run(
         shards,
@@ -292,11 +307,18 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_shared_memory_that_is_too_small_is_one_line(shards: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["latents", "images"])
+def test_shared_memory_that_is_too_small_is_one_line(tmp_path: Path, kind: str) -> None:
     """As docker gives it, in the proportions of a small model."""
     if os.geteuid() != 0:
         pytest.skip("a small /dev/shm needs root")
-    arguments = small_run(shards, tmp_path / "run", *LONG, "data.num_workers=2", "train.micro_batch_size=16")
+    arguments = small_run(
+        write_shards(tmp_path / "shards", kind),
+        tmp_path / "run",
+        *LONG,
+        "data.num_workers=2",
+        "train.micro_batch_size=16",
+    )
     ended = run_alone(SMALL_MEMORY, [TRAIN, *arguments])
     if ended.code == 99:
         pytest.skip(f"mounting a small /dev/shm was refused: {ended.err}")

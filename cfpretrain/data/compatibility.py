@@ -10,10 +10,10 @@ from cfpretrain.data.shards import LatentsInfo
 
 
 def check_infos(infos: Sequence[LatentsInfo], config: Config) -> None:
-    """Refuses latent shards that the config does not describe, naming every problem at once.
+    """Refuses latents that the config does not describe, naming every problem at once.
 
     Args:
-        infos: of the folders `config.data.shards`, in that order.
+        infos: of the folders `config.data.shards`, in that order; of images, what they become.
         config: its sections model, data and train count.
     """
     first = infos[0]
@@ -30,11 +30,16 @@ def _check_latents(info: LatentsInfo, config: Config) -> Iterable[str]:
     if rows != columns:
         yield f"data.shards: expected latents of as many rows as columns, got {rows} x {columns}; crop the images"
     elif rows != model.latent_size:
-        yield f"model.latent_size: expected {rows}, the rows of the shards' latents, got {model.latent_size}"
+        yield f"model.latent_size: expected {rows}, the rows of the latents, got {model.latent_size}"
     if config.data.mirror_prob > 0 and info.has_posterior and not info.has_mirror:
         yield (
             f"data.mirror_prob: expected 0, since the shards hold no mirrored images, got {config.data.mirror_prob:g}; "
             "encode them again without --no-mirror, or set it to 0"
+        )
+    if config.data.crop == "random" and info.crop != "random":
+        yield (
+            "data.crop: expected adm, since the shards hold latents, of images that were cropped before, got random; "
+            "set it so, or give image shards"
         )
     if config.data.autoencoder and info.autoencoder == "identity":
         yield f"data.autoencoder: expected none for shards of pixels, got {config.data.autoencoder}; leave it out"
@@ -44,13 +49,13 @@ def _check_latents(info: LatentsInfo, config: Config) -> Iterable[str]:
             "would be taken for pixels, got none; set it"
         )
     if channels != model.latent_channels:
-        yield f"model.latent_channels: expected {channels}, as in the shards, got {model.latent_channels}"
+        yield f"model.latent_channels: expected {channels}, those of the latents, got {model.latent_channels}"
         return
     for name in ("latent_shift", "latent_scale"):
         recorded, given = getattr(info, name), getattr(config.data, name)
         full = given * channels if len(given) == 1 else given
         if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(recorded, full, strict=True)):
-            yield f"data.{name}: expected {list(recorded)}, which the shards record, got {list(given)}; set it so"
+            yield f"data.{name}: expected {list(recorded)}, which these latents need, got {list(given)}; set it so"
 
 
 def _check_counts(infos: Sequence[LatentsInfo], config: Config) -> Iterable[str]:

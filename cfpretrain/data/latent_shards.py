@@ -26,6 +26,8 @@ from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, latent_colum
 _Moments = dict[str, NDArray[np.float16]]  # by column: [B, C, Y, X]
 _Encoded = tuple[PixelBatch, _Moments]
 
+_OTHER_PRECISION = "have it computed in fp32 (--precision, in training engine.precision), or "
+
 
 class Encoding:
     """Which images are encoded, and how: all that the bytes of the latent shards depend on.
@@ -105,15 +107,15 @@ class Encoding:
             found["log_variance"] = self._stored(log_variance_BCYX, names)
         return found
 
-    @staticmethod
-    def _stored(values_BCYX: torch.Tensor, names: Sequence[str]) -> NDArray[np.float16]:
+    def _stored(self, values_BCYX: torch.Tensor, names: Sequence[str]) -> NDArray[np.float16]:
         """In float16, without the padding of the batch."""
         stored: NDArray[np.float16] = values_BCYX[: len(names)].to(torch.float16).cpu().numpy()
-        for name, values in zip(names, stored, strict=True):
+        for name, values, values_CYX in zip(names, stored, values_BCYX, strict=False):  # the batch may be padded
             if not np.isfinite(values).all():
+                way_out = _OTHER_PRECISION * (self.precision != "fp32") + "take another autoencoder"
                 raise UserError(
-                    f"{name}: expected latents that float16 can hold, got {float(values.min()):g} to "
-                    f"{float(values.max()):g}; encode with --precision fp32, or with another autoencoder"
+                    f"{name}: expected latents that float16 can hold, got {float(values_CYX.min()):g} to "
+                    f"{float(values_CYX.max()):g}; {way_out}"
                 )
         return stored
 

@@ -99,6 +99,7 @@ class Loader(Generic[T]):
         device, requests = device or torch.device("cpu"), self._requests(step)
         self._reader: Reader[T] | EncodingReader[T] | None
         if data.encodings:
+            _warn_of_padding(config, world_size)
             self._reader = EncodingReader(data, config, prepare, requests, self._accumulation, device)
         else:
             reading = LatentReading(data.latents[0], VisitDraws(config), prepare)
@@ -191,6 +192,17 @@ def _warn_of_a_small_cache(config: Config, folders: Sequence[Shards], num_nodes:
             f"WARNING: data.cache_limit_gb = {data.cache_limit_gb:g} is less than the shards that a machine reads by "
             f"turns, about {share * num_bytes / 1e9:.2g} GB: they are fetched again and again; raise it, or lower "
             f"data.shuffle_block_size = {data.shuffle_block_size}"
+        )
+
+
+def _warn_of_padding(config: Config, world_size: int) -> None:
+    """Says where at most half of what is encoded are images."""
+    micro_batch_size, size = config.micro_batch_size(world_size), config.data.encode_batch_size
+    padding = -micro_batch_size % size
+    if padding >= micro_batch_size:
+        say(
+            f"WARNING: data.encode_batch_size = {size}: a micro-batch of {micro_batch_size} images is encoded with "
+            f"{padding} more that fill it up; set {micro_batch_size}"
         )
 
 

@@ -89,8 +89,8 @@ def _open_autoencoder(
         if info.channels != channels:
             raise UserError(
                 f"data.autoencoder: expected the folder of the one that encodes the images of {data.shards[0]}, since "
-                f"model.latent_channels = {channels} are no pixels, got none; set it, or encode them before with "
-                "tools/encode_latents.py"
+                f"model.latent_channels = {channels} are not their {info.channels}, got none; set it, encode them "
+                f"before with tools/encode_latents.py, or set model.latent_channels={info.channels} to train on pixels"
             )
         values = (of * info.channels if len(of) == 1 else of for of in (data.latent_shift, data.latent_scale))
         return IdentityAutoencoder(LatentScaling(*values)), "fp32"
@@ -225,6 +225,8 @@ class EncodingReader(Generic[T]):
     def close(self) -> None:
         """Ends the thread, once what it is encoding is done, and the workers."""
         self._is_closed.set()
+        with suppress(queue.Empty):
+            self._made.get_nowait()  # the thread may wait for room
         self._task.join(_CLOSE_SECONDS)
         self._files.close()
 

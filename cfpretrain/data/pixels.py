@@ -15,7 +15,8 @@ from cfpretrain.data.shards import ImagesInfo, Shards
 
 Sample = Mapping[str, Any]
 
-# Of a random crop, before it is scaled: its share of the image's area, and width / height.
+# Of a random crop, before what exceeds the image is cut off and the rest is scaled: its share of the image's area, and
+# width / height. Of a square image both bounds hold after the cut too; of a long one it is as wide as the image allows.
 _CROP_AREA, _CROP_ASPECT = (0.5, 1.0), (3 / 4, 4 / 3)
 
 
@@ -57,7 +58,7 @@ class Decoder:
 
         Args:
             files: the bytes of each image.
-            crops_B4: numbers in [0, 1) that choose the random crops: area, aspect, column, row.
+            crops_B4: numbers from 0 to 1 that choose the random crops: area, aspect, column, row.
 
         Raises:
             BadImagesError: names every image that cannot be decoded, or is of another size.
@@ -90,18 +91,19 @@ class Decoder:
 
     def _find_undecodable(self, files: Sequence[bytes | NDArray[np.uint8]]) -> dict[int, str]:
         """Those that cannot be decoded alone, on the CPU, and why."""
-        reasons = {}
+        again = "make the image shards again"
+        fix = again if self._info.store == "lossless" else f"{again} with --store lossless, which PIL decodes"
+        reasons: dict[int, str] = {}
+        alone = None
         for place, file in enumerate(files):
-            alone = _make_pipeline(self._info, 1, torch.device("cpu"), 1)
+            alone = alone or _make_pipeline(self._info, 1, torch.device("cpu"), 1)
             alone.feed_input("files", [np.frombuffer(file, np.uint8)])
             try:
                 alone.run()
             except RuntimeError as error:
                 reason = str(error).partition("encountered:\n")[2].partition("Current pipeline")[0]
-                reasons[place] = (
-                    f"DALI cannot decode it ({' '.join(reason.split()):.200}); make the image shards with "
-                    "--store lossless, which PIL decodes"
-                )
+                reasons[place] = f"DALI cannot decode it ({' '.join(reason.split()):.200}); {fix}"
+                alone = None
         return reasons
 
 
@@ -184,7 +186,9 @@ def _make_pipeline(
         )
         size, how = info.image_size, {"interp_type": types.INTERP_CUBIC, "antialias": True}
         if has_random_crops:
-            images = fn.slice(images, *_random_crop(dali, fn.peek_image_shape(encoded)), axes=(0, 1))
+            shape = fn.peek_image_shape(encoded, adjust_orientation=False)
+            in_pixels = {"axes": (0, 1), "normalized_anchor": False, "normalized_shape": False}
+            images = fn.slice(images, *_random_crop(dali, shape), **in_pixels)
             images = fn.resize(images, size=(size, size), **how)
         elif info.store == "original":
             images = fn.resize(images, resize_shorter=size, **how)

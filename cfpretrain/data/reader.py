@@ -4,6 +4,7 @@ Workers are handed the places of a micro-batch and need no state; they also make
 """
 
 import errno
+import gc
 import multiprocessing
 import os
 import shutil
@@ -126,10 +127,14 @@ class Reader(Generic[T]):
                 generator=torch.Generator(),  # else torch would draw from the global one
             )
         on_child_death, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+        # Garbage of this process is none of the workers': what DALI's waits for threads that they do not have.
+        gc.freeze()
         try:
             self._batches: Iterator[T | _Handed[T] | _Failure] = iter(data_loader)
         except OSError as error:  # of the queues' locks
             raise UserError(_describe_full_memory(error)) from error
+        finally:
+            gc.unfreeze()
         self._workers: set[BaseProcess] = set(multiprocessing.active_children()) - others
         if threading.current_thread() is threading.main_thread():
             # Torch would raise in whatever the main thread does when a worker dies; `read` finds it as well.
@@ -148,12 +153,13 @@ class Reader(Generic[T]):
                     for worker in self._workers:
                         worker.join(_DEATH_SECONDS / len(self._workers))
                 dead = [worker for worker in self._workers if not worker.is_alive()]
-                if not dead:
-                    if not has_timed_out:
-                        raise
+                if not dead and has_timed_out:
                     self._budget.check()
                     continue
-                batch = _Failure(_describe_death(dead[0].exitcode))  # raised below, where it does not keep `error`
+                if not dead and "exited unexpectedly" not in str(error):  # one that died at once is not in the list
+                    raise
+                # Raised below, where it does not keep `error`.
+                batch = _Failure(_describe_death(dead[0].exitcode if dead else None))
             if isinstance(batch, _Failure):
                 raise UserError(str(batch))
             return batch
@@ -195,7 +201,7 @@ def _describe_full_memory(error: Exception, num_bytes: int | None = None) -> str
 
 
 def _describe_death(exit_code: int | None) -> str:
-    how = how_it_ended(exit_code)
+    how = "at its start" if exit_code is None else how_it_ended(exit_code)
     if exit_code == -signal.SIGBUS:
         how += ", as where /dev/shm is full"
     return (

@@ -64,7 +64,7 @@ class VisitDraws:
         return seeds.uniform(self._keys("mirror", epoch, ids_B)) < self._mirror_prob
 
     def crops(self, epoch: int, ids_B: Tensor) -> Tensor:
-        """The numbers that choose random crops (`pixels.Decoder`): [B, 4], in [0, 1)."""
+        """The numbers that choose random crops (`pixels.Decoder`): [B, 4], from 0 to 1."""
         keys_B = self._keys("crop", epoch, ids_B)
         return torch.stack([seeds.uniform(seeds.fold(keys_B, number)) for number in range(4)], dim=1)
 

@@ -190,9 +190,10 @@ def _check_inputs(config: Config) -> str:
     latest, saved = found
     saved.check_config(to_plain(config), str(latest))
     if saved.autoencoder not in ("", infos[0].autoencoder):
+        key = "data.autoencoder" if data.encodings else "data.shards"
         raise UserError(
-            f"data.shards: expected latents of the autoencoder {saved.autoencoder}, as checkpoint {latest} was trained "
-            f"on, got those of {infos[0].autoencoder}; set data.shards as it was or choose another run.folder"
+            f"{key}: expected latents of the autoencoder {saved.autoencoder}, as checkpoint {latest} was trained on, "
+            f"got those of {infos[0].autoencoder}; set {key} as it was or choose another run.folder"
         )
     # An imported checkpoint has none: it is at the beginning of an epoch of any data.
     if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config, data.folders):

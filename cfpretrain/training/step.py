@@ -103,16 +103,20 @@ class TrainingStep:
         return result
 
     def _gather_bad_images(self, batches: Sequence[Batch]) -> list[str]:
-        """What is wrong with the images that are not trained on; `LostDataError` where they are most of the step's."""
+        """What is wrong with the images that are not trained on, of all ranks."""
         found: list[str] = []
         for of_rank in runtime.gather([reason for batch in batches for reason in batch.skipped]):
             found += of_rank
-        if 2 * len(found) > self.config.train.global_batch_size:
+        return sorted(found)  # on any number of ranks the same
+
+    def check_images(self, result: StepResult) -> None:
+        """`LostDataError` on all ranks where most images of a step are bad."""
+        size = self.config.train.global_batch_size
+        if 2 * result.num_bad_images > size:
             raise LostDataError(
-                f"data.on_bad_image: expected most images of a step to be good, got {len(found)} bad ones of "
-                f"{self.config.train.global_batch_size}: {found[0]}"
+                f"data.on_bad_image: expected most images of a step to be good, got {result.num_bad_images} bad ones "
+                f"of {size}; the first is {result.bad_images[0]}"
             )
-        return found
 
     def _next_batches(self, step: int) -> list[Batch]:
         """The step's micro-batches; `LostDataError` on all ranks where one of them cannot read its own."""

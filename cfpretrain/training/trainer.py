@@ -187,6 +187,7 @@ class Trainer:
             with self.log.aside():
                 row["rewound_to_step"] = self.checkpoints.rewind(self.at, str(result.problem))
             row |= {"num_skipped_steps": self.at.num_skipped, "num_rewinds": self.at.num_rewinds}
+        self.step.check_images(result)  # once the step has its row
         return result
 
     def close_window(self) -> None:
