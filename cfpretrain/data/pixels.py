@@ -88,11 +88,12 @@ class Decoder:
     def _find_oversized(self, files: Sequence[bytes | NDArray[np.uint8]]) -> dict[int, str]:
         """Those of which DALI would take memory for other pixels than were stored, by what they declare."""
         size, reasons = (self._info.image_size, self._info.image_size), {}
+        is_stored_so = self._info.store == "lossless" and not self._has_random_crops
         for place, file in enumerate(files):
             declared = declared_size(file)
             if declared is None:
                 reasons[place] = f"it is no image, or one of more than {MOST_PIXELS:,} pixels; {_AGAIN}"
-            elif self._info.store == "lossless" and declared != size:
+            elif is_stored_so and declared != size:
                 reasons[place] = f"expected {_by(size)} pixels, got {_by(declared)}; {_AGAIN}"
         return reasons
 
