@@ -249,7 +249,7 @@ def test_dry_run_prints_config_arithmetic_and_parameters(shards: Path, tmp_path:
     assert "global batch: 16 = 4 a micro-batch x 2 micro-batches x 2 ranks" in ended.out
     assert "parameters: 37,028" in ended.out
     assert "num_steps: 12" in ended.out
-    assert "shards: 100 samples, which fit the config" in ended.out
+    assert "shards: 100 latents, which fit the config" in ended.out
     assert not (tmp_path / "run").exists()
 
 
