@@ -10,6 +10,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -32,7 +34,7 @@ from cfpretrain.data.loader import Loader, Position, epoch_order, epoch_visits
 from cfpretrain.data.samples import Samples
 from cfpretrain.data.shards import INFO_FILE, INFO_HASH, Shards
 from tests.latent_shards import as_read, config_for, id_of, moment_of, write_samples
-from tests.processes import run_in_processes, wait_until
+from tests.processes import REPOSITORY, run_in_processes, wait_until
 
 PINNED_FIRST = [71, 37, 14, 65, 93, 13, 73, 82, 18, 66, 40, 54]
 PINNED_HASH = "b3f8d50e88a4f4f5253aadf6079e8777a7969ab1f07e302502a05571062abd6b"
@@ -615,6 +617,21 @@ def read_on(folder: Path, started: str) -> None:
         read_steps(loader, 3)
         Path(started).write_text(" ".join(str(worker.pid) for worker in multiprocessing.active_children()))
         time.sleep(60)
+
+
+UNCLOSED = """
+import json, sys
+from cfpretrain.data.loader import Loader
+from tests.latent_shards import as_read, config_for
+loader = Loader(config_for(sys.argv[1], num_workers=1, **json.loads(sys.argv[2])), as_read, 0, 1)
+next(loader)
+sys.exit(2)
+"""
+
+
+def test_a_process_that_an_error_ends_does_not_wait_for_its_workers(folders: Any) -> None:
+    command = [sys.executable, "-c", UNCLOSED, str(folders(101)), "{}"]
+    assert subprocess.run(command, cwd=REPOSITORY, timeout=120).returncode == 2
 
 
 def test_a_killed_run_leaves_nothing_that_stops_the_next(folders: Any, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """Training from image shards: the batches are those of the latent shards that encode_latents makes of them."""
 
 import dataclasses
+import json
 import multiprocessing
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +30,9 @@ from cfpretrain.data.samples import Samples
 from tests.closeness import disagreement
 from tests.image_files import encoded, write_images
 from tests.latent_shards import as_read, config_for
-from tests.processes import wait_until
+from tests.processes import REPOSITORY, wait_until
 from tests.test_latent_shards import CONFIG, encoding_of, write, write_autoencoder
+from tests.test_loader import UNCLOSED
 from tests.test_pixels import crops
 
 SIZE, BATCH = 16, 8  # of the images; in which they are encoded
@@ -333,6 +336,15 @@ def test_the_training_thread_keeps_its_number_of_threads(pairs: Any) -> None:
         torch.set_num_threads(before)
 
 
+def test_a_process_that_an_error_ends_waits_for_nothing(tmp_path: Path) -> None:
+    folder = with_bad_images(tmp_path, {}, class_names=("a", "b", "c"))
+    settings = {"shape": (3, SIZE, SIZE), "global_batch_size": 10, "micro_batch_size": 5}
+    command = [sys.executable, "-c", UNCLOSED, str(folder), json.dumps(settings)]
+    ended = subprocess.run(command, cwd=REPOSITORY, timeout=120, capture_output=True, text=True)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr == ""
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad images
 
@@ -343,7 +355,7 @@ def with_bad_images(root: Path, bad: dict[int, bytes], **description: Any) -> Pa
     return write_images(root / "images", [files[:10], files[10:20], files[20:]], SIZE, **description)
 
 
-def pixels_config(folder: Path, **settings: Any) -> Config:
+def pixels_config(folder: Path | Sequence[Path], **settings: Any) -> Config:
     shape = settings.pop("shape", (3, SIZE, SIZE))
     config = config_for(folder, 10, 5, shape=shape, encode_batch_size=4, **settings)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=2))
@@ -401,6 +413,16 @@ def test_all_bad_images_of_a_micro_batch_are_named(tmp_path: Path) -> None:
     for i, reason in reasons.items():
         assert f"image of id {i}: " in reason
         assert ("DALI cannot decode it" in reason) == (i // 3 % 2 == 1)
+
+
+def test_a_bad_image_is_named_by_its_folder_and_id_at_each_visit(tmp_path: Path) -> None:
+    folders = [with_bad_images(tmp_path / name, {8: b"hello"} if name == "b" else {}) for name in "ab"]
+    config = pixels_config(folders, on_bad_image="skip", repeat=(1.0, 2.0))
+    with closing(Loader(config, as_read, 0, 1)) as loader:
+        found = take(loader, 9)
+    skipped = {batch.ids_B[place].item(): reason for batch in found for place, reason in batch.skipped.items()}
+    assert skipped.keys() == {24 + (1 << 40), 24 + (1 << 40) + (1 << 56)}
+    assert all(reason.startswith(f"data.shards: {folders[1]}: image of id 24: ") for reason in skipped.values())
 
 
 def test_bad_images_under_random_crops(tmp_path: Path) -> None:

@@ -92,7 +92,8 @@ class DataConfig:
     latent_shift: tuple[float, ...] = (0.0,)  # model sees (raw - shift) * scale; one value, or C
     latent_scale: tuple[float, ...] = (0.2325,)
     mirror_prob: Share = 0.5  # 0 for digits and text
-    # Of image shards alone. random: the paper knows no such crop; of half the area or more, scaled to the images' size.
+    # Of image shards alone. random: the paper knows no such crop; of half the area or more (of long images, which are
+    # only in shards of originals, less), scaled to the images' size.
     crop: Literal["adm", "random"] = "adm"
     encode_batch_size: Annotated[int, Range(1, 4096)] = 32  # images encoded at once; fewer are padded to it
     on_bad_image: Literal["stop", "skip"] = "stop"  # one that cannot be decoded; skip: its loss is 0

@@ -10,6 +10,7 @@ encoded before (`data.online`). A whole step is read ahead, across the border of
 begins that one of them cannot read its share.
 """
 
+import atexit
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -105,6 +106,8 @@ class Loader(Generic[T]):
             reading = LatentReading(data.latents[0], VisitDraws(config), prepare)
             batches, is_pinned = MicroBatches(folders, reading), device.type == "cuda"
             self._reader = Reader(batches, requests, config.data.num_workers, is_pinned, self._budget)
+        # A process that an error ends would wait for its workers, which leave signals to it.
+        atexit.register(self.close)
 
     def __iter__(self) -> Iterator[list[T]]:
         return self
@@ -137,6 +140,7 @@ class Loader(Generic[T]):
 
     def close(self) -> None:
         """Ends the worker processes; the position stays readable."""
+        atexit.unregister(self.close)
         self.end_waiting()
         if self._reader is not None:
             self._reader.close()

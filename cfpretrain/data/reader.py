@@ -127,7 +127,7 @@ class Reader(Generic[T]):
                 generator=torch.Generator(),  # else torch would draw from the global one
             )
         on_child_death, others = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
-        # Garbage of this process is none of the workers': what DALI's waits for threads that they do not have.
+        # Workers never collect this process's garbage: DALI's destructors wait for threads that a fork does not have.
         gc.freeze()
         try:
             self._batches: Iterator[T | _Handed[T] | _Failure] = iter(data_loader)
