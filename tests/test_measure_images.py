@@ -42,3 +42,9 @@ def test_too_few_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit, match="2"):
         command.main(["data", "images", *map(str, options)])
     assert "--batch-size: expected 1 to 4, got 8" in capsys.readouterr().err
+
+
+def test_latents_are_no_images(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main(["data", "images", "--shards", str(shards), "--autoencoder", str(AUTOENCODER)])
+    assert f"--shards: expected image shards, got latents in {shards}" in capsys.readouterr().err

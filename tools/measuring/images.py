@@ -16,7 +16,7 @@ import torch
 from cfpretrain.base import runtime
 from cfpretrain.base.command_line import check_range
 from cfpretrain.base.config import Config, DataConfig, EngineConfig, ModelConfig, TrainConfig
-from cfpretrain.base.console import phase
+from cfpretrain.base.console import UserError, phase
 from cfpretrain.data.latent_shards import Encoding, encode, exactly
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.online import TrainingData, open_training_data
@@ -86,6 +86,8 @@ def _open(arguments: argparse.Namespace, folder: Path, device: torch.device) -> 
     train = TrainConfig(global_batch_size=arguments.batch_size, micro_batch_size=arguments.batch_size)
     config = Config(data=data, train=train, engine=EngineConfig(precision=arguments.precision))
     opened = open_training_data(config, device)
+    if not opened.encodings:
+        raise UserError(f"--shards: expected image shards, got latents in {shards}; give the images they were made of")
     info = opened.latents[0]
     channels, size, _ = info.latent_shape
     model = ModelConfig(latent_size=size, latent_channels=channels, num_classes=len(info.class_names))
