@@ -163,7 +163,7 @@ def test_a_bad_image_stops_all_ranks_with_one_line(data: Data, tmp_path: Path) -
     """After a checkpoint of the steps before it."""
     shards, folder = write_shards(tmp_path / "images", bad=[41]), tmp_path / "run"
     ended = run_script(TRAIN, data.run(shards, folder, "data.num_workers=1", "train.num_steps=6"), 2)
-    assert_refused(ended, f"data.shards: {shards}: image of id 41: DALI cannot decode it", "data.on_bad_image=skip")
+    assert_refused(ended, f"data.shards: {shards}: image of id 41: ", "data.on_bad_image=skip")
     found = rows(folder) if (folder / "metrics.jsonl").exists() else []
     assert (latest_step(folder) if found else 0) == len(found) < 6
     assert not (folder / "requeue").exists()
@@ -180,8 +180,7 @@ def test_bad_images_are_skipped_alike_on_any_ranks(data: Data, trained: Path, tm
     before = rows(folder)
     named = [row.get("bad_images", []) for row in before]
     places = [
-        [int(re.match(rf"data\.shards: {shards}: image of id (\d+): DALI cannot", one)[1]) for one in of_step]
-        for of_step in named
+        [int(re.match(rf"data\.shards: {shards}: image of id (\d+): ", one)[1]) for one in of_step] for of_step in named
     ]
     assert places == [[7], [], [], [41, 90], [], []]
     losses = [row["loss"] for row in before]
