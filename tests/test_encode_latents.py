@@ -259,4 +259,4 @@ def test_an_image_that_cannot_be_decoded_ends_all_ranks(tmp_path: Path) -> None:
     ended = run(command(images, "identity", tmp_path / "latents"), world_size=2)
     assert ended.code == EXIT_USER_ERROR
     (line,) = [line for line in ended.err.splitlines() if line.startswith("[cfpretrain]")]  # DALI prints its own
-    assert "shard.00001.mds: image of id 9: DALI cannot decode it" in line
+    assert "shard.00001.mds: image of id 9: it is no image" in line

@@ -276,6 +276,14 @@ def test_tables_of_a_gpu() -> None:
         "gpu tests": {"summary": "1 failed, 19 passed in 60s", "failures": ["FAILED tests/test_x.py::test_y"]},
         "checkpoint": {"stall_seconds": 1.25, "added": {"saving": 0.021}},
         "batches": {"unit": "ms", "batch_size": 64, "spent": {"by workers": [0.31, 0.22]}},
+        "XL from images": gpu_step(encoding={"flops": 1.379e11, "tflops": 23.456}),
+        "images": {
+            "unit": "images/s",
+            "rates": {"loader, from images": [900.0, 901.5]},
+            "encoding_flops": 137867296768,
+            "precision": "bf16",
+            "batch_size": 64,
+        },
         "sweep": {
             "best": [
                 {"kernel": "forward", "head_width": 64, "launch": [64, 32, 4, 4], "of_best": 1.02, "lengths": [576]}
@@ -287,8 +295,11 @@ def test_tables_of_a_gpu() -> None:
     assert lines[0].startswith("NVIDIA H200, Xeon, 16 cores; torch 2.11.0.")
     assert "| XL | 64 x 4 | 2 | triton | 1.5 | 170.7 | 38.4% | 68.3 / 71 | 97.1% | 12345 | 1 |" in lines
     assert "| XL bare | 64 x 4 | 2 | triton | 1.5 | 170.7 | 38.4% | 68.3 / 71 | - | - | - |" in lines
-    assert "| building | 30.0 | 30.0 |" in lines
-    assert "| building the model | 2.0 | 2.0 |" in lines
+    assert "| building | 30.0 | 30.0 | 30.0 |" in lines
+    assert "| building the model | 2.0 | 2.0 | 2.0 |" in lines
+    assert "| XL from images: the autoencoder beside the model | 23.5 TFLOP/s |" in lines
+    assert "| images, loader, from images | 901.5 images/s |" in lines
+    assert "| images, encoding in bf16, 64 at once | 1.379e+11 FLOPs an image |" in lines
     assert not any("runs/x" in line for line in lines)
     assert "| attention | 10.0% |" in lines
     row_line = "| 576 / 64 | 32 | triton | 0.39 | 0.160 | 0.900 | 1.100 | 271 | 200 | 180 | 1.0e-03 |"

@@ -134,7 +134,7 @@ def test_step_command() -> None:
 
 def test_step_on_photos() -> None:
     """Files become latents beside the step, which counts the model's FLOPs alone."""
-    overrides = ["model.latent_channels=4", "model.latent_size=4", "train.global_batch_size=4"]
+    overrides = ["model.latent_channels=4", "order.ar_split=batch"]
     options = ["--config", "configs/benchmark/cpu.yaml", *SMALL, *overrides, "--pairs", "1"]
     [plain], [ended] = (run_script(TOOL, [*options, *more]) for more in ([], ["--photos", "small"]))
     assert plain.code == 0, plain.err
@@ -145,7 +145,7 @@ def test_step_on_photos() -> None:
     assert images["estimated_memory_bytes"] > cost["weights"] + cost["working"] > 0
     assert latents["encoding"] is None
     flops = [found["tflops"] / found["images_per_second"] for found in (latents, images)]
-    assert flops[0] == pytest.approx(flops[1])  # of the same splits
+    assert flops[0] == pytest.approx(flops[1])  # of one split for all
 
 
 def test_step_on_image_shards_of_the_config(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import sys
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -290,14 +291,25 @@ def test_an_image_that_cannot_be_decoded_is_named(tmp_path: Path) -> None:
 
 def test_what_is_no_image_is_named(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", [[encoded(crops(1)[0]), b"hello"]], SIZE)
-    with pytest.raises(UserError, match=r"shard\.00000\.mds: image of id 3: DALI cannot decode it"):
+    with pytest.raises(UserError, match=r"shard\.00000\.mds: image of id 3: it is no image"):
         decode_all(folder)
 
 
 def test_an_image_of_another_size_is_named(tmp_path: Path) -> None:
     folder = write_images(tmp_path / "images", [[encoded(crops(1)[0]), encoded(crops(1, SIZE + 1)[0])]], SIZE)
-    with pytest.raises(UserError, match=r"image of id 3: expected 24 x 24 x 3 pixels, got 25 x 25 x 3; make"):
+    with pytest.raises(UserError, match=r"image of id 3: expected 24 x 24 pixels, got 25 x 25; make"):
         decode_all(folder)
+
+
+def test_no_memory_is_taken_for_pixels_that_a_file_only_declares(tmp_path: Path) -> None:
+    tiny = encoded(np.zeros((SIZE, SIZE), np.uint8))
+    for side in (20_000, 100_000):  # 1.2 GB, which PIL would decode neither; and what DALI refuses too
+        header = b"IHDR" + side.to_bytes(4, "big") * 2 + tiny[24:29]
+        declares = tiny[:12] + header + zlib.crc32(header).to_bytes(4, "big") + tiny[33:]
+        for store in ("lossless", "original"):
+            folder = write_images(tmp_path / f"{store}{side}", [[tiny, declares]], SIZE, store=store)
+            with pytest.raises(UserError, match=r"image of id 3: it is no image, or one of more than [0-9,]+ pixels"):
+                decode_all(folder)
 
 
 def test_a_damaged_sample_is_named(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from tests.digits import digits_info, small_config, small_run, write_digits, wri
 from tests.folders import rows
 from tests.image_files import digits as image_digits
 from tests.image_files import encoded, write_images
+from tests.image_files import write_digits as write_image_digits
 from tests.processes import REPOSITORY, Ended, run_alone, run_script, start_script, wait_until
 from tests.runs import as_older
 from tests.test_latent_shards import write_autoencoder
@@ -322,6 +323,29 @@ def test_a_dry_run_says_what_encoding_costs(
     assert float(costs[2]) == pytest.approx(100 * float(costs[1]) / float(of_training[1]), rel=2e-3)
     assert "is padded" not in said
     assert "a micro-batch of 4 is padded to 6, which takes 1.50 times the FLOPs" in dry_run("data.encode_batch_size=3")
+
+
+NO_MEMORY = """
+import torch
+from cfpretrain import train
+from cfpretrain.training import trainer
+
+def fail(run):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+trainer.Trainer.train = fail
+train.main()
+"""
+
+
+@pytest.mark.parametrize("is_of_images", [True, False])
+def test_who_runs_out_of_memory_is_told_of_the_autoencoder(is_of_images: bool, tmp_path: Path) -> None:
+    data = write_image_digits(tmp_path / "data", 0, 20) if is_of_images else write_digits(tmp_path / "data")
+    ended = run_alone(NO_MEMORY, small_run(data, tmp_path / "run", "data.encode_batch_size=4"))
+    assert ended.code == 2, ended.err
+    assert "no memory left on rank 0 (CUDA out of memory" in ended.err
+    assert ("GB to encode images)" in ended.err) == is_of_images
+    assert ("data.encode_batch_size=2" in ended.err) == is_of_images
 
 
 def test_a_dry_run_says_where_values_come_from(shards: Path, tmp_path: Path) -> None:

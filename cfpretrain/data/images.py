@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+import numpy as np
 import PIL
+from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 
 import cfpretrain
@@ -52,7 +54,7 @@ _OF_THE_FILE = {
 _MAX_FILE_BYTES = 2**29  # of all pixels that PIL decodes, in 8 bits
 # PIL converts others, 16-bit grey among them, by cutting off what exceeds 255: to white.
 _EIGHT_BIT_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "LAB", "HSV")
-_MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # where PIL refuses to decode
+MOST_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 27)  # where PIL refuses to decode
 _ORIENTATION = 0x0112  # of EXIF
 _TURNS = {  # by its value, what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -208,6 +210,15 @@ def read_image(
     return decoded.image
 
 
+def declared_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int] | None:
+    """Width and height that an image file declares; None of what is no image of a known kind, or too large for PIL."""
+    try:
+        with Image.open(io.BytesIO(bytes(data)), formats=_KINDS) as file:
+            return file.size
+    except Exception:  # whatever a damaged one brings its decoder to
+        return None
+
+
 @dataclass(frozen=True)
 class _Decoded:
     image: Image.Image
@@ -327,7 +338,7 @@ def _scaled(image: Image.Image, image_size: int) -> tuple[int, int]:
     """Width and height once the short side is `image_size`; RejectedImageError where PIL could not take as much."""
     scale = image_size / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
-    if width * height > _MOST_PIXELS:
+    if width * height > MOST_PIXELS:
         raise RejectedImageError(
             f"it is too thin: {image.width} x {image.height} would become {width} x {height} for the crop"
         )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpretrain.base.console import UserError
+from cfpretrain.data.images import MOST_PIXELS, declared_size
 from cfpretrain.data.shards import ImagesInfo, Shards
 
 Sample = Mapping[str, Any]
@@ -18,6 +19,7 @@ Sample = Mapping[str, Any]
 # Of a random crop, before what exceeds the image is cut off and the rest is scaled: its share of the image's area, and
 # width / height. Of a square image both bounds hold after the cut too; of a long one it is as wide as the image allows.
 _CROP_AREA, _CROP_ASPECT = (0.5, 1.0), (3 / 4, 4 / 3)
+_AGAIN = "make the image shards again"
 
 
 class BadImagesError(Exception):
@@ -49,7 +51,6 @@ class Decoder:
         has_random_crops: bool = False,
     ) -> None:
         self._make = lambda: _make_pipeline(info, batch_size, device, num_threads, has_random_crops)
-        self._shape = (info.image_size, info.image_size, info.channels)
         self._info, self._has_random_crops = info, has_random_crops
         self._pipeline = self._make()
 
@@ -63,6 +64,9 @@ class Decoder:
         Raises:
             BadImagesError: names every image that cannot be decoded, or is of another size.
         """
+        reasons = self._find_oversized(files)
+        if reasons:
+            raise BadImagesError(reasons)
         self._pipeline.feed_input("files", [np.frombuffer(file, np.uint8) for file in files])
         if self._has_random_crops:
             assert crops_B4 is not None
@@ -75,24 +79,26 @@ class Decoder:
             if not reasons:
                 raise
             raise BadImagesError(reasons) from None
-        shapes = [tuple(shape) for shape in decoded.shape()]
-        reasons = {
-            place: f"expected {_by(self._shape)} pixels, got {_by(shape)}; make the image shards again"
-            for place, shape in enumerate(shapes)
-            if shape != self._shape
-        }
-        if reasons:
-            raise BadImagesError(reasons)
         # A copy, since the pipeline writes its next batch into the same memory.
         pixels_BYXC = torch.utils.dlpack.from_dlpack(decoded.as_tensor()).clone()
         if pixels_BYXC.is_cuda:
             torch.cuda.current_stream(pixels_BYXC.device).synchronize()
         return pixels_BYXC
 
+    def _find_oversized(self, files: Sequence[bytes | NDArray[np.uint8]]) -> dict[int, str]:
+        """Those of which DALI would take memory for other pixels than were stored, by what they declare."""
+        size, reasons = (self._info.image_size, self._info.image_size), {}
+        for place, file in enumerate(files):
+            declared = declared_size(file)
+            if declared is None:
+                reasons[place] = f"it is no image, or one of more than {MOST_PIXELS:,} pixels; {_AGAIN}"
+            elif self._info.store == "lossless" and declared != size:
+                reasons[place] = f"expected {_by(size)} pixels, got {_by(declared)}; {_AGAIN}"
+        return reasons
+
     def _find_undecodable(self, files: Sequence[bytes | NDArray[np.uint8]]) -> dict[int, str]:
         """Those that cannot be decoded alone, on the CPU, and why."""
-        again = "make the image shards again"
-        fix = again if self._info.store == "lossless" else f"{again} with --store lossless, which PIL decodes"
+        fix = _AGAIN if self._info.store == "lossless" else f"{_AGAIN} with --store lossless, which PIL decodes"
         reasons: dict[int, str] = {}
         alone = None
         for place, file in enumerate(files):
