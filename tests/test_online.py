@@ -430,9 +430,8 @@ def test_a_bad_image_is_named_by_its_folder_and_id_at_each_visit(tmp_path: Path)
 
 
 def test_bad_images_under_random_crops(tmp_path: Path) -> None:
-    """Of the images alone, not of what else the batch holds; of originals, any size is as good for a crop."""
-    bad = {4: BAD["text"][0], 11: BAD["larger"][0], 25: BAD["cut short"][0]}
-    folder = with_bad_images(tmp_path, bad, store="original")
+    """Of the images alone, not of what else the batch holds; any size is as good for a crop."""
+    folder = with_bad_images(tmp_path, {4: BAD["text"][0], 11: BAD["larger"][0], 25: BAD["cut short"][0]})
     config = pixels_config(folder, on_bad_image="skip", crop="random")
     with closing(Loader(config, as_read, 0, 1)) as loader:
         found = take(loader)

@@ -92,7 +92,7 @@ class Decoder:
             declared = declared_size(file)
             if declared is None:
                 reasons[place] = f"it is no image, or one of more than {MOST_PIXELS:,} pixels; {_AGAIN}"
-            elif self._info.store == "lossless" and declared != size:
+            elif self._info.store == "lossless" and not self._has_random_crops and declared != size:
                 reasons[place] = f"expected {_by(size)} pixels, got {_by(declared)}; {_AGAIN}"
         return reasons
 
