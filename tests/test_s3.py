@@ -124,6 +124,26 @@ def test_an_object_larger_than_declared_is_cut(store: ObjectStore, folder: Path,
     assert not any(path.is_file() and path.name != "lock" for path in (tmp_path / "cache").rglob("*"))
 
 
+def test_the_server_dies_in_mid_epoch_and_comes_back(
+    store: ObjectStore, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    address = store.upload(folder, "dies")
+
+    healer = threading.Timer(0.5, store.start)
+    with closing(Loader(s3_config(address, tmp_path / "cache", folder, num_workers=2), as_read, 0, 1)) as loader:
+        found = take(loader, 2)
+        store.kill()
+        healer.start()
+        found += take(loader, 5)
+        healer.join()
+    assert_equal(found, local_batches(folder, 7))
+    said = capfd.readouterr().out
+    assert f"WARNING: {address}/shard.0" in said
+    assert "asking again for up to 60 s" in said
+    assert "was read: the storage is back" in said
+    assert "very-secret" not in said
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images in six shards."""
@@ -151,26 +171,6 @@ def test_the_server_dies_under_image_shards_and_comes_back(
     said = capfd.readouterr().out
     assert f"WARNING: {address}/shard.0" in said
     assert "the storage is back" in said
-
-
-def test_the_server_dies_in_mid_epoch_and_comes_back(
-    store: ObjectStore, folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    address = store.upload(folder, "dies")
-
-    healer = threading.Timer(0.5, store.start)
-    with closing(Loader(s3_config(address, tmp_path / "cache", folder, num_workers=2), as_read, 0, 1)) as loader:
-        found = take(loader, 2)
-        store.kill()
-        healer.start()
-        found += take(loader, 5)
-        healer.join()
-    assert_equal(found, local_batches(folder, 7))
-    said = capfd.readouterr().out
-    assert f"WARNING: {address}/shard.0" in said
-    assert "asking again for up to 60 s" in said
-    assert "was read: the storage is back" in said
-    assert "very-secret" not in said
 
 
 def test_the_server_stays_away(store: ObjectStore, folder: Path, tmp_path: Path) -> None:
