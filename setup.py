@@ -37,6 +37,7 @@ setup(
         "numpy",
         "matplotlib",
         "pillow",
+        "tokenizers>=0.21",
         "psutil",
         "tqdm",
         "wandb",

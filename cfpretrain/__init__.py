@@ -10,8 +10,10 @@ Shape legend. A tensor's name ends in the letters of its axes:
     D  width of the model           H  heads
     E  head width                   P  values of a patch: patch_size * patch_size * C
     S  AR steps                     Q  condition tokens
-    T  diffusion timesteps          I  the four integers of a visibility interval
+    T  diffusion timesteps, or tokens of a text
+    I  the four integers of a visibility interval
     Y  rows of a latent             X  columns of a latent
+    V  tokens of a vocabulary
 
 `clean_BLP` is then a batch of clean image tokens, `intervals_BMI` the visibility of its sequence.
 """

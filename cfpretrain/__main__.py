@@ -21,6 +21,7 @@ VERBS = {
     "make-shards": ("make_shards.py", "image files -> image shards"),
     "encode": ("encode_latents.py", "image shards -> latent shards"),
     "inspect": ("inspect_shards.py", "what a folder of shards holds; --verify reads all of it"),
+    "train-tokenizer": ("train_tokenizer.py", "the captions of shards -> a tokenizer.json"),
     "estimate-memory": ("estimate_memory.py", "whether a config fits, by ZeRO stage"),
     "replay": ("replay.py", "one step of a run again, compared with what was logged"),
     "compare": ("compare_runs.py", "two runs step by step: losses, speed, wait for data"),

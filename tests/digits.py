@@ -1,7 +1,8 @@
 """Small shards of real digits and small configs for tests of whole runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,20 @@ from tests.processes import REPOSITORY
 
 
 def write_latents(
-    folder: Path, info: LatentsInfo, samples: Iterable[tuple[Any, ...]], samples_per_shard: int = 1000
+    folder: Path,
+    info: LatentsInfo,
+    samples: Iterable[tuple[Any, ...]],
+    samples_per_shard: int = 1000,
+    captions: Mapping[int, str] = MappingProxyType({}),
 ) -> Path:
-    """Latent shards of (id, label, mean, the other arrays of `columns_of(info)` in the order of their names)."""
+    """Latent shards of (id, label, mean, the other arrays of `columns_of(info)` in the order of their names).
+
+    `captions` are by id; who lacks one has an empty one.
+    """
     columns = columns_of(info)
     arrays = ["mean", *sorted(columns.keys() - {"id", "label", "caption", "checksum", "mean"})]
     all_samples = [
-        {"id": sample[0], "label": sample[1], "caption": ""}
+        {"id": sample[0], "label": sample[1], "caption": captions.get(sample[0], "")}
         | {name: np.asarray(array, np.float16) for name, array in zip(arrays, sample[2:], strict=True)}
         for sample in samples
     ]

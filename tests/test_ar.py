@@ -4,7 +4,6 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from scipy.stats import chi2
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import seeds
-from cfpretrain.core.modalities import MODALITIES, Modality, class_segment, image_segment
+from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import Segment, build_layout, may_attend, visible_keys
 from cfpretrain.core.work import count_work, expected_work, sequence_lengths
 
@@ -22,13 +21,6 @@ from cfpretrain.core.work import count_work, expected_work, sequence_lengths
 def text(num_tokens: int) -> Segment:
     """Words: each a clean AR step."""
     return Segment("text", torch.arange(num_tokens)[None])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def text_is_known() -> Iterator[None]:
-    MODALITIES["text"] = Modality
-    yield
-    del MODALITIES["text"]
 
 
 sizes = st.lists(st.integers(1, 5), min_size=1, max_size=6)

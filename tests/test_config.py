@@ -119,6 +119,7 @@ PATHS = [
     "run.folder",
     "data.shards",
     "data.autoencoder",
+    "data.tokenizer",
     "data.cache_folder",
     "evaluation.reference",
     "evaluation.feature_weights",
@@ -138,7 +139,7 @@ def test_every_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             f"{section}: {{{', '.join(f'{name}: ~/a b/../c/' for name in names)}}}"
             for section, names in (
                 ("run", ["folder"]),
-                ("data", ["shards", "autoencoder", "cache_folder"]),
+                ("data", ["shards", "autoencoder", "tokenizer", "cache_folder"]),
                 ("evaluation", ["reference", "feature_weights"]),
             )
         )

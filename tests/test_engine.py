@@ -698,9 +698,9 @@ def network_steps(engine: Engine, steps: Sequence[int]) -> list[float]:
             part_ids = ids + 4 * dist.get_world_size() * part
             latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), part_ids), (4, 3, 3))
             draws = loss.draw(step, 0, part_ids, part_ids % 5, 9, 4)
-            terms = loss(engine, loss.prepare(latents, draws))
-            engine.backward(terms.total / terms.count)
-            total += float(terms.total.detach()) / terms.count
+            mean = loss.total(loss(engine, loss.prepare(latents, draws)))
+            engine.backward(mean)
+            total += float(mean.detach())
         assert engine.step(1e-2)
         losses.append(total / engine.accumulation_steps)
     return losses

@@ -140,6 +140,9 @@ def test_two_ranks_started_by_hand_train_with_all_extensions(run: Path) -> None:
     assert (summary["world_size"], summary["num_steps"]) == (2, 12)
     assert len(losses(run)) == 12
     assert losses(run)[-1][0] < losses(run)[0][0]
+    for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
+        assert row["loss"] == pytest.approx(row["loss_image"] + row["loss_caption"], rel=1e-9)
+        assert (row["num_image_values"], row["num_caption_values"]) == (16 * 64, 16 * 3)
     names = sorted(path.name for path in (run / "samples").iterdir())
     assert names == ["step_00000012_ar_steps_0001.png", "step_00000012_ar_steps_0002.png"]
 
@@ -189,12 +192,16 @@ def test_the_modality_is_learned_beside_class_and_image(run: Path) -> None:
     of_image, of_caption = predicted["image"], predicted["caption"]
     assert (of_image.shape, of_caption.shape) == ((3, 9, 4), (3, 3, 10))
     terms = loss(model, batch)
-    assert terms.count == 3 * 9 * 4 + 3 * 3
-    assert terms.squared_error_BLP.shape == (3, 9, 4)
+    assert {kind: one.count for kind, one in terms.items()} == {"image": 3 * 9 * 4, "caption": 3 * 3}
+    assert batch.counts() | {"image": 3 * 9 * 4, "caption": 3 * 3} == batch.counts()
+    assert terms["image"].squared_error_BLP.shape == (3, 9, 4)
     weighted = (of_image - batch.segments[1].targets).square() * batch.segments[1].weights_BL[..., None]
     cost = -of_caption.log_softmax(-1).gather(-1, caption.targets[..., None]).sum()
-    torch.testing.assert_close(terms.total, weighted.sum() + cost)
-    terms.total.backward()
+    torch.testing.assert_close(terms["image"].total, weighted.sum())
+    torch.testing.assert_close(terms["caption"].total, cost)
+    total = loss.total(terms)
+    torch.testing.assert_close(total, weighted.mean() + cost / 9)
+    total.backward()
     assert all(p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "k_norm" not in name)
 
     # Of its tokens each sees those before; the image sees none.

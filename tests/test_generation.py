@@ -100,7 +100,7 @@ def test_the_order_of_tokens_is_the_models() -> None:
     settings = settings_of(3, batch_size=7)
     seen: list[Tensor] = []
 
-    def spy(model, segments, intervals=None, cache=None):
+    def spy(model, segments, *_):
         seen.extend(one.positions_BL for one in segments if one.noised is not None)
 
     model = small_model()

@@ -116,9 +116,9 @@ def train_step(engine: Engine, config: Config, step: int) -> float:
         keys_B = seeds.fold(seeds.key(0, "latents"), ids_B)
         latents_BCYX = seeds.normal(keys_B, (model.latent_channels, model.latent_size, model.latent_size))
         draws = loss.draw(step, 0, ids_B, ids_B % model.num_classes, model.num_tokens, model.patch_values)
-        terms = loss(engine, loss.prepare(latents_BCYX, draws))
-        engine.backward(terms.total / terms.count)
-        total += (terms.total / terms.count).detach() / engine.accumulation_steps / size
+        mean = loss.total(loss(engine, loss.prepare(latents_BCYX, draws)))
+        engine.backward(mean)
+        total += mean.detach() / engine.accumulation_steps / size
     dist.all_reduce(total)
     assert engine.step(1e-2)
     return float(total)

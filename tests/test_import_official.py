@@ -296,7 +296,7 @@ def first_loss(config: Config, model: Any, step: int) -> float:
     total, count = 0.0, 0.0
     for batch in next(loader):
         with torch.no_grad():
-            terms = build.make_loss(config)(model, batch)
+            terms = build.make_loss(config)(model, batch)["image"]
         total, count = total + float(terms.total), count + float(terms.count)
     loader.close()
     return total / count

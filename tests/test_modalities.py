@@ -1,22 +1,23 @@
-"""Kinds of tokens beside those that there are: a small text modality trains beside images, packed or padded."""
+"""Texts train beside images: packed or padded, before them and behind them, and on ranks that lack either."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from cfpretrain.base import runtime
 from cfpretrain.core import ar as order
 from cfpretrain.core import seeds
-from cfpretrain.core.modalities import MODALITIES, Images, LossTerms, Modality, Vectors, class_segment, join, loss_of
-from cfpretrain.core.model import KeyValueCache, Network
-from cfpretrain.core.segments import Segment, build_layout, may_attend, pack
+from cfpretrain.core.modalities import IMAGE, Images, count_values, loss_of
+from cfpretrain.core.model import Network
+from cfpretrain.core.segments import Segment, build_layout, may_attend
+from cfpretrain.core.texts import Texts, text_segment
 from cfpretrain.core.work import count_work
 from cfpretrain.training.engine import build_engine
 from tests.closeness import disagreement
@@ -44,7 +45,7 @@ def segments_alone(splits: Sequence[Sequence[int]]) -> list[list[Segment]]:
 
 def predict(model, segments: list[Segment], layout) -> dict[str, Tensor]:
     entering = [one.keep_clean(num) for one, num in zip(segments, layout.num_clean, strict=True)]
-    return model(entering, layout.intervals_BMI)
+    return model(entering, layout.intervals_BMI, place_BM=layout.place_BM)
 
 
 def assert_packed_as_alone(model: Network, samples: list[list[Segment]]) -> None:
@@ -53,16 +54,19 @@ def assert_packed_as_alone(model: Network, samples: list[list[Segment]]) -> None
     assert len({layout.step_BM.shape[1] for layout in layouts}) > 1
     model.zero_grad()
     alone = [loss_of(predict(model, *pair), pair[0]) for pair in zip(samples, layouts, strict=True)]
-    sum(one.total for one in alone).backward()
+    sum(one.total for terms in alone for one in terms.values()).backward()
     want = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
 
-    together, layout = [one for segments in samples for one in segments], pack(layouts)
+    together = [one for segments in samples for one in segments]
+    layout = build_layout(together, packed=[len(segments) for segments in samples])
     packed = loss_of(predict(model, together, layout), together)
-    packed.total.backward()
-    assert packed.count == sum(one.count for one in alone)
-    assert disagreement(packed.total, sum(one.total for one in alone)) < 1e-6  # added up in fp32
-    assert disagreement(packed.squared_error_BLP, torch.cat([one.squared_error_BLP for one in alone], 1)) < 1e-12
+    sum(one.total for one in packed.values()).backward()
+    for kind, one in packed.items():
+        assert one.count == sum(terms[kind].count for terms in alone)
+        assert disagreement(one.total, sum(terms[kind].total for terms in alone)) < 1e-6  # added up in fp32
+    errors_BLP = torch.cat([terms[IMAGE].squared_error_BLP for terms in alone], 1)
+    assert disagreement(packed[IMAGE].squared_error_BLP, errors_BLP) < 1e-12
     for name, parameter in model.named_parameters():
         if not name.endswith("k_norm.bias"):  # softmax ignores it: its gradient is rounding
             assert disagreement(parameter.grad, want[name]) < 1e-10, name
@@ -76,82 +80,26 @@ def test_samples_packed_in_one_row_have_the_losses_that_they_have_alone() -> Non
 
 
 # ---------------------------------------------------------------------------
-# A further modality
+# Texts
 
-NUM_WORDS, END, MOST_WORDS, MOST_TEXTS = 11, 0, 16, 2
-
-
-class WordEmbedder(nn.Module):
-    """A word has a place in its text, and the text one among the texts of its sample."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(NUM_WORDS, width)
-        self.place_table = nn.Embedding(MOST_WORDS, width)
-        self.ordinal_table = nn.Embedding(MOST_TEXTS, width)
-
-    def forward(self, segments: Sequence[Segment]) -> Vectors:
-        words = torch.cat([one.clean for one in segments], 1)
-        positions = torch.cat([one.positions_BL for one in segments], 1)
-        vectors = self.embedding_table(words) + self.place_table(positions % MOST_WORDS)
-        vectors = vectors + self.ordinal_table(positions // MOST_WORDS)
-        return vectors, None
-
-
-class Words(Modality):
-    """Text, of which each token predicts the next."""
-
-    kind, head_name = "text", "text_head"
-    projections = (1, 0)
-
-    def __init__(self, width: int) -> None:
-        super().__init__(WordEmbedder(width), nn.Linear(width, NUM_WORDS))
-
-    def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
-        nothing_BL = torch.zeros(1, 0, dtype=torch.int64, device=device)
-        return None if given else Segment("text", clean=nothing_BL, positions_BL=nothing_BL)
-
-    @staticmethod
-    def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
-        return clean_BLD
-
-    @staticmethod
-    def loss(prediction: Tensor, segments: Sequence[Segment]) -> LossTerms:
-        targets_BL, weights_BL = join([one.targets for one in segments]), join([one.weights_BL for one in segments])
-        error_BL = F.cross_entropy(prediction.transpose(1, 2), targets_BL, reduction="none")
-        nothing = torch.empty(0, device=prediction.device)
-        return LossTerms((error_BL * weights_BL).sum(), int(weights_BL.count_nonzero()), nothing)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def text_is_known() -> Iterator[None]:
-    MODALITIES["text"] = Words
-    yield
-    del MODALITIES["text"]
+NUM_WORDS, MOST_WORDS, MOST_SEGMENTS = 11, 8, 4
 
 
 def words(ids_BL: Tensor, length_B: Tensor, first: bool, ordinal: int = 0) -> Segment:
-    """Texts of different lengths: padded before their words where they come first, else behind them."""
-    L = ids_BL.shape[1]
-    missing_BL = torch.arange(L) >= length_B[:, None]
+    """Texts to be learned, of different lengths: padded before their words where they come first, else behind them."""
+    B, L = ids_BL.shape
+    text = text_segment(ids_BL, length_B, is_learned_B=torch.ones(B, dtype=torch.bool))
     if first:
-        ids_BL = torch.stack([row.roll(L - int(n)) for row, n in zip(ids_BL, length_B, strict=True)])
-        missing_BL = missing_BL.flip(1)
-    targets = torch.cat([ids_BL[:, 1:], torch.full_like(ids_BL[:, :1], END)], 1)
-    begin_B1 = missing_BL.int().argmin(1, keepdim=True)
-    return Segment(
-        "text",
-        torch.arange(L)[None],
-        is_padding_BL=missing_BL,
-        clean=ids_BL,
-        positions_BL=(torch.arange(L) - begin_B1).clamp(min=0) + MOST_WORDS * ordinal,
-        targets=targets,
-        weights_BL=(~missing_BL).float(),
-    )
+        place_BL = (torch.arange(L) + length_B[:, None]) % L
+        rows = {name: value.expand(B, L).gather(1, place_BL) for name, value in text.tensors().items()}
+        text = dataclasses.replace(text, **rows | {"steps_BL": text.steps_BL})
+    return dataclasses.replace(text, ordinal_B=torch.full((B,), ordinal))
 
 
 def text_network() -> Network:
-    return Network([Images(3, 4, 16, True), Words(16)], width=16, depth=2, num_heads=2)
+    return Network(
+        [Images(3, 4, 16, True), Texts(NUM_WORDS, MOST_WORDS, 16)], 16, depth=2, num_heads=2, max_segments=MOST_SEGMENTS
+    )
 
 
 def text_model() -> Network:
@@ -183,7 +131,7 @@ def test_a_text_is_trained_beside_an_image() -> None:
     """Its parameters have names of their own, the trunk's and the image's stay; words see what comes before alone."""
     model = text_model()
     assert {name.split(".")[0] for name, _ in model.named_parameters()} == {
-        "image_embedder", "text_embedder", "trunk", "noise_head", "text_head"
+        "image_embedder", "text_embedder", "ordinal_table", "trunk", "noise_head", "text_head"
     }  # fmt: skip
     text = words(torch.tensor([[3, 5, 7, 2]]), torch.tensor([4]), first=False)
     segments = [image(0, 1), text]
@@ -191,7 +139,7 @@ def test_a_text_is_trained_beside_an_image() -> None:
     predicted = model(segments, layout.intervals_BMI)
     of_image, of_text = predicted["image"], predicted["text"]
     assert (of_image.shape, of_text.shape) == ((1, 9, 4), (1, 4, NUM_WORDS))
-    loss_of(predicted, segments).total.backward()
+    sum(one.total for one in loss_of(predicted, segments).values()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "k_norm" not in n)
     other = dataclasses.replace(text, clean=torch.tensor([[3, 5, 9, 2]]))
     again = model([segments[0], other], layout.intervals_BMI)
@@ -235,28 +183,60 @@ def test_texts_of_different_lengths_are_padded_without_effect() -> None:
         assert work.projections["text"] == lengths.sum()
 
 
-def test_padding_between_a_samples_tokens_is_refused() -> None:
-    text = words(torch.ones(2, 4, dtype=torch.int64), torch.tensor([4, 2]), first=False)
-    with pytest.raises(ValueError, match="padding of a sample must stand before or after all of its clean tokens"):
-        build_layout([text, image(0, 2), text])
-
-
-def test_intervals_hold_beside_a_cache() -> None:
-    """Keys are those of the cache and those of the call: a text in two calls is what it is in one."""
+def test_samples_that_lack_tokens_anywhere_have_what_they_have_alone() -> None:
+    """Texts of other lengths before and between images, samples without a text or an image, several in a row."""
     model = text_model()
-    whole = words(torch.tensor([[3, 5, 7, 2]]), torch.tensor([4]), first=False)
-    want = model([whole], build_layout([whole]).intervals_BMI)["text"]
-    cache, got = KeyValueCache(model.depth, 4), []
-    for begin in (0, 2):
-        part = Segment(
-            "text", clean=whole.clean[:, begin : begin + 2], positions_BL=whole.positions_BL[:, begin : begin + 2]
-        )
-        rows = torch.arange(begin, begin + 2)
-        intervals_BMI = torch.stack([rows * 0, rows + 1, rows * 0, rows * 0], -1)[None].int()
-        with torch.no_grad():
-            got.append(model([part], intervals_BMI, cache)["text"])
-    assert disagreement(torch.cat(got, 1), want) < 1e-12
-    assert class_segment(3).steps_BL.shape == (1, 3)
+    ids_BL = seeds.integers(seeds.fold(seeds.key(1, "words"), torch.arange(6)), NUM_WORDS, (4,))
+    has_image_B = torch.tensor([True, False, True])
+    slots = [
+        words(ids_BL[:3], torch.tensor([4, 2, 0]), first=False),
+        image(1, 3),
+        words(ids_BL[3:], torch.tensor([1, 4, 3]), first=False),
+        dataclasses.replace(image(2, 3), is_padding_BL=~has_image_B[:, None].expand(3, 9)),
+    ]
+    for packed in ((), (2, 2)):
+        layout = build_layout(slots, clean_multiple=4, packed=packed)
+        assert layout.num_clean_columns % 4 == 0
+        assert (layout.is_padding_BM[:, : layout.num_clean_columns].int().diff() >= 0).all()
+        predicted = predict(model, slots, layout)
+        works = []
+        for i in range(3):
+            samples = [slots[:2], slots[2:]] if packed else [slots]
+            for sample in samples:
+                own = [alone for one in sample if (alone := of_sample(one, i)) is not None]
+                own_layout = build_layout(own)
+                with torch.no_grad():
+                    want = predict(model, own, own_layout)
+                works.append(count_work(own, own_layout))
+                for kind in want:
+                    got = torch.cat([
+                        part[i : i + 1][:, ~lacks_of(one, i)]
+                        for one, part in zip(
+                            [one for one in slots if one.kind == kind],
+                            predicted[kind].split([one.num_tokens for one in slots if one.kind == kind], 1),
+                            strict=True,
+                        )
+                        if any(one is other for other in sample)
+                    ], 1)  # fmt: skip
+                    assert disagreement(got, want[kind]) < 1e-12, (packed, i, kind)
+        assert count_work(slots, layout, 3) == sum_of(works)
+
+
+def lacks_of(segment: Segment, sample: int) -> Tensor:
+    none = torch.zeros(segment.num_tokens, dtype=torch.bool)
+    return none if segment.is_padding_BL is None else segment.is_padding_BL[sample]
+
+
+def of_sample(segment: Segment, sample: int) -> Segment | None:
+    """The tokens that a sample has of a segment; None where it has none."""
+    has = ~lacks_of(segment, sample)
+    if not has.any():
+        return None
+    fields = {}
+    for name, value in segment.tensors().items():
+        own = value[sample % len(value) :][:1]
+        fields[name] = own[:, has] if own.ndim > 1 else own
+    return dataclasses.replace(segment, **fields | {"is_padding_BL": None})
 
 
 def test_texts_and_images_are_packed() -> None:
@@ -287,20 +267,20 @@ def micro_batch(number: int) -> list[Segment]:
     return [[learned, text], [text], [learned], [given, text]][number % 4]
 
 
-def mean_loss(model, segments: list[Segment]) -> Tensor:
-    terms = loss_of(predict(model, segments, build_layout(segments)), segments)
-    return terms.total / terms.count
+def total_loss(model, segments: list[Segment], counts: Mapping[str, float] | None = None) -> Tensor:
+    loss = dataclasses.replace(LOSS, weights={"text": 0.5})
+    return loss.total(loss_of(predict(model, segments, build_layout(segments)), segments), counts)
 
 
 @pytest.mark.parametrize("number", range(4))
 def test_every_parameter_has_a_gradient_whatever_a_micro_batch_lacks(number: int) -> None:
     """Zero where it is not needed; what is predicted and without gradients does not know of it."""
     model, segments = text_model().float(), micro_batch(number)
-    mean_loss(model, segments).backward()
+    total_loss(model, segments).backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     is_idle = {name: bool((p.grad == 0).all()) for name, p in model.named_parameters()}
     lacks_text, lacks_noised = number == 2, number in (1, 3)
-    assert is_idle["text_embedder.place_table.weight"] is is_idle["text_head.weight"] is lacks_text
+    assert is_idle["text_embedder.position_table.weight"] is is_idle["text_head.linear.weight"] is lacks_text
     assert is_idle["image_embedder.t_embedder.mlp.0.weight"] is is_idle["noise_head.linear.weight"] is lacks_noised
     assert is_idle["image_embedder.x_proj.weight"] is (number == 1)
     layout = build_layout(segments)
@@ -315,13 +295,14 @@ def test_every_parameter_has_a_gradient_whatever_a_micro_batch_lacks(number: int
 def train_with_other_kinds(stages: Sequence[int], num_steps: int) -> list[dict[str, NDArray[np.float32]]]:
     """The weights after steps in which ranks have micro-batches of other kinds, at each stage."""
     runtime.start(CPU)
-    MODALITIES["text"] = Words
     found = []
     for stage in stages:
         engine = build_engine(text_network, toy_config(stage, "fp32", micro_batch_size=4, clip_grad_norm=0.0), CPU)
         engine.initialise(write_toy_values)
         for step in range(num_steps):
-            engine.backward(mean_loss(engine, micro_batch(step + dist.get_rank())))
+            segments = micro_batch(step + dist.get_rank())
+            counts = {kind: runtime.sum_over_ranks(torch.tensor(n)) / 2 for kind, n in count_values(segments).items()}
+            engine.backward(total_loss(engine, segments, counts))
             assert engine.step(LEARNING_RATE)
         whole = {name: torch.zeros(p.numel()) for name, p in text_network().named_parameters()}
         for fragment in engine.fragments():
@@ -347,7 +328,13 @@ def test_ranks_stay_in_step_where_their_micro_batches_lack_other_kinds() -> None
     optimizer = torch.optim.AdamW(groups, LEARNING_RATE, (train.adam_beta1, train.adam_beta2), train.adam_eps)
     for step in range(num_steps):
         optimizer.zero_grad()
-        ((mean_loss(model, micro_batch(step)) + mean_loss(model, micro_batch(step + 1))) / 2).backward()
+        batches = [micro_batch(step), micro_batch(step + 1)]
+        counts = Counter()
+        for segments in batches:
+            counts.update(count_values(segments))
+        assert counts["image"] > 0
+        assert counts["text"] > 0
+        sum(total_loss(model, segments, counts) for segments in batches).backward()
         optimizer.step()
     for ranks in zip(*run_in_processes(train_with_other_kinds, 2, stages, num_steps, timeout_s=90), strict=True):
         for got in ranks:

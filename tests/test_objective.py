@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import seeds
-from cfpretrain.core.modalities import LossTerms
+from cfpretrain.core.modalities import IMAGE, LossTerms
 from cfpretrain.core.objective import Batch, DenoisingLoss, Draws
 from cfpretrain.core.process import make_process
 from cfpretrain.core.work import Work
@@ -46,11 +46,11 @@ def sum_of(works: Sequence[Work]) -> Work:
 
 
 def loss_of(loss: DenoisingLoss, model, latents_BCYX: torch.Tensor, draws: Draws) -> LossTerms:
-    return loss(model, loss.prepare(latents_BCYX, draws))
+    return loss(model, loss.prepare(latents_BCYX, draws))[IMAGE]
 
 
 def fields(draws: Draws) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in vars(draws).items() if name != "step"}
+    return {name: value for name, value in vars(draws).items() if isinstance(value, torch.Tensor)}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_skipped_sample_has_no_weight_and_is_counted() -> None:
 
     def gradients_of(batch: Batch) -> tuple[LossTerms, list[torch.Tensor]]:
         model = small_model()
-        terms = LOSS(model, batch)
+        terms = LOSS(model, batch)[IMAGE]
         terms.total.backward()
         return terms, [value.grad for value in model.parameters() if value.grad is not None]
 
@@ -175,15 +175,15 @@ def test_a_shared_split_is_one_row_for_all_samples(knobs, num_rows) -> None:
     latents = seeds.normal(seeds.fold(seeds.key(0, "latents"), IDS), (1, 6, 6))
     rows = []
 
-    def watched(segments, intervals_BMI):
+    def watched(segments, intervals_BMI, place_BM=None):
         rows.append(len(intervals_BMI))
         return model(segments, intervals_BMI)
 
     batch = loss.prepare(latents, draw(loss))
-    whole = loss(watched, batch)
+    whole = loss(watched, batch)[IMAGE]
     assert rows == [num_rows]
     alone = [loss.prepare(latents[[i]], draw(loss, ids=IDS[[i]], labels=LABELS[[i]])) for i in range(4)]
-    errors = [loss(model, one).squared_error_BLP for one in alone]
+    errors = [loss(model, one)[IMAGE].squared_error_BLP for one in alone]
     assert disagreement(whole.squared_error_BLP, torch.cat(errors)) < 1e-5
     assert batch.work == sum_of([one.work for one in alone])
 
@@ -199,13 +199,13 @@ def test_padding_changes_nothing_but_the_length(clean_multiple, split) -> None:
     for step in range(20):
         seen = []
 
-        def watched(segments, intervals_BMI, seen=seen):
+        def watched(segments, intervals_BMI, seen=seen, place_BM=None):
             seen.append((model(segments, intervals_BMI), intervals_BMI.shape[1]))
             return seen[-1][0]
 
         draws = draw(plain, step=step)
         batch, padded_batch = plain.prepare(latents, draws), padded.prepare(latents, draws)
-        want, got = plain(watched, batch), padded(watched, padded_batch)
+        want, got = plain(watched, batch)[IMAGE], padded(watched, padded_batch)[IMAGE]
         (predicted, length), (padded_predicted, padded_length) = seen
         torch.testing.assert_close(padded_predicted["image"], predicted["image"], rtol=0, atol=1e-12)
         torch.testing.assert_close(got.total, want.total, rtol=1e-6, atol=0)

@@ -40,7 +40,7 @@ def loss_of(case: GoldenCase, model: CausalFusion):
     ids_B = torch.arange(len(steps_BL))
     draws = Draws(0, ids_B, given["labels"], given["order"], steps_BL, given["timesteps"], noise_BLP)
     batch = loss.prepare(given["latents"], draws)
-    return loss(model, batch), batch
+    return loss(model, batch)["image"], batch
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -68,6 +68,15 @@ def test_cache_equals_full_recomputation(sizes, guidance) -> None:
     assert disagreement(cached, plain) < 1e-5
 
 
+def test_no_mask_is_made() -> None:
+    """Behind a class every token sees all that there is, so that the fastest attention computes it."""
+    model, seen = small_model(), []
+    model.trunk.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    generate(model, [4, 5], guidance=2.5)
+    assert len(seen) == 1 + 4 + 1 + 4  # the class, and of two AR steps the denoising steps and what is made
+    assert all(intervals is None for intervals in seen)
+
+
 @pytest.mark.parametrize("sizes", ["equal", "cosine"])
 @pytest.mark.parametrize("num_ar_steps", [1, 2, 4, 16, 25])
 def test_cache_equals_full_recomputation_over_the_whole_range(num_ar_steps, sizes) -> None:

@@ -35,14 +35,16 @@ class FaultyLoss:
 
     def __init__(self, loss: Any, factors: dict[int, float], rank: int | None, gradients: bool) -> None:
         self._loss, self._factors, self._rank, self._gradients = loss, factors, rank, gradients
+        self.total, self.weights = loss.total, loss.weights
 
     def __call__(self, model: Any, batch: Batch) -> Any:
         terms = self._loss(model, batch)
+        of_image = terms["image"]
         factor = self._factors.get(batch.step + 1, 1.0) if self._rank in (None, runtime.rank()) else 1.0
         if self._gradients:
-            terms.total.register_hook(lambda gradient: gradient * factor)
+            of_image.total.register_hook(lambda gradient: gradient * factor)
             return terms
-        return dataclasses.replace(terms, total=terms.total * factor)
+        return {"image": dataclasses.replace(of_image, total=of_image.total * factor)}
 
 
 def hash_of_state(trainer: Any) -> str:

@@ -305,7 +305,7 @@ def _micro_batches(config: "Config", device: "torch.device") -> Iterator[None]:
         latents_BCYX = torch.zeros(B, model.latent_channels, model.latent_size, model.latent_size)
         draws = longest(loss.draw(0, 0, ids_B, labels_B, model.num_tokens, model.patch_values), config)
         terms = loss(engine, loss.prepare(latents_BCYX, draws).to(device))
-        engine.backward(terms.total / terms.count)
+        engine.backward(loss.total(terms))
 
     yield
     # Stage 3 fetches ahead from the second micro-batch on.

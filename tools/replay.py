@@ -141,10 +141,10 @@ class _Watched:
     """The objective, with what goes through it kept."""
 
     def __init__(self, loss: Any) -> None:
-        self._loss = loss
-        self.seen: list[tuple[Batch, LossTerms]] = []
+        self._loss, self.total, self.weights = loss, loss.total, loss.weights
+        self.seen: list[tuple[Batch, dict[str, LossTerms]]] = []
 
-    def __call__(self, model: Any, batch: "Batch") -> "LossTerms":
+    def __call__(self, model: Any, batch: "Batch") -> "dict[str, LossTerms]":
         terms = self._loss(model, batch)
         self.seen.append((batch.to("cpu"), terms))
         return terms
@@ -194,14 +194,21 @@ def _gather(trainer: "Trainer", watched: _Watched, logged: Mapping[str, Any]) ->
     decode, _ = decode_to_look_at(trainer.config, trainer.device)
     samples, images, patch_size = [], {}, trainer.config.model.patch_size
     for batch, terms in watched.seen:
-        image = batch.of_kind("image")
-        loss_B = (image.weights_BL.double() * terms.squared_error_BLP.mean(-1).double().cpu()).mean(1)
+        # By kind; that of texts is not looked at, nor are samples that are texts alone.
+        segments = {one.kind: one for one in batch.segments}
+        if "image" not in segments:
+            continue
+        image, of_class = segments["image"], segments.get("class")
+        loss_B = (image.weights_BL.double() * terms["image"].squared_error_BLP.mean(-1).double().cpu()).mean(1)
         for i, sample_id in enumerate(batch.ids_B.tolist()):
+            if image.lacks(i):
+                continue
+            has_class = of_class is not None and not of_class.lacks(i)
             samples.append(
                 {
                     "id": sample_id,
                     "rank": runtime.rank(),
-                    "label": int(batch.of_kind("class").clean[i]),
+                    "label": int(of_class.clean[i]) if has_class else trainer.config.model.num_classes,
                     "timestep": int(image.times_B[i]),
                     "ar_step_sizes": image.steps_BL[i].unique(return_counts=True)[1].tolist(),
                     "loss": finite_or_none(float(loss_B[i])),

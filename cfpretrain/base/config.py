@@ -40,6 +40,9 @@ class ModelConfig:
     num_cond_tokens: Annotated[int, Range(1, 16384)] = 64  # condition tokens a class (Q)
     num_classes: Annotated[int, Range(1, 1_000_000)] = 1000  # the null class is index num_classes
     position_embedding: Literal["learnable", "sincos"] = "learnable"
+    vocabulary: Annotated[int, Range(0, 1_000_000)] = 0  # token ids of texts, as data.tokenizer has; 0 = no texts
+    max_text_tokens: Annotated[int, Range(2, 65536)] = 64  # of a text, the two that frame it among them
+    max_segments: Annotated[int, Range(2, 4096)] = 2  # texts and images of a sample, which are told their places
 
     @property
     def grid(self) -> int:
@@ -82,6 +85,14 @@ class NoiseConfig:
 
 
 @dataclass(frozen=True)
+class TasksConfig:
+    # What a sample is trained as, drawn with these weights for each visit (core.tasks).
+    class_to_image: NotNegative = 1.0
+    text_to_image: NotNegative = 0.0
+    image_to_text: NotNegative = 0.0
+
+
+@dataclass(frozen=True)
 class DataConfig:
     # Folders of latent shards, or of image shards, which are encoded as training goes; or addresses: s3://bucket/folder
     shards: tuple[Address, ...] = ("data/latents",)
@@ -92,6 +103,8 @@ class DataConfig:
     latent_shift: tuple[float, ...] = (0.0,)  # model sees (raw - shift) * scale; one value, or C
     latent_scale: tuple[float, ...] = (0.2325,)
     mirror_prob: Share = 0.5  # 0 for digits and text
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    tokenizer: FilePath = ""  # a tokenizer.json, for texts: the captions in the shards
     # Of image shards alone. random: the paper knows no such crop; of half the area or more (of long images, which are
     # only in shards of originals, less), scaled to the images' size.
     crop: Literal["adm", "random"] = "adm"
@@ -112,6 +125,9 @@ class TrainConfig:
     num_steps: Positive = 500_000
     max_train_seconds: NotNegative = 0.0  # stop after this much training too; 0 = no limit
     label_drop_prob: Share = 0.1  # labels replaced by the null class
+    text_drop_prob: Share = 0.1  # text_to_image without the text
+    image_drop_prob: Share = 0.1  # image_to_text without the image
+    text_loss_weight: NotNegative = 0.1  # of the mean over the tokens of texts, beside that over the values of images
     learning_rate: NotNegative = 8e-4
     warmup_steps: Natural = 25_000
     decay_steps: int = 0  # the last of num_steps, over which the learning rate falls to 0; 0 = constant

@@ -25,6 +25,7 @@ def check(config: Config, world_size: int) -> None:
         *_check_batch(config, world_size),
         *_check_noise(config),
         *_check_data(config),
+        *_check_texts(config),
         *_check_model(config),
         *_check_order(config),
         *_check_engine(config),
@@ -97,6 +98,23 @@ def _check_data(config: Config) -> Iterable[str]:
             yield f"data.{name}: expected finite numbers, got {', '.join(map(str, values))}"
     if 0.0 in data.latent_scale:
         yield "data.latent_scale: expected non-zero numbers, got 0"
+
+
+def _check_texts(config: Config) -> Iterable[str]:
+    tasks, vocabulary = vars(config.data.tasks), config.model.vocabulary
+    if not any(tasks.values()):
+        yield f"data.tasks: expected a weight above 0, got none; set one of {', '.join(tasks)}"
+    for name, weight in tasks.items():
+        if weight and "text" in name and not vocabulary:
+            yield (
+                f"data.tasks.{name}: expected 0 for a model without texts, got {weight:g}; set model.vocabulary to the "
+                "size of data.tokenizer"
+            )
+    if vocabulary and not config.data.tokenizer:
+        yield (
+            f"data.tokenizer: expected a tokenizer.json of model.vocabulary = {vocabulary} tokens, got none; set it, "
+            "or model.vocabulary=0"
+        )
 
 
 def _check_model(config: Config) -> Iterable[str]:
@@ -232,6 +250,11 @@ def doubts(config: Config, origins: Mapping[str, Origin]) -> list[str]:
         found.append(
             f"train.ema_decay: at the end {initial_share:.0%} of the averaged weights, which make the samples, are "
             f"still the initial ones; for {train.num_steps} steps set about {max(0.0, 1 - 10 / train.num_steps):.3g}"
+        )
+    if config.data.mirror_prob and (config.data.tasks.text_to_image or config.data.tasks.image_to_text):
+        found.append(
+            f"data.mirror_prob: {config.data.mirror_prob:g} of the images are mirrored, and captions that say left or "
+            "right are false of them; set 0 where some do"
         )
     return [*found, *_doubt_mirrors(config.data, origins)]
 

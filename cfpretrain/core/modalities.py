@@ -5,9 +5,7 @@ Classes and images are two; a further kind is a file with one more, which enters
 in a `Network`.
 """
 
-import functools
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,16 +25,12 @@ _MAX_PERIOD = 10000.0
 
 @dataclass(frozen=True)
 class LossTerms:
-    """A loss as a pair, since counts may differ between ranks; those of several segments add up."""
+    """The loss of a kind as a pair, since counts may differ between ranks."""
 
     total: Tensor  # scalar, the weighted errors added up
     count: int  # of the values added
     # Float32 [B, L, P], unweighted, of images in the order of generation; detached. Other kinds have none: [0].
     squared_error_BLP: Tensor
-
-    def __add__(self, other: "LossTerms") -> "LossTerms":
-        errors_BLP = torch.cat([self.squared_error_BLP, other.squared_error_BLP], 1)
-        return LossTerms(self.total + other.total, self.count + other.count, errors_BLP)
 
 
 # The vectors of all clean tokens of a kind, segment by segment, and of all noised ones; None where the kind has none.
@@ -81,16 +75,21 @@ class Modality(ABC):
         raise NotImplementedError
 
 
-def loss_of(predictions: Mapping[str, Tensor], segments: Sequence[Segment]) -> LossTerms:
-    """The loss of a batch, of what is predicted of each kind."""
-    terms = []
+def loss_of(predictions: Mapping[str, Tensor], segments: Sequence[Segment]) -> dict[str, LossTerms]:
+    """The losses of a batch by kind, of what is predicted."""
+    terms = {}
     for kind, prediction in predictions.items():
         learned = [one for one in segments if one.kind == kind and one.targets is not None]
         if learned:
-            terms.append(MODALITIES[kind].loss(prediction, learned))
+            terms[kind] = MODALITIES[kind].loss(prediction, learned)
         else:  # it is empty, and its sum 0, by which parameters have gradients of zero
-            terms.append(LossTerms(prediction.sum(), 0, prediction.new_empty(0)))
-    return functools.reduce(operator.add, terms)
+            terms[kind] = LossTerms(prediction.sum(), 0, prediction.new_empty(0))
+    return terms
+
+
+def count_values(segments: Sequence[Segment]) -> dict[str, int]:
+    """By kind, how many values the losses of a batch are the sums of; kinds of which nothing is learned have 0."""
+    return {kind: sum(one.num_loss_values for one in segments if one.kind == kind) for kind in MODALITIES}
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
@@ -258,7 +257,7 @@ class Images(Modality):
         targets_BLP, weights_BL = (join(tensors_of(segments, name)) for name in ("targets", "weights_BL"))
         squared_error_BLP = (prediction_BLP.float() - targets_BLP).square()
         total = (squared_error_BLP * weights_BL.unsqueeze(-1)).sum()
-        return LossTerms(total, squared_error_BLP.numel(), squared_error_BLP.detach())
+        return LossTerms(total, count_values(segments)[IMAGE], squared_error_BLP.detach())
 
 
 # What a loss and a count of FLOPs know a modality by.

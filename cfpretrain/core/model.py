@@ -21,16 +21,18 @@ from cfpretrain.core.attention import Visibility, attend, compile_by_shape, make
 from cfpretrain.core.modalities import Classes, Images, Modality, Vectors, join, sincos_positions, take_pieces
 from cfpretrain.core.norm import layer_norm
 from cfpretrain.core.segments import Segment
+from cfpretrain.core.texts import Texts
 
 _EMBEDDING_STD = 0.02
 
 
 class KeyValueCache:
-    """Keys and values of the clean context, for each block."""
+    """Keys and values of the clean context, for each block; sequences may differ in length."""
 
     def __init__(self, depth: int, capacity: int) -> None:
-        """`capacity`: tokens that it can hold, those of the current call included."""
-        self.length = 0
+        """`capacity`: tokens that it can hold for a sequence, those of the current call included."""
+        self.length = 0  # of the longest sequence
+        self.length_B: Tensor | None = None  # of each, where they differ
         self._capacity = capacity
         self._blocks: list[Tensor | None] = [None] * depth  # keys and values, [2, B, H, capacity, E]
 
@@ -41,21 +43,33 @@ class KeyValueCache:
         kept = self._blocks[block]
         if kept is None:
             B, H, _, E = k_BHME.shape
-            self._blocks[block] = kept = k_BHME.new_empty(2, B, H, self._capacity, E)
-        kept[0, :, :, self.length : end] = k_BHME
-        kept[1, :, :, self.length : end] = v_BHME
+            # Of zeros: an attention that sees none of a key still multiplies its value by 0.
+            self._blocks[block] = kept = k_BHME.new_zeros(2, B, H, self._capacity, E)
+        for tensor, given_BHME in zip(kept, (k_BHME, v_BHME), strict=True):
+            if self.length_B is None:
+                tensor[:, :, self.length : end] = given_BHME
+            else:
+                places_BM = self.length_B[:, None] + torch.arange(given_BHME.shape[2], device=given_BHME.device)
+                tensor.scatter_(2, places_BM[:, None, :, None].expand_as(given_BHME), given_BHME)
         return kept[0, :, :, :end], kept[1, :, :, :end]
 
     def of_first(self, num_sequences: int) -> "KeyValueCache":
         """The cache of the first sequences of the batch, in the same memory; for calls that keep nothing."""
+        if self._blocks[0] is not None and self._blocks[0].shape[1] == num_sequences:
+            return self
         view = KeyValueCache(len(self._blocks), self._capacity)
         view.length = self.length
+        view.length_B = None if self.length_B is None else self.length_B[:num_sequences]
         view._blocks = [None if kept is None else kept[:, :num_sequences] for kept in self._blocks]
         return view
 
-    def keep(self, num_tokens: int) -> None:
-        """Keeps the first `num_tokens` of the last call as context for the next ones."""
-        self.length += num_tokens
+    def keep(self, num_tokens: int | Tensor) -> None:
+        """Keeps the first tokens of the last call as context for the next ones: so many, or int64 [B] of each."""
+        if isinstance(num_tokens, int) and self.length_B is None:
+            self.length += num_tokens
+            return
+        self.length_B = (self.length if self.length_B is None else self.length_B) + torch.as_tensor(num_tokens)
+        self.length = int(self.length_B.max())
 
 
 # A block's keys and values [B, H, M, E] -> those of its context and these.
@@ -143,6 +157,8 @@ class Trunk(nn.Module):
         """Tokens through all blocks; arguments as of `Network.forward`. The cache is extended by all tokens."""
         settings = self.settings
         backend = settings.sampling_attention if intervals_BMI is None else settings.attention
+        if intervals_BMI is not None and cache is not None:
+            backend = "sdpa"  # of few rows, in too many lengths to compile
         num_keys = x_BMD.shape[1] + (0 if cache is None else cache.length)
         visibility = make_visibility(intervals_BMI, num_keys, backend)
         for i, block in enumerate(self.blocks):
@@ -172,35 +188,42 @@ class Network(nn.Module):
         depth: int,
         num_heads: int,
         blocks: BlockSettings | None = None,
+        max_segments: int = 0,  # of a sample, that are told their places among its segments; 0: none is told
     ) -> None:
         super().__init__()
         self.depth = depth
         self.modalities = {one.kind: one for one in modalities}
         for one in modalities:
             self.add_module(f"{one.kind}_embedder", one.embedder)
+        self.ordinal_table = nn.Embedding(max_segments, width) if max_segments else None
         self.trunk = Trunk(width, depth, num_heads, blocks or BlockSettings())
         for one in modalities:
             if one.head is not None:
                 self.add_module(one.head_name, one.head)
 
     def forward(
-        self, segments: Sequence[Segment], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
+        self,
+        segments: Sequence[Segment],
+        intervals_BMI: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        place_BM: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Predicts what is to be learned of the segments.
 
         Args:
             segments: in order; the sequence is [clean tokens of all | noised tokens of all].
             intervals_BMI: int32 [B or 1, M, 4], what each row sees (`segments.Layout`); None: all, and the whole cache.
-            cache: context of earlier calls. The clean tokens of this call are kept in it, the noised ones are not.
+            cache: context of earlier calls, to which tokens of this call may be added (`KeyValueCache.keep`).
+            place_BM: int64, which of these tokens stands where in the sequence (`segments.Layout`).
 
         Returns:
             For each kind of which something is predicted in this call, the predictions for its segments, one behind
-            another: [B, N, P] for the noised tokens of images. For gradients, those of no tokens are there too.
+            another: [B, N, P] for the noised tokens of images. Where segments have targets, of these alone. For
+            gradients, those of no tokens are there too.
         """
         vectors, num_segments = self._embed(segments), len(segments)
         # Of each segment, the clean tokens and then the noised ones, as they stand in the sequence.
         sizes = [self.modalities[one.kind].num_clean(one) for one in segments]
-        num_clean = sum(sizes)
         sizes += [0 if one.noised is None else one.noised.shape[1] for one in segments]
         places = {kind: [i for i, one in enumerate(segments) if one.kind == kind] for kind in sorted(self.modalities)}
         entering: dict[int, Tensor] = {}
@@ -209,24 +232,50 @@ class Network(nn.Module):
                 if part is not None:
                     of_kind = [begin + i for i in places[kind]]
                     entering |= zip(of_kind, take_pieces(part, [sizes[i] for i in of_kind]), strict=True)
+        empty = [part for parts in vectors.values() for part in parts if part is not None and not part.numel()]
+        if self.ordinal_table is not None:
+            empty += self._tell_ordinals(self.ordinal_table, segments, entering)
         sequence = [entering[i] for i in sorted(entering) if sizes[i]]
         if torch.is_grad_enabled():
-            empty = [part for parts in vectors.values() for part in parts if part is not None and not part.numel()]
             sequence += [part.reshape(len(sequence[0]), 0, part.shape[-1]) for part in empty]
-        x_BMD = self.trunk(join(sequence), intervals_BMI, cache)
-        if cache is not None:
-            cache.keep(num_clean)
-        made = list(take_pieces(x_BMD, sizes))
+        made = list(take_pieces(self._through_trunk(join(sequence), intervals_BMI, cache, place_BM), sizes))
+        learned = [i for i, one in enumerate(segments) if one.targets is not None]
         predictions: dict[str, Tensor] = {}
         for kind, of_kind in places.items():
             modality = self.modalities[kind]
             if modality.head is not None:
-                clean = join([made[i] for i in of_kind] or [x_BMD[:, :0]])
-                noised = join([made[num_segments + i] for i in of_kind] or [x_BMD[:, :0]])
+                wanted, none = [i for i in of_kind if i in learned or not learned], made[0][:, :0]
+                clean = join([made[i] for i in wanted] or [none])
+                noised = join([made[num_segments + i] for i in wanted] or [none])
                 read = modality.read(clean, noised)
                 if read.shape[1] or torch.is_grad_enabled():
                     predictions[kind] = modality.head(read)
         return predictions
+
+    @staticmethod
+    def _tell_ordinals(table: nn.Embedding, segments: Sequence[Segment], entering: dict[int, Tensor]) -> list[Tensor]:
+        """Adds vectors of their places among their sample's to segments, whose tokens' own places repeat otherwise.
+
+        Where none is told its place, the result is an empty part that takes the parameters.
+        """
+        told = {i: one.ordinal_B for i, one in enumerate(segments) if one.ordinal_B is not None}
+        none_BN = torch.zeros(1, 0, dtype=torch.int64, device=table.weight.device)
+        vectors_BND = table(torch.stack(torch.broadcast_tensors(*told.values()), 1) if told else none_BN)
+        for i, vector_BD in zip(told, vectors_BND.unbind(1), strict=True):
+            for at in (i, i + len(segments)):
+                if at in entering:
+                    entering[at] = entering[at] + vector_BD.unsqueeze(1)
+        return [] if told else [vectors_BND]
+
+    def _through_trunk(
+        self, given_BND: Tensor, intervals_BMI: Tensor | None, cache: KeyValueCache | None, place_BM: Tensor | None
+    ) -> Tensor:
+        """What the trunk makes of tokens, each of which goes to its place and comes back from it; 0 for one without."""
+        if place_BM is None:
+            return self.trunk(given_BND, intervals_BMI, cache)
+        places_BMD = place_BM.unsqueeze(-1).expand(-1, -1, given_BND.shape[-1])
+        made_BMD = self.trunk(given_BND.gather(1, places_BMD), intervals_BMI, cache)
+        return torch.zeros_like(given_BND).scatter(1, places_BMD, made_BMD)
 
     def _embed(self, segments: Sequence[Segment]) -> dict[str, Vectors]:
         device = next(iter(segments[0].tensors().values())).device
@@ -240,7 +289,7 @@ class Network(nn.Module):
 
 
 class CausalFusion(Network):
-    """CausalFusion for images of one size and class conditions."""
+    """CausalFusion for images of one size, with class conditions, and with texts where there is a vocabulary."""
 
     def __init__(
         self,
@@ -254,10 +303,14 @@ class CausalFusion(Network):
         num_classes: int,  # without the null class
         learnable_positions: bool = True,  # else fixed 2-d sin-cos
         blocks: BlockSettings | None = None,
+        vocabulary: int = 0,
+        max_text_tokens: int = 0,  # of one text
+        max_segments: int = 0,  # see `Network`
     ) -> None:
         images = Images(grid, patch_values, width, learnable_positions)
         classes = Classes(num_classes, num_cond_tokens, width)
-        super().__init__([images, classes], width, depth, num_heads, blocks)
+        texts = [Texts(vocabulary, max_text_tokens, width)] if vocabulary else []
+        super().__init__([images, classes, *texts], width, depth, num_heads, blocks, max_segments)
         self.grid, self.patch_values = grid, patch_values
         self.num_cond_tokens, self.num_classes = num_cond_tokens, num_classes
         self.null_class = num_classes  # the label that stands for "no class"
@@ -289,7 +342,7 @@ def write_initial_values(seed: int, grid: int, name: str, shape: Sequence[int], 
         values.fill_(1)
         return
     key = seeds.key(seed, f"initial/{name}").to(values.device)
-    if leaf[-1] == "cond_pos_embed" or leaf[-2] == "embedding_table":
+    if leaf[-1] == "cond_pos_embed" or leaf[-2].endswith("_table"):
         seeds.normal(key, (count,), offset, values).mul_(_EMBEDDING_STD)
         return
     assert leaf[-1] == "weight", name

@@ -1,17 +1,19 @@
-"""The training loss: AR steps -> noise -> a ready batch, then model -> (sum, count).
+"""The training loss: AR steps -> noise -> a ready batch, then model -> (sum, count) of each kind of token.
 
     E over images x_0, their class, S, kappa, t and epsilon of
         sum_s w_s |target - f(x_{t,kappa_s}, t, x_{0,kappa_1..s-1}, class)|^2,   x_t = alpha_t x_0 + sigma_t epsilon
 
 `ar.py` has the laws of S and kappa and the weights w_s, `process.py` those of t, the noise and the target; the class is
-replaced by the null class with probability `label_drop_prob`, for guidance. All that is random or derived is made by
-`draw` and `prepare`, on the CPU and ahead of the step (`data.loader`); the step itself computes the network and its
-squared error.
+replaced by the null class with probability `label_drop_prob`, for guidance. What samples with texts are trained as is
+in `tasks.py`. All that is random or derived is made by `draw` and `prepare`, on the CPU and ahead of the step
+(`data.loader`); the step itself computes the network and its losses, of which that of images is the squared error.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -22,9 +24,10 @@ from torch import Tensor
 from cfpretrain.core import seeds
 from cfpretrain.core.ar import ARSettings, ar_weights, draw_orders
 from cfpretrain.core.latents import patchify, take_tokens
-from cfpretrain.core.modalities import IMAGE, LossTerms, class_segment, loss_of
+from cfpretrain.core.modalities import IMAGE, LossTerms, class_segment, count_values, loss_of
 from cfpretrain.core.process import NoiseProcess
 from cfpretrain.core.segments import Segment, build_layout
+from cfpretrain.core.tasks import Tasks
 from cfpretrain.core.work import Work, count_work
 
 
@@ -39,6 +42,7 @@ class Draws:
     steps_BL: Tensor  # int64, the AR step of each position
     timesteps_B: Tensor  # the times that the network is told (`NoiseProcess.draw_times`)
     noise_BLP: Tensor  # epsilon, float32, in raster order
+    slots_B4: Tensor | None = None  # what samples are trained as (`Tasks.draw`); None: all have a class and an image
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,13 @@ class Batch:
     segments: tuple[Segment, ...]  # with values, targets and weights; an image's tokens are all there clean
     num_clean: tuple[int, ...]  # for each segment, how many of the first clean tokens enter the sequence
     intervals_BMI: Tensor  # int32 [B or 1, M, 4], see `segments.Layout`
+    place_BM: Tensor | None  # int64, see `segments.Layout`
     work: Work  # what the sequences' FLOPs are counted by
     skipped: tuple[str, ...] = ()  # why samples are not trained on: their weights are 0
+
+    def counts(self) -> dict[str, int]:
+        """By kind, how many values its losses will be the sums of."""
+        return count_values(self.segments)
 
     def of_kind(self, kind: str) -> Segment:
         """The only segment of a kind."""
@@ -63,7 +72,8 @@ class Batch:
         of_segments = {
             f"{i}.{name}": value for i, one in enumerate(self.segments) for name, value in one.tensors().items()
         }
-        return {"ids_B": self.ids_B, "intervals_BMI": self.intervals_BMI} | of_segments
+        own = {"ids_B": self.ids_B, "intervals_BMI": self.intervals_BMI}
+        return own | ({} if self.place_BM is None else {"place_BM": self.place_BM}) | of_segments
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch with its tensors on `device`."""
@@ -115,6 +125,8 @@ class DenoisingLoss:
     label_drop_prob: float  # of being trained as it
     seed: int  # the run's
     clean_multiple: int = 1  # clean tokens are padded up to a multiple of it; see `build_layout`
+    tasks: Tasks | None = None  # None: all samples are trained as images of their classes
+    weights: Mapping[str, float] = field(default_factory=dict)  # of a kind's loss beside those of others; without: 1
 
     def draw(self, step: int, epoch: int, ids_B: Tensor, labels_B: Tensor, num_tokens: int, patch_values: int) -> Draws:
         """The random numbers of a micro-batch of samples with these ids and labels, int64 [B].
@@ -135,12 +147,22 @@ class DenoisingLoss:
             steps_BL=self.ar.draw_steps(shared_key, sample_keys("ar split"), num_tokens),
             timesteps_B=self.process.draw_times(sample_keys("timestep")),
             noise_BLP=seeds.normal(sample_keys("noise"), (num_tokens, patch_values)),
+            slots_B4=None
+            if self.tasks is None
+            else self.tasks.draw(sample_keys("task"), sample_keys("condition drop")),
         )
 
-    def prepare(self, latents_BCYX: Tensor, draws: Draws, skipped: Mapping[int, str] = MappingProxyType({})) -> Batch:
+    def prepare(
+        self,
+        latents_BCYX: Tensor,
+        draws: Draws,
+        skipped: Mapping[int, str] = MappingProxyType({}),
+        texts: Sequence[Sequence[int]] = (),
+    ) -> Batch:
         """The batch that the draws make of these samples' latents (as the network sees them), all on the CPU.
 
-        Samples at the places `skipped`, which says why, have the weight 0.
+        Samples at the places `skipped`, which says why, have the weight 0. `texts` are the tokens of each sample's,
+        where some may be trained with them.
         """
         order_BL, ar = draws.order_BL, self.ar
         weights_BL = ar_weights(draws.steps_BL, ar.ar_weight_first, ar.ar_weight_last, ar.ar_weight_schedule)
@@ -160,13 +182,31 @@ class DenoisingLoss:
             targets=target_BLP,
             weights_BL=weights_BL,
         )
-        segments = (class_segment(self.num_cond_tokens, draws.labels_B), image)
+        of_class = class_segment(self.num_cond_tokens, draws.labels_B)
+        segments: tuple[Segment, ...] = (of_class, image)
+        if self.tasks is not None and draws.slots_B4 is not None:
+            segments = self.tasks.fill(draws.slots_B4, of_class, image, texts, skipped)
         layout = build_layout(segments, self.clean_multiple, ar.shares_split)
         work = count_work(segments, layout, len(latents_BCYX))
+        num_clean, intervals_BMI, place_BM = layout.num_clean, layout.intervals_BMI, layout.place_BM
         reasons = tuple(skipped.values())
-        return Batch(draws.step, draws.ids_B, segments, layout.num_clean, layout.intervals_BMI, work, reasons)
+        return Batch(draws.step, draws.ids_B, segments, num_clean, intervals_BMI, place_BM, work, reasons)
 
-    def __call__(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> LossTerms:
-        """The loss of a micro-batch that lies on the model's device."""
+    def __call__(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, LossTerms]:
+        """The losses of a micro-batch that lies on the model's device, by kind."""
         entering = [one.keep_clean(num) for one, num in zip(batch.segments, batch.num_clean, strict=True)]
-        return loss_of(model(entering, batch.intervals_BMI), entering)
+        return loss_of(model(entering, batch.intervals_BMI, place_BM=batch.place_BM), entering)
+
+    def total(self, terms: Mapping[str, LossTerms], counts: Mapping[str, float] | None = None) -> Tensor:
+        """The loss of all kinds, sum_k weight_k * total_k / count_k.
+
+        Args:
+            terms: of a micro-batch.
+            counts: where several micro-batches make a loss together, the values of one in the mean over all of them;
+                the mean over these of the result is then the loss. None: those of the terms.
+        """
+        losses = []
+        for kind, one in terms.items():
+            count = one.count if counts is None else counts[kind]
+            losses.append(self.weights.get(kind, 1.0) * one.total / (count or 1))
+        return functools.reduce(operator.add, losses)

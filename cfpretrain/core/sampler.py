@@ -7,6 +7,7 @@ beforehand are clean context like those of earlier AR steps, at any places: that
 training of its own (section 6 of arXiv 2412.12095).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,24 +18,18 @@ from torch import Tensor
 
 from cfpretrain.core import seeds
 from cfpretrain.core.ar import draw_orders
-from cfpretrain.core.modalities import CLASS, IMAGE
-from cfpretrain.core.model import KeyValueCache
+from cfpretrain.core.context import Context, Predictor
+from cfpretrain.core.modalities import IMAGE, class_segment
 from cfpretrain.core.segments import Segment
 from cfpretrain.core.solvers import Solver
 
 
-class Model(Protocol):
-    """What the sampler needs of a CausalFusion model; called alike on every rank, as ZeRO-3 wants."""
+class Model(Predictor, Protocol):
+    """What the sampler needs of a CausalFusion model."""
 
-    depth: int
     num_cond_tokens: int
     null_class: int
     patch_values: int
-
-    def __call__(
-        self, segments: Sequence[Segment], intervals_BMI: Tensor | None = None, cache: KeyValueCache | None = None
-    ) -> dict[str, Tensor]:
-        """For the images' noised tokens, what their noise process asks for."""
 
 
 # draw(k, positions_BN) -> float32 [B, N, P]: k = 0 is where denoising starts, k = 1, 2, ... the noise after the k-th
@@ -96,30 +91,51 @@ def generate(
     given_BKP: Tensor | None = None,
     watch: Watch = lambda *_: None,
 ) -> Tensor:
-    """Generates images, AR step by AR step: tokens in raster order, float32 [B, L, P], in the model's scale.
+    """Images of classes, int64 [B]: `generate_image` behind their condition tokens, with its other arguments."""
+    # The branch without a class has its own context: the same clean tokens under the null class.
+    branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
+    context = Context(model, model.num_cond_tokens + order_BL.shape[1])
+    labels_B = torch.cat(branches)
+    context.read(class_segment(model.num_cond_tokens, labels_B))
+    first_B = torch.zeros_like(labels_B)  # the place of an image behind a class, which is told none itself
+    makes = context, order_BL, ar_step_sizes, solver, guidance, draw_noise
+    return generate_image(*makes, given_BKP, watch, ordinal_B=first_B)
+
+
+@torch.no_grad()
+def generate_image(
+    context: Context,
+    order_BL: Tensor,
+    ar_step_sizes: Sequence[int],
+    solver: Solver,
+    guidance: Guidance,
+    draw_noise: NoiseDraw,
+    given_BKP: Tensor | None = None,
+    watch: Watch = lambda *_: None,
+    is_read: bool = False,
+    ordinal_B: Tensor | None = None,
+) -> Tensor:
+    """Generates an image behind each context, AR step by AR step: tokens in raster order, float32 [B, L, P].
 
     Args:
-        model: trained with the solver's process.
-        labels_B: int64, the classes asked for.
+        context: of B sequences, and with guidance of B more, by which they are without what guidance is towards.
         order_BL: int64, which token of the grid is made at each position.
         ar_step_sizes: adding up to the number of tokens that are not given.
-        solver: each AR step runs through all of its levels.
-        guidance: towards the class.
+        solver: each AR step runs through all of its levels; of the process that the model was trained with.
+        guidance: from the second half of the sequences towards the first.
         draw_noise: the randomness, e.g. `noise_by_image`.
         given_BKP: float32, the tokens of the first K positions of the order, which come back as they are.
         watch: sees the tokens on their way.
+        is_read: the context gets all tokens of the image, since more will follow.
+        ordinal_B: int64, the image's place among the segments of each sequence, of the second half too, where the model
+            is told them.
     """
     B, L = order_BL.shape
+    copies = 1 if guidance.scale == 1 else 2
     num_given = 0 if given_BKP is None else given_BKP.shape[1]
     assert num_given + sum(ar_step_sizes) == L, (num_given, ar_step_sizes, L)
-    # The branch without a class keeps its own cache: the same clean context under the null class.
-    branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
-    cache = KeyValueCache(model.depth, model.num_cond_tokens + L)
-    model([Segment(CLASS, clean=torch.cat(branches))], cache=cache)
-
-    tokens_BLP = torch.zeros(B, L, model.patch_values, device=labels_B.device)
     sizes = [num_given, *ar_step_sizes] if num_given else list(ar_step_sizes)
-    begin = 0
+    tokens_BLP, begin = None, 0
     for ar_step, size in enumerate(sizes, start=-1 if num_given else 0):
         positions_BN = order_BL[:, begin : begin + size]
         begin += size
@@ -127,40 +143,48 @@ def generate(
             assert given_BKP is not None
             step_BNP = given_BKP
         else:
-            scale_at = functools.partial(guidance.at, begin / L)
-            watch_step = functools.partial(watch, ar_step)
-            step_BNP = _denoise(model, cache, positions_BN, len(branches), scale_at, solver, draw_noise, watch_step)
+            noised = Segment(IMAGE, positions_BL=positions_BN, ordinal_B=ordinal_B)
+            scale_at, watch_step = functools.partial(guidance.at, begin / L), functools.partial(watch, ar_step)
+            step_BNP = _denoise(context, noised, copies, scale_at, solver, draw_noise, watch_step)
+        if tokens_BLP is None:
+            tokens_BLP = torch.zeros(B, L, step_BNP.shape[-1], device=order_BL.device)
         tokens_BLP.scatter_(1, positions_BN.unsqueeze(-1).expand_as(step_BNP), step_BNP)
-        if begin < L:
-            clean_BNP, places_BN = step_BNP.repeat(len(branches), 1, 1), positions_BN.repeat(len(branches), 1)
-            model([Segment(IMAGE, clean=clean_BNP, positions_BL=places_BN)], cache=cache)
+        if begin < L or is_read:
+            clean_BNP, places_BN = step_BNP.repeat(copies, 1, 1), positions_BN.repeat(copies, 1)
+            context.read(Segment(IMAGE, clean=clean_BNP, positions_BL=places_BN, ordinal_B=ordinal_B))
+    assert tokens_BLP is not None
     return tokens_BLP
 
 
 def _denoise(
-    model: Model,
-    cache: KeyValueCache,
-    positions_BN: Tensor,
+    context: Context,
+    tokens: Segment,
     num_branches: int,
     scale_at: Callable[[float], float],
     solver: Solver,
     draw_noise: NoiseDraw,
     watch: Callable[[int, Tensor, Tensor], None],
 ) -> Tensor:
-    """One AR step's tokens, from noise to clean, given the context in the cache: [B, N, P]."""
+    """One AR step's tokens, of which `tokens` has the places, from noise to clean behind the context: [B, N, P]."""
+    positions_BN = tokens.positions_BL
+    assert positions_BN is not None
 
     def predict(noised_BNP: Tensor, timestep: float) -> Tensor:
         scale = scale_at(timestep)
         copies = 1 if scale == 1 else num_branches
-        places_BN, noised = positions_BN.repeat(copies, 1), noised_BNP.repeat(copies, 1, 1)
-        timesteps_B = torch.full((len(places_BN),), timestep, device=places_BN.device)
-        segment = Segment(IMAGE, noised=noised, positions_BL=places_BN, times_B=timesteps_B)
-        context = cache if copies == num_branches else cache.of_first(len(places_BN))
-        prediction_BNP = model([segment], cache=context)[IMAGE].float()
+        places_BN = positions_BN.repeat(copies, 1)
+        noised = dataclasses.replace(
+            tokens,
+            noised=noised_BNP.repeat(copies, 1, 1),
+            positions_BL=places_BN,
+            times_B=torch.full((len(places_BN),), timestep, device=places_BN.device),
+            ordinal_B=None if tokens.ordinal_B is None else tokens.ordinal_B[: len(places_BN)],
+        )
+        prediction_BNP = context.predict(noised).float()
         if copies == 1:
             return prediction_BNP
-        with_class, without_class = prediction_BNP.chunk(2)
-        return without_class + scale * (with_class - without_class)
+        towards, without = prediction_BNP.chunk(2)
+        return without + scale * (towards - without)
 
     return solver.denoise(
         predict, lambda k: draw_noise(k, positions_BN), lambda n, x_BNP: watch(n, positions_BN, x_BNP)

@@ -24,6 +24,8 @@ of all pairs need exist.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,18 +46,31 @@ class Segment:
     kind: str  # name of the modality that embeds the tokens and predicts them
     steps_BL: Tensor | None = None  # int64, each position's AR step, 0-based, not decreasing; None beside a cache
     is_noised: bool = False  # each token is also there noised, to be denoised
-    is_padding_BL: Tensor | None = None  # bool, positions that a sample lacks: before its clean tokens, or after
+    is_padding_BL: Tensor | None = None  # bool, positions that a sample lacks
     clean: Tensor | None = None  # int64 [B] labels of a class, float32 [B, L', P] first tokens of an image
     noised: Tensor | None = None  # float32 [B, L, P]
-    positions_BL: Tensor | None = None  # int64, a token's place: row * grid + column of its image
+    positions_BL: Tensor | None = None  # int64, a token's place: in its text, or row * grid + column of its image
+    ordinal_B: Tensor | None = None  # int64, the segment's place among those of its sample; None: it is told none
     times_B: Tensor | None = None  # that the noised tokens are told
     targets: Tensor | None = None  # what is to be predicted, as the modality has it
     weights_BL: Tensor | None = None  # float32, of the tokens in the loss
+    num_learned: int | None = None  # how many values of the targets are in the loss; None: all
 
     @property
     def num_tokens(self) -> int:
         """Positions, those that a sample lacks among them."""
         return 0 if self.steps_BL is None else self.steps_BL.shape[1]
+
+    @property
+    def num_loss_values(self) -> int:
+        """How many values its loss is the sum of: of the positions that it has and learns."""
+        if self.targets is None:
+            return 0
+        return self.targets.numel() if self.num_learned is None else self.num_learned
+
+    def lacks(self, sample: int) -> bool:
+        """Whether a sample has none of its tokens."""
+        return self.is_padding_BL is not None and bool(self.is_padding_BL[sample].all())
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by the names of their fields."""
@@ -87,57 +102,109 @@ class Layout:
 
     step_BM: Tensor  # int64, the AR step of each token, counted over all segments
     intervals_BMI: Tensor  # int32 [B, M, 4]
-    num_clean: tuple[int, ...]  # for each segment, how many of its tokens stand in the clean part, which comes first
+    num_clean: tuple[int, ...]  # for each segment, how many of its tokens are given clean
     is_padding_BM: Tensor  # bool, tokens that fill the length up and that no other token sees
+    # Which of [clean tokens of all segments | noised tokens of all] stands where, int64, since samples that lack tokens
+    # close up; None: each at its own place.
+    place_BM: Tensor | None = None
+    num_clean_columns: int = 0  # how many columns of the sequence are clean
 
 
-def build_layout(segments: Sequence[Segment], clean_multiple: int = 1, shares_steps: bool = False) -> Layout:
+def build_layout(
+    segments: Sequence[Segment], clean_multiple: int = 1, shares_steps: bool = False, packed: Sequence[int] = ()
+) -> Layout:
     """Lays segments out as [clean tokens of all segments | noised tokens of those that are noised].
 
-    The clean tokens of the last AR step are left out where the sequence ends with them noised: no one would see them.
-    Some of them may stay as padding, which changes no other token, so that sequences have few lengths: for segments of
-    given sizes at most ceil(L / clean_multiple) + 1.
+    The clean tokens of the last AR step are left out where a sample ends with them noised: no one would see them. Some
+    of them may stay as padding, which changes no other token, so that sequences have few lengths: for segments of given
+    sizes at most ceil(L / clean_multiple) + 1.
+
+    Several samples may share a row, none of which sees another's. Where they do, or lack tokens, which may stand
+    anywhere, the others close up, and rows end in padding.
 
     Args:
-        segments: in the order of generation, with their AR steps.
-        clean_multiple: the clean tokens of a noised segment at the end are a multiple of it, or all L.
+        segments: in the order of generation, with their AR steps; of one sample of a row after another.
+        clean_multiple: the clean tokens of a noised segment at the end are a multiple of it, or all L. Where rows close
+            up, all clean columns are.
         shares_steps: all samples have the AR steps of the first, so that one row serves all that lack no tokens.
+        packed: how many of the segments each sample of a row has; empty: all are of one.
 
     Raises:
-        ValueError: no segment, an empty one, a multiple below 1, a noised segment at the end whose samples have last
-            steps of different sizes (their sequences would differ in length), or padding between a sample's tokens.
+        ValueError: no segment, an empty one, a multiple below 1, or, where rows do not close up, a noised segment at
+            the end whose samples have last steps of different sizes (their sequences would differ in length).
     """
     if not segments:
         raise ValueError("a sequence needs at least one segment")
     if clean_multiple < 1:
         raise ValueError(f"clean_multiple: expected at least 1, got {clean_multiple}")
-    parts: dict[bool, list[tuple[Tensor, Tensor]]] = {False: [], True: []}  # steps and padding, clean and noised
-    num_clean = []
+    closes_up = len(packed) > 1 or any(one.is_padding_BL is not None for one in segments)
+    all_steps = _count_on(segments, shares_steps)
+    # Of each token: its step, the first one of its sample, and whether it is left out.
+    clean: list[tuple[Tensor, ...]] = []
+    noised: list[tuple[Tensor, ...]] = []
+    for begin, end in itertools.pairwise(itertools.accumulate([0, *(packed or [len(segments)])])):
+        own = list(zip(segments[begin:end], all_steps[begin:end], strict=True))
+        first_B1 = all_steps[begin][:, :1]
+        last_B1 = functools.reduce(torch.maximum, (_last_step(*pair) for pair in own))
+        for one, steps_BL in own:
+            first_BL, lacks_BL = first_B1 + 0 * steps_BL, _lacks(one)
+            clean.append((steps_BL, first_BL, lacks_BL | ((steps_BL == last_B1) & one.is_noised)))
+            if one.is_noised:
+                noised.append((steps_BL, first_BL, lacks_BL))
+    if not closes_up and segments[-1].is_noised:
+        num_kept = _clean_tokens_at_end(all_steps[-1], clean_multiple)
+        clean[-1] = tuple(tensor[:, :num_kept] for tensor in clean[-1])
+    num_clean = tuple(steps_BL.shape[1] for steps_BL, *_ in clean)
+    step_BM, first_BM, is_left_out_BM = (_cat(of_all) for of_all in zip(*clean, *noised, strict=True))
+    if closes_up:
+        return _close_up(step_BM, first_BM, is_left_out_BM, num_clean, clean_multiple)
+    intervals_BMI = _intervals(step_BM, None, sum(num_clean))
+    return Layout(step_BM, intervals_BMI, num_clean, is_left_out_BM.expand_as(step_BM), None, sum(num_clean))
+
+
+def _count_on(segments: Sequence[Segment], shares_steps: bool) -> list[Tensor]:
+    """The AR steps of each segment's tokens, counted over all segments: [B or 1, L]."""
+    found = []
     next_step = torch.zeros(1, 1, dtype=torch.int64)
-    for i, segment in enumerate(segments):
-        if segment.steps_BL is None or segment.num_tokens == 0:
-            raise ValueError(f"a segment needs at least one token, got {segment}")
-        own_BL = segment.steps_BL[:1] if shares_steps else segment.steps_BL
-        steps_BL = next_step + own_BL
-        lacks_BL = torch.zeros(1, segment.num_tokens, dtype=torch.bool)
-        lacks_BL = lacks_BL if segment.is_padding_BL is None else segment.is_padding_BL
-        num_kept = segment.num_tokens
-        if segment.is_noised:
-            parts[True].append((steps_BL, lacks_BL))
-            if i == len(segments) - 1:
-                num_kept = _clean_tokens_at_end(own_BL, clean_multiple)
-        num_clean.append(num_kept)
-        parts[False].append((steps_BL[:, :num_kept], lacks_BL[:, :num_kept]))
-        next_step = steps_BL[:, -1:] + 1
-    step_BM, lacks_BM = (_cat(of_all) for of_all in zip(*parts[False], *parts[True], strict=True))
-    is_clean_M = torch.arange(step_BM.shape[1]) < sum(num_clean)
-    is_unseen_BM = is_clean_M & (step_BM == next_step - 1) & segments[-1].is_noised
-    if all(segment.is_padding_BL is None for segment in segments):
-        intervals_BMI = _intervals(step_BM[:, : sum(num_clean)], step_BM[:, sum(num_clean) :])
-    else:
-        step_BM, lacks_BM = torch.broadcast_tensors(step_BM, lacks_BM)
-        intervals_BMI = _padded_intervals(step_BM, sum(num_clean), lacks_BM)
-    return Layout(step_BM, intervals_BMI.to(torch.int32), tuple(num_clean), lacks_BM | is_unseen_BM)
+    for one in segments:
+        if one.steps_BL is None or one.num_tokens == 0:
+            raise ValueError(f"a segment needs at least one token, got {one}")
+        found.append(next_step + (one.steps_BL[:1] if shares_steps else one.steps_BL))
+        next_step = found[-1][:, -1:] + 1
+    return found
+
+
+def _lacks(segment: Segment) -> Tensor:
+    if segment.is_padding_BL is None:
+        return torch.zeros(1, segment.num_tokens, dtype=torch.bool)
+    return segment.is_padding_BL
+
+
+def _last_step(segment: Segment, steps_BL: Tensor) -> Tensor:
+    """The AR step of the last token that each sample has of a segment: [B or 1, 1]; -1 where it has none."""
+    return torch.where(_lacks(segment), -1, steps_BL).amax(1, keepdim=True)
+
+
+def _close_up(
+    step_BM: Tensor, first_BM: Tensor, is_left_out_BM: Tensor, num_clean: tuple[int, ...], clean_multiple: int
+) -> Layout:
+    """The layout without the tokens that are left out, each part as long as in the longest row."""
+    step_BM, first_BM, is_left_out_BM = torch.broadcast_tensors(step_BM, first_BM, is_left_out_BM)
+    places = []
+    for begin, end, multiple in ((0, sum(num_clean), clean_multiple), (sum(num_clean), step_BM.shape[1], 1)):
+        is_left_out_BN = is_left_out_BM[:, begin:end]
+        num_kept = int((~is_left_out_BN).sum(1).amax()) if end > begin else 0
+        num_columns = min(-(-num_kept // multiple) * multiple, end - begin)
+        places.append(begin + is_left_out_BN.int().argsort(dim=1, stable=True)[:, :num_columns])
+    place_BM, num_columns = torch.cat(places, 1), places[0].shape[1]
+    behind = int(step_BM.max()) + 1
+    step_BM, first_BM, is_padding_BM = (one.gather(1, place_BM) for one in (step_BM, first_BM, is_left_out_BM))
+    # Padding is of a step behind all, so that no other row sees it; and since no row may see nothing, it sees itself.
+    intervals_BMI = _intervals(step_BM.masked_fill(is_padding_BM, behind), first_BM, num_columns)
+    itself_M = torch.arange(step_BM.shape[1], dtype=torch.int32)
+    itself_MI = torch.stack([itself_M, itself_M + 1, 0 * itself_M, 0 * itself_M], -1)
+    intervals_BMI = torch.where(is_padding_BM.unsqueeze(-1), itself_MI, intervals_BMI)
+    return Layout(step_BM, intervals_BMI, num_clean, is_padding_BM, place_BM, num_columns)
 
 
 def _clean_tokens_at_end(steps_BL: Tensor, clean_multiple: int) -> int:
@@ -159,55 +226,20 @@ def _cat(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.expand(batch_size, *part.shape[1:]) for part in parts], dim=1)
 
 
-def _intervals(clean_BK: Tensor, noised_BN: Tensor) -> Tensor:
-    """The row intervals of clean and noised tokens by their steps, which never decrease in either part: [B, M, 4]."""
-    clean_BK, noised_BN = clean_BK.contiguous(), noised_BN.contiguous()
-    none_BK, num_clean = torch.zeros_like(clean_BK), clean_BK.shape[1]
+def _intervals(step_BM: Tensor, first_BM: Tensor | None, num_clean: int) -> Tensor:
+    """The row intervals of [clean | noised] tokens whose steps never decrease in either part: int32 [B, M, 4].
+
+    `first_BM`: the first step of each token's sample; None: 0.
+    """
+    clean_BK, noised_BN = step_BM[:, :num_clean].contiguous(), step_BM[:, num_clean:].contiguous()
+    none_BK = torch.zeros_like(clean_BK)
+    prefix_begin_BM = torch.zeros_like(step_BM) if first_BM is None else torch.searchsorted(clean_BK, first_BM)
     # A clean row's own step ends its prefix; as an own interval, its keys would count twice.
     prefix_end = [torch.searchsorted(clean_BK, clean_BK, right=True), torch.searchsorted(clean_BK, noised_BN)]
-    own_begin = [none_BK, num_clean + torch.searchsorted(noised_BN, noised_BN)]
-    own_end = [none_BK, num_clean + torch.searchsorted(noised_BN, noised_BN, right=True)]
-    bounds = [torch.cat(parts, dim=1) for parts in (prefix_end, own_begin, own_end)]
-    return torch.stack([torch.zeros_like(bounds[0]), *bounds], dim=-1)
-
-
-def _padded_intervals(step_BM: Tensor, num_clean: int, lacks_BM: Tensor) -> Tensor:
-    """The same where samples lack tokens, whose rows see themselves, since none may see nothing."""
-    lacks_BK = lacks_BM[:, :num_clean]
-    first_B1 = lacks_BK.int().cumprod(1).sum(1, keepdim=True)
-    is_behind_BK = lacks_BK & (torch.arange(num_clean) >= first_B1)
-    if (is_behind_BK.int().diff(dim=1) < 0).any():
-        raise ValueError("padding of a sample must stand before or after all of its clean tokens")
-    # Padding before a sample's clean tokens counts as a step before all, and behind them as one behind all. A noised
-    # segment is padded at its end: between its last step and the next one's first.
-    clean_BK = 2 * step_BM[:, :num_clean].masked_fill(lacks_BK, -1).masked_fill(is_behind_BK, int(step_BM.max()) + 1)
-    intervals_BMI = _intervals(clean_BK, 2 * step_BM[:, num_clean:] + lacks_BM[:, num_clean:])
-    intervals_BMI[..., 0] = first_B1
-    itself_M = torch.arange(step_BM.shape[1])
-    itself_MI = torch.stack([itself_M, itself_M + 1, 0 * itself_M, 0 * itself_M], -1)
-    return torch.where(lacks_BM.unsqueeze(-1), itself_MI, intervals_BMI)
-
-
-def pack(layouts: Sequence[Layout]) -> Layout:
-    """Several samples in each row, [clean tokens of all | noised tokens of all]; none sees another's.
-
-    The network takes their segments in the same order, one sample's after another's; positions are the sample's own.
-    `layouts` has one for each sample of a row, of B rows or of 1.
-    """
-    parts: dict[bool, list[tuple[Tensor, Tensor, Tensor]]] = {False: [], True: []}  # clean and noised
-    num_clean = tuple(num for layout in layouts for num in layout.num_clean)
-    clean_before, noised_before = 0, sum(num_clean)
-    for layout in layouts:
-        num = sum(layout.num_clean)
-        for is_noised, rows in ((False, slice(num)), (True, slice(num, None))):
-            own = noised_before - num if is_noised else 0
-            shift = torch.tensor([clean_before, clean_before, own, own], dtype=torch.int32)
-            intervals_BMI = layout.intervals_BMI[:, rows] + shift
-            parts[is_noised].append((layout.step_BM[:, rows], intervals_BMI, layout.is_padding_BM[:, rows]))
-        clean_before += num
-        noised_before += layout.step_BM.shape[1] - num
-    step_BM, intervals_BMI, is_padding_BM = (_cat(of_all) for of_all in zip(*parts[False], *parts[True], strict=True))
-    return Layout(step_BM, intervals_BMI, num_clean, is_padding_BM)
+    own_begin_BN = num_clean + torch.searchsorted(noised_BN, noised_BN)
+    own_end_BN = num_clean + torch.searchsorted(noised_BN, noised_BN, right=True)
+    own = [torch.cat([none_BK, own_BN], 1) for own_BN in (own_begin_BN, own_end_BN)]
+    return torch.stack([prefix_begin_BM, torch.cat(prefix_end, 1), *own], -1).to(torch.int32)
 
 
 def may_attend(intervals_BMI: Tensor, num_keys: int) -> Tensor:

@@ -28,8 +28,14 @@ def count_work(segments: Sequence[Segment], layout: Layout, batch_size: int = 1)
     is_useful_BM = ~layout.is_padding_BM
     per_row = batch_size // len(is_useful_BM)
     noised = [one for one in segments if one.is_noised]
+    if layout.place_BM is not None:  # of each token that is given, in order
+        num_given = sum(layout.num_clean) + sum(one.num_tokens for one in noised)
+        none_BN = torch.zeros(len(is_useful_BM), num_given, dtype=torch.bool)
+        useful_BN = none_BN.scatter(1, layout.place_BM, is_useful_BM)
+    else:
+        useful_BN = is_useful_BM
     ends = itertools.accumulate([*layout.num_clean, *(one.num_tokens for one in noised)], initial=0)
-    useful = F.pad(is_useful_BM.sum(0).cumsum(0), (1, 0))[list(ends)].tolist()
+    useful = F.pad(useful_BN.sum(0).cumsum(0), (1, 0))[list(ends)].tolist()
     projections = dict.fromkeys(MODALITIES, 0)
     for i, (one, (before, after)) in enumerate(zip([*segments, *noised], itertools.pairwise(useful), strict=True)):
         of_clean, of_noised = MODALITIES[one.kind].projections

@@ -121,6 +121,11 @@ class Loader(Generic[T]):
         self.position = self._after(self.position)
         return batches
 
+    @property
+    def ahead(self) -> Sequence[T]:
+        """What `next` will give, where it is there."""
+        return self._next or ()
+
     def read_ahead(self) -> None:
         """Waits for what `next` will give, unless it is there; an error is kept in `problem`."""
         assert self._reader is not None, "the loader is closed"

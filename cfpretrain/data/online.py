@@ -135,7 +135,7 @@ class OnlineEncoder:
         moments, skipped = self.moments(images, self._draws.mirrored(epoch, ids_B))
         latents_BCYX = self._draws.latents(epoch, ids_B, moments["mean"], moments.get("log_variance"))
         latents_BCYX[list(skipped)] = 0
-        return Samples(ids_B, epoch, latents_BCYX, images.labels_B, skipped)
+        return Samples(ids_B, epoch, latents_BCYX, images.labels_B, skipped, images.captions)
 
     def moments(self, images: ImageFiles, mirrored_B: Tensor) -> tuple[dict[str, Tensor], dict[int, str]]:
         """As of `Encoding.moments`, of images or of the mirror images of some; and, by place, why one is skipped.

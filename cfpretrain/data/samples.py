@@ -42,6 +42,7 @@ class Samples:
     latents_BCYX: Tensor  # float32, drawn from the posterior, raw: shift and scale are the model's
     labels_B: Tensor  # int64
     skipped: Mapping[int, str] = field(default_factory=dict)  # by place, why one is not trained on; its latents are 0
+    captions: Sequence[str] = ()  # of each
 
 
 T = TypeVar("T")
@@ -96,7 +97,9 @@ class LatentReading(Generic[T]):
             mean_BCYX = torch.where(mirrored_B[:, None, None, None], mean_BCYX.flip(-1), mean_BCYX)
         log_variance_BCYX = self._stack(visits, "log_variance", mirrored_B) if self.info.has_posterior else None
         latents_BCYX = self.draws.latents(visits.epoch, visits.ids_B, mean_BCYX, log_variance_BCYX)
-        return self.prepare(Samples(visits.ids_B, visits.epoch, latents_BCYX, visits.labels_B), visits.step)
+        captions = [columns["caption"] for columns in visits.columns]
+        samples = Samples(visits.ids_B, visits.epoch, latents_BCYX, visits.labels_B, captions=captions)
+        return self.prepare(samples, visits.step)
 
     def _stack(self, visits: Visits, name: str, mirrored_B: Tensor) -> Tensor:
         names = [f"mirror_{name}" if mirrored and self.info.has_mirror else name for mirrored in mirrored_B.tolist()]
@@ -114,6 +117,7 @@ class ImageFiles:
     labels_B: Tensor
     ends_B: Tensor  # int64, where each file ends in `data`
     data: Tensor  # uint8
+    captions: Sequence[str]
 
     @classmethod
     def of(cls, visits: Visits) -> "ImageFiles":
@@ -121,7 +125,8 @@ class ImageFiles:
         files = [np.frombuffer(columns["image"], np.uint8) for columns in visits.columns]
         ends_B = torch.tensor([len(file) for file in files]).cumsum(0)
         data = torch.from_numpy(np.concatenate(files))
-        return cls(visits.step, visits.epoch, visits.ids_B, visits.labels_B, ends_B, data)
+        captions = [columns["caption"] for columns in visits.columns]
+        return cls(visits.step, visits.epoch, visits.ids_B, visits.labels_B, ends_B, data, captions)
 
     def files(self) -> list[NDArray[np.uint8]]:
         """The bytes of each image."""

@@ -77,6 +77,10 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
     """Writes the model of a run, of any ranks and ZeRO stage, as a folder that is hidden until it is complete."""
     outputs.refuse_existing(out, "OUT")
     found = build.find_checkpoint(run, settings.step)
+    if found.config.model.vocabulary:
+        raise UserError(
+            f"RUN: expected a run without texts, which an export does not carry, got {run}; take it as it is"
+        )
     tensors = found.open_weights(settings.weights)
     check_shapes(tensors.header.shapes, found.config, str(tensors.path))
     # Loaded for its checks, and for exact values; it is small beside a model of any size.

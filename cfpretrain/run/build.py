@@ -24,8 +24,11 @@ from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValue
 from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
-from cfpretrain.data.samples import Prepare, Samples
+from cfpretrain.core.tasks import Tasks
+from cfpretrain.core.texts import TEXT, Marks
+from cfpretrain.data.samples import FOLDER_BIT, Prepare, Samples
 from cfpretrain.data.shards import read_info
+from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.run.checkpoint import TensorFile, check_shapes, open_weights
 from cfpretrain.run.checkpoint_store import CheckpointStore, step_of
 from cfpretrain.run.state import TrainingState, means_the_same, read_state
@@ -42,6 +45,7 @@ SUMMARY_NUMBERS = (
     *("loss_first", "loss_last"),  # without one where no loss was finite
 )
 LOCK_FILE = "lock"
+TOKENIZER_FILE = "tokenizer.json"  # a copy of `data.tokenizer`
 
 Autoencoder = IdentityAutoencoder | KLAutoencoder
 
@@ -140,6 +144,9 @@ def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFus
         num_classes=model.num_classes,
         learnable_positions=model.position_embedding == "learnable",
         blocks=blocks,
+        vocabulary=model.vocabulary,
+        max_text_tokens=model.max_text_tokens,
+        max_segments=model.max_segments if model.vocabulary else 0,
     )
 
 
@@ -178,6 +185,26 @@ def make_noise_process(config: Config) -> NoiseProcess:
     return make_process(**vars(config.noise))
 
 
+def make_tokenizer(config: Config) -> TextTokenizer | None:
+    """What makes tokens of texts; None for a model without them."""
+    if not config.model.vocabulary:
+        return None
+    tokenizer = TextTokenizer.load(Path(config.data.tokenizer), "data.tokenizer")
+    if tokenizer.size != config.model.vocabulary:
+        raise UserError(
+            f"model.vocabulary: expected {tokenizer.size}, the token ids of {config.data.tokenizer} with the special "
+            f"ones, got {config.model.vocabulary}; set it so"
+        )
+    return tokenizer
+
+
+def _make_tasks(config: Config, tokenizer: TextTokenizer | None) -> Tasks | None:
+    if tokenizer is None:
+        return None
+    marks = Marks(tokenizer.begin, tokenizer.end, tokenizer.image, tokenizer.pad)
+    return Tasks(vars(config.data.tasks), config.train.text_drop_prob, config.train.image_drop_prob, marks)
+
+
 def make_loss(config: Config) -> DenoisingLoss:
     """The training objective."""
     return DenoisingLoss(
@@ -189,18 +216,34 @@ def make_loss(config: Config) -> DenoisingLoss:
         label_drop_prob=config.train.label_drop_prob,
         seed=config.run.seed,
         clean_multiple=config.clean_token_multiple(),
+        tasks=_make_tasks(config, make_tokenizer(config)),
+        weights={TEXT: config.train.text_loss_weight},
     )
 
 
 def make_prepare(config: Config) -> Prepare[Batch]:
     """What makes of samples as they are read the batch of a training step: the loader's share of the step."""
-    scaling, loss, model = make_scaling(config), make_loss(config), config.model
+    scaling, loss, model, tokenizer = make_scaling(config), make_loss(config), config.model, make_tokenizer(config)
 
     def prepare(samples: Samples, step: int) -> Batch:
         draws = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, model.num_tokens, model.patch_values)
-        return loss.prepare(scaling.to_model(samples.latents_BCYX), draws, samples.skipped)
+        texts = [] if tokenizer is None else _tokens_of(samples, tokenizer, model.max_text_tokens)
+        return loss.prepare(scaling.to_model(samples.latents_BCYX), draws, samples.skipped, texts)
 
     return prepare
+
+
+def _tokens_of(samples: Samples, tokenizer: TextTokenizer, max_tokens: int) -> list[list[int]]:
+    """The tokens of each sample's caption, without those that frame it."""
+    texts = [tokenizer.encode(caption) for caption in samples.captions]
+    for sample_id, text in zip(samples.ids_B.tolist(), texts, strict=True):
+        if len(text) > max_tokens - 2:
+            raise UserError(
+                f"model.max_text_tokens: expected at least {len(text) + 2}, the tokens of the caption of sample "
+                f"{sample_id % (1 << FOLDER_BIT)} and the two that frame it, got {max_tokens}; raise it, or shorten "
+                "the caption"
+            )
+    return texts
 
 
 def make_scaling(config: Config) -> LatentScaling:

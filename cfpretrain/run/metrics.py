@@ -41,7 +41,8 @@ def training_flops(model: ModelConfig, work: Work) -> float:
     """
     D = model.width
     blocks = model.depth * (24 * D**2 * work.tokens + 4 * D * work.visible)
-    return 3.0 * (blocks + 2 * model.patch_values * D * work.projections["image"])
+    ends = model.patch_values * work.projections["image"] + model.vocabulary * work.projections["text"]
+    return 3.0 * (blocks + 2 * D * ends)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -29,7 +29,10 @@ TRAINING_SECTIONS = ("order", "data", "train", "guard")  # of a config: other va
 # What the past training means: with other values the weights are those of another model. The rest may change.
 _FIXED_SECTIONS, _FIXED_KEYS = ("model", "noise"), ("data.latent_shift", "data.latent_scale")
 # Keys that older records lack, with what was trained then.
-_ADDED_KEYS = {"noise.process": "epsilon", "noise.flow_times": "logit_normal"}
+_ADDED_KEYS = {
+    **{"noise.process": "epsilon", "noise.flow_times": "logit_normal"},
+    **{"model.vocabulary": 0, "model.max_text_tokens": 64, "model.max_segments": 2},
+}
 
 
 class Resume(TypedDict):
@@ -61,6 +64,7 @@ class TrainingState:
     wandb_run_id: str | None
     versions: dict[str, str]  # of the packages that wrote it
     data_kind: str = ""  # of the shards trained on: "latents" or "images"; empty in older ones
+    tokenizer: str = ""  # fingerprint of the one behind the texts; empty without texts
     schema_version: Literal[3] = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -132,7 +136,8 @@ class TrainingState:
 
     def contradictions(self, config: Mapping[str, Any]) -> list[str]:
         """Where a config, of plain values, says otherwise what the past training means: each key with both values."""
-        ours, theirs = _ADDED_KEYS | _fixed(self.config), _fixed(config)
+        theirs = _fixed(config)
+        ours = {path: value for path, value in _ADDED_KEYS.items() if path in theirs} | _fixed(self.config)
         both = {
             path: (ours.get(path, "absent"), theirs.get(path, "absent"))
             for path in sorted(ours.keys() | theirs.keys())

@@ -28,11 +28,13 @@ from cfpretrain.run.build import (
     REQUEUE_FILE,
     SAMPLES,
     SUMMARY_FILE,
+    TOKENIZER_FILE,
     Summary,
     check_relative,
     choose_blocks,
     make_autoencoder,
     make_store,
+    make_tokenizer,
     read_summary,
 )
 from cfpretrain.run.checkpoint_store import CheckpointStore
@@ -111,12 +113,15 @@ def _unwritable(folder: Path, reason: str = "{reason}") -> str:
 
 
 def record_config(config: Config) -> None:
-    """Writes the resolved config into the run folder, and reports its changes. All ranks call it."""
+    """Writes the resolved config and the tokenizer into the run folder, and reports changes. All ranks call it."""
     folder = Path(config.run.folder)
     with runtime.together(), explaining(_unwritable(folder)):
         if runtime.rank() == 0:
             _say_changes(folder, config)
             files.replace(folder / CONFIG_FILE, to_yaml(config))
+            tokenizer = make_tokenizer(config)
+            if tokenizer is not None:
+                files.replace(folder / TOKENIZER_FILE, tokenizer.to_json())
 
 
 def _say_changes(folder: Path, config: Config) -> None:
@@ -178,7 +183,7 @@ def _check_inputs(config: Config) -> str:
     if config.evaluation.every_steps:
         check_relative("evaluation.reference", config.evaluation.reference)
     data = open_training_data(config)
-    infos = data.latents
+    infos, tokenizer = data.latents, make_tokenizer(config)
     check_infos(infos, config)
     if runtime.rank() == 0 and config.data.autoencoder and not data.encodings:
         # Another one than made the latents would decode them to something else.
@@ -201,6 +206,11 @@ def _check_inputs(config: Config) -> str:
             f"data.shards: checkpoint {latest} was trained on other shards than {', '.join(config.data.shards)}, or "
             "with other data.repeat, data.num_canonical_nodes or data.shuffle_block_size, so its place in the data "
             "means nothing here; set these as they were or choose another run.folder"
+        )
+    if tokenizer is not None and saved.tokenizer not in ("", tokenizer.fingerprint):
+        raise UserError(
+            f"data.tokenizer: expected the one that checkpoint {latest} was trained with, a copy of which is "
+            f"{Path(config.run.folder) / TOKENIZER_FILE}, got another in {config.data.tokenizer}; give that one"
         )
     if saved.seed != config.run.seed:
         raise UserError(

@@ -57,6 +57,9 @@ class Log:
             "num_ranks": runtime.world_size(),
             "zero_stage": self.config.engine.zero_stage,
         }
+        if len(result.by_kind) > 1:
+            for kind, (loss, num_values) in result.by_kind.items():
+                row |= {f"loss_{kind}": finite_or_none(loss), f"num_{kind}_values": num_values}
         if result.problem is not None:
             row["skipped"] = result.problem
             say(f"step {at.step} is skipped: {result.problem}")

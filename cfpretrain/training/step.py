@@ -1,8 +1,9 @@
 """One step: the batches of a global batch become a loss, which moves the engine where the ranks agree to it."""
 
 import functools
+import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +13,7 @@ from cfpretrain.base import runtime
 from cfpretrain.base.config import Config, TrainConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.base.stopping import StopRequest
-from cfpretrain.core.modalities import LossTerms
+from cfpretrain.core.modalities import LossTerms, Modality
 from cfpretrain.core.objective import Batch
 from cfpretrain.data.loader import Loader
 from cfpretrain.run.build import make_loss
@@ -38,6 +39,7 @@ class StepResult:
     """What came of a step; the same on all ranks but for `sample_ids`."""
 
     loss: float  # of the global batch
+    by_kind: dict[str, tuple[float, int]]  # the same of each kind of token, unweighted, and of how many values
     grad_norm: float  # of the whole gradient before clipping; infinite where one is not finite
     flops: float  # over all ranks
     problem: str | None  # why the update is not applied; None where it is
@@ -71,14 +73,21 @@ class TrainingStep:
     def __post_init__(self) -> None:
         self.loss = make_loss(self.config)
         self.result: StepResult | None = None  # of the latest step
+        modalities: dict[str, Modality] = self.engine.module.modalities  # type: ignore[assignment]
+        self.kinds = sorted(kind for kind, one in modalities.items() if one.head is not None)
+        # By kind, how many values the losses of the next step are the sums of, over all ranks; None: not known yet.
+        self.counts: list[float] | None = None
 
     def __call__(self, at: Counters) -> StepResult:
         """Consumes a global batch, and counts it in `at`."""
         batches = self._next_batches(at.step)
+        assert self.counts is not None
+        num_batches = len(batches) * runtime.world_size()
+        counts = {kind: count / num_batches for kind, count in zip(self.kinds, self.counts, strict=True)}
         terms = []
         for batch in upload_ahead(batches, self.device):
             terms.append(self.loss(self.engine, batch))
-            self.engine.backward(terms[-1].total / terms[-1].count)
+            self.engine.backward(self.loss.total(terms[-1], counts))
         if self.stop.reason is None:
             self.loader.read_ahead()  # a GPU is at work on the backward meanwhile
 
@@ -120,21 +129,28 @@ class TrainingStep:
 
     def _next_batches(self, step: int) -> list[Batch]:
         """The step's micro-batches; `LostDataError` on all ranks where one of them cannot read its own."""
-        if self.result is None or self.result.lacks_data:
+        if self.counts is None:
             self.loader.read_ahead()
             try:
                 runtime.agree(self.loader.problem)
             except UserError as error:
                 raise LostDataError(str(error)) from error
+            told = torch.tensor(self._counts_ahead(), dtype=torch.float64)
+            self.counts = runtime.read_back(runtime.sum_over_ranks(told))
         batches = next(self.loader)
         if any(batch.step != step for batch in batches):
             raise RuntimeError(f"the loader gave batches of step {batches[0].step} at step {step}")
         return batches
 
-    def exchange(self, terms: Sequence[LossTerms], batches: Sequence[Batch]) -> Tensor:
+    def _counts_ahead(self) -> list[int]:
+        """By kind, values in the losses of this rank's share of the next step, as far as it is read."""
+        counts = [batch.counts() for batch in self.loader.ahead]
+        return [sum(one[kind] for one in counts) for kind in self.kinds]
+
+    def exchange(self, terms: Sequence[Mapping[str, LossTerms]], batches: Sequence[Batch]) -> Tensor:
         """The only exchange between ranks before the update: a sum on the device, in the order of `decide`."""
         told = [
-            sum(t.count for t in terms),
+            *self._counts_ahead(),
             sum(training_flops(self.config.model, batch.work) for batch in batches),
             self.stop.reason is not None,
             self.writer.is_working,  # before `has_failed`
@@ -142,18 +158,27 @@ class TrainingStep:
             self.loader.problem is not None,
             sum(len(batch.skipped) for batch in batches),
         ]
-        total = torch.stack([t.total.detach() for t in terms]).double().sum(0, keepdim=True)
+        totals = [torch.stack([one[kind].total.detach() for one in terms]) for kind in self.kinds]
+        sums = [of_batches.double().sum(0, keepdim=True) for of_batches in totals]
         on_host = torch.tensor(told, dtype=torch.float64, pin_memory=self.device.type == "cuda")
-        return runtime.sum_over_ranks(torch.cat([total, on_host.to(self.device, non_blocking=True)]))
+        return runtime.sum_over_ranks(torch.cat([*sums, on_host.to(self.device, non_blocking=True)]))
 
     def decide(self, told: Tensor, grad_norm: Tensor) -> bool:
         """Whether to apply the update; the only place of a step where the host waits for the device."""
         values = runtime.read_back(torch.cat([told, grad_norm.to(told, non_blocking=True).reshape(1)]))
-        total, count, flops, must_stop, is_writing, has_failed, lacks_data, num_bad, norm = values
-        loss = total / count
+        num_kinds = len(self.kinds)
+        sums, counts = values[:num_kinds], self.counts
+        flops, must_stop, is_writing, has_failed, lacks_data, num_bad, norm = values[2 * num_kinds :]
+        assert counts is not None
+        self.counts = None if must_stop or lacks_data else values[num_kinds : 2 * num_kinds]
+        by_kind = {
+            kind: (total / count if count else math.nan, round(count))
+            for kind, total, count in zip(self.kinds, sums, counts, strict=True)
+        }
+        loss = sum(self.loss.weights.get(kind, 1.0) * value for kind, (value, count) in by_kind.items() if count)
         problem = self.guard.problem_of_loss(loss) or self.guard.problem_of_grad_norm(norm)
         self.result = StepResult(
-            *(loss, norm, flops, problem, must_stop > 0, is_writing > 0, has_failed > 0, lacks_data > 0),
+            *(loss, by_kind, norm, flops, problem, must_stop > 0, is_writing > 0, has_failed > 0, lacks_data > 0),
             num_bad_images=round(num_bad),
         )
         return problem is None

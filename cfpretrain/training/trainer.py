@@ -34,6 +34,7 @@ from cfpretrain.run.build import (
     choose_blocks,
     make_model,
     make_prepare,
+    make_tokenizer,
 )
 from cfpretrain.run.checkpoint_store import Best
 from cfpretrain.run.guard import Guard
@@ -79,7 +80,7 @@ class Trainer:
         self.config, self.device, self.stop, self.evaluator = config, device, stop or StopRequest(), evaluator
         self.folder, self.must_stop = Path(config.run.folder), False
         with runtime.together():
-            data = open_training_data(config, device)
+            data, tokenizer = open_training_data(config, device), make_tokenizer(config)
         self._build_engine()
         self.guard = Guard(config.guard)
         self.checkpoints = Checkpoints(config, self.engine, self.guard, resume_from)
@@ -97,6 +98,7 @@ class Trainer:
             "class_names": list(data.latents[0].class_names),
             "autoencoder": data.latents[0].autoencoder,
             "data_kind": data.folders[0].info.kind,
+            "tokenizer": "" if tokenizer is None else tokenizer.fingerprint,
             "working_folder": os.getcwd(),
             "versions": package_versions(),
         }

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from cfpretrain.base.config import Config
 from cfpretrain.core.ar import step_begin
+from cfpretrain.core.modalities import IMAGE
 from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.objective import DenoisingLoss
 from cfpretrain.data.latent_shards import exactly
@@ -62,7 +63,7 @@ def measure_loss_map(
             shared = epoch * len(latents_NCYX) + step
             draws = objective.draw(shared, epoch, ids_B, labels_N[ids_B], num_tokens, model.patch_values)
             batch = objective.prepare(latents_NCYX[ids_B], draws)
-            error_BL = objective(model, batch.to(device)).squared_error_BLP.mean(-1).cpu()
+            error_BL = objective(model, batch.to(device))[IMAGE].squared_error_BLP.mean(-1).cpu()
             level_B = (draws.timesteps_B * num_bins // num_timesteps).long()
             cells = (level_B[:, None] * num_tokens + step_begin(draws.steps_BL)).flatten()
             totals += cells.bincount(error_BL.double().flatten(), num_bins * num_tokens)

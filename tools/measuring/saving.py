@@ -91,7 +91,7 @@ def _left_out(trainer: Any) -> dict[str, list[tuple[Any, str, Any]]]:
     """What a kind of block does without: (owner, name, what stands in for it)."""
     step = trainer.step
     nothing = {"must_stop": False, "is_writing": False, "has_failed": False, "lacks_data": False, "problem": None}
-    step.result = StepResult(1.0, 1.0, 1.0, num_bad_images=0, **nothing)
+    step.result = StepResult(1.0, {}, 1.0, 1.0, num_bad_images=0, **nothing)
     unguarded = [
         (step, "exchange", lambda terms, batches: None),
         (step, "decide", lambda told, grad_norm: True),

@@ -101,9 +101,9 @@ class BareSide(_OnBatches):
         all_terms = []
         for batch in batches:
             all_terms.append(self._loss(self._engine, batch))
-            self._engine.backward(all_terms[-1].total / all_terms[-1].count)
+            self._engine.backward(self._loss.total(all_terms[-1]))
         self._engine.step(self._config.train.learning_rate)
-        loss = statistics.mean(float(terms.total.detach()) / terms.count for terms in all_terms)
+        loss = statistics.mean(float(self._loss.total(terms).detach()) for terms in all_terms)
         return loss, sum(training_flops(self._config.model, batch.work) for batch in batches)
 
 

@@ -1,0 +1,83 @@
+"""What a model has read, from which it goes on: clean tokens in a cache, and what further tokens see of them."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from cfpretrain.core.model import KeyValueCache
+from cfpretrain.core.segments import Segment, build_layout
+
+
+class Predictor(Protocol):
+    """A `Network`; called alike on every rank, as ZeRO-3 wants."""
+
+    depth: int
+
+    def __call__(
+        self,
+        segments: Sequence[Segment],
+        intervals_BMI: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        place_BM: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """By kind, what is predicted of the tokens of this call."""
+
+
+class Context:
+    """What a model has read of each sequence of a batch; they may differ in length."""
+
+    def __init__(self, model: Predictor, capacity: int) -> None:
+        """`capacity`: tokens of the longest sequence, those of any call included."""
+        self.model = model
+        self._cache = KeyValueCache(model.depth, capacity)
+
+    @torch.no_grad()
+    def read(self, segment: Segment, kept_B: Tensor | None = None) -> dict[str, Tensor]:
+        """Puts a segment's clean tokens behind what was read; returns what is predicted of them.
+
+        Args:
+            segment: its values on the model's device, AR steps and padding on the CPU. Without AR steps, its tokens are
+                of one.
+            kept_B: int64, how many of the first tokens each sequence keeps; None: all that it has.
+        """
+        assert segment.clean is not None
+        steps_BL, place_BM = segment.steps_BL, None
+        num_tokens = segment.clean.shape[1] if steps_BL is None else steps_BL.shape[1]
+        if segment.is_padding_BL is None and (steps_BL is None or bool((steps_BL == steps_BL[:, :1]).all())):
+            intervals_BMI = self._seeing_all(num_tokens, len(segment.clean))
+        else:
+            layout = build_layout([segment])
+            intervals_BMI = self._seeing(layout.intervals_BMI[..., 1].to(segment.clean.device))
+            if layout.place_BM is not None:
+                place_BM = layout.place_BM.to(segment.clean.device)
+                kept_B = (~layout.is_padding_BM).sum(1).to(segment.clean.device)
+        entering = dataclasses.replace(segment, steps_BL=None, is_padding_BL=None)
+        predictions = self.model([entering], intervals_BMI, self._cache, place_BM)
+        self._cache.keep(num_tokens if kept_B is None else kept_B)
+        return predictions
+
+    @torch.no_grad()
+    def predict(self, segment: Segment) -> Tensor:
+        """What is predicted of noised tokens, of the first sequences where they are of fewer; nothing is kept."""
+        assert segment.noised is not None
+        num_sequences, num_tokens = segment.noised.shape[:2]
+        cache = self._cache.of_first(num_sequences)
+        intervals_BMI = self._seeing_all(num_tokens, num_sequences)
+        return self.model([segment], intervals_BMI, cache)[segment.kind]
+
+    def _seeing_all(self, num_tokens: int, num_sequences: int) -> Tensor | None:
+        """Intervals of tokens that see the context and each other; None where that is all there is in the cache."""
+        length_B = self._cache.length_B
+        if length_B is None:
+            return None
+        return self._seeing(torch.full((num_sequences, num_tokens), num_tokens, device=length_B.device))
+
+    def _seeing(self, end_BM: Tensor) -> Tensor:
+        """Intervals [B, M, 4] of tokens that see the context, and of these tokens those before an end."""
+        length_B = self._cache.length_B
+        end_BM = end_BM + (self._cache.length if length_B is None else length_B[: len(end_BM), None])
+        none_BM = torch.zeros_like(end_BM)
+        return torch.stack([none_BM, end_BM, none_BM, none_BM], -1).to(torch.int32)

@@ -1,0 +1,220 @@
+"""Runs that learn captions beside images: alike on any ranks, resumed to the bit, refused where they make no sense."""
+
+import itertools
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cfpretrain.base import config as configs
+from cfpretrain.base import config_checks
+from cfpretrain.base.console import EXIT_USER_ERROR, UserError
+from cfpretrain.core.work import Work
+from cfpretrain.data.loader import Loader
+from cfpretrain.data.tokenizer import TextTokenizer
+from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.export.official import write_official
+from cfpretrain.run import build
+from cfpretrain.run.metrics import training_flops
+from tests import folders
+from tests.digits import digits, digits_info, small_config, small_run, write_latents
+from tests.processes import run_alone, run_script
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+NUM_STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of digits with captions of several lengths, of which every tenth is empty; and their tokenizer."""
+    folder, samples = tmp_path_factory.mktemp("captioned"), digits(100)
+    captions = {i: f"a {NAMES[label]}" + ", written by hand" * (i % 3) for i, label, _ in samples if i % 10}
+    write_latents(folder / "shards", digits_info(100), samples, captions=captions)
+    ended = run_alone(
+        "tools/train_tokenizer.py", [str(folder / "shards"), f"--out={folder / 'tokenizer.json'}", "--size=280"]
+    )
+    assert ended.code == 0, ended.err
+    longest = max(len(TextTokenizer.load(folder / "tokenizer.json", "").encode(text)) for text in captions.values())
+    assert f" tokens in the mean, {longest} at most, 10 more are empty\n" in ended.out
+    (folder / "printed.yaml").write_text(ended.out[ended.out.index("data:") :])
+    return folder
+
+
+def knobs(captioned: Path, *overrides: str) -> list[str]:
+    return [
+        "--config",  # what the tool has printed, over the preset
+        str(captioned / "printed.yaml"),
+        f"train.num_steps={NUM_STEPS}",
+        "data.tasks.class_to_image=1",
+        "data.tasks.text_to_image=2",
+        "data.tasks.image_to_text=2",
+        "train.text_loss_weight=0.5",
+        *overrides,
+    ]
+
+
+def config_of(captioned: Path, folder: Path, *overrides: str) -> configs.Config:
+    arguments = small_run(captioned / "shards", folder, *knobs(captioned, *overrides))
+    files = [value for name, value in itertools.pairwise(arguments) if name == "--config"]
+    return configs.load(files, [one for one in arguments if one != "--config" and one not in files])
+
+
+def train(captioned: Path, folder: Path, num_ranks: int, *overrides: str) -> list[dict[str, Any]]:
+    arguments = small_run(captioned / "shards", folder, *knobs(captioned, *overrides))
+    for ended in run_script("cfpretrain/train.py", arguments, num_ranks):
+        assert ended.code == 0, ended.err
+    return folders.rows(folder)
+
+
+@pytest.fixture(scope="module")
+def run(captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On two ranks at ZeRO-3, of micro-batches so small that some lack a kind of token."""
+    folder = tmp_path_factory.mktemp("runs") / "two_ranks"
+    train(captioned, folder, 2, "engine.zero_stage=3", "train.micro_batch_size=2", "checkpoint.keep_last=2")
+    return folder
+
+
+def test_ranks_and_micro_batches_change_no_loss(captioned: Path, run: Path, tmp_path: Path) -> None:
+    """Each kind's loss is divided by its values in the global batch, wherever they are."""
+    config = config_of(captioned, tmp_path, "train.micro_batch_size=2")
+    loader = Loader(config, build.make_prepare(config), 0, 2)
+    counts = [[batch.counts()["text"] for batch in next(loader)] for _ in range(NUM_STEPS)]
+    loader.close()
+    assert any(0 in of_step for of_step in counts)
+    assert len({sum(of_step) for of_step in counts}) > 1
+
+    alone = train(captioned, tmp_path / "alone", 1, "engine.zero_stage=0", "train.micro_batch_size=16")
+    rows = folders.rows(run)
+    assert len(rows) == len(alone) == NUM_STEPS
+    for row, other in zip(rows, alone, strict=True):
+        assert row["num_image_values"] == other["num_image_values"]
+        assert row["num_text_values"] == other["num_text_values"] > 0
+        for name in ("loss", "loss_image", "loss_text", "grad_norm"):
+            assert row[name] == pytest.approx(other[name], rel=1e-4), name
+        assert row["loss"] == pytest.approx(row["loss_image"] + 0.5 * row["loss_text"], rel=1e-9)
+    assert rows[0]["loss_text"] == pytest.approx(math.log(config.model.vocabulary), rel=0.2)
+    assert rows[-1]["loss_text"] < rows[0]["loss_text"]
+
+
+def test_a_resumed_run_has_the_same_losses_bit_by_bit(captioned: Path, run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "again"
+    shutil.copytree(run, folder)
+    shutil.rmtree(folder / "checkpoints" / f"step_{NUM_STEPS:08d}")
+    (folder / "summary.json").unlink()
+    (folder / "metrics.jsonl").unlink()
+    again = train(captioned, folder, 2, "engine.zero_stage=3", "train.micro_batch_size=2", "checkpoint.keep_last=2")
+    wanted = folders.rows(run)[NUM_STEPS // 2 :]
+    assert [row["step"] for row in again] == [row["step"] for row in wanted]
+    for row, other in zip(again, wanted, strict=True):
+        names = ("loss", "loss_image", "loss_text", "grad_norm", "num_text_values")
+        assert [row[name] for name in names] == [other[name] for name in names]
+
+
+def test_a_step_is_made_again(run: Path) -> None:
+    """Of its samples, those with an image are listed."""
+    ended = run_script("tools/replay.py", [str(run), "--step", "6"], 2)
+    assert [one.code for one in ended] == [0, 0], ended[0].err
+    result = json.loads((run / "replay" / "step_00000006" / "samples.json").read_text())
+    assert result["equal"]
+    assert 0 < len(result["samples"]) <= 16
+    assert {sample["label"] for sample in result["samples"]} & set(range(10))
+    assert 10 in {sample["label"] for sample in result["samples"]}  # the null class, or none at all
+
+
+def test_a_run_keeps_its_tokenizer(captioned: Path, run: Path, tmp_path: Path) -> None:
+    ours = TextTokenizer.load(captioned / "tokenizer.json", "here")
+    kept = TextTokenizer.load(run / "tokenizer.json", "there")
+    assert ours.fingerprint == kept.fingerprint == build.find_checkpoint(run).state.tokenizer
+    other = TextTokenizer.train([" ".join(NAMES[::-1]), *(f"{name}, as it were" for name in NAMES)] * 2, ours.size)
+    assert (other.size, other.fingerprint == ours.fingerprint) == (ours.size, False)
+    (tmp_path / "other.json").write_text(other.to_json())
+    overrides = [f"data.tokenizer={tmp_path / 'other.json'}", "train.num_steps=9"]
+    (ended,) = run_script("cfpretrain/train.py", small_run(captioned / "shards", run, *knobs(captioned, *overrides)), 1)
+    assert ended.code == EXIT_USER_ERROR
+    assert ended.err.strip().count("\n") == 0
+    assert "data.tokenizer: expected the one that checkpoint" in ended.err
+
+
+def test_a_tokenizer_needs_captions_and_a_free_place(captioned: Path, shards: Path, tmp_path: Path) -> None:
+    for folder, out, words in (
+        (shards, tmp_path / "none.json", "SHARDS: expected captions, got none"),
+        (captioned / "shards", captioned / "tokenizer.json", "--out: "),
+    ):
+        ended = run_alone("tools/train_tokenizer.py", [str(folder), f"--out={out}"])
+        assert ended.code == EXIT_USER_ERROR
+        assert words in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_exports_without_its_texts_are_refused(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="expected a run without texts"):
+        export(run, tmp_path / "export", ExportSettings())
+    with pytest.raises(UserError, match=r"ordinal_table.* leave --format official out"):
+        write_official(run, tmp_path / "official.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.vocabulary=0"], ["data.tasks.text_to_image", "model.vocabulary"]),
+        (["data.tokenizer=''"], ["data.tokenizer", "expected a tokenizer.json"]),
+        ([f"data.tasks.{name}=0" for name in ("class_to_image", "text_to_image", "image_to_text")], ["data.tasks"]),
+    ],
+)
+def test_what_does_not_go_together_is_refused(captioned: Path, tmp_path: Path, overrides, words) -> None:
+    with pytest.raises(UserError) as error:
+        config_checks.check(config_of(captioned, tmp_path, *overrides), 1)
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.vocabulary=281"], ["model.vocabulary: expected", "got 281"]),
+        (["data.tokenizer=/nowhere.json"], ["data.tokenizer", "/nowhere.json does not exist"]),
+        (["model.max_text_tokens=8"], ["model.max_text_tokens: expected at least", "caption of sample", "got 8"]),
+    ],
+)
+def test_texts_that_do_not_fit_are_refused(captioned: Path, tmp_path: Path, overrides, words) -> None:
+    def read(config: configs.Config) -> None:
+        next(Loader(config, build.make_prepare(config), 0, 1))
+
+    with pytest.raises(UserError) as error:
+        read(config_of(captioned, tmp_path, *overrides))
+    assert all(word in str(error.value) for word in words)
+    assert "\n" not in str(error.value)
+
+
+def test_mirrored_images_with_captions_are_doubted(captioned: Path, tmp_path: Path) -> None:
+    def doubts(*overrides: str) -> list[str]:
+        config = config_of(captioned, tmp_path, "data.mirror_prob=0.5", *overrides)
+        return [one for one in config_checks.doubts(config, {}) if "left or right" in one]
+
+    assert len(doubts()) == 1
+    assert doubts("data.tasks.text_to_image=0", "data.tasks.image_to_text=0") == []
+
+
+def test_texts_count_in_flops_and_parameters(captioned: Path, tmp_path: Path) -> None:
+    config = config_of(captioned, tmp_path)
+    model, work = config.model, Work(10, 0, {"image": 0, "text": 3})
+    without = training_flops(model, Work(10, 0, {"image": 0, "text": 0}))
+    assert training_flops(model, work) - without == 3 * 2 * 3 * model.vocabulary * model.width
+    shapes, D = build.parameter_shapes(config), model.width
+    added = shapes.keys() - build.parameter_shapes(small_config(captioned / "shards", tmp_path)).keys()
+    assert {name: shapes[name] for name in added} == {
+        "text_embedder.embedding_table.weight": (model.vocabulary, D),
+        "text_embedder.position_table.weight": (model.max_text_tokens, D),
+        "ordinal_table.weight": (2, D),
+        "text_head.norm.weight": (D,),
+        "text_head.norm.bias": (D,),
+        "text_head.linear.weight": (model.vocabulary, D),
+    }
+    values = torch.empty(model.vocabulary * D)
+    build.initial_weights(config)("text_embedder.embedding_table.weight", (model.vocabulary, D), 0, values)
+    assert float(values.std()) == pytest.approx(0.02, rel=0.05)

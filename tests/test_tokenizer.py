@@ -1,0 +1,48 @@
+"""Texts become tokens and come back; whose names special tokens bear says nothing; other files are refused."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cfpretrain.base.console import UserError
+from cfpretrain.data.tokenizer import BEGIN, END, IMAGE, PAD, TextTokenizer
+
+TEXTS = ["a bold seven, leaning right", "the digit three: upright"] * 20
+TOKENIZER = TextTokenizer.train(TEXTS, 300)
+
+
+@given(st.text() | st.sampled_from([END, f"{BEGIN} a {IMAGE} {PAD}"]))
+def test_any_text_comes_back(text: str) -> None:
+    text = text.encode(errors="ignore").decode()  # lone surrogates are no text
+    ids = TOKENIZER.encode(text)
+    assert TOKENIZER.decode([TOKENIZER.begin, *ids, TOKENIZER.end, TOKENIZER.pad]) == text
+    assert not {TOKENIZER.pad, TOKENIZER.begin, TOKENIZER.end, TOKENIZER.image} & set(ids)
+    assert TOKENIZER.encode_batch([text, "a"]) == [ids, TOKENIZER.encode("a")]
+
+
+def test_what_it_was_trained_on_becomes_fewer_tokens() -> None:
+    assert TOKENIZER.size <= 300
+    assert len(TOKENIZER.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+    assert max(TOKENIZER.encode(TEXTS[0])) < TOKENIZER.size
+
+
+def test_its_file_gives_the_same_tokens_and_fingerprint(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text(TOKENIZER.to_json())
+    again = TextTokenizer.load(file, "data.tokenizer")
+    assert again.fingerprint == TOKENIZER.fingerprint
+    assert again.encode(TEXTS[0]) == TOKENIZER.encode(TEXTS[0])
+    assert TextTokenizer.train(TEXTS, 290).fingerprint != TOKENIZER.fingerprint
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"model": {"type": "Nonsense"}}', "\0"])
+def test_another_file_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "tokenizer.json"
+    file.write_text(content)
+    with pytest.raises(UserError, match=r"data\.tokenizer: .* cannot be read as a tokenizer\.json") as raised:
+        TextTokenizer.load(file, "data.tokenizer")
+    assert "\n" not in str(raised.value)
+    with pytest.raises(UserError, match="does not exist"):
+        TextTokenizer.load(tmp_path / "nothing", "data.tokenizer")

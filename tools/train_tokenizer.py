@@ -1,0 +1,61 @@
+"""Makes a tokenizer of the captions in shards: byte-level BPE, in which any text can be written.
+
+    python tools/train_tokenizer.py data/photos-latents --out data/photos-tokenizer.json --size 8192
+
+Takes shards of images or of latents, which keep the captions of `make_shards.py`'s table. It ends with the lines of a
+config that learns them. Any other tokenizer.json of Hugging Face's `tokenizers` may stand in its place.
+"""
+
+import argparse
+from pathlib import Path
+
+from cfpretrain.base import files, outputs
+from cfpretrain.base.command_line import Parser, check_range, positive
+from cfpretrain.base.console import UserError, address_argument, ending_in_one_line, explaining, path_argument, phase
+
+_FEWEST_TOKENS = 260  # one for each byte, and those that frame texts
+
+
+def main() -> None:
+    """The command."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("shards", nargs="+", type=address_argument, help="folders of shards with captions, or their addresses")
+    add("--out", type=path_argument, required=True, help="the file to write, e.g. data/tokenizer.json")
+    add("--size", type=positive, default=8192, help=f"the most tokens, at least {_FEWEST_TOKENS} (default 8192)")
+    with ending_in_one_line():
+        run(parser.parse_args())
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Makes the tokenizer, and prints what a config needs of it."""
+    out: Path = arguments.out
+    check_range("--size", arguments.size, _FEWEST_TOKENS)
+    outputs.refuse_existing(out, "--out")
+    with phase("loading torch and tokenizers"):
+        from cfpretrain.data.shards import Shards
+        from cfpretrain.data.tokenizer import TextTokenizer
+    captions: list[str] = []
+    with phase("reading captions"):
+        for shards in (Shards(address, "SHARDS") for address in arguments.shards):
+            captions += [sample["caption"] for i in range(len(shards.files)) for sample in shards.shard(i)]
+    said = list(filter(None, captions))
+    if not said:
+        raise UserError(
+            f"SHARDS: expected captions, got none in {', '.join(arguments.shards)}; give make_shards.py a table with a "
+            "column `caption`"
+        )
+    with phase("training"):
+        tokenizer = TextTokenizer.train(said, arguments.size)
+    with explaining(f"--out: {out} cannot be written: {{reason}}; choose another"):
+        files.make_folder(out.parent, follow=True)
+        files.replace(out, tokenizer.to_json())
+    lengths = [len(tokenizer.encode(caption)) for caption in said]
+    empty = f", {len(captions) - len(said)} more are empty" if len(said) < len(captions) else ""
+    print(f"{len(said)} captions of {sum(lengths) / len(said):.1f} tokens in the mean, {max(lengths)} at most{empty}")
+    print("data:", f"  tokenizer: {out}", "  tasks: {text_to_image: 3, image_to_text: 1}", sep="\n")
+    print("model:", f"  vocabulary: {tokenizer.size}", f"  max_text_tokens: {max(lengths) + 2}", sep="\n")
+
+
+if __name__ == "__main__":
+    main()
