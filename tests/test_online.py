@@ -365,6 +365,10 @@ def pixels_config(folder: Path | Sequence[Path], **settings: Any) -> Config:
 BAD = {
     "text": (b"hello", r"it is no image, or one of more than [0-9,]+ pixels; make the image shards again"),
     "empty": (b"", r"it is no image, or one of more than [0-9,]+ pixels; make the image shards again"),
+    "cut JPEG 2000": (
+        encoded(crops(1, SIZE)[0], "JPEG2000")[:150],
+        r"it is no image, or one of more than [0-9,]+ pixels; make the image shards again",
+    ),
     "cut short": (
         encoded(crops(1, SIZE)[0])[:-100],
         r"DALI cannot decode it \(.*\); make the image shards again",
@@ -515,7 +519,7 @@ def test_an_autoencoder_that_does_not_fit(pairs: Any, tmp_path: Path) -> None:
     assert said.startswith("data.autoencoder: expected the folder of the one that encodes the images of ")
     assert "since model.latent_channels = 4 are not their 3, got none; set it, encode them before" in said
     said = refusal(pair.config(latent_scale=(0.2325,)))
-    assert "data.latent_scale: expected [0.5, 0.25, 0.125, 0.0625], which these latents need, got [0.2325]" in said
+    assert "data.latent_scale: expected [0.5, 0.25, 0.125, 0.0625], as the autoencoder says, got [0.2325]" in said
     said = refusal(pair.config(shape=(4, 16, 16)))
     assert "model.latent_size: expected 8, the rows of the latents, got 16" in said
     said = refusal(pairs("grey").config(autoencoder=pair.settings["autoencoder"]))
@@ -552,8 +556,8 @@ def test_padding_that_costs_more_than_the_images_is_said(
     for world_size in (1, 2):
         Loader(config, as_read, 0, world_size).close()
         said = capsys.readouterr().out
-        what = f"data.encode_batch_size = {encode_batch_size}: a micro-batch of 6 images is encoded with {padding} more"
-        assert (f"WARNING: {what} that fill it up; set 6" in said) == (padding > 0)
+        what = f"data.encode_batch_size = {encode_batch_size}: a micro-batch of 6 is padded by {padding} images"
+        assert (f"WARNING: {what}, which takes as long; set 6, unless" in said) == (padding > 0)
         assert ("WARNING" in said) == (padding > 0)
 
 

@@ -83,7 +83,7 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Folders of latent shards, or of image shards, which are encoded as training goes; or addresses: s3://bucket/folder
+    # Folders of latent shards, or of image shards, which are encoded during training; or addresses: s3://bucket/folder
     shards: tuple[Address, ...] = ("data/latents",)
     # How often an epoch goes through each; one value, or one a folder.
     repeat: tuple[Annotated[float, Range(1e-9, 127)], ...] = (1.0,)

@@ -88,6 +88,13 @@ class Encoding:
             versions=merged_versions(records) if records else {},
         )
 
+    def describe_work(self) -> str:
+        """What is done with images during training, in a line."""
+        made_by = "pixels are the latents"
+        if self.has_posterior:
+            made_by = f"encoded {self.batch_size} at once in {self.precision}"
+        return f"images are decoded during training, {self._crop} crop; {made_by}"
+
     def moments(self, pixels_BYXC: torch.Tensor, mirrored_B: torch.Tensor, names: Sequence[str]) -> _Moments:
         """What is kept of images, or of the mirror images of some: columns `mean` and, of a posterior, `log_variance`.
 

@@ -205,8 +205,9 @@ def _warn_of_padding(config: Config, world_size: int) -> None:
     padding = -micro_batch_size % size
     if padding >= micro_batch_size:
         say(
-            f"WARNING: data.encode_batch_size = {size}: a micro-batch of {micro_batch_size} images is encoded with "
-            f"{padding} more that fill it up; set {micro_batch_size}"
+            f"WARNING: data.encode_batch_size = {size}: a micro-batch of {micro_batch_size} is padded by "
+            f"{padding} images, which takes as long; set {micro_batch_size}, unless losses are to equal those of "
+            f"latents that were encoded {size} at once"
         )
 
 

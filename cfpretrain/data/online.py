@@ -24,7 +24,7 @@ from cfpretrain.base.console import UserError
 from cfpretrain.core.latents import LatentScaling
 from cfpretrain.data.cache import Cache
 from cfpretrain.data.latent_shards import Encoding
-from cfpretrain.data.pixels import Decoder
+from cfpretrain.data.pixels import Decoder, dali_version
 from cfpretrain.data.reader import MicroBatches, Reader, Request
 from cfpretrain.data.samples import ImageFiles, Prepare, Samples, T, VisitDraws, split_ids
 from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, read_info
@@ -67,6 +67,7 @@ def open_training_data(config: Config, device: torch.device | None = None) -> Tr
         )
     if latents:
         return TrainingData(folders, latents, [], cache)
+    dali_version()  # before an engine is built
     autoencoder, precision = _open_autoencoder(config, images[0], device)
     encodings = [
         Encoding(

@@ -111,10 +111,10 @@ class TrainingStep:
     def refuse_bad_images(self, result: StepResult) -> None:
         """`LostDataError` on all ranks where most images of a step are bad."""
         size = self.config.train.global_batch_size
-        if 2 * result.num_bad_images > size:
+        if result.num_bad_images > max(1, size // 2):
             raise LostDataError(
                 f"data.on_bad_image: expected most images of a step to be good, got {result.num_bad_images} bad ones "
-                f"of {size}; the first is {result.bad_images[0]}"
+                f"of {size}; restore the shards; the first is {result.bad_images[0]}"
             )
 
     def _next_batches(self, step: int) -> list[Batch]:

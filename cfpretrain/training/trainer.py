@@ -82,6 +82,8 @@ class Trainer:
         self.folder, self.must_stop = Path(config.run.folder), False
         with runtime.together():
             data = data or open_training_data(config, device)
+        if data.encodings:
+            say(data.encodings[0].describe_work())
         self._build_engine()
         self.guard = Guard(config.guard)
         self.checkpoints = Checkpoints(config, self.engine, self.guard, resume_from)
@@ -266,8 +268,8 @@ class Trainer:
 
     def _pause(self) -> None:
         """Leaves a checkpoint and a note for the job script: the same command goes on."""
+        self.checkpoints.complete(self.state())  # first: what is being encoded may take longer than a scheduler waits
         self.loader.close()
-        self.checkpoints.complete(self.state())
         # A rank without a request takes the reason from one that has it.
         reason = next(found for found in runtime.gather(self.stop.reason) if found is not None)
         write_requeue(self.folder, reason)
@@ -281,8 +283,8 @@ class Trainer:
 
         Where it is asked to stop before the summary, `must_stop` is true, and the same command finishes it.
         """
-        self.loader.close()
         self.checkpoints.complete(self.state())
+        self.loader.close()
         self.draw_samples()
         if self.evaluator is not None and self.scored_step != self.at.step and not self.must_stop:
             self.score()
