@@ -17,8 +17,8 @@ from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
 from cfpretrain.core.segments import build_layout
 from cfpretrain.run import build
-from cfpretrain.run.metrics import Account, encoding_cost
 from cfpretrain.training import memory, zero
+from cfpretrain.training.encoding_cost import encoding_cost
 from tests.digits import write_digits as write_latents
 from tests.image_files import write_digits as write_images
 from tests.processes import REPOSITORY, run_in_processes, run_script
@@ -127,21 +127,6 @@ def test_activations(one: list[tuple[int, int]]) -> None:
         found = expect(activations_config(*kind), 1)
         assert found.worst_moment == "backward"
         assert found.peak - found.static == pytest.approx(peak - held, rel=0.1), kind
-
-
-def test_account_counts_live_storages_once() -> None:
-    with Account() as account:
-        first = torch.zeros(1000)
-        views = first[10:].view(-1, 2), first.detach()
-        assert account.held == 4000
-        second = first + 1
-        assert account.held == account.peak == 8000
-        del first, views
-        assert account.held == 4000
-        account.peak = account.held
-        second = second * 2
-        assert (account.held, account.peak) == (4000, 8000)
-    assert len(second) == 1000
 
 
 # ---------------------------------------------------------------------------

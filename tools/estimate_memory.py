@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from cfpretrain.base.config import Config
     from cfpretrain.core.objective import Draws
-    from cfpretrain.run.metrics import EncodingCost
+    from cfpretrain.training.encoding_cost import EncodingCost
 
 EXIT_DOES_NOT_FIT = 1
 GB = 1e9
@@ -101,7 +101,7 @@ def run(arguments: argparse.Namespace) -> bool:
 def _encoding(config: "Config", from_images: bool) -> "tuple[EncodingCost | None, str]":
     """What encoding images takes on a GPU, None where latents are read; and, in words, what was assumed."""
     from cfpretrain.data.online import encoding_precision, kind_at_hand
-    from cfpretrain.run.metrics import encoding_cost
+    from cfpretrain.training.encoding_cost import encoding_cost
 
     kind, data = kind_at_hand(config), config.data
     if kind == "latents" and from_images:
@@ -262,22 +262,22 @@ def measure_step(config: "Config", device: "torch.device") -> tuple[int, int]:
     """
     import torch
 
-    from cfpretrain.run.metrics import Account
+    from cfpretrain.training.encoding_cost import MemoryTracker
 
-    account = None if device.type == "cuda" else Account()
-    with account or contextlib.nullcontext():
+    tracker = None if device.type == "cuda" else MemoryTracker()
+    with tracker or contextlib.nullcontext():
         micro_batches = _micro_batches(config, device)
         next(micro_batches)  # the engine is built
         held = 0
-        if account is not None:
-            account.peak = account.held
+        if tracker is not None:
+            tracker.peak = tracker.held
         else:
             torch.cuda.reset_peak_memory_stats(device)
         for _ in micro_batches:
-            if account is not None:
+            if tracker is not None:
                 time.sleep(_GLOO_SECONDS)
-            held = max(held, account.held if account is not None else torch.cuda.memory_allocated(device))
-        peak = account.peak if account is not None else torch.cuda.max_memory_allocated(device)
+            held = max(held, tracker.held if tracker is not None else torch.cuda.memory_allocated(device))
+        peak = tracker.peak if tracker is not None else torch.cuda.max_memory_allocated(device)
     return held, peak
 
 

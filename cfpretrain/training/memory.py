@@ -19,7 +19,7 @@ from cfpretrain.core.attention import BACKENDS
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.work import sequence_lengths
 from cfpretrain.run.build import choose_attention, parameter_shapes
-from cfpretrain.run.metrics import encoding_cost
+from cfpretrain.training.encoding_cost import encoding_cost
 from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
@@ -91,7 +91,7 @@ class Estimate:
 def estimate(config: Config, num_ranks: int, on_gpu: bool, encoding_bytes: int = 0) -> Estimate:
     """The memory of a config's training step on one of `num_ranks` ranks, for which it is checked.
 
-    `encoding_bytes` are those of `metrics.encoding_cost` where training reads image shards.
+    `encoding_bytes` are those of `encoding_cost` where training reads image shards.
     """
     return replace(_Step(config, num_ranks, on_gpu).estimate(), autoencoder=encoding_bytes)
 

@@ -23,7 +23,7 @@ from cfpretrain.data.online import TrainingData, open_training_data
 from cfpretrain.data.pixels import Decoder
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.run.build import make_prepare
-from cfpretrain.run.metrics import encoding_cost
+from cfpretrain.training.encoding_cost import encoding_cost
 from tools.measuring.common import alternate, print_rates
 from tools.measuring.photos import photo_shards, write_autoencoder
 

@@ -38,8 +38,9 @@ from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import build_layout
 from cfpretrain.data.online import kind_at_hand
 from cfpretrain.run.build import choose_attention, choose_blocks, make_loss
-from cfpretrain.run.metrics import EncodingCost, encoding_cost, peak_flops
+from cfpretrain.run.metrics import peak_flops
 from cfpretrain.training import memory
+from cfpretrain.training.encoding_cost import EncodingCost, encoding_cost
 from tools.measuring.common import alternate, confined, on_noise
 from tools.measuring.photos import on_photos
 from tools.measuring.profiling import count_kernels
