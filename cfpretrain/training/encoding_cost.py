@@ -30,6 +30,9 @@ class EncodingCost:
         return self.weights + self.working
 
 
+NO_ENCODING = EncodingCost(0, 0, 0)  # where latents are read
+
+
 def encoding_cost(config: Config, on_gpu: bool) -> EncodingCost:
     """What encoding takes, counted on a network without values: of the autoencoder its config alone is read.
 
