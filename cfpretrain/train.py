@@ -115,7 +115,7 @@ def _describe_inputs(config: "Config", micro_batch_size: int) -> Iterator[str]:
     infos = [] if data is None else data.latents
     if data is not None:
         check_infos(infos, config)
-        yield f"shards: {sum(map(len, data.folders)):,} {data.folders[0].info.kind}, which fit the config"
+        yield f"shards: {sum(map(len, data.folders)):,} {data.kind}, which fit the config"
         if data.encodings:
             yield from _describe_encoding(config, data.latents[0].crop, micro_batch_size)
             return

@@ -327,6 +327,7 @@ def test_closing_while_a_worker_hangs(pairs: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_training_thread_keeps_its_number_of_threads(pairs: Any) -> None:
+    """Torch's number is a thread's own, once that has computed anything."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

@@ -213,8 +213,10 @@ def read_image(
 def declared_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int] | None:
     """Width and height that an image file declares; None of what is no image of a known kind, or too large for PIL."""
     try:
-        with Image.open(io.BytesIO(bytes(data)), formats=_KINDS) as file:
-            return file.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images above half of PIL's limit
+            with Image.open(io.BytesIO(bytes(data)), formats=_KINDS) as file:
+                return file.size
     except Exception:  # whatever a damaged one brings its decoder to
         return None
 

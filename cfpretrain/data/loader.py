@@ -106,8 +106,8 @@ class Loader(Generic[T]):
             reading = LatentReading(data.latents[0], VisitDraws(config), prepare)
             batches, is_pinned = MicroBatches(folders, reading), device.type == "cuda"
             self._reader = Reader(batches, requests, config.data.num_workers, is_pinned, self._budget)
-        # A process that an error ends would wait for its workers, which leave signals to it.
-        atexit.register(self.close)
+        # A process that an error ends would wait for its workers, which leave signals to it. (`close` starts a thread.)
+        self._at_exit = atexit.register(self._reader.kill)
 
     def __iter__(self) -> Iterator[list[T]]:
         return self
@@ -140,7 +140,7 @@ class Loader(Generic[T]):
 
     def close(self) -> None:
         """Ends the worker processes; the position stays readable."""
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         self.end_waiting()
         if self._reader is not None:
             self._reader.close()

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from cfpretrain.autoencoder import deterministic_convolutions
 from cfpretrain.base import runtime
 from cfpretrain.base.command_line import check_range
 from cfpretrain.base.config import Config, DataConfig, EngineConfig, ModelConfig, TrainConfig
 from cfpretrain.base.console import UserError, phase
-from cfpretrain.data.latent_shards import Encoding, encode, exactly
+from cfpretrain.data.images import declared_size
+from cfpretrain.data.latent_shards import Encoding, encode
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.online import TrainingData, open_training_data
 from cfpretrain.data.pixels import Decoder
@@ -116,18 +118,22 @@ def _alone(encoding: Encoding, num_batches: int) -> tuple[Callable[[], float], C
         [n % len(encoding.images) for n in range(at * batch_size, (at + 1) * batch_size)] for at in range(num_batches)
     ]
     files = [[sample["image"] for sample in encoding.images.samples(one)] for one in places]
+    sizes = [list(map(declared_size, of_batch)) for of_batch in files]
     decoder = Decoder(encoding.info, batch_size, device, runtime.num_cores())
-    pixels_BYXC, mirrored_B = decoder(files[0]), torch.zeros(batch_size, dtype=torch.bool)
+    pixels_BYXC, mirrored_B = decoder(files[0], sizes[0])[0], torch.zeros(batch_size, dtype=torch.bool)
     names = [""] * batch_size
 
     def decode() -> float:
-        return _rate(lambda place: decoder(files[place]), num_batches, batch_size)
+        return _rate(lambda place: decoder(files[place], sizes[place]), num_batches, batch_size)
 
     def encode_alone() -> float:
         return _rate(lambda place: encoding.moments(pixels_BYXC, mirrored_B, names), num_batches, batch_size)
 
     def in_one_thread() -> float:
-        with exactly(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        with (
+            deterministic_convolutions(),
+            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as threads,
+        ):
             return threads.submit(encode_alone).result()
 
     return decode, in_one_thread
