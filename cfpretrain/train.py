@@ -136,6 +136,7 @@ def _describe_encoding(config: "Config", crop: str, micro_batch_size: int) -> It
     """How images are encoded as training goes, and what that costs beside the training step."""
     from cfpretrain.data.online import encoding_precision
     from cfpretrain.run import metrics
+    from cfpretrain.training.encoding_cost import encoding_cost
 
     data, at_once = config.data, config.data.encode_batch_size
     if not data.autoencoder:
@@ -143,7 +144,7 @@ def _describe_encoding(config: "Config", crop: str, micro_batch_size: int) -> It
         return
     on_gpu, on_cpu = (encoding_precision(config, device_type) for device_type in ("cuda", "cpu"))
     precision = on_cpu if on_gpu == on_cpu else f"{on_gpu} (on a CPU {on_cpu})"
-    flops = metrics.encoding_cost(config, on_gpu=True).flops
+    flops = encoding_cost(config, on_gpu=True).flops
     yield (
         f"images: encoded as training goes, by {data.autoencoder} in {precision}, {at_once} at once, {crop} crop: "
         f"{flops:.3e} FLOPs an image, {flops / metrics.training_flops(config.model, _mean_work(config)):.2%} of the "

@@ -12,21 +12,24 @@ Exit code 0: no loss differs by more than --tolerance; 1: one does; 2: a mistake
 """
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain.base.command_line import Parser, check_range, positive
 from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, printable
-from tools.crashing.accounts import Row, loss_errors
 
 _EXIT_DIFFERENT = 1
 # Of the last row of a window.
 _SPEEDS = {"images/s": ("images_per_second", ".0f"), "wait for data": ("data_wait_share", ".2%")}
+
+Row = dict[str, Any]  # of metrics.jsonl
 
 
 def main() -> None:
@@ -80,12 +83,12 @@ def _compare_losses(both: Sequence[Sequence[Row]], num_judged: int | None, toler
     """Says where the losses of the same steps differ; whether those of the first steps agree."""
     steps = [row["step"] for row in both[0]]
     largest = loss_errors(*both)  # up to each step
-    said = f"{'losses':>14}  of the {len(steps)} steps that both have, {steps[0]} to {steps[-1]}: equal, bit by bit"
+    said = f"{'losses':>14}  of the {len(steps)} steps that both have, {steps[0]} to {steps[-1]}, "
     if not largest[-1]:
-        print(said)
+        print(f"{said}are equal, bit by bit")
         return True
     first = next(i for i, error in enumerate(largest) if error)
-    print(f"{said}, before step {steps[first]}: {' and '.join(str(rows[first]['loss']) for rows in both)}")
+    print(f"{said}differ first at step {steps[first]}: {' and '.join(str(rows[first]['loss']) for rows in both)}")
     judged = largest[:num_judged]
     for up_to in dict.fromkeys((len(judged), len(largest))):
         print(f"{'':>14}  largest relative difference up to step {steps[up_to - 1]}: {largest[up_to - 1]:.2g}")
@@ -93,6 +96,20 @@ def _compare_losses(both: Sequence[Sequence[Row]], num_judged: int | None, toler
     verdict = "within" if agrees else "MORE than"
     print(f"{'':>14}  {verdict} the tolerance of {tolerance:g} up to step {steps[len(judged) - 1]}")
     return agrees
+
+
+def loss_errors(rows: Sequence[Row], others: Sequence[Row]) -> list[float]:
+    """The largest relative error of the loss up to each step that both runs have; a loss that one lacks is infinite."""
+    wanted = {row["step"]: row["loss"] for row in others}
+    errors, largest = [], 0.0
+    for row in rows:
+        ours, theirs = row["loss"], wanted.get(row["step"])
+        if ours is not None and theirs is not None:
+            largest = max(largest, abs(ours - theirs) / abs(theirs))
+        elif ours is not theirs:
+            largest = math.inf
+        errors.append(largest)
+    return errors
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from cfpretrain.data.online import TrainingData, open_training_data
 from cfpretrain.data.pixels import Decoder
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.run.build import make_prepare
-from cfpretrain.run.metrics import encoding_cost
+from cfpretrain.training.encoding_cost import encoding_cost
 from tools.measuring.common import alternate, print_rates
 from tools.measuring.photos import photo_shards, write_autoencoder
 
@@ -44,7 +44,7 @@ def images(arguments: argparse.Namespace) -> dict[str, Any]:
         check_range("--batch-size", batch_size, 1, len(encoding.images))
         check_range("--images", arguments.images, batch_size)
         with phase(f"encoding {len(encoding.images)} images"):
-            write_latents(_for_shards(encoding, config), runtime.num_cores(), folder / "latents")
+            write_latents(encoding, runtime.num_cores(), folder / "latents")
         latents = replace(config, data=replace(config.data, shards=(str(folder / "latents"),), autoencoder=""))
         decode, encode_alone = _alone(encoding, num_batches)
         sides = {
@@ -95,12 +95,6 @@ def _open(arguments: argparse.Namespace, folder: Path, device: torch.device) -> 
     model = ModelConfig(latent_size=size, latent_channels=channels, num_classes=len(info.class_names))
     data = replace(data, latent_shift=info.latent_shift, latent_scale=info.latent_scale)
     return replace(config, model=model, data=data), opened
-
-
-def _for_shards(encoding: Encoding, config: Config) -> Encoding:
-    """The same encoding, which leaves mirror images out where training draws none."""
-    how = encoding.device, encoding.precision, encoding.batch_size
-    return Encoding(encoding.images, encoding.autoencoder, *how, with_mirror=config.data.mirror_prob > 0)
 
 
 def _loader_rate(config: Config, num_batches: int, device: torch.device, data: TrainingData | None = None) -> float:
