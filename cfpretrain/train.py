@@ -120,7 +120,8 @@ def _describe_inputs(config: "Config", micro_batch_size: int) -> Iterator[str]:
             yield from _describe_encoding(config, data.latents[0].crop, micro_batch_size)
             return
     else:
-        yield f"shards: not looked at, since {elsewhere[0]} is no folder of this machine"
+        what = "an address" if "://" in elsewhere[0] else "no folder of this machine"
+        yield f"shards: not looked at, since {elsewhere[0]} is {what}"
     if not folder:
         return
     if elsewhere and not Path(folder).is_dir():
@@ -130,25 +131,28 @@ def _describe_inputs(config: "Config", micro_batch_size: int) -> Iterator[str]:
     for info in infos:
         check_autoencoder(info, found.fingerprint, found.shift, found.scale, "data.autoencoder")
     yield f"autoencoder: {folder}, which {'made the latents' if infos else 'can be read'}"
+    if elsewhere:
+        yield "if the shards hold images:"
+        yield from _describe_encoding(config, config.data.crop, micro_batch_size)
 
 
 def _describe_encoding(config: "Config", crop: str, micro_batch_size: int) -> Iterator[str]:
-    """How images are encoded as training goes, and what that costs beside the training step."""
+    """How images are encoded during training, and what that costs beside the training step."""
     from cfpretrain.data.online import encoding_precision
     from cfpretrain.run import metrics
     from cfpretrain.training.encoding_cost import encoding_cost
 
     data, at_once = config.data, config.data.encode_batch_size
     if not data.autoencoder:
-        yield f"images: decoded as training goes, {crop} crop; their pixels are the latents"
+        yield f"images: decoded during training, {crop} crop; their pixels are the latents"
         return
     on_gpu, on_cpu = (encoding_precision(config, device_type) for device_type in ("cuda", "cpu"))
     precision = on_cpu if on_gpu == on_cpu else f"{on_gpu} (on a CPU {on_cpu})"
     flops = encoding_cost(config, on_gpu=True).flops
     yield (
-        f"images: encoded as training goes, by {data.autoencoder} in {precision}, {at_once} at once, {crop} crop: "
+        f"images: encoded during training, by {data.autoencoder} in {precision}, {at_once} at once, {crop} crop: "
         f"{flops:.3e} FLOPs an image, {flops / metrics.training_flops(config.model, _mean_work(config)):.2%} of the "
-        "training FLOPs"
+        "model's training FLOPs, which come to it"
     )
     if micro_batch_size % at_once:
         num_encoded = -(-micro_batch_size // at_once) * at_once

@@ -337,7 +337,7 @@ def test_command_counts_the_autoencoder_of_images(tmp_path: Path, capsys: pytest
     of_images = [DIGITS, f"data.shards={images}"]
     said, found = reported(capsys, overrides=of_images)
     cost = encoding_cost(configs.load(IMAGES, of_images), on_gpu=True)
-    assert "data.shards hold images, encoded as training goes: " in said
+    assert "data.shards hold images, encoded during training: " in said
     assert found["encoding"] == {"flops": cost.flops, "weights": cost.weights, "working": cost.working}
     elsewhere = [DIGITS, f"data.shards={tmp_path / 'elsewhere'}"]
     said, assumed = reported(capsys, overrides=elsewhere, from_images=True)

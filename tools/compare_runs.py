@@ -23,7 +23,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools share code
 
 from cfpretrain.base.command_line import Parser, check_range, positive
-from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, printable
+from cfpretrain.base.console import UserError, ending_in_one_line, masked, path_argument, phase, printable
 
 _EXIT_DIFFERENT = 1
 # Of the last row of a window.
@@ -51,9 +51,12 @@ def run(arguments: argparse.Namespace) -> bool:
     check_range("--tolerance", arguments.tolerance, 0)
     folders = (arguments.run, arguments.other)
     with phase("loading torch"):
+        from cfpretrain.base.config import to_plain
         from cfpretrain.run.build import METRICS_FILE, load_run_config
         from cfpretrain.run.metrics import read_metrics
-    shards = [" ".join(load_run_config(folder).data.shards) for folder in folders]
+        from cfpretrain.run.state import changes
+    configs = [load_run_config(folder) for folder in folders]
+    shards = [" ".join(config.data.shards) for config in configs]
     # Scores alone may have a row of their own.
     steps = [{row["step"]: row for row in read_metrics(f / METRICS_FILE) if "loss" in row} for f in folders]
     common = sorted(steps[0].keys() & steps[1].keys())
@@ -62,11 +65,16 @@ def run(arguments: argparse.Namespace) -> bool:
     both = [[of_run[step] for step in common] for of_run in steps]
     speeds = {name: [_median(rows, key) for rows in both] for name, (key, _) in _SPEEDS.items()}
     width = max(24, *(len(text) + 2 for text in (*map(str, folders), *shards)))
+    ranks = [sorted({row["num_ranks"] for row in rows if "num_ranks" in row}) for rows in both]
     table: dict[str, Sequence[object]] = {"": folders, "shards": shards, "steps": [len(of_run) for of_run in steps]}
+    table["ranks"] = [", ".join(map(str, of_run)) for of_run in ranks]
     for name, (_, form) in _SPEEDS.items():
         table[name] = ["-" if value is None else format(value, form) for value in speeds[name]]
     for name, values in table.items():
         print(printable(f"{name:>14}" + "".join(f"{value!s:>{width}}" for value in values)))
+    for key, (value, other_value) in changes(*map(to_plain, configs)).items():
+        if key != "data.shards":
+            print(printable(masked(f"{'differs':>14}  {key}: {value} and {other_value}")))
     here, other = speeds["images/s"]
     if here and other:
         print(f"{'':>14}{arguments.other} makes {other / here:.3f} times the images/s of {arguments.run}")

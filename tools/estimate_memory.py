@@ -114,7 +114,7 @@ def _encoding(config: "Config", from_images: bool) -> "tuple[EncodingCost, str]"
     known = "hold" if kind == "images" else "are taken to hold"
     what = f"{data.autoencoder} in {encoding_precision(config, 'cuda')}" if data.autoencoder else "pixels as latents"
     return found, (
-        f"data.shards {known} images, encoded as training goes: {what}, {found.num_bytes / GB:.2f} GB, of which "
+        f"data.shards {known} images, encoded during training: {what}, {found.num_bytes / GB:.2f} GB, of which "
         f"{found.weights / GB:.2f} are weights and {found.working / GB:.2f} a batch of {data.encode_batch_size}"
     )
 

@@ -1,4 +1,4 @@
-"""What encoding images as training goes costs: FLOPs and memory, counted on a network without values."""
+"""What encoding images during training costs: FLOPs and memory, counted on a network without values."""
 
 import weakref
 from dataclasses import dataclass
@@ -11,14 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cfpretrain.autoencoder import KLAutoencoder, make_network, read_config
+from cfpretrain.autoencoder import KLAutoencoder, are_pixels, make_network, read_config
 from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
 from cfpretrain.data.online import encoding_precision
 
 
 @dataclass(frozen=True)
 class EncodingCost:
-    """What the autoencoder takes that encodes images as training goes."""
+    """What the autoencoder takes that encodes images during training."""
 
     flops: int  # of one image
     weights: int  # bytes; those of the decoder too, which is loaded with it
@@ -42,6 +43,11 @@ def encoding_cost(config: Config, on_gpu: bool) -> EncodingCost:
     """
     data, model = config.data, config.model
     if not data.autoencoder:
+        if not are_pixels(model.latent_channels):
+            raise UserError(
+                "data.autoencoder: expected the folder of the one that encodes the images, since "
+                f"model.latent_channels = {model.latent_channels} are no pixels, got none; set it"
+            )
         # Pixels as they are decoded, and as floats: in [0, 255], in [0, 1], mirrored, and those that are chosen.
         return EncodingCost(0, 0, (1 + 4 * 4) * data.encode_batch_size * model.latent_channels * model.latent_size**2)
     key = f"data.autoencoder: {data.autoencoder}"
@@ -52,6 +58,11 @@ def encoding_cost(config: Config, on_gpu: bool) -> EncodingCost:
     with FakeTensorMode():  # in which a CPU's kernels are chosen, those of attention too
         network.load_state_dict({name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}, assign=True)
         autoencoder = KLAutoencoder(network, "", "data.autoencoder")
+        if autoencoder.latent_channels != model.latent_channels:
+            raise UserError(
+                f"model.latent_channels: expected {autoencoder.latent_channels}, those of {data.autoencoder}, got "
+                f"{model.latent_channels}; set it so, or take another autoencoder"
+            )
         side = model.latent_size * autoencoder.stride
         images_BCYX = torch.zeros(data.encode_batch_size, autoencoder.image_channels, side, side)
         with MemoryTracker(of_fakes=True) as memory, FlopCounterMode(display=False) as counter:

@@ -199,8 +199,9 @@ def _check_inputs(config: Config, device: torch.device) -> TrainingData:
     if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config, data.folders):
         raise UserError(
             f"data.shards: checkpoint {latest} was trained on other shards than {', '.join(config.data.shards)} "
-            "(latents are others than the images that they were made of), or with other data.repeat, data.num_canonical_nodes or data.shuffle_block_size, so its place in the data "
-            "means nothing here; set these as they were or choose another run.folder"
+            "(latents are others than the images that they were made of), or with other data.repeat, "
+            "data.num_canonical_nodes or data.shuffle_block_size, so its place in the data means nothing here; "
+            "set these as they were or choose another run.folder"
         )
     if saved.seed != config.run.seed:
         raise UserError(

@@ -50,7 +50,7 @@ class Estimate:
     gradients: int
     optimizer: int  # fp32 masters and the optimizer's state
     ema: int  # on the GPU
-    autoencoder: int  # that encodes images as training goes, at any moment of the step; 0 where latents are read
+    autoencoder: int  # that encodes images during training, at any moment of the step; 0 where latents are read
     buffers: int  # of communication
     lasting_buffers: int  # of them, those that also live between two micro-batches
     activations: int  # kept from the forward for the backward, at the longest sequence

@@ -9,7 +9,7 @@ shards of noise that the tool writes, forward, backward, clipping, the optimizer
 wandb, no checkpoint, no sample. `--bare` leaves the trainer out: engine and objective alone, on batches that were made
 ahead. The learning rate is constant, so that losses soon depend on gradients.
 
-Images are read, and encoded as training goes, where the config names image shards of this machine, and with `--photos`,
+Images are read, and encoded during training, where the config names image shards of this machine, and with `--photos`,
 for which the tool writes JPEG photos of four classes and an autoencoder with random weights. FLOPs and MFU stay the
 model's; those of the autoencoder are said beside them.
 
