@@ -18,7 +18,7 @@ def write(folder: Path, losses: Sequence[float | None], images_per_second: float
     """A run of these losses, in windows of two steps, which scored itself at its first step."""
     folder.mkdir()
     (folder / CONFIG_FILE).write_text(to_yaml(small_config(Path("shards of ") / folder.name, folder)))
-    rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, first)]
+    rows = [{"step": step, "loss": loss, "num_ranks": 2} for step, loss in enumerate(losses, first)]
     for row in rows[1::2]:
         row |= {"images_per_second": images_per_second * row["step"], "data_wait_share": 0.25}
     lines = [{"step": first, "fid": 3.0}, *rows]
@@ -41,8 +41,11 @@ def test_equal_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     code, said = compare(monkeypatch, capsys, *runs)
     assert code == 0
     assert said.endswith("losses of the 4 steps that both have, 1 to 4, are equal, bit by bit")
-    assert "steps 4 6 images/s 300 150 wait for data 25.00% 25.00%" in said
+    assert "steps 4 6 ranks 2 2 images/s 300 150 wait for data 25.00% 25.00%" in said
+    assert "differs" not in said
     assert f"{runs[1]} makes 0.500 times the images/s of {runs[0]}" in said
+    (runs[1] / CONFIG_FILE).write_text(to_yaml(small_config(Path("shards of b"), runs[1], "train.warmup_steps=5")))
+    assert " differs train.warmup_steps: 4 and 5 " in compare(monkeypatch, capsys, *runs)[1]
 
 
 def test_a_difference_counts_by_its_size_and_its_step(tmp_path: Path, monkeypatch, capsys) -> None:

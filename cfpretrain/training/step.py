@@ -114,7 +114,7 @@ class TrainingStep:
         if result.num_bad_images > max(1, size // 2):
             raise LostDataError(
                 f"data.on_bad_image: expected most images of a step to be good, got {result.num_bad_images} bad ones "
-                f"of {size}; restore the shards; the first is {result.bad_images[0]}"
+                f"of {size}; the first is {result.bad_images[0]}"
             )
 
     def _next_batches(self, step: int) -> list[Batch]:
