@@ -8,12 +8,14 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from cfpretrain.base.config import Config, ModelConfig, OrderConfig, can_checkpoint
+from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.attention import BACKENDS
 from cfpretrain.core.modalities import class_segment, image_segment
@@ -304,8 +306,11 @@ def largest_micro_batch(
 
 def advise(config: Config, num_ranks: int, on_gpu: bool, kind: str = "latents") -> str:
     """What a step needs that reads shards of this kind, and the knobs that would lower it, in a line."""
-    encodes = kind == "images"
-    found = estimate(config, num_ranks, on_gpu, encoding_cost(config, on_gpu) if encodes else NO_ENCODING)
+    encodes, encoding = kind == "images", NO_ENCODING
+    if encodes:
+        with suppress(UserError):  # the autoencoder's folder is gone since: the advice must not hide why memory ran out
+            encoding = encoding_cost(config, on_gpu)
+    found = estimate(config, num_ranks, on_gpu, encoding)
     engine, now, at_once = config.engine, config.micro_batch_size(num_ranks), config.data.encode_batch_size
     smaller = next((size for size in micro_batch_sizes(config, num_ranks) if size < now), None)
     may_recompute = not engine.activation_checkpointing and can_checkpoint(engine.zero_stage, engine.precision)
