@@ -100,6 +100,7 @@ class Loader(Generic[T]):
         device, requests = device or torch.device("cpu"), self._requests(step)
         self._reader: Reader[T] | EncodingReader[T] | None
         if data.encodings:
+            say(data.encodings[0].describe_work())
             _warn_of_padding(config, world_size)
             self._reader = EncodingReader(data, config, prepare, requests, self._accumulation, device)
         else:

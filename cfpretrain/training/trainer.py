@@ -82,8 +82,6 @@ class Trainer:
         self.folder, self.must_stop = Path(config.run.folder), False
         with runtime.together():
             data = data or open_training_data(config, device)
-        if data.encodings:
-            say(data.encodings[0].describe_work())
         self._build_engine()
         self.guard = Guard(config.guard)
         self.checkpoints = Checkpoints(config, self.engine, self.guard, resume_from)
