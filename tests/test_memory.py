@@ -359,7 +359,7 @@ def test_command_counts_the_autoencoder_of_images(tmp_path: Path, capsys: pytest
 
 def test_micro_batches_leave_room_for_the_autoencoder(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a memory that holds the largest micro-batch, and of one that holds nothing beside a large encoded batch."""
-    overrides = ["train.micro_batch_size=8", DIGITS, "data.encode_batch_size=64"]
+    overrides = ["train.micro_batch_size=8", DIGITS, "data.encode_batch_size=64", "data.shards=elsewhere"]
     config = configs.load(IMAGES, overrides)
     encoding = encoding_cost(config, on_gpu=True)
     peak = memory.estimate(config, 1, True, encoding).peak

@@ -30,7 +30,7 @@ from cfpretrain.data.samples import Samples
 from tests.closeness import disagreement
 from tests.image_files import encoded, write_images
 from tests.latent_shards import as_read, config_for
-from tests.processes import REPOSITORY, wait_until
+from tests.processes import REPOSITORY, shared_memory, wait_until
 from tests.test_latent_shards import CONFIG, encoding_of, write, write_autoencoder
 from tests.test_loader import UNCLOSED
 from tests.test_pixels import crops
@@ -244,7 +244,7 @@ def is_full(loader: Loader[Any]) -> Callable[[], bool]:
 def what_there_is() -> tuple[set[Any], set[Any], set[str]]:
     """Threads, child processes and shared memory."""
     threads = {thread for thread in threading.enumerate() if thread.is_alive()}
-    return threads, set(multiprocessing.active_children()), set(os.listdir("/dev/shm"))
+    return threads, set(multiprocessing.active_children()), shared_memory()
 
 
 def close(loader: Loader[Any], before: tuple[set[Any], set[Any], set[str]]) -> None:

@@ -28,7 +28,7 @@ from tests.image_files import digits as digits_in_colour
 from tests.image_files import encoded, write_images
 from tests.latent_shards import as_read, config_for, write_samples
 from tests.object_store import BUCKET, ObjectStore, running_store
-from tests.processes import REPOSITORY, run_in_processes, wait_until
+from tests.processes import REPOSITORY, run_in_processes, shared_memory, wait_until
 from tests.test_inspect_shards import REJECTED, png, rejecting
 from tools import inspect_shards
 
@@ -272,7 +272,7 @@ def read_epochs(config: Config, started: str) -> None:
 def test_two_jobs_share_a_cache_and_one_is_killed(store: ObjectStore, folder: Path, tmp_path: Path) -> None:
     address = store.upload(folder, "shared")
     config = s3_config(address, tmp_path / "cache", folder)
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before = shared_memory()
     wanted = local_batches(folder, 4)
     for attempt in range(2):
         started = tmp_path / f"started{attempt}"
@@ -285,7 +285,7 @@ def test_two_jobs_share_a_cache_and_one_is_killed(store: ObjectStore, folder: Pa
             other.join()
             assert_equal(found + take(loader, 2), wanted)
     # Until the last workers of the dead have seen it.
-    wait_until(lambda: not set(os.listdir("/dev/shm")) - shared_before)
+    wait_until(lambda: shared_memory() <= shared_before)
 
 
 def train(arguments: list[str], environment: dict[str, str]) -> None:
