@@ -101,7 +101,8 @@ def test_shards_in_the_store_are_those_of_the_folder(
         position = loader.position
     assert "WARNING: data.cache_limit_gb = " in capsys.readouterr().out
     kept = [path.stat().st_size for path in (tmp_path / "cache").iterdir() if path.is_file()]
-    assert shard_bytes(folder) < sum(kept) <= config.data.cache_limit_gb * 1e9
+    # Maybe of none: there is room for two, and the two workers may have been stopped while each fetched one.
+    assert sum(kept) <= config.data.cache_limit_gb * 1e9
     with closing(
         Loader(s3_config(address, tmp_path / "other", folder, num_workers=0), as_read, 0, 1, position)
     ) as loader:
