@@ -212,6 +212,10 @@ class Config:
         """Samples a forward on one rank: fewer than the knob says where the global batch leaves a rank fewer."""
         return min(self.train.micro_batch_size, self.train.global_batch_size // world_size)
 
+    def encoding_padding(self, world_size: int) -> int:
+        """Images by which a micro-batch is filled up to whole encoded batches, where image shards are trained on."""
+        return -self.micro_batch_size(world_size) % self.data.encode_batch_size
+
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches a rank adds up in one optimizer step."""
         return self.train.global_batch_size // (self.micro_batch_size(world_size) * world_size)

@@ -203,7 +203,7 @@ def _warn_of_a_small_cache(config: Config, folders: Sequence[Shards], num_nodes:
 def _warn_of_padding(config: Config, world_size: int) -> None:
     """Says where at most half of what is encoded are images."""
     micro_batch_size, size = config.micro_batch_size(world_size), config.data.encode_batch_size
-    padding = -micro_batch_size % size
+    padding = config.encoding_padding(world_size)
     if padding >= micro_batch_size:
         say(
             f"WARNING: data.encode_batch_size = {size}: a micro-batch of {micro_batch_size} is padded by "
