@@ -14,7 +14,6 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -156,18 +155,18 @@ class DenoisingLoss:
         self,
         latents_BCYX: Tensor,
         draws: Draws,
-        skipped: Mapping[int, str] = MappingProxyType({}),
+        skipped: Sequence[int] = (),
         texts: Sequence[Sequence[int]] = (),
     ) -> Batch:
         """The batch that the draws make of these samples' latents (as the network sees them), all on the CPU.
 
-        Samples at the places `skipped`, which says why, have the weight 0. `texts` are the tokens of each sample's,
-        where some may be trained with them.
+        Samples at the places `skipped` have the weight 0. `texts` are the tokens of each sample's, where some may be
+        trained with them.
         """
         order_BL, ar = draws.order_BL, self.ar
         weights_BL = ar_weights(draws.steps_BL, ar.ar_weight_first, ar.ar_weight_last, ar.ar_weight_schedule)
         if skipped:
-            weights_BL = weights_BL.index_fill(0, torch.tensor(list(skipped)), 0.0)
+            weights_BL = weights_BL.index_fill(0, torch.tensor(skipped), 0.0)
         clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
         noise_BLP = take_tokens(draws.noise_BLP, order_BL)
         noised_BLP, target_BLP = self.process.noise(clean_BLP, noise_BLP, draws.timesteps_B)
@@ -189,8 +188,7 @@ class DenoisingLoss:
         layout = build_layout(segments, self.clean_multiple, ar.shares_split)
         work = count_work(segments, layout, len(latents_BCYX))
         num_clean, intervals_BMI, place_BM = layout.num_clean, layout.intervals_BMI, layout.place_BM
-        reasons = tuple(skipped.values())
-        return Batch(draws.step, draws.ids_B, segments, num_clean, intervals_BMI, place_BM, work, reasons)
+        return Batch(draws.step, draws.ids_B, segments, num_clean, intervals_BMI, place_BM, work)
 
     def __call__(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, LossTerms]:
         """The losses of a micro-batch that lies on the model's device, by kind."""
