@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cfpretrain.base import runtime
 from cfpretrain.core import ar as order
 from cfpretrain.core import seeds
+from cfpretrain.core.design import make_design
 from cfpretrain.core.modalities import MODALITIES, Images, LossTerms, Modality, Vectors, class_segment, join, loss_of
 from cfpretrain.core.model import KeyValueCache, Network
 from cfpretrain.core.segments import Segment, build_layout, may_attend, pack
@@ -151,7 +152,7 @@ def words(ids_BL: Tensor, length_B: Tensor, first: bool, ordinal: int = 0) -> Se
 
 
 def text_network() -> Network:
-    return Network([Images(3, 4, 16, True), Words(16)], width=16, depth=2, num_heads=2)
+    return Network([Images(3, 4, 16, True), Words(16)], make_design("causalfusion", 16, 2), depth=2)
 
 
 def text_model() -> Network:

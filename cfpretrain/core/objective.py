@@ -24,7 +24,7 @@ from cfpretrain.core.ar import ARSettings, ar_weights, draw_orders
 from cfpretrain.core.latents import patchify, take_tokens
 from cfpretrain.core.modalities import IMAGE, LossTerms, class_segment, loss_of
 from cfpretrain.core.process import NoiseProcess
-from cfpretrain.core.segments import Segment, build_layout
+from cfpretrain.core.segments import Segment, build_layout, with_rotary_positions
 from cfpretrain.core.work import Work, count_work
 
 
@@ -115,6 +115,7 @@ class DenoisingLoss:
     label_drop_prob: float  # of being trained as it
     seed: int  # the run's
     clean_multiple: int = 1  # clean tokens are padded up to a multiple of it; see `build_layout`
+    has_rotary: bool = False  # the trunk has rotary positions
 
     def draw(self, step: int, epoch: int, ids_B: Tensor, labels_B: Tensor, num_tokens: int, patch_values: int) -> Draws:
         """The random numbers of a micro-batch of samples with these ids and labels, int64 [B].
@@ -163,8 +164,9 @@ class DenoisingLoss:
         segments = (class_segment(self.num_cond_tokens, draws.labels_B), image)
         layout = build_layout(segments, self.clean_multiple, ar.shares_split)
         work = count_work(segments, layout, len(latents_BCYX))
+        placed = tuple(with_rotary_positions(segments)) if self.has_rotary else segments
         reasons = tuple(skipped.values())
-        return Batch(draws.step, draws.ids_B, segments, layout.num_clean, layout.intervals_BMI, work, reasons)
+        return Batch(draws.step, draws.ids_B, placed, layout.num_clean, layout.intervals_BMI, work, reasons)
 
     def __call__(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> LossTerms:
         """The loss of a micro-batch that lies on the model's device."""

@@ -115,7 +115,10 @@ def generate(
     # The branch without a class keeps its own cache: the same clean context under the null class.
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
     cache = KeyValueCache(model.depth, model.num_cond_tokens + L)
-    model([Segment(CLASS, clean=torch.cat(branches))], cache=cache)
+    place_11 = torch.zeros(1, 1, dtype=torch.int64, device=labels_B.device)  # rotary; see `with_rotary_positions`
+    place_1Q = place_11.expand(1, model.num_cond_tokens)
+    model([Segment(CLASS, clean=torch.cat(branches), rotary_BL=place_1Q)], cache=cache)
+    place_1L = (place_11 + 1).expand(1, L)
 
     tokens_BLP = torch.zeros(B, L, model.patch_values, device=labels_B.device)
     sizes = [num_given, *ar_step_sizes] if num_given else list(ar_step_sizes)
@@ -129,11 +132,13 @@ def generate(
         else:
             scale_at = functools.partial(guidance.at, begin / L)
             watch_step = functools.partial(watch, ar_step)
-            step_BNP = _denoise(model, cache, positions_BN, len(branches), scale_at, solver, draw_noise, watch_step)
+            step_BNP = _denoise(
+                model, cache, positions_BN, place_1L, len(branches), scale_at, solver, draw_noise, watch_step
+            )
         tokens_BLP.scatter_(1, positions_BN.unsqueeze(-1).expand_as(step_BNP), step_BNP)
         if begin < L:
             clean_BNP, places_BN = step_BNP.repeat(len(branches), 1, 1), positions_BN.repeat(len(branches), 1)
-            model([Segment(IMAGE, clean=clean_BNP, positions_BL=places_BN)], cache=cache)
+            model([Segment(IMAGE, clean=clean_BNP, positions_BL=places_BN, rotary_BL=place_1L)], cache=cache)
     return tokens_BLP
 
 
@@ -141,6 +146,7 @@ def _denoise(
     model: Model,
     cache: KeyValueCache,
     positions_BN: Tensor,
+    place_1L: Tensor,
     num_branches: int,
     scale_at: Callable[[float], float],
     solver: Solver,
@@ -154,7 +160,7 @@ def _denoise(
         copies = 1 if scale == 1 else num_branches
         places_BN, noised = positions_BN.repeat(copies, 1), noised_BNP.repeat(copies, 1, 1)
         timesteps_B = torch.full((len(places_BN),), timestep, device=places_BN.device)
-        segment = Segment(IMAGE, noised=noised, positions_BL=places_BN, times_B=timesteps_B)
+        segment = Segment(IMAGE, noised=noised, positions_BL=places_BN, rotary_BL=place_1L, times_B=timesteps_B)
         context = cache if copies == num_branches else cache.of_first(len(places_BN))
         prediction_BNP = model([segment], cache=context)[IMAGE].float()
         if copies == 1:

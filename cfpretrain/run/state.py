@@ -29,7 +29,18 @@ TRAINING_SECTIONS = ("order", "data", "train", "guard")  # of a config: other va
 # What the past training means: with other values the weights are those of another model. The rest may change.
 _FIXED_SECTIONS, _FIXED_KEYS = ("model", "noise"), ("data.latent_shift", "data.latent_scale")
 # Keys that older records lack, with what was trained then.
-_ADDED_KEYS = {"noise.process": "epsilon", "noise.flow_times": "logit_normal"}
+_ADDED_KEYS: dict[str, Any] = {
+    "noise.process": "epsilon",
+    "noise.flow_times": "logit_normal",
+    "model.trunk": "causalfusion",
+    "model.num_kv_heads": 0,
+    "model.head_width": 0,
+    "model.mlp_width": 0,
+    "model.mlp": "auto",
+    "model.norm_eps": 0.0,
+    "model.rotary_base": 0.0,
+    "model.rotary_scaling": [],
+}
 
 
 class Resume(TypedDict):
@@ -132,7 +143,8 @@ class TrainingState:
 
     def contradictions(self, config: Mapping[str, Any]) -> list[str]:
         """Where a config, of plain values, says otherwise what the past training means: each key with both values."""
-        ours, theirs = _ADDED_KEYS | _fixed(self.config), _fixed(config)
+        theirs = _fixed(config)
+        ours = {path: value for path, value in _ADDED_KEYS.items() if path in theirs} | _fixed(self.config)
         both = {
             path: (ours.get(path, "absent"), theirs.get(path, "absent"))
             for path in sorted(ours.keys() | theirs.keys())
