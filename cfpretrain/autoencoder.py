@@ -6,6 +6,7 @@ Raw latents are what an autoencoder makes and what shards hold; the transformer 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,11 @@ _OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".pro
 def are_pixels(num_channels: int) -> bool:
     """Whether latents of so many channels are taken for pixels; others are those of an autoencoder."""
     return num_channels in (1, 3)
+
+
+def deterministic_convolutions() -> AbstractContextManager[None]:
+    """Convolutions on a GPU give the same bits at every run, and float32 where float32 is asked for; in all threads."""
+    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 class IdentityAutoencoder:

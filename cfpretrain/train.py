@@ -84,7 +84,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
         f"{config.accumulation_steps(world_size)} micro-batches x {world_size} ranks"
     )
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
-    inputs = _describe_inputs(config, config.micro_batch_size(world_size))
+    inputs = _describe_inputs(config, world_size)
     for line in (*_describe_sequences(config), *inputs, *_describe_origins(origins)):
         print(printable(masked(line)))
     for doubt in config_checks.doubts(config, origins):
@@ -102,7 +102,7 @@ def _load(arguments: argparse.Namespace, world_size: int) -> "tuple[Config, dict
     return config, origins
 
 
-def _describe_inputs(config: "Config", micro_batch_size: int) -> Iterator[str]:
+def _describe_inputs(config: "Config", world_size: int) -> Iterator[str]:
     """How many samples the shards hold, and that they and the autoencoder fit, where they lie on this machine."""
     import torch
 
@@ -115,12 +115,13 @@ def _describe_inputs(config: "Config", micro_batch_size: int) -> Iterator[str]:
     infos = [] if data is None else data.latents
     if data is not None:
         check_infos(infos, config)
-        yield f"shards: {sum(map(len, data.folders)):,} {data.folders[0].info.kind}, which fit the config"
+        yield f"shards: {sum(map(len, data.folders)):,} {data.kind}, which fit the config"
         if data.encodings:
-            yield from _describe_encoding(config, data.latents[0].crop, micro_batch_size)
+            yield from _describe_encoding(config, data.latents[0].crop, world_size)
             return
     else:
-        yield f"shards: not looked at, since {elsewhere[0]} is no folder of this machine"
+        what = "an address" if "://" in elsewhere[0] else "no folder of this machine"
+        yield f"shards: not looked at, since {elsewhere[0]} is {what}"
     if not folder:
         return
     if elsewhere and not Path(folder).is_dir():
@@ -130,27 +131,32 @@ def _describe_inputs(config: "Config", micro_batch_size: int) -> Iterator[str]:
     for info in infos:
         check_autoencoder(info, found.fingerprint, found.shift, found.scale, "data.autoencoder")
     yield f"autoencoder: {folder}, which {'made the latents' if infos else 'can be read'}"
+    if elsewhere:
+        yield "if the shards hold images:"
+        yield from _describe_encoding(config, config.data.crop, world_size)
 
 
-def _describe_encoding(config: "Config", crop: str, micro_batch_size: int) -> Iterator[str]:
-    """How images are encoded as training goes, and what that costs beside the training step."""
+def _describe_encoding(config: "Config", crop: str, world_size: int) -> Iterator[str]:
+    """How images are encoded during training, and what that costs beside the training step."""
     from cfpretrain.data.online import encoding_precision
     from cfpretrain.run import metrics
+    from cfpretrain.training.encoding_cost import encoding_cost
 
     data, at_once = config.data, config.data.encode_batch_size
     if not data.autoencoder:
-        yield f"images: decoded as training goes, {crop} crop; their pixels are the latents"
+        yield f"images: decoded during training, {crop} crop; their pixels are the latents"
         return
     on_gpu, on_cpu = (encoding_precision(config, device_type) for device_type in ("cuda", "cpu"))
     precision = on_cpu if on_gpu == on_cpu else f"{on_gpu} (on a CPU {on_cpu})"
-    flops = metrics.encoding_cost(config, on_gpu=True).flops
+    flops = encoding_cost(config, on_gpu=True).flops
     yield (
-        f"images: encoded as training goes, by {data.autoencoder} in {precision}, {at_once} at once, {crop} crop: "
+        f"images: encoded during training, by {data.autoencoder} in {precision}, {at_once} at once, {crop} crop: "
         f"{flops:.3e} FLOPs an image, {flops / metrics.training_flops(config.model, _mean_work(config)):.2%} of the "
-        "training FLOPs"
+        "model's training FLOPs, which come to it"
     )
-    if micro_batch_size % at_once:
-        num_encoded = -(-micro_batch_size // at_once) * at_once
+    padding, micro_batch_size = config.encoding_padding(world_size), config.micro_batch_size(world_size)
+    if padding:
+        num_encoded = micro_batch_size + padding
         yield (
             f"images: a micro-batch of {micro_batch_size} is padded to {num_encoded}, which takes "
             f"{num_encoded / micro_batch_size:.2f} times the FLOPs: see data.encode_batch_size"

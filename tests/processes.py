@@ -81,6 +81,14 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 60, ranks: Sequ
         time.sleep(0.005)
 
 
+def shared_memory() -> set[str]:
+    """Names in shared memory; of other tests, which run beside, they come and go: wait for those before to be all.
+
+    Those of joblib stay, whose processes scikit-learn keeps.
+    """
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.loky-")}
+
+
 def wait_for_files(folder: Path, pattern: str, num: int, ranks: Sequence["Rank"]) -> None:
     """Waits for at least so many files in a folder, or for the end of all ranks."""
     wait_until(lambda: len(list(folder.glob(pattern))) >= num or all(rank.poll() is not None for rank in ranks))

@@ -18,7 +18,7 @@ def write(folder: Path, losses: Sequence[float | None], images_per_second: float
     """A run of these losses, in windows of two steps, which scored itself at its first step."""
     folder.mkdir()
     (folder / CONFIG_FILE).write_text(to_yaml(small_config(Path("shards of ") / folder.name, folder)))
-    rows = [{"step": step, "loss": loss} for step, loss in enumerate(losses, first)]
+    rows = [{"step": step, "loss": loss, "num_ranks": 2} for step, loss in enumerate(losses, first)]
     for row in rows[1::2]:
         row |= {"images_per_second": images_per_second * row["step"], "data_wait_share": 0.25}
     lines = [{"step": first, "fid": 3.0}, *rows]
@@ -40,16 +40,19 @@ def test_equal_runs(tmp_path: Path, monkeypatch, capsys) -> None:
     runs = write(tmp_path / "a", LOSSES, 100), write(tmp_path / "b", [*LOSSES, 9.0, 9.0], 50)
     code, said = compare(monkeypatch, capsys, *runs)
     assert code == 0
-    assert said.endswith("losses of the 4 steps that both have, 1 to 4: equal, bit by bit")
-    assert "steps 4 6 images/s 300 150 wait for data 25.00% 25.00%" in said
+    assert said.endswith("losses of the 4 steps that both have, 1 to 4, are equal, bit by bit")
+    assert "steps 4 6 ranks 2 2 images/s 300 150 wait for data 25.00% 25.00%" in said
+    assert "differs" not in said
     assert f"{runs[1]} makes 0.500 times the images/s of {runs[0]}" in said
+    (runs[1] / CONFIG_FILE).write_text(to_yaml(small_config(Path("shards of b"), runs[1], "train.warmup_steps=5")))
+    assert " differs train.warmup_steps: 4 and 5 " in compare(monkeypatch, capsys, *runs)[1]
 
 
 def test_a_difference_counts_by_its_size_and_its_step(tmp_path: Path, monkeypatch, capsys) -> None:
     runs = write(tmp_path / "a", LOSSES, 100), write(tmp_path / "b", [2.0, 1.5, 1.3, 1.126], 100)
     code, said = compare(monkeypatch, capsys, *runs)
     assert code == 1
-    assert "1 to 4: equal, bit by bit, before step 3: 1.25 and 1.3 largest" in said
+    assert "1 to 4, differ first at step 3: 1.25 and 1.3 largest" in said
     assert said.endswith("largest relative difference up to step 4: 0.038 MORE than the tolerance of 0 up to step 4")
     assert compare(monkeypatch, capsys, *runs, "--tolerance", "0.03")[0] == 1
     assert compare(monkeypatch, capsys, *runs, "--tolerance", "0.04")[0] == 0
@@ -60,10 +63,25 @@ def test_a_difference_counts_by_its_size_and_its_step(tmp_path: Path, monkeypatc
     )
 
 
+def test_runs_that_differ_from_the_start(tmp_path: Path, monkeypatch, capsys) -> None:
+    runs = write(tmp_path / "a", LOSSES, 100), write(tmp_path / "b", [2.5, *LOSSES[1:]], 100)
+    code, said = compare(monkeypatch, capsys, *runs)
+    assert (code, "1 to 4, differ first at step 1: 2.0 and 2.5 largest" in said, "equal" in said) == (1, True, False)
+
+
+def test_loss_errors_are_relative_and_only_grow() -> None:
+    whole, ours = (
+        [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+        for losses in (LOSSES, (2.0, 1.5 * 1.01, 1.25, None))
+    )
+    assert compare_runs.loss_errors(ours, whole) == pytest.approx([0, 0.01, 0.01, float("inf")])
+    assert compare_runs.loss_errors(whole, whole) == [0.0] * 4
+
+
 def test_a_loss_that_one_run_lacks_differs_from_any(tmp_path: Path, monkeypatch, capsys) -> None:
     runs = write(tmp_path / "a", LOSSES, 100), write(tmp_path / "b", [2.0, None, 1.25, 1.125], 100)
     code, said = compare(monkeypatch, capsys, *runs, "--tolerance", "1e9")
-    assert (code, "before step 2: 1.5 and None" in said) == (1, True)
+    assert (code, "differ first at step 2: 1.5 and None" in said) == (1, True)
 
 
 def test_mistakes(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -4,8 +4,10 @@ import re
 import shutil
 import signal
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from safetensors.torch import load_file
 
 from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base import config as configs
+from cfpretrain.base.config import Config, TrainConfig
 from cfpretrain.base.console import EXIT_REQUEUE
 from cfpretrain.run.state import read_state
+from cfpretrain.training.step import LostDataError, StepResult, TrainingStep
 from tests.digits import small_run
 from tests.folders import rows
 from tests.image_files import digits, encoded, write_images
@@ -209,6 +213,18 @@ def test_a_run_of_bad_images_ends_with_a_checkpoint(data: Data, tmp_path: Path) 
     assert 8 < len(row["bad_images"]) <= 16
     assert latest_step(folder) == row["step"] == 1
     assert not (folder / "requeue").exists()
+
+
+@pytest.mark.parametrize(("size", "most"), [(1, 1), (2, 1), (3, 1), (16, 8)])
+def test_more_than_half_of_a_step_may_not_be_bad(size: int, most: int) -> None:
+    """But the only image of a step may."""
+    step = SimpleNamespace(config=Config(train=TrainConfig(global_batch_size=size)))
+    for num_bad in range(size + 1):
+        result = StepResult(
+            1.0, 1.0, 1.0, None, False, False, False, False, num_bad, bad_images=["it is torn"] * num_bad
+        )
+        with pytest.raises(LostDataError, match=f"{num_bad} bad ones of {size}") if num_bad > most else nullcontext():
+            TrainingStep.refuse_bad_images(step, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from cfpretrain.data.loader import Loader, Position, epoch_order, epoch_visits
 from cfpretrain.data.samples import Samples
 from cfpretrain.data.shards import INFO_FILE, INFO_HASH, Shards
 from tests.latent_shards import as_read, config_for, id_of, moment_of, write_samples
-from tests.processes import REPOSITORY, run_in_processes, wait_until
+from tests.processes import REPOSITORY, run_in_processes, shared_memory, wait_until
 
 PINNED_FIRST = [71, 37, 14, 65, 93, 13, 73, 82, 18, 66, 40, 54]
 PINNED_HASH = "b3f8d50e88a4f4f5253aadf6079e8777a7969ab1f07e302502a05571062abd6b"
@@ -484,14 +484,14 @@ def test_a_step_read_ahead_is_not_counted_before_it_is_taken(folders: Any, tmp_p
 
 def test_closing_ends_the_workers(folders: Any) -> None:
     before = set(multiprocessing.active_children())
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before = shared_memory()
     loader = Loader(config_for(folders(101), num_workers=2), as_read, 0, 1)
     next(loader)
     assert len(set(multiprocessing.active_children()) - before) == 2
     loader.close()
     loader.close()
     assert set(multiprocessing.active_children()) == before
-    assert set(os.listdir("/dev/shm")) == shared_before
+    wait_until(lambda: shared_memory() <= shared_before)
     assert loader.position == Position(0, 24)
     with pytest.raises(AssertionError, match="closed"):
         next(loader)
@@ -635,7 +635,7 @@ def test_a_process_that_an_error_ends_does_not_wait_for_its_workers(folders: Any
 
 
 def test_a_killed_run_leaves_nothing_that_stops_the_next(folders: Any, tmp_path: Path) -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     started = tmp_path / "started"
     rank = multiprocessing.get_context("fork").Process(target=read_on, args=(folders(101), str(started)))
     rank.start()
@@ -646,7 +646,7 @@ def test_a_killed_run_leaves_nothing_that_stops_the_next(folders: Any, tmp_path:
     # At once, while the workers of the dead rank are still there.
     ids_of_steps(config_for(folders(101), num_workers=2), 1, 5)
     wait_until(lambda: not any(_is_running(worker) for worker in workers))
-    assert set(os.listdir("/dev/shm")) <= before
+    wait_until(lambda: shared_memory() <= before)
 
 
 def _is_running(pid: int) -> bool:
@@ -675,16 +675,17 @@ def test_the_fingerprint_is_the_folders(folders: Any) -> None:
         assert loader.fingerprint.startswith(Shards(folders(101)).fingerprint)
 
 
-def gather_ids(config: Config, num_steps: int) -> tuple[list[list[int]], set[str]]:
-    """Runs in every rank: the sorted ids of each global batch, and what is left in shared memory."""
+def gather_ids(config: Config, num_steps: int) -> list[list[int]]:
+    """Runs in every rank, and leaves nothing in shared memory: the sorted ids of each global batch."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     steps, _ = run_rank(config, dist.get_rank(), dist.get_world_size(), num_steps)
     mine = [[i for batch in batches for i in batch.ids_B.tolist()] for batches in steps]
     theirs: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(theirs, mine)
-    return [sorted(chain(*shares)) for shares in zip(*theirs, strict=True)], set(os.listdir("/dev/shm")) - before
+    wait_until(lambda: shared_memory() <= before)
+    return [sorted(chain(*shares)) for shares in zip(*theirs, strict=True)]
 
 
 # Ranks of the loader share nothing, so the tests above run them one after another; here they are processes.
@@ -692,9 +693,8 @@ def gather_ids(config: Config, num_steps: int) -> tuple[list[list[int]], set[str
 def test_real_ranks_see_the_same_global_batches(folders: Any, world_size: int, num_workers: int) -> None:
     wanted, _ = ids_of_steps(config_for(folders(101)), 1, 9)
     config = config_for(folders(101), 24, 3, num_workers=num_workers)
-    for steps, left in run_in_processes(gather_ids, world_size, config, 9):
+    for steps in run_in_processes(gather_ids, world_size, config, 9):
         assert steps == wanted
-        assert not left
 
 
 def test_a_label_of_no_class_is_refused_where_it_is_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cfpretrain.base import config as configs
-from cfpretrain.run.metrics import encoding_cost
+from cfpretrain.training.encoding_cost import encoding_cost
 from tests.image_files import digits, encoded, write_images
 from tests.processes import REPOSITORY
 from tools import measure as command

@@ -276,7 +276,7 @@ def test_tables_of_a_gpu() -> None:
         "gpu tests": {"summary": "1 failed, 19 passed in 60s", "failures": ["FAILED tests/test_x.py::test_y"]},
         "checkpoint": {"stall_seconds": 1.25, "added": {"saving": 0.021}},
         "batches": {"unit": "ms", "batch_size": 64, "spent": {"by workers": [0.31, 0.22]}},
-        "XL from images": gpu_step(encoding={"flops": 1.379e11, "tflops": 23.456}),
+        "XL from images": gpu_step(encoding={"flops": 1.379e11, "tflop_per_second": 23.456}),
         "images": {
             "unit": "images/s",
             "rates": {"loader, from images": [900.0, 901.5]},

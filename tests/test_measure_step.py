@@ -93,7 +93,9 @@ def test_lengths_are_those_of_the_batches() -> None:
 
 def test_the_micro_batch_is_halved_until_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config("train.global_batch_size=48", "train.micro_batch_size=48")
-    monkeypatch.setattr(step, "_estimated_bytes", lambda config, device: 1e9 * config.micro_batch_size(1))
+    monkeypatch.setattr(
+        step.memory, "estimate", lambda config, *_: SimpleNamespace(peak=1e9 * config.micro_batch_size(1))
+    )
     of_gpu = SimpleNamespace(total_memory=13e9 + step._RESERVED_BYTES)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: of_gpu)
     assert step._fitting(config, torch.device("cuda")).micro_batch_size(1) == 12
@@ -116,7 +118,7 @@ def test_step_command() -> None:
     assert measured["side"] == "trainer"
     assert measured["mfu"] is None
     assert measured["images_per_second"] > 0
-    assert 0 < measured["tflops"] < 100
+    assert 0 < measured["tflop_per_second"] < 100
     assert 0 < measured["peak_memory_bytes"] < 1e9
     assert 0 < measured["estimated_memory_bytes"] < 1e9
     assert measured["ratio"]["min"] <= measured["ratio"]["median"] <= measured["ratio"]["max"]
@@ -144,7 +146,7 @@ def test_step_on_photos() -> None:
     assert f"encoding images beside the step: {cost['flops']:.3e} FLOPs an image" in ended.out
     assert images["estimated_memory_bytes"] > cost["weights"] + cost["working"] > 0
     assert latents["encoding"] is None
-    flops = [found["tflops"] / found["images_per_second"] for found in (latents, images)]
+    flops = [found["tflop_per_second"] / found["images_per_second"] for found in (latents, images)]
     assert flops[0] == pytest.approx(flops[1])  # of one split for all
 
 

@@ -21,8 +21,8 @@ from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
 from cfpretrain.core.segments import build_layout
 from cfpretrain.run import build
-from cfpretrain.run.metrics import Account, encoding_cost
 from cfpretrain.training import memory, zero
+from cfpretrain.training.encoding_cost import encoding_cost
 from tests.digits import write_digits as write_latents
 from tests.image_files import write_digits as write_images
 from tests.processes import REPOSITORY, run_in_processes, run_script
@@ -167,21 +167,6 @@ def test_what_autograd_keeps_of_a_block(trunk: str, changes: dict[str, Any], dty
     assert out_BMD.requires_grad
     measured = sum(num_bytes for _, num_bytes in kept.values())
     assert B * M * memory.kept_of_block(design, dtype.itemsize, on_gpu=False) == pytest.approx(measured, rel=0.02)
-
-
-def test_account_counts_live_storages_once() -> None:
-    with Account() as account:
-        first = torch.zeros(1000)
-        views = first[10:].view(-1, 2), first.detach()
-        assert account.held == 4000
-        second = first + 1
-        assert account.held == account.peak == 8000
-        del first, views
-        assert account.held == 4000
-        account.peak = account.held
-        second = second * 2
-        assert (account.held, account.peak) == (4000, 8000)
-    assert len(second) == 1000
 
 
 # ---------------------------------------------------------------------------
@@ -392,7 +377,7 @@ def test_command_counts_the_autoencoder_of_images(tmp_path: Path, capsys: pytest
     of_images = [DIGITS, f"data.shards={images}"]
     said, found = reported(capsys, overrides=of_images)
     cost = encoding_cost(configs.load(IMAGES, of_images), on_gpu=True)
-    assert "data.shards hold images, encoded as training goes: " in said
+    assert "data.shards hold images, encoded during training: " in said
     assert found["encoding"] == {"flops": cost.flops, "weights": cost.weights, "working": cost.working}
     elsewhere = [DIGITS, f"data.shards={tmp_path / 'elsewhere'}"]
     said, assumed = reported(capsys, overrides=elsewhere, from_images=True)
@@ -414,16 +399,19 @@ def test_command_counts_the_autoencoder_of_images(tmp_path: Path, capsys: pytest
 
 def test_micro_batches_leave_room_for_the_autoencoder(capsys: pytest.CaptureFixture[str]) -> None:
     """Of a memory that holds the largest micro-batch, and of one that holds nothing beside a large encoded batch."""
-    overrides = ["train.micro_batch_size=8", DIGITS, "data.encode_batch_size=64"]
+    overrides = ["train.micro_batch_size=8", DIGITS, "data.encode_batch_size=64", "data.shards=elsewhere"]
     config = configs.load(IMAGES, overrides)
-    encoding_bytes, peak = encoding_cost(config, on_gpu=True).num_bytes, memory.estimate(config, 1, True).peak
-    exactly = {"overrides": overrides, "reserve_gb": 0.0, "gpu_memory_gb": (peak + encoding_bytes) / 1e9}
+    encoding = encoding_cost(config, on_gpu=True)
+    peak = memory.estimate(config, 1, True, encoding).peak
+    largest = memory.largest_micro_batch(config, 1, True, peak, encoding)
+    assert largest == memory.largest_micro_batch(config, 1, True, peak - encoding.num_bytes) is not None
+    exactly = {"overrides": overrides, "reserve_gb": 0.0, "gpu_memory_gb": peak / 1e9}
     for from_images, is_larger in ((True, False), (False, True)):
         said, found = reported(capsys, **exactly, from_images=from_images)
         [chosen] = [row for row in found["rows"] if row["chosen"]]
         assert chosen["fits"]
         assert (chosen["largest_micro_batch_size"] > 8) == is_larger
-    said, found = reported(capsys, **exactly | {"gpu_memory_gb": encoding_bytes / 1e9}, from_images=True)
+    said, found = reported(capsys, **exactly | {"gpu_memory_gb": encoding.num_bytes / 1e9}, from_images=True)
     assert not any(row["fits"] for row in found["rows"])
     assert "are the autoencoder's: a smaller data.encode_batch_size needs less" in said
 
@@ -471,11 +459,11 @@ def test_advice_names_what_is_not_done_yet() -> None:
 
 def test_advice_of_a_run_from_images() -> None:
     config = configs.load(IMAGES, [DIGITS])
-    encoding_bytes = encoding_cost(config, on_gpu=True).num_bytes
+    encoding = encoding_cost(config, on_gpu=True)
     said = memory.advise(config, 1, True, "images")
-    peak = memory.estimate(config, 1, True, encoding_bytes).peak
-    assert peak == memory.estimate(config, 1, True).peak + encoding_bytes
+    peak = memory.estimate(config, 1, True, encoding).peak
+    assert peak == memory.estimate(config, 1, True).peak + encoding.num_bytes
     assert f"needs {peak / 1e9:.1f} GB on each rank" in said
-    assert f"with {encoding_bytes / 1e9:.1f} GB to encode images)" in said
+    assert f"with {encoding.num_bytes / 1e9:.1f} GB to encode images)" in said
     assert "data.encode_batch_size=16" in said
     assert "images" not in memory.advise(config, 1, True, "latents")

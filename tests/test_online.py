@@ -30,7 +30,7 @@ from cfpretrain.data.samples import Samples
 from tests.closeness import disagreement
 from tests.image_files import encoded, write_images
 from tests.latent_shards import as_read, config_for
-from tests.processes import REPOSITORY, wait_until
+from tests.processes import REPOSITORY, shared_memory, wait_until
 from tests.test_latent_shards import CONFIG, encoding_of, write, write_autoencoder
 from tests.test_loader import UNCLOSED
 from tests.test_pixels import crops
@@ -244,7 +244,7 @@ def is_full(loader: Loader[Any]) -> Callable[[], bool]:
 def what_there_is() -> tuple[set[Any], set[Any], set[str]]:
     """Threads, child processes and shared memory."""
     threads = {thread for thread in threading.enumerate() if thread.is_alive()}
-    return threads, set(multiprocessing.active_children()), set(os.listdir("/dev/shm"))
+    return threads, set(multiprocessing.active_children()), shared_memory()
 
 
 def close(loader: Loader[Any], before: tuple[set[Any], set[Any], set[str]]) -> None:
@@ -327,6 +327,7 @@ def test_closing_while_a_worker_hangs(pairs: Any, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_training_thread_keeps_its_number_of_threads(pairs: Any) -> None:
+    """Torch's number is a thread's own, once that has computed anything."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -364,6 +365,10 @@ def pixels_config(folder: Path | Sequence[Path], **settings: Any) -> Config:
 BAD = {
     "text": (b"hello", r"it is no image, or one of more than [0-9,]+ pixels; make the image shards again"),
     "empty": (b"", r"it is no image, or one of more than [0-9,]+ pixels; make the image shards again"),
+    "cut JPEG 2000": (
+        encoded(crops(1, SIZE)[0], "JPEG2000")[:150],
+        r"it is no image, or one of more than [0-9,]+ pixels; make the image shards again",
+    ),
     "cut short": (
         encoded(crops(1, SIZE)[0])[:-100],
         r"DALI cannot decode it \(.*\); make the image shards again",
@@ -514,7 +519,7 @@ def test_an_autoencoder_that_does_not_fit(pairs: Any, tmp_path: Path) -> None:
     assert said.startswith("data.autoencoder: expected the folder of the one that encodes the images of ")
     assert "since model.latent_channels = 4 are not their 3, got none; set it, encode them before" in said
     said = refusal(pair.config(latent_scale=(0.2325,)))
-    assert "data.latent_scale: expected [0.5, 0.25, 0.125, 0.0625], which these latents need, got [0.2325]" in said
+    assert "data.latent_scale: expected [0.5, 0.25, 0.125, 0.0625], as the autoencoder says, got [0.2325]" in said
     said = refusal(pair.config(shape=(4, 16, 16)))
     assert "model.latent_size: expected 8, the rows of the latents, got 16" in said
     said = refusal(pairs("grey").config(autoencoder=pair.settings["autoencoder"]))
@@ -551,8 +556,8 @@ def test_padding_that_costs_more_than_the_images_is_said(
     for world_size in (1, 2):
         Loader(config, as_read, 0, world_size).close()
         said = capsys.readouterr().out
-        what = f"data.encode_batch_size = {encode_batch_size}: a micro-batch of 6 images is encoded with {padding} more"
-        assert (f"WARNING: {what} that fill it up; set 6" in said) == (padding > 0)
+        what = f"data.encode_batch_size = {encode_batch_size}: a micro-batch of 6 is padded by {padding} images"
+        assert (f"WARNING: {what}, which takes as long; set 6, unless" in said) == (padding > 0)
         assert ("WARNING" in said) == (padding > 0)
 
 

@@ -5,7 +5,7 @@ import itertools
 import math
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 from cfpretrain.base.config import Config, RunConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.data import pixels
-from cfpretrain.data.images import centre_crop
+from cfpretrain.data.images import centre_crop, declared_size
 from cfpretrain.data.pixels import Decoder, PixelBatch, decode_shards
 from cfpretrain.data.samples import VisitDraws
 from cfpretrain.data.shards import ImagesInfo, Shards
@@ -184,9 +184,16 @@ def test_originals_are_cropped_near_to_adm(tmp_path: Path) -> None:
 LAST = 1 - 2**-24  # the last number below 1 in float32
 
 
-def cropping(size: int, batch_size: int = 1) -> Decoder:
+def cropping(size: int, batch_size: int = 1) -> Callable[[Sequence[bytes], torch.Tensor], torch.Tensor]:
     info = ImagesInfo(("a",), 1, 0, "original", size, 3, "test")
-    return Decoder(info, batch_size, CPU, 2, has_random_crops=True)
+    decoder = Decoder(info, batch_size, CPU, 2, has_random_crops=True)
+
+    def crop(files: Sequence[bytes], draws_B4: torch.Tensor) -> torch.Tensor:
+        pixels_BYXC, reasons = decoder(files, list(map(declared_size, files)), draws_B4)
+        assert not reasons
+        return pixels_BYXC
+
+    return crop
 
 
 def places(height: int, width: int) -> NDArray[np.uint8]:

@@ -1,5 +1,6 @@
 """Training data from a real S3-protocol server on loopback, which dies, comes back, lacks files and damages them."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ from tests.image_files import digits as digits_in_colour
 from tests.image_files import encoded, write_images
 from tests.latent_shards import as_read, config_for, write_samples
 from tests.object_store import BUCKET, ObjectStore, running_store
-from tests.processes import REPOSITORY, run_in_processes, wait_until
+from tests.processes import REPOSITORY, run_in_processes, shared_memory, wait_until
 from tests.test_inspect_shards import REJECTED, png, rejecting
 from tools import inspect_shards
 
@@ -100,13 +101,15 @@ def test_shards_in_the_store_are_those_of_the_folder(
         position = loader.position
     assert "WARNING: data.cache_limit_gb = " in capsys.readouterr().out
     kept = [path.stat().st_size for path in (tmp_path / "cache").iterdir() if path.is_file()]
-    assert shard_bytes(folder) < sum(kept) <= config.data.cache_limit_gb * 1e9
+    # Maybe of none: there is room for two, and the two workers may have been stopped while each fetched one.
+    assert sum(kept) <= config.data.cache_limit_gb * 1e9
     with closing(
         Loader(s3_config(address, tmp_path / "other", folder, num_workers=0), as_read, 0, 1, position)
     ) as loader:
         assert_equal(take(loader, 3), local_batches(folder, 3, position))
 
 
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # of the transfer that is given up
 def test_an_object_larger_than_declared_is_cut(store: ObjectStore, folder: Path, tmp_path: Path) -> None:
     """It neither fills the disk past the limit of the cache nor is asked for again."""
     large = tmp_path / "large"
@@ -122,6 +125,9 @@ def test_an_object_larger_than_declared_is_cut(store: ObjectStore, folder: Path,
     assert re.fullmatch(rf"data.shards: {address}/shard.0000\d.mds: expected at most \d+ bytes, got more; .*", said)
     assert size < config.data.cache_limit_gb * 1e9 < 32 * 2**20
     assert not any(path.is_file() and path.name != "lock" for path in (tmp_path / "cache").rglob("*"))
+    # Its socket is closed here, and not in a later test.
+    wait_until(lambda: not any(thread.name == "transfer" for thread in threading.enumerate()))
+    gc.collect()
 
 
 def test_the_server_dies_in_mid_epoch_and_comes_back(
@@ -272,7 +278,7 @@ def read_epochs(config: Config, started: str) -> None:
 def test_two_jobs_share_a_cache_and_one_is_killed(store: ObjectStore, folder: Path, tmp_path: Path) -> None:
     address = store.upload(folder, "shared")
     config = s3_config(address, tmp_path / "cache", folder)
-    shared_before = set(os.listdir("/dev/shm"))
+    shared_before = shared_memory()
     wanted = local_batches(folder, 4)
     for attempt in range(2):
         started = tmp_path / f"started{attempt}"
@@ -285,7 +291,7 @@ def test_two_jobs_share_a_cache_and_one_is_killed(store: ObjectStore, folder: Pa
             other.join()
             assert_equal(found + take(loader, 2), wanted)
     # Until the last workers of the dead have seen it.
-    wait_until(lambda: not set(os.listdir("/dev/shm")) - shared_before)
+    wait_until(lambda: shared_memory() <= shared_before)
 
 
 def train(arguments: list[str], environment: dict[str, str]) -> None:

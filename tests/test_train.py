@@ -315,8 +315,12 @@ def test_a_dry_run_says_what_encoding_costs(
     said = dry_run("data.encode_batch_size=2")
     assert loaded == [str(autoencoder)]
     assert "shards: 32 images, which fit the config" in said
-    line = f"images: encoded as training goes, by {autoencoder} in bf16 (on a CPU fp32), 2 at once, adm crop: "
-    costs = re.search(rf"^{re.escape(line)}(\S+) FLOPs an image, (\S+)% of the training FLOPs$", said, re.MULTILINE)
+    line = f"images: encoded during training, by {autoencoder} in bf16 (on a CPU fp32), 2 at once, adm crop: "
+    costs = re.search(
+        rf"^{re.escape(line)}(\S+) FLOPs an image, (\S+)% of the model's training FLOPs, which come to it$",
+        said,
+        re.MULTILINE,
+    )
     of_training = re.search(r"^training FLOPs: (\S+) an image", said, re.MULTILINE)
     assert costs is not None
     assert of_training is not None

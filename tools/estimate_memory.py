@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from cfpretrain.base.config import Config
     from cfpretrain.core.objective import Draws
-    from cfpretrain.run.metrics import EncodingCost
+    from cfpretrain.training.encoding_cost import EncodingCost
 
 EXIT_DOES_NOT_FIT = 1
 GB = 1e9
@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace) -> bool:
     """Prints the tables; returns whether the config fits as it is written."""
     from cfpretrain.base import config as configs
     from cfpretrain.base import config_checks
+    from cfpretrain.training.encoding_cost import NO_ENCODING
     from cfpretrain.training.memory import parameter_numels
 
     config = configs.load(arguments.config, arguments.overrides, arguments.allow_env)
@@ -80,41 +81,40 @@ def run(arguments: argparse.Namespace) -> bool:
             raise UserError(f"--measure: expected --num-gpus 1, since it runs one rank, got {arguments.num_gpus}")
         return _measure(config, budget, arguments.json)
     encoding, kind = _encoding(config, arguments.from_images)
-    encoding_bytes = encoding.num_bytes if encoding is not None else 0
-    rows = _rows(config, arguments.num_gpus, budget, encoding_bytes)
+    rows = _rows(config, arguments.num_gpus, budget, encoding)
     _print_table(config, rows, arguments, kind)
     chosen = next(row for row in rows if row["chosen"])
-    advice = [] if chosen["fits"] else _advise(config, arguments.num_gpus, budget - encoding_bytes)
-    if advice and encoding_bytes:
+    advice = [] if chosen["fits"] else _advise(config, arguments.num_gpus, budget, encoding)
+    if advice and encoding.num_bytes:
         advice.append(
-            f"  {encoding_bytes / GB:.1f} GB are the autoencoder's: a smaller data.encode_batch_size needs less"
+            f"  {encoding.num_bytes / GB:.1f} GB are the autoencoder's: a smaller data.encode_batch_size needs less"
         )
     for line in [_verdict(chosen, budget), *advice]:
         print(line)
     if arguments.json:
         num_parameters = sum(parameter_numels(config.model))
         report = {"num_parameters": num_parameters, "budget_bytes": budget, "rows": rows, "advice": advice}
-        print(json.dumps(report | {"encoding": dataclasses.asdict(encoding) if encoding is not None else None}))
+        print(json.dumps(report | {"encoding": dataclasses.asdict(encoding) if encoding != NO_ENCODING else None}))
     return bool(chosen["fits"])
 
 
-def _encoding(config: "Config", from_images: bool) -> "tuple[EncodingCost | None, str]":
-    """What encoding images takes on a GPU, None where latents are read; and, in words, what was assumed."""
+def _encoding(config: "Config", from_images: bool) -> "tuple[EncodingCost, str]":
+    """What encoding images takes on a GPU, nothing where latents are read; and, in words, what was assumed."""
     from cfpretrain.data.online import encoding_precision, kind_at_hand
-    from cfpretrain.run.metrics import encoding_cost
+    from cfpretrain.training.encoding_cost import NO_ENCODING, encoding_cost
 
     kind, data = kind_at_hand(config), config.data
     if kind == "latents" and from_images:
         raise UserError(f"--from-images: expected image shards, but data.shards hold latents: {', '.join(data.shards)}")
     if kind == "latents":
-        return None, "data.shards hold latents: no autoencoder is at work"
+        return NO_ENCODING, "data.shards hold latents: no autoencoder is at work"
     if kind is None and not from_images:
-        return None, "data.shards are not at hand, and taken for latents (for images: --from-images)"
+        return NO_ENCODING, "data.shards are not at hand, and taken for latents (for images: --from-images)"
     found = encoding_cost(config, on_gpu=True)
     known = "hold" if kind == "images" else "are taken to hold"
     what = f"{data.autoencoder} in {encoding_precision(config, 'cuda')}" if data.autoencoder else "pixels as latents"
     return found, (
-        f"data.shards {known} images, encoded as training goes: {what}, {found.num_bytes / GB:.2f} GB, of which "
+        f"data.shards {known} images, encoded during training: {what}, {found.num_bytes / GB:.2f} GB, of which "
         f"{found.weights / GB:.2f} are weights and {found.working / GB:.2f} a batch of {data.encode_batch_size}"
     )
 
@@ -127,7 +127,7 @@ _COLUMNS += ("activations", "temporary", "peak", "host")
 _STAGE, _CHECKPOINTING = "engine.zero_stage", "engine.activation_checkpointing"
 
 
-def _rows(config: "Config", num_gpus: int, budget: int, encoding_bytes: int) -> list[dict[str, Any]]:
+def _rows(config: "Config", num_gpus: int, budget: int, encoding: "EncodingCost") -> list[dict[str, Any]]:
     """The config at every ZeRO stage, with and without checkpointing, where that is possible."""
     from cfpretrain.base.config import can_checkpoint
     from cfpretrain.training import memory
@@ -137,8 +137,8 @@ def _rows(config: "Config", num_gpus: int, budget: int, encoding_bytes: int) -> 
         if checkpointing and not can_checkpoint(stage, engine.precision):
             continue
         other = memory.with_knobs(config, {_STAGE: stage, _CHECKPOINTING: checkpointing})
-        found = memory.estimate(other, num_gpus, True, encoding_bytes)
-        largest = memory.largest_micro_batch(other, num_gpus, True, budget - encoding_bytes)
+        found = memory.estimate(other, num_gpus, True, encoding)
+        largest = memory.largest_micro_batch(other, num_gpus, True, budget, encoding)
         rows.append(
             {
                 "zero_stage": stage,
@@ -195,8 +195,8 @@ def _verdict(row: dict[str, Any], budget: int) -> str:
     return f"* fits as written: {peak}{more}"
 
 
-def _advise(config: "Config", num_gpus: int, budget: int) -> list[str]:
-    """The fewest changes that make a config fit beside what encodes images, each with its largest micro-batch."""
+def _advise(config: "Config", num_gpus: int, budget: int, encoding: "EncodingCost") -> list[str]:
+    """The fewest changes that make a config and what encodes images fit, each with its largest micro-batch."""
     from cfpretrain.base.config import can_checkpoint
     from cfpretrain.training import memory
 
@@ -214,7 +214,7 @@ def _advise(config: "Config", num_gpus: int, budget: int) -> list[str]:
                 is_possible = can_checkpoint(other.engine.zero_stage, engine.precision)
                 if other.engine.activation_checkpointing and not is_possible:
                     continue
-                largest = memory.largest_micro_batch(other, num_gpus, True, budget)
+                largest = memory.largest_micro_batch(other, num_gpus, True, budget, encoding)
                 if largest is not None:
                     knobs["train.micro_batch_size"] = min(largest, config.micro_batch_size(num_gpus))
                     written = " ".join(f"{key}={str(value).lower()}" for key, value in knobs.items())
@@ -262,22 +262,22 @@ def measure_step(config: "Config", device: "torch.device") -> tuple[int, int]:
     """
     import torch
 
-    from cfpretrain.run.metrics import Account
+    from cfpretrain.training.encoding_cost import MemoryTracker
 
-    account = None if device.type == "cuda" else Account()
-    with account or contextlib.nullcontext():
+    tracker = None if device.type == "cuda" else MemoryTracker()
+    with tracker or contextlib.nullcontext():
         micro_batches = _micro_batches(config, device)
         next(micro_batches)  # the engine is built
         held = 0
-        if account is not None:
-            account.peak = account.held
+        if tracker is not None:
+            tracker.peak = tracker.held
         else:
             torch.cuda.reset_peak_memory_stats(device)
         for _ in micro_batches:
-            if account is not None:
+            if tracker is not None:
                 time.sleep(_GLOO_SECONDS)
-            held = max(held, account.held if account is not None else torch.cuda.memory_allocated(device))
-        peak = account.peak if account is not None else torch.cuda.max_memory_allocated(device)
+            held = max(held, tracker.held if tracker is not None else torch.cuda.memory_allocated(device))
+        peak = tracker.peak if tracker is not None else torch.cuda.max_memory_allocated(device)
     return held, peak
 
 

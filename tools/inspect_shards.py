@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument(
         "--autoencoder",
         type=path_argument,
-        help="its folder: it decodes latents for --grid, and encodes images as training goes",
+        help="its folder: it decodes latents for --grid, and encodes images during training",
     )
     for name, (kind, text) in _CACHE_OPTIONS.items():
         default = getattr(DataConfig(), name)
@@ -167,10 +167,13 @@ def _describe_latents(shards: "Shards", info: "ImagesInfo", autoencoder: "KLAuto
 
 def _config_lines(info: "LatentsInfo", address: str, autoencoder: Path | None) -> list[str]:
     """In YAML; the autoencoder's folder is yet to be filled in where none is given."""
-    data: dict[str, Any] = {"shards": address}
+    # Of pixels none, also where the config below names one.
+    data: dict[str, Any] = {"shards": address, "autoencoder": ""}
     if info.autoencoder != "identity":
         data["autoencoder"] = str(autoencoder or "FOLDER")
-    data |= {"latent_shift": list(info.latent_shift), "latent_scale": list(info.latent_scale)}
+    for name in ("latent_shift", "latent_scale"):
+        values = getattr(info, name)
+        data[name] = list(values[:1] if len(set(values)) == 1 else values)
     if info.has_posterior and not info.has_mirror:
         data["mirror_prob"] = 0.0
     channels, rows, _ = info.latent_shape

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _EXIT_UNEQUAL = 1
 _NUM_SHOWN = 10
-_MAY_DIFFER = ("data.shards=", "data.num_workers=", "engine.", "train.micro_batch_size=")
+_MAY_DIFFER = ("data.shards=", "data.autoencoder=", "data.num_workers=", "engine.", "train.micro_batch_size=")
 _COLUMNS, _MOST_IMAGES = 8, 64
 
 

@@ -110,7 +110,7 @@ class NoiseConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    # Folders of latent shards, or of image shards, which are encoded as training goes; or addresses: s3://bucket/folder
+    # Folders of latent shards, or of image shards, which are encoded during training; or addresses: s3://bucket/folder
     shards: tuple[Address, ...] = ("data/latents",)
     # How often an epoch goes through each; one value, or one a folder.
     repeat: tuple[Annotated[float, Range(1e-9, 127)], ...] = (1.0,)
@@ -238,6 +238,10 @@ class Config:
     def micro_batch_size(self, world_size: int) -> int:
         """Samples a forward on one rank: fewer than the knob says where the global batch leaves a rank fewer."""
         return min(self.train.micro_batch_size, self.train.global_batch_size // world_size)
+
+    def encoding_padding(self, world_size: int) -> int:
+        """Images by which a micro-batch is filled up to whole encoded batches, where image shards are trained on."""
+        return -self.micro_batch_size(world_size) % self.data.encode_batch_size
 
     def accumulation_steps(self, world_size: int) -> int:
         """Micro-batches a rank adds up in one optimizer step."""

@@ -10,9 +10,8 @@ squared error.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -138,15 +137,15 @@ class DenoisingLoss:
             noise_BLP=seeds.normal(sample_keys("noise"), (num_tokens, patch_values)),
         )
 
-    def prepare(self, latents_BCYX: Tensor, draws: Draws, skipped: Mapping[int, str] = MappingProxyType({})) -> Batch:
+    def prepare(self, latents_BCYX: Tensor, draws: Draws, skipped: Sequence[int] = ()) -> Batch:
         """The batch that the draws make of these samples' latents (as the network sees them), all on the CPU.
 
-        Samples at the places `skipped`, which says why, have the weight 0.
+        Samples at the places `skipped` have the weight 0.
         """
         order_BL, ar = draws.order_BL, self.ar
         weights_BL = ar_weights(draws.steps_BL, ar.ar_weight_first, ar.ar_weight_last, ar.ar_weight_schedule)
         if skipped:
-            weights_BL = weights_BL.index_fill(0, torch.tensor(list(skipped)), 0.0)
+            weights_BL = weights_BL.index_fill(0, torch.tensor(skipped), 0.0)
         clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
         noise_BLP = take_tokens(draws.noise_BLP, order_BL)
         noised_BLP, target_BLP = self.process.noise(clean_BLP, noise_BLP, draws.timesteps_B)
@@ -165,8 +164,7 @@ class DenoisingLoss:
         layout = build_layout(segments, self.clean_multiple, ar.shares_split)
         work = count_work(segments, layout, len(latents_BCYX))
         placed = tuple(with_rotary_positions(segments)) if self.has_rotary else segments
-        reasons = tuple(skipped.values())
-        return Batch(draws.step, draws.ids_B, placed, layout.num_clean, layout.intervals_BMI, work, reasons)
+        return Batch(draws.step, draws.ids_B, placed, layout.num_clean, layout.intervals_BMI, work)
 
     def __call__(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> LossTerms:
         """The loss of a micro-batch that lies on the model's device."""

@@ -55,7 +55,8 @@ def _check_latents(info: LatentsInfo, config: Config) -> Iterable[str]:
         recorded, given = getattr(info, name), getattr(config.data, name)
         full = given * channels if len(given) == 1 else given
         if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in zip(recorded, full, strict=True)):
-            yield f"data.{name}: expected {list(recorded)}, which these latents need, got {list(given)}; set it so"
+            values = list(recorded[:1] if len(set(recorded)) == 1 else recorded)
+            yield f"data.{name}: expected {values}, as the autoencoder says, got {list(given)}; set it so"
 
 
 def _check_counts(infos: Sequence[LatentsInfo], config: Config) -> Iterable[str]:

@@ -211,10 +211,17 @@ def read_image(
 
 
 def declared_size(data: bytes | NDArray[np.uint8]) -> tuple[int, int] | None:
-    """Width and height that an image file declares; None of what is no image of a known kind, or too large for PIL."""
+    """Width and height that an image file declares; None of what is no image of a known kind, or too large for PIL.
+
+    Of JPEG 2000 also None where it cannot be decoded.
+    """
     try:
-        with Image.open(io.BytesIO(bytes(data)), formats=_KINDS) as file:
-            return file.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of images above half of PIL's limit
+            with Image.open(io.BytesIO(bytes(data)), formats=_KINDS) as file:
+                if file.format == "JPEG2000":
+                    file.load()  # a cut one ends the process in DALI's decoder
+                return file.size
     except Exception:  # whatever a damaged one brings its decoder to
         return None
 

@@ -8,7 +8,6 @@ a shard depend neither on ranks and threads nor on the order of work and kills i
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from itertools import groupby
 from typing import Any
 
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, deterministic_convolutions
 from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError
-from cfpretrain.data.pixels import PixelBatch, Sample, dali_version, decode_shards, padded
+from cfpretrain.data.pixels import PixelBatch, Sample, dali_version, decode_shards
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, latent_columns
 
@@ -49,6 +48,7 @@ class Encoding:
         info = images.info
         self.images, self.info = images, info
         self.autoencoder, self.device, self.batch_size = autoencoder, device, batch_size
+        self.has_random_crops = has_random_crops
         self._crop = "random" if has_random_crops else "adm" if info.store == "lossless" else "dali"
         self.precision = precision  # in which the autoencoder computes, for the record
         self.latent_shape = autoencoder.latent_shape((info.channels, info.image_size, info.image_size))
@@ -88,6 +88,13 @@ class Encoding:
             versions=merged_versions(records) if records else {},
         )
 
+    def describe_work(self) -> str:
+        """What is done with images during training, in a line."""
+        made_by = "pixels are the latents"
+        if self.has_posterior:
+            made_by = f"encoded {self.batch_size} at once in {self.precision}"
+        return f"images are decoded during training, {self._crop} crop; {made_by}"
+
     def moments(self, pixels_BYXC: torch.Tensor, mirrored_B: torch.Tensor, names: Sequence[str]) -> _Moments:
         """What is kept of images, or of the mirror images of some: columns `mean` and, of a posterior, `log_variance`.
 
@@ -98,8 +105,9 @@ class Encoding:
             mirrored_B: which are mirrored before they are encoded.
             names: of the images, for messages.
         """
-        images_BCYX = padded(pixels_BYXC, self.batch_size).permute(0, 3, 1, 2).contiguous().float() / 255
-        turned_B = padded(mirrored_B.to(images_BCYX.device), self.batch_size)
+        assert len(names) == len(pixels_BYXC)
+        images_BCYX = _padded(pixels_BYXC, self.batch_size).permute(0, 3, 1, 2).contiguous().float() / 255
+        turned_B = _padded(mirrored_B.to(images_BCYX.device), self.batch_size)
         images_BCYX = torch.where(turned_B[:, None, None, None], images_BCYX.flip(-1), images_BCYX)
         mean_BCYX, log_variance_BCYX = self.autoencoder.encode(images_BCYX)
         found = {"mean": self._stored(mean_BCYX, names)}
@@ -112,7 +120,9 @@ class Encoding:
         stored: NDArray[np.float16] = values_BCYX[: len(names)].to(torch.float16).cpu().numpy()
         for name, values, values_CYX in zip(names, stored, values_BCYX, strict=False):  # the batch may be padded
             if not np.isfinite(values).all():
-                way_out = _OTHER_PRECISION * (self.precision != "fp32") + "take another autoencoder"
+                way_out = "take another autoencoder"
+                if self.precision != "fp32":
+                    way_out = f"{_OTHER_PRECISION}{way_out}"
                 raise UserError(
                     f"{name}: expected latents that float16 can hold, got {float(values_CYX.min()):g} to "
                     f"{float(values_CYX.max()):g}; {way_out}"
@@ -146,7 +156,7 @@ def encode(
     # Each computes alone: the bits of a result depend on how torch shares a batch among threads.
     threads = ThreadPoolExecutor(num_workers, initializer=torch.set_num_threads, initargs=(1,))
     try:
-        with exactly():
+        with deterministic_convolutions():
             encoded = _in_order(threads, encoding, batches, ahead=num_workers)
             for number, of_shard in groupby(encoded, key=lambda pair: pair[0].shard):
                 _write_shard(encoding, writer, number, of_shard, on_batch)
@@ -158,11 +168,6 @@ def encode(
         ) from error
     finally:
         threads.shutdown(cancel_futures=True)
-
-
-def exactly() -> AbstractContextManager[None]:
-    """Encoding gives the same bits at every run on a GPU, and float32 where float32 is asked for."""
-    return torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False)
 
 
 def _in_order(threads: Executor, encoding: Encoding, batches: Iterable[PixelBatch], ahead: int) -> Iterator[_Encoded]:
@@ -184,6 +189,11 @@ def _encode_batch(encoding: Encoding, batch: PixelBatch) -> _Encoded:
         found = encoding.moments(batch.pixels_BYXC, torch.full((len(names),), is_mirrored), names)
         moments |= {f"{prefix}{name}": values for name, values in found.items()}
     return batch, moments
+
+
+def _padded(values_B: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """A batch with its last value repeated up to a size."""
+    return torch.cat([values_B, values_B[-1:].expand(batch_size - len(values_B), *values_B.shape[1:])])
 
 
 def _write_shard(

@@ -100,14 +100,15 @@ class Loader(Generic[T]):
         device, requests = device or torch.device("cpu"), self._requests(step)
         self._reader: Reader[T] | EncodingReader[T] | None
         if data.encodings:
+            say(data.encodings[0].describe_work())
             _warn_of_padding(config, world_size)
             self._reader = EncodingReader(data, config, prepare, requests, self._accumulation, device)
         else:
             reading = LatentReading(data.latents[0], VisitDraws(config), prepare)
             batches, is_pinned = MicroBatches(folders, reading), device.type == "cuda"
             self._reader = Reader(batches, requests, config.data.num_workers, is_pinned, self._budget)
-        # A process that an error ends would wait for its workers, which leave signals to it.
-        atexit.register(self.close)
+        # A process that an error ends would wait for its workers, which leave signals to it. (`close` starts a thread.)
+        self._at_exit = atexit.register(self._reader.kill)
 
     def __iter__(self) -> Iterator[list[T]]:
         return self
@@ -140,7 +141,7 @@ class Loader(Generic[T]):
 
     def close(self) -> None:
         """Ends the worker processes; the position stays readable."""
-        atexit.unregister(self.close)
+        atexit.unregister(self._at_exit)
         self.end_waiting()
         if self._reader is not None:
             self._reader.close()
@@ -202,11 +203,12 @@ def _warn_of_a_small_cache(config: Config, folders: Sequence[Shards], num_nodes:
 def _warn_of_padding(config: Config, world_size: int) -> None:
     """Says where at most half of what is encoded are images."""
     micro_batch_size, size = config.micro_batch_size(world_size), config.data.encode_batch_size
-    padding = -micro_batch_size % size
+    padding = config.encoding_padding(world_size)
     if padding >= micro_batch_size:
         say(
-            f"WARNING: data.encode_batch_size = {size}: a micro-batch of {micro_batch_size} images is encoded with "
-            f"{padding} more that fill it up; set {micro_batch_size}"
+            f"WARNING: data.encode_batch_size = {size}: a micro-batch of {micro_batch_size} is padded by "
+            f"{padding} images, which takes as long; set {micro_batch_size}, unless losses are to equal those of "
+            f"latents that were encoded {size} at once"
         )
 
 

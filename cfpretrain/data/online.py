@@ -13,22 +13,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder
+from cfpretrain.autoencoder import IdentityAutoencoder, KLAutoencoder, deterministic_convolutions
 from cfpretrain.base import runtime
 from cfpretrain.base.background import Task
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core.latents import LatentScaling
 from cfpretrain.data.cache import Cache
-from cfpretrain.data.latent_shards import Encoding, exactly
-from cfpretrain.data.pixels import BadImagesError, Decoder
+from cfpretrain.data.latent_shards import Encoding
+from cfpretrain.data.pixels import Decoder, dali_version
 from cfpretrain.data.reader import MicroBatches, Reader, Request
-from cfpretrain.data.samples import FOLDER_BIT, REPETITION_BIT, ImageFiles, Prepare, Samples, T, VisitDraws
+from cfpretrain.data.samples import ImageFiles, Prepare, Samples, T, VisitDraws, split_ids
 from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, read_info
 
 _POLL_SECONDS = 1.0
@@ -43,6 +41,11 @@ class TrainingData:
     latents: list[LatentsInfo]  # of each folder: of its latents, or of those that its images become
     encodings: list[Encoding]  # of each folder of images; none where the folders hold latents
     cache: Cache  # of copies, for addresses
+
+    @property
+    def kind(self) -> str:
+        """What the folders hold: "images" or "latents"."""
+        return self.folders[0].info.kind
 
 
 def open_training_data(config: Config, device: torch.device | None = None) -> TrainingData:
@@ -64,6 +67,7 @@ def open_training_data(config: Config, device: torch.device | None = None) -> Tr
         )
     if latents:
         return TrainingData(folders, latents, [], cache)
+    dali_version()  # before an engine is built
     autoencoder, precision = _open_autoencoder(config, images[0], device)
     encodings = [
         Encoding(
@@ -72,7 +76,7 @@ def open_training_data(config: Config, device: torch.device | None = None) -> Tr
             device,
             precision,
             config.data.encode_batch_size,
-            with_mirror=True,
+            with_mirror=config.data.mirror_prob > 0,
             has_random_crops=config.data.crop == "random",
         )
         for folder in folders
@@ -124,10 +128,8 @@ class OnlineEncoder:
     def __init__(self, encodings: Sequence[Encoding], config: Config) -> None:
         self._draws, self._on_bad_image = VisitDraws(config), config.data.on_bad_image
         self._addresses = [encoding.images.source.address for encoding in encodings]
-        self._has_crops = config.data.crop == "random"
-        self._encoding = encodings[0]
-        info, device = self._encoding.info, self._encoding.device
-        self._decoder = Decoder(info, self._encoding.batch_size, device, runtime.num_cores(), self._has_crops)
+        self._encoding = first = encodings[0]
+        self._decoder = Decoder(first.info, first.batch_size, first.device, runtime.num_cores(), first.has_random_crops)
 
     def __call__(self, images: ImageFiles) -> Samples:
         """The latents of a micro-batch; errors as of `moments`."""
@@ -142,39 +144,22 @@ class OnlineEncoder:
 
         UserError where an image is bad and `data.on_bad_image` is "stop".
         """
-        names, files = self._names(images.ids_B), images.files()
-        crops_B4 = self._draws.crops(images.epoch, images.ids_B)
+        files, sizes = images.files(), images.sizes()
+        names = [f"data.shards: {self._addresses[folder]}: image of id {id}" for folder, id in split_ids(images.ids_B)]
+        crops_B4 = self._draws.crops(images.epoch, images.ids_B) if self._encoding.has_random_crops else None
         skipped: dict[int, str] = {}
         moments: list[dict[str, Tensor]] = []
-        size = self._encoding.batch_size
-        for places in np.split(np.arange(len(files)), range(size, len(files), size)):
-            pixels_BYXC, reasons = self._decode([files[place] for place in places], crops_B4[places])
-            bad = {int(places[one]): f"{names[places[one]]}: {reason}" for one, reason in reasons.items()}
+        for begin in range(0, len(files), self._encoding.batch_size):
+            end = begin + self._encoding.batch_size
+            crops = None if crops_B4 is None else crops_B4[begin:end]
+            pixels_BYXC, reasons = self._decoder(files[begin:end], sizes[begin:end], crops)
+            bad = {begin + place: f"{names[begin + place]}: {reason}" for place, reason in reasons.items()}
             if bad and self._on_bad_image == "stop":
                 raise UserError(f"{next(iter(bad.values()))}; or set data.on_bad_image=skip")
             skipped |= bad
-            found = self._encoding.moments(pixels_BYXC, mirrored_B[places], [names[place] for place in places])
+            found = self._encoding.moments(pixels_BYXC, mirrored_B[begin:end], names[begin:end])
             moments.append({name: torch.from_numpy(values) for name, values in found.items()})
         return {name: torch.cat([part[name] for part in moments]) for name in moments[0]}, skipped
-
-    def _names(self, ids_B: Tensor) -> list[str]:
-        folders = ids_B >> FOLDER_BIT & ((1 << REPETITION_BIT - FOLDER_BIT) - 1)
-        places = zip(folders.tolist(), (ids_B % (1 << FOLDER_BIT)).tolist(), strict=True)
-        return [f"data.shards: {self._addresses[folder]}: image of id {id}" for folder, id in places]
-
-    def _decode(self, files: Sequence[NDArray[np.uint8]], crops_B4: Tensor) -> tuple[Tensor, dict[int, str]]:
-        """Pixels, black where an image is bad; and, by place, what is wrong with it."""
-        try:
-            return self._decoder(files, crops_B4), {}
-        except BadImagesError as error:
-            reasons = dict(error.reasons)
-        info, good = self._encoding.info, [place for place in range(len(files)) if place not in reasons]
-        shape = (len(files), info.image_size, info.image_size, info.channels)
-        pixels_BYXC = torch.zeros(shape, dtype=torch.uint8, device=self._encoding.device)
-        if good:
-            pixels_BYXC[good], others = self._decode([files[place] for place in good], crops_B4[good])
-            reasons |= {good[place]: reason for place, reason in others.items()}
-        return pixels_BYXC, reasons
 
 
 class EncodingReader(Generic[T]):
@@ -200,14 +185,13 @@ class EncodingReader(Generic[T]):
         device: torch.device,
     ) -> None:
         self._budget, self._device, self._prepare = data.cache.budget, device, prepare
-        self._encoder = OnlineEncoder(data.encodings, config)
-        # Before the thread is there: processes are forked.
+        # First, since it forks processes, in which DALI's threads and this one's would be missing.
         self._files = Reader(
             MicroBatches(data.folders, ImageFiles.of), requests, config.data.num_workers, False, self._budget
         )
+        self._encoder = OnlineEncoder(data.encodings, config)
         self._made: queue.Queue[T] = queue.Queue(depth)
         self._is_closed = threading.Event()
-        torch.get_num_threads()  # a thread that has never asked takes the number that another sets for itself
         self._task = Task(self._work, "images")
 
     def read(self) -> T:
@@ -223,18 +207,28 @@ class EncodingReader(Generic[T]):
                 self._budget.check()
 
     def close(self) -> None:
-        """Ends the thread, once what it is encoding is done, and the workers."""
+        """Ends the thread, once what it is encoding is done or takes too long, and the workers."""
         self._is_closed.set()
         with suppress(queue.Empty):
             self._made.get_nowait()  # the thread may wait for room
         self._task.join(_CLOSE_SECONDS)
         self._files.close()
 
+    def kill(self) -> None:
+        """Ends the thread, and kills the workers."""
+        self._is_closed.set()
+        self._files.kill()
+        self._task.join(_CLOSE_SECONDS)
+
     def _work(self) -> None:
-        torch.set_num_threads(1)  # for this thread: how many share a batch decides the bits of its latents
+        torch.set_num_threads(1)  # here and in later threads: how many share a batch decides the bits of its latents
         on_gpu = self._device.type == "cuda"
         stream = torch.cuda.Stream(self._device) if on_gpu else None
-        with torch.cuda.device(self._device) if on_gpu else nullcontext(), torch.cuda.stream(stream), exactly():
+        with (
+            torch.cuda.device(self._device) if on_gpu else nullcontext(),
+            torch.cuda.stream(stream),
+            deterministic_convolutions(),
+        ):
             while not self._is_closed.is_set():
                 made = self._make()
                 while not self._is_closed.is_set():

@@ -15,19 +15,12 @@ from cfpretrain.data.images import MOST_PIXELS, declared_size
 from cfpretrain.data.shards import ImagesInfo, Shards
 
 Sample = Mapping[str, Any]
+File = bytes | NDArray[np.uint8]  # the bytes of an image file
 
 # Of a random crop, before what exceeds the image is cut off and the rest is scaled: its share of the image's area, and
 # width / height. Of a square image both bounds hold after the cut too; of a long one it is as wide as the image allows.
 _CROP_AREA, _CROP_ASPECT = (0.5, 1.0), (3 / 4, 4 / 3)
 _AGAIN = "make the image shards again"
-
-
-class BadImagesError(Exception):
-    """Images of a batch that cannot be decoded, or are of another size."""
-
-    def __init__(self, reasons: Mapping[int, str]) -> None:
-        super().__init__(reasons)
-        self.reasons = reasons  # by their places in the batch
 
 
 class Decoder:
@@ -50,63 +43,76 @@ class Decoder:
         num_threads: int,
         has_random_crops: bool = False,
     ) -> None:
-        self._make = lambda: _make_pipeline(info, batch_size, device, num_threads, has_random_crops)
-        self._info, self._has_random_crops = info, has_random_crops
-        self._pipeline = self._make()
+        self._info, self._batch_size, self._device = info, batch_size, device
+        self._num_threads, self._has_random_crops = num_threads, has_random_crops
+        self._pipeline = self._make(batch_size, num_threads)
 
-    def __call__(self, files: Sequence[bytes | NDArray[np.uint8]], crops_B4: Tensor | None = None) -> Tensor:
-        """The pixels of square images: uint8 [B, Y, X, C].
+    def __call__(
+        self, files: Sequence[File], sizes: Sequence[tuple[int, int] | None], crops_B4: Tensor | None = None
+    ) -> tuple[Tensor, dict[int, str]]:
+        """The pixels of square images.
 
         Args:
             files: the bytes of each image.
+            sizes: what each declares (`images.declared_size`), by which DALI would take memory.
             crops_B4: numbers from 0 to 1 that choose the random crops: area, aspect, column, row.
 
-        Raises:
-            BadImagesError: names every image that cannot be decoded, or is of another size.
+        Returns:
+            uint8 [B, Y, X, C], black where an image is bad; and by place what is wrong with each bad one: it cannot be
+            decoded, or is of another size.
         """
-        reasons = self._find_oversized(files)
-        if reasons:
-            raise BadImagesError(reasons)
-        self._pipeline.feed_input("files", [np.frombuffer(file, np.uint8) for file in files])
+        reasons = self._refused_by_header(sizes)
+        shape = (len(files), self._info.image_size, self._info.image_size, self._info.channels)
+        pixels_BYXC = torch.zeros(shape, dtype=torch.uint8, device=self._device)
+        while good := [place for place in range(len(files)) if place not in reasons]:
+            try:
+                pixels_BYXC[good] = self._decode(self._pipeline, files, crops_B4, good)
+                break
+            except RuntimeError as error:
+                self._pipeline = self._make(self._batch_size, self._num_threads)  # a failed one gives nothing more
+                found = self._find_undecodable(files, crops_B4, good)
+                if not found:
+                    raise RuntimeError("DALI fails on a batch of images each of which it decodes alone") from error
+                reasons |= found
+        if pixels_BYXC.is_cuda:
+            torch.cuda.current_stream(self._device).synchronize()
+        return pixels_BYXC, reasons
+
+    def _make(self, batch_size: int, num_threads: int) -> Any:
+        return _make_pipeline(self._info, batch_size, self._device, num_threads, self._has_random_crops)
+
+    def _decode(self, pipeline: Any, files: Sequence[File], crops_B4: Tensor | None, places: Sequence[int]) -> Tensor:
+        """The images at some places."""
+        pipeline.feed_input("files", [np.frombuffer(files[place], np.uint8) for place in places])
         if self._has_random_crops:
             assert crops_B4 is not None
-            self._pipeline.feed_input("crops", list(crops_B4.float().numpy()))
-        try:
-            (decoded,) = self._pipeline.run()
-        except RuntimeError:
-            self._pipeline = self._make()  # one that has failed gives nothing more
-            reasons = self._find_undecodable(files)
-            if not reasons:
-                raise
-            raise BadImagesError(reasons) from None
+            pipeline.feed_input("crops", list(crops_B4[list(places)].float().numpy()))
+        (decoded,) = pipeline.run()
         # A copy, since the pipeline writes its next batch into the same memory.
-        pixels_BYXC = torch.utils.dlpack.from_dlpack(decoded.as_tensor()).clone()
-        if pixels_BYXC.is_cuda:
-            torch.cuda.current_stream(pixels_BYXC.device).synchronize()
-        return pixels_BYXC
+        return torch.utils.dlpack.from_dlpack(decoded.as_tensor()).clone()
 
-    def _find_oversized(self, files: Sequence[bytes | NDArray[np.uint8]]) -> dict[int, str]:
-        """Those of which DALI would take memory for other pixels than were stored, by what they declare."""
+    def _refused_by_header(self, sizes: Sequence[tuple[int, int] | None]) -> dict[int, str]:
+        """By place, what is wrong with images that need not be decoded to be refused."""
         size, reasons = (self._info.image_size, self._info.image_size), {}
         is_stored_so = self._info.store == "lossless" and not self._has_random_crops
-        for place, file in enumerate(files):
-            declared = declared_size(file)
+        for place, declared in enumerate(sizes):
             if declared is None:
                 reasons[place] = f"it is no image, or one of more than {MOST_PIXELS:,} pixels; {_AGAIN}"
             elif is_stored_so and declared != size:
                 reasons[place] = f"expected {_by(size)} pixels, got {_by(declared)}; {_AGAIN}"
         return reasons
 
-    def _find_undecodable(self, files: Sequence[bytes | NDArray[np.uint8]]) -> dict[int, str]:
-        """Those that cannot be decoded alone, on the CPU, and why."""
+    def _find_undecodable(
+        self, files: Sequence[File], crops_B4: Tensor | None, places: Sequence[int]
+    ) -> dict[int, str]:
+        """By place, why images cannot be decoded alone."""
         fix = _AGAIN if self._info.store == "lossless" else f"{_AGAIN} with --store lossless, which PIL decodes"
         reasons: dict[int, str] = {}
         alone = None
-        for place, file in enumerate(files):
-            alone = alone or _make_pipeline(self._info, 1, torch.device("cpu"), 1)
-            alone.feed_input("files", [np.frombuffer(file, np.uint8)])
+        for place in places:
+            alone = alone or self._make(1, 1)
             try:
-                alone.run()
+                self._decode(alone, files, crops_B4, [place])
             except RuntimeError as error:
                 reason = str(error).partition("encountered:\n")[2].partition("Current pipeline")[0]
                 reasons[place] = f"DALI cannot decode it ({' '.join(reason.split()):.200}); {fix}"
@@ -139,18 +145,13 @@ def decode_shards(
     for number in numbers:
         of_shard = shards.shard(number)
         while samples := list(islice(of_shard, batch_size)):
-            try:
-                yield PixelBatch(number, samples, decoder([sample["image"] for sample in samples]))
-            except BadImagesError as error:
-                place, reason = next(iter(error.reasons.items()))
+            images = [sample["image"] for sample in samples]
+            pixels_BYXC, reasons = decoder(images, list(map(declared_size, images)))
+            for place, reason in reasons.items():
                 raise UserError(
                     f"{shards.source.address}/{shards.files[number].name}: image of id {samples[place]['id']}: {reason}"
-                ) from error
-
-
-def padded(values_B: Tensor, batch_size: int) -> Tensor:
-    """A batch with its last value repeated up to a size."""
-    return torch.cat([values_B, values_B[-1:].expand(batch_size - len(values_B), *values_B.shape[1:])])
+                )
+            yield PixelBatch(number, samples, pixels_BYXC)
 
 
 def dali_version() -> str:

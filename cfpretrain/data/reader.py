@@ -179,13 +179,14 @@ class Reader(Generic[T]):
     def close(self) -> None:
         """Ends the workers."""
         # One may be stopped, or wait for a disk that never answers: torch and `multiprocessing` would wait for it.
-        killing = threading.Timer(_CLOSE_SECONDS, self._kill)
+        killing = threading.Timer(_CLOSE_SECONDS, self.kill)
         killing.start()
         del self._batches  # torch ends them with its iterator, which an error's traceback must not keep
         if not any(worker.is_alive() for worker in self._workers):
             killing.cancel()
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """Kills the workers."""
         for worker in self._workers:
             worker.kill()
 

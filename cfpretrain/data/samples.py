@@ -16,10 +16,17 @@ from torch import Tensor
 
 from cfpretrain.base.config import Config
 from cfpretrain.core import seeds
+from cfpretrain.data.images import declared_size
 from cfpretrain.data.shards import LatentsInfo
 
 # What an id says besides the sample's own, which is smaller: noise differs between the visits of an epoch.
 FOLDER_BIT, REPETITION_BIT = 40, 56
+
+
+def split_ids(ids_B: Tensor) -> list[tuple[int, int]]:
+    """The number of each sample's folder, and its id there."""
+    folders_B = ids_B % (1 << REPETITION_BIT) >> FOLDER_BIT
+    return list(zip(folders_B.tolist(), (ids_B % (1 << FOLDER_BIT)).tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Visits:
     epoch: int
     ids_B: Tensor  # int64: a sample's id in its folder, + folder << 40, + repetition in the epoch << 56
     labels_B: Tensor  # int64
-    columns: Sequence[Mapping[str, Any]]  # of each sample, the other ones too
+    columns: Sequence[Mapping[str, Any]]  # of each sample, all of them, by name
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,7 @@ class ImageFiles:
     epoch: int
     ids_B: Tensor
     labels_B: Tensor
+    sizes_B2: Tensor  # int64, width and height that each declares; 0 where it is no image (`images.declared_size`)
     ends_B: Tensor  # int64, where each file ends in `data`
     data: Tensor  # uint8
 
@@ -119,10 +127,15 @@ class ImageFiles:
     def of(cls, visits: Visits) -> "ImageFiles":
         """Of samples of image shards."""
         files = [np.frombuffer(columns["image"], np.uint8) for columns in visits.columns]
+        sizes_B2 = torch.tensor([declared_size(file) or (0, 0) for file in files])
         ends_B = torch.tensor([len(file) for file in files]).cumsum(0)
         data = torch.from_numpy(np.concatenate(files))
-        return cls(visits.step, visits.epoch, visits.ids_B, visits.labels_B, ends_B, data)
+        return cls(visits.step, visits.epoch, visits.ids_B, visits.labels_B, sizes_B2, ends_B, data)
 
     def files(self) -> list[NDArray[np.uint8]]:
         """The bytes of each image."""
         return np.split(self.data.numpy(), self.ends_B[:-1].tolist())
+
+    def sizes(self) -> list[tuple[int, int] | None]:
+        """Width and height that each declares; None where it is no image."""
+        return [(width, height) if width else None for width, height in self.sizes_B2.tolist()]

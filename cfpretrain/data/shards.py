@@ -164,7 +164,7 @@ def _text(source: Source, name: str, key: str) -> str:
     except FileNotFoundError as error:
         raise UserError(
             f"{key}: expected a folder of shards, but {source.address or 'the empty name'} has no {name}; make shards "
-            "with tools/make_shards.py and tools/encode_latents.py"
+            "with tools/make_shards.py, and of latents with tools/encode_latents.py"
         ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{key}: {source.address}/{name} cannot be read ({error}); restore it") from error

@@ -217,7 +217,7 @@ def open_source(address: str | Path, key: str, cache: Cache | None = None) -> So
         if not Path(address).is_dir():
             raise UserError(
                 f"{key}: expected a folder of shards, but {address} does not exist; make shards with "
-                "tools/make_shards.py and tools/encode_latents.py"
+                "tools/make_shards.py, and of latents with tools/encode_latents.py"
             )
         return LocalFolder(address, key)
     address = str(address)

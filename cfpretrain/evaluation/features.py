@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cfpretrain.autoencoder import deterministic_convolutions
 from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.differences import tensor_differences
 from cfpretrain.base.files import open_to_read
@@ -63,11 +64,7 @@ class FeatureExtractor:
 
     def __call__(self, images_BCYX: Tensor) -> Features:
         """Features of images, uint8 [B, 3, Y, X] of any size; on the extractor's device."""
-        # The same bits at every run on a GPU, and float32 where float32 is meant.
-        with (
-            torch.inference_mode(),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
+        with torch.inference_mode(), deterministic_convolutions():
             made = self.network(images_BCYX.to(self.device))
         if not all(part is None or part.isfinite().all() for part in made):
             raise UserError(f"{self.name}: expected finite features, got NaN or infinity; the weights are damaged")

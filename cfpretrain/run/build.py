@@ -202,7 +202,8 @@ def make_prepare(config: Config) -> Prepare[Batch]:
 
     def prepare(samples: Samples, step: int) -> Batch:
         draws = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, model.num_tokens, model.patch_values)
-        return loss.prepare(scaling.to_model(samples.latents_BCYX), draws, samples.skipped)
+        batch = loss.prepare(scaling.to_model(samples.latents_BCYX), draws, tuple(samples.skipped))
+        return dataclasses.replace(batch, skipped=tuple(samples.skipped.values()))
 
     return prepare
 

@@ -3,26 +3,18 @@
 import json
 import math
 import os
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-from cfpretrain.autoencoder import KLAutoencoder, make_network, read_config
 from cfpretrain.base import files, runtime
-from cfpretrain.base.config import Config, ModelConfig
+from cfpretrain.base.config import ModelConfig
 from cfpretrain.base.console import explaining, say
 from cfpretrain.base.files import open_to_read, parse_json
 from cfpretrain.core.work import Work
-from cfpretrain.data.online import encoding_precision
 
 _MAX_BYTES, _MAX_LINE_BYTES = 2**32, 2**24  # of a metrics file
 # Dense bf16 rate of one GPU, in FLOP/s, by a part of its name (the makers' data sheets, without sparsity).
@@ -68,94 +60,6 @@ def peak_memory_gb(device: torch.device) -> tuple[float, ...]:
 def finite_or_none(value: float) -> float | None:
     """The number; None in place of one that JSON cannot hold."""
     return value if math.isfinite(value) else None
-
-
-# ---------------------------------------------------------------------------
-# Images, encoded as training goes
-
-
-@dataclass(frozen=True)
-class EncodingCost:
-    """What the autoencoder takes that encodes images as training goes."""
-
-    flops: int  # of one image
-    weights: int  # bytes; those of the decoder too, which is loaded with it
-    working: int  # bytes: the pixels of a batch, and the activations that live at once
-
-    @property
-    def num_bytes(self) -> int:
-        """All of it; it works beside the step, whose memory it does not share."""
-        return self.weights + self.working
-
-
-def encoding_cost(config: Config, on_gpu: bool) -> EncodingCost:
-    """What encoding takes, counted on a network without values: of the autoencoder its config alone is read.
-
-    FLOPs are those of convolutions and matrix products, exactly. Attention keeps no products of all pairs, as the fused
-    kernels do not. Not seen: the workspaces of convolutions, and what DALI holds. UserError where `data.autoencoder`
-    cannot be read, or does not take such images.
-    """
-    data, model = config.data, config.model
-    if not data.autoencoder:
-        # Pixels as they are decoded, and as floats: in [0, 255], in [0, 1], mirrored, and those that are chosen.
-        return EncodingCost(0, 0, (1 + 4 * 4) * data.encode_batch_size * model.latent_channels * model.latent_size**2)
-    key = f"data.autoencoder: {data.autoencoder}"
-    dtype = torch.bfloat16 if encoding_precision(config, "cuda" if on_gpu else "cpu") == "bf16" else torch.float32
-    with torch.device("meta"):
-        network = make_network(read_config(Path(data.autoencoder), "data.autoencoder"), key)
-    shapes = {name: value.shape for name, value in network.state_dict().items()}
-    with FakeTensorMode():  # in which a CPU's kernels are chosen, those of attention too
-        network.load_state_dict({name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}, assign=True)
-        autoencoder = KLAutoencoder(network, "", "data.autoencoder")
-        side = model.latent_size * autoencoder.stride
-        images_BCYX = torch.zeros(data.encode_batch_size, autoencoder.image_channels, side, side)
-        with Account(of_fakes=True) as account, FlopCounterMode(display=False) as counter:
-            autoencoder.encode(images_BCYX)
-    return EncodingCost(
-        flops=counter.get_total_flops() // data.encode_batch_size,
-        weights=sum(parameter.nbytes for parameter in network.parameters()),
-        # Pixels also as they were decoded. What is still held are weights, which count above, and these images.
-        working=images_BCYX.numel() + images_BCYX.nbytes + account.peak - account.held,
-    )
-
-
-class Account(TorchDispatchMode):
-    """A context that counts the bytes of living tensors, as `held` and `peak`; on a CPU, for `torch.cuda`'s numbers.
-
-    A storage counts from the first operation inside the block that sees it until it is freed. What an operation
-    allocates and frees inside itself is not seen.
-
-    Args:
-        of_fakes: tensors without values count, as if they had some; else those that have some.
-    """
-
-    def __init__(self, of_fakes: bool = False) -> None:
-        super().__init__()
-        self.held = self.peak = 0
-        self._of_fakes = of_fakes
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls the operation, and sees what it took and gave."""
-        result = func(*args, **kwargs or {})
-        for leaf in tree_leaves((args, kwargs, result)):
-            if isinstance(leaf, torch.Tensor):
-                storage = leaf.untyped_storage()
-                if (storage.device.type == "meta") == self._of_fakes:
-                    self._see(storage)
-        self.peak = max(self.peak, self.held)
-        return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            weakref.finalize(storage, self._forget, key)
-        # A storage can be resized.
-        self.held += storage.nbytes() - self._sizes.get(key, 0)
-        self._sizes[key] = storage.nbytes()
-
-    def _forget(self, key: int) -> None:
-        self.held -= self._sizes.pop(key, 0)
 
 
 # ---------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from cfpretrain.base.stopping import leave_before_training
 from cfpretrain.data.compatibility import check_autoencoder, check_infos
 from cfpretrain.data.loader import order_fingerprint
 from cfpretrain.data.mosaic import __version__ as streaming_version
-from cfpretrain.data.online import open_training_data
+from cfpretrain.data.online import TrainingData, open_training_data
 from cfpretrain.run.build import (
     CHECKPOINTS,
     CONFIG_FILE,
@@ -80,10 +80,10 @@ def check_moved(paths: Sequence[str], config: Config) -> None:
             )
 
 
-def prepare_folder(config: Config, device: torch.device) -> str:
+def prepare_folder(config: Config, device: torch.device) -> TrainingData:
     """Checks what a run reads and where it writes, and locks the run folder, in which nothing is recorded yet.
 
-    All ranks call it, before the engine is built. Returns what the shards hold: "latents" or "images".
+    All ranks call it, before the engine is built. Returns the data, opened on the device.
     """
     folder = Path(config.run.folder)
     with runtime.together():
@@ -93,14 +93,14 @@ def prepare_folder(config: Config, device: torch.device) -> str:
             raise UserError(_unwritable(folder, f"{nearest} is no folder"))
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(_unwritable(folder, f"no permission to write in {nearest}"))
-        kind = _check_inputs(config)
+        data = _check_inputs(config, device)
         with explaining(_unwritable(folder)):
             files.make_folder(folder, follow=True)
             take(folder)
             remove_requeue(folder)
             for place in (folder.resolve(), folder.resolve() / SAMPLES) if runtime.rank() == 0 else ():
                 files.remove_leftovers(place)
-    return kind
+    return data
 
 
 def _unwritable(folder: Path, reason: str = "{reason}") -> str:
@@ -171,22 +171,22 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _check_inputs(config: Config) -> str:
-    """UserError where a run cannot read its data, or was trained on other; returns what the shards hold."""
+def _check_inputs(config: Config, device: torch.device) -> TrainingData:
+    """The data of a run; UserError where it cannot be read, or the run was trained on other."""
     for address in config.data.shards:
         check_relative("data.shards", address)
     if config.evaluation.every_steps:
         check_relative("evaluation.reference", config.evaluation.reference)
-    data = open_training_data(config)
+    data = open_training_data(config, device)
     infos = data.latents
     check_infos(infos, config)
     if runtime.rank() == 0 and config.data.autoencoder and not data.encodings:
         # Another one than made the latents would decode them to something else.
         autoencoder = make_autoencoder(config, torch.device("cpu"))
         check_autoencoder(infos[0], autoencoder.fingerprint, autoencoder.shift, autoencoder.scale, "data.autoencoder")
-    kind, found = data.folders[0].info.kind, _newest_readable(make_store(config))
+    found = _newest_readable(make_store(config))
     if found is None:
-        return kind
+        return data
     latest, saved = found
     saved.check_config(to_plain(config), str(latest))
     if saved.autoencoder not in ("", infos[0].autoencoder):
@@ -198,16 +198,17 @@ def _check_inputs(config: Config) -> str:
     # An imported checkpoint has none: it is at the beginning of an epoch of any data.
     if saved.data_fingerprint and saved.data_fingerprint != order_fingerprint(config, data.folders):
         raise UserError(
-            f"data.shards: checkpoint {latest} was trained on other shards than {', '.join(config.data.shards)}, or "
-            "with other data.repeat, data.num_canonical_nodes or data.shuffle_block_size, so its place in the data "
-            "means nothing here; set these as they were or choose another run.folder"
+            f"data.shards: checkpoint {latest} was trained on other shards than {', '.join(config.data.shards)} "
+            "(latents are others than the images that they were made of), or with other data.repeat, "
+            "data.num_canonical_nodes or data.shuffle_block_size, so its place in the data means nothing here; "
+            "set these as they were or choose another run.folder"
         )
     if saved.seed != config.run.seed:
         raise UserError(
             f"run.seed: expected {saved.seed}, the seed of checkpoint {latest}, got {config.run.seed}; "
             "another seed is another order of the data: choose another run.folder"
         )
-    return kind
+    return data
 
 
 def _newest_readable(store: CheckpointStore) -> tuple[Path, TrainingState] | None:

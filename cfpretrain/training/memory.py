@@ -8,19 +8,21 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from cfpretrain.base.config import Config, ModelConfig, OrderConfig, can_checkpoint
+from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.attention import BACKENDS
 from cfpretrain.core.design import BlockDesign
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.work import sequence_lengths
 from cfpretrain.run.build import choose_attention, parameter_shapes
-from cfpretrain.run.metrics import encoding_cost
+from cfpretrain.training.encoding_cost import NO_ENCODING, EncodingCost, encoding_cost
 from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
@@ -43,7 +45,7 @@ class Estimate:
     gradients: int
     optimizer: int  # fp32 masters and the optimizer's state
     ema: int  # on the GPU
-    autoencoder: int  # that encodes images as training goes, at any moment of the step; 0 where latents are read
+    autoencoder: int  # that encodes images during training, at any moment of the step; 0 where latents are read
     buffers: int  # of communication
     lasting_buffers: int  # of them, those that also live between two micro-batches
     activations: int  # kept from the forward for the backward, at the longest sequence
@@ -81,12 +83,12 @@ class Estimate:
         return self.moments[moment] + (self.activations if moment == "backward" else 0)
 
 
-def estimate(config: Config, num_ranks: int, on_gpu: bool, encoding_bytes: int = 0) -> Estimate:
+def estimate(config: Config, num_ranks: int, on_gpu: bool, encoding: EncodingCost = NO_ENCODING) -> Estimate:
     """The memory of a config's training step on one of `num_ranks` ranks, for which it is checked.
 
-    `encoding_bytes` are those of `metrics.encoding_cost` where training reads image shards.
+    `encoding` is what `encoding_cost` finds where training reads image shards.
     """
-    return replace(_Step(config, num_ranks, on_gpu).estimate(), autoencoder=encoding_bytes)
+    return _Step(config, num_ranks, on_gpu, encoding).estimate()
 
 
 def kept_of_block(design: BlockDesign, value: int, on_gpu: bool, is_compiled: bool = False) -> int:
@@ -147,8 +149,8 @@ def num_dense_masks(config: Config, num_ranks: int, on_gpu: bool) -> int:
 class _Step:
     """The formulas, over the sizes that they share: numbers of elements, and bytes where no other unit is named."""
 
-    def __init__(self, config: Config, num_ranks: int, on_gpu: bool) -> None:
-        self.config, self.num_ranks, self.on_gpu = config, num_ranks, on_gpu
+    def __init__(self, config: Config, num_ranks: int, on_gpu: bool, encoding: EncodingCost) -> None:
+        self.config, self.num_ranks, self.on_gpu, self.encoding = config, num_ranks, on_gpu, encoding
         self.stage, self.is_bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
         self.value = 2 if self.is_bf16 else _FP32  # of a weight in a forward, and of an activation
         self.numels = parameter_numels(config.model)
@@ -170,7 +172,7 @@ class _Step:
             # At stage 0 the weights themselves are fp32; elsewhere there are masters, even of fp32 weights.
             optimizer=(2 if self.stage == 0 else 3) * _FP32 * self.share - _FP32 * self._muon_share(),
             ema=0 if on_host else ema,
-            autoencoder=0,
+            autoencoder=self.encoding.num_bytes,
             buffers=buffers,
             # Stage 2 allocates its buckets in each backward.
             lasting_buffers=0 if self.stage == 2 else buffers,
@@ -316,19 +318,23 @@ def micro_batch_sizes(config: Config, num_ranks: int) -> list[int]:
     return [size for size in range(share, 0, -1) if share % size == 0]
 
 
-def largest_micro_batch(config: Config, num_ranks: int, on_gpu: bool, budget: int) -> int | None:
-    """The largest micro-batch that fits into `budget` bytes beside what encodes images; None where none does."""
+def largest_micro_batch(
+    config: Config, num_ranks: int, on_gpu: bool, budget: int, encoding: EncodingCost = NO_ENCODING
+) -> int | None:
+    """The largest micro-batch that fits into `budget` bytes together with what encodes images; None where none does."""
     for size in micro_batch_sizes(config, num_ranks):
-        if estimate(with_knobs(config, {"train.micro_batch_size": size}), num_ranks, on_gpu).peak <= budget:
+        if estimate(with_knobs(config, {"train.micro_batch_size": size}), num_ranks, on_gpu, encoding).peak <= budget:
             return size
     return None
 
 
 def advise(config: Config, num_ranks: int, on_gpu: bool, kind: str = "latents") -> str:
     """What a step needs that reads shards of this kind, and the knobs that would lower it, in a line."""
-    encodes = kind == "images"
-    encoding_bytes = encoding_cost(config, on_gpu).num_bytes if encodes else 0
-    found = estimate(config, num_ranks, on_gpu, encoding_bytes)
+    encodes, encoding = kind == "images", NO_ENCODING
+    if encodes:
+        with suppress(UserError):  # the autoencoder's folder is gone since: the advice must not hide why memory ran out
+            encoding = encoding_cost(config, on_gpu)
+    found = estimate(config, num_ranks, on_gpu, encoding)
     engine, now, at_once = config.engine, config.micro_batch_size(num_ranks), config.data.encode_batch_size
     smaller = next((size for size in micro_batch_sizes(config, num_ranks) if size < now), None)
     may_recompute = not engine.activation_checkpointing and can_checkpoint(engine.zero_stage, engine.precision)
@@ -343,6 +349,6 @@ def advise(config: Config, num_ranks: int, on_gpu: bool, kind: str = "latents") 
     }
     return (
         f"by the estimate this config needs {found.peak / 1e9:.1f} GB on each rank ({found.worst_moment}"
-        f"{f', with {encoding_bytes / 1e9:.1f} GB to encode images' if encodes else ''}); "
+        f"{f', with {found.autoencoder / 1e9:.1f} GB to encode images' if encodes else ''}); "
         f"to lower it: {', '.join(knob for knob, helps in knobs.items() if helps)}"
     )

@@ -4,6 +4,7 @@ import functools
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class StepResult:
     is_writing: bool  # a rank still writes its part of the checkpoint in flight
     has_failed: bool  # a rank could not write its part
     lacks_data: bool  # a rank could not read its share of the next step
-    num_bad_images: int  # over all ranks, which are not trained on
+    num_bad_images: int = 0  # over all ranks, which are not trained on
     learning_rate: float = 0.0
     sample_ids: list[int] | None = None  # of this rank; None where they are not logged
     bad_images: list[str] = field(default_factory=list)  # what is wrong with each
@@ -104,15 +105,13 @@ class TrainingStep:
 
     def _gather_bad_images(self, batches: Sequence[Batch]) -> list[str]:
         """What is wrong with the images that are not trained on, of all ranks."""
-        found: list[str] = []
-        for of_rank in runtime.gather([reason for batch in batches for reason in batch.skipped]):
-            found += of_rank
-        return sorted(found)  # on any number of ranks the same
+        of_ranks = runtime.gather([reason for batch in batches for reason in batch.skipped])
+        return sorted(chain.from_iterable(of_ranks))  # the same on any number of ranks
 
-    def check_images(self, result: StepResult) -> None:
+    def refuse_bad_images(self, result: StepResult) -> None:
         """`LostDataError` on all ranks where most images of a step are bad."""
         size = self.config.train.global_batch_size
-        if 2 * result.num_bad_images > size:
+        if result.num_bad_images > max(1, size // 2):
             raise LostDataError(
                 f"data.on_bad_image: expected most images of a step to be good, got {result.num_bad_images} bad ones "
                 f"of {size}; the first is {result.bad_images[0]}"
@@ -153,8 +152,15 @@ class TrainingStep:
         loss = total / count
         problem = self.guard.problem_of_loss(loss) or self.guard.problem_of_grad_norm(norm)
         self.result = StepResult(
-            *(loss, norm, flops, problem, must_stop > 0, is_writing > 0, has_failed > 0, lacks_data > 0),
-            num_bad_images=round(num_bad),
+            loss,
+            norm,
+            flops,
+            problem,
+            must_stop > 0,
+            is_writing > 0,
+            has_failed > 0,
+            lacks_data > 0,
+            round(num_bad),
         )
         return problem is None
 

@@ -26,7 +26,7 @@ from cfpretrain.base.stopping import StopRequest
 from cfpretrain.base.watchdog import Watchdog
 from cfpretrain.core.objective import Batch
 from cfpretrain.data.loader import Loader, Position
-from cfpretrain.data.online import open_training_data
+from cfpretrain.data.online import TrainingData, open_training_data
 from cfpretrain.evaluation.evaluator import Evaluator
 from cfpretrain.run.build import (
     CONFIG_FILE,
@@ -66,6 +66,7 @@ class Trainer:
         stop: what asks the run to stop before its end.
         resume_from: checkpoints to resume from, best first; None takes the run folder's.
         evaluator: gives scores every `evaluation.every_steps` and at the end; None: no scores.
+        data: of the config, opened on the device; None: it is opened here.
     """
 
     def __init__(
@@ -75,11 +76,12 @@ class Trainer:
         stop: StopRequest | None = None,
         resume_from: Sequence[Path] | None = None,
         evaluator: Evaluator | None = None,
+        data: TrainingData | None = None,
     ) -> None:
         self.config, self.device, self.stop, self.evaluator = config, device, stop or StopRequest(), evaluator
         self.folder, self.must_stop = Path(config.run.folder), False
         with runtime.together():
-            data = open_training_data(config, device)
+            data = data or open_training_data(config, device)
         self._build_engine()
         self.guard = Guard(config.guard)
         self.checkpoints = Checkpoints(config, self.engine, self.guard, resume_from)
@@ -96,7 +98,7 @@ class Trainer:
             "history": [] if saved is None else saved.history_with(to_plain(config)),
             "class_names": list(data.latents[0].class_names),
             "autoencoder": data.latents[0].autoencoder,
-            "data_kind": data.folders[0].info.kind,
+            "data_kind": data.kind,
             "working_folder": os.getcwd(),
             "versions": package_versions(),
         }
@@ -187,7 +189,7 @@ class Trainer:
             with self.log.aside():
                 row["rewound_to_step"] = self.checkpoints.rewind(self.at, str(result.problem))
             row |= {"num_skipped_steps": self.at.num_skipped, "num_rewinds": self.at.num_rewinds}
-        self.step.check_images(result)  # once the step has its row
+        self.step.refuse_bad_images(result)  # once the step has its row
         return result
 
     def close_window(self) -> None:
@@ -264,8 +266,8 @@ class Trainer:
 
     def _pause(self) -> None:
         """Leaves a checkpoint and a note for the job script: the same command goes on."""
+        self.checkpoints.complete(self.state())  # first: what is being encoded may take longer than a scheduler waits
         self.loader.close()
-        self.checkpoints.complete(self.state())
         # A rank without a request takes the reason from one that has it.
         reason = next(found for found in runtime.gather(self.stop.reason) if found is not None)
         write_requeue(self.folder, reason)
@@ -279,8 +281,8 @@ class Trainer:
 
         Where it is asked to stop before the summary, `must_stop` is true, and the same command finishes it.
         """
-        self.loader.close()
         self.checkpoints.complete(self.state())
+        self.loader.close()
         self.draw_samples()
         if self.evaluator is not None and self.scored_step != self.at.step and not self.must_stop:
             self.score()
@@ -321,7 +323,7 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
     Returns:
         Whether the run is complete; False where it was asked to stop, and the same command goes on.
     """
-    kind = prepare_folder(config, device)
+    data = prepare_folder(config, device)
     step = finished_step(config)
     if step is not None:
         limit = "num_steps" if step >= config.train.num_steps else "max_train_seconds"
@@ -333,13 +335,13 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
     try:
         # Its mistakes are found before the engine is built.
         evaluator = Evaluator(config, device) if config.evaluation.every_steps else None
-        return Trainer(config, device, stop, evaluator=evaluator).train()
+        return Trainer(config, device, stop, evaluator=evaluator, data=data).train()
     except (UserError, SickRunError):
         raise
     except Exception as error:
         if explain_no_memory(error) is not None:
             num_ranks = runtime.world_size()
-            advice = advise(config, num_ranks, device.type == "cuda", kind)
+            advice = advise(config, num_ranks, device.type == "cuda", data.kind)
             command = f"python tools/estimate_memory.py --config {folder / CONFIG_FILE} --num-gpus {num_ranks}"
             error.add_note(f"{advice}; all choices: {command}")
         explained = explain_no_memory(error)

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cfpretrain.autoencoder import deterministic_convolutions
 from cfpretrain.base.config import Config
 from cfpretrain.core.ar import step_begin
 from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.objective import DenoisingLoss
-from cfpretrain.data.latent_shards import exactly
 from cfpretrain.data.online import OnlineEncoder, TrainingData
 from cfpretrain.data.samples import ImageFiles, Visits
 from cfpretrain.evaluation.figures import Floats, label_log, make_figure, quiet_ticks, save
@@ -35,7 +35,7 @@ def read_means(data: TrainingData, config: Config, most: int) -> tuple[Tensor, T
         return torch.from_numpy(np.stack([sample["mean"] for sample in samples])).float(), labels_N
     ids_N = torch.tensor([int(sample["id"]) for sample in samples])
     images = ImageFiles.of(Visits(step=0, epoch=0, ids_B=ids_N, labels_B=labels_N, columns=samples))
-    with exactly():
+    with deterministic_convolutions():
         moments, skipped = OnlineEncoder(data.encodings, config).moments(images, torch.zeros_like(ids_N).bool())
     good = [place for place in range(len(samples)) if place not in skipped]
     return moments["mean"][good].float(), labels_N[good]

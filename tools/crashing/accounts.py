@@ -10,10 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from tools.compare_runs import Row, loss_errors
+
 # Summation order alone changes losses by as much within the first steps, in fp32.
 _RELATIVE_ERROR = 1e-5
-
-Row = dict[str, Any]
 
 
 class CampaignError(Exception):
@@ -121,20 +121,6 @@ def _samples_by_epoch(rows: list[Row]) -> dict[int, Counter[int]]:
         found[epoch].update(row["sample_ids"])
         epoch = row["epoch"]  # where the step's batch ended, so that of the next one
     return found
-
-
-def loss_errors(rows: list[Row], left_alone: list[Row]) -> list[float]:
-    """The largest relative error of the loss up to each step that both runs have; a loss that one lacks is infinite."""
-    wanted = {row["step"]: row["loss"] for row in left_alone}
-    errors, largest = [], 0.0
-    for row in rows:
-        ours, theirs = row["loss"], wanted.get(row["step"])
-        if ours is not None and theirs is not None:
-            largest = max(largest, abs(ours - theirs) / abs(theirs))
-        elif ours is not theirs:
-            largest = math.inf
-        errors.append(largest)
-    return errors
 
 
 def numbers(rows: list[Row]) -> list[tuple[Any, ...]]:

@@ -13,17 +13,19 @@ from typing import Any
 
 import torch
 
+from cfpretrain.autoencoder import deterministic_convolutions
 from cfpretrain.base import runtime
 from cfpretrain.base.command_line import check_range
 from cfpretrain.base.config import Config, DataConfig, EngineConfig, ModelConfig, TrainConfig
 from cfpretrain.base.console import UserError, phase
-from cfpretrain.data.latent_shards import Encoding, encode, exactly
+from cfpretrain.data.images import declared_size
+from cfpretrain.data.latent_shards import Encoding, encode
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.online import TrainingData, open_training_data
 from cfpretrain.data.pixels import Decoder
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.run.build import make_prepare
-from cfpretrain.run.metrics import encoding_cost
+from cfpretrain.training.encoding_cost import encoding_cost
 from tools.measuring.common import alternate, print_rates
 from tools.measuring.photos import photo_shards, write_autoencoder
 
@@ -42,7 +44,7 @@ def images(arguments: argparse.Namespace) -> dict[str, Any]:
         check_range("--batch-size", batch_size, 1, len(encoding.images))
         check_range("--images", arguments.images, batch_size)
         with phase(f"encoding {len(encoding.images)} images"):
-            write_latents(_for_shards(encoding, config), runtime.num_cores(), folder / "latents")
+            write_latents(encoding, runtime.num_cores(), folder / "latents")
         latents = replace(config, data=replace(config.data, shards=(str(folder / "latents"),), autoencoder=""))
         decode, encode_alone = _alone(encoding, num_batches)
         sides = {
@@ -95,12 +97,6 @@ def _open(arguments: argparse.Namespace, folder: Path, device: torch.device) -> 
     return replace(config, model=model, data=data), opened
 
 
-def _for_shards(encoding: Encoding, config: Config) -> Encoding:
-    """The same encoding, which leaves mirror images out where training draws none."""
-    how = encoding.device, encoding.precision, encoding.batch_size
-    return Encoding(encoding.images, encoding.autoencoder, *how, with_mirror=config.data.mirror_prob > 0)
-
-
 def _loader_rate(config: Config, num_batches: int, device: torch.device, data: TrainingData | None = None) -> float:
     """Of batches as a step takes them, one right after the other."""
     with closing(Loader(config, make_prepare(config), 0, 1, device=device, data=data)) as loader:
@@ -116,18 +112,22 @@ def _alone(encoding: Encoding, num_batches: int) -> tuple[Callable[[], float], C
         [n % len(encoding.images) for n in range(at * batch_size, (at + 1) * batch_size)] for at in range(num_batches)
     ]
     files = [[sample["image"] for sample in encoding.images.samples(one)] for one in places]
+    sizes = [list(map(declared_size, of_batch)) for of_batch in files]
     decoder = Decoder(encoding.info, batch_size, device, runtime.num_cores())
-    pixels_BYXC, mirrored_B = decoder(files[0]), torch.zeros(batch_size, dtype=torch.bool)
+    pixels_BYXC, mirrored_B = decoder(files[0], sizes[0])[0], torch.zeros(batch_size, dtype=torch.bool)
     names = [""] * batch_size
 
     def decode() -> float:
-        return _rate(lambda place: decoder(files[place]), num_batches, batch_size)
+        return _rate(lambda place: decoder(files[place], sizes[place]), num_batches, batch_size)
 
     def encode_alone() -> float:
         return _rate(lambda place: encoding.moments(pixels_BYXC, mirrored_B, names), num_batches, batch_size)
 
     def in_one_thread() -> float:
-        with exactly(), ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as threads:
+        with (
+            deterministic_convolutions(),
+            ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as threads,
+        ):
             return threads.submit(encode_alone).result()
 
     return decode, in_one_thread

@@ -139,7 +139,8 @@ def _rates(measured: Results) -> list[str]:
             row = f"{name}, encoding in {found['precision']}, {found['batch_size']} at once"
             rows.append([row, f"{found['encoding_flops']:.3e} FLOPs an image"])
         if found.get("encoding"):
-            rows.append([f"{name}: the autoencoder beside the model", f"{found['encoding']['tflops']:.3g} TFLOP/s"])
+            rate = found["encoding"]["tflop_per_second"]
+            rows.append([f"{name}: the autoencoder beside the model", f"{rate:.3g} TFLOP/s"])
         if "features" in found:
             rows.append([f"{name}, {found['features']}", f"{found['images_per_second']:.4g} images/s"])
         if "stall_seconds" in found:

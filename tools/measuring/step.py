@@ -9,7 +9,7 @@ shards of noise that the tool writes, forward, backward, clipping, the optimizer
 wandb, no checkpoint, no sample. `--bare` leaves the trainer out: engine and objective alone, on batches that were made
 ahead. The learning rate is constant, so that losses soon depend on gradients.
 
-Images are read, and encoded as training goes, where the config names image shards of this machine, and with `--photos`,
+Images are read, and encoded during training, where the config names image shards of this machine, and with `--photos`,
 for which the tool writes JPEG photos of four classes and an autoencoder with random weights. FLOPs and MFU stay the
 model's; those of the autoencoder are said beside them.
 
@@ -38,8 +38,9 @@ from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import build_layout
 from cfpretrain.data.online import kind_at_hand
 from cfpretrain.run.build import choose_attention, choose_blocks, make_loss
-from cfpretrain.run.metrics import EncodingCost, encoding_cost, peak_flops
+from cfpretrain.run.metrics import peak_flops
 from cfpretrain.training import memory
+from cfpretrain.training.encoding_cost import NO_ENCODING, EncodingCost, encoding_cost
 from tools.measuring.common import alternate, confined, on_noise
 from tools.measuring.photos import on_photos
 from tools.measuring.profiling import count_kernels
@@ -89,14 +90,8 @@ def _constant_rate(config: Config) -> Config:
     return dataclasses.replace(config, train=train)
 
 
-def _estimated_bytes(config: Config, device: torch.device) -> int:
-    encoding = _encoding_cost(config, device)
-    return memory.estimate(config, 1, device.type == "cuda", encoding.num_bytes if encoding is not None else 0).peak
-
-
-def _encoding_cost(config: Config, device: torch.device) -> EncodingCost | None:
-    """None where latents are read."""
-    return encoding_cost(config, device.type == "cuda") if kind_at_hand(config) == "images" else None
+def _encoding_cost(config: Config, device: torch.device) -> EncodingCost:
+    return encoding_cost(config, device.type == "cuda") if kind_at_hand(config) == "images" else NO_ENCODING
 
 
 def _fitting(config: Config, device: torch.device) -> Config:
@@ -104,7 +99,8 @@ def _fitting(config: Config, device: torch.device) -> Config:
     if device.type == "cpu":
         return config
     there = torch.cuda.get_device_properties(device).total_memory - _RESERVED_BYTES
-    while _estimated_bytes(config, device) > there and config.micro_batch_size(1) % 2 == 0:
+    encoding = _encoding_cost(config, device)  # of no micro-batch's size
+    while memory.estimate(config, 1, True, encoding).peak > there and config.micro_batch_size(1) % 2 == 0:
         train = dataclasses.replace(config.train, micro_batch_size=config.micro_batch_size(1) // 2)
         config = dataclasses.replace(config, train=train)
     return config
@@ -248,21 +244,22 @@ def _summarise(
     ours, *others = results
     made = results[ours]
     seconds, flops = sum(one.seconds for one in made), sum(one.flops for one in made)
-    peak = peak_flops(device, config.engine.precision)
+    images_per_second = len(made) * config.train.global_batch_size / seconds
+    peak, encoding = peak_flops(device, config.engine.precision), _encoding_cost(config, device)
     summary = {
         "side": ours,
         "seconds": [one.seconds for one in made],
         "seconds_per_step": statistics.median(one.seconds for one in made),
-        "images_per_second": len(made) * config.train.global_batch_size / seconds,
-        "tflops": flops / seconds / 1e12,
+        "images_per_second": images_per_second,
+        "tflop_per_second": flops / seconds / 1e12,
         "mfu": flops / seconds / peak if peak else None,
         "peak_memory_bytes": peaks[ours],
-        "estimated_memory_bytes": _estimated_bytes(config, device),
+        "estimated_memory_bytes": memory.estimate(config, 1, device.type == "cuda", encoding).peak,
         "micro_batch_size": config.micro_batch_size(1),
         "blocks": vars(choose_blocks(config, device.type)),
         "command": {"config": arguments.config, "overrides": arguments.overrides, "pairs": arguments.pairs},
         "config": {name: configs.to_plain(config)[name] for name in ("model", "order", "train", "engine")},
-        "encoding": _describe_encoding(config, device, len(made) * config.train.global_batch_size / seconds),
+        "encoding": _describe_encoding(encoding, images_per_second),
     }
     if not others:
         return summary
@@ -279,11 +276,10 @@ def _summarise(
     }
 
 
-def _describe_encoding(config: Config, device: torch.device, images_per_second: float) -> dict[str, Any] | None:
+def _describe_encoding(cost: EncodingCost, images_per_second: float) -> dict[str, Any] | None:
     """What the autoencoder computes beside the model, which is printed; None where latents are read."""
-    cost = _encoding_cost(config, device)
-    if cost is None:
+    if cost == NO_ENCODING:
         return None
-    tflops = cost.flops * images_per_second / 1e12
-    print(f"encoding images beside the step: {cost.flops:.3e} FLOPs an image, {tflops:.3g} TFLOP/s")
-    return {**dataclasses.asdict(cost), "tflops": tflops}
+    tflop_per_second = cost.flops * images_per_second / 1e12
+    print(f"encoding images beside the step: {cost.flops:.3e} FLOPs an image, {tflop_per_second:.3g} TFLOP/s")
+    return {**dataclasses.asdict(cost), "tflop_per_second": tflop_per_second}
