@@ -15,17 +15,21 @@ from cfpretrain.base.console import UserError, excerpt, say
 from cfpretrain.core import attention
 from cfpretrain.core.block import BlockSettings
 from cfpretrain.core.model import CausalFusion
+from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.export import foreign_files
 from cfpretrain.export.diffusers_layout import (
     SCHEDULER,
     SCHEDULER_FILE,
+    TOKENIZER,
     TRANSFORMER,
     VAE,
     WEIGHTS_STEM,
     ModelIndex,
     scheduler_config,
+    tokenizer_of,
     transformer_config,
 )
+from cfpretrain.export.tokenizer_template import TOKENIZER_FILE
 from cfpretrain.export.weight_files import read_json_as, read_weights
 from cfpretrain.run.build import (
     CONFIG_FILE,
@@ -79,6 +83,14 @@ class Source:
         cached = attention.choose("auto", "sampling", self.device.type, self.precision, head_width, say)
         model.trunk.settings = BlockSettings(sampling_attention=cached)
         return model.to(device=self.device, dtype=_DTYPES[self.precision]).eval().requires_grad_(False)
+
+    @functools.cached_property
+    def tokenizer(self) -> TextTokenizer | None:
+        """What makes tokens of texts, which is the one that it was trained with; None for a model without texts."""
+        if self.checkpoint is not None:
+            return tokenizer_of(self.checkpoint)
+        data, vocabulary = self.config.data, self.config.model.vocabulary
+        return TextTokenizer.load_trained(Path(data.tokenizer), "source", vocabulary) if vocabulary else None
 
     def make_autoencoder(self) -> Autoencoder:
         """What decodes its latents; UserError where it names none and its latents are no pixels."""
@@ -141,10 +153,13 @@ def _no_source(path: Path) -> str:
 
 
 def _export_config(folder: Path) -> Config:
-    config = checked(load_recorded(folder / CONFIG_FILE))
-    _check_export(folder, config)
+    config = load_recorded(folder / CONFIG_FILE)
     autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else ""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))
+    tokenizer = str(folder / TOKENIZER / TOKENIZER_FILE) if config.model.vocabulary else ""
+    data = dataclasses.replace(config.data, autoencoder=autoencoder, tokenizer=tokenizer)
+    config = checked(dataclasses.replace(config, data=data))
+    _check_export(folder, config)
+    return config
 
 
 def _check_export(folder: Path, config: Config) -> None:
