@@ -214,7 +214,7 @@ class CausalFusionPipeline(DiffusionPipeline):
             self._ids(ids, num_images, "image"),
             prefixes,
             marks=marks,
-            max_tokens=max_tokens,
+            max_tokens=self._most_tokens(max_tokens),
             seed=seed,
             temperature=temperature,
             top_k=top_k,
@@ -271,7 +271,8 @@ class CausalFusionPipeline(DiffusionPipeline):
             self._tokens("parts", [part], max_tokens)[0] if isinstance(part, str) else self._images.given_part(part)
             for part in parts
         ]
-        writing = {"marks": marks, "max_tokens": max_tokens, "seed": seed, "guidance_scale": text_guidance_scale}
+        most = self._most_tokens(max_tokens)
+        writing = {"marks": marks, "max_tokens": most, "seed": seed, "guidance_scale": text_guidance_scale}
         new = self.transformer.interleave(
             given,
             self._ids([id], 1, "sample"),
@@ -316,12 +317,21 @@ class CausalFusionPipeline(DiffusionPipeline):
         texts = self.tokenizer
         return () if texts is None else (texts.begin, texts.end, texts.image, texts.pad)
 
+    def _most_tokens(self, max_tokens: int | None) -> int:
+        known = self.transformer.config.max_text_tokens
+        if max_tokens is not None and not 2 <= max_tokens <= known:
+            raise ValueError(f"max_tokens: expected 2 to {known} (with the two that frame a text), got {max_tokens}")
+        return known if max_tokens is None else max_tokens
+
     def _tokens(self, name: str, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
         """The tokens of texts without those that frame them."""
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"{name}: expected a text, or at least one, got {texts!r:.100}")
-        most = (max_tokens or self.transformer.config.max_text_tokens) - 2
-        tokens = [self.tokenizer.encode(text) for text in texts]
+        most = self._most_tokens(max_tokens) - 2
+        try:
+            tokens = self.tokenizer.encode_batch(texts)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
         longest = max(map(len, tokens))
         if longest > most:
             raise ValueError(f"{name}: expected at most {most} tokens, got {longest}; shorten the text")
