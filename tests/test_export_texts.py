@@ -244,7 +244,7 @@ def test_mistakes_elsewhere_are_named(results: Results) -> None:
         "max_tokens: expected 2 to 32 (with the two that frame a text), got 1",
         "temperature, top_k, top_p: expected at least 0, at least 0, and above 0 up to 1, got -1, 0, 1.0",
         "temperature, top_k, top_p: expected at least 0, at least 0, and above 0 up to 1, got 0.0, 0, 0",
-        "max_new_parts: expected 1 to 3 behind 2",
+        "max_new_parts: expected at least 1 and, behind 2 parts, at most 3, since",
         "first: expected text, image or None, got 'picture'",
         f"tokenizer: expected {TOKENIZER.size} token ids, as the transformer has, got 0",
     ]
