@@ -131,12 +131,15 @@ class TextTokenizer:
         return next((text[i] for i in needed if i not in said), "")
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without the special ones around it."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """The tokens of a text, without the special ones around it; ValueError where it cannot be written in them."""
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of several texts."""
-        return [list(one.ids) for one in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        for text in texts:
+            text.encode()  # of a lone surrogate the package says nothing that helps
+        with _as_value_error():
+            return [list(one.ids) for one in self._tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens up to the first that ends it; special tokens say nothing."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cfpretrain.base.class_names import label_of
 from cfpretrain.export.pipeline_images import Images, check_output
+from cfpretrain.export.pipeline_texts import Texts
 from cfpretrain.export.plain_files import write_text
 
 # Noise levels and their spacing, where none are asked for.
@@ -141,7 +142,7 @@ class CausalFusionPipeline(DiffusionPipeline):
             latents_BCYX = self.transformer.sample(
                 conditions,
                 ids_B,
-                marks=self._marks,
+                marks=() if prompt is None else self._texts("prompt").marks,
                 latents_BCYX=given_BCYX,
                 region_L=region_L,
                 on_step=bar.update,
@@ -201,20 +202,19 @@ class CausalFusionPipeline(DiffusionPipeline):
             guidance_scale: away from what the model would write without the image; 1 = none.
             seed, ids: of what is drawn; see the class.
         """
-        marks = self._need_texts("caption")
+        texts = self._texts("caption")
         given_BCYX = self._images.given(images, latents)
         num_images = len(given_BCYX)
-        prefixes = self._tokens(
-            "prefix", [prefix] * num_images if isinstance(prefix, str) else list(prefix), max_tokens
-        )
+        starts = [prefix] * num_images if isinstance(prefix, str) else list(prefix)
+        prefixes = texts.encode("prefix", starts, max_tokens)
         if len(prefixes) != num_images:
             raise ValueError(f"prefix: expected one text, or {num_images}, one for each image, got {len(prefixes)}")
-        texts = self.transformer.caption(
+        written = self.transformer.caption(
             given_BCYX,
             self._ids(ids, num_images, "image"),
             prefixes,
-            marks=marks,
-            max_tokens=max_tokens,
+            marks=texts.marks,
+            max_tokens=texts.most(max_tokens),
             seed=seed,
             temperature=temperature,
             top_k=top_k,
@@ -222,7 +222,7 @@ class CausalFusionPipeline(DiffusionPipeline):
             guidance_scale=guidance_scale,
         )
         self.maybe_free_model_hooks()
-        return [self.tokenizer.decode(text) for text in texts]
+        return [self.tokenizer.decode(tokens) for tokens in written]
 
     @torch.no_grad()
     def interleave(
@@ -253,31 +253,27 @@ class CausalFusionPipeline(DiffusionPipeline):
             output_type: of the images, each by itself; see the class.
             settings: how images are made, as of a call: `num_ar_steps`, `guidance_scale`, `solver`, ...
         """
-        marks = self._need_texts("interleave")
+        texts, num_places = self._texts("interleave"), self.transformer.config.max_segments
         check_output(output_type)
         if first not in (None, "text", "image"):
             raise ValueError(f"first: expected text, image or None, got {first!r}")
-        most = (
-            self.transformer.config.max_segments
-            - len(parts)
-            + (bool(parts) and isinstance(parts[-1], str) and not first)
-        )
-        if not 1 <= max_new_parts <= most:
+        num_kept = len(parts) - (first is None and bool(parts) and isinstance(parts[-1], str))
+        if not 1 <= max_new_parts <= num_places - num_kept:
             raise ValueError(
-                f"max_new_parts: expected 1 to {most}, since the model knows {self.transformer.config.max_segments} "
-                f"parts of a sample, got {max_new_parts}"
+                f"max_new_parts: expected at least 1 and, behind {num_kept} parts, at most {num_places - num_kept}, "
+                f"since the model knows {num_places} places in a sample, got {max_new_parts}"
             )
         given = [
-            self._tokens("parts", [part], max_tokens)[0] if isinstance(part, str) else self._images.given_part(part)
+            texts.encode("parts", [part], max_tokens)[0] if isinstance(part, str) else self._images.given_part(part)
             for part in parts
         ]
-        writing = {"marks": marks, "max_tokens": max_tokens, "seed": seed, "guidance_scale": text_guidance_scale}
+        writing = {"marks": texts.marks, "max_tokens": texts.most(max_tokens), "seed": seed, "temperature": temperature}
         new = self.transformer.interleave(
             given,
             self._ids([id], 1, "sample"),
             max_new_parts=max_new_parts,
             first=first,
-            writing=writing | {"temperature": temperature, "top_k": top_k, "top_p": top_p},
+            writing=writing | {"top_k": top_k, "top_p": top_p, "guidance_scale": text_guidance_scale},
             **self._how(seed=seed, **settings),
         )
         made = [
@@ -291,6 +287,11 @@ class CausalFusionPipeline(DiffusionPipeline):
     def _images(self) -> Images:
         return Images(self.transformer, self.vae, self._execution_device)
 
+    def _texts(self, what: str) -> Texts:
+        if self.tokenizer is None:
+            raise ValueError(f"{what}: expected a model with texts, got one that was trained without")
+        return Texts(self.tokenizer, self.transformer.config.max_text_tokens)
+
     # -----------------------------------------------------------------------
     # What comes in
 
@@ -302,30 +303,7 @@ class CausalFusionPipeline(DiffusionPipeline):
             raise ValueError("class_labels: expected classes or a prompt, got both or none")
         if class_labels is not None:
             return torch.tensor(self._labels(class_labels), device=self._execution_device)
-        self._need_texts("prompt")
-        return self._tokens("prompt", [prompt] if isinstance(prompt, str) else list(prompt or ()))
-
-    def _need_texts(self, what: str) -> tuple[int, ...]:
-        if self.tokenizer is None:
-            raise ValueError(f"{what}: expected a model with texts, got one that was trained without")
-        return self._marks
-
-    @property
-    def _marks(self) -> tuple[int, ...]:
-        """The tokens that frame texts."""
-        texts = self.tokenizer
-        return () if texts is None else (texts.begin, texts.end, texts.image, texts.pad)
-
-    def _tokens(self, name: str, texts: Sequence[str], max_tokens: int | None = None) -> list[list[int]]:
-        """The tokens of texts without those that frame them."""
-        if not texts or not all(isinstance(text, str) for text in texts):
-            raise ValueError(f"{name}: expected a text, or at least one, got {texts!r:.100}")
-        most = (max_tokens or self.transformer.config.max_text_tokens) - 2
-        tokens = [self.tokenizer.encode(text) for text in texts]
-        longest = max(map(len, tokens))
-        if longest > most:
-            raise ValueError(f"{name}: expected at most {most} tokens, got {longest}; shorten the text")
-        return tokens
+        return self._texts("prompt").encode("prompt", [prompt] if isinstance(prompt, str) else list(prompt or ()))
 
     def _ids(self, ids: Sequence[int] | None, number: int, each: str) -> Tensor:
         ids = range(number) if ids is None else ids

@@ -202,7 +202,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         self,
         *,
         marks: Sequence[int],
-        max_tokens: int | None,
+        max_tokens: int,
         seed: int,
         temperature: float,
         top_k: int,
@@ -210,10 +210,6 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         guidance_scale: float,
     ) -> Writing:
         """How texts are written: the pipeline's arguments, checked."""
-        most = self.config.max_text_tokens
-        max_tokens = most if max_tokens is None else max_tokens
-        if not 2 <= max_tokens <= most:
-            raise ValueError(f"max_tokens: expected 2 to {most} (with the two that frame a text), got {max_tokens}")
         if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
             raise ValueError(
                 "temperature, top_k, top_p: expected at least 0, at least 0, and above 0 up to 1, got "
