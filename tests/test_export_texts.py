@@ -27,11 +27,9 @@ from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.run import build
 from tests.environments import make_environment, run_elsewhere
 from tests.processes import run_alone
-from tests.runs import write_run
+from tests.runs import TOKENIZER, write_run, write_text_run
 
 CPU = torch.device("cpu")
-TOKENIZER = TextTokenizer.train(["a seven", "a three, written by hand", "two bold numbers: one and two"] * 9, 280)
-TASKS = ("data.tasks.text_to_image=3", "data.tasks.image_to_text=2", "data.tasks.class_to_image=1")
 TRUNKS = {
     "paper": (),
     "gpt2": ("model.trunk=gpt2",),
@@ -39,24 +37,6 @@ TRUNKS = {
 }
 PROMPTS = ["a seven", "", "a three, written by hand <|end|>"]
 IDS = torch.arange(3)
-
-
-def write_text_run(folder: Path, shards: Path, *overrides: str) -> Path:
-    """A run of a model with texts, of random weights, at step 7."""
-    sizes = (f"model.vocabulary={TOKENIZER.size}", "model.max_text_tokens=32", "model.max_segments=5")
-    tokenizer = folder.parent / "tokenizer.json"
-    tokenizer.write_text(TOKENIZER.to_json())
-    run = write_run(
-        folder,
-        shards,
-        *sizes,
-        *TASKS,
-        f"data.tokenizer={tokenizer}",
-        *overrides,
-        tokenizer=TOKENIZER.fingerprint,
-    )
-    shutil.move(tokenizer, run / build.TOKENIZER_FILE)
-    return run
 
 
 @pytest.fixture(scope="module")
