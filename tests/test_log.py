@@ -50,5 +50,6 @@ def test_a_line_says_the_loss_of_each_kind() -> None:
     from cfpretrain.training.log import describe_loss
 
     assert describe_loss({"step": 1, "loss": 0.5}) == "loss 0.5000"
-    row = {"loss": None, "loss_image": 0.25, "num_image_values": 64, "loss_text": None, "num_text_values": 0}
+    row = {"loss": None, "loss_image": 0.25, "num_image_values": 64, "loss_text": None, "num_text_values": 3}
     assert describe_loss(row) == "loss not finite (image 0.2500, text not finite)"
+    assert describe_loss(row | {"num_text_values": 0}) == "loss not finite (image 0.2500, text none)"

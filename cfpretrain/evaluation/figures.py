@@ -47,7 +47,8 @@ def curves(
 ) -> None:
     """Writes loss, gradient norm, learning rate and speed over the steps, and a score below them, as one PNG.
 
-    Where several kinds of tokens are learned, the loss of each is there too, before its weight in the whole. Loss and gradient norm leave a gap and a mark where they are not finite; skipped steps are marked.
+    Where several kinds of tokens are learned, the loss of each is there too, before its weight in the whole. Loss and
+    gradient norm leave a gap and a mark where they are not finite; skipped steps are marked.
 
     Args:
         path: the PNG; its folder must exist.

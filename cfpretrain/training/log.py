@@ -143,8 +143,11 @@ class Log:
 def describe_loss(row: Mapping[str, Any]) -> str:
     """The loss of a step, and that of each kind of token where there are several."""
 
-    def shown(key: str) -> str:
-        return "not finite" if row[key] is None else f"{row[key]:.4f}"
+    def shown(value: float | None, num_values: int = 1) -> str:
+        if num_values == 0:
+            return "none"
+        return "not finite" if value is None else f"{value:.4f}"
 
-    by_kind = [f"{key.removeprefix('loss_')} {shown(key)}" for key in row if key.startswith("loss_")]
-    return f"loss {shown('loss')}" + (f" ({', '.join(by_kind)})" if by_kind else "")
+    kinds = [key.removeprefix("loss_") for key in row if key.startswith("loss_")]
+    by_kind = [f"{kind} {shown(row[f'loss_{kind}'], row[f'num_{kind}_values'])}" for kind in kinds]
+    return f"loss {shown(row['loss'])}" + (f" ({', '.join(by_kind)})" if by_kind else "")
