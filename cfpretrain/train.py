@@ -149,9 +149,10 @@ def _describe_encoding(config: "Config", crop: str, world_size: int) -> Iterator
     on_gpu, on_cpu = (encoding_precision(config, device_type) for device_type in ("cuda", "cpu"))
     precision = on_cpu if on_gpu == on_cpu else f"{on_gpu} (on a CPU {on_cpu})"
     flops = encoding_cost(config, on_gpu=True).flops
+    trained = metrics.training_flops(config.model, _mean_work(config), config.train.freeze)
     yield (
         f"images: encoded during training, by {data.autoencoder} in {precision}, {at_once} at once, {crop} crop: "
-        f"{flops:.3e} FLOPs an image, {flops / metrics.training_flops(config.model, _mean_work(config)):.2%} of the "
+        f"{flops:.3e} FLOPs an image, {flops / trained:.2%} of the "
         "model's training FLOPs, which come to it"
     )
     padding, micro_batch_size = config.encoding_padding(world_size), config.micro_batch_size(world_size)
@@ -205,7 +206,7 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     padded = sum(length * share for length, share in share_by_length.items())
     work = _mean_work(config)
     yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
-    flops = num_sequences * metrics.training_flops(model, work)
+    flops = num_sequences * metrics.training_flops(model, work, config.train.freeze)
     yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"
     yield f"training FLOPs: {flops / num_sequences:.3e} an image, {flops:.3e} a step"
 

@@ -8,7 +8,7 @@ Every parameter belongs to a module whose `forward` uses it, since ZeRO-3 gather
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -273,6 +273,14 @@ class CausalFusion(Network):
         self.grid, self.patch_values = grid, patch_values
         self.num_cond_tokens, self.num_classes = num_cond_tokens, num_classes
         self.null_class = num_classes  # the label that stands for "no class"
+
+
+_FROZEN = {"trunk": ("trunk.",), "text": ("text_embedder.", "text_head.")}
+
+
+def is_frozen(name: str, parts: Collection[str]) -> bool:
+    """Whether a parameter is of these parts of a model: "trunk", and "text", the embedder and the head of texts."""
+    return any(name.startswith(_FROZEN[part]) for part in parts)
 
 
 # ---------------------------------------------------------------------------
