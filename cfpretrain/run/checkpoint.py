@@ -220,7 +220,8 @@ def _expected(
         return here[content]
     frozen = {name: shape for name, shape in here[WEIGHTS].items() if name not in here[content] and name in there}
     expected = {**here[content], **frozen}
-    if saved.get("train", {}).get("freeze", []) == config["train"]["freeze"]:
+    before, now = (list(one.get("train", {}).get("freeze", [])) for one in (saved, config))
+    if before == now:
         return expected
     return {name: shape for name, shape in expected.items() if name in there}
 
