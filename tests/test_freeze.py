@@ -40,9 +40,9 @@ def frozen_config(stage: int, precision: str, freeze: Sequence[str]) -> Config:
 class Run:
     """An engine with averages and checkpoints, on ranks whose micro-batches lack other kinds."""
 
-    def __init__(self, stage: int, precision: str, freeze: Sequence[str]) -> None:
+    def __init__(self, stage: int, precision: str, freeze: Sequence[str], separate: bool = False) -> None:
         self.config = frozen_config(stage, precision, freeze)
-        self.engine: Engine = build_engine(text_network, self.config, CPU)
+        self.engine: Engine = build_engine(lambda: text_network(separate_image_weights=separate), self.config, CPU)
         self.engine.initialise(write_toy_values)
         self.ema = ShardedEMA(self.engine.fragments(), decay=0.5)
 
@@ -87,14 +87,14 @@ def in_precision_of(engine: Engine) -> Any:
     return lambda *args, **kwargs: {kind: one.float() for kind, one in engine(*args, **kwargs).items()}
 
 
-def check_kind(stage: int, precision: str, freeze: Sequence[str]) -> None:
-    run = Run(stage, precision, freeze)
+def check_kind(stage: int, precision: str, freeze: Sequence[str], separate: bool = False) -> None:
+    run = Run(stage, precision, freeze, separate)
     before = run.values()
     for number in range(3):
         run.step(number)
     after = run.values()
     names = [key.removeprefix("weights/") for key in after if key.startswith("weights/")]
-    assert set(names) == {name for name, _ in text_network().named_parameters()}
+    assert set(names) == {name for name, _ in text_network(separate_image_weights=separate).named_parameters()}
     for name in names:
         stays = is_frozen(name, freeze)
         for content in ("weights", "ema"):
@@ -110,6 +110,8 @@ def campaign() -> None:
         check_kind(*kind, BOTH)
     check_kind(0, "fp32", ["text"])
     check_kind(3, "fp32", ["trunk"])
+    for stage in (2, 3):  # weights of images are not of the trunk
+        check_kind(stage, "fp32", BOTH, separate=True)
 
 
 def test_frozen_parts_stay_at_every_stage_and_the_others_move() -> None:
@@ -193,6 +195,9 @@ def test_frozen_parts_cost_no_gradients_and_no_optimizer() -> None:
     matrices = model.depth * model.design.matrix_values
     difference = training_flops(model, work) - training_flops(model, work, ("trunk",))
     assert difference == 2 * matrices * work.tokens
+    separate = dataclasses.replace(model, separate_image_weights=True)
+    assert training_flops(separate, work) == training_flops(model, work)
+    assert training_flops(separate, work) - training_flops(separate, work, ("trunk",)) == 2 * matrices * 3
     difference = training_flops(model, work) - training_flops(model, work, ("text",))
     assert difference == 2 * 3 * model.vocabulary * model.width
 
@@ -204,6 +209,10 @@ def test_frozen_parts_cost_no_gradients_and_no_optimizer() -> None:
         (
             ["train.freeze=[trunk]", "train.optimizer=muon"],
             "train.optimizer: expected adamw where train.freeze has trunk",
+        ),
+        (
+            ["model.separate_image_weights=true"],
+            "model.separate_image_weights: expected false where a model has no texts",
         ),
         (["train.freeze=[images]"], "train.freeze: expected one of trunk, text; got 'images'"),
     ],

@@ -59,10 +59,10 @@ def import_run(model: Path, run: Path, *overrides: str) -> None:
     import_language_model.run(model, run, TINY, [*OVERRIDES, *overrides])
 
 
-def moved_run(folder: Path, run: Path) -> None:
+def moved_run(folder: Path, run: Path, *overrides: str) -> None:
     """A run whose weights have all moved since it began as a language model."""
     model = open_language_model(folder, "MODEL")
-    config = configs.load(TINY, [*model.overrides(), *OVERRIDES])
+    config = configs.load(TINY, [*model.overrides(), *OVERRIDES, *overrides])
     begun = start_from(model, config, "MODEL")
 
     def read_tensor(content: str, name: str) -> Tensor:
@@ -106,6 +106,14 @@ def test_a_run_begins_with_the_logits_of_the_language_model(
     average = theirs.mean(-1, keepdim=True).expand(*theirs.shape[:2], MARKS)
     assert disagreement(logits[..., VOCABULARY:], average) < 1e-5
 
+    import_run(folders[name], tmp_path / "separate", "model.separate_image_weights=true")
+    separate = find_checkpoint(tmp_path / "separate").load_model("raw")
+    assert torch.equal(text_logits(separate, ids_BT), logits)
+    for block in separate.trunk.blocks:  # those of images begin as those of texts
+        weights, of_images = dict(block.named_parameters()), dict(block.image.named_parameters())
+        assert all(torch.equal(value, weights[key]) for key, value in of_images.items())
+        assert len(weights) == 2 * len(of_images)
+
     tokenizer = TextTokenizer.load(run / "tokenizer.json", "RUN")
     assert found.config.model.vocabulary == tokenizer.size == VOCABULARY + MARKS
     assert found.config.data.tokenizer == str(run / "tokenizer.json")
@@ -113,12 +121,13 @@ def test_a_run_begins_with_the_logits_of_the_language_model(
     assert tokenizer.encode("w3 w17 w40") == [3, 17, 40]
 
 
+@pytest.mark.parametrize("separate", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_text_side_of_a_moved_run_goes_out_to_transformers(
-    folders: dict[str, Path], tmp_path: Path, name: str
+    folders: dict[str, Path], tmp_path: Path, name: str, separate: bool
 ) -> None:
     run, out, ids_BT = tmp_path / "run", tmp_path / "out", some_ids(VOCABULARY + MARKS)
-    moved_run(folders[name], run)
+    moved_run(folders[name], run, f"model.separate_image_weights={separate}")
     write_language_model(out, *without_size(language_model_of(run, None, "ema", torch.float32)))
     theirs, ours = their_logits(out, ids_BT), text_logits(find_checkpoint(run).load_model(), ids_BT)
     assert disagreement(theirs, ours) < 1e-5
@@ -129,7 +138,7 @@ def test_the_text_side_of_a_moved_run_goes_out_to_transformers(
 
     import_run(out, tmp_path / "again")  # all of its tokens are known now
     again = find_checkpoint(tmp_path / "again")
-    assert again.config.model.design == find_checkpoint(run).config.model.design
+    assert again.config.model.design == open_language_model(folders[name], "MODEL").settings.design
     assert disagreement(text_logits(again.load_model("raw"), ids_BT), ours) < 1e-5
 
 

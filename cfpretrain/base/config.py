@@ -55,6 +55,9 @@ class ModelConfig:
     rotary_base: NotNegative = 0.0  # of rotary positions
     # Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
     rotary_scaling: tuple[float, ...] = ()
+    separate_image_weights: bool = (
+        False  # images and classes have norms and matrices of their own beside those of texts
+    )
 
     @property
     def grid(self) -> int:
@@ -74,7 +77,7 @@ class ModelConfig:
     @property
     def block_changes(self) -> dict[str, Any]:
         """What the blocks have otherwise than others of their kind, as `core.design.make_design` takes it."""
-        return {name: getattr(self, name) for name in CHANGES if getattr(self, name) not in (0, "auto", ())}
+        return {name: getattr(self, name) for name in CHANGES if getattr(self, name) not in (0, False, "auto", ())}
 
     @property
     def design(self) -> BlockDesign:

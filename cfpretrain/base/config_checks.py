@@ -138,9 +138,15 @@ def _check_freeze(config: Config) -> Iterable[str]:
     freeze = config.train.freeze
     if "text" in freeze and not config.model.vocabulary:
         yield "train.freeze: expected no text where a model has none, got text; leave it out, or set model.vocabulary"
-    if "trunk" in freeze and config.train.optimizer == "muon":
+    separate = config.model.separate_image_weights
+    if "trunk" in freeze and config.train.optimizer == "muon" and not separate:
         yield (
             "train.optimizer: expected adamw where train.freeze has trunk, whose matrices are what muon moves, got muon"
+        )
+    if separate and not config.model.vocabulary:
+        yield (
+            "model.separate_image_weights: expected false where a model has no texts, got true; leave it out, or set "
+            "model.vocabulary"
         )
 
 

@@ -45,7 +45,9 @@ _TABLES = (EMBEDDING, POSITIONS, HEAD)  # rows of which may be more or fewer: of
 _FIX = "get the folder again, as save_pretrained writes it"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Of `model` in a config: what stands for a trunk as it usually is.
-_UNCHANGED: dict[str, Any] = {name: {"mlp": "auto", "rotary_scaling": []}.get(name, 0) for name in CHANGES}
+_UNCHANGED: dict[str, Any] = {
+    name: {"mlp": "auto", "rotary_scaling": []}.get(name, 0) for name in CHANGES if name != "separate_image_weights"
+}
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,8 @@ def language_model_of(run: Path, step: Step, weights: str, dtype: torch.dtype) -
         return values + tensors.read(ORDINALS)[0] if name == EMBEDDING else values
 
     sizes = (model.depth, model.vocabulary, model.max_text_tokens)
-    settings = LanguageSettings(model.trunk, model.width, model.num_heads, model.block_changes, *sizes, is_tied=False)
+    changes = {name: one for name, one in model.block_changes.items() if name != "separate_image_weights"}
+    settings = LanguageSettings(model.trunk, model.width, model.num_heads, changes, *sizes, is_tied=False)
     settings = replace(settings, is_tied=torch.equal(read(EMBEDDING), read(HEAD)))
     marks = {"bos_token": tokenizer.begin, "eos_token": tokenizer.end, "pad_token": tokenizer.pad}
     plain = write_settings(settings) | {f"{name}_id": number for name, number in marks.items()}
@@ -196,14 +199,18 @@ def start_from(model: LanguageModel, config: Config, source: str) -> ForeignChec
     probability (J. Hewitt, "Initializing new word embeddings for pretrained language models", 2021).
     """
     shapes, write = parameter_shapes(config), initial_weights(config)
-    taken = shapes.keys() & model.shapes.keys()
+    taken = {name for name in shapes if _there(name) in model.shapes}
     num_places, max_tokens = model.shapes.get(POSITIONS, (math.inf,))[0], config.model.max_text_tokens
     if POSITIONS in taken and num_places < max_tokens:
         raise UserError(
             f"model.max_text_tokens: expected at most {num_places}, the positions of {source}, got {max_tokens}"
         )
     found, expected = (
-        {name: shape[name in _TABLES :] for name, shape in of.items() if name in taken or name.startswith("trunk.")}
+        {
+            name: shape[name in _TABLES :]
+            for name, shape in of.items()
+            if _there(name) == name and (name in taken or name.startswith("trunk."))
+        }
         for of in (model.shapes, shapes)
     )
     different = tensor_differences(found, expected)
@@ -222,7 +229,8 @@ def start_from(model: LanguageModel, config: Config, source: str) -> ForeignChec
         if content not in (WEIGHTS, EMA):
             return torch.zeros(shapes[name])
         if name in taken:
-            return _with_rows(model.read(name), shapes[name][0]) if name in _TABLES else model.read(name)
+            values = model.read(_there(name))
+            return _with_rows(values, shapes[name][0]) if name in _TABLES else values
         if name == ORDINALS:
             return torch.zeros(shapes[name])
         values = torch.empty(shapes[name])
@@ -230,6 +238,11 @@ def start_from(model: LanguageModel, config: Config, source: str) -> ForeignChec
         return values
 
     return ForeignCheckpoint(source, Counters(step=0, optimizer_step=0), read_tensor, "at step 0")
+
+
+def _there(name: str) -> str:
+    """The tensor that one of a run begins as; the weights of images begin as those of texts."""
+    return name.replace(".image.", ".") if name.startswith("trunk.") else name
 
 
 def _with_rows(table: Tensor, num_rows: int) -> Tensor:

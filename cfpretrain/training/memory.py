@@ -279,7 +279,9 @@ class _Step:
         """Values on one rank that Muon moves, with one buffer where Adam has two: qkv, proj, fc1 and fc2 of a block."""
         if self.config.train.optimizer != "muon":
             return 0
-        matrices = self.config.model.design.matrix_values * self.config.model.depth
+        design, freeze = self.config.model.design, self.config.train.freeze
+        num_sets = 1 + design.separate_image_weights - ("trunk" in freeze)
+        matrices = num_sets * design.matrix_values * self.config.model.depth
         return matrices if self.stage == 0 else -(-matrices // self.num_ranks)
 
     def _activations(self) -> tuple[int, int]:
