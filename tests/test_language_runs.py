@@ -9,14 +9,22 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from cfpretrain.base import config as configs
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.core import seeds
+from cfpretrain.core.ar import equal_sizes
+from cfpretrain.core.context import Context
+from cfpretrain.core.modalities import IMAGE
 from cfpretrain.core.model import CausalFusion
-from cfpretrain.core.segments import build_layout, with_rotary_positions
-from cfpretrain.core.texts import TEXT, pad_texts, text_segment
+from cfpretrain.core.process import make_process
+from cfpretrain.core.sampler import Guidance, generate_image, noise_by_image, sampling_orders
+from cfpretrain.core.segments import Segment, build_layout, with_rotary_positions
+from cfpretrain.core.solvers import Solver
+from cfpretrain.core.texts import TEXT, Marks, pad_texts, text_segment
+from cfpretrain.core.token_choice import TokenChoice
+from cfpretrain.core.writing import write_texts, writing_keys
 from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.export.imported_run import write_run
 from cfpretrain.export.language_model import (
@@ -27,7 +35,8 @@ from cfpretrain.export.language_model import (
 )
 from cfpretrain.run.build import find_checkpoint, make_loss
 from tests.closeness import disagreement
-from tests.processes import run_alone
+from tests.digits import digits, digits_info, small_run, write_latents
+from tests.processes import run_alone, run_script
 from tests.test_language_model import CONFIGS, TINY, VOCABULARY, make_theirs
 from tools import import_language_model
 
@@ -183,6 +192,94 @@ def test_the_loss_of_texts_is_that_of_transformers(folders: dict[str, Path], tmp
 
 def only_captions() -> configs.TasksConfig:
     return configs.TasksConfig(class_to_image=0.0, image_to_text=1.0)
+
+
+# ---------------------------------------------------------------------------
+# From the first to the last command
+
+CAPTIONS = [
+    f"a {size} {name}" for size in ("small", "rather large") for name in ("zero", "one", "two", "three", "four")
+]
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In `shards` digits with captions, and in `llama` a language model with a tokenizer of these."""
+    folder = tmp_path_factory.mktemp("captioned")
+    (folder / "llama").mkdir()
+    write_latents(folder / "shards", digits_info(64), digits(64), captions={i: CAPTIONS[i % 10] for i in range(64)})
+    out = folder / "llama" / "tokenizer.json"
+    ended = run_alone("tools/train_tokenizer.py", [str(folder / "shards"), f"--out={out}", "--size=280"])
+    assert ended.code == 0, ended.err
+    plain = json.loads(out.read_text())  # as of a language model, which knows none of the tokens that frame texts
+    plain["added_tokens"] = []
+    plain["model"]["vocab"] = {name: id - MARKS for name, id in plain["model"]["vocab"].items() if id >= MARKS}
+    out.write_text(json.dumps(plain))
+    torch.manual_seed(0)
+    sizes = LlamaConfig(**{**CONFIGS["llama"].to_dict(), "vocab_size": len(plain["model"]["vocab"])})
+    AutoModelForCausalLM.from_config(sizes).save_pretrained(folder / "llama")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("freezes", [False, True])
+def test_a_language_model_learns_images_and_goes_out_again(captioned: Path, tmp_path: Path, freezes: bool) -> None:
+    """Imported, trained on two ranks at ZeRO-3, generated from both ways, and exported."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    preset, *rest = small_run(captioned / "shards", run, "train.num_steps=3", "engine.zero_stage=3")[1:]
+    overrides = [one for one in rest if not one.startswith(("model.", "run."))]
+    overrides += ["data.tasks.text_to_image=1", "data.tasks.image_to_text=1", "model.num_classes=10"]
+    if freezes:
+        overrides += ["train.freeze=[trunk,text]", "model.separate_image_weights=true"]
+    ended = run_alone(
+        "tools/import_language_model.py", [str(captioned / "llama"), str(run), "--config", preset, *overrides]
+    )
+    assert ended.code == 0, ended.err
+    for rank in run_script("cfpretrain/train.py", ["--config", str(run / "config.yaml")], 2):
+        assert rank.code == 0, rank.err
+    found = find_checkpoint(run)
+    assert found.state.step == 3
+
+    model, tokenizer = found.load_model("raw"), TextTokenizer.load(run / "tokenizer.json", "RUN")
+    marks = Marks(tokenizer.begin, tokenizer.end, tokenizer.image, tokenizer.pad)
+    images = draw_images(model, marks, tokenizer.encode_batch(CAPTIONS[:2]))
+    assert images.isfinite().all()
+    texts = write_captions(model, marks, images)
+    assert [text[0] for text in texts] == [marks.begin] * 2
+    assert all(text[-1] in (marks.end, marks.image) for text in texts)
+
+    ended = run_alone("tools/export_hf.py", [str(run), str(out), "--format=transformers", "--weights=raw"])
+    assert ended.code == 0, ended.err
+    ids_BT = some_ids(tokenizer.size)
+    assert disagreement(their_logits(out, ids_BT), text_logits(model, ids_BT)) < 1e-5
+    num_before = tokenizer.size - MARKS
+    before, after = (
+        their_logits(folder, ids_BT % num_before)[..., :num_before] for folder in (captioned / "llama", out)
+    )
+    assert torch.equal(before, after) is freezes
+
+
+def draw_images(model: CausalFusion, marks: Marks, prompts: list[list[int]]) -> Tensor:
+    """Images of texts, in two AR steps, with guidance away from no text: tokens [B, L, P]."""
+    L, ids_B = model.grid**2, torch.arange(len(prompts))
+    context = Context(model, 40 + L)
+    framed = [[marks.begin, *text, marks.image] for text in prompts]
+    text = text_segment(*pad_texts([*framed, *([] for _ in framed)], marks.pad))
+    context.read(dataclasses.replace(text, ordinal_B=torch.zeros(2 * len(prompts), dtype=torch.int64)))
+    order_BL = sampling_orders(0, ids_B, L)
+    solver, draw = Solver(make_process(), 2), noise_by_image(0, ids_B, model.patch_values)
+    place_B = torch.ones(2 * len(prompts), dtype=torch.int64)
+    return generate_image(context, order_BL, equal_sizes(L, 2), solver, Guidance(2.0), draw, ordinal_B=place_B)
+
+
+def write_captions(model: CausalFusion, marks: Marks, images_BLP: Tensor) -> list[list[int]]:
+    """Texts behind images."""
+    B, L, _ = images_BLP.shape
+    first_B = torch.zeros(B, dtype=torch.int64)
+    context = Context(model, L + 40)
+    context.read(Segment(IMAGE, clean=images_BLP, positions_BL=torch.arange(L).expand(B, -1), ordinal_B=first_B))
+    keys_B = writing_keys(0, torch.arange(B))
+    return write_texts(context, [[]] * B, marks, 40, TokenChoice(temperature=1.0), keys_B, ordinal_B=first_B + 1)
 
 
 # ---------------------------------------------------------------------------

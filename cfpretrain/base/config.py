@@ -158,7 +158,8 @@ class TrainConfig:
     text_drop_prob: Share = 0.1  # text_to_image without the text
     image_drop_prob: Share = 0.1  # image_to_text without the image
     text_loss_weight: NotNegative = 0.1  # of the mean over the tokens of texts, beside that over the values of images
-    # What stays as it is: the trunk; of texts, embeddings and head. Both together are a language model.
+    # What stays as it is: the trunk; of texts, embeddings (and those of segments' places) and head. Both together are a
+    # language model, which then gives texts the same logits for good.
     freeze: tuple[Literal["trunk", "text"], ...] = ()
     learning_rate: NotNegative = 8e-4
     warmup_steps: Natural = 25_000

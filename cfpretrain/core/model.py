@@ -288,13 +288,14 @@ class CausalFusion(Network):
         self.null_class = num_classes  # the label that stands for "no class"
 
 
-_FROZEN = {"trunk": ("trunk.",), "text": ("text_embedder.", "text_head.")}
+_FROZEN = {"trunk": ("trunk.",), "text": ("text_embedder.", "text_head.", "ordinal_table.")}
 
 
 def is_frozen(name: str, parts: Collection[str]) -> bool:
-    """Whether a parameter is of these parts of a model: "trunk", and "text", the embedder and the head of texts.
+    """Whether a parameter is of these parts of a model, which together give a text without images its logits.
 
-    Weights of images that are separate in a block are not of the trunk: it is what a language model has.
+    They are "trunk", but for separate weights of images in its blocks; and "text", the embedder and the head of texts
+    with the vectors of segments' places, which are added to a text too.
     """
     return any(name.startswith(_FROZEN[part]) for part in parts) and ".image." not in name
 
