@@ -7,6 +7,7 @@ that a model can decide to draw one. Any `tokenizer.json` serves; the special to
 import hashlib
 import json
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import read_text
+from cfpretrain.core.texts import Marks
 
 PAD, BEGIN, END, IMAGE = "<|pad|>", "<|text|>", "<|end|>", "<|image|>"
 SPECIAL = (PAD, BEGIN, END, IMAGE)
@@ -37,7 +39,7 @@ class TextTokenizer:
         tokenizer.encode_special_tokens = True  # their names in a text are mere text
         tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
         self._tokenizer = tokenizer
-        self.size: int = tokenizer.get_vocab_size()
+        self.size: int = 1 + max(tokenizer.get_vocab().values())  # some files leave ids out
         self.pad, self.begin, self.end, self.image = map(tokenizer.token_to_id, SPECIAL)
 
     @classmethod
@@ -107,11 +109,30 @@ class TextTokenizer:
         """The content of a `tokenizer.json` with the special tokens in it."""
         return self._tokenizer.to_str()
 
+    def name_of(self, number: int) -> str:
+        """How a token is written in the file."""
+        return str(self._tokenizer.id_to_token(number))
+
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides which ids a text has, whatever the layout of its file."""
         plain = json.dumps(json.loads(self.to_json()), sort_keys=True)
         return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
+
+    @property
+    def marks(self) -> Marks:
+        """The tokens that frame texts."""
+        return Marks(self.begin, self.end, self.image, self.pad)
+
+    def unknown_part(self, text: str) -> str:
+        """The first character of a text that its tokens do not say; "" where they say all."""
+        found = self._tokenizer.encode(text, add_special_tokens=False)
+        unknown = self._tokenizer.token_to_id(str(getattr(self._tokenizer.model, "unk_token", None)))
+        spans = [span for id, span in zip(found.ids, found.offsets, strict=True) if id != unknown]
+        said = {place for span in spans for place in range(*span)}
+        # Blanks, accents and marks of direction may be left out on purpose.
+        needed = (i for i, one in enumerate(text) if unicodedata.category(one)[0] not in "ZMC")
+        return next((text[i] for i in needed if i not in said), "")
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without the special ones around it; ValueError where it cannot be written in them."""
