@@ -1,9 +1,19 @@
-"""What takes the place of `base.console` and `base.files` in an export: the standard library alone."""
+"""What the tokenizer of an export has of other rooms, from the standard library alone."""
 
 import os
 from pathlib import Path
+from typing import NamedTuple
 
-STAND_INS = dict.fromkeys(("cfpretrain.base.console", "cfpretrain.base.files"), __name__)
+STAND_INS = dict.fromkeys(("cfpretrain.base.console", "cfpretrain.base.files", "cfpretrain.core.texts"), __name__)
+
+
+class Marks(NamedTuple):
+    """The tokens that frame texts, as of `core.texts`."""
+
+    begin: int
+    end: int
+    image: int
+    pad: int
 
 
 class UserError(ValueError):
