@@ -204,7 +204,9 @@ def make_tokenizer(config: Config) -> TextTokenizer | None:
 def _make_tasks(config: Config, tokenizer: TextTokenizer | None) -> Tasks | None:
     if tokenizer is None:
         return None
-    return Tasks(vars(config.data.tasks), config.train.text_drop_prob, config.train.image_drop_prob, tokenizer.marks)
+    return Tasks(
+        vars(config.data.tasks), config.train.text_drop_prob, config.train.image_drop_prob, marks_of(tokenizer)
+    )
 
 
 def make_loss(config: Config) -> DenoisingLoss:
