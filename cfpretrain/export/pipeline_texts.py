@@ -15,7 +15,8 @@ class Texts:
     @property
     def marks(self) -> tuple[int, ...]:
         """The tokens that frame texts, as of `core.texts.Marks`."""
-        return tuple(self.tokenizer.marks)
+        marks: tuple[int, ...] = self.tokenizer.marks
+        return marks
 
     def most(self, max_tokens: int | None) -> int:
         """What `max_tokens` of the pipeline says, checked."""

@@ -1,19 +1,9 @@
-"""What the tokenizer of an export has of other rooms, from the standard library alone."""
+"""What takes the place of `base.console` and `base.files` in an export: the standard library alone."""
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 
-STAND_INS = dict.fromkeys(("cfpretrain.base.console", "cfpretrain.base.files", "cfpretrain.core.texts"), __name__)
-
-
-class Marks(NamedTuple):
-    """The tokens that frame texts, as of `core.texts`."""
-
-    begin: int
-    end: int
-    image: int
-    pad: int
+STAND_INS = dict.fromkeys(("cfpretrain.base.console", "cfpretrain.base.files"), __name__)
 
 
 class UserError(ValueError):
@@ -38,7 +28,7 @@ def read_text(file: Path, max_bytes: int, follow: bool = True) -> str:
     return content.decode()
 
 
-def write_text(file: Path, text: str) -> None:
+def put_text(file: Path, text: str) -> None:
     """Writes a file as UTF-8, into a folder that is made where it is not there."""
     os.makedirs(file.parent, exist_ok=True)
     file.write_text(text, encoding="utf-8")
