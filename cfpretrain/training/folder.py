@@ -38,6 +38,7 @@ from cfpretrain.run.build import (
     read_summary,
 )
 from cfpretrain.run.checkpoint_store import CheckpointStore
+from cfpretrain.run.sequences import captions_at_hand
 from cfpretrain.run.state import TrainingState, changes, read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError
 from cfpretrain.training.step import Counters
@@ -185,6 +186,8 @@ def _check_inputs(config: Config, device: torch.device) -> TrainingData:
     data, tokenizer = open_training_data(config, device), make_tokenizer(config)
     infos = data.latents
     check_infos(infos, config)
+    if runtime.rank() == 0:
+        captions_at_hand(config)
     if runtime.rank() == 0 and config.data.autoencoder and not data.encodings:
         # Another one than made the latents would decode them to something else.
         autoencoder = make_autoencoder(config, torch.device("cpu"))
