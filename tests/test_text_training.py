@@ -16,7 +16,6 @@ from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.core.work import Work
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.tokenizer import TextTokenizer
-from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build
 from cfpretrain.run.metrics import training_flops
@@ -194,9 +193,7 @@ def test_a_tokenizer_needs_captions_and_a_free_place(captioned: Path, shards: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exports_without_its_texts_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a run without texts"):
-        export(run, tmp_path / "export", ExportSettings())
+def test_the_official_layout_has_no_texts(run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"ordinal_table.* leave --format official out"):
         write_official(run, tmp_path / "official.pt")
     assert list(tmp_path.iterdir()) == []

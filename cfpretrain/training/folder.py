@@ -97,6 +97,8 @@ def prepare_folder(config: Config, device: torch.device) -> TrainingData:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(_unwritable(folder, f"no permission to write in {nearest}"))
         data = _check_inputs(config, device)
+        if runtime.rank() == 0:
+            captions_at_hand(config)
         with explaining(_unwritable(folder)):
             files.make_folder(folder, follow=True)
             take(folder)
@@ -186,8 +188,6 @@ def _check_inputs(config: Config, device: torch.device) -> TrainingData:
     data, tokenizer = open_training_data(config, device), make_tokenizer(config)
     infos = data.latents
     check_infos(infos, config)
-    if runtime.rank() == 0:
-        captions_at_hand(config)
     if runtime.rank() == 0 and config.data.autoencoder and not data.encodings:
         # Another one than made the latents would decode them to something else.
         autoencoder = make_autoencoder(config, torch.device("cpu"))
