@@ -167,7 +167,7 @@ def _describe_encoding(config: "Config", crop: str, world_size: int, captions: "
     on_gpu, on_cpu = (encoding_precision(config, device_type) for device_type in ("cuda", "cpu"))
     precision = on_cpu if on_gpu == on_cpu else f"{on_gpu} (on a CPU {on_cpu})"
     flops = encoding_cost(config, on_gpu=True).flops
-    of_model = metrics.training_flops(config.model, mean_work(config, captions.num_tokens))
+    of_model = metrics.training_flops(config.model, mean_work(config, captions.num_tokens), config.train.freeze)
     yield (
         f"images: encoded during training, by {data.autoencoder} in {precision}, {at_once} at once, {crop} crop: "
         f"{flops:.3e} FLOPs an image, {flops / of_model:.2%} of the model's training FLOPs, which come to it"
@@ -216,7 +216,7 @@ def _describe_sequences(config: "Config", captions: "Captions") -> Iterator[str]
             f"{sum(length * share for length, share in share_by_length.items()):.1f} with padding; lengths: {shown}"
         )
     yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded}"
-    flops = num_sequences * metrics.training_flops(model, work)
+    flops = num_sequences * metrics.training_flops(model, work, config.train.freeze)
     if not has_texts:
         yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"
     yield f"training FLOPs: {flops / num_sequences:.3e} {'a sample' if has_texts else 'an image'}, {flops:.3e} a step"

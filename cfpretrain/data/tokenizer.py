@@ -39,7 +39,7 @@ class TextTokenizer:
         tokenizer.encode_special_tokens = True  # their names in a text are mere text
         tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
         self._tokenizer = tokenizer
-        self.size: int = tokenizer.get_vocab_size()
+        self.size: int = 1 + max(tokenizer.get_vocab().values())  # some files leave ids out
         self.pad, self.begin, self.end, self.image = map(tokenizer.token_to_id, SPECIAL)
 
     @classmethod
@@ -108,6 +108,10 @@ class TextTokenizer:
     def to_json(self) -> str:
         """The content of a `tokenizer.json` with the special tokens in it."""
         return self._tokenizer.to_str()
+
+    def name_of(self, number: int) -> str:
+        """How a token is written in the file."""
+        return str(self._tokenizer.id_to_token(number))
 
     @property
     def fingerprint(self) -> str:

@@ -19,6 +19,7 @@ from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.attention import BACKENDS
 from cfpretrain.core.design import BlockDesign
+from cfpretrain.core.model import is_frozen
 from cfpretrain.run.build import choose_attention, parameter_shapes
 from cfpretrain.run.sequences import has_texts, longest
 from cfpretrain.training.encoding_cost import NO_ENCODING, EncodingCost, encoding_cost
@@ -121,9 +122,10 @@ def kept_of_block(design: BlockDesign, value: int, on_gpu: bool, is_compiled: bo
 
 
 @functools.cache
-def parameter_numels(model: ModelConfig) -> tuple[int, ...]:
-    """Elements of each parameter."""
-    return tuple(map(math.prod, parameter_shapes(Config(model=model)).values()))
+def parameter_numels(model: ModelConfig, frozen: tuple[str, ...] = ()) -> tuple[int, ...]:
+    """Elements of each parameter, without those that `train.freeze` keeps as they are."""
+    shapes = parameter_shapes(Config(model=model))
+    return tuple(math.prod(shape) for name, shape in shapes.items() if not is_frozen(name, frozen))
 
 
 def num_dense_masks(config: Config, num_ranks: int, on_gpu: bool) -> int:
@@ -141,7 +143,8 @@ class _Step:
         self.config, self.num_ranks, self.on_gpu, self.encoding = config, num_ranks, on_gpu, encoding
         self.stage, self.is_bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
         self.value = 2 if self.is_bf16 else _FP32  # of a weight in a forward, and of an activation
-        self.numels = parameter_numels(config.model)
+        self.all_numels = parameter_numels(config.model)
+        self.numels = parameter_numels(config.model, config.train.freeze)  # of those that are trained, as what follows
         self.P, self.largest = sum(self.numels), max(self.numels)
         self.share = self.P if self.stage == 0 else -(-self.P // num_ranks)
         zero = ds_config(config, num_ranks, torch.device("cuda" if on_gpu else "cpu"))["zero_optimization"]
@@ -174,12 +177,14 @@ class _Step:
         )
 
     def _weights(self) -> int:
+        P, num_ranks = sum(self.all_numels), self.num_ranks
         if self.stage == 0:
-            return _FP32 * self.P
+            return _FP32 * P
+        copies = _FP32 * -(-(P - self.P) // num_ranks) if self.is_bf16 else 0  # in fp32, of frozen ones
         if self.stage < 3:
-            return self.value * self.P
-        persistent = sum(numel for numel in self.numels if numel < self.persistent_numel)
-        return self.value * (self.share + persistent)
+            return self.value * P + copies
+        persistent = sum(numel for numel in self.all_numels if numel < self.persistent_numel)
+        return self.value * (-(-P // num_ranks) + persistent) + copies
 
     def _gradients(self) -> int:
         if self.stage < 2:
@@ -214,11 +219,11 @@ class _Step:
         """Weights that exist for a forward and a backward only."""
         if self.stage == 0:
             # `engine._Bfloat16Forward` rounds all of them.
-            return self.value * self.P if self.is_bf16 else 0
+            return self.value * sum(self.all_numels) if self.is_bf16 else 0
         if self.stage < 3:
             return 0
         # When the backward begins, the last ones are used again within the distance, there and back; and prefetching.
-        return self.value * min(self.P, _REUSE_NUMEL // 2 + self.bucket)
+        return self.value * min(sum(self.all_numels), _REUSE_NUMEL // 2 + self.bucket)
 
     def _conversions(self) -> int:
         """Copies of gradients that are on their way into their sums while the activations still live."""
@@ -263,7 +268,9 @@ class _Step:
         """Values on one rank that Muon moves, with one buffer where Adam has two: qkv, proj, fc1 and fc2 of a block."""
         if self.config.train.optimizer != "muon":
             return 0
-        matrices = self.config.model.design.matrix_values * self.config.model.depth
+        design, freeze = self.config.model.design, self.config.train.freeze
+        num_sets = 1 + design.separate_image_weights - ("trunk" in freeze)
+        matrices = num_sets * design.matrix_values * self.config.model.depth
         return matrices if self.stage == 0 else -(-matrices // self.num_ranks)
 
     def _activations(self) -> tuple[int, int, int]:
