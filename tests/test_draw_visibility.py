@@ -11,7 +11,7 @@ from tools.draw_visibility import Case, cases
 def sees(case: Case, query: str, key: str) -> float:
     """The share of pairs of tokens of these kinds that are seen."""
     rows, columns = ([i for i, kind in enumerate(case.kinds) if kind == wanted] for wanted in (query, key))
-    return float(case.may_attend_MK[rows][:, columns].float().mean())
+    return float(case.may_attend_MK[rows][:, columns].double().mean())
 
 
 def test_cases_are_what_the_document_says() -> None:
