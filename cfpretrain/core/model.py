@@ -63,6 +63,22 @@ class KeyValueCache:
         view._blocks = [None if kept is None else kept[:, :num_sequences] for kept in self._blocks]
         return view
 
+    def take(self, rows: Sequence[int | None], room: int) -> "KeyValueCache":
+        """See `Context.take`; those that have read nothing hold another's keys and values, which they do not see."""
+        held = [self.length] * (max(row or 0 for row in rows) + 1) if self.length_B is None else self.length_B.tolist()
+        lengths = [0 if row is None else held[row] for row in rows]
+        taken = KeyValueCache(len(self._blocks), max(lengths) + room)
+        taken.length = max(lengths)
+        for i, kept in enumerate(self._blocks):
+            if kept is None:
+                continue
+            own = kept.new_zeros(2, len(rows), kept.shape[2], taken._capacity, kept.shape[4])
+            places_B = torch.tensor([row or 0 for row in rows], device=kept.device)
+            own[:, :, :, : taken.length] = kept[:, places_B, :, : taken.length]
+            taken._blocks[i] = own
+            taken.length_B = torch.tensor(lengths, device=kept.device) if len(set(lengths)) > 1 else None
+        return taken
+
     def keep(self, num_tokens: int | Tensor) -> None:
         """Keeps the first tokens of the last call as context for the next ones: so many, or int64 [B] of each."""
         if isinstance(num_tokens, int) and self.length_B is None:

@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 
-from cfpretrain.base.config import Config, ModelConfig, OrderConfig, can_checkpoint
+from cfpretrain.base.config import Config, ModelConfig, can_checkpoint
 from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.attention import BACKENDS
 from cfpretrain.core.design import BlockDesign
-from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.model import is_frozen
-from cfpretrain.core.work import sequence_lengths
 from cfpretrain.run.build import choose_attention, parameter_shapes
+from cfpretrain.run.sequences import has_texts, longest
 from cfpretrain.training.encoding_cost import NO_ENCODING, EncodingCost, encoding_cost
 from cfpretrain.training.zero import ds_config
 
@@ -135,23 +134,12 @@ def parameter_numels(model: ModelConfig, frozen: tuple[str, ...] = ()) -> tuple[
     return tuple(math.prod(shape) for name, shape in shapes.items() if not is_frozen(name, frozen))
 
 
-def longest_sequence(config: Config) -> int:
-    """Tokens of the longest sequence that training can draw."""
-    return _longest_sequence(config.model, config.order, config.clean_token_multiple())
-
-
-@functools.cache
-def _longest_sequence(model: ModelConfig, order: OrderConfig, clean_multiple: int) -> int:
-    image = image_segment(torch.zeros(1, model.num_tokens, dtype=torch.int64))
-    segments = [class_segment(model.num_cond_tokens), image]
-    return max(sequence_lengths(segments, ARSettings(**vars(order)), clean_multiple))
-
-
 def num_dense_masks(config: Config, num_ranks: int, on_gpu: bool) -> int:
     """Masks of all pairs that attention takes in a micro-batch."""
     if not BACKENDS[choose_attention(config, "cuda" if on_gpu else "cpu")].has_dense_mask:
         return 0
-    return 1 if ARSettings(**vars(config.order)).shares_split else config.micro_batch_size(num_ranks)
+    shares_mask = ARSettings(**vars(config.order)).shares_split and not has_texts(config)
+    return 1 if shares_mask else config.micro_batch_size(num_ranks)
 
 
 class _Step:
@@ -173,7 +161,7 @@ class _Step:
 
     def estimate(self) -> Estimate:
         ema, on_host = _FP32 * self.share, self.config.engine.ema_on_host
-        activations, working = self._activations()
+        activations, working, of_logits = self._activations()
         buffers = self._buffers()
         return Estimate(
             weights=self._weights(),
@@ -187,7 +175,7 @@ class _Step:
             lasting_buffers=0 if self.stage == 2 else buffers,
             activations=activations,
             moments={
-                "backward": working + self._gathered() + self._conversions(),
+                "backward": self._gathered() + max(working + self._conversions(), of_logits),
                 "reduction": self._reduction(),
                 "update": self._update(),
             },
@@ -245,7 +233,8 @@ class _Step:
 
     def _conversions(self) -> int:
         """Copies of gradients that are on their way into their sums while the activations still live."""
-        matrix = self.config.model.design.largest_matrix
+        model = self.config.model
+        matrix = max(model.design.largest_matrix, model.vocabulary * model.width)
         # At stage 3 a full bucket is flattened and cut for the ranks, at stage 2 in bf16 it is summed in an fp32 copy.
         num_copies = {2: int(self.is_bf16), 3: 2}.get(self.stage, 0)
         copies = (self.value + _FP32) * matrix + num_copies * _FP32 * min(self.bucket, self.P)
@@ -290,10 +279,11 @@ class _Step:
         matrices = num_sets * design.matrix_values * self.config.model.depth
         return matrices if self.stage == 0 else -(-matrices // self.num_ranks)
 
-    def _activations(self) -> tuple[int, int]:
-        """Bytes that the forward keeps for the backward, and those that the backward adds when it begins."""
+    def _activations(self) -> tuple[int, int, int]:
+        """Bytes that the forward keeps for the backward, those that its blocks then add, and before that the logits."""
         model, engine = self.config.model, self.config.engine
-        B, M, L = self.config.micro_batch_size(self.num_ranks), longest_sequence(self.config), model.num_tokens
+        B, L, lengths = self.config.micro_batch_size(self.num_ranks), model.num_tokens, longest(self.config)
+        M = lengths.computed
         num_masks = num_dense_masks(self.config, self.num_ranks, self.on_gpu)
         tensor = self.value * B * M * model.width
         # Torch turns the boolean mask into one to be added, again in each block.
@@ -301,16 +291,22 @@ class _Step:
         design = model.design
         block = B * M * kept_of_block(design, self.value, self.on_gpu, engine.compile_blocks) + added_mask
         loss = _KEPT_OF_LOSS * _FP32 * B * L * model.patch_values
-        # The trunk's output and its norm, the projected tokens and their places, the boolean mask.
-        ends = tensor + self.value * B * L * model.width + B * (M * model.patch_values * self.value + 8 * M) + loss
+        # The trunk's output, where it was given, and its norm, the projected tokens and their places, the boolean mask.
+        output = self.value * B * max(M, lengths.given) * model.width
+        ends = output + self.value * B * L * model.width + B * (M * model.patch_values * self.value + 8 * M) + loss
         ends += num_masks * M * M
+        # Of the text head: the norm of its tokens, and the logarithms of their probabilities.
+        logits = _FP32 * B * lengths.learned_text * model.vocabulary
+        ends += self.value * B * lengths.learned_text * model.width + logits
         # Gradients alive at once when a block's backward begins: its output's, and GELU's output's or input's. Of
         # silu(g) * u, those of both factors.
         num_factors = 2 if design.mlp == "swiglu" else 1
         working = self.value * B * M * (model.width + num_factors * design.mlp_width)
+        of_blocks = model.depth * block
         if engine.activation_checkpointing:
-            return model.depth * tensor + ends, block - tensor + working
-        return model.depth * block + ends, working
+            of_blocks, working = model.depth * tensor, working + block - tensor
+        # Logits go before the blocks' backward; at first their gradients and those of the logarithms are there.
+        return of_blocks + ends, working - logits, 2 * logits
 
 
 # ---------------------------------------------------------------------------
