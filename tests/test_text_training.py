@@ -16,6 +16,7 @@ from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.core.work import Work
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.tokenizer import TextTokenizer
+from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build
@@ -194,12 +195,15 @@ def test_a_tokenizer_needs_captions_and_a_free_place(captioned: Path, shards: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exports_without_its_texts_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a run without texts"):
-        export(run, tmp_path / "export", ExportSettings())
+def test_it_is_exported_with_its_tokenizer_or_not_at_all(run: Path, tmp_path: Path) -> None:
+    """As `test_export_texts.py` says of random weights; the official code knows no texts."""
+    export(run, tmp_path / "export", ExportSettings())
+    tokenizer = load_source(tmp_path / "export", torch.device("cpu")).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.fingerprint == build.find_checkpoint(run).state.tokenizer
     with pytest.raises(UserError, match=r"ordinal_table.* leave --format official out"):
         write_official(run, tmp_path / "official.pt")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
 @pytest.mark.parametrize(
