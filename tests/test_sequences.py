@@ -48,6 +48,7 @@ def test_work_is_the_mean_of_what_is_drawn(tmp_path: Path) -> None:
         assert drawn.projections[kind] / NUM_DRAWN == pytest.approx(want.projections[kind], rel=0.1)
     # Logits are made of the captions that are learned, dropped images or not.
     assert want.projections["text"] == pytest.approx(7 * 2 / 6)
+    assert drawn.text_tokens / NUM_DRAWN == pytest.approx(want.text_tokens, rel=0.1)
     mean_flops = sum(training_flops(config.model, one.work) for one in batches(config, 8)) / NUM_DRAWN
     assert mean_flops == pytest.approx(training_flops(config.model, want), rel=0.03)
 

@@ -272,8 +272,8 @@ def test_mirrored_images_with_captions_are_doubted(captioned: Path, tmp_path: Pa
 
 def test_texts_count_in_flops_and_parameters(captioned: Path, tmp_path: Path) -> None:
     config = config_of(captioned, tmp_path)
-    model, work = config.model, Work(10, 0, {"image": 0, "text": 3})
-    without = training_flops(model, Work(10, 0, {"image": 0, "text": 0}))
+    model, work = config.model, Work(10, 0, {"image": 0, "text": 3}, 3)
+    without = training_flops(model, Work(10, 0, {"image": 0, "text": 0}, 3))
     assert training_flops(model, work) - without == 3 * 2 * 3 * model.vocabulary * model.width
     shapes, D = build.parameter_shapes(config), model.width
     added = shapes.keys() - build.parameter_shapes(small_config(captioned / "shards", tmp_path)).keys()

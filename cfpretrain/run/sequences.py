@@ -63,6 +63,7 @@ def mean_work(config: Config, num_text_tokens: int) -> Work:
         sum(one.share * work.tokens for one, work in pairs),
         sum(one.share * work.visible for one, work in pairs),
         {kind: sum(one.share * work.projections[kind] for one, work in pairs) for kind in works[0].projections},
+        sum(one.share * work.text_tokens for one, work in pairs),
     )
 
 
