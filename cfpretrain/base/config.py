@@ -227,7 +227,9 @@ class EvaluationConfig:
     features: str = "effnet_lite0"  # or inception; module:function on the command line alone
     feature_weights: FilePath = ""  # file of the FID Inception's weights, for features: inception
     feature_label: str = ""  # takes other weights of it, and names their score
-    # Generated for a score, over all ranks; classes evenly spread.
+    captions: Address = ""  # latent shards not trained on, with captions: they are drawn instead of classes, and scored
+    num_captions: Positive = 500  # the first of them
+    # Generated for a score, over all ranks; classes, or these captions, evenly spread.
     num_images: Annotated[int, Range(_FEWEST_SCORED, 10_000_000)] = 5000
     guidance: NotNegative = 1.0  # 1 = none
     num_ar_steps: int = 1

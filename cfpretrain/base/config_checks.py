@@ -26,6 +26,7 @@ def check(config: Config, world_size: int) -> None:
         *_check_noise(config),
         *_check_data(config),
         *_check_texts(config),
+        *_check_conditions(config),
         *_check_model(config),
         *_check_order(config),
         *_check_engine(config),
@@ -246,11 +247,6 @@ def _check_sampling(config: Config) -> Iterable[str]:
     sample, evaluation = config.sample, config.evaluation
     if not sample.num_ar_steps:
         yield "sample.num_ar_steps: expected at least one number of AR steps, got none"
-    if sample.prompts and not config.data.tasks.text_to_image:
-        yield (
-            f"sample.prompts: expected none without data.tasks.text_to_image, got {len(sample.prompts)}; leave them "
-            "out, or train on that task"
-        )
     sections = [("sample", sample.num_denoising_steps, sample.num_ar_steps)]
     # A section that is off need not fit: its defaults are of larger models.
     if evaluation.every_steps:
@@ -267,6 +263,25 @@ def _check_sampling(config: Config) -> Iterable[str]:
         for num in num_ar_steps:
             if not 1 <= num <= num_tokens:
                 yield f"{section}.num_ar_steps: expected 1 to {num_tokens} (the tokens of an image), got {num}"
+
+
+def _check_conditions(config: Config) -> Iterable[str]:
+    """Of what samples are made that are shown and scored."""
+    prompts, captions, tasks = config.sample.prompts, config.evaluation.captions, config.data.tasks
+    if prompts and not tasks.text_to_image:
+        yield (
+            f"sample.prompts: expected none without data.tasks.text_to_image, got {len(prompts)}; leave them out, or "
+            "train on that task"
+        )
+    if not config.evaluation.every_steps:
+        return
+    if captions and not (tasks.text_to_image or tasks.image_to_text):
+        yield f"evaluation.captions: expected none for a model without texts, got {captions}; leave them out"
+    if not captions and not tasks.class_to_image:
+        yield (
+            "evaluation.captions: expected latent shards with captions, since without data.tasks.class_to_image no "
+            "image of a class can be scored, got none; name them, or set evaluation.every_steps=0"
+        )
 
 
 def check_code(config: Config, origins: Mapping[str, Origin], allow_code: bool) -> None:

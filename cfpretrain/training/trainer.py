@@ -250,7 +250,8 @@ class Trainer:
         self.log.write([row])
         self.scored_step = step
         floor = "" if evaluator.floor is None else f" (floor {evaluator.floor:.4g})"
-        say(f"step {step}: {evaluator.name} {score:.4g}{floor}{', the best so far' * is_best}")
+        captions = f"; of captions: CIDEr-D {row['cider']:.4g}" if "cider" in row else ""
+        say(f"step {step}: {evaluator.name} {score:.4g}{floor}{', the best so far' * is_best}{captions}")
 
     # ------------------------------------------------------------------
     # The end
