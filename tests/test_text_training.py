@@ -21,7 +21,7 @@ from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build
-from cfpretrain.run.metrics import training_flops
+from cfpretrain.run.metrics import read_metrics, training_flops
 from cfpretrain.training.events import choose_rows
 from tests import folders
 from tests.digits import digits, digits_info, small_config, small_run, write_latents
@@ -325,7 +325,8 @@ def evaluated(captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> list
         overrides += ["evaluation.every_steps=4", f"evaluation.reference={real}", "evaluation.num_images=30"]
         overrides += ["evaluation.features=tests.small_features:make", "evaluation.num_denoising_steps=2"]
         ranked = [f"engine.zero_stage={stage}", "train.micro_batch_size=4", "train.learning_rate=1e-6"]
-        found.append(train(captioned, folder / f"{num_ranks}", num_ranks, *overrides, *ranked))
+        train(captioned, folder / f"{num_ranks}", num_ranks, *overrides, *ranked)
+        found.append(read_metrics(folder / f"{num_ranks}" / "metrics.jsonl"))
     return found
 
 
