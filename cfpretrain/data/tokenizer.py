@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import read_text
+from cfpretrain.data.samples import FOLDER_BIT, Samples
 
 PAD, BEGIN, END, IMAGE = "<|pad|>", "<|text|>", "<|end|>", "<|image|>"
 SPECIAL = (PAD, BEGIN, END, IMAGE)
@@ -99,3 +100,43 @@ class TextTokenizer:
         ends = [i for i, id in enumerate(ids) if id in (self.end, self.image)]
         text: str = self._tokenizer.decode(list(ids[: ends[0]] if ends else ids), skip_special_tokens=True)
         return text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of samples
+
+
+def encode_captions(tokenizer: TextTokenizer, samples: Samples, max_tokens: int) -> list[list[int]]:
+    """The tokens of each sample's caption, without those that frame it; UserError where one is too long."""
+    texts = tokenizer.encode_batch(samples.captions)
+    for sample_id, text in zip(samples.ids_B.tolist(), texts, strict=True):
+        _check_length(text, "the caption", sample_id, max_tokens)
+    return texts
+
+
+def encode_interleaved(
+    tokenizer: TextTokenizer, samples: Samples, max_tokens: int, max_segments: int
+) -> list[list[list[int] | None]]:
+    """The tokens of the texts of each sample, without those that frame them, and None for each of its images.
+
+    UserError where there are too many, or a text is too long.
+    """
+    found: list[list[list[int] | None]] = []
+    for sample_id, segments in zip(samples.ids_B.tolist(), samples.segments, strict=True):
+        if len(segments) > max_segments:
+            raise UserError(
+                f"model.max_segments: expected at least {len(segments)}, the texts and images of sample "
+                f"{sample_id % (1 << FOLDER_BIT)}, got {max_segments}; raise it"
+            )
+        found.append([None if text is None else tokenizer.encode(text) for text in segments])
+        for text in found[-1]:
+            _check_length(text or [], "a text", sample_id, max_tokens)
+    return found
+
+
+def _check_length(text: Sequence[int], what: str, sample_id: int, max_tokens: int) -> None:
+    if len(text) > max_tokens - 2:
+        raise UserError(
+            f"model.max_text_tokens: expected at least {len(text) + 2}, the tokens of {what} of sample "
+            f"{sample_id % (1 << FOLDER_BIT)} and the two that frame it, got {max_tokens}; raise it, or shorten the text"
+        )

@@ -26,9 +26,10 @@ from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
 from cfpretrain.core.tasks import Tasks
 from cfpretrain.core.texts import TEXT, Marks
-from cfpretrain.data.samples import FOLDER_BIT, Prepare, Samples
+from cfpretrain.data.interleaved import num_images as num_images_of
+from cfpretrain.data.samples import Prepare, Samples
 from cfpretrain.data.shards import read_info
-from cfpretrain.data.tokenizer import TextTokenizer
+from cfpretrain.data.tokenizer import TextTokenizer, encode_captions, encode_interleaved
 from cfpretrain.run.checkpoint import TensorFile, check_shapes, open_weights
 from cfpretrain.run.checkpoint_store import CheckpointStore, step_of
 from cfpretrain.run.state import TrainingState, means_the_same, read_state
@@ -224,27 +225,23 @@ def make_loss(config: Config) -> DenoisingLoss:
 def make_prepare(config: Config) -> Prepare[Batch]:
     """What makes of samples as they are read the batch of a training step: the loader's share of the step."""
     scaling, loss, model, tokenizer = make_scaling(config), make_loss(config), config.model, make_tokenizer(config)
+    tasks = config.data.tasks
 
     def prepare(samples: Samples, step: int) -> Batch:
-        draws = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, model.num_tokens, model.patch_values)
-        texts = [] if tokenizer is None else _tokens_of(samples, tokenizer, model.max_text_tokens)
-        batch = loss.prepare(scaling.to_model(samples.latents_BCYX), draws, tuple(samples.skipped), texts)
+        num_images = [num_images_of(one) for one in samples.segments]
+        sizes = model.num_tokens, model.patch_values
+        draws = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, *sizes, num_images)
+        texts: list[list[int]] = []
+        interleaved: list[list[list[int] | None]] = []
+        if tokenizer is not None and tasks.text_to_image + tasks.image_to_text:
+            texts = encode_captions(tokenizer, samples, model.max_text_tokens)
+        if tokenizer is not None and tasks.interleaved:
+            interleaved = encode_interleaved(tokenizer, samples, model.max_text_tokens, model.max_segments)
+        latents_BCYX = scaling.to_model(samples.latents_BCYX)
+        batch = loss.prepare(latents_BCYX, draws, tuple(samples.skipped), texts, interleaved)
         return dataclasses.replace(batch, skipped=tuple(samples.skipped.values()))
 
     return prepare
-
-
-def _tokens_of(samples: Samples, tokenizer: TextTokenizer, max_tokens: int) -> list[list[int]]:
-    """The tokens of each sample's caption, without those that frame it."""
-    texts = [tokenizer.encode(caption) for caption in samples.captions]
-    for sample_id, text in zip(samples.ids_B.tolist(), texts, strict=True):
-        if len(text) > max_tokens - 2:
-            raise UserError(
-                f"model.max_text_tokens: expected at least {len(text) + 2}, the tokens of the caption of sample "
-                f"{sample_id % (1 << FOLDER_BIT)} and the two that frame it, got {max_tokens}; raise it, or shorten "
-                "the caption"
-            )
-    return texts
 
 
 def make_scaling(config: Config) -> LatentScaling:
