@@ -1,6 +1,7 @@
 """One file of many modules: it means what they mean, imports nothing that its users may lack, or is refused."""
 
 import ast
+import itertools
 import re
 import shutil
 import subprocess
@@ -210,7 +211,10 @@ def test_diffusers_finds_no_package_to_install() -> None:
 def test_stand_ins_compute_the_same() -> None:
     q, k, v = torch.randn(3, 2, 4, 7, 8).unbind(0)
     intervals = torch.tensor([[[0, 3, 3, 5]] * 7], dtype=torch.int32)
-    for given in (None, intervals):
-        expected = attention.attend(q, k, v, attention.make_visibility(given, 7, "sdpa"))
-        assert torch.equal(plain.attend(q, k, v, plain.make_visibility(given, 7, "sdpa")), expected)
+    for given, num_kv_heads in itertools.product((None, intervals), (4, 2)):
+        qkv = (q, k[:, :num_kv_heads], v[:, :num_kv_heads])
+        expected = attention.attend(*qkv, attention.make_visibility(given, 7, "sdpa"))
+        assert torch.equal(plain.attend(*qkv, plain.make_visibility(given, 7, "sdpa")), expected)
     assert str(plain.layer_norm(8)) == str(norm.layer_norm(8))
+    for kind in ("layer", "rms"):
+        assert str(plain.make_norm(kind, 8, 1e-3)) == str(norm.make_norm(kind, 8, 1e-3))

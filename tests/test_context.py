@@ -13,7 +13,7 @@ from cfpretrain.core.modalities import IMAGE
 from cfpretrain.core.model import Network
 from cfpretrain.core.process import make_process
 from cfpretrain.core.sampler import Guidance, generate_image, noise_by_image, sampling_orders
-from cfpretrain.core.segments import Segment, build_layout
+from cfpretrain.core.segments import Segment, build_layout, with_rotary_positions
 from cfpretrain.core.solvers import Solver
 from cfpretrain.core.texts import TEXT, Marks, pad_texts, text_segment
 from cfpretrain.core.token_choice import TokenChoice
@@ -26,9 +26,10 @@ MARKS = Marks(begin=1, end=2, image=3, pad=0)
 PROMPTS = [[1, 5, 7, 9, 3], [1, 3], [], [1, 4, 4, 3]]
 
 
-@pytest.fixture(scope="module")
-def model() -> Network:
-    return text_model().eval()
+@pytest.fixture(scope="module", params=["causalfusion", "llama"])
+def model(request: pytest.FixtureRequest) -> Network:
+    """One that learns where tokens are, and one that is told rotary positions."""
+    return text_model(request.param).eval()
 
 
 def test_what_is_read_in_parts_is_what_it_is_at_once(model: Network) -> None:
@@ -52,7 +53,7 @@ def test_what_is_read_in_parts_is_what_it_is_at_once(model: Network) -> None:
             own = {name: value[:, places] for name, value in one.tensors().items() if value.ndim > 1}
             part = dataclasses.replace(one, **own | {"steps_BL": torch.zeros(1, len(places), dtype=torch.int64)})
             got[IMAGE].append(contexts.predict(dataclasses.replace(part, clean=None, is_padding_BL=None)))
-            contexts.read(dataclasses.replace(part, noised=None, is_noised=False))
+            contexts.read(dataclasses.replace(part, noised=None, is_noised=False), goes_on=int(places[-1]) < 8)
     for kind, parts in got.items():
         lacks_BL = torch.cat(
             [torch.stack([lacks_of(one, i) for i in range(3)]) for one in slots if one.kind == kind], 1
@@ -133,7 +134,7 @@ def test_texts_are_those_of_full_forwards(model: Network) -> None:
         (text,) = write(model, [number], [True], [[]], choice=TokenChoice())
         for n in range(1, len(text) - 1):
             words = dataclasses.replace(text_segment(torch.tensor([text[:n]])), ordinal_B=torch.tensor([1]))
-            segments = [image_segment([number], [True]), words]
+            segments = with_rotary_positions([image_segment([number], [True]), words])
             with torch.no_grad():
                 logits = model(segments, build_layout(segments).intervals_BMI)[TEXT]
             assert int(logits[0, -1].argmax()) == text[n]

@@ -32,7 +32,7 @@ from cfpretrain.core.solvers import SOLVERS
 from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator
 from cfpretrain.evaluation.sampling_options import _BY_SOLVER
 from cfpretrain.evaluation.source import load_source
-from cfpretrain.export import diffusers_layout
+from cfpretrain.export import diffusers_layout, model_card, weight_files
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import our_name
 from cfpretrain.run import build, tensor_files
@@ -196,9 +196,10 @@ def train(shards: Path, folder: Path, *overrides: str) -> None:
 
 
 def train_each(shards: Path, folders: dict[str, Path]) -> None:
-    """A run of each noise process, whose weights change."""
+    """A run of each noise process, whose weights change, and a trunk of another kind for one of them."""
     for process, folder in folders.items():
-        train(shards, folder, f"noise.process={process}", "train.learning_rate=0.01", "train.warmup_steps=0")
+        trunk = ("model.trunk=qwen3", "model.num_kv_heads=1", "model.mlp_width=48") if process == "flow" else ()
+        train(shards, folder, f"noise.process={process}", "train.learning_rate=0.01", "train.warmup_steps=0", *trunk)
 
 
 @pytest.mark.slow
@@ -290,12 +291,13 @@ def test_a_killed_export_is_not_there_and_the_next_one_is_whole(
     """Wherever it dies: nothing has the folder's name; full disks are said in one line."""
     out = tmp_path / "digits"
 
-    def dies(*_: Any) -> None:
+    def dies(*_: Any, **__: Any) -> None:
         shutil.copytree(tmp_path / ".digits.partial", tmp_path / "seen")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    places = ("_plan_shards", "scheduler_config", "_num_values", "_copy_picture")
-    for module, place in (*((diffusers_layout, place) for place in places), (files, "flush")):
+    places = ("write_weights", "scheduler_config", "_copy_picture")
+    others = ((weight_files, "_plan_shards"), (model_card, "text"), (files, "flush"))
+    for module, place in (*((diffusers_layout, place) for place in places), *others):
         with monkeypatch.context() as patch:
             patch.setattr(module, place, dies)
             with pytest.raises(UserError, match=r"digits cannot be written \(No space left on device\); free some"):

@@ -14,9 +14,10 @@ from torch import Tensor
 from cfpretrain.base import runtime
 from cfpretrain.core import ar as order
 from cfpretrain.core import seeds
+from cfpretrain.core.design import make_design
 from cfpretrain.core.modalities import IMAGE, Images, count_values, loss_of
 from cfpretrain.core.model import Network
-from cfpretrain.core.segments import Segment, build_layout, may_attend
+from cfpretrain.core.segments import Segment, build_layout, may_attend, with_rotary_positions
 from cfpretrain.core.texts import Texts, text_segment
 from cfpretrain.core.work import count_work
 from cfpretrain.training.engine import build_engine
@@ -44,7 +45,8 @@ def segments_alone(splits: Sequence[Sequence[int]]) -> list[list[Segment]]:
 
 
 def predict(model, segments: list[Segment], layout) -> dict[str, Tensor]:
-    entering = [one.keep_clean(num) for one, num in zip(segments, layout.num_clean, strict=True)]
+    placed = with_rotary_positions(segments)
+    entering = [one.keep_clean(num) for one, num in zip(placed, layout.num_clean, strict=True)]
     return model(entering, layout.intervals_BMI, place_BM=layout.place_BM)
 
 
@@ -96,15 +98,15 @@ def words(ids_BL: Tensor, length_B: Tensor, first: bool, ordinal: int = 0) -> Se
     return dataclasses.replace(text, ordinal_B=torch.full((B,), ordinal))
 
 
-def text_network() -> Network:
-    return Network(
-        [Images(3, 4, 16, True), Texts(NUM_WORDS, MOST_WORDS, 16)], 16, depth=2, num_heads=2, max_segments=MOST_SEGMENTS
-    )
+def text_network(trunk: str = "causalfusion") -> Network:
+    design = make_design(trunk, 16, 2)
+    modalities = [Images(3, 4, 16, True), Texts(NUM_WORDS, MOST_WORDS, design)]
+    return Network(modalities, design, depth=2, max_segments=MOST_SEGMENTS)
 
 
-def text_model() -> Network:
+def text_model(trunk: str = "causalfusion") -> Network:
     torch.manual_seed(0)
-    model = text_network()
+    model = text_network(trunk)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)

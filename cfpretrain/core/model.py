@@ -1,26 +1,26 @@
 """The CausalFusion transformer: modalities around a trunk that takes (tokens, intervals, cache).
 
 A pre-norm decoder without adaLN: timesteps are added to the noised tokens, classes are condition tokens (section 3 of
-arXiv 2412.12095). What is particular to images or classes is in `modalities.py`.
+arXiv 2412.12095). Its block is in `block.py`; what is particular to images or classes is in `modalities.py`.
 
 Every parameter belongs to a module whose `forward` uses it, since ZeRO-3 gathers parameters only there.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cfpretrain.core import seeds
-from cfpretrain.core.attention import Visibility, attend, compile_by_shape, make_visibility
+from cfpretrain.core.attention import make_visibility
+from cfpretrain.core.block import Block, BlockSettings, make_rotation
+from cfpretrain.core.design import BlockDesign, make_design
 from cfpretrain.core.modalities import Classes, Images, Modality, Vectors, join, sincos_positions, take_pieces
-from cfpretrain.core.norm import layer_norm
-from cfpretrain.core.segments import Segment
+from cfpretrain.core.segments import Segment, join_rotary_positions
 from cfpretrain.core.texts import Texts
 
 _EMBEDDING_STD = 0.02
@@ -72,103 +72,47 @@ class KeyValueCache:
         self.length = int(self.length_B.max())
 
 
-# A block's keys and values [B, H, M, E] -> those of its context and these.
-ExtendContext = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
 # ---------------------------------------------------------------------------
 # The network
-
-
-class Attention(nn.Module):
-    """W_o [heads' softmax(q k^T / sqrt(E)) v] + b_o, where q and k have a LayerNorm over the head width E."""
-
-    def __init__(self, width: int, num_heads: int, fused_norm: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = layer_norm(width // num_heads, fused_norm)
-        self.k_norm = layer_norm(width // num_heads, fused_norm)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None) -> Tensor:
-        q, k, v = self.qkv(x_BMD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if extend is not None:
-            k, v = extend(k, v)
-        return self.proj(attend(q, k, v, visibility).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """W_2 gelu(W_1 x + b_1) + b_2, 4 D wide inside; gelu in its tanh approximation."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x_BMD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BMD), approximate="tanh"))
-
-
-@dataclass(frozen=True)
-class BlockSettings:
-    """How the blocks compute; what they compute is the same."""
-
-    attention: str = "sdpa"  # backend where the intervals say who sees whom (`attention.choose`)
-    sampling_attention: str = "sdpa"  # backend where everyone sees everything
-    compile: bool = False  # torch.compile each block in training
-    checkpoint_activations: bool = False  # keep only the blocks' inputs for the backward, compute the rest again
-    fused_norm: bool = False  # apex's LayerNorm (`norm.has_apex`); not with `compile`
-
-
-class Block(nn.Module):
-    """x <- x + Attention(norm1(x)), then x <- x + Mlp(norm2(x))."""
-
-    def __init__(self, width: int, num_heads: int, settings: BlockSettings) -> None:
-        super().__init__()
-        self.norm1 = layer_norm(width, settings.fused_norm)
-        self.attn = Attention(width, num_heads, settings.fused_norm)
-        self.norm2 = layer_norm(width, settings.fused_norm)
-        self.mlp = Mlp(width)
-        # One graph a length serves all blocks: they differ in their weights only.
-        self._compiled = compile_by_shape(self._compute) if settings.compile else None
-
-    def forward(self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None = None) -> Tensor:
-        if self._compiled is not None and torch.is_grad_enabled():
-            return self._compiled(x_BMD, visibility, extend)
-        # Sampling comes in too many lengths to compile.
-        return self._compute(x_BMD, visibility, extend)
-
-    def _compute(self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None) -> Tensor:
-        x_BMD = x_BMD + self.attn(self.norm1(x_BMD), visibility, extend)
-        return x_BMD + self.mlp(self.norm2(x_BMD))
 
 
 class Trunk(nn.Module):
     """The blocks."""
 
-    def __init__(self, width: int, depth: int, num_heads: int, settings: BlockSettings) -> None:
+    def __init__(self, design: BlockDesign, depth: int, settings: BlockSettings) -> None:
         super().__init__()
-        self.settings = settings
-        self.blocks = nn.ModuleList(Block(width, num_heads, settings) for _ in range(depth))
+        self.design, self.settings = design, settings
+        self.blocks = nn.ModuleList(Block(design, settings) for _ in range(depth))
 
-    def forward(self, x_BMD: Tensor, intervals_BMI: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        """Tokens through all blocks; arguments as of `Network.forward`. The cache is extended by all tokens."""
+    def forward(
+        self,
+        x_BMD: Tensor,
+        intervals_BMI: Tensor | None,
+        cache: KeyValueCache | None,
+        rotary_BM: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens through all blocks; arguments as of `Network.forward`. The cache is extended by all tokens.
+
+        `rotary_BM` has the tokens' rotary positions, int64 [B or 1, M], where the design has such.
+        """
+        assert (rotary_BM is not None) == (self.design.rotary_base > 0), "positions for rotations, and none else"
         settings = self.settings
         backend = settings.sampling_attention if intervals_BMI is None else settings.attention
         if intervals_BMI is not None and cache is not None:
             backend = "sdpa"  # of few rows, in too many lengths to compile
         num_keys = x_BMD.shape[1] + (0 if cache is None else cache.length)
         visibility = make_visibility(intervals_BMI, num_keys, backend)
+        rotation = None if rotary_BM is None else make_rotation(self.design, rotary_BM, x_BMD.dtype)
         for i, block in enumerate(self.blocks):
             if cache is not None:
-                x_BMD = block(x_BMD, visibility, functools.partial(cache.extend, i))
+                x_BMD = block(x_BMD, visibility, functools.partial(cache.extend, i), rotation)
             elif settings.checkpoint_activations and torch.is_grad_enabled():
                 # Nothing in a block is random: no state of a generator to keep.
-                x_BMD = checkpoint(block, x_BMD, visibility, use_reentrant=False, preserve_rng_state=False)
+                x_BMD = checkpoint(
+                    block, x_BMD, visibility, None, rotation, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x_BMD = block(x_BMD, visibility)
+                x_BMD = block(x_BMD, visibility, None, rotation)
         return x_BMD
 
 
@@ -184,9 +128,8 @@ class Network(nn.Module):
     def __init__(
         self,
         modalities: Sequence[Modality],
-        width: int,
+        design: BlockDesign,
         depth: int,
-        num_heads: int,
         blocks: BlockSettings | None = None,
         max_segments: int = 0,  # of a sample, that are told their places among its segments; 0: none is told
     ) -> None:
@@ -195,11 +138,16 @@ class Network(nn.Module):
         self.modalities = {one.kind: one for one in modalities}
         for one in modalities:
             self.add_module(f"{one.kind}_embedder", one.embedder)
-        self.ordinal_table = nn.Embedding(max_segments, width) if max_segments else None
-        self.trunk = Trunk(width, depth, num_heads, blocks or BlockSettings())
+        self.ordinal_table = nn.Embedding(max_segments, design.width) if max_segments else None
+        self.trunk = Trunk(design, depth, blocks or BlockSettings())
         for one in modalities:
             if one.head is not None:
                 self.add_module(one.head_name, one.head)
+
+    @property
+    def has_rotary(self) -> bool:
+        """Whether tokens are told rotary positions (`Segment.rotary_BL`)."""
+        return self.trunk.design.rotary_base > 0
 
     def forward(
         self,
@@ -238,7 +186,8 @@ class Network(nn.Module):
         sequence = [entering[i] for i in sorted(entering) if sizes[i]]
         if torch.is_grad_enabled():
             sequence += [part.reshape(len(sequence[0]), 0, part.shape[-1]) for part in empty]
-        made = list(take_pieces(self._through_trunk(join(sequence), intervals_BMI, cache, place_BM), sizes))
+        rotary_BM = join_rotary_positions(segments, sizes) if self.has_rotary else None
+        made = list(take_pieces(self._through_trunk(join(sequence), intervals_BMI, cache, place_BM, rotary_BM), sizes))
         learned = [i for i, one in enumerate(segments) if one.targets is not None]
         predictions: dict[str, Tensor] = {}
         for kind, of_kind in places.items():
@@ -268,13 +217,20 @@ class Network(nn.Module):
         return [] if told else [vectors_BND]
 
     def _through_trunk(
-        self, given_BND: Tensor, intervals_BMI: Tensor | None, cache: KeyValueCache | None, place_BM: Tensor | None
+        self,
+        given_BND: Tensor,
+        intervals_BMI: Tensor | None,
+        cache: KeyValueCache | None,
+        place_BM: Tensor | None,
+        rotary_BM: Tensor | None,
     ) -> Tensor:
         """What the trunk makes of tokens, each of which goes to its place and comes back from it; 0 for one without."""
         if place_BM is None:
-            return self.trunk(given_BND, intervals_BMI, cache)
+            return self.trunk(given_BND, intervals_BMI, cache, rotary_BM)
         places_BMD = place_BM.unsqueeze(-1).expand(-1, -1, given_BND.shape[-1])
-        made_BMD = self.trunk(given_BND.gather(1, places_BMD), intervals_BMI, cache)
+        if rotary_BM is not None:
+            rotary_BM = rotary_BM.expand(len(place_BM), -1).gather(1, place_BM)
+        made_BMD = self.trunk(given_BND.gather(1, places_BMD), intervals_BMI, cache, rotary_BM)
         return torch.zeros_like(given_BND).scatter(1, places_BMD, made_BMD)
 
     def _embed(self, segments: Sequence[Segment]) -> dict[str, Vectors]:
@@ -300,20 +256,23 @@ class CausalFusion(Network):
         depth: int,
         num_heads: int,  # divides the width
         num_cond_tokens: int,  # Q
-        num_classes: int,  # without the null class
+        num_classes: int,  # without the null class; 0: there is no class condition
         learnable_positions: bool = True,  # else fixed 2-d sin-cos
+        trunk_kind: str = "causalfusion",  # what its blocks compute: one of `design.TRUNKS`
+        block_changes: Mapping[str, Any] | None = None,  # as of `make_design`
         blocks: BlockSettings | None = None,
         vocabulary: int = 0,
         max_text_tokens: int = 0,  # of one text
         max_segments: int = 0,  # see `Network`
     ) -> None:
+        design = make_design(trunk_kind, width, num_heads, block_changes)
         images = Images(grid, patch_values, width, learnable_positions)
-        classes = Classes(num_classes, num_cond_tokens, width)
-        texts = [Texts(vocabulary, max_text_tokens, width)] if vocabulary else []
-        super().__init__([images, classes, *texts], width, depth, num_heads, blocks, max_segments)
+        classes = [Classes(num_classes, num_cond_tokens, width)] if num_classes else []
+        texts = [Texts(vocabulary, max_text_tokens, design)] if vocabulary else []
+        super().__init__([images, *classes, *texts], design, depth, blocks, max_segments)
         self.grid, self.patch_values = grid, patch_values
         self.num_cond_tokens, self.num_classes = num_cond_tokens, num_classes
-        self.null_class = num_classes  # the label that stands for "no class"
+        self.null_class = num_classes  # the label that stands for "no class"; 0 without classes
 
 
 # ---------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from cfpretrain.core.ar import ARSettings, ar_weights, draw_orders
 from cfpretrain.core.latents import patchify, take_tokens
 from cfpretrain.core.modalities import IMAGE, LossTerms, class_segment, count_values, loss_of
 from cfpretrain.core.process import NoiseProcess
-from cfpretrain.core.segments import Segment, build_layout
+from cfpretrain.core.segments import Segment, build_layout, with_rotary_positions
 from cfpretrain.core.tasks import INTERLEAVED, Interleaved, Tasks
 from cfpretrain.core.work import Work, count_work
 
@@ -40,7 +40,7 @@ class Places(NamedTuple):
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random in the loss of a micro-batch. Of what is of images, B counts these where there are `places`."""
+    """All that is random in the loss of a micro-batch. What is of images has a row for each, see `places`."""
 
     step: int  # the optimizer step they were drawn for
     ids_B: Tensor  # int64, the samples they were drawn for
@@ -145,6 +145,7 @@ class DenoisingLoss:
     label_drop_prob: float  # of being trained as it
     seed: int  # the run's
     clean_multiple: int = 1  # clean tokens are padded up to a multiple of it; see `build_layout`
+    has_rotary: bool = False  # the trunk has rotary positions
     tasks: Tasks | None = None  # None: all samples are trained as images of their classes
     weights: Mapping[str, float] = field(default_factory=dict)  # of a kind's loss beside those of others; without: 1
 
@@ -164,7 +165,7 @@ class DenoisingLoss:
         global batch shares is one of (seed, optimizer step).
 
         Args:
-            num_images: of each sample; empty: one. Of several all are trained on in interleaved samples, else the first.
+            num_images: of each sample; empty: one. Interleaved ones are trained on all of them, others on the first.
         """
 
         def sample_keys(purpose: str) -> Tensor:
@@ -230,7 +231,8 @@ class DenoisingLoss:
         layout = build_layout(segments, self.clean_multiple, self.ar.shares_split)
         work = count_work(segments, layout, num_samples)
         num_clean, intervals_BMI, place_BM = layout.num_clean, layout.intervals_BMI, layout.place_BM
-        return Batch(draws.step, draws.ids_B, segments, num_clean, intervals_BMI, place_BM, work)
+        placed = tuple(with_rotary_positions(segments)) if self.has_rotary else segments
+        return Batch(draws.step, draws.ids_B, placed, num_clean, intervals_BMI, place_BM, work)
 
     def _noise(self, latents_BCYX: Tensor, draws: Draws, is_skipped_B: Tensor) -> Segment:
         """Images to be learned, as the draws noise them; those that are skipped have the weight 0."""

@@ -91,12 +91,16 @@ def generate(
     given_BKP: Tensor | None = None,
     watch: Watch = lambda *_: None,
 ) -> Tensor:
-    """Images of classes, int64 [B]: `generate_image` behind their condition tokens, with its other arguments."""
+    """Images of classes, int64 [B]: `generate_image` behind their condition tokens, with its other arguments.
+
+    Of a model without classes, they are made without a condition.
+    """
     # The branch without a class has its own context: the same clean tokens under the null class.
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
     context = Context(model, model.num_cond_tokens + order_BL.shape[1])
     labels_B = torch.cat(branches)
-    context.read(class_segment(model.num_cond_tokens, labels_B))
+    if model.null_class:
+        context.read(class_segment(model.num_cond_tokens, labels_B))
     first_B = torch.zeros_like(labels_B)  # the place of an image behind a class, which is told none itself
     makes = context, order_BL, ar_step_sizes, solver, guidance, draw_noise
     return generate_image(*makes, given_BKP, watch, ordinal_B=first_B)
@@ -151,7 +155,8 @@ def generate_image(
         tokens_BLP.scatter_(1, positions_BN.unsqueeze(-1).expand_as(step_BNP), step_BNP)
         if begin < L or is_read:
             clean_BNP, places_BN = step_BNP.repeat(copies, 1, 1), positions_BN.repeat(copies, 1)
-            context.read(Segment(IMAGE, clean=clean_BNP, positions_BL=places_BN, ordinal_B=ordinal_B))
+            read = Segment(IMAGE, clean=clean_BNP, positions_BL=places_BN, ordinal_B=ordinal_B)
+            context.read(read, goes_on=begin < L)
     assert tokens_BLP is not None
     return tokens_BLP
 

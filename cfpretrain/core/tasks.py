@@ -115,7 +115,8 @@ class Tasks:
     def _deal(self, parts: Sequence[Part], row: int) -> list[tuple[int, _Filling]]:
         """The parts of a sample and their slots: 0 for a class, odd ones for texts, and even ones for images."""
         dealt: list[tuple[int, _Filling]] = []
-        slot = -1
+        # A text that lacks its image stands where others are learned too: behind the first one.
+        slot = -1 if any(part.kind == IMAGE for part in parts) else 2
         ordinals = itertools.count()
         for part, behind in itertools.zip_longest(parts, parts[1:]):
             if part.kind == CLASS:
@@ -140,7 +141,8 @@ def _take_images(images: Segment, fillings: Sequence[_Filling | None]) -> Segmen
     """The images of one slot; a sample that lacks one has another's as padding."""
     there = next(filling.row for filling in fillings if filling)
     rows = [filling.row if filling else there for filling in fillings]
-    if rows != list(range(len(images.positions_BL))):
+    assert images.targets is not None
+    if rows != list(range(len(images.targets))):
         taken = {name: value[rows] for name, value in images.tensors().items()}
         images = dataclasses.replace(images, **taken)  # type: ignore[arg-type]
     return _lacking(images, torch.tensor([filling is not None for filling in fillings]))

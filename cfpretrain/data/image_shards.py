@@ -102,8 +102,9 @@ def _report(folder: Path, before: str, behind: str = "") -> ImagesInfo:
         say(f"{folder}: {line}")
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     named = f" ({folder / REJECTED_FILE})" if info.num_rejected else ""
+    kind = "interleaved sample" if info.most_segments else "image"
     say(
-        f"{folder}{before}: {count(info.num_samples, 'interleaved sample' if info.most_segments else 'image')} of {count(len(info.class_names), 'class', 'classes')}, "
+        f"{folder}{before}: {count(info.num_samples, kind)} of {count(len(info.class_names), 'class', 'classes')}, "
         f"{info.channels} x {info.image_size} x {info.image_size}, {info.store}; {info.num_rejected} rejected{named}; "
         f"{megabytes:.1f} MB{behind}"
     )

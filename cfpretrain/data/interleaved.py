@@ -3,8 +3,8 @@
     in a table    ["a cat", {"image": "cat.png"}, "and a dog", {"image": "dogs/1.png"}]
     in a shard    ["a cat", {"image": 0}, "and a dog", {"image": 1}]
 
-An image of a shard is named by its number among those of its sample, which come in order. A text may be empty: its end
-says whether an image follows or the sample ends, so that a model can learn to decide it. Texts do not stand side by side.
+An image of a shard is named by its number among those of its sample, which come in order. A text may be empty: the end
+of each says whether an image follows or the sample ends, which a model learns. Two texts do not stand side by side.
 """
 
 import itertools
@@ -125,6 +125,6 @@ def refuse_interleaved(most_segments: int, where: str) -> None:
     """UserError where shards are of interleaved samples, for what takes one image after another."""
     if most_segments:
         raise UserError(
-            f"{where}: expected shards of single images, got interleaved samples; give shards of a folder of images, or "
-            "of a table with the column path"
+            f"{where}: expected shards of single images, got interleaved samples; give shards of a folder of images, "
+            "or of a table with the column path"
         )

@@ -79,7 +79,7 @@ class Listing:
     @property
     def is_interleaved(self) -> bool:
         """Whether rows are interleaved samples, which all are or none."""
-        return bool(self.rows[0].segments)
+        return any(row.segments for row in self.rows[:1])
 
 
 def _digest(value: str | Sequence[str | int]) -> str:

@@ -146,7 +146,7 @@ def decode_shards(
     for number in numbers:
         of_shard = ((sample, file) for sample in shards.shard(number) for file in files_of(sample))
         while pairs := list(islice(of_shard, batch_size)):
-            samples, images = ([pair[i] for pair in pairs] for i in range(2))
+            samples, images = [sample for sample, _ in pairs], [file for _, file in pairs]
             pixels_BYXC, reasons = decoder(images, list(map(declared_size, images)))
             for place, reason in reasons.items():
                 raise UserError(

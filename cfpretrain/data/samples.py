@@ -47,8 +47,8 @@ class Samples:
 
     ids_B: Tensor  # of `Visits`
     epoch: int
-    # Float32, drawn from the posterior, raw: shift and scale are the model's. Of all images, where samples have several:
-    # those of one sample after another's.
+    # Float32, drawn from the posterior, raw: shift and scale are the model's. Where samples have several images, those
+    # of one sample after another's.
     latents_BCYX: Tensor
     labels_B: Tensor  # int64
     skipped: Mapping[int, str] = field(default_factory=dict)  # by place, why one is not trained on; its latents are 0

@@ -108,7 +108,7 @@ class TextTokenizer:
 
 def encode_captions(tokenizer: TextTokenizer, samples: Samples, max_tokens: int) -> list[list[int]]:
     """The tokens of each sample's caption, without those that frame it; UserError where one is too long."""
-    texts = tokenizer.encode_batch(samples.captions)
+    texts = [tokenizer.encode(caption) for caption in samples.captions]
     for sample_id, text in zip(samples.ids_B.tolist(), texts, strict=True):
         _check_length(text, "the caption", sample_id, max_tokens)
     return texts
@@ -138,5 +138,5 @@ def _check_length(text: Sequence[int], what: str, sample_id: int, max_tokens: in
     if len(text) > max_tokens - 2:
         raise UserError(
             f"model.max_text_tokens: expected at least {len(text) + 2}, the tokens of {what} of sample "
-            f"{sample_id % (1 << FOLDER_BIT)} and the two that frame it, got {max_tokens}; raise it, or shorten the text"
+            f"{sample_id % (1 << FOLDER_BIT)} and the two that frame it, got {max_tokens}; raise it, or shorten that"
         )

@@ -72,7 +72,7 @@ class Evaluator:
         self._reference = dataclasses.replace(reference.statistics, neighbours_KF=None)
         self._real_size = reference.image_size  # None once compared with the size of the model's images
         self._config, self._device = config, device
-        self._labels = [i % config.model.num_classes for i in range(asked.num_images)]
+        self._labels = [i % max(1, config.model.num_classes) for i in range(asked.num_images)]
         self._splits_N = splits_of(asked.num_images)
         self._settings = GenerationSettings(
             equal_sizes(config.model.num_tokens, asked.num_ar_steps),

@@ -2,23 +2,19 @@
 
 import dataclasses
 import functools
-import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base.class_names import label_of
 from cfpretrain.base.config import Config, load_recorded
 from cfpretrain.base.console import UserError, excerpt, say
-from cfpretrain.base.files import read_json
-from cfpretrain.base.typed import from_plain
 from cfpretrain.core import attention
-from cfpretrain.core.model import BlockSettings, CausalFusion
+from cfpretrain.core.block import BlockSettings
+from cfpretrain.core.model import CausalFusion
 from cfpretrain.export import foreign_files
 from cfpretrain.export.diffusers_layout import (
     SCHEDULER,
@@ -27,10 +23,10 @@ from cfpretrain.export.diffusers_layout import (
     VAE,
     WEIGHTS_STEM,
     ModelIndex,
-    WeightsIndex,
     scheduler_config,
     transformer_config,
 )
+from cfpretrain.export.weight_files import read_json_as, read_weights
 from cfpretrain.run.build import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -44,7 +40,7 @@ from cfpretrain.run.build import (
 )
 from cfpretrain.run.state import means_the_same
 
-_WEIGHTS_FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
+_FIX = "export the run again"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -79,7 +75,7 @@ class Source:
             model = _load_export(self.path, self.config)
         else:
             model = self.checkpoint.load_model(self.weights)
-        head_width = self.config.model.width // self.config.model.num_heads
+        head_width = self.config.model.design.head_width
         cached = attention.choose("auto", "sampling", self.device.type, self.precision, head_width, say)
         model.trunk.settings = BlockSettings(sampling_attention=cached)
         return model.to(device=self.device, dtype=_DTYPES[self.precision]).eval().requires_grad_(False)
@@ -123,7 +119,7 @@ def open_source(
         if step is not None:
             raise UserError(f"--step: {path} is an export, of one step; leave it out")
         config = _export_config(path)
-        names = _read_json(path / INDEX_FILE, ModelIndex).get("id2label", {})
+        names = read_json_as(ModelIndex, path / INDEX_FILE, _FIX).get("id2label", {})
         class_names = tuple(names.get(str(i), str(i)) for i in range(config.model.num_classes))
         return Source(path, device, precision, config, class_names, f"{path}", None, weights)
     if (path / CONFIG_FILE).is_file():
@@ -154,7 +150,7 @@ def _export_config(folder: Path) -> Config:
 def _check_export(folder: Path, config: Config) -> None:
     """Refuses a config that was edited: the pipeline of the export would make other pixels than we do."""
     files = [folder / TRANSFORMER / "config.json", folder / SCHEDULER / SCHEDULER_FILE]
-    found = {key: value for file in files for key, value in _read_json(file).items()}
+    found = {key: value for file in files for key, value in read_json_as(dict[str, Any], file, _FIX).items()}
     expected = transformer_config(config) | scheduler_config(config)
     differing = [
         f"{key} is {excerpt(repr(found.get(key)), 100)} there and {excerpt(repr(value), 100)} by {CONFIG_FILE}"
@@ -172,7 +168,7 @@ def _load_export(folder: Path, config: Config) -> CausalFusion:
     with torch.device("meta"):
         model = make_model(config)
     try:
-        tensors = _read_tensors(folder / TRANSFORMER)
+        tensors = read_weights(folder / TRANSFORMER, WEIGHTS_STEM, "source", _FIX)
         for name, values in tensors.items():
             if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise UserError(f"{folder / TRANSFORMER}: {name}: expected fp32, bf16 or fp16, got {values.dtype}")
@@ -182,29 +178,3 @@ def _load_export(folder: Path, config: Config) -> CausalFusion:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / TRANSFORMER} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
     return model
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    whole = f"{WEIGHTS_STEM}.safetensors"
-    index = folder / f"{whole}.index.json"
-    files = {whole}
-    if os.path.lexists(index):
-        files = set(_read_json(index, WeightsIndex)["weight_map"].values())
-    for file in files:
-        if not _WEIGHTS_FILE.fullmatch(file):
-            raise UserError(
-                f"{index}: expected names of .safetensors files beside it, got {file!r:.80}; export the run again"
-            )
-    return {
-        name: values for file in sorted(files) for name, values in foreign_files.read(folder / file, "source").items()
-    }
-
-
-def _read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
-    """What a JSON file holds, as a value of a type."""
-    try:
-        return from_plain(kind, read_json(path), str(path), ignore_unknown=True)
-    except UserError as error:
-        raise UserError(f"{error}; export the run again") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); export the run again") from error

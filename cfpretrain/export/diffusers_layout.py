@@ -26,20 +26,20 @@ from cfpretrain import autoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base import files, outputs
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import UserError, reason_of, say
+from cfpretrain.base.console import UserError, reason_of
 from cfpretrain.export import model_card
 from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
-from cfpretrain.run import build, tensor_files
-from cfpretrain.run.checkpoint import TensorFile
+from cfpretrain.export.weight_files import write_weights
+from cfpretrain.run import build
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
 TRANSFORMER, VAE, SCHEDULER = "transformer", "vae", "scheduler"
 SCHEDULER_FILE, SAMPLES_FILE = "scheduler_config.json", "samples.png"
 
 _MAX_PICTURE_BYTES = 2**28
-_DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 _Part = tuple[str | None, ...]  # a package, or a file of code, and the class in it
@@ -53,13 +53,6 @@ class ModelIndex(TypedDict, total=False):
     scheduler: _Part
     vae: _Part
     id2label: dict[str, str]
-
-
-class WeightsIndex(TypedDict):
-    """Which file holds which tensor, where there are several."""
-
-    metadata: dict[str, Any]
-    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,14 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
         for part in (TRANSFORMER, SCHEDULER):
             files.make_folder(folder / part)
         _write_parts(folder, found.config, class_names, loaded.shift, loaded.scale)
-        _write_weights(folder / TRANSFORMER, tensors, settings)
+        write_weights(
+            folder / TRANSFORMER,
+            WEIGHTS_STEM,
+            tensors.header.shapes,
+            tensors.read,
+            _DTYPES[settings.dtype],
+            settings.max_shard_bytes,
+        )
         if samples:
             _copy_picture(samples, folder / SAMPLES_FILE)
         card = model_card.text(
@@ -104,7 +104,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
             dtype=settings.dtype,
             licence=settings.licence,
             class_names=class_names,
-            num_parameters=_num_values(tensors.header.shapes),
+            num_parameters=sum(map(math.prod, tensors.header.shapes.values())),
             samples=SAMPLES_FILE if samples else None,
         )
         files.replace(folder / "README.md", card)
@@ -174,7 +174,10 @@ def _copy_picture(picture: Path, target: Path) -> None:
 def transformer_config(config: Config) -> dict[str, Any]:
     """What the pipeline's transformer is built with."""
     model, order = config.model, config.order
-    return {
+    # The paper's blocks are not named: an export of before names none.
+    changes = {name: list(one) if isinstance(one, tuple) else one for name, one in model.block_changes.items()}
+    blocks = {"trunk_kind": model.trunk, "block_changes": changes}
+    return ({} if model.has_paper_blocks else blocks) | {
         "_class_name": "CausalFusionTransformer",
         "grid": model.grid,
         "patch_size": model.patch_size,
@@ -200,54 +203,6 @@ def scheduler_config(config: Config) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     files.replace(path, json.dumps(content, indent=2) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
-
-
-def _num_values(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _write_weights(folder: Path, tensors: TensorFile, settings: ExportSettings) -> None:
-    dtype_name, dtype = _DTYPES[settings.dtype]
-    shapes = tensors.header.shapes
-    shards = _plan_shards(shapes, dtype.itemsize, settings.max_shard_bytes)
-    for number, (file_name, names) in enumerate(shards.items(), start=1):
-        say(f"writing weights, file {number} of {len(shards)}")
-        with files.create(folder / file_name) as file:
-            of_file = {name: shapes[name] for name in names}
-            file.write(tensor_files.encode_header(of_file, {"format": "pt"}, dtype_name, dtype.itemsize))
-            for name in names:
-                values = tensors.read(name)
-                for chunk in values.flatten().split(tensor_files.CHUNK_VALUES):
-                    file.write(tensor_files.bytes_of(chunk.to(dtype).view(torch.uint8)))
-                del values  # before the next one is read
-    if len(shards) > 1:
-        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-        size = dtype.itemsize * _num_values(shapes)
-        index: WeightsIndex = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)
-
-
-def _plan_shards(shapes: Mapping[str, tuple[int, ...]], value_bytes: int, max_shard_bytes: int) -> dict[str, list[str]]:
-    """Which tensors lie in which file, in the order of their names; as diffusers names files."""
-    shards: list[list[str]] = [[]]
-    num_bytes = 0
-    for name in sorted(shapes):
-        size = value_bytes * math.prod(shapes[name])
-        if shards[-1] and num_bytes + size > max_shard_bytes:
-            shards.append([])
-            num_bytes = 0
-        shards[-1].append(name)
-        num_bytes += size
-    if len(shards) == 1:
-        return {f"{WEIGHTS_STEM}.safetensors": shards[0]}
-    return {
-        f"{WEIGHTS_STEM}-{number:05d}-of-{len(shards):05d}.safetensors": names
-        for number, names in enumerate(shards, start=1)
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ POSITIONS = "image_embedder.pos_embed"
 _X_PROJ = "image_embedder.x_proj.weight"
 _CLASS_TABLE = "class_embedder.embedding_table.weight"
 _COND_POSITIONS = "class_embedder.cond_pos_embed"
-_Q_NORM = "trunk.blocks.0.attn.q_norm.weight"
+_Q_NORM, _PROJ = "trunk.blocks.0.attn.q_norm.weight", "trunk.blocks.0.attn.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _sizes(shapes: Shapes) -> dict[str, int]:
         sizes = {
             "model.width": width,
             "model.depth": len({name.split(".")[2] for name in shapes if name.startswith("trunk.blocks.")}),
-            "model.num_heads": width // head_width,
+            "model.num_heads": shapes[_PROJ][1] // head_width,
             "model.num_cond_tokens": shapes[_COND_POSITIONS][1],
             "model.num_classes": shapes[_CLASS_TABLE][0] - 1,
             "model.patch_size ** 2 * model.latent_channels": patch_values,

@@ -114,6 +114,7 @@ def _model_rows(
     return {
         "Parameters": f"{num_parameters:,}, {'averaged (EMA)' if weights == 'ema' else 'as trained'}, {dtype}",
         "Depth, width, heads": f"{model.depth}, {model.width}, {model.num_heads}",
+        **({} if model.trunk == "causalfusion" else {"Blocks": f"those of {model.trunk}"}),
         "Latents": f"{model.latent_channels} x {model.latent_size} x {model.latent_size}",
         "Tokens": f"{model.num_tokens}, patches of {model.patch_size} x {model.patch_size}",
         "Condition": f"{model.num_cond_tokens} tokens a class",

@@ -44,6 +44,8 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         latent_shift: Sequence[float],  # one value, or one a channel; the network sees (raw - shift) * scale
         latent_scale: Sequence[float],
         prediction_type: str,  # what the network predicts, in diffusers' words
+        trunk_kind: str = "causalfusion",  # what a block computes
+        block_changes: Mapping[str, Any] | None = None,  # in what it differs from others of its kind
     ) -> None:
         super().__init__(
             grid=grid,
@@ -54,6 +56,8 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
             num_cond_tokens=num_cond_tokens,
             num_classes=num_classes,
             learnable_positions=learnable_positions,
+            trunk_kind=trunk_kind,
+            block_changes=block_changes,
         )
 
     @property

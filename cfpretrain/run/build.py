@@ -19,8 +19,9 @@ from cfpretrain.base.files import read_json
 from cfpretrain.base.typed import Natural, NotNegative, from_plain
 from cfpretrain.core import attention
 from cfpretrain.core.ar import ARSettings
+from cfpretrain.core.block import BlockSettings
 from cfpretrain.core.latents import LatentScaling
-from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValues, write_initial_values
+from cfpretrain.core.model import CausalFusion, WriteInitialValues, write_initial_values
 from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
@@ -125,7 +126,7 @@ def choose_attention(config: Config, device_type: str) -> str:
 
 
 def _choose_backend(config: Config, key: str, job: str, device_type: str) -> str:
-    engine, head_width = config.engine, config.model.width // config.model.num_heads
+    engine, head_width = config.engine, config.model.design.head_width
     try:
         return attention.choose(getattr(engine, key), job, device_type, engine.precision, head_width, say)
     except ValueError as error:
@@ -144,6 +145,8 @@ def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFus
         num_cond_tokens=model.num_cond_tokens,
         num_classes=model.num_classes,
         learnable_positions=model.position_embedding == "learnable",
+        trunk_kind=model.trunk,
+        block_changes=model.block_changes,
         blocks=blocks,
         vocabulary=model.vocabulary,
         max_text_tokens=model.max_text_tokens,
@@ -219,6 +222,7 @@ def make_loss(config: Config) -> DenoisingLoss:
         clean_multiple=config.clean_token_multiple(),
         tasks=_make_tasks(config, make_tokenizer(config)),
         weights={TEXT: config.train.text_loss_weight},
+        has_rotary=config.model.design.rotary_base > 0,
     )
 
 
@@ -305,6 +309,8 @@ class RunCheckpoint:
 
     def class_names(self) -> tuple[str, ...]:
         """One for each class; their numbers where names are not known."""
+        if not self.config.model.num_classes:
+            return ()
         return tuple(self.state.class_names) or _names_of_shards(self.config)
 
     def make_autoencoder(self, device: torch.device) -> Autoencoder:

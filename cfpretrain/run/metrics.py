@@ -28,13 +28,13 @@ _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A
 def training_flops(model: ModelConfig, work: Work) -> float:
     """FLOPs of forward and backward; of attention, visible pairs alone count.
 
-    Embeddings of classes and timesteps, norms and pointwise operations are left out (under 1 %). `work` holds the
-    tokens and visible pairs of the sequences, counted by their layouts.
+    Embeddings of classes and timesteps, norms, rotations and pointwise operations are left out (under 1 %). `work`
+    holds the tokens and visible pairs of the sequences, counted by their layouts.
     """
-    D = model.width
-    blocks = model.depth * (24 * D**2 * work.tokens + 4 * D * work.visible)
+    design = model.design
+    blocks = model.depth * (2 * design.matrix_values * work.tokens + 4 * design.attended_width * work.visible)
     ends = model.patch_values * work.projections["image"] + model.vocabulary * work.projections["text"]
-    return 3.0 * (blocks + 2 * D * ends)
+    return 3.0 * (blocks + 2 * model.width * ends)
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cfpretrain.base.config import Config
-from cfpretrain.core.model import Block, WriteInitialValues
+from cfpretrain.core.block import Block
+from cfpretrain.core.model import WriteInitialValues
 from cfpretrain.run.tensor_files import Fragment
 from cfpretrain.training import optim, zero
 from cfpretrain.training.optim import Range

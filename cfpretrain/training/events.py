@@ -197,7 +197,7 @@ class Samples:
     ema: ShardedEMA
     tracker: Tracker
     stop: StopRequest
-    class_names: Sequence[str]  # of the latents trained on
+    class_names: Sequence[str]  # of the latents trained on; none for a model without classes
 
     def __post_init__(self) -> None:
         self.was_stopped = False  # a rank was asked to stop meanwhile, and all have left
@@ -207,7 +207,7 @@ class Samples:
     def draw(self, step: int) -> None:
         """Writes a labelled grid for each number of AR steps of `config.sample`."""
         sample = self.config.sample
-        names = tuple(self.class_names[: sample.max_classes])
+        names = tuple(self.class_names[: sample.max_classes]) or ("no condition",)
         labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
         batch_size = -(-len(labels) // runtime.world_size())
         grids = []

@@ -18,6 +18,7 @@ from cfpretrain.base.config import Config, ModelConfig, OrderConfig, can_checkpo
 from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.attention import BACKENDS
+from cfpretrain.core.design import BlockDesign
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.work import sequence_lengths
 from cfpretrain.run.build import choose_attention, parameter_shapes
@@ -26,14 +27,6 @@ from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
 
-# What autograd keeps of a block, in [B, M, D] tensors: the input, its norm, qkv (3), normed q and k (2), attention's
-# output and its rearrangement (2), the sum after attention, its norm, and before and after GELU (8).
-_KEPT_OF_BLOCK = 19
-# A compiled block keeps as much: inductor computes no input of a matrix product a second time. In fp32 it also keeps
-# q and k before their norms apart from qkv.
-_KEPT_BY_COMPILER_FP32 = 2
-# Gradients alive at once in a block's backward, in [B, M, D] tensors: its output's, and GELU's output's or input's.
-_WORKING = 5
 # Float tensors of the size of the noised tokens in the loss: latents, noise, noised, prediction, differences, ...
 _KEPT_OF_LOSS = 10
 
@@ -96,6 +89,36 @@ def estimate(config: Config, num_ranks: int, on_gpu: bool, encoding: EncodingCos
     `encoding` is what `encoding_cost` finds where training reads image shards.
     """
     return _Step(config, num_ranks, on_gpu, encoding).estimate()
+
+
+def kept_of_block(design: BlockDesign, value: int, on_gpu: bool, is_compiled: bool = False) -> int:
+    """Bytes that autograd keeps of a block for each token, in activations of `value` bytes.
+
+    Of the paper's block, in units of D values: the input, its norm, qkv (3), normed q and k (2), attention's output and
+    its rearrangement (2), the sum after attention, its norm, and before and after GELU (8); and statistics.
+    """
+    H, of_keys = design.num_heads, design.num_kv_heads * design.head_width
+    of_queries, normed = design.attended_width, 0
+    if design.qk_norm:
+        normed = of_queries + of_keys
+    # RMSNorm without a kernel of its own keeps its input and the normalised values, both in fp32.
+    is_plain_rms = design.norm == "rms" and not on_gpu
+    copied, normalised = is_plain_rms * (value < _FP32), is_plain_rms * _FP32
+    kept = 2 * design.width * ((_FP32 if copied else value) + normalised + value)
+    kept += normed * (normalised + copied * _FP32)
+    # q is a view of qkv unless something is computed from it, v unless it is repeated; a norm's input is one too.
+    is_changed, is_repeated = design.qk_norm or design.rotary_base > 0, of_keys < of_queries
+    if not is_changed or not is_repeated or (design.qk_norm and not copied):
+        kept += value * design.qkv_width
+    kept += value * of_queries * (is_changed + (is_changed or is_repeated) + is_repeated)
+    kept += value * (of_queries * (1 + is_changed) + design.mlp_width * (4 if design.mlp == "swiglu" else 2))
+    if is_compiled and value == _FP32:
+        # Otherwise as much: inductor computes no input of a matrix product a second time. In fp32 it also keeps q and k
+        # before their norms apart from qkv.
+        kept += value * normed
+    # Mean and reciprocal deviation of two norms of a token and two of each head, and attention's log-sum-exp.
+    of_norm = 1 if design.norm == "rms" else 2
+    return kept + _FP32 * (of_norm * (2 + normed // design.head_width) + H)
 
 
 @functools.cache
@@ -211,10 +234,10 @@ class _Step:
 
     def _conversions(self) -> int:
         """Copies of gradients that are on their way into their sums while the activations still live."""
-        fc1 = 4 * self.config.model.width**2
+        matrix = self.config.model.design.largest_matrix
         # At stage 3 a full bucket is flattened and cut for the ranks, at stage 2 in bf16 it is summed in an fp32 copy.
         num_copies = {2: int(self.is_bf16), 3: 2}.get(self.stage, 0)
-        copies = (self.value + _FP32) * fc1 + num_copies * _FP32 * min(self.bucket, self.P)
+        copies = (self.value + _FP32) * matrix + num_copies * _FP32 * min(self.bucket, self.P)
         return copies + (self._new_sums() if self.stage == 2 or self.overlaps else 0)
 
     def _new_sums(self) -> int:
@@ -251,7 +274,7 @@ class _Step:
         """Values on one rank that Muon moves, with one buffer where Adam has two: qkv, proj, fc1 and fc2 of a block."""
         if self.config.train.optimizer != "muon":
             return 0
-        matrices = 12 * self.config.model.width**2 * self.config.model.depth
+        matrices = self.config.model.design.matrix_values * self.config.model.depth
         return matrices if self.stage == 0 else -(-matrices // self.num_ranks)
 
     def _activations(self) -> tuple[int, int]:
@@ -260,17 +283,18 @@ class _Step:
         B, M, L = self.config.micro_batch_size(self.num_ranks), longest_sequence(self.config), model.num_tokens
         num_masks = num_dense_masks(self.config, self.num_ranks, self.on_gpu)
         tensor = self.value * B * M * model.width
-        # Mean and reciprocal deviation of two norms of a token and two of each head, and attention's log-sum-exp.
-        statistics = _FP32 * B * M * (4 + 5 * model.num_heads)
         # Torch turns the boolean mask into one to be added, again in each block.
         added_mask = self.value * num_masks * M * M
-        num_kept = _KEPT_OF_BLOCK + (_KEPT_BY_COMPILER_FP32 if engine.compile_blocks and not self.is_bf16 else 0)
-        block = num_kept * tensor + statistics + added_mask
+        design = model.design
+        block = B * M * kept_of_block(design, self.value, self.on_gpu, engine.compile_blocks) + added_mask
         loss = _KEPT_OF_LOSS * _FP32 * B * L * model.patch_values
         # The trunk's output and its norm, the projected tokens and their places, the boolean mask.
         ends = tensor + self.value * B * L * model.width + B * (M * model.patch_values * self.value + 8 * M) + loss
         ends += num_masks * M * M
-        working = _WORKING * tensor
+        # Gradients alive at once when a block's backward begins: its output's, and GELU's output's or input's. Of
+        # silu(g) * u, those of both factors.
+        num_factors = 2 if design.mlp == "swiglu" else 1
+        working = self.value * B * M * (model.width + num_factors * design.mlp_width)
         if engine.activation_checkpointing:
             return model.depth * tensor + ends, block - tensor + working
         return model.depth * block + ends, working

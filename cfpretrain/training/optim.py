@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cfpretrain.base.config import Config
-from cfpretrain.core.model import Block
+from cfpretrain.core.block import Block
 from cfpretrain.core.norm import has_apex
 
 

@@ -15,7 +15,7 @@ from cfpretrain.core.modalities import IMAGE
 from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.objective import DenoisingLoss
 from cfpretrain.data.online import OnlineEncoder, TrainingData
-from cfpretrain.data.samples import ImageFiles, Visits
+from cfpretrain.data.samples import ImageFiles, Visits, place_images
 from cfpretrain.evaluation.figures import Floats, label_log, make_figure, quiet_ticks, save
 from cfpretrain.evaluation.pictures import INK, PAPER, QUIET
 
@@ -26,20 +26,24 @@ def read_means(data: TrainingData, config: Config, most: int) -> tuple[Tensor, T
     """Raw latents of at most so many samples from all over the first folder, and their labels.
 
     They are means of posteriors, not mirrored; those of images are encoded as training encodes them, and bad images
-    left out where training skips them.
+    left out where training skips them. Of interleaved samples, those of the first image.
     """
     shards = data.folders[0]
     places = np.linspace(0, len(shards) - 1, min(len(shards), most)).round().astype(int).tolist()
     samples = shards.samples(places)
     labels_N = torch.tensor([int(sample["label"]) for sample in samples])
     if not data.encodings:
-        return torch.from_numpy(np.stack([sample["mean"] for sample in samples])).float(), labels_N
+        shape = data.latents[0].latent_shape
+        means = [sample["mean"].reshape(-1, *shape)[0] for sample in samples]
+        return torch.from_numpy(np.stack(means)).float(), labels_N
     ids_N = torch.tensor([int(sample["id"]) for sample in samples])
     images = ImageFiles.of(Visits(step=0, epoch=0, ids_B=ids_N, labels_B=labels_N, columns=samples))
     with deterministic_convolutions():
         moments, skipped = OnlineEncoder(data.encodings, config).moments(images, torch.zeros_like(ids_N).bool())
+    sample_I, _ = place_images(len(samples), images.segments)
+    first_N = torch.searchsorted(sample_I, torch.arange(len(samples)))
     good = [place for place in range(len(samples)) if place not in skipped]
-    return moments["mean"][good].float(), labels_N[good]
+    return moments["mean"][first_N[good]].float(), labels_N[good]
 
 
 @torch.no_grad()
@@ -54,7 +58,10 @@ def measure_loss_map(
     Returns:
         (errors [num_bins, L], NaN where nothing fell; edges of the timesteps; edges of the positions).
     """
-    objective = replace(loss, label_drop_prob=0.0)
+    # Of a model with texts, images of their classes, or without any condition where there are no classes.
+    weights = {"class_to_image" if loss.null_class else "text_to_image": 1.0}
+    tasks = None if loss.tasks is None else replace(loss.tasks, weights=weights, text_drop_prob=1.0)
+    objective = replace(loss, label_drop_prob=0.0, tasks=tasks)
     num_tokens, device, num_timesteps = model.grid**2, latents_NCYX.device, loss.process.num_timesteps
     latents_NCYX, labels_N = latents_NCYX.cpu(), labels_N.cpu()
     totals, counts = torch.zeros(2, num_bins * num_tokens, dtype=torch.float64)

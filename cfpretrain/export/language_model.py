@@ -1,0 +1,162 @@
+"""Language models in Hugging Face's layout, both ways: tensors under our names, and a run folder that starts from them.
+
+A folder holds config.json and model.safetensors, or several such files and their index. Each tensor is a renaming of
+theirs, or theirs behind one another, with every bit kept; `language_layouts.py` says which. Pickles are not read.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cfpretrain.base import files, outputs
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError, say
+from cfpretrain.base.differences import tensor_differences
+from cfpretrain.core.design import CHANGES
+from cfpretrain.export.imported_run import Counters, ForeignCheckpoint
+from cfpretrain.export.language_layouts import (
+    EMBEDDING,
+    HEAD,
+    LM_HEAD,
+    LanguageSettings,
+    is_buffer,
+    make_entries,
+    prefix_of,
+    read_settings,
+)
+from cfpretrain.export.weight_files import read_json_as, read_weights, write_weights
+from cfpretrain.run.build import initial_weights, parameter_shapes
+from cfpretrain.run.checkpoint import EMA, WEIGHTS
+
+CONFIG_FILE, WEIGHTS_STEM = "config.json", "model"
+
+_FIX = "get the folder again, as save_pretrained writes it"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Of `model` in a config: what stands for a trunk as it usually is.
+_UNCHANGED: dict[str, Any] = {name: {"mlp": "auto", "rotary_scaling": []}.get(name, 0) for name in CHANGES}
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A language model with its tensors under our names; they come into memory when they are read."""
+
+    settings: LanguageSettings
+    plain: Mapping[str, Any]  # its whole config.json
+    shapes: Mapping[str, tuple[int, ...]]  # of its tensors, under our names
+    dtype: torch.dtype  # that all of them are stored in
+    read: Callable[[str], Tensor]  # one of them, by our name
+
+    def overrides(self) -> list[str]:
+        """Those of a config by which a model gets this trunk."""
+        settings = self.settings
+        values = {"trunk": settings.trunk, "width": settings.width, "depth": settings.depth}
+        values |= {"num_heads": settings.num_heads} | _UNCHANGED | dict(settings.changes)
+        return [
+            f"model.{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in values.items()
+        ]
+
+
+def open_language_model(folder: Path, name: str) -> LanguageModel:
+    """A language model in a folder; UserError where it is none whose blocks ours compute, or lacks a tensor.
+
+    Args:
+        name: argument that gave the folder, for messages.
+    """
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise UserError(
+            f"{name}: expected a folder with {CONFIG_FILE} and {WEIGHTS_STEM}.safetensors, got {folder}; give one as "
+            "transformers' save_pretrained writes it"
+        )
+    plain = read_json_as(dict[str, Any], file, _FIX)
+    settings = read_settings(plain, str(file))
+    if not any((folder / f"{WEIGHTS_STEM}.safetensors{ending}").is_file() for ending in ("", ".index.json")):
+        raise UserError(
+            f"{name}: {folder} holds no {WEIGHTS_STEM}.safetensors, and pickles, as pytorch_model.bin is one, are not "
+            "read; save it again with transformers' save_pretrained"
+        )
+    stored, prefix = read_weights(folder, WEIGHTS_STEM, name, _FIX), prefix_of(settings)
+    has_prefix = any(key.startswith(prefix) for key in stored)
+    tensors = {
+        key if has_prefix or key == LM_HEAD else f"{prefix}{key}": value
+        for key, value in stored.items()
+        if not is_buffer(key) and not (settings.is_tied and key == LM_HEAD)
+    }
+    entries = {entry.ours: entry for entry in make_entries(settings)}
+    expected = {key: shape for entry in entries.values() for key, shape in entry.shapes().items()}
+    different = tensor_differences({key: tuple(value.shape) for key, value in tensors.items()}, expected)
+    if different:
+        raise UserError(f"{name}: {folder}: tensors {different}, by {CONFIG_FILE}; {_FIX}")
+    dtypes = {value.dtype for value in tensors.values()}
+    if len(dtypes) != 1 or not dtypes <= set(_DTYPES):
+        raise UserError(
+            f"{name}: {folder}: expected all tensors in one of fp32, bf16 and fp16, got "
+            f"{', '.join(sorted(map(str, dtypes)))}; save it in one of them"
+        )
+    shapes = {ours: entry.shape for ours, entry in entries.items()}
+    return LanguageModel(settings, plain, shapes, dtypes.pop(), lambda ours: entries[ours].join(tensors.__getitem__))
+
+
+def write_language_model(out: Path, model: LanguageModel, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Writes a folder as transformers does, whole or not at all; what `open_language_model` opened, byte for byte.
+
+    A head that was tied to the table of embeddings and differs from it by now, as after training, is written apart.
+    """
+    outputs.refuse_existing(out, "OUT")
+    settings = model.settings
+    if settings.is_tied and not torch.equal(model.read(EMBEDDING), model.read(HEAD)):
+        say("the head is no longer the table of embeddings: it is written apart (tie_word_embeddings: false)")
+        settings = replace(settings, is_tied=False)
+    entries = [entry for entry in make_entries(settings) if not (settings.is_tied and entry.ours == HEAD)]
+    by_theirs = {key: entry for entry in entries for key in entry.theirs}
+    shapes = {key: shape for entry in entries for key, shape in entry.shapes().items()}
+
+    def read(key: str) -> Tensor:
+        entry = by_theirs[key]
+        return entry.split(model.read(entry.ours))[key]
+
+    plain = dict(model.plain) if settings is model.settings else {**model.plain, "tie_word_embeddings": False}
+    with outputs.whole_or_nothing(out, "OUT") as folder:
+        files.make_folder(folder)
+        files.replace(folder / CONFIG_FILE, json.dumps(plain, indent=2, sort_keys=True) + "\n")
+        write_weights(folder, WEIGHTS_STEM, shapes, read, model.dtype, max_shard_bytes)
+
+
+def start_from(model: LanguageModel, config: Config, source: str) -> ForeignCheckpoint:
+    """The first weights of a run whose trunk, and whatever else it shares with a language model, is the model's.
+
+    The rest begins as in a new run. Prints what is taken, what begins anew, and what the run's model has no place for.
+    """
+    shapes, write = parameter_shapes(config), initial_weights(config)
+    taken = shapes.keys() & model.shapes.keys()
+    found, expected = (
+        {name: shape for name, shape in of.items() if name in taken or name.startswith("trunk.")}
+        for of in (model.shapes, shapes)
+    )
+    different = tensor_differences(found, expected)
+    if different:
+        raise UserError(
+            f"{source} does not fit the config: tensors {different}; leave out the keys of `model` that say what "
+            "blocks are"
+        )
+    anew = sorted({name.split(".")[0] for name in shapes if name not in taken})
+    unused = sorted(name for name in model.shapes if name not in taken)
+    say(f"taken: {len(taken)} tensors; begin anew: {', '.join(anew) or 'none'}")
+    if unused:
+        say(f"WARNING: the model of the config has no place for {', '.join(unused)}, which are left out")
+
+    def read_tensor(content: str, name: str) -> Tensor:
+        if content not in (WEIGHTS, EMA):
+            return torch.zeros(shapes[name])
+        if name in taken:
+            return model.read(name)
+        values = torch.empty(shapes[name])
+        write(name, shapes[name], 0, values.view(-1))
+        return values
+
+    return ForeignCheckpoint(source, Counters(step=0, optimizer_step=0), read_tensor, "at step 0")
