@@ -2,12 +2,16 @@
 
 import csv
 import json
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from cfpretrain.autoencoder import KLAutoencoder
@@ -15,7 +19,8 @@ from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.data import interleaved
 from cfpretrain.data.interleaved import MOST_IMAGES, column_of, parse_column
 from cfpretrain.data.listing import list_images
-from cfpretrain.data.samples import LatentReading, Samples, VisitDraws, Visits
+from cfpretrain.data.online import OnlineEncoder, open_training_data
+from cfpretrain.data.samples import ImageFiles, LatentReading, Samples, VisitDraws, Visits
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import LatentsInfo, Shards, columns_of
 from cfpretrain.evaluation.given_images import open_images
@@ -76,6 +81,18 @@ def test_a_column_that_holds_no_segments_is_refused(text: str, words: str) -> No
         parse_column(text)
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-1, 3) | st.text(max_size=3) | st.builds(dict, image=st.integers(0, 3)),
+    lambda inner: st.lists(inner, max_size=6) | st.dictionaries(st.sampled_from(["image", "x"]), inner, max_size=2),
+)
+
+
+@given(st.text(max_size=20) | _JSON.map(json.dumps))
+def test_any_column_is_segments_or_refused(text: str) -> None:
+    with suppress(ValueError):
+        assert parse_column(column_of(parse_column(text))) == parse_column(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,6 +266,27 @@ def test_files_that_end_elsewhere_are_refused(ends: list[int]) -> None:
         interleaved.check_images(sample, 3, ())
     interleaved.check_images(sample | {"image_ends": np.array([2, 6])}, 3, ())
     assert interleaved.files_of(sample | {"image_ends": np.array([2, 6])}) == [b"12", b"3456"]
+
+
+def test_a_bad_image_costs_its_sample(made: tuple[Path, Path]) -> None:
+    """All of its images, and no others', when they are encoded during training."""
+    settings = {"latent_shift": (0.5,), "latent_scale": (2.0,), "encode_batch_size": 2}
+    config = config_for(made[0], shape=(1, SIZE, SIZE), on_bad_image="skip", **settings)
+    data = open_training_data(config)
+    columns = [dict(one) for one in data.folders[0].samples(range(5))]
+    bad = next(i for i, one in enumerate(columns) if len(interleaved.files_of(one)) == 3)
+    files = interleaved.files_of(columns[bad])
+    columns[bad] |= interleaved.columns_of_files([*files[:2], b"no image"])
+    ids_B = torch.tensor([one["id"] for one in columns])
+    visits = Visits(0, 0, ids_B, torch.zeros(5, dtype=torch.int64), columns)
+    samples = OnlineEncoder(data.encodings, config)(ImageFiles.of(visits))
+    assert list(samples.skipped) == [bad]
+    assert "it is no image" in samples.skipped[bad]
+    whose = [i for i, one in enumerate(columns) for _ in interleaved.files_of(one)]
+    assert [whose[i] for i, image in enumerate(samples.latents_BCYX) if not image.any()] == [bad] * 3
+    stopping = OnlineEncoder(data.encodings, replace(config, data=replace(config.data, on_bad_image="stop")))
+    with pytest.raises(UserError, match=f"image of id {ids_B[bad]}: it is no image"):
+        stopping(ImageFiles.of(visits))
 
 
 def test_what_takes_images_one_by_one_refuses_them(made: tuple[Path, Path]) -> None:

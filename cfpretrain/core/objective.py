@@ -214,11 +214,11 @@ class DenoisingLoss:
             texts: the tokens of each sample's caption, where some may be trained with it.
             interleaved: of each sample, where some may be trained as such.
         """
-        num_samples = len(draws.ids_B)
-        places = draws.places or _place_images(None, torch.ones(num_samples, dtype=torch.int64))
+        num_samples, skipped_I = len(draws.ids_B), torch.tensor(list(skipped), dtype=torch.int64)
         if draws.places is not None:
-            latents_BCYX = latents_BCYX[places.given_I]
-        images = self._noise(latents_BCYX, draws, torch.isin(places.sample_I, torch.tensor(skipped, dtype=torch.int64)))
+            latents_BCYX = latents_BCYX[draws.places.given_I]
+            skipped_I = torch.isin(draws.places.sample_I, skipped_I).nonzero().squeeze(1)
+        images = self._noise(latents_BCYX, draws, skipped_I)
         of_class = class_segment(self.num_cond_tokens, draws.labels_B)
         segments: tuple[Segment, ...] = (of_class, images)
         if self.tasks is not None:
@@ -234,8 +234,8 @@ class DenoisingLoss:
         placed = tuple(with_rotary_positions(segments)) if self.has_rotary else segments
         return Batch(draws.step, draws.ids_B, placed, num_clean, intervals_BMI, place_BM, work)
 
-    def _noise(self, latents_BCYX: Tensor, draws: Draws, is_skipped_B: Tensor) -> Segment:
-        """Images to be learned, as the draws noise them; those that are skipped have the weight 0."""
+    def _noise(self, latents_BCYX: Tensor, draws: Draws, skipped_I: Tensor) -> Segment:
+        """Images to be learned, as the draws noise them; those at the places `skipped_I` have the weight 0."""
         order_BL, ar = draws.order_BL, self.ar
         clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
         noise_BLP = take_tokens(draws.noise_BLP, order_BL)
@@ -250,7 +250,7 @@ class DenoisingLoss:
             positions_BL=order_BL,
             times_B=draws.timesteps_B,
             targets=target_BLP,
-            weights_BL=weights_BL.masked_fill(is_skipped_B[:, None], 0.0) if is_skipped_B.any() else weights_BL,
+            weights_BL=weights_BL.index_fill(0, skipped_I, 0.0) if len(skipped_I) else weights_BL,
         )
 
     def __call__(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, LossTerms]:
