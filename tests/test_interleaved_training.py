@@ -1,5 +1,6 @@
 """Runs on interleaved samples beside other tasks: alike on any ranks and from images, resumed to the bit, refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from cfpretrain.base import config as configs
 from cfpretrain.base import config_checks
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
+from cfpretrain.data.compatibility import check_infos
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.online import open_training_data
 from cfpretrain.data.tokenizer import TextTokenizer
@@ -196,6 +198,16 @@ def test_shards_without_the_column_are_refused_for_the_task_alone(data: Path, tm
     (ended,) = run_script(TRAIN, [*arguments, f"data.shards=[{data / 'latents'},{plain}]"])
     assert ended.code == EXIT_USER_ERROR
     assert "expected interleaved samples in all folders or in none" in ended.err
+
+
+def test_folders_of_other_classes_go_together_without_classes(data: Path, tmp_path: Path) -> None:
+    info = open_training_data(config_of(data, tmp_path)).latents[0]
+    infos = [info, dataclasses.replace(info, class_names=("a", "b"), most_segments=3)]
+    config = config_of(data, tmp_path, f"data.shards=[{data / 'latents'},{tmp_path}]")
+    check_infos(infos, config)
+    with_classes = dataclasses.replace(config, model=dataclasses.replace(config.model, num_classes=1))
+    with pytest.raises(UserError, match="expected class_names as in the first folder"):
+        check_infos(infos, with_classes)
 
 
 def test_other_tasks_take_the_first_image(data: Path, tmp_path: Path) -> None:
