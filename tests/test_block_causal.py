@@ -28,6 +28,7 @@ from cfpretrain.core.segments import build_layout, may_attend
 from tests.closeness import disagreement
 from tests.strictness import make_warnings_errors
 from tests.test_ar import text
+from tests.test_modalities import errors_of_ways
 
 if not block_causal.is_available():
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -404,6 +405,13 @@ def check_operator() -> None:
 
 def test_operator_is_registered_as_torch_wants_it(interpret: Interpret) -> None:
     interpret(check_operator)
+
+
+def test_packed_and_padded_samples_are_those_alone(interpret: Interpret) -> None:
+    """Texts and images of a whole network, forward and backward."""
+    errors = interpret(errors_of_ways, "triton", ("packed", "padded", "alone"), True)
+    assert len(errors) > 100
+    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
 
 
 def compile_a_block() -> list[bool]:

@@ -26,10 +26,24 @@ MARKS = Marks(begin=1, end=2, image=3, pad=0)
 PROMPTS = [[1, 5, 7, 9, 3], [1, 3], [], [1, 4, 4, 3]]
 
 
-@pytest.fixture(scope="module", params=["causalfusion", "llama"])
+GROUPED = {"num_kv_heads": 1, "head_width": 6}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("causalfusion", {}),
+        ("llama", {}),
+        ("gpt2", GROUPED),
+        ("qwen3", GROUPED),
+        ("qwen3", GROUPED | {"separate_image_weights": True}),
+    ],
+    ids=["causalfusion", "llama", "gpt2", "qwen3", "separate"],
+)
 def model(request: pytest.FixtureRequest) -> Network:
-    """One that learns where tokens are, and one that is told rotary positions."""
-    return text_model(request.param).eval()
+    """Some learn where tokens are, some are told rotary positions; with few heads of keys; with separate weights."""
+    trunk, changes = request.param
+    return text_model(trunk, **changes).eval()
 
 
 def test_what_is_read_in_parts_is_what_it_is_at_once(model: Network) -> None:
@@ -126,7 +140,7 @@ def test_texts_behind_other_contexts_are_those_written_alone(model: Network, cho
         assert together[i][: 1 + len(prefixes[i])] == [MARKS.begin, *prefixes[i]]
         assert together[i][-1] in (MARKS.end, MARKS.image)
         assert len(together[i]) <= MOST_WORDS
-    assert len(set(map(len, together))) > 1
+    assert len(set(map(len, together))) > 1 or not choice.temperature  # the likeliest tokens may end none
 
 
 def test_texts_are_those_of_full_forwards(model: Network) -> None:

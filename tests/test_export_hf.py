@@ -5,17 +5,13 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
-import venv
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from packaging.requirements import Requirement
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -41,6 +37,7 @@ from tests import checkpoints
 from tests.checkpoints import same_bits
 from tests.closeness import disagreement
 from tests.digits import small_config
+from tests.environments import make_environment, run_elsewhere
 from tests.processes import REPOSITORY, run_in_processes
 from tests.runs import STEP, write_run
 from tools import export_hf
@@ -381,33 +378,8 @@ def test_pushing_is_asked_for(run: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The python of an environment with torch, diffusers and what these need, as it is installed here; no more."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    venv.create(folder / "venv", symlinks=True, with_pip=False)
-    [site_packages] = (folder / "venv").glob("lib/python*/site-packages")
-    needed = ["torch", "diffusers", "safetensors", "numpy", "pillow"]
-    for name in needed:  # grows as it goes
-        found = distribution(name)
-        for top in {file.parts[0] for file in found.files or []} - {".."}:
-            if not (site_packages / top).exists():
-                (site_packages / top).symlink_to(found.locate_file(top))
-        wanted = [Requirement(text) for text in found.requires or []]
-        needed += [
-            one.name
-            for one in wanted
-            if one.name not in needed and (one.marker is None or one.marker.evaluate({"extra": ""}))
-        ]
-    return folder / "venv" / "bin" / "python"
-
-
-def run_elsewhere(python: Path, folder: Path, *arguments: object) -> tuple[str, str]:
-    """What it prints and says."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [str(python), str(Path(__file__).with_name("elsewhere.py")), *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return ended.stdout, ended.stderr
+    """The python of an environment with torch, diffusers and what these need; no more."""
+    return make_environment(tmp_path_factory.mktemp("elsewhere"))
 
 
 def write_autoencoder(folder: Path) -> Path:
@@ -460,7 +432,7 @@ def results(
     exports = (exported, folder / "raw", folder / "version", folder / "latents")
     tensors = [folder / "given.safetensors", folder / "made.safetensors"]
     others = (folder / process for process in by_process)
-    out, err = run_elsewhere(elsewhere, folder, *exports, *tensors, ",".join(SOLVERS), *others)
+    out, err = run_elsewhere(elsewhere, folder, "elsewhere.py", *exports, *tensors, ",".join(SOLVERS), *others)
     made = load_file(tensors[1])
     return Results(run, latents_run, by_process, made, given, json.loads(out.splitlines()[-1]), err)
 

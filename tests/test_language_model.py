@@ -3,29 +3,26 @@
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3Config
 
 from cfpretrain.base.console import UserError
 from cfpretrain.core.attention import Visibility, sdpa
 from cfpretrain.core.block import make_rotation
 from cfpretrain.core.context import Context
-from cfpretrain.core.design import BlockDesign
-from cfpretrain.core.modalities import MODALITIES, Modality, Vectors, join
 from cfpretrain.core.model import Network
-from cfpretrain.core.norm import make_norm
 from cfpretrain.core.segments import Segment, build_layout, with_rotary_positions
+from cfpretrain.core.texts import Texts
 from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.language_layouts import EMBEDDING, HEAD
-from cfpretrain.export.language_model import LanguageModel, open_language_model, write_language_model
+from cfpretrain.export.language_model import open_language_model, write_language_model
 from cfpretrain.run.build import find_checkpoint
 from tests.closeness import disagreement
 from tests.processes import REPOSITORY
@@ -80,58 +77,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in CONFIGS}
 
 
-class TextEmbedder(nn.Module):
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__()
-        width = model.settings.width
-        self.embedding_table = nn.Embedding(VOCABULARY, width)
-        has_places = "text_embedder.position_table.weight" in model.shapes
-        self.position_table = nn.Embedding(model.settings.max_tokens, width) if has_places else None
-
-    def forward(self, segments: Sequence[Segment]) -> Vectors:
-        ids_BT = join([one.clean for one in segments if one.clean is not None])
-        vectors_BTD = self.embedding_table(ids_BT)
-        if self.position_table is not None:
-            vectors_BTD = vectors_BTD + self.position_table(join([one.positions_BL for one in segments]))
-        return vectors_BTD, None
-
-
-class TextHead(nn.Module):
-    def __init__(self, design: BlockDesign) -> None:
-        super().__init__()
-        self.norm = make_norm(design.norm, design.width, design.norm_eps)
-        self.linear = nn.Linear(design.width, VOCABULARY, bias=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.linear(self.norm(x_BTD))
-
-
-class Texts(Modality):
-    """Plain text: each token predicts the next."""
-
-    kind, head_name = "text", "text_head"
-
-    def __init__(self, model: LanguageModel) -> None:
-        super().__init__(TextEmbedder(model), TextHead(model.settings.design))
-
-    def empty_segment(self, given: Sequence[Segment], device: torch.device) -> None:
-        return None
-
-    @staticmethod
-    def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
-        return clean_BLD
-
-
-@pytest.fixture(autouse=True, scope="module")
-def text_is_known() -> Iterator[None]:
-    MODALITIES["text"] = Texts
-    yield
-    del MODALITIES["text"]
-
-
 def make_ours(folder: Path) -> Network:
     model = open_language_model(folder, "MODEL")
-    network = Network([Texts(model)], model.settings.design, model.settings.depth)
+    settings = model.settings
+    texts = Texts(settings.vocabulary, settings.max_tokens, settings.design)
+    network = Network([texts], settings.design, settings.depth)
     network.load_state_dict({name: model.read(name) for name in model.shapes})
     return network.eval().requires_grad_(False)
 

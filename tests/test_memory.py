@@ -21,6 +21,7 @@ from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
 from cfpretrain.core.segments import build_layout
 from cfpretrain.run import build
+from cfpretrain.run.sequences import longest
 from cfpretrain.training import memory, zero
 from cfpretrain.training.encoding_cost import encoding_cost
 from tests.digits import write_digits as write_latents
@@ -71,6 +72,9 @@ def activations_config(precision: str, checkpointing: bool, split: str, *others:
 
 
 GROUPED = ("model.trunk=qwen3", "model.num_heads=4", "model.num_kv_heads=2", "model.head_width=32")
+# Whose logits are the largest tensor of all.
+TEXTS = ("model.vocabulary=4000", "model.max_text_tokens=48", "data.tokenizer=any.json")
+TEXTS += ("data.tasks.text_to_image=1", "data.tasks.image_to_text=1")
 ACTIVATIONS: list[tuple[Any, ...]] = [
     ("fp32", False, "sample"),
     ("fp32", True, "sample"),
@@ -81,6 +85,10 @@ ACTIVATIONS: list[tuple[Any, ...]] = [
     ("bf16", False, "sample", *GROUPED),
     ("fp32", False, "sample", "model.trunk=llama"),
     ("fp32", False, "sample", "model.trunk=gpt2"),
+    ("fp32", False, "sample", *TEXTS),
+    ("bf16", False, "sample", *TEXTS),
+    ("bf16", True, "sample", *TEXTS),
+    ("fp32", False, "batch", *TEXTS, "model.vocabulary=300"),
 ]
 # Designs and changes of them whose blocks keep this and that.
 BLOCKS: list[tuple[str, dict[str, Any]]] = [
@@ -287,9 +295,7 @@ def test_the_longest_sequence_is_estimated_and_measured(overrides: list[str]) ->
         return build_layout(segments, loss.clean_multiple).step_BM.shape[1]
 
     drawn = [loss.draw(step, 0, torch.arange(2), torch.arange(2), num_tokens, 1) for step in range(200)]
-    assert (
-        memory.longest_sequence(config) == max(map(length, drawn)) == length(estimate_memory.longest(drawn[0], config))
-    )
+    assert longest(config).computed == max(map(length, drawn)) == length(estimate_memory.longest(drawn[0], config))
 
 
 # ---------------------------------------------------------------------------

@@ -5,8 +5,9 @@
 
 It takes a folder of this machine with config.json and model.safetensors, one or several files; nothing is downloaded
 and no pickle is read. Width, depth and all that says what a block computes are the language model's, whatever the
-config has; the rest is the config's. What a language model lacks (images, classes, noise) begins as in a new run, and
-Adam's moments begin at 0.
+config has; the rest is the config's. Where tokenizer.json is there too, the run has texts, with the language model's
+tokens and four more that frame texts (model.vocabulary=0 on the command line takes the trunk alone). What a language
+model lacks (images, classes, noise) begins as in a new run, and Adam's moments begin at 0.
 """
 
 from pathlib import Path

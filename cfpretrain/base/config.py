@@ -56,6 +56,9 @@ class ModelConfig:
     rotary_base: NotNegative = 0.0  # of rotary positions
     # Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
     rotary_scaling: tuple[float, ...] = ()
+    separate_image_weights: bool = (
+        False  # images and classes have norms and matrices of their own beside those of texts
+    )
 
     @property
     def grid(self) -> int:
@@ -75,7 +78,7 @@ class ModelConfig:
     @property
     def block_changes(self) -> dict[str, Any]:
         """What the blocks have otherwise than others of their kind, as `core.design.make_design` takes it."""
-        return {name: getattr(self, name) for name in CHANGES if getattr(self, name) not in (0, "auto", ())}
+        return {name: getattr(self, name) for name in CHANGES if getattr(self, name) not in (0, False, "auto", ())}
 
     @property
     def design(self) -> BlockDesign:
@@ -157,6 +160,9 @@ class TrainConfig:
     text_drop_prob: Share = 0.1  # text_to_image without the text
     image_drop_prob: Share = 0.1  # image_to_text without the image
     text_loss_weight: NotNegative = 0.1  # of the mean over the tokens of texts, beside that over the values of images
+    # What stays as it is: the trunk; of texts, embeddings (and those of segments' places) and head. Both together are a
+    # language model, which then gives texts the same logits for good.
+    freeze: tuple[Literal["trunk", "text"], ...] = ()
     learning_rate: NotNegative = 8e-4
     warmup_steps: Natural = 25_000
     decay_steps: int = 0  # the last of num_steps, over which the learning rate falls to 0; 0 = constant

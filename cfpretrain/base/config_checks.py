@@ -136,6 +136,23 @@ def _check_model(config: Config) -> Iterable[str]:
     if model.width % 4:
         yield f"model.width: expected a multiple of 4 (2-d sin-cos positions), got {model.width}"
     yield from _check_design(model)
+    yield from _check_freeze(config)
+
+
+def _check_freeze(config: Config) -> Iterable[str]:
+    freeze = config.train.freeze
+    if "text" in freeze and not config.model.vocabulary:
+        yield "train.freeze: expected no text where a model has none, got text; leave it out, or set model.vocabulary"
+    separate = config.model.separate_image_weights
+    if "trunk" in freeze and config.train.optimizer == "muon" and not separate:
+        yield (
+            "train.optimizer: expected adamw where train.freeze has trunk, whose matrices are what muon moves, got muon"
+        )
+    if separate and not config.model.vocabulary:
+        yield (
+            "model.separate_image_weights: expected false where a model has no texts, got true; leave it out, or set "
+            "model.vocabulary"
+        )
 
 
 def _check_design(model: ModelConfig) -> Iterable[str]:
@@ -289,6 +306,11 @@ def doubts(config: Config, origins: Mapping[str, Origin]) -> list[str]:
         found.append(
             f"data.mirror_prob: {config.data.mirror_prob:g} of the images are mirrored, and texts that say left or "
             "right are false of them; set 0 where some do"
+        )
+    if "text" in train.freeze and config.data.tasks.image_to_text:
+        found.append(
+            "train.freeze: with text, the tokens that frame texts stay as they began too, and a model may not learn "
+            "where a caption ends; set train.freeze=[trunk]"
         )
     return [*found, *_doubt_mirrors(config.data, origins)]
 

@@ -7,6 +7,7 @@ queries and keys, and an MLP with GELU. What other trunks have instead is said b
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,13 +54,38 @@ class Attention(nn.Module):
     def forward(
         self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None, rotation: Rotation | None
     ) -> Tensor:
-        q, k, v = self.qkv(x_BMD).unflatten(-1, (-1, self.head_width)).transpose(1, 2).split(self.num_heads, 1)
-        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = self._heads(self.qkv(x_BMD))
+        return self.proj(self._attend(self.q_norm(q), self.k_norm(k), v, visibility, extend, rotation))
+
+    def project(self, x_ND: Tensor) -> Tensor:
+        """q, k and v of tokens, side by side, with their norms."""
+        q, k, v = self.qkv(x_ND).unflatten(-1, (-1, self.head_width)).split(self.num_heads, 1)
+        return torch.cat([self.q_norm(q), self.k_norm(k), v], 1).flatten(1)
+
+    def attend_all(
+        self, qkv_BMW: Tensor, visibility: Visibility, extend: ExtendContext | None, rotation: Rotation | None
+    ) -> Tensor:
+        """What attention makes of what `project` gives, before W_o."""
+        q, k, v = self._heads(qkv_BMW)
+        return self._attend(q, k, v, visibility, extend, rotation)
+
+    def _heads(self, qkv_BMW: Tensor) -> tuple[Tensor, ...]:
+        return qkv_BMW.unflatten(-1, (-1, self.head_width)).transpose(1, 2).split(self.num_heads, 1)
+
+    @staticmethod
+    def _attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        visibility: Visibility,
+        extend: ExtendContext | None,
+        rotation: Rotation | None,
+    ) -> Tensor:
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         if extend is not None:
             k, v = extend(k, v)
-        return self.proj(attend(q, k, v, visibility).transpose(1, 2).flatten(2))
+        return attend(q, k, v, visibility).transpose(1, 2).flatten(2)
 
 
 class Mlp(nn.Module):
@@ -78,8 +104,38 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x_BMD), approximate="tanh" if self.kind == "gelu_tanh" else "none"))
 
 
-class Block(nn.Module):
-    """x <- x + Attention(norm1(x)), then x <- x + Mlp(norm2(x))."""
+class Routes(NamedTuple):
+    """Which tokens of a batch's sequences [B, M], counted over all, go through the weights of images."""
+
+    image_N: Tensor  # int64; where rows have other numbers of them, some of other kinds too, of which no one reads
+    other_N: Tensor  # the same of all others
+    place_N: Tensor  # of each token among those of `image_N` and then `other_N`
+
+
+def make_routes(is_image_BM: Tensor, most_images: int, most_others: int) -> Routes:
+    """Routes by bool [B, M]; a row has at most so many tokens of either sort, which are numbers that the host knows."""
+    B, M = is_image_BM.shape
+    order_BM = (~is_image_BM).int().argsort(dim=1, stable=True)
+    row_B1 = torch.arange(B, device=is_image_BM.device)[:, None]
+    num_images, num_others = min(most_images, M), min(most_others, M)
+    image_BN, other_BN = (M * row_B1 + one_BN for one_BN in (order_BM[:, :num_images], order_BM[:, M - num_others :]))
+    rank_BM = order_BM.argsort(dim=1)
+    of_others_BM = B * num_images + num_others * row_B1 + rank_BM - (M - num_others)
+    place_BM = torch.where(is_image_BM, num_images * row_B1 + rank_BM, of_others_BM)
+    return Routes(image_BN.flatten(), other_BN.flatten(), place_BM.flatten())
+
+
+def _by_route(
+    x_BMD: Tensor, of_images: Callable[[Tensor], Tensor], of_others: Callable[[Tensor], Tensor], routes: Routes
+) -> Tensor:
+    """What two functions of single tokens make of their own ones."""
+    x_ND = x_BMD.flatten(0, 1)
+    made = torch.cat([of_images(x_ND.index_select(0, routes.image_N)), of_others(x_ND.index_select(0, routes.other_N))])
+    return made.index_select(0, routes.place_N).unflatten(0, x_BMD.shape[:2])
+
+
+class BlockWeights(nn.Module):
+    """The norms and matrices of a block."""
 
     def __init__(self, design: BlockDesign, settings: BlockSettings) -> None:
         super().__init__()
@@ -88,6 +144,22 @@ class Block(nn.Module):
         self.attn = Attention(design, settings.fused_norm)
         self.norm2 = make_norm(*norm)
         self.mlp = Mlp(design)
+
+    def project(self, x_ND: Tensor) -> Tensor:
+        """q, k and v of norm1(x), side by side."""
+        return self.attn.project(self.norm1(x_ND))
+
+    def transform(self, x_ND: Tensor) -> Tensor:
+        """Mlp(norm2(x))."""
+        return self.mlp(self.norm2(x_ND))
+
+
+class Block(BlockWeights):
+    """x <- x + Attention(norm1(x)), then x <- x + Mlp(norm2(x)); images may have weights of their own."""
+
+    def __init__(self, design: BlockDesign, settings: BlockSettings) -> None:
+        super().__init__(design, settings)
+        self.image = BlockWeights(design, settings) if design.separate_image_weights else None
         # One graph a length serves all blocks: they differ in their weights only.
         self._compiled = compile_by_shape(self._compute) if settings.compile else None
 
@@ -97,17 +169,29 @@ class Block(nn.Module):
         visibility: Visibility,
         extend: ExtendContext | None = None,
         rotation: Rotation | None = None,
+        routes: Routes | None = None,
     ) -> Tensor:
         if self._compiled is not None and torch.is_grad_enabled():
-            return self._compiled(x_BMD, visibility, extend, rotation)
+            return self._compiled(x_BMD, visibility, extend, rotation, routes)
         # Sampling comes in too many lengths to compile.
-        return self._compute(x_BMD, visibility, extend, rotation)
+        return self._compute(x_BMD, visibility, extend, rotation, routes)
 
     def _compute(
-        self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None, rotation: Rotation | None
+        self,
+        x_BMD: Tensor,
+        visibility: Visibility,
+        extend: ExtendContext | None,
+        rotation: Rotation | None,
+        routes: Routes | None,
     ) -> Tensor:
-        x_BMD = x_BMD + self.attn(self.norm1(x_BMD), visibility, extend, rotation)
-        return x_BMD + self.mlp(self.norm2(x_BMD))
+        if self.image is None:
+            x_BMD = x_BMD + self.attn(self.norm1(x_BMD), visibility, extend, rotation)
+            return x_BMD + self.mlp(self.norm2(x_BMD))
+        assert routes is not None
+        qkv_BMW = _by_route(x_BMD, self.image.project, self.project, routes)
+        made_BMW = self.attn.attend_all(qkv_BMW, visibility, extend, rotation)
+        x_BMD = x_BMD + _by_route(made_BMW, self.image.attn.proj, self.attn.proj, routes)
+        return x_BMD + _by_route(x_BMD, self.image.transform, self.transform, routes)
 
 
 # ---------------------------------------------------------------------------

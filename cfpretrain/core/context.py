@@ -39,6 +39,19 @@ class Context:
         self._cache = KeyValueCache(model.depth, capacity)
         self._rotary_B1 = torch.zeros(1, 1, dtype=torch.int64)  # of what follows, where the model is told such
 
+    def take(self, rows: Sequence[int | None], room: int) -> "Context":
+        """The contexts of some sequences in this order, in memory of their own with room for so many further tokens.
+
+        None instead of a sequence's place is the context of one that has read nothing.
+        """
+        taken = Context(self.model, 0)
+        taken._cache = self._cache.take(rows, room)
+        places_B = torch.tensor([row or 0 for row in rows], device=self._rotary_B1.device)
+        has_read_B1 = torch.tensor([[row is not None] for row in rows], device=self._rotary_B1.device)
+        begin_B1 = self._rotary_B1 if len(self._rotary_B1) == 1 else self._rotary_B1[places_B]
+        taken._rotary_B1 = begin_B1 * has_read_B1
+        return taken
+
     @torch.no_grad()
     def read(self, segment: Segment, kept_B: Tensor | None = None, goes_on: bool = False) -> dict[str, Tensor]:
         """Puts a segment's clean tokens behind what was read; returns what is predicted of them.

@@ -34,6 +34,9 @@ class BlockDesign:
     # Llama 3's stretch of the slow rotations (`rotary_frequencies` in `block.py`): factor, low_freq_factor,
     # high_freq_factor, original_max_position_embeddings; none: as they are.
     rotary_scaling: tuple[float, ...]
+    # Tokens of images and classes have norms and matrices of their own, and texts the others; attention is of all
+    # together (LMFusion, arXiv 2412.15188).
+    separate_image_weights: bool = False
 
     @property
     def attended_width(self) -> int:
@@ -72,7 +75,10 @@ _BLOCKS: dict[str, dict[str, Any]] = {
 }
 TRUNKS = tuple(_BLOCKS)
 # In what blocks of one kind of trunk differ, beside width and number of heads.
-CHANGES = ("num_kv_heads", "head_width", "mlp_width", "mlp", "norm_eps", "rotary_base", "rotary_scaling")
+CHANGES = (
+    *("num_kv_heads", "head_width", "mlp_width", "mlp", "norm_eps", "rotary_base", "rotary_scaling"),
+    "separate_image_weights",
+)
 
 
 def make_design(trunk: str, width: int, num_heads: int, changes: Mapping[str, Any] | None = None) -> BlockDesign:

@@ -8,7 +8,7 @@ Every parameter belongs to a module whose `forward` uses it, since ZeRO-3 gather
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from cfpretrain.core import seeds
 from cfpretrain.core.attention import make_visibility
-from cfpretrain.core.block import Block, BlockSettings, make_rotation
+from cfpretrain.core.block import Block, BlockSettings, Routes, make_rotation, make_routes
 from cfpretrain.core.design import BlockDesign, make_design
 from cfpretrain.core.modalities import Classes, Images, Modality, Vectors, join, sincos_positions, take_pieces
 from cfpretrain.core.segments import Segment, join_rotary_positions
-from cfpretrain.core.texts import Texts
+from cfpretrain.core.texts import TEXT, Texts
 
 _EMBEDDING_STD = 0.02
 
@@ -63,6 +63,22 @@ class KeyValueCache:
         view._blocks = [None if kept is None else kept[:, :num_sequences] for kept in self._blocks]
         return view
 
+    def take(self, rows: Sequence[int | None], room: int) -> "KeyValueCache":
+        """See `Context.take`; those that have read nothing hold another's keys and values, which they do not see."""
+        held = [self.length] * (max(row or 0 for row in rows) + 1) if self.length_B is None else self.length_B.tolist()
+        lengths = [0 if row is None else held[row] for row in rows]
+        taken = KeyValueCache(len(self._blocks), max(lengths) + room)
+        taken.length = max(lengths)
+        for i, kept in enumerate(self._blocks):
+            if kept is None:
+                continue
+            own = kept.new_zeros(2, len(rows), kept.shape[2], taken._capacity, kept.shape[4])
+            places_B = torch.tensor([row or 0 for row in rows], device=kept.device)
+            own[:, :, :, : taken.length] = kept[:, places_B, :, : taken.length]
+            taken._blocks[i] = own
+            taken.length_B = torch.tensor(lengths, device=kept.device) if len(set(lengths)) > 1 else None
+        return taken
+
     def keep(self, num_tokens: int | Tensor) -> None:
         """Keeps the first tokens of the last call as context for the next ones: so many, or int64 [B] of each."""
         if isinstance(num_tokens, int) and self.length_B is None:
@@ -90,10 +106,12 @@ class Trunk(nn.Module):
         intervals_BMI: Tensor | None,
         cache: KeyValueCache | None,
         rotary_BM: Tensor | None = None,
+        routes: Routes | None = None,
     ) -> Tensor:
         """Tokens through all blocks; arguments as of `Network.forward`. The cache is extended by all tokens.
 
-        `rotary_BM` has the tokens' rotary positions, int64 [B or 1, M], where the design has such.
+        `rotary_BM` has the tokens' rotary positions, int64 [B or 1, M], where the design has such; `routes` say which
+        are of images, where these have weights of their own.
         """
         assert (rotary_BM is not None) == (self.design.rotary_base > 0), "positions for rotations, and none else"
         settings = self.settings
@@ -105,14 +123,14 @@ class Trunk(nn.Module):
         rotation = None if rotary_BM is None else make_rotation(self.design, rotary_BM, x_BMD.dtype)
         for i, block in enumerate(self.blocks):
             if cache is not None:
-                x_BMD = block(x_BMD, visibility, functools.partial(cache.extend, i), rotation)
+                x_BMD = block(x_BMD, visibility, functools.partial(cache.extend, i), rotation, routes)
             elif settings.checkpoint_activations and torch.is_grad_enabled():
                 # Nothing in a block is random: no state of a generator to keep.
                 x_BMD = checkpoint(
-                    block, x_BMD, visibility, None, rotation, use_reentrant=False, preserve_rng_state=False
+                    block, x_BMD, visibility, None, rotation, routes, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x_BMD = block(x_BMD, visibility, None, rotation)
+                x_BMD = block(x_BMD, visibility, None, rotation, routes)
         return x_BMD
 
 
@@ -187,7 +205,10 @@ class Network(nn.Module):
         if torch.is_grad_enabled():
             sequence += [part.reshape(len(sequence[0]), 0, part.shape[-1]) for part in empty]
         rotary_BM = join_rotary_positions(segments, sizes) if self.has_rotary else None
-        made = list(take_pieces(self._through_trunk(join(sequence), intervals_BMI, cache, place_BM, rotary_BM), sizes))
+        kinds = zip([*segments, *segments], sizes, strict=True) if self.trunk.design.separate_image_weights else ()
+        is_image = [one.kind != TEXT for one, size in kinds for _ in range(size)]
+        made_BND = self._through_trunk(join(sequence), intervals_BMI, cache, place_BM, rotary_BM, is_image)
+        made = list(take_pieces(made_BND, sizes))
         learned = [i for i, one in enumerate(segments) if one.targets is not None]
         predictions: dict[str, Tensor] = {}
         for kind, of_kind in places.items():
@@ -223,15 +244,23 @@ class Network(nn.Module):
         cache: KeyValueCache | None,
         place_BM: Tensor | None,
         rotary_BM: Tensor | None,
+        is_image: Sequence[bool],
     ) -> Tensor:
         """What the trunk makes of tokens, each of which goes to its place and comes back from it; 0 for one without."""
+        routes = self._find_routes(given_BND, place_BM, is_image) if self.trunk.design.separate_image_weights else None
         if place_BM is None:
-            return self.trunk(given_BND, intervals_BMI, cache, rotary_BM)
+            return self.trunk(given_BND, intervals_BMI, cache, rotary_BM, routes)
         places_BMD = place_BM.unsqueeze(-1).expand(-1, -1, given_BND.shape[-1])
         if rotary_BM is not None:
             rotary_BM = rotary_BM.expand(len(place_BM), -1).gather(1, place_BM)
-        made_BMD = self.trunk(given_BND.gather(1, places_BMD), intervals_BMI, cache, rotary_BM)
+        made_BMD = self.trunk(given_BND.gather(1, places_BMD), intervals_BMI, cache, rotary_BM, routes)
         return torch.zeros_like(given_BND).scatter(1, places_BMD, made_BMD)
+
+    @staticmethod
+    def _find_routes(given_BND: Tensor, place_BM: Tensor | None, is_image: Sequence[bool]) -> Routes:
+        is_image_N = torch.tensor(is_image).to(given_BND.device, non_blocking=True)
+        is_image_BM = is_image_N.expand(len(given_BND), -1) if place_BM is None else is_image_N[place_BM]
+        return make_routes(is_image_BM, sum(is_image), len(is_image) - sum(is_image))
 
     def _embed(self, segments: Sequence[Segment]) -> dict[str, Vectors]:
         device = next(iter(segments[0].tensors().values())).device
@@ -273,6 +302,18 @@ class CausalFusion(Network):
         self.grid, self.patch_values = grid, patch_values
         self.num_cond_tokens, self.num_classes = num_cond_tokens, num_classes
         self.null_class = num_classes  # the label that stands for "no class"; 0 without classes
+
+
+_FROZEN = {"trunk": ("trunk.",), "text": ("text_embedder.", "text_head.", "ordinal_table.")}
+
+
+def is_frozen(name: str, parts: Collection[str]) -> bool:
+    """Whether a parameter is of these parts of a model, which together give a text without images its logits.
+
+    They are "trunk", but for separate weights of images in its blocks; and "text", the embedder and the head of texts
+    with the vectors of segments' places, which are added to a text too.
+    """
+    return any(name.startswith(_FROZEN[part]) for part in parts) and ".image." not in name
 
 
 # ---------------------------------------------------------------------------

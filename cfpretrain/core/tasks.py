@@ -13,7 +13,6 @@ last token says whether an image follows; of the other tasks, those behind an im
 """
 
 import dataclasses
-import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -42,6 +41,19 @@ class Part(NamedTuple):
 
 
 _CLASS, _IMAGE = Part(CLASS), Part(IMAGE)
+
+
+def deal(kinds: Sequence[str]) -> list[int]:
+    """The slots that the parts of a sample fill, by their kinds: 0 for a class, odd ones for texts, even for images.
+
+    A text that lacks its image fills that behind the first image, where texts of its task are learned.
+    """
+    slots = []
+    slot = -1 if IMAGE in kinds else 2
+    for kind in kinds:
+        next_of = {CLASS: 0, TEXT: slot + 1 + slot % 2, IMAGE: max(slot, 0) // 2 * 2 + 2}
+        slots.append(slot := next_of[kind])
+    return slots
 
 
 class _Filling(NamedTuple):
@@ -99,7 +111,7 @@ class Tasks:
         slots: dict[int, list[_Filling | None]] = {}
         row = 0
         for sample, parts in enumerate(parts_of_samples):
-            for slot, filling in self._deal(parts, row):
+            for slot, filling in self._place(parts, row):
                 slots.setdefault(slot, [None] * len(parts_of_samples))[sample] = filling
             row += max(1, sum(part.kind == IMAGE for part in parts))
         segments = []
@@ -112,21 +124,17 @@ class Tasks:
             segments.append(dataclasses.replace(one, ordinal_B=ordinal_B))
         return tuple(segments)
 
-    def _deal(self, parts: Sequence[Part], row: int) -> list[tuple[int, _Filling]]:
-        """The parts of a sample and their slots: 0 for a class, odd ones for texts, and even ones for images."""
-        dealt: list[tuple[int, _Filling]] = []
-        # A text that lacks its image stands where others are learned too: behind the first one.
-        slot = -1 if any(part.kind == IMAGE for part in parts) else 2
-        ordinals = itertools.count()
-        for part, behind in itertools.zip_longest(parts, parts[1:]):
-            if part.kind == CLASS:
-                dealt.append((slot := 0, _Filling(part, 0, 0, 0)))
-                continue
-            slot = slot + 1 + slot % 2 if part.kind == TEXT else max(slot, 0) // 2 * 2 + 2
-            end = self.marks.image if behind is not None and behind.kind == IMAGE else self.marks.end
-            dealt.append((slot, _Filling(part, next(ordinals), row, end)))
+    def _place(self, parts: Sequence[Part], row: int) -> list[tuple[int, _Filling]]:
+        """The parts of a sample and their slots; `row` of its first image among those of all samples."""
+        placed: list[tuple[int, _Filling]] = []
+        ordinal = 0
+        kinds = [part.kind for part in parts]
+        for part, slot, behind in zip(parts, deal(kinds), [*kinds[1:], ""], strict=True):
+            end = self.marks.image if behind == IMAGE else self.marks.end
+            placed.append((slot, _Filling(part, ordinal, row, end)))
+            ordinal += part.kind != CLASS
             row += part.kind == IMAGE
-        return dealt
+        return placed
 
     def _texts(self, fillings: Sequence[_Filling | None], skipped: Collection[int]) -> Segment:
         framed = [[self.marks.begin, *one.part.tokens, one.end] if one else [] for one in fillings]

@@ -98,6 +98,11 @@ class Texts(Modality):
     def __init__(self, vocabulary: int, max_tokens: int, design: BlockDesign) -> None:
         super().__init__(TextEmbedder(vocabulary, max_tokens, design), TextHead(design, vocabulary))
 
+    @classmethod
+    def projections_of(cls, segment: Segment) -> tuple[int, int]:
+        """None of a text that is only given: no logits are made of it."""
+        return (0, 0) if segment.targets is None else cls.projections
+
     def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
         """Of no tokens."""
         none = torch.zeros(1, 0, dtype=torch.int64, device=device)
@@ -114,8 +119,10 @@ class Texts(Modality):
         targets_BT = join([one.targets for one in segments if one.targets is not None])
         weights_BT = join([one.weights_BL for one in segments if one.weights_BL is not None])
         # Of padding too, at the weight 0: to leave it out, the host would wait for a GPU.
-        error_BT = F.cross_entropy(prediction_BTV.float().transpose(1, 2), targets_BT, reduction="none")
-        return LossTerms((error_BT * weights_BT).sum(), count_values(segments)[TEXT], prediction_BTV.new_empty(0))
+        error_N = F.cross_entropy(prediction_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return LossTerms(
+            (error_N * weights_BT.flatten()).sum(), count_values(segments)[TEXT], prediction_BTV.new_empty(0)
+        )
 
 
 MODALITIES[TEXT] = Texts

@@ -33,15 +33,19 @@ def count_work(segments: Sequence[Segment], layout: Layout, batch_size: int = 1)
         none_BN = torch.zeros(len(is_useful_BM), num_given, dtype=torch.bool)
         useful_BN = none_BN.scatter(1, layout.place_BM, is_useful_BM)
     else:
-        useful_BN = is_useful_BM
-    ends = itertools.accumulate([*layout.num_clean, *(one.num_tokens for one in noised)], initial=0)
-    useful = F.pad(useful_BN.sum(0).cumsum(0), (1, 0))[list(ends)].tolist()
+        useful_BN = is_useful_BM.clone()
+    num_tokens = int(useful_BN.sum())
+    ends = list(itertools.accumulate([*layout.num_clean, *(one.num_tokens for one in noised)], initial=0))
+    for one, (begin, end) in zip(segments, itertools.pairwise(ends), strict=False):
+        if one.weights_BL is not None and not one.is_noised:  # texts that are only given need no head
+            useful_BN[:, begin:end] &= (one.weights_BL > 0).any(1, keepdim=True)
+    useful = F.pad(useful_BN.sum(0).cumsum(0), (1, 0))[ends].tolist()
     projections = dict.fromkeys(MODALITIES, 0)
     for i, (one, (before, after)) in enumerate(zip([*segments, *noised], itertools.pairwise(useful), strict=True)):
-        of_clean, of_noised = MODALITIES[one.kind].projections
+        of_clean, of_noised = MODALITIES[one.kind].projections_of(one)
         projections[one.kind] += per_row * (after - before) * (of_clean if i < len(segments) else of_noised)
     num_visible = int((visible_keys(layout.intervals_BMI) * is_useful_BM).sum())
-    return Work(per_row * useful[-1], per_row * num_visible, projections)
+    return Work(per_row * num_tokens, per_row * num_visible, projections)
 
 
 def sequence_lengths(segments: Sequence[Segment], ar: ARSettings, clean_multiple: int) -> dict[int, float]:
@@ -76,7 +80,7 @@ def expected_work(segments: Sequence[Segment], ar: ARSettings) -> Work:
             num_more = L - last
             tokens += num_more
             visible += num_before * num_more + squares - L * last
-            projections[one.kind] += MODALITIES[one.kind].projections[0] * num_more
+            projections[one.kind] += MODALITIES[one.kind].projections_of(one)[0] * num_more
         num_before += one.num_tokens
     return Work(tokens, visible, projections)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,26 @@ import torch
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base.class_names import label_of
 from cfpretrain.base.config import Config, load_recorded
-from cfpretrain.base.console import UserError, excerpt, say
+from cfpretrain.base.console import UserError, excerpt, one_line, say
 from cfpretrain.core import attention
 from cfpretrain.core.block import BlockSettings
 from cfpretrain.core.model import CausalFusion
+from cfpretrain.data.images import SUFFIXES
+from cfpretrain.data.tokenizer import SPECIAL, TextTokenizer
 from cfpretrain.export import foreign_files
 from cfpretrain.export.diffusers_layout import (
     SCHEDULER,
     SCHEDULER_FILE,
+    TOKENIZER,
     TRANSFORMER,
     VAE,
     WEIGHTS_STEM,
     ModelIndex,
     scheduler_config,
+    tokenizer_of,
     transformer_config,
 )
+from cfpretrain.export.tokenizer_template import TOKENIZER_FILE
 from cfpretrain.export.weight_files import read_json_as, read_weights
 from cfpretrain.run.build import (
     CONFIG_FILE,
@@ -57,8 +63,18 @@ class Source:
     checkpoint: RunCheckpoint | None  # of a run; None: an export
     weights: str  # of a run: "ema" or "raw"
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether it was trained to make images of classes."""
+        return self.config.data.tasks.class_to_image > 0
+
     def label_of(self, text: str) -> int:
         """The class that a word means (see `class_names.label_of`); UserError where it means none, or several."""
+        if not self.has_classes:
+            raise UserError(
+                f"class: expected a text, since {self.title} was trained without classes (data.tasks.class_to_image), "
+                f"got {text!r}; give --prompt"
+            )
         try:
             return label_of(text, self.class_names)
         except ValueError as error:
@@ -79,6 +95,48 @@ class Source:
         cached = attention.choose("auto", "sampling", self.device.type, self.precision, head_width, say)
         model.trunk.settings = BlockSettings(sampling_attention=cached)
         return model.to(device=self.device, dtype=_DTYPES[self.precision]).eval().requires_grad_(False)
+
+    @functools.cached_property
+    def tokenizer(self) -> TextTokenizer | None:
+        """What makes tokens of texts, which is the one that it was trained with; None for a model without texts."""
+        if self.checkpoint is not None:
+            return tokenizer_of(self.checkpoint)
+        data, vocabulary = self.config.data, self.config.model.vocabulary
+        return TextTokenizer.load_trained(Path(data.tokenizer), "source", vocabulary) if vocabulary else None
+
+    def texts(self, option: str) -> TextTokenizer:
+        """The tokenizer; UserError where the model has no texts, which the option needs."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"{option}: expected a model with texts (model.vocabulary), got {self.title}, which was trained without"
+            )
+        return self.tokenizer
+
+    def tokens_of(self, option: str, text: str, max_tokens: int | None = None) -> list[int]:
+        """The tokens of a text that an option gives, without those that frame it.
+
+        UserError where it is of more than `max_tokens` with these two (None: than the model knows), or is no text that
+        the tokenizer can write.
+        """
+        tokenizer, most = self.texts(option), max_tokens or self.config.model.max_text_tokens
+        wanted = f"{option}: expected a text that the model's tokenizer can write, got"
+        mark = next((one for one in SPECIAL if one in text), None)
+        if mark is not None:
+            raise UserError(f"{wanted} {mark} in it, which stands between texts and is no word; leave it out")
+        if Path(text).suffix.lower() in SUFFIXES and os.path.lexists(text):
+            raise UserError(f"{option}: expected a text, got the image file {text}; give words")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{wanted} bytes that are no UTF-8 ({one_line(error):.100}); write it in UTF-8") from error
+        unknown = tokenizer.unknown_part(text)
+        if unknown:
+            raise UserError(f"{wanted} {unknown!r} in it, of which it has no token; leave it out")
+        tokens = tokenizer.encode(text)
+        if len(tokens) > most - 2:
+            words = excerpt(repr(text), 80)
+            raise UserError(f"{option}: expected at most {most - 2} tokens, got {len(tokens)} in {words}; shorten it")
+        return tokens
 
     def make_autoencoder(self) -> Autoencoder:
         """What decodes its latents; UserError where it names none and its latents are no pixels."""
@@ -141,10 +199,13 @@ def _no_source(path: Path) -> str:
 
 
 def _export_config(folder: Path) -> Config:
-    config = checked(load_recorded(folder / CONFIG_FILE))
-    _check_export(folder, config)
+    config = load_recorded(folder / CONFIG_FILE)
     autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else ""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))
+    tokenizer = str(folder / TOKENIZER / TOKENIZER_FILE) if config.model.vocabulary else ""
+    data = dataclasses.replace(config.data, autoencoder=autoencoder, tokenizer=tokenizer)
+    config = checked(dataclasses.replace(config, data=data))
+    _check_export(folder, config)
+    return config
 
 
 def _check_export(folder: Path, config: Config) -> None:

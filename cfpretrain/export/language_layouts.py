@@ -182,6 +182,65 @@ def _read_llama(kind: str, plain: Mapping[str, Any], source: str) -> LanguageSet
     return LanguageSettings(kind, found.hidden_size, heads, changes, *sizes, found.tie_word_embeddings)
 
 
+def write_settings(settings: LanguageSettings) -> dict[str, Any]:
+    """The config.json of a model, of which `read_settings` reads the settings.
+
+    Raises:
+        UserError: there is none, since models of this kind compute something else than its blocks.
+    """
+    design, kind = settings.design, settings.trunk
+    of_kind = {"gpt2": _write_gpt2, "llama": _write_llama, "qwen3": _write_llama}
+    if kind not in of_kind:
+        raise UserError(f"model.trunk: expected one of {', '.join(of_kind)}, which transformers knows, got {kind}")
+    plain = of_kind[kind](settings)
+    if read_settings(plain, "config.json").design != design:
+        raise UserError(
+            f"model.trunk: expected blocks as models of the kind {kind} have them in transformers, got others: "
+            f"{', '.join(f'{key}={value}' for key, value in settings.changes.items())}"
+        )
+    return plain
+
+
+def _write_gpt2(settings: LanguageSettings) -> dict[str, Any]:
+    design = settings.design
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "n_embd": design.width,
+        "n_layer": settings.depth,
+        "n_head": design.num_heads,
+        "n_inner": design.mlp_width,
+        "n_positions": settings.max_tokens,
+        "vocab_size": settings.vocabulary,
+        "activation_function": "gelu" if design.mlp == "gelu" else "gelu_new",
+        "layer_norm_epsilon": design.norm_eps,
+        "tie_word_embeddings": settings.is_tied,
+    }
+
+
+def _write_llama(settings: LanguageSettings) -> dict[str, Any]:
+    design, (*factors, length) = settings.design, settings.design.rotary_scaling or (0.0,)
+    scaling = (
+        {"rope_type": "llama3", **dict(zip(_ROPE_KEYS, [*factors, int(length)], strict=True))} if factors else None
+    )
+    return {
+        "model_type": settings.trunk,
+        "architectures": [f"{settings.trunk.capitalize()}ForCausalLM"],
+        "hidden_size": design.width,
+        "num_hidden_layers": settings.depth,
+        "num_attention_heads": design.num_heads,
+        "num_key_value_heads": design.num_kv_heads,
+        "head_dim": design.head_width,
+        "intermediate_size": design.mlp_width,
+        "max_position_embeddings": settings.max_tokens,
+        "vocab_size": settings.vocabulary,
+        "rms_norm_eps": design.norm_eps,
+        "rope_theta": design.rotary_base,
+        "rope_scaling": scaling,
+        "tie_word_embeddings": settings.is_tied,
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Names
 

@@ -26,11 +26,12 @@ from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
 from cfpretrain.core.tasks import Tasks
-from cfpretrain.core.texts import TEXT, Marks
-from cfpretrain.data.interleaved import num_images as num_images_of
+from cfpretrain.core.texts import TEXT
+from cfpretrain.data.interleaved import num_images
+from cfpretrain.data.sample_texts import encode_texts
 from cfpretrain.data.samples import Prepare, Samples
 from cfpretrain.data.shards import read_info
-from cfpretrain.data.tokenizer import TextTokenizer, encode_captions, encode_interleaved
+from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.run.checkpoint import TensorFile, check_shapes, open_weights
 from cfpretrain.run.checkpoint_store import CheckpointStore, step_of
 from cfpretrain.run.state import TrainingState, means_the_same, read_state
@@ -205,8 +206,7 @@ def make_tokenizer(config: Config) -> TextTokenizer | None:
 def _make_tasks(config: Config, tokenizer: TextTokenizer | None) -> Tasks | None:
     if tokenizer is None:
         return None
-    marks = Marks(tokenizer.begin, tokenizer.end, tokenizer.image, tokenizer.pad)
-    return Tasks(vars(config.data.tasks), config.train.text_drop_prob, config.train.image_drop_prob, marks)
+    return Tasks(vars(config.data.tasks), config.train.text_drop_prob, config.train.image_drop_prob, tokenizer.marks)
 
 
 def make_loss(config: Config) -> DenoisingLoss:
@@ -229,20 +229,12 @@ def make_loss(config: Config) -> DenoisingLoss:
 def make_prepare(config: Config) -> Prepare[Batch]:
     """What makes of samples as they are read the batch of a training step: the loader's share of the step."""
     scaling, loss, model, tokenizer = make_scaling(config), make_loss(config), config.model, make_tokenizer(config)
-    tasks = config.data.tasks
 
     def prepare(samples: Samples, step: int) -> Batch:
-        num_images = [num_images_of(one) for one in samples.segments]
-        sizes = model.num_tokens, model.patch_values
-        draws = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, *sizes, num_images)
-        texts: list[list[int]] = []
-        interleaved: list[list[list[int] | None]] = []
-        if tokenizer is not None and tasks.text_to_image + tasks.image_to_text:
-            texts = encode_captions(tokenizer, samples, model.max_text_tokens)
-        if tokenizer is not None and tasks.interleaved:
-            interleaved = encode_interleaved(tokenizer, samples, model.max_text_tokens, model.max_segments)
-        latents_BCYX = scaling.to_model(samples.latents_BCYX)
-        batch = loss.prepare(latents_BCYX, draws, tuple(samples.skipped), texts, interleaved)
+        sizes = model.num_tokens, model.patch_values, list(map(num_images, samples.segments))
+        draws = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, *sizes)
+        latents_BCYX, texts = scaling.to_model(samples.latents_BCYX), encode_texts(samples, tokenizer, config)
+        batch = loss.prepare(latents_BCYX, draws, tuple(samples.skipped), *texts)
         return dataclasses.replace(batch, skipped=tuple(samples.skipped.values()))
 
     return prepare

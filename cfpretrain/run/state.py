@@ -40,6 +40,7 @@ _ADDED_KEYS: dict[str, Any] = {
     "model.norm_eps": 0.0,
     "model.rotary_base": 0.0,
     "model.rotary_scaling": [],
+    "model.separate_image_weights": False,
     "model.vocabulary": 0,
     "model.max_text_tokens": 64,
     "model.max_segments": 2,
