@@ -18,7 +18,7 @@ import cfpretrain
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import say
+from cfpretrain.base.console import UserError, say
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import LatentsInfo, columns_of
 from cfpretrain.data.tokenizer import SPECIAL
