@@ -39,10 +39,9 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.data.tokenizer import TextTokenizer
     captions: list[str] = []
     texts: list[str] = []  # of interleaved samples
-    most_segments = 0
     with phase("reading texts"):
-        for shards in (Shards(address, "SHARDS") for address in arguments.shards):
-            most_segments = max(most_segments, shards.info.most_segments)
+        folders = [Shards(address, "SHARDS") for address in arguments.shards]
+        for shards in folders:
             for sample in itertools.chain.from_iterable(map(shards.shard, range(len(shards.files)))):
                 captions.append(sample["caption"])
                 segments = parse_column(sample["segments"]) if "segments" in sample else ()
@@ -62,8 +61,11 @@ def run(arguments: argparse.Namespace) -> None:
     num_empty = len(captions) + len(texts) - len(said)
     kind, empty = "texts" if texts else "captions", f", {num_empty} more are empty" if num_empty else ""
     print(f"{len(said)} {kind} of {sum(lengths) / len(said):.1f} tokens in the mean, {max(lengths)} at most{empty}")
-    tasks = "{class_to_image: 0, interleaved: 1}" if most_segments else "{text_to_image: 3, image_to_text: 1}"
-    print("data:", f"  tokenizer: {out}", f"  tasks: {tasks}", sep="\n")
+    has_classes = any(len(shards.info.class_names) > 1 for shards in folders)
+    most_segments = max(shards.info.most_segments for shards in folders)
+    tasks = "interleaved: 1" if most_segments else "text_to_image: 3, image_to_text: 1"
+    tasks = ("" if has_classes else "class_to_image: 0, ") + tasks
+    print("data:", f"  tokenizer: {out}", f"  tasks: {{{tasks}}}", sep="\n")
     print("model:", f"  vocabulary: {tokenizer.size}", f"  max_text_tokens: {max(lengths) + 2}", sep="\n")
     if most_segments > 2:
         print(f"  max_segments: {most_segments}")

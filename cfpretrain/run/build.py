@@ -26,7 +26,7 @@ from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
 from cfpretrain.core.tasks import Tasks
-from cfpretrain.core.texts import TEXT
+from cfpretrain.core.texts import TEXT, Marks
 from cfpretrain.data.interleaved import num_images
 from cfpretrain.data.sample_texts import encode_texts
 from cfpretrain.data.samples import Prepare, Samples
@@ -206,7 +206,8 @@ def make_tokenizer(config: Config) -> TextTokenizer | None:
 def _make_tasks(config: Config, tokenizer: TextTokenizer | None) -> Tasks | None:
     if tokenizer is None:
         return None
-    return Tasks(vars(config.data.tasks), config.train.text_drop_prob, config.train.image_drop_prob, tokenizer.marks)
+    marks = Marks(*tokenizer.marks)
+    return Tasks(vars(config.data.tasks), config.train.text_drop_prob, config.train.image_drop_prob, marks)
 
 
 def make_loss(config: Config) -> DenoisingLoss:
