@@ -133,7 +133,7 @@ def test_a_run_without_classes_has_its_pictures_and_loss_map(data: Path, run: Pa
     assert len(list((run / "samples").glob("*.png"))) == 2
     for shards in ("latents", "shards"):
         config = config_of(data, run, f"data.shards={data / shards}")
-        latents_NCYX, labels_N = read_means(open_training_data(config), config, 7)
+        latents_NCYX, labels_N, _ = read_means(open_training_data(config), config, 7)
         assert latents_NCYX.shape == (7, 1, 8, 8)
         scaled = build.make_scaling(config).to_model(latents_NCYX)
         errors, *_ = measure_loss_map(found.load_model(), build.make_loss(config), scaled, labels_N, 4, passes=20)

@@ -204,10 +204,10 @@ def interleaved_batch(
     return loss.prepare(latents_BCYX, draws, tuple(skipped), [TEXTS[i] for i in places], segments)
 
 
-def interleaved_model(max_segments: int = 5, num_classes: int = 5) -> CausalFusion:
+def interleaved_model(num_classes: int = 5, trunk: str = "causalfusion") -> CausalFusion:
     torch.manual_seed(0)
     sizes = {"grid": 3, "patch_values": 4, "width": 16, "depth": 2, "num_heads": 2}
-    texts = {"vocabulary": 11, "max_text_tokens": 8, "max_segments": max_segments}
+    texts = {"vocabulary": 11, "max_text_tokens": 8, "max_segments": 5, "trunk_kind": trunk}
     model = CausalFusion(**sizes, num_cond_tokens=2, num_classes=num_classes, **texts).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -266,15 +266,23 @@ def test_images_of_a_sample_are_drawn_apart() -> None:
     assert torch.equal(first.noise_BLP, plain["noise_BLP"])
 
 
-@pytest.mark.parametrize("clean_multiple", [1, 8])
-@pytest.mark.parametrize("ar_split", ["sample", "batch"])
+@pytest.mark.parametrize(
+    ("clean_multiple", "ar_split", "trunk"),
+    [
+        (1, "sample", "causalfusion"),
+        (8, "sample", "causalfusion"),
+        (8, "batch", "causalfusion"),
+        (1, "sample", "llama"),
+    ],
+)
 def test_interleaved_samples_have_the_losses_and_gradients_that_they_have_alone(
-    clean_multiple: int, ar_split: str
+    clean_multiple: int, ar_split: str, trunk: str
 ) -> None:
     """Beside samples of all other tasks, some of which lack an image or a text."""
     ar = dataclasses.replace(LOSS.ar, ar_split=ar_split)
-    loss = dataclasses.replace(with_tasks(BOTH), clean_multiple=clean_multiple, ar=ar)
-    model, places = interleaved_model(), IDS.tolist()
+    model, places = interleaved_model(trunk=trunk), IDS.tolist()
+    settings = {"clean_multiple": clean_multiple, "has_rotary": model.has_rotary}
+    loss = dataclasses.replace(with_tasks(BOTH), ar=ar, **settings)
     together, batches = interleaved_batch(loss, places), [interleaved_batch(loss, [i]) for i in places]
     assert [one.kind for one in together.segments] == ["class", *["text", "image"] * 3][: len(together.segments)]
     assert len({tuple(part.kind for part in one.segments) for one in batches}) > 5
