@@ -106,11 +106,16 @@ def _check_texts(config: Config) -> Iterable[str]:
     if not any(tasks.values()):
         yield f"data.tasks: expected a weight above 0, got none; set one of {', '.join(tasks)}"
     for name, weight in tasks.items():
-        if weight and "text" in name and not vocabulary:
+        if weight and name != "class_to_image" and not vocabulary:
             yield (
                 f"data.tasks.{name}: expected 0 for a model without texts, got {weight:g}; set model.vocabulary to the "
                 "size of data.tokenizer"
             )
+    if tasks["class_to_image"] and not config.model.num_classes:
+        yield (
+            f"data.tasks.class_to_image: expected 0 for model.num_classes = 0, got {tasks['class_to_image']:g}; set it "
+            "so, and another task, or the number of classes"
+        )
     if vocabulary and not config.data.tokenizer:
         yield (
             f"data.tokenizer: expected a tokenizer.json of model.vocabulary = {vocabulary} tokens, got none; set it, "
@@ -316,9 +321,10 @@ def doubts(config: Config, origins: Mapping[str, Origin]) -> list[str]:
             f"train.ema_decay: at the end {initial_share:.0%} of the averaged weights, which make the samples, are "
             f"still the initial ones; for {train.num_steps} steps set about {max(0.0, 1 - 10 / train.num_steps):.3g}"
         )
-    if config.data.mirror_prob and (config.data.tasks.text_to_image or config.data.tasks.image_to_text):
+    tasks = config.data.tasks
+    if config.data.mirror_prob and tasks.text_to_image + tasks.image_to_text + tasks.interleaved:
         found.append(
-            f"data.mirror_prob: {config.data.mirror_prob:g} of the images are mirrored, and captions that say left or "
+            f"data.mirror_prob: {config.data.mirror_prob:g} of the images are mirrored, and texts that say left or "
             "right are false of them; set 0 where some do"
         )
     if "text" in train.freeze and config.data.tasks.image_to_text:

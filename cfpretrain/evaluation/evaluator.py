@@ -77,7 +77,7 @@ class Evaluator:
         self._config, self._device = config, device
         with runtime.together():
             self._held_out = HeldOut(config) if asked.captions else None
-        conditions: Sequence[Condition] = range(config.model.num_classes)
+        conditions: Sequence[Condition] = range(max(1, config.model.num_classes))
         if self._held_out is not None and config.data.tasks.text_to_image:
             conditions = self._held_out.texts
         self._conditions = [conditions[i % len(conditions)] for i in range(asked.num_images)]

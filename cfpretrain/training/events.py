@@ -211,7 +211,7 @@ def choose_rows(config: Config, data: TrainingData) -> Rows:
     """
     most, tokenizer = config.sample.max_classes, make_tokenizer(config)
     if tokenizer is None or not config.data.tasks.text_to_image:
-        names = tuple(data.latents[0].class_names[:most])
+        names = tuple(data.latents[0].class_names[:most]) if config.model.num_classes else ("no condition",)
         return Rows(names, tuple(range(len(names))), None)
     texts = config.sample.prompts
     if not texts:

@@ -92,12 +92,13 @@ class Trainer:
         if saved is not None:
             self.at = Counters(saved.step, saved.num_skipped, saved.num_rewinds, saved.train_seconds)
             position = Position(saved.epoch, saved.samples_in_epoch)
+        class_names = list(data.latents[0].class_names) if config.model.num_classes else []
         # What a checkpoint says besides counters and tensors.
         self.record: dict[str, Any] = {
             "seed": config.run.seed,
             "config": to_plain(config),
             "history": [] if saved is None else saved.history_with(to_plain(config)),
-            "class_names": list(data.latents[0].class_names),
+            "class_names": class_names,
             "autoencoder": data.latents[0].autoencoder,
             "data_kind": data.kind,
             "tokenizer": "" if tokenizer is None else tokenizer.fingerprint,
