@@ -39,6 +39,8 @@ def read_captioned(folder: Path | str, config: Config, num_samples: int, key: st
     model, info = config.model, shards.info
     if not isinstance(info, LatentsInfo):
         raise UserError(f"{key}: expected latent shards, got image shards in {folder}; encode them first")
+    if info.most_segments:
+        raise UserError(f"{key}: expected samples of an image and its caption, got interleaved ones in {folder}")
     expected = (model.latent_channels, model.latent_size, model.latent_size)
     if tuple(info.latent_shape) != expected:
         raise UserError(f"{key}: expected latents of {expected}, as the model has, got {tuple(info.latent_shape)}")
