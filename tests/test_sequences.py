@@ -81,8 +81,10 @@ def test_the_longest_is_drawn_and_nothing_longer(tmp_path: Path, clean_multiple:
     assert max(one.intervals_BMI.shape[1] for one in made) == want.computed
     given = [sum(one.num_tokens * (1 + one.is_noised) for one in batch.segments) for batch in made]
     assert max(given) == want.given
+    noised = [sum(one.num_tokens for one in batch.segments if one.is_noised) for batch in made]
+    assert max(noised) == want.noised == config.model.num_tokens
     learned = [sum(one.num_tokens for one in batch.segments if one.targets is not None) for batch in made]
-    assert max(learned) - config.model.num_tokens == want.learned_text == 7 * (tasks[2] > 0)
+    assert max(learned) - want.noised == want.learned_text == 7 * (tasks[2] > 0)
     assert sequences.has_texts(config)
 
 
@@ -153,6 +155,7 @@ def test_the_longest_of_interleaved_samples_is_drawn(interleaved: Path, tmp_path
     made, want = interleaved_batches(config, 60, 40), sequences.longest(config)
     assert max(one.intervals_BMI.shape[1] for one in made) == want.computed
     assert max(sum(one.num_tokens * (1 + one.is_noised) for one in of.segments) for of in made) == want.given
+    assert max(sum(one.num_tokens for one in of.segments if one.is_noised) for of in made) == want.noised
     learned = [[one for one in of.segments if one.kind == "text" and one.targets is not None] for of in made]
     assert max(sum(one.num_tokens for one in of) for of in learned) == want.learned_text
     assert sequences.has_texts(config)
@@ -186,4 +189,4 @@ def test_captions_that_are_none_or_too_long_are_refused(tmp_path: Path, words: i
 
 def test_lengths_of_a_preset() -> None:
     config = configs.load(REPOSITORY / "configs" / "L-text.yaml")
-    assert sequences.longest(config) == (640, 768, 128)
+    assert sequences.longest(config) == (640, 768, 256, 128)

@@ -112,6 +112,7 @@ class Lengths(NamedTuple):
 
     computed: int  # by the trunk, padding included
     given: int  # of all slots that its samples share, some of which each leaves empty
+    noised: int  # of them, the noised ones of images
     learned_text: int  # of them, of which logits are made
 
 
@@ -136,7 +137,7 @@ def _longest(
     kinds_of = [[kind for kind, _ in sample] for sample in samples]
     if TEXT not in kinds_of[0] and all(kinds == kinds_of[0] for kinds in kinds_of):
         length = max(sequence_lengths([segments[kind] for kind in kinds_of[0]], ar, clean_multiple))
-        return Lengths(length, length, 0)
+        return Lengths(length, length, L * kinds_of[0].count(IMAGE), 0)
     # Rows close up (`segments.build_layout`) to as many columns, clean and noised, as the sample with the most needs.
     longest_of = [max(sequence_lengths([segments[kind] for kind in kinds], ar, 1)) for kinds in kinds_of]
     num_clean = max(length - L * kinds.count(IMAGE) for length, kinds in zip(longest_of, kinds_of, strict=True))
@@ -151,7 +152,8 @@ def _longest(
     num_slot_tokens = sum(segments[kind].num_tokens for kind in slots.values())
     num_columns = min(-(-num_clean // clean_multiple) * clean_multiple, num_slot_tokens)
     num_noised_given = L * list(slots.values()).count(IMAGE)
-    return Lengths(num_columns + num_noised, num_slot_tokens + num_noised_given, T * len(learned))
+    num_given = num_slot_tokens + num_noised_given
+    return Lengths(num_columns + num_noised, num_given, num_noised_given, T * len(learned))
 
 
 def has_texts(config: Config) -> bool:
