@@ -327,10 +327,10 @@ def doubts(config: Config, origins: Mapping[str, Origin]) -> list[str]:
             f"data.mirror_prob: {config.data.mirror_prob:g} of the images are mirrored, and texts that say left or "
             "right are false of them; set 0 where some do"
         )
-    if "text" in train.freeze and config.data.tasks.image_to_text:
+    if "text" in train.freeze and tasks.image_to_text + tasks.interleaved:
         found.append(
             "train.freeze: with text, the tokens that frame texts stay as they began too, and a model may not learn "
-            "where a caption ends; set train.freeze=[trunk]"
+            "where a text ends; set train.freeze=[trunk]"
         )
     return [*found, *_doubt_mirrors(config.data, origins)]
 
