@@ -1,11 +1,11 @@
 """Writes MNIST's digits and variants of them with captions that are true by measurement: tables for make_shards.py.
 
-    python tools/captioned_digits.py --out data/mnist-captioned-files --held-out data/mnist-captioned-held-out-files
+    python tools/captioned_digits.py --out data/mnist-captioned-files
 
-Each folder has PNG files and captions.csv. Of `--out`: real digits and variants of them (turned, sheared, stretched,
-bent, thinner, bolder), each measured as it is, without the combinations of words that training is never to see; and
-words.json, the measures between which each word is true. Of `--held-out`: real digits only, those that
-`tools/example_images.py` holds out, with all combinations.
+The folder has PNG files and two tables. train.csv: real digits and variants of them (turned, sheared, stretched, bent,
+thinner, bolder), each measured as it is, without the combinations of words that training is never to see. held-out.csv:
+the real digits that `tools/example_images.py` holds out, with all combinations. words.json has the measures between
+which each word is true.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from cfpretrain.base.command_line import Parser, check_range
 from cfpretrain.base.console import UserError, ending_in_one_line, path_argument, phase, say
 from examples.digits import captions
 
-TABLE_FILE, WORDS_FILE = "captions.csv", "words.json"
+TRAIN_FILE, HELD_OUT_FILE, WORDS_FILE = "train.csv", "held-out.csv", "words.json"
 _SHARE_HELD_OUT = 0.1
 _MOST_VARIANTS = 100
 _PIECE = 100  # digits that a process is given at once
@@ -56,8 +56,7 @@ def main() -> None:
     """The command."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--out", type=path_argument, required=True, help="folder for the images to train on")
-    add("--held-out", type=path_argument, required=True, help="folder for the images kept from training")
+    add("--out", type=path_argument, required=True, help="folder for the images and tables")
     add("--variants", type=int, default=3, help="of each digit, beside itself (default 3)")
     add("--digits", type=int, default=5000, help="real ones to begin with (default 5000: all)")
     arguments = parser.parse_args()
@@ -66,16 +65,15 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Writes both folders, each of them whole or not at all."""
-    out, held_out = arguments.out, arguments.held_out
-    if out.resolve() == held_out.resolve():
-        raise UserError(f"--held-out: expected another folder than --out, got {out} for both")
+    """Writes the folder, whole or not at all."""
+    out: Path = arguments.out
     check_range("--variants", arguments.variants, 0, _MOST_VARIANTS)
     check_range("--digits", arguments.digits, 100, 5000)
     wanted = {"variants": arguments.variants, "digits": arguments.digits}
-    if is_there(out, wanted) and (held_out / TABLE_FILE).is_file():
-        say(f"nothing to do: {out} and {held_out} are there")
+    if _is_there(out, wanted):
+        say(f"nothing to do: {out} is there")
         return
+    outputs.refuse_existing(out, "--out")
     with phase("reading mnist"):
         from examples.digits.example_images import read_mnist, split
 
@@ -91,23 +89,28 @@ def run(arguments: argparse.Namespace) -> None:
     levels = captions.levels_of(np.stack([one.measures_3 for one in made]), borders_32).tolist()
     learned = [one for one, of_one in zip(made, levels, strict=True) if not captions.is_held_out(one.label, of_one)]
     words = json.dumps({**wanted, "borders": borders_32.tolist()}) + "\n"
-    _write(held_out, kept, borders_32, {}, "--held-out")
-    _write(out, learned, borders_32, {WORDS_FILE: words}, "--out")
+    tables = {TRAIN_FILE: _table(learned, borders_32), HELD_OUT_FILE: _table(kept, borders_32), WORDS_FILE: words}
+    _write(out, [*learned, *kept], tables)
     say(f"{out}: {len(learned)} digits; {len(made) - len(learned)} of combinations never to be trained on are left out")
 
 
 def read_words(folder: Path) -> NDArray[np.float64]:
-    """The borders of `captions.terciles` by which the digits of `--out` are described."""
-    return np.array(json.loads((folder / WORDS_FILE).read_text())["borders"])
+    """The borders of `captions.terciles` by which the digits in a folder are described."""
+    try:
+        return np.array(files.read_json(folder / WORDS_FILE)["borders"], np.float64).reshape(3, 2)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(
+            f"--files: expected a folder of tools/captioned_digits.py, got {folder}, whose {WORDS_FILE} cannot be read"
+        ) from error
 
 
-def is_there(folder: Path, wanted: dict[str, int]) -> bool:
+def _is_there(folder: Path, wanted: dict[str, int]) -> bool:
     """Whether a folder is complete and of these settings."""
     try:
         there = files.read_json(folder / WORDS_FILE)
-    except (OSError, ValueError):
+        return all(there[name] == value for name, value in wanted.items())
+    except (OSError, ValueError, LookupError, TypeError):
         return False
-    return all(there.get(name) == value for name, value in wanted.items())
 
 
 def _make_all(real: Sequence[_Real], num_variants: int) -> list[_Digit]:
@@ -131,24 +134,29 @@ def _make(real: Sequence[_Real], num_variants: int) -> list[_Digit]:
     return made
 
 
-def _write(
-    folder: Path, digits: Sequence[_Digit], borders_32: NDArray[np.float64], more: dict[str, str], option: str
-) -> None:
-    """Pictures with a table of them, and further files."""
-    from PIL import Image
-
+def _table(digits: Sequence[_Digit], borders_32: NDArray[np.float64]) -> str:
+    """Paths, labels and captions as CSV; the templates take turns."""
     levels = captions.levels_of(np.stack([one.measures_3 for one in digits]), borders_32).tolist()
     table = io.StringIO()
     rows = csv.writer(table)
     rows.writerow(("path", "label", "caption"))
-    with phase(f"writing {folder}"), outputs.whole_or_nothing(folder, option) as unfinished:
-        for one, of_one in zip(digits, levels, strict=True):
-            template = (one.number + one.variant) % len(captions.TEMPLATES)
-            rows.writerow((one.name, one.label, captions.Description(one.label, tuple(of_one)).caption(template)))
+    for one, of_one in zip(digits, levels, strict=True):
+        description = captions.Description(one.label, tuple(of_one))
+        template = (one.number + one.variant) % len(captions.TEMPLATES)
+        rows.writerow((one.name, one.label, description.caption(template)))
+    return table.getvalue()
+
+
+def _write(out: Path, digits: Sequence[_Digit], texts: dict[str, str]) -> None:
+    """Pictures, and files of text beside them."""
+    from PIL import Image
+
+    with phase(f"writing {out}"), outputs.whole_or_nothing(out, "--out") as unfinished:
+        for one in digits:
             files.make_folder((unfinished / one.name).parent)
             with files.create(unfinished / one.name) as opened:
                 Image.fromarray(one.pixels_YX).save(opened, "PNG")
-        for name, text in {TABLE_FILE: table.getvalue(), **more}.items():
+        for name, text in texts.items():
             files.replace(unfinished / name, text)
 
 

@@ -88,7 +88,7 @@ def _table(report: Mapping[str, Any], folder: Path) -> str:
         ("  digits", report["num_drawn_never_trained"], report["num_real_never_trained"]),
         (),
     ]
-    times = report["caption_seconds_without_cache"] / report["caption_seconds"]
+    times = report["caption_cpu_seconds_without_cache"] / report["caption_cpu_seconds"]
     return "\n".join(
         [
             *map(printable, table(lines).split("\n")),
