@@ -57,7 +57,7 @@ def main() -> None:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--out", type=path_argument, required=True, help="folder for the images and tables")
-    add("--variants", type=int, default=3, help="of each digit, beside itself (default 3)")
+    add("--variants", type=int, default=4, help="of each digit, beside itself (default 4)")
     add("--digits", type=int, default=5000, help="real ones to begin with (default 5000: all)")
     arguments = parser.parse_args()
     with ending_in_one_line():
