@@ -129,7 +129,7 @@ def test_a_short_form_of_the_demo(folder: Path, tmp_path: Path) -> None:
         "cfpretrain/train.py",
         *("--config", REPOSITORY / "configs" / "demo-text.yaml", "--config", tmp_path / "printed.yaml"),
         *(f"run.folder={run}", f"data.shards={latents}", f"data.tokenizer={tokenizer}"),
-        *("train.num_steps=60", "train.warmup_steps=5", "train.decay_steps=30", "model.depth=2", "model.width=48"),
+        *("train.num_steps=150", "train.warmup_steps=10", "train.decay_steps=100", "train.ema_decay=0.9"),
         *("sample.every_steps=0", "sample.num_per_class=1", "sample.num_denoising_steps=2", "metrics.wandb=disabled"),
     )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
