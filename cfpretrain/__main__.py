@@ -27,6 +27,7 @@ VERBS = {
     "compare": ("compare_runs.py", "two runs step by step: losses, speed, wait for data"),
     "import-official": ("import_official.py", "a checkpoint of the official code -> a run folder"),
     "import-deepspeed": ("import_deepspeed.py", "DeepSpeed's own checkpoint -> a run folder"),
+    "import-language-model": ("import_language_model.py", "GPT-2, Llama or Qwen3 -> a run folder that starts from it"),
     "import-autoencoder": ("import_autoencoder.py", "a published autoencoder -> a folder that training reads"),
     "crash-test": ("crash_test.py", "kills a run again and again, and compares it with one left alone"),
     "measure": ("measure.py", "speed and memory of a part; `cfpretrain measure` lists them"),

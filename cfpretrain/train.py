@@ -35,7 +35,7 @@ from cfpretrain.base.stopping import StopRequest, leave_before_training
 if TYPE_CHECKING:
     from cfpretrain.base.config import Config
     from cfpretrain.base.config_files import Origin
-    from cfpretrain.core.work import Work
+    from cfpretrain.run.sequences import Captions
 
 
 def parse() -> argparse.Namespace:
@@ -68,6 +68,7 @@ def dry_run(arguments: argparse.Namespace) -> None:
     from cfpretrain.base import config as configs
     from cfpretrain.base import config_checks, runtime
     from cfpretrain.run.build import parameter_shapes
+    from cfpretrain.run.sequences import captions_at_hand
 
     world_size = runtime.world_size() if arguments.num_ranks is None else arguments.num_ranks
     if world_size < 1:
@@ -84,8 +85,9 @@ def dry_run(arguments: argparse.Namespace) -> None:
         f"{config.accumulation_steps(world_size)} micro-batches x {world_size} ranks"
     )
     print(f"samples in all: {train.num_steps * train.global_batch_size:,} over {train.num_steps:,} steps")
-    inputs = _describe_inputs(config, world_size)
-    for line in (*_describe_sequences(config), *inputs, *_describe_origins(origins)):
+    captions = captions_at_hand(config)
+    inputs = _describe_inputs(config, world_size, captions)
+    for line in (*_describe_sequences(config, captions), *inputs, *_describe_origins(origins)):
         print(printable(masked(line)))
     for doubt in config_checks.doubts(config, origins):
         print(f"WARNING: {doubt}")
@@ -102,14 +104,15 @@ def _load(arguments: argparse.Namespace, world_size: int) -> "tuple[Config, dict
     return config, origins
 
 
-def _describe_inputs(config: "Config", world_size: int) -> Iterator[str]:
-    """How many samples the shards hold, and that they and the autoencoder fit, where they lie on this machine."""
+def _describe_inputs(config: "Config", world_size: int, captions: "Captions") -> Iterator[str]:
+    """How many samples the shards hold, and that they, the autoencoder and the tokenizer fit, where they lie here."""
     import torch
 
     from cfpretrain.data.compatibility import check_autoencoder, check_infos
     from cfpretrain.data.online import open_training_data
     from cfpretrain.run.build import make_autoencoder
 
+    yield from _describe_tokenizer(config, captions)
     folder, elsewhere = config.data.autoencoder, [one for one in config.data.shards if not Path(one).is_dir()]
     data = None if elsewhere else open_training_data(config)
     infos = [] if data is None else data.latents
@@ -117,7 +120,7 @@ def _describe_inputs(config: "Config", world_size: int) -> Iterator[str]:
         check_infos(infos, config)
         yield f"shards: {sum(map(len, data.folders)):,} {data.kind}, which fit the config"
         if data.encodings:
-            yield from _describe_encoding(config, data.latents[0].crop, world_size)
+            yield from _describe_encoding(config, data.latents[0].crop, world_size, captions)
             return
     else:
         what = "an address" if "://" in elsewhere[0] else "no folder of this machine"
@@ -133,13 +136,34 @@ def _describe_inputs(config: "Config", world_size: int) -> Iterator[str]:
     yield f"autoencoder: {folder}, which {'made the latents' if infos else 'can be read'}"
     if elsewhere:
         yield "if the shards hold images:"
-        yield from _describe_encoding(config, config.data.crop, world_size)
+        yield from _describe_encoding(config, config.data.crop, world_size, captions)
 
 
-def _describe_encoding(config: "Config", crop: str, world_size: int) -> Iterator[str]:
+def _describe_tokenizer(config: "Config", captions: "Captions") -> Iterator[str]:
+    """That it is of the model's vocabulary, and that the captions at hand are not too long."""
+    from cfpretrain.run.build import make_tokenizer
+
+    model, file = config.model, config.data.tokenizer
+    if not model.vocabulary:
+        return
+    if not Path(file).is_file():
+        yield f"tokenizer: not looked at, since {file} is no file of this machine"
+        return
+    make_tokenizer(config)
+    if captions.num_too_long:
+        raise UserError(
+            f"model.max_text_tokens: expected at least {captions.longest}, the tokens of the longest of "
+            f"{captions.num_read} captions that were looked at and the two that frame it, got {model.max_text_tokens}, "
+            f"which refuses {captions.num_too_long} of them; raise it, or shorten the captions"
+        )
+    yield f"tokenizer: {file}, of {model.vocabulary:,} tokens"
+
+
+def _describe_encoding(config: "Config", crop: str, world_size: int, captions: "Captions") -> Iterator[str]:
     """How images are encoded during training, and what that costs beside the training step."""
     from cfpretrain.data.online import encoding_precision
     from cfpretrain.run import metrics
+    from cfpretrain.run.sequences import mean_work
     from cfpretrain.training.encoding_cost import encoding_cost
 
     data, at_once = config.data, config.data.encode_batch_size
@@ -149,10 +173,10 @@ def _describe_encoding(config: "Config", crop: str, world_size: int) -> Iterator
     on_gpu, on_cpu = (encoding_precision(config, device_type) for device_type in ("cuda", "cpu"))
     precision = on_cpu if on_gpu == on_cpu else f"{on_gpu} (on a CPU {on_cpu})"
     flops = encoding_cost(config, on_gpu=True).flops
+    of_model = metrics.training_flops(config.model, mean_work(config, captions.num_tokens), config.train.freeze)
     yield (
         f"images: encoded during training, by {data.autoencoder} in {precision}, {at_once} at once, {crop} crop: "
-        f"{flops:.3e} FLOPs an image, {flops / metrics.training_flops(config.model, _mean_work(config)):.2%} of the "
-        "model's training FLOPs, which come to it"
+        f"{flops:.3e} FLOPs an image, {flops / of_model:.2%} of the model's training FLOPs, which come to it"
     )
     padding, micro_batch_size = config.encoding_padding(world_size), config.micro_batch_size(world_size)
     if padding:
@@ -170,26 +194,13 @@ def _describe_origins(origins: "Mapping[str, Origin]") -> Iterator[str]:
         yield f"set by {source.name}: {', '.join(key for key, origin in origins.items() if origin == source)}"
 
 
-def _mean_work(config: "Config") -> "Work":
-    """That of a training sequence, exact in the mean over splits."""
-    import torch
-
-    from cfpretrain.core import ar
-    from cfpretrain.core.modalities import class_segment, image_segment
-    from cfpretrain.core.work import expected_work
-
-    image = image_segment(torch.zeros(1, config.model.num_tokens, dtype=torch.int64))
-    return expected_work([class_segment(config.model.num_cond_tokens), image], ar.ARSettings(**vars(config.order)))
-
-
-def _describe_sequences(config: "Config") -> Iterator[str]:
+def _describe_sequences(config: "Config", captions: "Captions") -> Iterator[str]:
     """AR steps, lengths and FLOPs of the training sequences, exact in the mean over splits."""
     import torch
 
     from cfpretrain.core import ar
-    from cfpretrain.core.modalities import class_segment, image_segment
     from cfpretrain.core.work import sequence_lengths
-    from cfpretrain.run import metrics
+    from cfpretrain.run import metrics, sequences
 
     model, order, num_sequences = config.model, config.order, config.train.global_batch_size
     L, law = model.num_tokens, (config.order.ar_step_decay, config.order.num_ar_steps)
@@ -197,17 +208,24 @@ def _describe_sequences(config: "Config") -> Iterator[str]:
     drawn = "" if order.num_ar_steps else f" in the mean, decay {order.ar_step_decay:g}"
     yield f"AR steps: {mean:g}{drawn}, {order.ar_step_sizes} sizes, {order.token_order} order"
 
-    image = image_segment(torch.zeros(1, L, dtype=torch.int64))
-    segments, settings = [class_segment(model.num_cond_tokens), image], ar.ARSettings(**vars(order))
-    share_by_length = sequence_lengths(segments, settings, config.clean_token_multiple())
-    lengths = list(share_by_length)
-    shown = ", ".join(map(str, lengths)) if len(lengths) < 10 else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
-    padded = sum(length * share for length, share in share_by_length.items())
-    work = _mean_work(config)
-    yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded:.1f} with padding; lengths: {shown}"
-    flops = num_sequences * metrics.training_flops(model, work)
-    yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"
-    yield f"training FLOPs: {flops / num_sequences:.3e} an image, {flops:.3e} a step"
+    work, has_texts = sequences.mean_work(config, captions.num_tokens), sequences.has_texts(config)
+    if has_texts:
+        yield f"{captions}"
+        padded = f"with padding {sequences.longest(config).computed} at most"
+    else:
+        ((_, segments),) = sequences.drawn_samples(config, captions.num_tokens)
+        share_by_length = sequence_lengths(segments, ar.ARSettings(**vars(order)), config.clean_token_multiple())
+        lengths = list(share_by_length)
+        few = len(lengths) < 10
+        shown = ", ".join(map(str, lengths)) if few else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
+        padded = (
+            f"{sum(length * share for length, share in share_by_length.items()):.1f} with padding; lengths: {shown}"
+        )
+    yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded}"
+    flops = num_sequences * metrics.training_flops(model, work, config.train.freeze)
+    if not has_texts:
+        yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"
+    yield f"training FLOPs: {flops / num_sequences:.3e} {'a sample' if has_texts else 'an image'}, {flops:.3e} a step"
 
 
 def run(arguments: argparse.Namespace) -> None:

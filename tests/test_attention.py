@@ -14,8 +14,9 @@ from cfpretrain.base.console import UserError, say
 from cfpretrain.core import ar as order
 from cfpretrain.core import attention, seeds
 from cfpretrain.core.attention import attend, block_causal, flash, flex, make_visibility
+from cfpretrain.core.block import Block, BlockSettings
+from cfpretrain.core.design import make_design
 from cfpretrain.core.modalities import class_segment, image_segment
-from cfpretrain.core.model import Block, BlockSettings
 from cfpretrain.core.segments import Layout, Segment, build_layout, may_attend
 from tests.closeness import disagreement
 from tests.test_ar import text
@@ -128,7 +129,7 @@ def test_flex_is_compiled_once_for_all_layouts_of_a_length(batch_size) -> None:
 
 def test_a_compiled_block_with_flex_is_one_graph_for_all_layouts_of_a_length() -> None:
     torch._dynamo.reset()
-    block = Block(64, 2, BlockSettings(attention="flex"))
+    block = Block(make_design("causalfusion", 64, 2), BlockSettings(attention="flex"))
     compiled = torch.compile(block._compute, backend="eager", fullgraph=True, dynamic=False)
     for number in range(2):
         layout = layout_of_one_length(number, 2)
@@ -136,7 +137,7 @@ def test_a_compiled_block_with_flex_is_one_graph_for_all_layouts_of_a_length() -
         x_BMD = seeds.normal(seeds.key(number, "tokens"), (2, M, 64))
         tiled, dense = (make_visibility(layout.intervals_BMI, M, backend) for backend in ("flex", "sdpa"))
         with torch.no_grad(), torch.compiler.set_stance("fail_on_recompile" if number else "default"):
-            out = compiled(x_BMD, tiled, None)
+            out = compiled(x_BMD, tiled, None, None)
         assert disagreement(out, block(x_BMD, dense)) < 1e-5
 
 
@@ -209,8 +210,8 @@ def test_a_compiled_block_on_a_gpu(backend) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with torch.device(GPU):
-        block = Block(256, 4, BlockSettings(attention=backend, compile=True)).bfloat16()
-        exact = Block(256, 4, BlockSettings()).double()
+        block = Block(make_design("causalfusion", 256, 4), BlockSettings(attention=backend, compile=True)).bfloat16()
+        exact = Block(make_design("causalfusion", 256, 4), BlockSettings()).double()
     exact.load_state_dict(block.state_dict())
     for number in range(3):
         intervals = layout_of_2112_tokens(number).intervals_BMI.to(GPU)

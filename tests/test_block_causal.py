@@ -20,13 +20,15 @@ from torch import Tensor
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import attention
-from cfpretrain.core import model as transformer
 from cfpretrain.core.attention import block_causal, block_causal_kernels
+from cfpretrain.core.block import Block, BlockSettings
+from cfpretrain.core.design import make_design
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import build_layout, may_attend
 from tests.closeness import disagreement
 from tests.strictness import make_warnings_errors
 from tests.test_ar import text
+from tests.test_modalities import errors_of_ways
 
 if not block_causal.is_available():
     pytest.skip("triton is not installed", allow_module_level=True)
@@ -405,17 +407,24 @@ def test_operator_is_registered_as_torch_wants_it(interpret: Interpret) -> None:
     interpret(check_operator)
 
 
+def test_packed_and_padded_samples_are_those_alone(interpret: Interpret) -> None:
+    """Texts and images of a whole network, forward and backward."""
+    errors = interpret(errors_of_ways, "triton", ("packed", "padded", "alone"), True)
+    assert len(errors) > 100
+    assert {name: error for name, error in errors.items() if not error < 1e-5} == {}
+
+
 def compile_a_block() -> list[bool]:
     """Whether outputs and gradients of a compiled block are those of the same block run eagerly."""
     generator = torch.Generator().manual_seed(0)
-    block = transformer.Block(32, 1, transformer.BlockSettings(attention="triton"))
+    block = Block(make_design("causalfusion", 32, 1), BlockSettings(attention="triton"))
     compiled = torch.compile(block._compute, fullgraph=True, dynamic=False, backend="aot_eager")
     x_BMD = torch.randn(1, 98, 32, generator=generator)
     weight, equal = block.attn.qkv.weight, []
     for _ in range(2):
         visibility = attention.make_visibility(shared_split(generator), 98, "triton")
         with torch.compiler.set_stance("default" if not equal else "fail_on_recompile"):
-            out = compiled(x_BMD, visibility, None)
+            out = compiled(x_BMD, visibility, None, None)
             (grad,) = torch.autograd.grad(out.square().sum(), weight)
         out_eager = block(x_BMD, visibility)
         (grad_eager,) = torch.autograd.grad(out_eager.square().sum(), weight)

@@ -1,6 +1,7 @@
 """One file of many modules: it means what they mean, imports nothing that its users may lack, or is refused."""
 
 import ast
+import itertools
 import re
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import build_layout
 from cfpretrain.evaluation import sampling_options
 from cfpretrain.export import bundle as bundles
-from cfpretrain.export import plain
+from cfpretrain.export import plain, plain_files
 from cfpretrain.export.bundle import BundleError, bundle, content_name
 from cfpretrain.export.plain import STAND_INS
 from tests.test_model import small_model
@@ -172,9 +173,17 @@ def test_the_joined_network_computes_the_same_bits() -> None:
     assert torch.equal(forward(scope, theirs), forward(vars(transformer), ours))
 
 
-@pytest.mark.parametrize("module", ["transformer_template", "pipeline_template"])
+# What stands in for modules in each file of an export, and which packages it may need.
+TEMPLATES: dict[str, tuple[dict[str, str], set[str]]] = {
+    "transformer_template": (STAND_INS, {"torch", "diffusers"}),
+    "pipeline_template": ({}, {"torch", "diffusers", "numpy", "PIL"}),
+    "tokenizer_template": (plain_files.STAND_INS, {"tokenizers"}),
+}
+
+
+@pytest.mark.parametrize("module", TEMPLATES)
 def test_every_name_in_an_export_is_defined(module: str, tmp_path: Path) -> None:
-    text = bundle(f"cfpretrain.export.{module}", STAND_INS)
+    text = bundle(f"cfpretrain.export.{module}", TEMPLATES[module][0])
     assert not re.search(r"\b(from|import) cfpretrain", text)
     (tmp_path / "joined.py").write_text(text)
     ruff = shutil.which("ruff", path=str(Path(sys.executable).parent)) or "ruff"
@@ -193,24 +202,23 @@ def test_what_is_left_out_means_the_same_as_on_the_command_line() -> None:
     assert ast.literal_eval(values["_BY_SOLVER"]) == sampling_options._BY_SOLVER
 
 
-def test_diffusers_finds_no_package_to_install() -> None:
+@pytest.mark.parametrize("module", TEMPLATES)
+def test_diffusers_finds_no_package_to_install(module: str) -> None:
     """It looks for imports line by line, in docstrings too; the package named apex on the registry is not NVIDIA's."""
-    for module in ("transformer_template", "pipeline_template"):
-        text = bundle(f"cfpretrain.export.{module}", STAND_INS)
-        found = re.findall(r"^\s*import\s+(\S+)\s*$", text, re.MULTILINE)
-        found += re.findall(r"^\s*from\s+(\S+)\s+import", text, re.MULTILINE)
-        assert {name.split(".")[0] for name in found} <= sys.stdlib_module_names | {
-            "torch",
-            "diffusers",
-            "numpy",
-            "PIL",
-        }
+    stand_ins, packages = TEMPLATES[module]
+    text = bundle(f"cfpretrain.export.{module}", stand_ins)
+    found = re.findall(r"^\s*import\s+(\S+)\s*$", text, re.MULTILINE)
+    found += re.findall(r"^\s*from\s+(\S+)\s+import", text, re.MULTILINE)
+    assert {name.split(".")[0] for name in found} - sys.stdlib_module_names == packages
 
 
 def test_stand_ins_compute_the_same() -> None:
     q, k, v = torch.randn(3, 2, 4, 7, 8).unbind(0)
     intervals = torch.tensor([[[0, 3, 3, 5]] * 7], dtype=torch.int32)
-    for given in (None, intervals):
-        expected = attention.attend(q, k, v, attention.make_visibility(given, 7, "sdpa"))
-        assert torch.equal(plain.attend(q, k, v, plain.make_visibility(given, 7, "sdpa")), expected)
+    for given, num_kv_heads in itertools.product((None, intervals), (4, 2)):
+        qkv = (q, k[:, :num_kv_heads], v[:, :num_kv_heads])
+        expected = attention.attend(*qkv, attention.make_visibility(given, 7, "sdpa"))
+        assert torch.equal(plain.attend(*qkv, plain.make_visibility(given, 7, "sdpa")), expected)
     assert str(plain.layer_norm(8)) == str(norm.layer_norm(8))
+    for kind in ("layer", "rms"):
+        assert str(plain.make_norm(kind, 8, 1e-3)) == str(norm.make_norm(kind, 8, 1e-3))

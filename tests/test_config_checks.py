@@ -116,6 +116,15 @@ TOKENS_256 = ("model.latent_size=16", "model.patch_size=1")
             ["engine.activation_checkpointing=true", "engine.zero_stage=0", "engine.precision=bf16"],
             "engine.activation_checkpointing: expected false at engine.zero_stage = 0 in bf16",
         ),
+        (
+            ["engine.attention=triton", "model.head_width=24"],
+            "engine.attention: triton needs heads of width 32, 64, 128, got model.head_width = 24; change "
+            "model.head_width, or set engine.attention=sdpa",
+        ),
+        (["model.num_kv_heads=3"], "model.num_kv_heads: expected a divisor of model.num_heads = 4, got 3"),
+        (["model.trunk=llama", "model.head_width=33"], "model.head_width: expected an even number, since rotary"),
+        (["model.rotary_scaling=[8,1,4,8192]"], "model.rotary_scaling: expected none where a trunk (causalfusion)"),
+        (["model.trunk=llama", "model.rotary_scaling=[8,4,1,8192]"], "model.rotary_scaling: expected factor, low_freq"),
         ([*SCORED, "evaluation.num_ar_steps=17"], "evaluation.num_ar_steps: expected 1 to 16 (the tokens of an image)"),
         (
             [*SCORED, "evaluation.num_denoising_steps=1"],

@@ -23,7 +23,8 @@ from cfpretrain.base.config import load as load_config
 from cfpretrain.base.console import UserError
 from cfpretrain.core import seeds
 from cfpretrain.core.ar import ARSettings
-from cfpretrain.core.model import BlockSettings, CausalFusion, write_initial_values
+from cfpretrain.core.block import BlockSettings
+from cfpretrain.core.model import CausalFusion, write_initial_values
 from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import DenoisingLoss
 from cfpretrain.core.process import make_process

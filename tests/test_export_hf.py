@@ -5,17 +5,13 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 import sys
-import venv
-from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from packaging.requirements import Requirement
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -32,7 +28,7 @@ from cfpretrain.core.solvers import SOLVERS
 from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator
 from cfpretrain.evaluation.sampling_options import _BY_SOLVER
 from cfpretrain.evaluation.source import load_source
-from cfpretrain.export import diffusers_layout
+from cfpretrain.export import diffusers_layout, model_card, weight_files
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import our_name
 from cfpretrain.run import build, tensor_files
@@ -41,6 +37,7 @@ from tests import checkpoints
 from tests.checkpoints import same_bits
 from tests.closeness import disagreement
 from tests.digits import small_config
+from tests.environments import make_environment, run_elsewhere
 from tests.processes import REPOSITORY, run_in_processes
 from tests.runs import STEP, write_run
 from tools import export_hf
@@ -196,9 +193,10 @@ def train(shards: Path, folder: Path, *overrides: str) -> None:
 
 
 def train_each(shards: Path, folders: dict[str, Path]) -> None:
-    """A run of each noise process, whose weights change."""
+    """A run of each noise process, whose weights change, and a trunk of another kind for one of them."""
     for process, folder in folders.items():
-        train(shards, folder, f"noise.process={process}", "train.learning_rate=0.01", "train.warmup_steps=0")
+        trunk = ("model.trunk=qwen3", "model.num_kv_heads=1", "model.mlp_width=48") if process == "flow" else ()
+        train(shards, folder, f"noise.process={process}", "train.learning_rate=0.01", "train.warmup_steps=0", *trunk)
 
 
 @pytest.mark.slow
@@ -290,12 +288,13 @@ def test_a_killed_export_is_not_there_and_the_next_one_is_whole(
     """Wherever it dies: nothing has the folder's name; full disks are said in one line."""
     out = tmp_path / "digits"
 
-    def dies(*_: Any) -> None:
+    def dies(*_: Any, **__: Any) -> None:
         shutil.copytree(tmp_path / ".digits.partial", tmp_path / "seen")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    places = ("_plan_shards", "scheduler_config", "_num_values", "_copy_picture")
-    for module, place in (*((diffusers_layout, place) for place in places), (files, "flush")):
+    places = ("write_weights", "scheduler_config", "_copy_picture")
+    others = ((weight_files, "_plan_shards"), (model_card, "text"), (files, "flush"))
+    for module, place in (*((diffusers_layout, place) for place in places), *others):
         with monkeypatch.context() as patch:
             patch.setattr(module, place, dies)
             with pytest.raises(UserError, match=r"digits cannot be written \(No space left on device\); free some"):
@@ -379,33 +378,8 @@ def test_pushing_is_asked_for(run: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The python of an environment with torch, diffusers and what these need, as it is installed here; no more."""
-    folder = tmp_path_factory.mktemp("elsewhere")
-    venv.create(folder / "venv", symlinks=True, with_pip=False)
-    [site_packages] = (folder / "venv").glob("lib/python*/site-packages")
-    needed = ["torch", "diffusers", "safetensors", "numpy", "pillow"]
-    for name in needed:  # grows as it goes
-        found = distribution(name)
-        for top in {file.parts[0] for file in found.files or []} - {".."}:
-            if not (site_packages / top).exists():
-                (site_packages / top).symlink_to(found.locate_file(top))
-        wanted = [Requirement(text) for text in found.requires or []]
-        needed += [
-            one.name
-            for one in wanted
-            if one.name not in needed and (one.marker is None or one.marker.evaluate({"extra": ""}))
-        ]
-    return folder / "venv" / "bin" / "python"
-
-
-def run_elsewhere(python: Path, folder: Path, *arguments: object) -> tuple[str, str]:
-    """What it prints and says."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
-    environment |= {"HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [str(python), str(Path(__file__).with_name("elsewhere.py")), *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment, timeout=600)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return ended.stdout, ended.stderr
+    """The python of an environment with torch, diffusers and what these need; no more."""
+    return make_environment(tmp_path_factory.mktemp("elsewhere"))
 
 
 def write_autoencoder(folder: Path) -> Path:
@@ -458,7 +432,7 @@ def results(
     exports = (exported, folder / "raw", folder / "version", folder / "latents")
     tensors = [folder / "given.safetensors", folder / "made.safetensors"]
     others = (folder / process for process in by_process)
-    out, err = run_elsewhere(elsewhere, folder, *exports, *tensors, ",".join(SOLVERS), *others)
+    out, err = run_elsewhere(elsewhere, folder, "elsewhere.py", *exports, *tensors, ",".join(SOLVERS), *others)
     made = load_file(tensors[1])
     return Results(run, latents_run, by_process, made, given, json.loads(out.splitlines()[-1]), err)
 

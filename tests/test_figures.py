@@ -67,6 +67,30 @@ def test_skipped_steps_are_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [steps for what, steps in marked if what == "skipped step"] == [[200, 600]] * 2  # on loss and gradient norm
 
 
+def test_kinds_of_tokens_have_curves_of_their_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, curve, drawn = run(100), figures._curve, {}
+
+    def noted(axes: Any, steps: Any, values: Any, title: str, *how: Any) -> None:
+        drawn[title] = values.tolist()
+        curve(axes, steps, values, title, *how)
+
+    monkeypatch.setattr(figures, "_curve", noted)
+    curves(tmp_path / "one.png", rows)
+    assert not any("loss of" in title for title in drawn)
+    for i, row in enumerate(rows):
+        row |= {"loss_image": 1 / (1 + i), "loss_text": 3 / (1 + i), "num_text_values": 7}
+    rows[5]["loss_text"] = None  # of a step without a text
+    curves(tmp_path / "both.png", rows)
+    assert drawn["loss of the images"][9] == 0.1
+    assert drawn["loss of the texts"][9] == pytest.approx(0.3)
+    assert math.isnan(drawn["loss of the texts"][5])
+    heights = [len(pixels(tmp_path / f"{name}.png")) for name in ("one", "both")]
+    assert heights[1] > 1.3 * heights[0]
+    assert num_near(tmp_path / "both.png", BLUE) > num_near(tmp_path / "one.png", BLUE) + 500
+    curves(tmp_path / "three.png", [row | {"loss_sound": 1.0} for row in rows], score=("fd", None))
+    assert "loss of the sounds" in drawn
+
+
 def test_a_score_has_a_curve_of_its_own_beside_its_floor(tmp_path: Path) -> None:
     rows = run(100)
     for row in rows[::20]:

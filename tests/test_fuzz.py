@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cfpretrain.autoencoder import KLAutoencoder
+from cfpretrain.base import config as configs
 from cfpretrain.base.console import UserError
 from cfpretrain.data.images import RejectedImageError, read_file, read_image
 from cfpretrain.data.shards import Shards
@@ -29,6 +30,7 @@ from cfpretrain.evaluation.given_images import open_images, read_arrays
 from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import foreign_files
 from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.export.language_model import open_language_model
 from cfpretrain.run import build
 from cfpretrain.run.metrics import read_metrics
 from tests.digits import write_digits
@@ -47,6 +49,7 @@ def make(folder: Path) -> None:
     (run / build.SUMMARY_FILE).write_text('{"num_steps": 7, "train_seconds": 1.5}\n')
     export(run, folder / "export", ExportSettings(max_shard_bytes=100_000))
     _write_autoencoder(folder / "vae")
+    _write_language_model(folder / "llama")
     np.savez(folder / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     np.savez_compressed(folder / "statistics.npz", mu=np.zeros(4), sigma=np.eye(4))
     torch.save({"model": {"a": torch.ones(2, 3), "b": torch.ones(1).bfloat16()}, "step": 3}, folder / "foreign.pt")
@@ -58,6 +61,15 @@ def _write_autoencoder(folder: Path) -> None:
 
     network: Any = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4, sample_size=8)
     network.save_pretrained(folder, safe_serialization=True)
+
+
+def _write_language_model(folder: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+    config = LlamaConfig(vocab_size=9, **sizes, rope_scaling={"rope_type": "llama3", **scaling})
+    LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def _png() -> bytes:
@@ -83,6 +95,13 @@ def read_export(folder: Path) -> None:
     load_source(folder / "export", CPU).label_of("3")
 
 
+def read_language_model(folder: Path) -> None:
+    model = open_language_model(folder / "llama", "MODEL")
+    for name in model.shapes:
+        model.read(name)
+    build.checked(configs.load(REPOSITORY / "configs" / "tiny.yaml", model.overrides()))
+
+
 CHECKPOINT = f"run/checkpoints/step_{STEP:08d}"
 READERS: dict[str, Callable[[Path], Any]] = {
     "run/config.yaml": read_run,
@@ -103,6 +122,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "export/transformer/diffusion_pytorch_model-00001-of-00002.safetensors": read_export,
     "vae/config.json": lambda folder: KLAutoencoder.load(folder / "vae", "cpu"),
     "vae/diffusion_pytorch_model.safetensors": lambda folder: KLAutoencoder.load(folder / "vae", "cpu"),
+    "llama/config.json": read_language_model,
+    "llama/model.safetensors": read_language_model,
     "images.npz": lambda folder: open_images(folder / "images.npz", "--images").read([0, 1]),
     "statistics.npz": lambda folder: read_arrays(folder / "statistics.npz", "--reference", ["mu", "sigma"]),
     "foreign.pt": lambda folder: foreign_files.read(folder / "foreign.pt", "FILE"),

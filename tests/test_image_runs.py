@@ -221,7 +221,7 @@ def test_more_than_half_of_a_step_may_not_be_bad(size: int, most: int) -> None:
     step = SimpleNamespace(config=Config(train=TrainConfig(global_batch_size=size)))
     for num_bad in range(size + 1):
         result = StepResult(
-            1.0, 1.0, 1.0, None, False, False, False, False, num_bad, bad_images=["it is torn"] * num_bad
+            1.0, {}, 1.0, 1.0, None, False, False, False, False, num_bad, bad_images=["it is torn"] * num_bad
         )
         with pytest.raises(LostDataError, match=f"{num_bad} bad ones of {size}") if num_bad > most else nullcontext():
             TrainingStep.refuse_bad_images(step, result)

@@ -44,3 +44,12 @@ def test_a_window_gathers_sample_ids_and_takes_the_clock_of_rank_zero(tmp_path: 
     assert last["tflops_per_second"] == pytest.approx(40.0 / seconds / 1e12)
     assert last["data_wait_share"] == pytest.approx(5e5 / seconds)  # of the rank that waited longest
     assert (last["mfu"], last["train_seconds"]) == (None, seconds)
+
+
+def test_a_line_says_the_loss_of_each_kind() -> None:
+    from cfpretrain.training.log import describe_loss
+
+    assert describe_loss({"step": 1, "loss": 0.5}) == "loss 0.5000"
+    row = {"loss": None, "loss_image": 0.25, "num_image_values": 64, "loss_text": None, "num_text_values": 3}
+    assert describe_loss(row) == "loss not finite (image 0.2500, text not finite)"
+    assert describe_loss(row | {"num_text_values": 0}) == "loss not finite (image 0.2500, text none)"

@@ -17,9 +17,9 @@ from tools.measuring.sampling import generate_plainly
 QUICK = ["--num-denoising-steps", "2"]
 
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_the_plain_sampler_makes_the_same_images(guidance) -> None:
-    model, ids = small_model(), torch.arange(3)
+@pytest.mark.parametrize(("guidance", "trunk"), [(1.0, "causalfusion"), (2.0, "causalfusion"), (2.0, "llama")])
+def test_the_plain_sampler_makes_the_same_images(guidance, trunk) -> None:
+    model, ids = small_model(trunk=trunk), torch.arange(3)
     given = (
         model,
         ids,

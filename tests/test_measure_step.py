@@ -12,9 +12,11 @@ from torch import Tensor
 
 from cfpretrain.base import config as configs
 from cfpretrain.base import runtime
+from cfpretrain.base.console import EXIT_USER_ERROR
 from cfpretrain.core import attention, seeds
 from cfpretrain.core import model as transformer
-from cfpretrain.run.build import make_loss
+from cfpretrain.data.loader import Loader
+from cfpretrain.run.build import make_loss, make_prepare
 from tests.digits import write_digits
 from tests.image_files import write_digits as write_images
 from tests.processes import REPOSITORY, run_in_processes, run_script
@@ -35,6 +37,8 @@ SMALL = (
     "train.global_batch_size=4",
     "train.micro_batch_size=2",
 )
+
+TEXTS = ("model.vocabulary=60", "model.max_text_tokens=24", "data.tokenizer=any.json", "data.tasks.image_to_text=1")
 
 
 def small_config(*overrides: str) -> configs.Config:
@@ -80,6 +84,20 @@ def test_no_timed_step_is_the_first_of_its_length() -> None:
     assert plan.profiled_length == lengths[end + plan.num_between]
     assert plan.profiled_length in plan.lengths
     assert step.plan_steps(small_config(), 8, compiles=False).num_warm_up == 1
+
+
+def test_no_timed_step_is_the_first_of_its_length_with_captions(tmp_path: Path) -> None:
+    padded = ("engine.compile_blocks=true", "engine.clean_token_multiple=8", "train.global_batch_size=16")
+    padded += ("data.num_workers=0",)
+    config = on_noise(small_config(*TEXTS, *padded, "model.latent_size=8"), tmp_path)
+    plan = step.plan_steps(config, 6, compiles=True)
+    loader = Loader(config, make_prepare(config), 0, 1)
+    lengths = [{batch.intervals_BMI.shape[1] for batch in next(loader)} for _ in range(plan.num_warm_up + 6)]
+    loader.close()
+    timed = lengths[plan.num_warm_up :]
+    assert plan.lengths == list(map(max, timed))
+    assert 1 < len(set().union(*lengths)) <= len(set().union(*lengths[: plan.num_warm_up]))
+    assert set().union(*timed) <= set().union(*lengths[: plan.num_warm_up])
 
 
 def test_lengths_are_those_of_the_batches() -> None:
@@ -132,6 +150,20 @@ def test_step_command() -> None:
     assert measured["versions"]["torch"]
     assert measured["hardware"]["cpu"]
     assert "median" in ended.out
+
+
+def test_step_with_captions() -> None:
+    """Of words of noise; the plain implementation has none."""
+    options = ["--config", "configs/benchmark/cpu.yaml", *SMALL, *TEXTS, "--pairs", "2"]
+    [ended] = run_script(TOOL, options)
+    assert ended.code == 0, ended.err
+    measured = last_json(ended.out)
+    assert measured["config"]["model"]["vocabulary"] == 60
+    assert 0 < measured["tflop_per_second"] < 100
+    assert len(measured["lengths"]) == 2
+    [refused] = run_script(TOOL, [*options, "--against", "naive"])
+    assert refused.code == EXIT_USER_ERROR
+    assert "--against: expected a model without texts" in refused.err
 
 
 def test_step_on_photos() -> None:

@@ -8,15 +8,20 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch import Tensor
 
 from cfpretrain.base import config as configs
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
+from cfpretrain.core.attention import make_visibility
+from cfpretrain.core.block import Block, BlockSettings, make_rotation
+from cfpretrain.core.design import TRUNKS, make_design
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
 from cfpretrain.core.segments import build_layout
 from cfpretrain.run import build
+from cfpretrain.run.sequences import longest
 from cfpretrain.training import memory, zero
 from cfpretrain.training.encoding_cost import encoding_cost
 from tests.digits import write_digits as write_latents
@@ -50,7 +55,7 @@ def states_config(stage: int, precision: str, world_size: int, *others: str) -> 
     )
 
 
-def activations_config(precision: str, checkpointing: bool, split: str) -> Config:
+def activations_config(precision: str, checkpointing: bool, split: str, *others: str) -> Config:
     """A thin model on long sequences and a large micro-batch: the activations outweigh the states."""
     return load(
         *engine_overrides(1, precision),
@@ -62,15 +67,33 @@ def activations_config(precision: str, checkpointing: bool, split: str) -> Confi
         "train.global_batch_size=8",
         f"engine.activation_checkpointing={str(checkpointing).lower()}",
         f"order.ar_split={split}",
+        *others,
     )
 
 
-ACTIVATIONS = [
+GROUPED = ("model.trunk=qwen3", "model.num_heads=4", "model.num_kv_heads=2", "model.head_width=32")
+# Whose logits are the largest tensor of all.
+TEXTS = ("model.vocabulary=4000", "model.max_text_tokens=48", "data.tokenizer=any.json")
+TEXTS += ("data.tasks.text_to_image=1", "data.tasks.image_to_text=1")
+ACTIVATIONS: list[tuple[Any, ...]] = [
     ("fp32", False, "sample"),
     ("fp32", True, "sample"),
     ("bf16", False, "sample"),
     ("bf16", True, "sample"),
     ("fp32", False, "batch"),
+    ("fp32", False, "sample", *GROUPED),
+    ("bf16", False, "sample", *GROUPED),
+    ("fp32", False, "sample", "model.trunk=llama"),
+    ("fp32", False, "sample", "model.trunk=gpt2"),
+    ("fp32", False, "sample", *TEXTS),
+    ("bf16", False, "sample", *TEXTS),
+    ("bf16", True, "sample", *TEXTS),
+    ("fp32", False, "batch", *TEXTS, "model.vocabulary=300"),
+]
+# Designs and changes of them whose blocks keep this and that.
+BLOCKS: list[tuple[str, dict[str, Any]]] = [
+    *((trunk, {}) for trunk in TRUNKS),
+    *((trunk, {"num_kv_heads": 2, "head_width": 32, "mlp_width": 96}) for trunk in TRUNKS),
 ]
 
 
@@ -127,6 +150,31 @@ def test_activations(one: list[tuple[int, int]]) -> None:
         found = expect(activations_config(*kind), 1)
         assert found.worst_moment == "backward"
         assert found.peak - found.static == pytest.approx(peak - held, rel=0.1), kind
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("trunk", "changes"), BLOCKS)
+def test_what_autograd_keeps_of_a_block(trunk: str, changes: dict[str, Any], dtype: torch.dtype) -> None:
+    """Bytes of all tensors that the backward needs, but weights, the mask and the rotation, which blocks share."""
+    B, M, design = 2, 40, make_design(trunk, 64, 4, changes)
+    block = Block(design, BlockSettings()).to(dtype)
+    end_M = torch.arange(1, M + 1)
+    mask = make_visibility(torch.stack([0 * end_M, end_M, 0 * end_M, 0 * end_M], -1)[None], M, "sdpa")
+    rotation = make_rotation(design, end_M[None], dtype) if design.rotary_base else None
+    shared = {one.untyped_storage()._cdata for one in [*block.parameters(), *(rotation or ())]}
+    kept: dict[int, tuple[Any, int]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in shared and tensor.shape[-2:] != (M, M):
+            kept[storage._cdata] = storage, storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out_BMD = block(torch.randn(B, M, 64, dtype=dtype, requires_grad=True), mask, None, rotation)
+    assert out_BMD.requires_grad
+    measured = sum(num_bytes for _, num_bytes in kept.values())
+    assert B * M * memory.kept_of_block(design, dtype.itemsize, on_gpu=False) == pytest.approx(measured, rel=0.02)
 
 
 # ---------------------------------------------------------------------------
@@ -247,9 +295,7 @@ def test_the_longest_sequence_is_estimated_and_measured(overrides: list[str]) ->
         return build_layout(segments, loss.clean_multiple).step_BM.shape[1]
 
     drawn = [loss.draw(step, 0, torch.arange(2), torch.arange(2), num_tokens, 1) for step in range(200)]
-    assert (
-        memory.longest_sequence(config) == max(map(length, drawn)) == length(estimate_memory.longest(drawn[0], config))
-    )
+    assert longest(config).computed == max(map(length, drawn)) == length(estimate_memory.longest(drawn[0], config))
 
 
 # ---------------------------------------------------------------------------

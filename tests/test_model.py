@@ -1,6 +1,8 @@
 """The network: tokens, initial weights, invariances that the sequence's layout promises."""
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,25 +12,34 @@ from hypothesis import strategies as st
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import attention, seeds
+from cfpretrain.core.block import BlockSettings
 from cfpretrain.core.latents import patchify, unpatchify
 from cfpretrain.core.modalities import IMAGE, ImageEmbedder, class_segment, image_segment, sincos_positions
-from cfpretrain.core.model import BlockSettings, CausalFusion, initialise, write_initial_values
-from cfpretrain.core.segments import Segment, build_layout
+from cfpretrain.core.model import CausalFusion, initialise, write_initial_values
+from cfpretrain.core.segments import Segment, build_layout, with_rotary_positions
 from tests.closeness import disagreement
 
 
 def small_model(
-    learnable_positions: bool = True, random_head: bool = True, blocks: BlockSettings | None = None, grid: int = 3
+    learnable_positions: bool = True,
+    random_head: bool = True,
+    blocks: BlockSettings | None = None,
+    grid: int = 3,
+    num_heads: int = 2,
+    trunk: str = "causalfusion",
+    **changes: Any,
 ) -> CausalFusion:
     model = CausalFusion(
         grid=grid,
         patch_values=4,
         width=16,
         depth=2,
-        num_heads=2,
+        num_heads=num_heads,
         num_cond_tokens=2,
         num_classes=5,
         learnable_positions=learnable_positions,
+        trunk_kind=trunk,
+        block_changes=changes,
         blocks=blocks,
     )
     initialise(model, seed=0)
@@ -208,12 +219,16 @@ def training_pass(model: CausalFusion, number: int, sizes: list[int]) -> tuple[t
     """Prediction and gradients for a batch of two with random orders and AR steps of the given sizes."""
     key = seeds.fold(seeds.key(0, "training pass"), number)
     order_BL = seeds.permutation(seeds.fold(key, torch.arange(2)), 9)
-    layout = build_layout([class_segment(2), image_segment(order.steps_from_sizes(sizes)[None])])
+    in_steps = [class_segment(2), image_segment(order.steps_from_sizes(sizes)[None])]
+    layout = build_layout(in_steps)
     clean, noised, direction = seeds.normal(seeds.fold(key, torch.arange(3)), (2, 9, 4))
     labels, timesteps = torch.tensor([1, 4]), torch.tensor([3, 700])
     image = image_of(clean[:, : layout.num_clean[1]], noised, order_BL, timesteps)
     model.zero_grad()
-    prediction = model([class_segment(2, labels), image], layout.intervals_BMI)[IMAGE]
+    rotary = [one.rotary_BL for one in with_rotary_positions(in_steps)]
+    segments = [class_segment(2, labels), image]
+    placed = [replace(one, rotary_BL=rotary_BL) for one, rotary_BL in zip(segments, rotary, strict=True)]
+    prediction = model(placed, layout.intervals_BMI)[IMAGE]
     (prediction * direction).sum().backward()
     return prediction.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -229,13 +244,16 @@ def test_recomputed_activations_change_no_bit() -> None:
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("checkpoint_activations", [False, True])
-def test_compiled_blocks_share_a_graph_a_length(checkpoint_activations) -> None:
+@pytest.mark.parametrize(
+    ("checkpoint_activations", "trunk"), [(False, "causalfusion"), (True, "causalfusion"), (False, "qwen3")]
+)
+def test_compiled_blocks_share_a_graph_a_length(checkpoint_activations, trunk) -> None:
     """Splits, orders, weights and blocks change; only another length makes another graph."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     settings = BlockSettings(compile=True, checkpoint_activations=checkpoint_activations)
-    plain, compiled = small_model(), small_model(blocks=settings)
+    of_trunk = {"trunk": trunk, "num_kv_heads": 2 if trunk == "causalfusion" else 1}
+    plain, compiled = small_model(**of_trunk), small_model(blocks=settings, **of_trunk)
     for number, sizes in enumerate([[4, 3, 2], [1, 6, 2], [7, 2], [4, 5], [1, 1, 1, 1, 5], [3, 4, 2]]):
         want, want_gradients = training_pass(plain, number, sizes)
         got, gradients = training_pass(compiled, number, sizes)

@@ -315,6 +315,7 @@ def test_closing_while_a_worker_hangs(pairs: Any, monkeypatch: pytest.MonkeyPatc
     loader = Loader(pairs("grey").config(num_workers=1), as_read, 0, 1)
     [worker] = multiprocessing.active_children()
     next(loader)
+    wait_until(is_full(loader))  # one killed while it hands a batch over may leave its shared memory
     os.kill(worker.pid or 0, signal.SIGSTOP)
     stop = threading.Timer(0.3, loader.end_waiting)
     stop.start()

@@ -291,6 +291,13 @@ _UNFINISHED = (
 )
 
 
+def write_gpt2(folder: Path) -> None:
+    """A small GPT-2 with random weights, as transformers saves it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=32, n_layer=1, n_head=2, n_positions=8)).save_pretrained(folder)
+
+
 class Sources(NamedTuple):
     """What the tools read, all small."""
 
@@ -302,6 +309,7 @@ class Sources(NamedTuple):
     official: Path
     autoencoder: Path
     deepspeed: Path
+    language_model: Path
     entry: str  # of the archive's reference in a cache
 
 
@@ -318,7 +326,17 @@ def save_deepspeed(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Sources:
     folder = tmp_path_factory.mktemp("sources")
-    names = ("run", "images", "held_out", "tree", "archive.npz", "official.pt", "autoencoder.safetensors", "deepspeed")
+    names = (
+        "run",
+        "images",
+        "held_out",
+        "tree",
+        "archive.npz",
+        "official.pt",
+        "autoencoder.safetensors",
+        "deepspeed",
+        "gpt2",
+    )
     found = Sources(*(folder / name for name in names), entry="")
     write_run(found.run, shards)
     write_official(found.run, found.official)
@@ -328,6 +346,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Sources:
     np.savez(found.archive, arr_0=image_files.digits(20, 20))
     save_file(random_tensors(SMALL), found.autoencoder)
     run_in_processes(save_deepspeed, 1, found.deepspeed)
+    write_gpt2(found.language_model)
     arguments = COMMANDS["evaluate_fid"].format(given=folder, **found._asdict()).split()
     (ended,) = run_script("tools/evaluate_fid.py", arguments, 1)
     assert ended.code == 0, ended.err
@@ -346,6 +365,7 @@ COMMANDS = {
     "import_official": "{official} {given}/out --config {run}/config.yaml",
     "import_autoencoder": "{autoencoder} {given}/out --scaling-factor 1",
     "import_deepspeed": "{deepspeed} {given}/out --config {deepspeed}/config.yaml",
+    "import_language_model": "{language_model} {given}/out --config {run}/config.yaml",
     "train_autoencoder": "{images} {given}/out --channels 8 8 --num-steps 2 --batch-size 8 --save-seconds 0",
     "encode_latents": "{images} --autoencoder identity --out {given}/out --no-mirror",
     "make_shards": "{tree} --out {given}/out --size 8 --hold-out 0.2 --held-out {given}/rest --workers 1",

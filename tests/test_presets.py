@@ -58,7 +58,7 @@ def number(text: str, line: str) -> str:
 
 
 def test_the_presets_that_we_promise_are_there() -> None:
-    assert {"tiny", "demo", "L", "XL", "H", "3B", "L2"} <= {*PRESETS}
+    assert {"tiny", "demo", "L", "L-text", "XL", "H", "3B", "L2"} <= {*PRESETS}
     assert {"dit", "fixed_steps", "acdit", "pure_ar", "order_raster", "order_dilated"} < {*OVERLAYS}
 
 
@@ -144,7 +144,7 @@ def test_an_ablation_changes_the_order_alone(overlay) -> None:
         assert changed.order != base.order
 
 
-@pytest.mark.parametrize("name", ["L", "XL", "H", "3B", "L2", "512px"])
+@pytest.mark.parametrize("name", ["L", "L-text", "XL", "H", "3B", "L2", "512px"])
 def test_a_header_says_the_memory_that_is_estimated(name) -> None:
     comments = [line[1:].strip() for line in (CONFIGS / f"{name}.yaml").read_text().splitlines() if line[:1] == "#"]
     found = re.search(
@@ -190,6 +190,27 @@ def test_a_dry_run_tells_what_follows(capsys) -> None:
     # Three of the four blocks are clean: 4 + 192 + 256.
     assert "tokens a sequence: 452.0 in the mean, 452.0 with padding; lengths: 452\n" in acdit
     assert "lengths: 260\n" in dry_run([ABLATION, "ablations/dit"], [], capsys)
+
+
+def test_a_preset_learns_captions_both_ways(capsys) -> None:
+    """With the trunk and the recipe of L; what is assumed of captions that are not at hand is said."""
+    texts, plain = (configs.load(files(name)) for name in ("L-text", "L"))
+    assert (texts.model.depth, texts.model.design) == (plain.model.depth, plain.model.design)
+    assert (texts.order, texts.noise, texts.engine) == (plain.order, plain.noise, plain.engine)
+    assert dataclasses.replace(texts.train, text_loss_weight=plain.train.text_loss_weight) == plain.train
+    tasks = texts.data.tasks
+    assert tasks.class_to_image == texts.data.mirror_prob == 0
+    assert min(tasks.text_to_image, tasks.image_to_text, texts.train.text_loss_weight) > 0
+    shown = dry_run(["L-text"], [], capsys)
+    assert "captions: taken to have model.max_text_tokens = 128 tokens, since none is at hand\n" in shown
+    assert "tokens a sequence: 568.5 in the mean, with padding 640 at most\n" in shown
+    assert "tokenizer: not looked at, since data/in1kcap-tokenizer.json is no file of this machine\n" in shown
+    without = dry_run(["L-text"], ["data.tasks.image_to_text=0"], capsys)
+    of_head = 3 * 2 * 128 * 8192 * 1024 / 4  # of a quarter of the samples
+    shorter = dry_run(["L-text"], ["model.max_text_tokens=64"], capsys)
+    for other in (without, shorter):
+        less = float(number(shown, "training FLOPs")) - float(number(other, "training FLOPs"))
+        assert less > of_head / 2
 
 
 def test_a_preset_made_impossible_is_refused(capsys) -> None:

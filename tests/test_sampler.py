@@ -1,6 +1,7 @@
 """Generation: the cache against full recomputation, guidance, and independence of the batch."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from torch import Tensor
 
 from cfpretrain.core import ar as order
 from cfpretrain.core import sampler
+from cfpretrain.core.design import TRUNKS
 from cfpretrain.core.latents import take_tokens
 from cfpretrain.core.modalities import IMAGE, class_segment, image_segment
 from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.process import make_process
-from cfpretrain.core.segments import build_layout
+from cfpretrain.core.segments import build_layout, with_rotary_positions
 from cfpretrain.core.solvers import Solver
 from tests.closeness import disagreement
 from tests.test_model import image_of, small_model
@@ -33,7 +35,9 @@ def generate_without_cache(model: CausalFusion, sizes: Sequence[int], guidance: 
     """Every denoising step recomputes the whole training sequence, of which only the current AR step is read."""
     orders = sampler.sampling_orders(0, IDS, model.grid**2)
     draw = sampler.noise_by_image(0, IDS, model.patch_values)
-    layout = build_layout([class_segment(2), image_segment(order.steps_from_sizes(sizes)[None])])
+    in_steps = [class_segment(2), image_segment(order.steps_from_sizes(sizes)[None])]
+    layout = build_layout(in_steps)
+    of_class, of_image = (one.rotary_BL for one in with_rotary_positions(in_steps))
     num_clean = layout.num_clean[1]
     clean = torch.zeros(3, model.grid**2, model.patch_values)
     begin = 0
@@ -45,10 +49,12 @@ def generate_without_cache(model: CausalFusion, sizes: Sequence[int], guidance: 
             noised = torch.zeros_like(clean)
             noised[:, now] = x
             t = SOLVER.levels.times_T[left - 1].expand(3)
-            image = image_of(clean[:, :num_clean], noised, orders, t)
+            image = replace(image_of(clean[:, :num_clean], noised, orders, t), rotary_BL=of_image)
             null = torch.full_like(LABELS, model.null_class)
             cond, uncond = (
-                model([class_segment(2, labels), image], layout.intervals_BMI)[IMAGE][:, now]
+                model([replace(class_segment(2, labels), rotary_BL=of_class), image], layout.intervals_BMI)[IMAGE][
+                    :, now
+                ]
                 for labels in (LABELS, null)
             )
             epsilon = uncond + guidance * (cond - uncond)
@@ -75,6 +81,13 @@ def test_no_mask_is_made() -> None:
     generate(model, [4, 5], guidance=2.5)
     assert len(seen) == 1 + 4 + 1 + 4  # the class, and of two AR steps the denoising steps and what is made
     assert all(intervals is None for intervals in seen)
+
+
+@pytest.mark.parametrize("trunk", TRUNKS)
+def test_cache_equals_full_recomputation_in_every_trunk(trunk) -> None:
+    model = small_model(trunk=trunk, num_heads=4, num_kv_heads=2, head_width=6)
+    cached, plain = generate(model, [2, 1, 3, 3], 2.5), generate_without_cache(model, [2, 1, 3, 3], 2.5)
+    assert disagreement(cached, plain) < 1e-5
 
 
 @pytest.mark.parametrize("sizes", ["equal", "cosine"])

@@ -38,7 +38,7 @@ def make_batch(loss: DenoisingLoss, places: list[int], slots: list[list[bool]] |
     if slots is not None:
         draws = dataclasses.replace(draws, slots_B4=torch.tensor(slots))
     latents_BCYX = seeds.normal(seeds.fold(seeds.key(0, "latents"), ids_B), (1, 6, 6))
-    return loss.prepare(latents_BCYX, draws, dict.fromkeys(skipped, "it is bad"), [TEXTS[i] for i in places])
+    return loss.prepare(latents_BCYX, draws, skipped, [TEXTS[i] for i in places])
 
 
 def text_model() -> CausalFusion:

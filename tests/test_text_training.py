@@ -100,6 +100,50 @@ def test_ranks_and_micro_batches_change_no_loss(captioned: Path, run: Path, tmp_
     assert rows[-1]["loss_text"] < rows[0]["loss_text"]
 
 
+def drift(rows: list[dict[str, Any]], others: list[dict[str, Any]], name: str) -> float:
+    """The largest relative difference of a number of two runs."""
+    assert [row["num_text_values"] for row in rows] == [row["num_text_values"] for row in others]
+    return max(abs(row[name] / other[name] - 1) for row, other in zip(rows, others, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "stage"),
+    [
+        (4, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 3), (2, 0), (2, 1), (2, 2), (4, 0), (4, 3))),
+    ],
+)
+def test_ranks_differ_by_the_order_of_summation(captioned: Path, tmp_path: Path, num_ranks: int, stage: int) -> None:
+    """By no more than micro-batches of other sizes do on one rank, whose sums are of the same numbers too."""
+    longer = ("train.num_steps=24", "train.micro_batch_size=2", "checkpoint.every_steps=24")
+    made = train(captioned, tmp_path / "ranks", num_ranks, f"engine.zero_stage={stage}", *longer)
+    sizes = {}
+    for size in (2, 4, 16):
+        others = (*longer, f"train.micro_batch_size={size}", "engine.zero_stage=0")
+        sizes[size] = train(captioned, tmp_path / f"size_{size}", 1, *others)
+    for name in ("loss", "loss_image", "loss_text"):
+        of_rounding = max(drift(sizes[size], sizes[16], name) for size in (2, 4))
+        found = drift(made, sizes[16], name)
+        print(f"{name}: {found:.1e}, of rounding {of_rounding:.1e}")
+        assert 0 < of_rounding < 1e-4
+        assert found <= 3 * of_rounding, name
+
+
+@pytest.mark.slow
+def test_killed_runs_with_captions_end_as_one_left_alone(captioned: Path, tmp_path: Path) -> None:
+    """Killed three times at random under the launcher, it is bit-identical and no sample is lost or doubled."""
+    longer = ("train.num_steps=200", "checkpoint.every_steps=20", "guard.rank_timeout_seconds=60")
+    given = small_run(captioned / "shards", tmp_path / "unused", *knobs(captioned, *longer))
+    options = ["--kills=3", "--seed=2", f"--out={tmp_path / 'out'}", *given]
+    ended = run_alone("tools/crash_test.py", options, timeout_s=600)
+    assert ended.code == 0, ended.out + ended.err
+    found = json.loads(ended.out.splitlines()[-1])
+    assert (found["kills"], found["lost"], found["doubled"]) == (3, 0, 0)
+    assert found["loss_equal"]
+    assert found["weights_equal"]
+    assert found["ema_equal"]
+
+
 def test_a_resumed_run_has_the_same_losses_bit_by_bit(captioned: Path, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "again"
     shutil.copytree(run, folder)

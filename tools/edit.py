@@ -1,7 +1,8 @@
-"""Edits an image: a region of it is regenerated under a new class, the rest stays as context.
+"""Edits an image: a region of it is regenerated under a new class or text, the rest stays as context.
 
     python tools/edit.py runs/demo --image digit.png --region top --class 3 8
     python tools/edit.py runs/demo --generate 7 --region box:1,0,3,4 --class 2 --num-seeds 6 --out edit.png
+    python tools/edit.py runs/demo-text --image digit.png --region top --prompt "a bold narrow three" "a thin eight"
 
 No training is needed for it: what stays is clean context, like the tokens of an earlier AR step. These tokens come back
 bit for bit; pixels beside the region may change a little, since an autoencoder's decoder looks past a token's border,
@@ -29,7 +30,7 @@ from cfpretrain.evaluation.sampling_options import add_sampling_options, check_p
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cfpretrain.evaluation.generation import GenerationSettings
+    from cfpretrain.evaluation.generation import Condition, GenerationSettings, ImageGenerator
     from cfpretrain.evaluation.source import Source
 
 _REGION_COLOUR, _REGION_SHARE = "#2563a8", 0.65
@@ -44,13 +45,16 @@ def main() -> None:
     add("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--image", type=path_argument, metavar="FILE", help="an image of any size")
-    given.add_argument("--generate", metavar="CLASS", help="an image that the model makes first")
+    given.add_argument("--generate", metavar="CLASS",
+        help="an image that the model makes first; with --prompt, of a text")  # fmt: skip
     add("--region", required=True, help="what is regenerated: see below")
-    add("--class", dest="classes", nargs="+", required=True, metavar="CLASS",
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--class", dest="classes", nargs="+", metavar="CLASS",
         help="names or numbers (name:10 or index:10 where a word is both)")  # fmt: skip
+    asked.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts instead, for a model with texts")
     add("--background", metavar="COLOUR", default="white",
         help="behind what is transparent in --image: a name or '#rrggbb' (default white)")  # fmt: skip
-    add("--num-seeds", type=int, default=4, help="edits of each class (default 4)")
+    add("--num-seeds", type=int, default=4, help="edits of each class or text (default 4)")
     add("--out", type=path_argument, default=Path("edit.png"), help="the picture (default edit.png)")
     add("--images", type=path_argument, metavar="FOLDER", help="a new folder for the edited images alone")
     add_sampling_options(parser, batch_size=16)
@@ -77,8 +81,9 @@ def run(arguments: argparse.Namespace) -> None:
     with phase(f"loading {arguments.source}"):
         # Mistakes in names are found before the weights are read.
         source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
-        labels = [source.label_of(text) for text in arguments.classes for _ in range(arguments.num_seeds)]
-        generated = None if arguments.generate is None else source.label_of(arguments.generate)
+        conditions = [_condition(source, arguments, text) for text in arguments.classes or arguments.prompt]
+        generated = None if arguments.generate is None else _condition(source, arguments, arguments.generate)
+        marks = source.tokenizer.marks if source.tokenizer else None
         source.load()
         autoencoder = source.make_autoencoder()
     config, model = source.config, source.config.model
@@ -86,18 +91,24 @@ def run(arguments: argparse.Namespace) -> None:
     given = _read_image(arguments.image, source, autoencoder, image_size, background) if arguments.image else None
     region_L = read_region(arguments.region, model.grid, image_size, given.file_size if given else None)
     settings = read_settings(arguments, config, int(region_L.sum()))
-    original = given or _make_image(source, generated, autoencoder, settings)
+    conditions = [one for one in conditions for _ in range(arguments.num_seeds)]
+    generator = ImageGenerator(config, source.model, settings, source.device, marks)
+    original = given or _make_image(generator, generated, autoencoder)
     say(f"{int(region_L.sum())} of {model.num_tokens} tokens are regenerated: {settings}")
-    tokens_BLP = original.tokens.expand(len(labels), -1, -1)
-    with phase(f"making {len(labels)} edits"):
+    tokens_BLP = original.tokens.expand(len(conditions), -1, -1)
+    with phase(f"making {len(conditions)} edits"):
         # The original, where it was generated, has id 0.
-        generator = ImageGenerator(config, source.model, settings, device)
-        edited = generator.edit(tokens_BLP, region_L, labels, first_id=1)
+        edited = generator.edit(tokens_BLP, region_L, conditions, first_id=1)
         images = autoencoder.decode(unpatchify(edited, model.patch_size)).cpu()
     _draw(arguments, source, original, region_L, images, settings)
     if arguments.images is not None:
         _write_images(arguments.images, images, arguments.num_seeds)
-    say(f"{count(len(labels), 'edit')}: {arguments.out}" + (f" and {arguments.images}" if arguments.images else ""))
+    say(f"{count(len(conditions), 'edit')}: {arguments.out}" + (f" and {arguments.images}" if arguments.images else ""))
+
+
+def _condition(source: "Source", arguments: argparse.Namespace, text: str) -> "Condition":
+    """The class that a word means, or the tokens of a text."""
+    return source.label_of(text) if arguments.classes else source.tokens_of("--prompt", text)
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -124,11 +135,10 @@ class _Original:
 
 def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int, background: Any) -> _Original:
     from cfpretrain.core.latents import unpatchify
-    from cfpretrain.evaluation.editing import encode_tokens, read_crop
+    from cfpretrain.evaluation.editing import encode_tokens, image_channels, read_crop
 
     config = source.config
-    channels = autoencoder.image_channels if config.data.autoencoder else config.model.latent_channels
-    image, file_size = read_crop(path, image_size, channels == 1, background)
+    image, file_size = read_crop(path, image_size, image_channels(config, autoencoder) == 1, background)
     tokens = encode_tokens(config, autoencoder, image.to(source.device))
     decoded = None
     if config.data.autoencoder:
@@ -136,21 +146,19 @@ def _read_image(path: Path, source: "Source", autoencoder: Any, image_size: int,
     return _Original(image, tokens, decoded, file_size)
 
 
-def _make_image(source: "Source", label: int, autoencoder: Any, settings: "GenerationSettings") -> _Original:
+def _make_image(generator: "ImageGenerator", condition: "Condition | None", autoencoder: Any) -> _Original:
     import torch
 
     from cfpretrain.core.ar import equal_sizes
     from cfpretrain.core.latents import unpatchify
-    from cfpretrain.evaluation.generation import ImageGenerator
 
-    model = source.config.model
-    num_tokens = model.num_tokens
-    everywhere = torch.ones(num_tokens, dtype=torch.bool)
-    nothing = torch.zeros(1, num_tokens, model.patch_values)
-    settings = dataclasses.replace(settings, ar_step_sizes=equal_sizes(num_tokens, settings.num_ar_steps))
+    assert condition is not None
+    model, settings = generator.config.model, generator.settings
+    everywhere = torch.ones(model.num_tokens, dtype=torch.bool)
+    nothing = torch.zeros(1, model.num_tokens, model.patch_values)
+    settings = dataclasses.replace(settings, ar_step_sizes=equal_sizes(model.num_tokens, settings.num_ar_steps))
     with phase("making the image"):
-        generator = ImageGenerator(source.config, source.model, settings, source.device)
-        tokens = generator.edit(nothing, everywhere, [label])
+        tokens = dataclasses.replace(generator, settings=settings).edit(nothing, everywhere, [condition])
         return _Original(autoencoder.decode(unpatchify(tokens, model.patch_size)).cpu(), tokens)
 
 
@@ -172,12 +180,13 @@ def _draw(
     if original.decoded is not None:
         left["decoded"] = original.decoded.expand(-1, 3, -1, -1)
     left["region"] = tinted(original.image, region_L[None], _REGION_COLOUR, _REGION_SHARE)
+    names = arguments.prompt or [source.class_names[source.label_of(text)] for text in arguments.classes]
     by_class = images.expand(-1, 3, -1, -1).split(arguments.num_seeds)
     draw_grid(
         arguments.out,
         "--out",
         torch.cat([one for edits in by_class for one in (*left.values(), edits)]),
-        [f"-> {source.class_names[source.label_of(text)]}" for text in arguments.classes],
+        [f"-> {name}" for name in names],
         grid_title(f"{source.title}, region {arguments.region}", settings),
         cell_size=_CELL_SIZE,
         column_names=[*left, *(f"edit {i + 1}" for i in range(arguments.num_seeds))],

@@ -19,8 +19,10 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cfpretrain.base.command_line import Parser, add_config, add_local_rank, check_range
@@ -30,13 +32,14 @@ if TYPE_CHECKING:
     import torch
 
     from cfpretrain.base.config import Config
-    from cfpretrain.core.objective import Draws
+    from cfpretrain.core.objective import Batch, Draws
     from cfpretrain.training.encoding_cost import EncodingCost
 
 EXIT_DOES_NOT_FIT = 1
 GB = 1e9
 # Gloo's threads let go of what they reduced only after the result is there.
 _GLOO_SECONDS = 0.2
+_MOST_DRAWN = 100  # samples, among which there are those of all tasks
 
 
 def main() -> None:
@@ -155,17 +158,25 @@ def _rows(config: "Config", num_gpus: int, budget: int, encoding: "EncodingCost"
 
 
 def _print_table(config: "Config", rows: list[dict[str, Any]], arguments: argparse.Namespace, kind: str) -> None:
-    from cfpretrain.training.memory import longest_sequence, parameter_numels
+    from cfpretrain.run.sequences import longest
+    from cfpretrain.training.memory import parameter_numels
 
     num_gpus = arguments.num_gpus
     print(
         f"{sum(parameter_numels(config.model)):,} parameters in {config.engine.precision}; GPUs: {num_gpus} of "
         f"{arguments.gpu_memory_gb:g} GB, of which {arguments.reserve_gb:g} are reserved"
     )
+    lengths, micro_batch_size = longest(config), config.micro_batch_size(num_gpus)
     print(
-        f"micro-batches of {config.micro_batch_size(num_gpus)} x {longest_sequence(config)} tokens (the longest "
-        f"sequence), {config.accumulation_steps(num_gpus)} a step"
+        f"micro-batches of {micro_batch_size} x {lengths.computed} tokens (the longest sequence), "
+        f"{config.accumulation_steps(num_gpus)} a step"
     )
+    if lengths.learned_text:
+        logits = 4 * micro_batch_size * lengths.learned_text * config.model.vocabulary
+        print(
+            f"of them texts of model.max_text_tokens = {lengths.learned_text}, whose logits take {logits / GB:.2f} GB "
+            "of the activations, and of what is temporary twice as much"
+        )
     print(kind)
     print("GB on a GPU; host: host memory for each GPU")
     print()
@@ -254,7 +265,7 @@ def _measure(config: "Config", budget: int, as_json: bool) -> bool:
 
 
 def measure_step(config: "Config", device: "torch.device") -> tuple[int, int]:
-    """An optimizer step or two on synthetic latents, at the longest sequence.
+    """An optimizer step or two on synthetic latents and texts, at the longest sequence.
 
     Returns:
         The most bytes held when no forward or backward is under way, gradients included, and the most of all, on this
@@ -288,24 +299,37 @@ def _micro_batches(config: "Config", device: "torch.device") -> Iterator[None]:
 
     from cfpretrain.base import runtime
     from cfpretrain.run import build
+    from cfpretrain.run.sequences import FRAME
     from cfpretrain.training.ema import ShardedEMA
     from cfpretrain.training.engine import build_engine
+    from tools.measuring.common import with_words
 
     model = config.model
     blocks = build.choose_blocks(config, device.type)
     engine = build_engine(lambda: build.make_model(config, blocks), config, device)
     engine.initialise(build.initial_weights(config))
     ema = ShardedEMA(engine.fragments(), config.train.ema_decay, config.engine.ema_on_host)
-    loss = build.make_loss(config)
-    B = config.micro_batch_size(runtime.world_size())
-    ids_B, labels_B = torch.arange(B), torch.zeros(B, dtype=torch.int64)
+    with tempfile.TemporaryDirectory() as folder:
+        loss = build.make_loss(with_words(config, Path(folder)))
+
+    def make_batch(ids_B: torch.Tensor) -> "Batch":
+        B = len(ids_B)
+        latents_BCYX = torch.zeros(B, model.latent_channels, model.latent_size, model.latent_size)
+        drawn = loss.draw(0, 0, ids_B, torch.zeros(B, dtype=torch.int64), model.num_tokens, model.patch_values)
+        texts = [[0] * (model.max_text_tokens - FRAME)] * B if model.vocabulary else []
+        return loss.prepare(latents_BCYX, longest(drawn, config), (), texts)
+
+    # Samples of each kind that there is, the longest first.
+    kinds: dict[tuple[str, ...], tuple[int, int]] = {}
+    for i in range(_MOST_DRAWN if model.vocabulary else 1):
+        alone = make_batch(torch.tensor([i]))
+        kinds.setdefault(tuple(one.kind for one in alone.segments), (-alone.intervals_BMI.shape[1], i))
+    ids = itertools.cycle(i for _, i in sorted(kinds.values()))
+    ids_B = torch.tensor(list(itertools.islice(ids, config.micro_batch_size(runtime.world_size()))))
 
     def forward_and_backward() -> None:
         # Its tensors end with it, as those of the trainer's step do.
-        latents_BCYX = torch.zeros(B, model.latent_channels, model.latent_size, model.latent_size)
-        draws = longest(loss.draw(0, 0, ids_B, labels_B, model.num_tokens, model.patch_values), config)
-        terms = loss(engine, loss.prepare(latents_BCYX, draws).to(device))
-        engine.backward(loss.total(terms))
+        engine.backward(loss.total(loss(engine, make_batch(ids_B).to(device))))
 
     yield
     # Stage 3 fetches ahead from the second micro-batch on.

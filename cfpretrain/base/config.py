@@ -15,6 +15,7 @@ from cfpretrain.base.config_files import to_yaml as to_yaml
 from cfpretrain.base.config_files import without_texts as without_texts
 from cfpretrain.base.typed import Address, FilePath, Natural, NotNegative, Positive, Range, Share
 from cfpretrain.core import attention
+from cfpretrain.core.design import CHANGES, BlockDesign, make_design
 
 # What a run folder holds, and an export.
 CONFIG_FILE, CHECKPOINTS, INDEX_FILE = "config.yaml", "checkpoints", "model_index.json"
@@ -43,6 +44,20 @@ class ModelConfig:
     vocabulary: Annotated[int, Range(0, 1_000_000)] = 0  # token ids of texts, as data.tokenizer has; 0 = no texts
     max_text_tokens: Annotated[int, Range(2, 65536)] = 64  # of a text, the two that frame it among them
     max_segments: Annotated[int, Range(2, 4096)] = 2  # texts and images of a sample, which are told their places
+    # What a block computes (see core.design): the paper's, or a language model's.
+    trunk: Literal["causalfusion", "gpt2", "llama", "qwen3"] = "causalfusion"
+    # Of its blocks, in which models of one kind differ; 0, auto or nothing: as the kind has it.
+    num_kv_heads: Annotated[int, Range(0, 1024)] = 0  # heads with keys and values of their own; 0 = num_heads
+    head_width: Annotated[int, Range(0, 65536)] = 0  # 0 = width / num_heads
+    mlp_width: Annotated[int, Range(0, 262_144)] = 0  # inside of the MLP; 0 = 4 * width
+    mlp: Literal["auto", "gelu", "gelu_tanh", "swiglu"] = "auto"
+    norm_eps: Annotated[float, Range(0, 1)] = 0.0
+    rotary_base: NotNegative = 0.0  # of rotary positions
+    # Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
+    rotary_scaling: tuple[float, ...] = ()
+    separate_image_weights: bool = (
+        False  # images and classes have norms and matrices of their own beside those of texts
+    )
 
     @property
     def grid(self) -> int:
@@ -58,6 +73,21 @@ class ModelConfig:
     def patch_values(self) -> int:
         """Values of one token (P)."""
         return self.patch_size**2 * self.latent_channels
+
+    @property
+    def block_changes(self) -> dict[str, Any]:
+        """What the blocks have otherwise than others of their kind, as `core.design.make_design` takes it."""
+        return {name: getattr(self, name) for name in CHANGES if getattr(self, name) not in (0, False, "auto", ())}
+
+    @property
+    def design(self) -> BlockDesign:
+        """What a block computes, and its sizes."""
+        return make_design(self.trunk, self.width, self.num_heads, self.block_changes)
+
+    @property
+    def has_paper_blocks(self) -> bool:
+        """Whether a block computes what the paper's does."""
+        return self.design == make_design("causalfusion", self.width, self.num_heads)
 
 
 @dataclass(frozen=True)
@@ -128,6 +158,9 @@ class TrainConfig:
     text_drop_prob: Share = 0.1  # text_to_image without the text
     image_drop_prob: Share = 0.1  # image_to_text without the image
     text_loss_weight: NotNegative = 0.1  # of the mean over the tokens of texts, beside that over the values of images
+    # What stays as it is: the trunk; of texts, embeddings (and those of segments' places) and head. Both together are a
+    # language model, which then gives texts the same logits for good.
+    freeze: tuple[Literal["trunk", "text"], ...] = ()
     learning_rate: NotNegative = 8e-4
     warmup_steps: Natural = 25_000
     decay_steps: int = 0  # the last of num_steps, over which the learning rate falls to 0; 0 = constant
@@ -241,8 +274,9 @@ class Config:
 
         A config means the same sequences on every device, so a CPU pads them as a GPU does.
         """
-        head_width = self.model.width // self.model.num_heads
-        return self.engine.compile_blocks or attention.needs_padding(self.engine.attention, head_width)
+        return self.engine.compile_blocks or attention.needs_padding(
+            self.engine.attention, self.model.design.head_width
+        )
 
     def clean_token_multiple(self) -> int:
         """What the number of clean image tokens is padded up to a multiple of, resolved: 1 (no padding) to L."""

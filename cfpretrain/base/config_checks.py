@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from cfpretrain.base.config import Config, DataConfig, can_checkpoint, is_recorded
+from cfpretrain.base.config import Config, DataConfig, ModelConfig, can_checkpoint, is_recorded
 from cfpretrain.base.config_files import COMMAND_LINE, Origin
 from cfpretrain.base.console import UserError
 from cfpretrain.core import attention
@@ -126,10 +126,54 @@ def _check_model(config: Config) -> Iterable[str]:
         )
     if model.latent_size % model.patch_size:
         yield f"model.patch_size: expected a divisor of model.latent_size = {model.latent_size}, got {model.patch_size}"
-    if model.width % model.num_heads:
+    if model.width % model.num_heads and not model.head_width:
         yield f"model.num_heads: expected a divisor of model.width = {model.width}, got {model.num_heads}"
     if model.width % 4:
         yield f"model.width: expected a multiple of 4 (2-d sin-cos positions), got {model.width}"
+    yield from _check_design(model)
+    yield from _check_freeze(config)
+
+
+def _check_freeze(config: Config) -> Iterable[str]:
+    freeze = config.train.freeze
+    if "text" in freeze and not config.model.vocabulary:
+        yield "train.freeze: expected no text where a model has none, got text; leave it out, or set model.vocabulary"
+    separate = config.model.separate_image_weights
+    if "trunk" in freeze and config.train.optimizer == "muon" and not separate:
+        yield (
+            "train.optimizer: expected adamw where train.freeze has trunk, whose matrices are what muon moves, got muon"
+        )
+    if separate and not config.model.vocabulary:
+        yield (
+            "model.separate_image_weights: expected false where a model has no texts, got true; leave it out, or set "
+            "model.vocabulary"
+        )
+
+
+def _check_design(model: ModelConfig) -> Iterable[str]:
+    design = model.design
+    if design.num_heads % design.num_kv_heads:
+        yield (
+            f"model.num_kv_heads: expected a divisor of model.num_heads = {design.num_heads}, got {design.num_kv_heads}"
+        )
+    if design.rotary_base and design.head_width % 2:
+        yield (
+            f"model.head_width: expected an even number, since rotary positions turn pairs of values, got "
+            f"{design.head_width}"
+        )
+    if not design.rotary_scaling:
+        return
+    if not design.rotary_base:
+        yield (
+            f"model.rotary_scaling: expected none where a trunk ({model.trunk}) has no rotary positions; leave it out, "
+            "or set model.rotary_base"
+        )
+    values = design.rotary_scaling
+    if len(values) != 4 or not all(map(math.isfinite, values)) or not (min(values) > 0 and values[1] < values[2]):
+        yield (
+            "model.rotary_scaling: expected factor, low_freq_factor, high_freq_factor and "
+            f"original_max_position_embeddings, above 0 and the second below the third, got {list(values)}"
+        )
 
 
 def _check_order(config: Config) -> Iterable[str]:
@@ -169,12 +213,13 @@ def _check_engine(config: Config) -> Iterable[str]:
     if engine.attention not in attention.names("training"):
         yield f"engine.attention: expected one of {', '.join(attention.names('training'))}; got {engine.attention!r}"
         return
-    head_width = config.model.width // config.model.num_heads
-    backend = attention.BACKENDS.get(engine.attention)  # none for auto
-    if config.model.width % config.model.num_heads == 0 and backend and head_width not in backend.head_widths:
+    model, backend = config.model, attention.BACKENDS.get(engine.attention)  # none for auto
+    is_whole, head_width = model.head_width or model.width % model.num_heads == 0, model.design.head_width
+    if is_whole and backend and head_width not in backend.head_widths:
+        name = "model.head_width" if model.head_width else "model.width / model.num_heads"
         yield (
-            f"engine.attention: {engine.attention} needs heads of width {backend.widths}, got model.width / "
-            f"model.num_heads = {head_width}; change model.num_heads, or set engine.attention=sdpa"
+            f"engine.attention: {engine.attention} needs heads of width {backend.widths}, got {name} = {head_width}; "
+            f"change {name.split(' ')[-1]}, or set engine.attention=sdpa"
         )
     if not 0 <= engine.clean_token_multiple <= num_tokens:
         yield f"engine.clean_token_multiple: expected between 0 and {num_tokens}, got {engine.clean_token_multiple}"
@@ -255,6 +300,11 @@ def doubts(config: Config, origins: Mapping[str, Origin]) -> list[str]:
         found.append(
             f"data.mirror_prob: {config.data.mirror_prob:g} of the images are mirrored, and captions that say left or "
             "right are false of them; set 0 where some do"
+        )
+    if "text" in train.freeze and config.data.tasks.image_to_text:
+        found.append(
+            "train.freeze: with text, the tokens that frame texts stay as they began too, and a model may not learn "
+            "where a caption ends; set train.freeze=[trunk]"
         )
     return [*found, *_doubt_mirrors(config.data, origins)]
 

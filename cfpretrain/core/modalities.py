@@ -64,6 +64,11 @@ class Modality(ABC):
         None where these take all. It is embedded beside them; see `Network`.
         """
 
+    @classmethod
+    def projections_of(cls, segment: Segment) -> tuple[int, int]:
+        """`projections` of the tokens of a segment in training."""
+        return cls.projections
+
     @staticmethod
     def read(clean_BLD: Tensor, noised_BND: Tensor) -> Tensor:
         """Of what the trunk makes of the tokens of the kind, that from which the head predicts."""

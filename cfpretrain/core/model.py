@@ -1,27 +1,27 @@
 """The CausalFusion transformer: modalities around a trunk that takes (tokens, intervals, cache).
 
 A pre-norm decoder without adaLN: timesteps are added to the noised tokens, classes are condition tokens (section 3 of
-arXiv 2412.12095). What is particular to images or classes is in `modalities.py`.
+arXiv 2412.12095). Its block is in `block.py`; what is particular to images or classes is in `modalities.py`.
 
 Every parameter belongs to a module whose `forward` uses it, since ZeRO-3 gathers parameters only there.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from cfpretrain.core import seeds
-from cfpretrain.core.attention import Visibility, attend, compile_by_shape, make_visibility
+from cfpretrain.core.attention import make_visibility
+from cfpretrain.core.block import Block, BlockSettings, Routes, make_rotation, make_routes
+from cfpretrain.core.design import BlockDesign, make_design
 from cfpretrain.core.modalities import Classes, Images, Modality, Vectors, join, sincos_positions, take_pieces
-from cfpretrain.core.norm import layer_norm
-from cfpretrain.core.segments import Segment
-from cfpretrain.core.texts import Texts
+from cfpretrain.core.segments import Segment, join_rotary_positions
+from cfpretrain.core.texts import TEXT, Texts
 
 _EMBEDDING_STD = 0.02
 
@@ -63,6 +63,22 @@ class KeyValueCache:
         view._blocks = [None if kept is None else kept[:, :num_sequences] for kept in self._blocks]
         return view
 
+    def take(self, rows: Sequence[int | None], room: int) -> "KeyValueCache":
+        """See `Context.take`; those that have read nothing hold another's keys and values, which they do not see."""
+        held = [self.length] * (max(row or 0 for row in rows) + 1) if self.length_B is None else self.length_B.tolist()
+        lengths = [0 if row is None else held[row] for row in rows]
+        taken = KeyValueCache(len(self._blocks), max(lengths) + room)
+        taken.length = max(lengths)
+        for i, kept in enumerate(self._blocks):
+            if kept is None:
+                continue
+            own = kept.new_zeros(2, len(rows), kept.shape[2], taken._capacity, kept.shape[4])
+            places_B = torch.tensor([row or 0 for row in rows], device=kept.device)
+            own[:, :, :, : taken.length] = kept[:, places_B, :, : taken.length]
+            taken._blocks[i] = own
+            taken.length_B = torch.tensor(lengths, device=kept.device) if len(set(lengths)) > 1 else None
+        return taken
+
     def keep(self, num_tokens: int | Tensor) -> None:
         """Keeps the first tokens of the last call as context for the next ones: so many, or int64 [B] of each."""
         if isinstance(num_tokens, int) and self.length_B is None:
@@ -72,103 +88,49 @@ class KeyValueCache:
         self.length = int(self.length_B.max())
 
 
-# A block's keys and values [B, H, M, E] -> those of its context and these.
-ExtendContext = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
 # ---------------------------------------------------------------------------
 # The network
-
-
-class Attention(nn.Module):
-    """W_o [heads' softmax(q k^T / sqrt(E)) v] + b_o, where q and k have a LayerNorm over the head width E."""
-
-    def __init__(self, width: int, num_heads: int, fused_norm: bool) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = layer_norm(width // num_heads, fused_norm)
-        self.k_norm = layer_norm(width // num_heads, fused_norm)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None) -> Tensor:
-        q, k, v = self.qkv(x_BMD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        q, k = self.q_norm(q), self.k_norm(k)
-        if extend is not None:
-            k, v = extend(k, v)
-        return self.proj(attend(q, k, v, visibility).transpose(1, 2).flatten(2))
-
-
-class Mlp(nn.Module):
-    """W_2 gelu(W_1 x + b_1) + b_2, 4 D wide inside; gelu in its tanh approximation."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x_BMD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BMD), approximate="tanh"))
-
-
-@dataclass(frozen=True)
-class BlockSettings:
-    """How the blocks compute; what they compute is the same."""
-
-    attention: str = "sdpa"  # backend where the intervals say who sees whom (`attention.choose`)
-    sampling_attention: str = "sdpa"  # backend where everyone sees everything
-    compile: bool = False  # torch.compile each block in training
-    checkpoint_activations: bool = False  # keep only the blocks' inputs for the backward, compute the rest again
-    fused_norm: bool = False  # apex's LayerNorm (`norm.has_apex`); not with `compile`
-
-
-class Block(nn.Module):
-    """x <- x + Attention(norm1(x)), then x <- x + Mlp(norm2(x))."""
-
-    def __init__(self, width: int, num_heads: int, settings: BlockSettings) -> None:
-        super().__init__()
-        self.norm1 = layer_norm(width, settings.fused_norm)
-        self.attn = Attention(width, num_heads, settings.fused_norm)
-        self.norm2 = layer_norm(width, settings.fused_norm)
-        self.mlp = Mlp(width)
-        # One graph a length serves all blocks: they differ in their weights only.
-        self._compiled = compile_by_shape(self._compute) if settings.compile else None
-
-    def forward(self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None = None) -> Tensor:
-        if self._compiled is not None and torch.is_grad_enabled():
-            return self._compiled(x_BMD, visibility, extend)
-        # Sampling comes in too many lengths to compile.
-        return self._compute(x_BMD, visibility, extend)
-
-    def _compute(self, x_BMD: Tensor, visibility: Visibility, extend: ExtendContext | None) -> Tensor:
-        x_BMD = x_BMD + self.attn(self.norm1(x_BMD), visibility, extend)
-        return x_BMD + self.mlp(self.norm2(x_BMD))
 
 
 class Trunk(nn.Module):
     """The blocks."""
 
-    def __init__(self, width: int, depth: int, num_heads: int, settings: BlockSettings) -> None:
+    def __init__(self, design: BlockDesign, depth: int, settings: BlockSettings) -> None:
         super().__init__()
-        self.settings = settings
-        self.blocks = nn.ModuleList(Block(width, num_heads, settings) for _ in range(depth))
+        self.design, self.settings = design, settings
+        self.blocks = nn.ModuleList(Block(design, settings) for _ in range(depth))
 
-    def forward(self, x_BMD: Tensor, intervals_BMI: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        """Tokens through all blocks; arguments as of `Network.forward`. The cache is extended by all tokens."""
+    def forward(
+        self,
+        x_BMD: Tensor,
+        intervals_BMI: Tensor | None,
+        cache: KeyValueCache | None,
+        rotary_BM: Tensor | None = None,
+        routes: Routes | None = None,
+    ) -> Tensor:
+        """Tokens through all blocks; arguments as of `Network.forward`. The cache is extended by all tokens.
+
+        `rotary_BM` has the tokens' rotary positions, int64 [B or 1, M], where the design has such; `routes` say which
+        are of images, where these have weights of their own.
+        """
+        assert (rotary_BM is not None) == (self.design.rotary_base > 0), "positions for rotations, and none else"
         settings = self.settings
         backend = settings.sampling_attention if intervals_BMI is None else settings.attention
         if intervals_BMI is not None and cache is not None:
             backend = "sdpa"  # of few rows, in too many lengths to compile
         num_keys = x_BMD.shape[1] + (0 if cache is None else cache.length)
         visibility = make_visibility(intervals_BMI, num_keys, backend)
+        rotation = None if rotary_BM is None else make_rotation(self.design, rotary_BM, x_BMD.dtype)
         for i, block in enumerate(self.blocks):
             if cache is not None:
-                x_BMD = block(x_BMD, visibility, functools.partial(cache.extend, i))
+                x_BMD = block(x_BMD, visibility, functools.partial(cache.extend, i), rotation, routes)
             elif settings.checkpoint_activations and torch.is_grad_enabled():
                 # Nothing in a block is random: no state of a generator to keep.
-                x_BMD = checkpoint(block, x_BMD, visibility, use_reentrant=False, preserve_rng_state=False)
+                x_BMD = checkpoint(
+                    block, x_BMD, visibility, None, rotation, routes, use_reentrant=False, preserve_rng_state=False
+                )
             else:
-                x_BMD = block(x_BMD, visibility)
+                x_BMD = block(x_BMD, visibility, None, rotation, routes)
         return x_BMD
 
 
@@ -184,9 +146,8 @@ class Network(nn.Module):
     def __init__(
         self,
         modalities: Sequence[Modality],
-        width: int,
+        design: BlockDesign,
         depth: int,
-        num_heads: int,
         blocks: BlockSettings | None = None,
         max_segments: int = 0,  # of a sample, that are told their places among its segments; 0: none is told
     ) -> None:
@@ -195,11 +156,16 @@ class Network(nn.Module):
         self.modalities = {one.kind: one for one in modalities}
         for one in modalities:
             self.add_module(f"{one.kind}_embedder", one.embedder)
-        self.ordinal_table = nn.Embedding(max_segments, width) if max_segments else None
-        self.trunk = Trunk(width, depth, num_heads, blocks or BlockSettings())
+        self.ordinal_table = nn.Embedding(max_segments, design.width) if max_segments else None
+        self.trunk = Trunk(design, depth, blocks or BlockSettings())
         for one in modalities:
             if one.head is not None:
                 self.add_module(one.head_name, one.head)
+
+    @property
+    def has_rotary(self) -> bool:
+        """Whether tokens are told rotary positions (`Segment.rotary_BL`)."""
+        return self.trunk.design.rotary_base > 0
 
     def forward(
         self,
@@ -238,7 +204,11 @@ class Network(nn.Module):
         sequence = [entering[i] for i in sorted(entering) if sizes[i]]
         if torch.is_grad_enabled():
             sequence += [part.reshape(len(sequence[0]), 0, part.shape[-1]) for part in empty]
-        made = list(take_pieces(self._through_trunk(join(sequence), intervals_BMI, cache, place_BM), sizes))
+        rotary_BM = join_rotary_positions(segments, sizes) if self.has_rotary else None
+        kinds = zip([*segments, *segments], sizes, strict=True) if self.trunk.design.separate_image_weights else ()
+        is_image = [one.kind != TEXT for one, size in kinds for _ in range(size)]
+        made_BND = self._through_trunk(join(sequence), intervals_BMI, cache, place_BM, rotary_BM, is_image)
+        made = list(take_pieces(made_BND, sizes))
         learned = [i for i, one in enumerate(segments) if one.targets is not None]
         predictions: dict[str, Tensor] = {}
         for kind, of_kind in places.items():
@@ -268,14 +238,29 @@ class Network(nn.Module):
         return [] if told else [vectors_BND]
 
     def _through_trunk(
-        self, given_BND: Tensor, intervals_BMI: Tensor | None, cache: KeyValueCache | None, place_BM: Tensor | None
+        self,
+        given_BND: Tensor,
+        intervals_BMI: Tensor | None,
+        cache: KeyValueCache | None,
+        place_BM: Tensor | None,
+        rotary_BM: Tensor | None,
+        is_image: Sequence[bool],
     ) -> Tensor:
         """What the trunk makes of tokens, each of which goes to its place and comes back from it; 0 for one without."""
+        routes = self._find_routes(given_BND, place_BM, is_image) if self.trunk.design.separate_image_weights else None
         if place_BM is None:
-            return self.trunk(given_BND, intervals_BMI, cache)
+            return self.trunk(given_BND, intervals_BMI, cache, rotary_BM, routes)
         places_BMD = place_BM.unsqueeze(-1).expand(-1, -1, given_BND.shape[-1])
-        made_BMD = self.trunk(given_BND.gather(1, places_BMD), intervals_BMI, cache)
+        if rotary_BM is not None:
+            rotary_BM = rotary_BM.expand(len(place_BM), -1).gather(1, place_BM)
+        made_BMD = self.trunk(given_BND.gather(1, places_BMD), intervals_BMI, cache, rotary_BM, routes)
         return torch.zeros_like(given_BND).scatter(1, places_BMD, made_BMD)
+
+    @staticmethod
+    def _find_routes(given_BND: Tensor, place_BM: Tensor | None, is_image: Sequence[bool]) -> Routes:
+        is_image_N = torch.tensor(is_image).to(given_BND.device, non_blocking=True)
+        is_image_BM = is_image_N.expand(len(given_BND), -1) if place_BM is None else is_image_N[place_BM]
+        return make_routes(is_image_BM, sum(is_image), len(is_image) - sum(is_image))
 
     def _embed(self, segments: Sequence[Segment]) -> dict[str, Vectors]:
         device = next(iter(segments[0].tensors().values())).device
@@ -302,18 +287,33 @@ class CausalFusion(Network):
         num_cond_tokens: int,  # Q
         num_classes: int,  # without the null class
         learnable_positions: bool = True,  # else fixed 2-d sin-cos
+        trunk_kind: str = "causalfusion",  # what its blocks compute: one of `design.TRUNKS`
+        block_changes: Mapping[str, Any] | None = None,  # as of `make_design`
         blocks: BlockSettings | None = None,
         vocabulary: int = 0,
         max_text_tokens: int = 0,  # of one text
         max_segments: int = 0,  # see `Network`
     ) -> None:
+        design = make_design(trunk_kind, width, num_heads, block_changes)
         images = Images(grid, patch_values, width, learnable_positions)
         classes = Classes(num_classes, num_cond_tokens, width)
-        texts = [Texts(vocabulary, max_text_tokens, width)] if vocabulary else []
-        super().__init__([images, classes, *texts], width, depth, num_heads, blocks, max_segments)
+        texts = [Texts(vocabulary, max_text_tokens, design)] if vocabulary else []
+        super().__init__([images, classes, *texts], design, depth, blocks, max_segments)
         self.grid, self.patch_values = grid, patch_values
         self.num_cond_tokens, self.num_classes = num_cond_tokens, num_classes
         self.null_class = num_classes  # the label that stands for "no class"
+
+
+_FROZEN = {"trunk": ("trunk.",), "text": ("text_embedder.", "text_head.", "ordinal_table.")}
+
+
+def is_frozen(name: str, parts: Collection[str]) -> bool:
+    """Whether a parameter is of these parts of a model, which together give a text without images its logits.
+
+    They are "trunk", but for separate weights of images in its blocks; and "text", the embedder and the head of texts
+    with the vectors of segments' places, which are added to a text too.
+    """
+    return any(name.startswith(_FROZEN[part]) for part in parts) and ".image." not in name
 
 
 # ---------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from cfpretrain.core.ar import ARSettings, ar_weights, draw_orders
 from cfpretrain.core.latents import patchify, take_tokens
 from cfpretrain.core.modalities import IMAGE, LossTerms, class_segment, count_values, loss_of
 from cfpretrain.core.process import NoiseProcess
-from cfpretrain.core.segments import Segment, build_layout
+from cfpretrain.core.segments import Segment, build_layout, with_rotary_positions
 from cfpretrain.core.tasks import Tasks
 from cfpretrain.core.work import Work, count_work
 
@@ -124,6 +124,7 @@ class DenoisingLoss:
     label_drop_prob: float  # of being trained as it
     seed: int  # the run's
     clean_multiple: int = 1  # clean tokens are padded up to a multiple of it; see `build_layout`
+    has_rotary: bool = False  # the trunk has rotary positions
     tasks: Tasks | None = None  # None: all samples are trained as images of their classes
     weights: Mapping[str, float] = field(default_factory=dict)  # of a kind's loss beside those of others; without: 1
 
@@ -188,7 +189,8 @@ class DenoisingLoss:
         layout = build_layout(segments, self.clean_multiple, ar.shares_split)
         work = count_work(segments, layout, len(latents_BCYX))
         num_clean, intervals_BMI, place_BM = layout.num_clean, layout.intervals_BMI, layout.place_BM
-        return Batch(draws.step, draws.ids_B, segments, num_clean, intervals_BMI, place_BM, work)
+        placed = tuple(with_rotary_positions(segments)) if self.has_rotary else segments
+        return Batch(draws.step, draws.ids_B, placed, num_clean, intervals_BMI, place_BM, work)
 
     def __call__(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, LossTerms]:
         """The losses of a micro-batch that lies on the model's device, by kind."""

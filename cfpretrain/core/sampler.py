@@ -151,7 +151,8 @@ def generate_image(
         tokens_BLP.scatter_(1, positions_BN.unsqueeze(-1).expand_as(step_BNP), step_BNP)
         if begin < L or is_read:
             clean_BNP, places_BN = step_BNP.repeat(copies, 1, 1), positions_BN.repeat(copies, 1)
-            context.read(Segment(IMAGE, clean=clean_BNP, positions_BL=places_BN, ordinal_B=ordinal_B))
+            read = Segment(IMAGE, clean=clean_BNP, positions_BL=places_BN, ordinal_B=ordinal_B)
+            context.read(read, goes_on=begin < L)
     assert tokens_BLP is not None
     return tokens_BLP
 

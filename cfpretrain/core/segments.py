@@ -51,6 +51,7 @@ class Segment:
     noised: Tensor | None = None  # float32 [B, L, P]
     positions_BL: Tensor | None = None  # int64, a token's place: in its text, or row * grid + column of its image
     ordinal_B: Tensor | None = None  # int64, the segment's place among those of its sample; None: it is told none
+    rotary_BL: Tensor | None = None  # int64, its rotary position, clean or noised, where the trunk has such
     times_B: Tensor | None = None  # that the noised tokens are told
     targets: Tensor | None = None  # what is to be predicted, as the modality has it
     weights_BL: Tensor | None = None  # float32, of the tokens in the loss
@@ -253,3 +254,47 @@ def visible_keys(intervals_BMI: Tensor) -> Tensor:
     """How many keys each row sees: int64 [B, M]."""
     prefix_begin, prefix_end, own_begin, own_end = intervals_BMI.long().unbind(-1)
     return prefix_end - prefix_begin + own_end - own_begin
+
+
+# ---------------------------------------------------------------------------
+# Rotary positions
+
+
+def with_rotary_positions(segments: Sequence[Segment]) -> list[Segment]:
+    """The segments of a sample with the rotary positions of their tokens: how many AR steps come before a token's own.
+
+    A noised segment counts as one step, whatever its split. So each token of a text is a position further than the one
+    before, as in a language model, and all tokens of an image stand at one (as in BAGEL, arXiv 2505.14683): within it
+    the embedded positions say where they are. Tokens that a sample lacks count for nothing.
+    """
+    found = []
+    begin_B1 = torch.zeros(1, 1, dtype=torch.int64)
+    for one in segments:
+        rotary_BL, begin_B1 = rotary_positions(one, begin_B1)
+        found.append(dataclasses.replace(one, rotary_BL=rotary_BL))
+    return found
+
+
+def rotary_positions(segment: Segment, begin_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """The rotary positions of a segment's tokens [B or 1, L], and that of what follows [B or 1, 1]; from `begin_B1`."""
+    assert segment.steps_BL is not None
+    steps_BL = torch.zeros_like(segment.steps_BL[:1]) if segment.is_noised else segment.steps_BL
+    if segment.is_padding_BL is not None:
+        steps_BL = torch.where(segment.is_padding_BL, -1, steps_BL).cummax(1).values
+    num_begun_BL = (steps_BL.diff(dim=1, prepend=torch.full_like(steps_BL[:, :1], -1)) > 0).cumsum(1)
+    return begin_B1 + (num_begun_BL - 1).clamp(min=0), begin_B1 + num_begun_BL[:, -1:]
+
+
+def join_rotary_positions(segments: Sequence[Segment], sizes: Sequence[int]) -> Tensor:
+    """The rotary positions of a sequence, int64 [B or 1, M].
+
+    Args:
+        segments: in order.
+        sizes: how many clean tokens of each stand in the sequence, and then how many noised ones of each.
+    """
+    parts = []
+    for one, size in zip([*segments, *segments], sizes, strict=True):
+        if size:
+            assert one.rotary_BL is not None, f"a trunk with rotary positions needs those of each {one.kind}"
+            parts.append(one.rotary_BL[:, :size])
+    return _cat(parts)

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cfpretrain.core.design import BlockDesign
 from cfpretrain.core.modalities import MODALITIES, LossTerms, Modality, Vectors, count_values, join
-from cfpretrain.core.norm import layer_norm
+from cfpretrain.core.norm import make_norm
 from cfpretrain.core.segments import Segment
 
 TEXT = "text"
@@ -63,25 +64,26 @@ def text_segment(ids_BT: Tensor, length_B: Tensor | None = None, is_learned_B: T
 class TextEmbedder(nn.Module):
     """A token -> its vector, plus that of its place in the text."""
 
-    def __init__(self, vocabulary: int, max_tokens: int, width: int) -> None:
+    def __init__(self, vocabulary: int, max_tokens: int, design: BlockDesign) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(vocabulary, width)
-        self.position_table = nn.Embedding(max_tokens, width)
+        self.embedding_table = nn.Embedding(vocabulary, design.width)
+        self.position_table = None if design.rotary_base else nn.Embedding(max_tokens, design.width)
 
     def forward(self, segments: Sequence[Segment]) -> Vectors:
         """The clean vectors of all tokens of all segments."""
         ids_BT = join([one.clean for one in segments if one.clean is not None])
         places_BT = join([one.positions_BL for one in segments if one.positions_BL is not None])
-        return self.embedding_table(ids_BT) + self.position_table(places_BT), None
+        vectors_BTD = self.embedding_table(ids_BT)
+        return vectors_BTD if self.position_table is None else vectors_BTD + self.position_table(places_BT), None
 
 
 class TextHead(nn.Module):
     """Vectors h of tokens -> W norm(h) [B, T, V], the logits of the tokens behind them."""
 
-    def __init__(self, width: int, vocabulary: int) -> None:
+    def __init__(self, design: BlockDesign, vocabulary: int) -> None:
         super().__init__()
-        self.norm = layer_norm(width)
-        self.linear = nn.Linear(width, vocabulary, bias=False)
+        self.norm = make_norm(design.norm, design.width, design.norm_eps)
+        self.linear = nn.Linear(design.width, vocabulary, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.linear(self.norm(x_BTD))
@@ -93,8 +95,13 @@ class Texts(Modality):
     kind, head_name = TEXT, "text_head"
     projections = (1, 0)  # out; the way in is a table
 
-    def __init__(self, vocabulary: int, max_tokens: int, width: int) -> None:
-        super().__init__(TextEmbedder(vocabulary, max_tokens, width), TextHead(width, vocabulary))
+    def __init__(self, vocabulary: int, max_tokens: int, design: BlockDesign) -> None:
+        super().__init__(TextEmbedder(vocabulary, max_tokens, design), TextHead(design, vocabulary))
+
+    @classmethod
+    def projections_of(cls, segment: Segment) -> tuple[int, int]:
+        """None of a text that is only given: no logits are made of it."""
+        return (0, 0) if segment.targets is None else cls.projections
 
     def empty_segment(self, given: Sequence[Segment], device: torch.device) -> Segment | None:
         """Of no tokens."""
@@ -112,8 +119,10 @@ class Texts(Modality):
         targets_BT = join([one.targets for one in segments if one.targets is not None])
         weights_BT = join([one.weights_BL for one in segments if one.weights_BL is not None])
         # Of padding too, at the weight 0: to leave it out, the host would wait for a GPU.
-        error_BT = F.cross_entropy(prediction_BTV.float().transpose(1, 2), targets_BT, reduction="none")
-        return LossTerms((error_BT * weights_BT).sum(), count_values(segments)[TEXT], prediction_BTV.new_empty(0))
+        error_N = F.cross_entropy(prediction_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
+        return LossTerms(
+            (error_N * weights_BT.flatten()).sum(), count_values(segments)[TEXT], prediction_BTV.new_empty(0)
+        )
 
 
 MODALITIES[TEXT] = Texts

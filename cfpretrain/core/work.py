@@ -38,7 +38,7 @@ def count_work(segments: Sequence[Segment], layout: Layout, batch_size: int = 1)
     useful = F.pad(useful_BN.sum(0).cumsum(0), (1, 0))[list(ends)].tolist()
     projections = dict.fromkeys(MODALITIES, 0)
     for i, (one, (before, after)) in enumerate(zip([*segments, *noised], itertools.pairwise(useful), strict=True)):
-        of_clean, of_noised = MODALITIES[one.kind].projections
+        of_clean, of_noised = MODALITIES[one.kind].projections_of(one)
         projections[one.kind] += per_row * (after - before) * (of_clean if i < len(segments) else of_noised)
     num_visible = int((visible_keys(layout.intervals_BMI) * is_useful_BM).sum())
     return Work(per_row * useful[-1], per_row * num_visible, projections)
@@ -76,7 +76,7 @@ def expected_work(segments: Sequence[Segment], ar: ARSettings) -> Work:
             num_more = L - last
             tokens += num_more
             visible += num_before * num_more + squares - L * last
-            projections[one.kind] += MODALITIES[one.kind].projections[0] * num_more
+            projections[one.kind] += MODALITIES[one.kind].projections_of(one)[0] * num_more
         num_before += one.num_tokens
     return Work(tokens, visible, projections)
 

@@ -43,7 +43,8 @@ def write_texts(
     """
     device, copies = keys_B.device, 1 if guidance == 1 else 2
     texts = [[marks.begin, *prefix] for prefix in prefixes]
-    logits_BV, length_B = _read_beginnings(context, texts, marks.pad, copies, ordinal_B, device)
+    logits_BV, length_B = read_texts(context, texts * copies, marks.pad, device, ordinal_B)
+    length_B = length_B[: len(texts)]
     is_open_B = torch.ones(len(texts), dtype=torch.bool, device=device)
     written = []
     while is_open_B.any():
@@ -66,26 +67,27 @@ def write_texts(
     return texts
 
 
-def _read_beginnings(
+def read_texts(
     context: Context,
     texts: Sequence[Sequence[int]],
     pad: int,
-    copies: int,
-    ordinal_B: Tensor | None,
     device: torch.device,
+    ordinal_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reads how texts begin; the logits of each one's next token [copies * B, V], and its length [B]."""
+    """Reads texts, of which some may be empty: the logits of each one's next token [B, V], and its length, int64 [B].
+
+    Arguments as of `write_texts`, but that texts have the tokens that frame them.
+    """
     ids_BT, length_B = pad_texts(texts, pad)
     is_ragged = len(set(length_B.tolist())) > 1
-    segment = text_segment(ids_BT.repeat(copies, 1), length_B.repeat(copies) if is_ragged else None)
+    segment = text_segment(ids_BT, length_B if is_ragged else None)
     assert segment.clean is not None
     assert segment.positions_BL is not None
     clean, positions_BL = segment.clean.to(device), segment.positions_BL.to(device)
     segment = dataclasses.replace(segment, clean=clean, positions_BL=positions_BL, ordinal_B=ordinal_B)
     logits_BTV = context.read(segment)[TEXT]
     length_B = length_B.to(device)
-    rows_B = torch.arange(len(logits_BTV), device=device)
-    return logits_BTV[rows_B, length_B.repeat(copies) - 1], length_B
+    return logits_BTV[torch.arange(len(texts), device=device), length_B - 1], length_B
 
 
 def _guide(logits_BV: Tensor, scale: float) -> Tensor:

@@ -1,12 +1,14 @@
-"""Inputs of editing: image and mask files -> tokens and regions."""
+"""Image and mask files -> tokens and regions, for editing, captions and samples that go on."""
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cfpretrain.autoencoder import KLAutoencoder
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core.latents import patchify
@@ -26,7 +28,9 @@ from cfpretrain.run.build import Autoencoder, make_scaling
 _WHITE = 128  # of 255; from here on a mask's pixel is taken for white
 
 
-def read_crop(path: Path, image_size: int, is_grey: bool, background: Colour = WHITE) -> tuple[Tensor, tuple[int, int]]:
+def read_crop(
+    path: Path, image_size: int, is_grey: bool, background: Colour = WHITE, option: str = "--image"
+) -> tuple[Tensor, tuple[int, int]]:
     """ADM's centre crop of an image file as viewers show it, turned upright by its EXIF; says what it loses.
 
     Args:
@@ -34,6 +38,7 @@ def read_crop(path: Path, image_size: int, is_grey: bool, background: Colour = W
         image_size: pixels a side of the crop.
         is_grey: of one channel instead of RGB.
         background: behind transparent pixels.
+        option: that gave it, for messages.
 
     Returns:
         float32 [1, C, Y, X] in [0, 1], and (width, height) of the file.
@@ -42,11 +47,32 @@ def read_crop(path: Path, image_size: int, is_grey: bool, background: Colour = W
         changes: Counter[str] = Counter()
         image = read_image(read_file(path), is_grey, background, is_upright=True, changes=changes)
         for line in describe_changes(changes, background, image_size):
-            say(f"--image: {line}")
+            say(f"{option}: {line}")
         pixels = np.asarray(centre_crop(image, image_size), np.float32) / 255
     except RejectedImageError as error:
-        raise UserError(f"--image: {path}: {error}; give an image file such as PNG or JPEG") from error
+        raise UserError(f"{option}: {path}: {error}; give an image file such as PNG or JPEG") from error
     return torch.from_numpy(pixels.reshape(1, image_size, image_size, -1)).permute(0, 3, 1, 2), image.size
+
+
+def image_channels(config: Config, autoencoder: Autoencoder) -> int:
+    """Of the images that become a model's latents."""
+    if isinstance(autoencoder, KLAutoencoder):
+        return autoencoder.image_channels
+    return config.model.latent_channels
+
+
+def read_tokens(
+    paths: Sequence[Path],
+    config: Config,
+    autoencoder: Autoencoder,
+    device: torch.device,
+    background: Colour = WHITE,
+    option: str = "--image",
+) -> tuple[Tensor, Tensor]:
+    """Image files -> crops as of `read_crop` [B, C, Y, X], and their tokens as of `encode_tokens` [B, L, P]."""
+    size, is_grey = config.model.latent_size * autoencoder.stride, image_channels(config, autoencoder) == 1
+    crops_BCYX = torch.cat([read_crop(path, size, is_grey, background, option)[0] for path in paths])
+    return crops_BCYX, encode_tokens(config, autoencoder, crops_BCYX.to(device))
 
 
 def encode_tokens(config: Config, autoencoder: Autoencoder, images_BCYX: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ Floats = npt.NDArray[np.float64]
 
 _BLUE, _RED = "#2563a8", "#d1495b"
 _DOTS_PER_INCH = 130
+_LOSS_OF = "loss_"  # in the key of a kind's loss
+_UNITS = {"image": "mean weighted squared error", "text": "-log p of a token, mean"}
 # So few values are drawn as dots: there is nothing to smooth.
 _FEW = 12
 
@@ -45,7 +47,8 @@ def curves(
 ) -> None:
     """Writes loss, gradient norm, learning rate and speed over the steps, and a score below them, as one PNG.
 
-    Loss and gradient norm leave a gap and a mark where they are not finite; skipped steps are marked.
+    Where several kinds of tokens are learned, the loss of each is there too, before its weight in the whole. Loss and
+    gradient norm leave a gap and a mark where they are not finite; skipped steps are marked.
 
     Args:
         path: the PNG; its folder must exist.
@@ -55,11 +58,18 @@ def curves(
     """
     rows = sorted((row for row in metrics if row.get("step") is not None), key=lambda row: row["step"])
     steps = np.array([row["step"] for row in rows], dtype=np.float64)
-    names: list[Any] = [["loss", "norm"], ["rate", "speed"]] + [["score", "score"]] * (score is not None)
+    by_kind = sorted({key for row in rows for key in row if key.startswith(_LOSS_OF)})
+    names = [["loss", "norm"], *([by_kind] if by_kind else []), ["rate", "speed"], *([["score"]] if score else [])]
+    width = math.lcm(*map(len, names))
+    mosaic: list[Any] = [[name for name in row for _ in range(width // len(row))] for row in names]
     figure = make_figure(11, 3.4 * len(names), title)
-    panels = figure.subplot_mosaic(names, sharex=True)
+    panels = figure.subplot_mosaic(mosaic, sharex=True)
     loss, norm, rate, speed = (panels[name] for name in ("loss", "norm", "rate", "speed"))
-    _curve(loss, steps, _column(rows, "loss"), "loss", "mean weighted squared error")
+    unit = "weighted sum of those below" if by_kind else _UNITS["image"]
+    _curve(loss, steps, _column(rows, "loss"), "loss", unit)
+    for key in by_kind:
+        kind = key.removeprefix(_LOSS_OF)
+        _curve(panels[key], steps, _column(rows, key), f"loss of the {kind}s", _UNITS.get(kind, ""))
     _curve(norm, steps, _column(rows, "grad_norm"), "gradient norm", "L2 norm before clipping")
     _plain_curve(rate, steps, _column(rows, "learning_rate"), "learning rate", "learning rate")
     _plain_curve(speed, steps, _column(rows, "images_per_second"), "speed", "images / s, all ranks together")

@@ -13,10 +13,12 @@ from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.outputs import whole_or_nothing
+from cfpretrain.core.continuation import Drawing, generate_behind_texts
 from cfpretrain.core.latents import take_tokens, unpatchify
 from cfpretrain.core.regions import kept_first
 from cfpretrain.core.sampler import Guidance, Model, Watch, generate, noise_by_image, sampling_orders
 from cfpretrain.core.solvers import Solver
+from cfpretrain.core.texts import Marks
 from cfpretrain.evaluation.pictures import false_colours, sample_grid, to_rgb
 from cfpretrain.run.build import Autoencoder, make_autoencoder, make_noise_process
 
@@ -27,7 +29,7 @@ class GenerationSettings:
 
     ar_step_sizes: Sequence[int]  # tokens of each AR step
     num_denoising_steps: int  # levels that each AR step runs through
-    guidance: Guidance  # towards the class
+    guidance: Guidance  # towards the class or the text
     batch_size: int  # images a forward on one rank
     seed: int  # of noise and orders
     solver: str = "ddpm"
@@ -49,7 +51,7 @@ class GenerationSettings:
 
 
 def plan_of(config: Config, weights: str, autoencoder: str, settings: GenerationSettings) -> dict[str, Any]:
-    """All that generated images depend on besides their classes, JSON-able; `weights` and `autoencoder` are hashes."""
+    """All that images depend on besides classes and texts, JSON-able; `weights` and `autoencoder` are hashes."""
     return {
         "weights": weights,
         "autoencoder": autoencoder,
@@ -59,6 +61,8 @@ def plan_of(config: Config, weights: str, autoencoder: str, settings: Generation
     }
 
 
+# What an image is made of: a class, or the tokens of a text.
+Condition = int | Sequence[int]
 # Latents as the model sees them -> images [B, 1 or 3, Y, X], 0 black and 1 white.
 Decode = Callable[[Tensor], Tensor]
 
@@ -122,34 +126,35 @@ class ImageGenerator:
     model: Model
     settings: GenerationSettings
     device: torch.device  # of the model
+    marks: Marks | None = None  # of a model with texts
 
     def images(
-        self, labels: Sequence[int], decode: Decode | None = None, on_step: Callable[[], None] = lambda: None
+        self, conditions: Sequence[Condition], decode: Decode | None = None, on_step: Callable[[], None] = lambda: None
     ) -> Tensor:
-        """One image for each label, float32 [len(labels), C, Y, X] on the CPU of every rank; for sets that are small.
+        """An image of each condition, float32 [len(conditions), C, Y, X] on the CPU of every rank; for small sets.
 
         Arguments as `batches`.
         """
-        mine = list(self.batches(labels, decode, on_step=on_step))
+        mine = list(self.batches(conditions, decode, on_step=on_step))
         batches = [batch for made in runtime.gather(mine) for batch in made]
         ids, images = (torch.cat(part) for part in zip(*batches, strict=True))
         return images[ids.argsort()]
 
     def batches(
         self,
-        labels: Sequence[int],
+        conditions: Sequence[Condition],
         decode: Decode | None = None,
         numbers: Sequence[int] | None = None,
         on_step: Callable[[], None] = lambda: None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """One image for each label; image i has id i, which fixes its noise and order.
+        """One image of each condition; image i has id i, which fixes its noise and order.
 
         The images are cut into batches of equal size, dealt to the ranks in turn. The last one is filled up, and where
         batches run out some are made twice, so that every rank runs the same number of forwards (ZeRO-3 would hang
         otherwise) and no image depends on the number of ranks; the surplus is not given out.
 
         Args:
-            labels: the class of each image.
+            conditions: the class of each image, or the text of each.
             decode: makes images of latents; None: the config's autoencoder.
             numbers: of the batches to make; None: all.
             on_step: called after every denoising step.
@@ -159,7 +164,7 @@ class ImageGenerator:
         """
         settings = self.settings
         decode = decode or make_autoencoder(self.config, self.device).decode
-        numbers = range(settings.num_batches(len(labels))) if numbers is None else numbers
+        numbers = range(settings.num_batches(len(conditions))) if numbers is None else numbers
 
         def watch(_: int, num_steps_left: int, *__: Tensor) -> None:
             if num_steps_left < settings.num_denoising_steps:
@@ -170,34 +175,49 @@ class ImageGenerator:
             place = first + runtime.rank()
             number = numbers[min(place, len(numbers) - 1)]
             ids_B = torch.arange(number * settings.batch_size, (number + 1) * settings.batch_size)
-            labels_B = torch.tensor([labels[min(i, len(labels) - 1)] for i in ids_B.tolist()])
-            tokens_BLP = self._make_tokens(labels_B, ids_B, self._orders(ids_B), watch=watch)
+            own = [conditions[min(i, len(conditions) - 1)] for i in ids_B.tolist()]
+            tokens_BLP = self._make_tokens(own, ids_B, self._orders(ids_B), watch=watch)
             images_BCYX = decode(unpatchify(tokens_BLP, self.config.model.patch_size)).cpu()
             if place < len(numbers):
-                is_wanted_B = ids_B < len(labels)
+                is_wanted_B = ids_B < len(conditions)
                 yield ids_B[is_wanted_B], images_BCYX[is_wanted_B]
 
-    def edit(self, tokens_BLP: Tensor, region_L: Tensor, labels: Sequence[int], first_id: int = 0) -> Tensor:
-        """Generates a region of images again, each under a class of its own; on one rank.
+    def edit(self, tokens_BLP: Tensor, region_L: Tensor, conditions: Sequence[Condition], first_id: int = 0) -> Tensor:
+        """Generates a region of images again, each under a class or text of its own; on one rank.
 
         Args:
             tokens_BLP: the images, in the model's scale.
             region_L: bool, the tokens that are generated again, as many as the AR steps of the settings add up to.
-            labels: the new class of each image.
+            conditions: the new class of each image, or the new text.
             first_id: ids, which fix noise and orders, begin here.
 
         Returns:
             float32 [B, L, P]: outside of the region the tokens that were given, bit by bit.
         """
         edited = []
-        for places_B in torch.arange(len(labels)).split(self.settings.batch_size):
-            ids_B, labels_B = first_id + places_B, torch.tensor(labels)[places_B]
+        for places_B in torch.arange(len(conditions)).split(self.settings.batch_size):
+            ids_B, own = first_id + places_B, [conditions[i] for i in places_B.tolist()]
             order_BL, num_kept = kept_first(self._orders(ids_B), region_L.to(self.device))
             given_BKP = take_tokens(tokens_BLP[places_B].to(self.device), order_BL[:, :num_kept])
-            edited.append(self._make_tokens(labels_B, ids_B, order_BL, given_BKP))
+            edited.append(self._make_tokens(own, ids_B, order_BL, given_BKP))
         return torch.cat(edited)
 
-    def follow(self, label: int, num_rows: int = 8, num_columns: int = 9) -> Trajectory:
+    def drawing(self) -> Drawing:
+        """How the images of samples are made that go on."""
+        model, settings, trained = self.config.model, self.settings, self.config.order
+        return Drawing(
+            model.num_tokens,
+            model.patch_values,
+            settings.ar_step_sizes,
+            self._solver(),
+            settings.seed,
+            settings.guidance,
+            settings.token_order or trained.token_order,
+            settings.block_size or trained.block_size,
+            lambda *_: runtime.tick(),
+        )
+
+    def follow(self, condition: Condition, num_rows: int = 8, num_columns: int = 9) -> Trajectory:
         """Makes the image of id 0 and keeps at most so many states of its way, evenly spread along both axes."""
         model = self.config.model
         ar_steps = _evenly(self.settings.num_ar_steps - 1, num_rows)
@@ -216,7 +236,7 @@ class ImageGenerator:
                     is_made.append(is_made_L.clone())
 
         ids_B = torch.tensor([0])
-        self._make_tokens(torch.tensor([label]), ids_B, self._orders(ids_B), watch=watch)
+        self._make_tokens([condition], ids_B, self._orders(ids_B), watch=watch)
         times = self._solver().levels.times_T.tolist()
         return Trajectory(
             torch.stack(states).unflatten(0, (len(ar_steps), len(levels_left))),
@@ -227,23 +247,21 @@ class ImageGenerator:
 
     def _make_tokens(
         self,
-        labels_B: Tensor,
+        conditions: Sequence[Condition],
         ids_B: Tensor,
         order_BL: Tensor,
         given_BKP: Tensor | None = None,
         watch: Watch = lambda *_: None,
     ) -> Tensor:
-        return generate(
-            self.model,
-            labels_B.to(self.device),
-            order_BL,
-            self.settings.ar_step_sizes,
-            self._solver(),
-            self.settings.guidance,
-            noise_by_image(self.settings.seed, ids_B.to(self.device), self.config.model.patch_values),
-            given_BKP,
-            watch,
-        )
+        settings = self.settings
+        draw_noise = noise_by_image(settings.seed, ids_B.to(self.device), self.config.model.patch_values)
+        makes = order_BL, settings.ar_step_sizes, self._solver(), settings.guidance, draw_noise, given_BKP, watch
+        texts = [one for one in conditions if not isinstance(one, int)]
+        if not texts:
+            return generate(self.model, torch.tensor(conditions, device=self.device), *makes)
+        assert self.marks is not None
+        assert len(texts) == len(conditions)
+        return generate_behind_texts(self.model, texts, self.marks, *makes)
 
     def _orders(self, ids_B: Tensor) -> Tensor:
         settings, trained = self.settings, self.config.order

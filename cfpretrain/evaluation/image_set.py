@@ -1,8 +1,9 @@
 """Generated images as files: all of them or nothing, made by any number of ranks, resumable after a kill.
 
 Either a folder of PNG, or one `.npz` as ADM's evaluation reads it: `arr_0`, uint8 [N, Y, X, 3], and `arr_1`, the
-classes, int64 [N]. Until all images are there they lie in a hidden folder beside, `.NAME.unfinished`, in files that are
-whole; the bytes of the result depend neither on ranks nor on kills.
+classes, int64 [N]; of prompts these are numbers, and `arr_2` has the text of each image. Until all images are there
+they lie in a hidden folder beside, `.NAME.unfinished`, in files that are whole; the bytes of the result depend neither
+on ranks nor on kills.
 """
 
 import csv
@@ -37,16 +38,24 @@ class ImageSet:
 
     Args:
         out: the result; a name that ends in .npz is one file, others are folders of PNG.
-        labels: the class of each image; image i has id i.
-        class_names: one for each class.
+        labels: the class of each image, or the number of its prompt; image i has id i.
+        names: one for each class; or the prompts.
         batch_size: images that are made together: ids n * batch_size to (n + 1) * batch_size - 1 are batch n.
         plan: JSON-able; whose images these are and how they are made. Work done under another plan is refused.
+        has_prompts: labels are numbers of prompts.
     """
 
     def __init__(
-        self, out: Path, labels: Sequence[int], class_names: Sequence[str], batch_size: int, plan: Mapping[str, Any]
+        self,
+        out: Path,
+        labels: Sequence[int],
+        names: Sequence[str],
+        batch_size: int,
+        plan: Mapping[str, Any],
+        has_prompts: bool = False,
     ) -> None:
-        self.out, self.labels, self.class_names, self.batch_size = out, labels, class_names, batch_size
+        self.out, self.labels, self.names, self.batch_size = out, labels, names, batch_size
+        self._has_prompts = has_prompts
         self._work = outputs.Unfinished(out, "--out", plan)
         self.unfinished = self._work.folder
         self._is_damaged = False
@@ -153,7 +162,7 @@ class ImageSet:
         writer = csv.writer(text, lineterminator="\n")
         # The number too: several classes may have one name, and a name may look like the number of another.
         writer.writerow(["path", "label", "index"])
-        writer.writerows((_png_name(i), as_cell(self.class_names[label]), label) for i, label in enumerate(self.labels))
+        writer.writerows((_png_name(i), as_cell(self.names[label]), label) for i, label in enumerate(self.labels))
         return text.getvalue().encode(errors="surrogateescape")  # names of folders need not be UTF-8
 
     def _join(self, opened: IO[bytes]) -> None:
@@ -169,6 +178,10 @@ class ImageSet:
                     member.write(array_files.load(part).data)
             with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as member:
                 np.lib.format.write_array(member, np.asarray(self.labels, np.int64), version=(1, 0))
+            if self._has_prompts:
+                prompts = np.asarray([self.names[label] for label in self.labels])
+                with archive.open(zipfile.ZipInfo("arr_2.npy"), "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, prompts, version=(1, 0))
             archive.comment = json.dumps(self._work.plan).encode()
 
 

@@ -10,17 +10,20 @@ from cfpretrain.base.console import UserError
 
 if TYPE_CHECKING:
     from cfpretrain.base.config import Config
+    from cfpretrain.core.continuation import Writing
     from cfpretrain.evaluation.generation import GenerationSettings
+    from cfpretrain.evaluation.source import Source
 
 # Denoising steps and the spacing of their levels, where none are asked for.
 _BY_SOLVER = {"ddpm": (250, "time"), "ddim": (50, "time"), "dpm++": (25, "log_snr"), "sde-dpm++": (25, "log_snr")}
 _SIZES = ("equal", "cosine")
-_MOST_IN_A_BATCH = 4096
+MOST_IN_A_BATCH = 4096
 _MOST_GUIDANCE = 1000
+_MOST_TEMPERATURE, _LEAST_TOP_P = 100, 1e-6
 
 
-def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int, guidance: float = 2.0) -> None:
-    """Adds them to a command, with its defaults."""
+def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int | None, guidance: float = 2.0) -> None:
+    """Adds those of images to a command, and those of `add_source_options`, with its defaults."""
     add = parser.add_argument_group("how images are made").add_argument
     add("--num-ar-steps", type=int, help="1: diffusion ... one a token: pure AR (default 1)")
     add("--ar-sizes", default="equal", help="tokens of the AR steps: equal, cosine (few first), or given: 1,3,12")
@@ -32,18 +35,58 @@ def add_sampling_options(parser: argparse.ArgumentParser, batch_size: int, guida
     add("--num-denoising-steps", type=int, help="of each AR step (default 250; ddim 50; others 25)")
     spacing_help = "what noise levels are even in (default time; dpm++ log_snr)"
     add("--spacing", choices=("time", "log_snr"), help=spacing_help)
-    add("--guidance", type=float, default=guidance, help=f"towards the class; 1: none (default {guidance:g})")
+    guidance_help = f"towards the class or the text; 1: none (default {guidance:g})"
+    add("--guidance", type=float, default=guidance, help=guidance_help)
     schedule_help = "along the AR steps: the same for all, or from 1 up (default constant)"
     add("--guidance-schedule", choices=("constant", "linear"), default="constant", help=schedule_help)
     interval_help = "timesteps between which guidance acts, e.g. 100 700 (default: all)"
     add("--guidance-interval", type=int, nargs=2, metavar=("FIRST", "LAST"), help=interval_help)
-    add("--seed", type=int, default=0, help="of noise and orders (default 0)")
-    add("--batch-size", type=int, default=batch_size, help=f"images a forward on one rank (default {batch_size})")
+    add_source_options(parser, batch_size)
+
+
+def add_source_options(parser: argparse.ArgumentParser, batch_size: int | None) -> None:
+    """Adds those that say which weights a command takes and how they compute; None: it makes one thing at a time."""
+    add = parser.add_argument_group("which weights, and how they compute").add_argument
+    add("--seed", type=int, default=0, help="of all that is drawn (default 0)")
+    if batch_size is None:
+        parser.set_defaults(batch_size=1)
+    else:
+        add("--batch-size", type=int, default=batch_size, help=f"images a forward on one rank (default {batch_size})")
     add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the model (default fp32)")
     weights_help = "of a run: averaged, or as trained (default ema)"
     add("--weights", choices=("ema", "raw"), default="ema", help=weights_help)
     add("--step", type=step_or_best, help="of a run's checkpoint, or best: by its scores (default: the latest)")
     add_local_rank(parser)
+
+
+def add_text_options(parser: argparse.ArgumentParser, guidance_option: str) -> None:
+    """Adds those of texts to a command."""
+    add = parser.add_argument_group("how texts are written").add_argument
+    add("--temperature", type=float, default=0.0, help="of what is drawn; 0: the likeliest token (default 0)")
+    add("--top-k", type=int, default=0, help="draw from the k likeliest tokens; 0: all (default 0)")
+    add("--top-p", type=float, default=1.0, help="draw from the likeliest that reach p together (default 1: all)")
+    add("--max-text-tokens", type=int, help="of a text, the two around it among them (default: the model's)")
+    guidance_help = "away from a text without what comes before it; 1: none (default 1)"
+    add(guidance_option, dest="text_guidance", type=float, default=1.0, help=guidance_help)
+
+
+def read_writing(arguments: argparse.Namespace, source: "Source", guidance_option: str) -> "Writing":
+    """How the options of `add_text_options` say that texts are written."""
+    from cfpretrain.core.continuation import Writing
+    from cfpretrain.core.token_choice import TokenChoice
+
+    known, model = source.texts("SOURCE"), source.config.model
+    max_tokens = _or(arguments.max_text_tokens, model.max_text_tokens)
+    check_range("--temperature", arguments.temperature, 0, _MOST_TEMPERATURE)
+    check_range("--top-k", arguments.top_k, 0, model.vocabulary)
+    check_range("--top-p", arguments.top_p, _LEAST_TOP_P, 1)
+    check_range("--max-text-tokens", max_tokens, 2, model.max_text_tokens)
+    check_guidance(arguments.text_guidance, guidance_option)
+    for option, value, usual in (("--top-k", arguments.top_k, 0), ("--top-p", arguments.top_p, 1)):
+        if value != usual and arguments.temperature == 0:
+            raise UserError(f"{option}: expected with a --temperature above 0, which draws; got 0, which does not")
+    choice = TokenChoice(arguments.temperature, arguments.top_k, arguments.top_p)
+    return Writing(known.marks, max_tokens, arguments.seed, choice, arguments.text_guidance)
 
 
 def step_or_best(text: str) -> int | Literal["best"]:
@@ -60,10 +103,10 @@ def usual_spacing(solver: str) -> str:
     return _BY_SOLVER[solver][1]
 
 
-def check_guidance(scale: float) -> None:
-    """UserError where no image can be guided so."""
+def check_guidance(scale: float, option: str = "--guidance") -> None:
+    """UserError where nothing can be guided so."""
     if not 0 <= scale <= _MOST_GUIDANCE:
-        raise UserError(f"--guidance: expected 0 to {_MOST_GUIDANCE} (1: none), got {scale}")
+        raise UserError(f"{option}: expected 0 to {_MOST_GUIDANCE} (1: none), got {scale}")
 
 
 def is_picture(path: Path) -> bool:
@@ -100,7 +143,7 @@ def read_settings(arguments: argparse.Namespace, config: "Config", num_tokens: i
     for name, value, low, high in (
         ("--num-ar-steps", num_ar_steps, 1, num_tokens),
         ("--num-denoising-steps", num_denoising_steps, 2, num_timesteps),
-        ("--batch-size", arguments.batch_size, 1, _MOST_IN_A_BATCH),
+        ("--batch-size", arguments.batch_size, 1, MOST_IN_A_BATCH),
         ("--guidance-interval", first, 0, num_timesteps - 1),
         ("--guidance-interval", last, first, num_timesteps - 1),
         # Also where the order has no blocks.

@@ -3,34 +3,36 @@
 import dataclasses
 import functools
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base.class_names import label_of
 from cfpretrain.base.config import Config, load_recorded
-from cfpretrain.base.console import UserError, excerpt, say
-from cfpretrain.base.files import read_json
-from cfpretrain.base.typed import from_plain
+from cfpretrain.base.console import UserError, excerpt, one_line, say
 from cfpretrain.core import attention
-from cfpretrain.core.model import BlockSettings, CausalFusion
+from cfpretrain.core.block import BlockSettings
+from cfpretrain.core.model import CausalFusion
+from cfpretrain.data.images import SUFFIXES
+from cfpretrain.data.tokenizer import SPECIAL, TextTokenizer
 from cfpretrain.export import foreign_files
 from cfpretrain.export.diffusers_layout import (
     SCHEDULER,
     SCHEDULER_FILE,
+    TOKENIZER,
     TRANSFORMER,
     VAE,
     WEIGHTS_STEM,
     ModelIndex,
-    WeightsIndex,
     scheduler_config,
+    tokenizer_of,
     transformer_config,
 )
+from cfpretrain.export.tokenizer_template import TOKENIZER_FILE
+from cfpretrain.export.weight_files import read_json_as, read_weights
 from cfpretrain.run.build import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -44,7 +46,7 @@ from cfpretrain.run.build import (
 )
 from cfpretrain.run.state import means_the_same
 
-_WEIGHTS_FILE = re.compile(r"[\w-][\w.-]*\.safetensors")
+_FIX = "export the run again"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -61,8 +63,18 @@ class Source:
     checkpoint: RunCheckpoint | None  # of a run; None: an export
     weights: str  # of a run: "ema" or "raw"
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether it was trained to make images of classes."""
+        return self.config.data.tasks.class_to_image > 0
+
     def label_of(self, text: str) -> int:
         """The class that a word means (see `class_names.label_of`); UserError where it means none, or several."""
+        if not self.has_classes:
+            raise UserError(
+                f"class: expected a text, since {self.title} was trained without classes (data.tasks.class_to_image), "
+                f"got {text!r}; give --prompt"
+            )
         try:
             return label_of(text, self.class_names)
         except ValueError as error:
@@ -79,10 +91,52 @@ class Source:
             model = _load_export(self.path, self.config)
         else:
             model = self.checkpoint.load_model(self.weights)
-        head_width = self.config.model.width // self.config.model.num_heads
+        head_width = self.config.model.design.head_width
         cached = attention.choose("auto", "sampling", self.device.type, self.precision, head_width, say)
         model.trunk.settings = BlockSettings(sampling_attention=cached)
         return model.to(device=self.device, dtype=_DTYPES[self.precision]).eval().requires_grad_(False)
+
+    @functools.cached_property
+    def tokenizer(self) -> TextTokenizer | None:
+        """What makes tokens of texts, which is the one that it was trained with; None for a model without texts."""
+        if self.checkpoint is not None:
+            return tokenizer_of(self.checkpoint)
+        data, vocabulary = self.config.data, self.config.model.vocabulary
+        return TextTokenizer.load_trained(Path(data.tokenizer), "source", vocabulary) if vocabulary else None
+
+    def texts(self, option: str) -> TextTokenizer:
+        """The tokenizer; UserError where the model has no texts, which the option needs."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"{option}: expected a model with texts (model.vocabulary), got {self.title}, which was trained without"
+            )
+        return self.tokenizer
+
+    def tokens_of(self, option: str, text: str, max_tokens: int | None = None) -> list[int]:
+        """The tokens of a text that an option gives, without those that frame it.
+
+        UserError where it is of more than `max_tokens` with these two (None: than the model knows), or is no text that
+        the tokenizer can write.
+        """
+        tokenizer, most = self.texts(option), max_tokens or self.config.model.max_text_tokens
+        wanted = f"{option}: expected a text that the model's tokenizer can write, got"
+        mark = next((one for one in SPECIAL if one in text), None)
+        if mark is not None:
+            raise UserError(f"{wanted} {mark} in it, which stands between texts and is no word; leave it out")
+        if Path(text).suffix.lower() in SUFFIXES and os.path.lexists(text):
+            raise UserError(f"{option}: expected a text, got the image file {text}; give words")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{wanted} bytes that are no UTF-8 ({one_line(error):.100}); write it in UTF-8") from error
+        unknown = tokenizer.unknown_part(text)
+        if unknown:
+            raise UserError(f"{wanted} {unknown!r} in it, of which it has no token; leave it out")
+        tokens = tokenizer.encode(text)
+        if len(tokens) > most - 2:
+            words = excerpt(repr(text), 80)
+            raise UserError(f"{option}: expected at most {most - 2} tokens, got {len(tokens)} in {words}; shorten it")
+        return tokens
 
     def make_autoencoder(self) -> Autoencoder:
         """What decodes its latents; UserError where it names none and its latents are no pixels."""
@@ -123,7 +177,7 @@ def open_source(
         if step is not None:
             raise UserError(f"--step: {path} is an export, of one step; leave it out")
         config = _export_config(path)
-        names = _read_json(path / INDEX_FILE, ModelIndex).get("id2label", {})
+        names = read_json_as(ModelIndex, path / INDEX_FILE, _FIX).get("id2label", {})
         class_names = tuple(names.get(str(i), str(i)) for i in range(config.model.num_classes))
         return Source(path, device, precision, config, class_names, f"{path}", None, weights)
     if (path / CONFIG_FILE).is_file():
@@ -145,16 +199,19 @@ def _no_source(path: Path) -> str:
 
 
 def _export_config(folder: Path) -> Config:
-    config = checked(load_recorded(folder / CONFIG_FILE))
-    _check_export(folder, config)
+    config = load_recorded(folder / CONFIG_FILE)
     autoencoder = str(folder / VAE) if (folder / VAE).is_dir() else ""
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, autoencoder=autoencoder))
+    tokenizer = str(folder / TOKENIZER / TOKENIZER_FILE) if config.model.vocabulary else ""
+    data = dataclasses.replace(config.data, autoencoder=autoencoder, tokenizer=tokenizer)
+    config = checked(dataclasses.replace(config, data=data))
+    _check_export(folder, config)
+    return config
 
 
 def _check_export(folder: Path, config: Config) -> None:
     """Refuses a config that was edited: the pipeline of the export would make other pixels than we do."""
     files = [folder / TRANSFORMER / "config.json", folder / SCHEDULER / SCHEDULER_FILE]
-    found = {key: value for file in files for key, value in _read_json(file).items()}
+    found = {key: value for file in files for key, value in read_json_as(dict[str, Any], file, _FIX).items()}
     expected = transformer_config(config) | scheduler_config(config)
     differing = [
         f"{key} is {excerpt(repr(found.get(key)), 100)} there and {excerpt(repr(value), 100)} by {CONFIG_FILE}"
@@ -172,7 +229,7 @@ def _load_export(folder: Path, config: Config) -> CausalFusion:
     with torch.device("meta"):
         model = make_model(config)
     try:
-        tensors = _read_tensors(folder / TRANSFORMER)
+        tensors = read_weights(folder / TRANSFORMER, WEIGHTS_STEM, "source", _FIX)
         for name, values in tensors.items():
             if values.dtype not in (torch.float32, torch.bfloat16, torch.float16):
                 raise UserError(f"{folder / TRANSFORMER}: {name}: expected fp32, bf16 or fp16, got {values.dtype}")
@@ -182,29 +239,3 @@ def _load_export(folder: Path, config: Config) -> CausalFusion:
         reason = " ".join(str(error).split())
         raise UserError(f"{folder / TRANSFORMER} does not fit {folder / CONFIG_FILE}: {reason:.300}") from error
     return model
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    whole = f"{WEIGHTS_STEM}.safetensors"
-    index = folder / f"{whole}.index.json"
-    files = {whole}
-    if os.path.lexists(index):
-        files = set(_read_json(index, WeightsIndex)["weight_map"].values())
-    for file in files:
-        if not _WEIGHTS_FILE.fullmatch(file):
-            raise UserError(
-                f"{index}: expected names of .safetensors files beside it, got {file!r:.80}; export the run again"
-            )
-    return {
-        name: values for file in sorted(files) for name, values in foreign_files.read(folder / file, "source").items()
-    }
-
-
-def _read_json(path: Path, kind: Any = dict[str, Any]) -> Any:
-    """What a JSON file holds, as a value of a type."""
-    try:
-        return from_plain(kind, read_json(path), str(path), ignore_unknown=True)
-    except UserError as error:
-        raise UserError(f"{error}; export the run again") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); export the run again") from error

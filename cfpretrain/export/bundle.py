@@ -18,7 +18,7 @@ from cfpretrain.base.console import UserError
 PACKAGE = "cfpretrain"
 # What a bundle may import besides the standard library. diffusers reads every import of a file before it runs it, also
 # those inside functions, and asks its user to install what is missing.
-_ALLOWED = {"torch", "diffusers", "numpy", "PIL", *sys.stdlib_module_names}
+_ALLOWED = {"torch", "diffusers", "numpy", "PIL", "tokenizers", *sys.stdlib_module_names}
 _ROOT = Path(__file__).parent.parent
 
 
@@ -66,7 +66,8 @@ def bundle(module: str, stand_ins: Mapping[str, str] | None = None) -> str:
         for imported in [node.module or "."] if isinstance(node, ast.ImportFrom) else modules:
             if imported.split(".")[0] not in _ALLOWED:
                 raise BundleError(
-                    f"{imported} cannot be imported everywhere; an export may use torch, diffusers, numpy and PIL"
+                    f"{imported} cannot be imported everywhere; an export may use torch, diffusers, numpy, PIL and "
+                    "tokenizers"
                 )
     return text
 

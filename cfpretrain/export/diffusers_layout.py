@@ -6,6 +6,8 @@
     transformer/config.json, *.safetensors
     scheduler/scheduler_config.json        the noise schedule
     vae/                                   the run's autoencoder; pixels have none
+    tokenizer/tokenizer_<hash>.py          `tokenizer_template.py`, of a model with texts
+    tokenizer/tokenizer.json               the run's own
     config.yaml, README.md, samples.png    the run's config, the model card, a grid of samples where the run has one
 
 diffusers copies code into one folder of modules that all models share, so each file stands alone and has a name that no
@@ -26,20 +28,22 @@ from cfpretrain import autoencoder
 from cfpretrain.base import config as configs
 from cfpretrain.base import files, outputs
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import UserError, reason_of, say
-from cfpretrain.export import model_card
+from cfpretrain.base.console import UserError, reason_of
+from cfpretrain.data.tokenizer import TextTokenizer
+from cfpretrain.export import model_card, plain_files
 from cfpretrain.export.bundle import bundle, content_name
 from cfpretrain.export.imported_run import check_shapes
 from cfpretrain.export.plain import STAND_INS
-from cfpretrain.run import build, tensor_files
-from cfpretrain.run.checkpoint import TensorFile
+from cfpretrain.export.tokenizer_template import TOKENIZER_FILE
+from cfpretrain.export.weight_files import write_weights
+from cfpretrain.run import build
 
 WEIGHTS_STEM = "diffusion_pytorch_model"
-TRANSFORMER, VAE, SCHEDULER = "transformer", "vae", "scheduler"
+TRANSFORMER, VAE, SCHEDULER, TOKENIZER = "transformer", "vae", "scheduler", "tokenizer"
 SCHEDULER_FILE, SAMPLES_FILE = "scheduler_config.json", "samples.png"
 
 _MAX_PICTURE_BYTES = 2**28
-_DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16)}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 _Part = tuple[str | None, ...]  # a package, or a file of code, and the class in it
@@ -52,14 +56,8 @@ class ModelIndex(TypedDict, total=False):
     transformer: _Part
     scheduler: _Part
     vae: _Part
+    tokenizer: _Part
     id2label: dict[str, str]
-
-
-class WeightsIndex(TypedDict):
-    """Which file holds which tensor, where there are several."""
-
-    metadata: dict[str, Any]
-    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -77,22 +75,27 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
     """Writes the model of a run, of any ranks and ZeRO stage, as a folder that is hidden until it is complete."""
     outputs.refuse_existing(out, "OUT")
     found = build.find_checkpoint(run, settings.step)
-    if found.config.model.vocabulary:
-        raise UserError(
-            f"RUN: expected a run without texts, which an export does not carry, got {run}; take it as it is"
-        )
     tensors = found.open_weights(settings.weights)
     check_shapes(tensors.header.shapes, found.config, str(tensors.path))
     # Loaded for its checks, and for exact values; it is small beside a model of any size.
     loaded = found.make_autoencoder(torch.device("cpu"))
-    class_names = found.class_names()
+    class_names, tokenizer = found.class_names(), tokenizer_of(found)
     samples = _newest_samples(run, found.state.step)
     with outputs.whole_or_nothing(out, "OUT") as folder:
         files.make_folder(folder)
         for part in (TRANSFORMER, SCHEDULER):
             files.make_folder(folder / part)
         _write_parts(folder, found.config, class_names, loaded.shift, loaded.scale)
-        _write_weights(folder / TRANSFORMER, tensors, settings)
+        if tokenizer is not None:
+            _write_tokenizer(folder, tokenizer)
+        write_weights(
+            folder / TRANSFORMER,
+            WEIGHTS_STEM,
+            tensors.header.shapes,
+            tensors.read,
+            _DTYPES[settings.dtype],
+            settings.max_shard_bytes,
+        )
         if samples:
             _copy_picture(samples, folder / SAMPLES_FILE)
         card = model_card.text(
@@ -104,7 +107,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
             dtype=settings.dtype,
             licence=settings.licence,
             class_names=class_names,
-            num_parameters=_num_values(tensors.header.shapes),
+            num_parameters=sum(map(math.prod, tensors.header.shapes.values())),
             samples=SAMPLES_FILE if samples else None,
         )
         files.replace(folder / "README.md", card)
@@ -133,6 +136,7 @@ def _write_parts(
         "transformer": (transformer_name, "CausalFusionTransformer"),
         "scheduler": ("diffusers", scheduler["_class_name"]),
         "vae": ("diffusers", "AutoencoderKL") if vae else (None, None),
+        **({"tokenizer": _tokenizer_code()[::2]} if config.model.vocabulary else {}),
         # A list would be taken for one more part.
         "id2label": {str(number): label for number, label in enumerate(class_names)},
     }
@@ -143,6 +147,29 @@ def _write_parts(
         for file, is_right in ((autoencoder.CONFIG_FILE, _is_json), (autoencoder.WEIGHTS_FILE, _is_safetensors)):
             files.copy(Path(vae, file), folder / VAE / file, is_right, follow=True)
     files.replace(folder / build.CONFIG_FILE, configs.to_yaml(configs.without_texts(config)))
+
+
+def tokenizer_of(found: build.RunCheckpoint) -> TextTokenizer | None:
+    """The tokenizer of a run, whose folder has a copy; None for a model without texts."""
+    if not found.config.model.vocabulary:
+        return None
+    file = Path(found.config.run.folder, build.TOKENIZER_FILE)
+    # Behind a link might lie a file of this machine, which would leave with an export.
+    trained = found.config.model.vocabulary, found.state.tokenizer
+    return TextTokenizer.load_trained(file, "run folder", *trained, follow=False)
+
+
+def _tokenizer_code() -> tuple[str, str, str]:
+    """The name of the file, its text, and the class in it."""
+    text = bundle("cfpretrain.export.tokenizer_template", plain_files.STAND_INS)
+    return content_name(TOKENIZER, text), text, "CausalFusionTokenizer"
+
+
+def _write_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
+    files.make_folder(folder / TOKENIZER)
+    name, text, _ = _tokenizer_code()
+    files.replace(folder / TOKENIZER / f"{name}.py", text)
+    files.replace(folder / TOKENIZER / TOKENIZER_FILE, tokenizer.to_json())
 
 
 def _newest_samples(run: Path, step: int) -> Path | None:
@@ -174,23 +201,31 @@ def _copy_picture(picture: Path, target: Path) -> None:
 def transformer_config(config: Config) -> dict[str, Any]:
     """What the pipeline's transformer is built with."""
     model, order = config.model, config.order
-    return {
-        "_class_name": "CausalFusionTransformer",
-        "grid": model.grid,
-        "patch_size": model.patch_size,
-        "latent_channels": model.latent_channels,
-        "width": model.width,
-        "depth": model.depth,
-        "num_heads": model.num_heads,
-        "num_cond_tokens": model.num_cond_tokens,
-        "num_classes": model.num_classes,
-        "learnable_positions": model.position_embedding == "learnable",
-        "token_order": order.token_order,
-        "block_size": order.block_size,
-        "latent_shift": list(config.data.latent_shift),
-        "latent_scale": list(config.data.latent_scale),
-        "prediction_type": build.make_noise_process(config).prediction_type,
-    }
+    # The paper's blocks are not named, nor that there are no texts: an export of before names neither.
+    changes = {name: list(one) if isinstance(one, tuple) else one for name, one in model.block_changes.items()}
+    blocks = {"trunk_kind": model.trunk, "block_changes": changes}
+    texts = {name: getattr(model, name) for name in ("vocabulary", "max_text_tokens", "max_segments")}
+    return (
+        ({} if model.has_paper_blocks else blocks)
+        | (texts if model.vocabulary else {})
+        | {
+            "_class_name": "CausalFusionTransformer",
+            "grid": model.grid,
+            "patch_size": model.patch_size,
+            "latent_channels": model.latent_channels,
+            "width": model.width,
+            "depth": model.depth,
+            "num_heads": model.num_heads,
+            "num_cond_tokens": model.num_cond_tokens,
+            "num_classes": model.num_classes,
+            "learnable_positions": model.position_embedding == "learnable",
+            "token_order": order.token_order,
+            "block_size": order.block_size,
+            "latent_shift": list(config.data.latent_shift),
+            "latent_scale": list(config.data.latent_scale),
+            "prediction_type": build.make_noise_process(config).prediction_type,
+        }
+    )
 
 
 def scheduler_config(config: Config) -> dict[str, Any]:
@@ -200,54 +235,6 @@ def scheduler_config(config: Config) -> dict[str, Any]:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     files.replace(path, json.dumps(content, indent=2) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
-
-
-def _num_values(shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(math.prod(shape) for shape in shapes.values())
-
-
-def _write_weights(folder: Path, tensors: TensorFile, settings: ExportSettings) -> None:
-    dtype_name, dtype = _DTYPES[settings.dtype]
-    shapes = tensors.header.shapes
-    shards = _plan_shards(shapes, dtype.itemsize, settings.max_shard_bytes)
-    for number, (file_name, names) in enumerate(shards.items(), start=1):
-        say(f"writing weights, file {number} of {len(shards)}")
-        with files.create(folder / file_name) as file:
-            of_file = {name: shapes[name] for name in names}
-            file.write(tensor_files.encode_header(of_file, {"format": "pt"}, dtype_name, dtype.itemsize))
-            for name in names:
-                values = tensors.read(name)
-                for chunk in values.flatten().split(tensor_files.CHUNK_VALUES):
-                    file.write(tensor_files.bytes_of(chunk.to(dtype).view(torch.uint8)))
-                del values  # before the next one is read
-    if len(shards) > 1:
-        weight_map = {name: file_name for file_name, names in shards.items() for name in names}
-        size = dtype.itemsize * _num_values(shapes)
-        index: WeightsIndex = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(folder / f"{WEIGHTS_STEM}.safetensors.index.json", index)
-
-
-def _plan_shards(shapes: Mapping[str, tuple[int, ...]], value_bytes: int, max_shard_bytes: int) -> dict[str, list[str]]:
-    """Which tensors lie in which file, in the order of their names; as diffusers names files."""
-    shards: list[list[str]] = [[]]
-    num_bytes = 0
-    for name in sorted(shapes):
-        size = value_bytes * math.prod(shapes[name])
-        if shards[-1] and num_bytes + size > max_shard_bytes:
-            shards.append([])
-            num_bytes = 0
-        shards[-1].append(name)
-        num_bytes += size
-    if len(shards) == 1:
-        return {f"{WEIGHTS_STEM}.safetensors": shards[0]}
-    return {
-        f"{WEIGHTS_STEM}-{number:05d}-of-{len(shards):05d}.safetensors": names
-        for number, names in enumerate(shards, start=1)
-    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from cfpretrain.base.console import UserError, phase, say
 from cfpretrain.base.differences import tensor_differences
 from cfpretrain.data.shards import LatentsInfo, read_info
 from cfpretrain.export.foreign_files import check_finite
-from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, checked, parameter_shapes
+from cfpretrain.run.build import CHECKPOINTS, CONFIG_FILE, TOKENIZER_FILE, checked, make_tokenizer, parameter_shapes
 from cfpretrain.run.checkpoint import EMA, WEIGHTS, tensor_file
 from cfpretrain.run.checkpoint_store import CheckpointStore
 from cfpretrain.run.guard import Guard
@@ -32,7 +32,7 @@ POSITIONS = "image_embedder.pos_embed"
 _X_PROJ = "image_embedder.x_proj.weight"
 _CLASS_TABLE = "class_embedder.embedding_table.weight"
 _COND_POSITIONS = "class_embedder.cond_pos_embed"
-_Q_NORM = "trunk.blocks.0.attn.q_norm.weight"
+_Q_NORM, _PROJ = "trunk.blocks.0.attn.q_norm.weight", "trunk.blocks.0.attn.proj.weight"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _sizes(shapes: Shapes) -> dict[str, int]:
         sizes = {
             "model.width": width,
             "model.depth": len({name.split(".")[2] for name in shapes if name.startswith("trunk.blocks.")}),
-            "model.num_heads": width // head_width,
+            "model.num_heads": shapes[_PROJ][1] // head_width,
             "model.num_cond_tokens": shapes[_COND_POSITIONS][1],
             "model.num_classes": shapes[_CLASS_TABLE][0] - 1,
             "model.patch_size ** 2 * model.latent_channels": patch_values,
@@ -123,7 +123,10 @@ def write_run(folder: Path, config: Config, found: ForeignCheckpoint) -> None:
         raise UserError(
             f"train.optimizer: expected adamw, whose state an imported run begins with, got {config.train.optimizer}"
         )
-    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)))
+    tokenizer, data = make_tokenizer(config), config.data
+    if tokenizer is not None:  # a copy in the folder is what the run goes on with
+        data = dataclasses.replace(data, tokenizer=str(folder / TOKENIZER_FILE))
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, folder=str(folder)), data=data)
     class_names, autoencoder = _latents_of(config)
     state = TrainingState(
         **dataclasses.asdict(found.counters),
@@ -141,10 +144,13 @@ def write_run(folder: Path, config: Config, found: ForeignCheckpoint) -> None:
         guard=Guard(config.guard).to_plain(),
         wandb_run_id=None,
         versions=runtime.package_versions("torch"),
+        tokenizer="" if tokenizer is None else tokenizer.fingerprint,
     )
     with outputs.whole_or_nothing(folder, "RUN") as unfinished:
         files.make_folder(unfinished)
         files.replace(unfinished / CONFIG_FILE, to_yaml(config))
+        if tokenizer is not None:
+            files.replace(unfinished / TOKENIZER_FILE, tokenizer.to_json())
         _write_checkpoint(unfinished / CHECKPOINTS, state, parameter_shapes(config), found)
 
 

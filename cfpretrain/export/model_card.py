@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from cfpretrain.base.class_names import label_of
@@ -16,17 +16,25 @@ _MOST_NAMES = 20  # of classes that are listed
 # Of sections that decide what is trained.
 _PLACES = ("data.shards", "data.autoencoder", "data.cache_folder", "data.num_workers")
 
+# Of each task: its tag on the hub, what the model makes, and what a sample was trained as.
+_KINDS = {
+    "class_to_image": ("class-conditional-image-generation", "class-conditional images", "an image of its class"),
+    "text_to_image": ("text-to-image", "images of texts", "an image of its text"),
+    "image_to_text": ("image-to-text", "texts about images", "the text of its image"),
+    "interleaved": ("any-to-any", "samples of texts and images", "texts and images in the order of the sample"),
+}
+
 _CARD = """---
 library_name: diffusers
 license: {license}
 tags:
 - causalfusion
-- class-conditional-image-generation
+{tags}
 ---
 
 # {name}
 
-Class-conditional images from a CausalFusion transformer: diffusion inside autoregressive steps, any
+{what} from a CausalFusion transformer: diffusion inside autoregressive steps, any
 number of them, in any order ("Causal Diffusion Transformers for Generative Modeling", arXiv 2412.12095).
 
 {picture}## Use
@@ -35,12 +43,11 @@ number of them, in any order ("Causal Diffusion Transformers for Generative Mode
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("FOLDER_OR_REPOSITORY", trust_remote_code=True)
-images = pipe([0, {example}], num_ar_steps={ar_steps}, solver='sde-dpm++').images
-edited = pipe.edit([{last}], region='top', image=images[:1], solver='sde-dpm++').images
+{calls}
 ```
 
-`trust_remote_code` lets diffusers run the two Python files of this folder; read them first. They need torch
-and diffusers only. Image i of a seed is always the same (`seed=`, `ids=`; there is no `generator=`).
+`trust_remote_code` lets diffusers run the {files} Python files of this folder; read them first. They need
+{packages} only. Image i of a seed is always the same (`seed=`, `ids=`; there is no `generator=`).
 
 `num_ar_steps` goes from 1 (a diffusion transformer) to {num_tokens} (pure autoregression).
 Solvers are `ddpm` (the default, 250 steps each), `ddim` (50), `dpm++` and `sde-dpm++` (25); `guidance_scale`
@@ -74,25 +81,55 @@ def text(
     samples: str | None,  # the picture with samples; None without one
 ) -> str:
     """The card as Markdown."""
-    last = len(class_names) - 1
-    try:
-        is_plain = label_of(class_names[last], class_names) == last and class_names[last].isprintable()
-    except ValueError:
-        is_plain = False
+    has_texts = bool(config.model.vocabulary)
+    tasks = _tasks(config)
     stated = f"Licence: {_as_text(licence)}." if licence != "unknown" else "The licence of these weights is not stated."
     return _CARD.format(
         license=licence if _PLAIN.fullmatch(licence) else json.dumps(licence),
         name=_as_text(name),
         picture=f"![samples]({samples})\n\n" if samples else "",
-        example=repr(class_names[last]) if is_plain else last,
-        last=last,
-        ar_steps=min(4, config.model.num_tokens),
+        tags="\n".join(f"- {_KINDS[task][0]}" for task in tasks),
+        what=_listed([_KINDS[task][1] for task in tasks]).capitalize(),
+        calls="\n".join(_calls(tasks, class_names, min(4, config.model.num_tokens))),
+        files="three" if has_texts else "two",
+        packages="torch, diffusers and tokenizers" if has_texts else "torch and diffusers",
         num_tokens=config.model.num_tokens,
         model=_table(_model_rows(config, weights, dtype, class_names, num_parameters)),
         training=_table(_training_rows(config, state, summary)),
         config=CONFIG_FILE,
         licence=stated,
     )
+
+
+def _tasks(config: Config) -> dict[str, float]:
+    """What a sample was trained as, and with which weight."""
+    return {task: weight for task, weight in vars(config.data.tasks).items() if weight}
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+
+
+def _calls(tasks: Collection[str], class_names: Sequence[str], num_ar_steps: int) -> list[str]:
+    """Lines of Python that show what the model was trained for; each can be run behind those before it."""
+    how, lines = f"num_ar_steps={num_ar_steps}, solver='sde-dpm++'", []
+    if "class_to_image" in tasks:
+        last = len(class_names) - 1
+        try:
+            is_plain = label_of(class_names[last], class_names) == last and class_names[last].isprintable()
+        except ValueError:
+            is_plain = False
+        lines.append(f"images = pipe([0, {repr(class_names[last]) if is_plain else last}], {how}).images")
+        lines.append(f"edited = pipe.edit([{last}], region='top', image=images[:1], solver='sde-dpm++').images")
+    if "text_to_image" in tasks:
+        lines.append(f"images = pipe(prompt=['a text', 'and another'], {how}).images")
+        lines.append("edited = pipe.edit(prompt='a text', region='top', image=images[:1], solver='sde-dpm++').images")
+    if "image_to_text" in tasks:
+        lines.append("texts = pipe.caption(images)  # these, or PIL images of your own")
+    if "interleaved" in tasks:
+        lines.append("# Of an image of PIL, say images[0]")
+        lines.append(f"parts = pipe.interleave(['a text', image, 'and another'], max_new_parts=2, {how})")
+    return lines
 
 
 def _as_text(value: Any) -> str:
@@ -111,14 +148,20 @@ def _model_rows(
     model, noise = config.model, config.noise
     betas = f", linear betas {noise.beta_first:g} to {noise.beta_last:g}"
     names = ", ".join(class_names[:_MOST_NAMES]) + " ..." * (len(class_names) > _MOST_NAMES)
+    texts = (
+        f"{model.vocabulary:,} token ids, up to {model.max_text_tokens} tokens each with the two around them; "
+        f"up to {model.max_segments} texts and images a sample"
+    )
     return {
         "Parameters": f"{num_parameters:,}, {'averaged (EMA)' if weights == 'ema' else 'as trained'}, {dtype}",
         "Depth, width, heads": f"{model.depth}, {model.width}, {model.num_heads}",
+        **({} if model.trunk == "causalfusion" else {"Blocks": f"those of {model.trunk}"}),
         "Latents": f"{model.latent_channels} x {model.latent_size} x {model.latent_size}",
         "Tokens": f"{model.num_tokens}, patches of {model.patch_size} x {model.patch_size}",
-        "Condition": f"{model.num_cond_tokens} tokens a class",
+        **({"Condition": f"{model.num_cond_tokens} tokens a class"} if class_names else {}),
         "Noise": f"{noise.process}, {noise.num_timesteps} timesteps{betas if noise.process != 'flow' else ''}",
-        "Classes": f"{len(class_names)}: {names}",
+        **({"Classes": f"{len(class_names)}: {names}"} if class_names else {}),
+        **({"Texts": texts} if model.vocabulary else {}),
     }
 
 
@@ -134,6 +177,9 @@ def _training_rows(config: Config, state: TrainingState, summary: Mapping[str, A
         "Data fingerprint": state.data_fingerprint if state.data_fingerprint else "not known",
         "Written by": ", ".join(f"{package} {version}" for package, version in sorted(state.versions.items())),
     }
+    if config.model.vocabulary:
+        drawn = (f"{_KINDS[task][2]} ({weight:g})" for task, weight in _tasks(config).items())
+        rows["Tasks"] = f"a sample was trained as {', '.join(drawn)}, drawn with these weights"
     changed = [
         f"{key} {before} up to step {resume['step']:,}, then {after}"
         for resume in state.history

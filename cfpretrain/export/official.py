@@ -95,7 +95,7 @@ def read_official(file: Path, config: Config, step: int) -> ForeignCheckpoint:
         config: of the run to be made.
         step: that the weights are of, which the file does not say.
     """
-    _check_process(config)
+    _check_is_official(config)
     source = f"FILE: {file}"
     content = foreign_files.read(file, "FILE", placeholders=["argparse.Namespace"])
     found = {ours: content[key] for ours, key in _KEYS.items() if isinstance(content.get(key), Mapping)}
@@ -116,7 +116,13 @@ def read_official(file: Path, config: Config, step: int) -> ForeignCheckpoint:
     return ForeignCheckpoint(source, Counters(step, optimizer_step=0), read_tensor, f"at step {step}")
 
 
-def _check_process(config: Config) -> None:
+def _check_is_official(config: Config) -> None:
+    """Refuses a config whose model the official code does not have."""
+    if not config.model.has_paper_blocks:
+        raise UserError(
+            "model.trunk: expected the blocks of causalfusion, which official models have, got "
+            f"{config.model.trunk}{config.model.block_changes or ''}"
+        )
     if config.noise.process != "epsilon":
         raise UserError(f"noise.process: expected epsilon, which official models predict, got {config.noise.process}")
 
@@ -156,7 +162,7 @@ def write_official(run: Path, out: Path) -> None:
     """Writes the latest checkpoint of a run as the official code's .pt: weights under `model`, averages under `ema`."""
     outputs.refuse_existing(out, "OUT")
     found = build.find_checkpoint(run)
-    _check_process(found.config)
+    _check_is_official(found.config)
     tensors = {"model": found.open_weights("raw").read_all(), "ema": found.open_weights().read_all()}
     try:
         content = {key: to_official(of_key, found.config.model.grid) for key, of_key in tensors.items()}

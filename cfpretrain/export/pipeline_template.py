@@ -1,22 +1,32 @@
-"""The pipeline of CausalFusion (arXiv 2412.12095): class-conditional images with any number of AR steps, and editing.
+"""The pipeline of CausalFusion (arXiv 2412.12095): images with any number of AR steps, editing, and texts.
 
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     images = pipe([3, "seven"], num_ar_steps=4, num_inference_steps=25, guidance_scale=2.0, solver="sde-dpm++").images
     edited = pipe.edit([5], region="top", image=images[:1]).images
 
-It stands alone: torch and diffusers are all that it needs.
+And of a model with texts:
+
+    images = pipe(prompt="a bold seven", num_ar_steps=4, solver="sde-dpm++").images
+    texts = pipe.caption(images)
+    more = pipe.interleave(["two numbers:", images[0], "and", images[0]])
+
+It stands alone: torch and diffusers are all that it needs, and for texts `tokenizers`.
 """
 
+import json
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin, SchedulerMixin
 from torch import Tensor
 
 from cfpretrain.base.class_names import label_of
+from cfpretrain.export.pipeline_images import Images, check_output
+from cfpretrain.export.pipeline_texts import Texts
+from cfpretrain.export.plain_files import write_text
 
 # Noise levels and their spacing, where none are asked for.
 _BY_SOLVER = {
@@ -25,13 +35,13 @@ _BY_SOLVER = {
     "dpm++": (25, "log_snr"),
     "sde-dpm++": (25, "log_snr"),
 }
-_PIXELS_AT_ONCE = 1 << 19  # decoded together: 8 images of 256 px
 
 
 class CausalFusionPipeline(DiffusionPipeline):
-    """Generates and edits images. An image is a function of the seed and its id.
+    """Generates and edits images; with texts, also from prompts, and writes texts about images.
 
-    Arguments of a call, of which a mistake raises ValueError:
+    An image is a function of the seed and its id, and so is a text. Arguments of a call, of which a mistake raises
+    ValueError:
         class_labels: classes by number, or by name; `name:` or `index:` before a text says which it is.
         num_ar_steps: from 1 (a diffusion transformer) to the number of tokens made (pure autoregression).
         num_inference_steps: noise levels that each AR step runs through; left out, 250 for "ddpm", 50 for "ddim",
@@ -48,10 +58,11 @@ class CausalFusionPipeline(DiffusionPipeline):
         output_type: "pil", "np", "pt" (both in [0, 1]), or "latent" (in the network's scale).
         return_dict: whether to return an `ImagePipelineOutput`, else a tuple.
         region, image, latents: see `edit`.
+        prompt: of a model with texts, instead of `class_labels`: a text, or several.
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ["vae"]  # noqa: RUF012
+    _optional_components = ["vae", "tokenizer"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -59,21 +70,39 @@ class CausalFusionPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: ModelMixin | None,  # an AutoencoderKL; None where latents are pixels
         id2label: dict[str, str] | None = None,  # the name of each class, by its number as text
+        tokenizer: Any = None,  # a CausalFusionTokenizer; None for a model without texts
     ) -> None:
         super().__init__()
-        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+        size, vocabulary = 0 if tokenizer is None else tokenizer.size, transformer.config.get("vocabulary", 0)
+        if size != vocabulary:
+            raise ValueError(f"tokenizer: expected {vocabulary} token ids, as the transformer has, got {size}")
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae, tokenizer=tokenizer)
         self.register_to_config(id2label=id2label)
 
-    def save_pretrained(self, *_: Any, **__: Any) -> None:
-        """Refused: what it writes would lack the code that the folder brings."""
-        raise NotImplementedError(
-            "save_pretrained leaves out the code of this model; copy the folder that it came from"
-        )
+    def save_pretrained(self, save_directory: Any, **settings: Any) -> None:
+        """Saves all parts, as other pipelines do, and the code that they came with."""
+        if settings.get("push_to_hub"):
+            raise ValueError("push_to_hub: expected a folder to be saved first, then: hf upload REPOSITORY FOLDER")
+        folder, own = Path(save_directory), {"": self, "transformer": self.transformer, "tokenizer": self.tokenizer}
+        known = self.config["tokenizer"]
+        self.register_to_config(tokenizer=(None, None))  # diffusers saves classes that it knows
+        super().save_pretrained(save_directory, **settings)
+        self.register_to_config(tokenizer=known)
+        index_file = folder / "model_index.json"
+        index = json.loads(index_file.read_text(encoding="utf-8"))
+        for name, part in own.items():
+            if part is not None:
+                code = Path(str(sys.modules[type(part).__module__].__file__))
+                index[name or "_class_name"] = [code.stem, type(part).__name__]
+                write_text(folder / name / code.name, code.read_text(encoding="utf-8"))
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+        write_text(index_file, json.dumps(index, indent=2) + "\n")
 
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str],
+        class_labels: int | str | Sequence[int | str] | None = None,
         num_ar_steps: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float = 2.0,
@@ -89,58 +118,54 @@ class CausalFusionPipeline(DiffusionPipeline):
         region: Any = None,
         image: Any = None,
         latents: Tensor | None = None,
+        prompt: str | Sequence[str] | None = None,
     ) -> Any:
-        """Makes one image for each class; with a region, regenerates that of given images."""
-        labels = self._labels(class_labels)
-        ids = range(len(labels)) if ids is None else ids
-        if len(ids) != len(labels):
-            raise ValueError(f"ids: expected {len(labels)}, one for each class, got {len(ids)}")
-        if output_type not in _OUTPUTS:
-            raise ValueError(f"output_type: expected one of {', '.join(_OUTPUTS)}, got {output_type!r}")
+        """Makes one image for each class or prompt; with a region, regenerates that of given images."""
+        conditions = self._conditions(class_labels, prompt)
+        ids_B = self._ids(ids, len(conditions), "class" if prompt is None else "prompt")
+        check_output(output_type)
         given_BCYX, region_L = None, None
         if any(value is not None for value in (region, image, latents)):
-            given_BCYX, region_L = self._given(image, latents, len(labels)), self._region(region)
-        usual_steps, usual_spacing = _BY_SOLVER.get(solver, _BY_SOLVER["ddpm"])
-        if num_inference_steps is None:
-            num_inference_steps = min(usual_steps, self.scheduler.config.num_train_timesteps)
-        if not isinstance(ar_step_sizes, str):
-            num_ar_steps = len(ar_step_sizes)
-        with self.progress_bar(total=num_ar_steps * num_inference_steps) as bar:
+            given_BCYX, region_L = self._images.given(image, latents, len(conditions)), self._region(region)
+        how = self._how(
+            num_ar_steps=num_ar_steps,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            solver=solver,
+            seed=seed,
+            ar_step_sizes=ar_step_sizes,
+            guidance_schedule=guidance_schedule,
+            guidance_interval=guidance_interval,
+            level_spacing=level_spacing,
+        )
+        with self.progress_bar(total=how["num_ar_steps"] * how["num_inference_steps"]) as bar:
             latents_BCYX = self.transformer.sample(
-                torch.tensor(labels, device=self._execution_device),
-                torch.tensor(list(ids), dtype=torch.int64),
-                seed=seed,
-                scheduler=self.scheduler.config,
-                num_inference_steps=num_inference_steps,
-                solver=solver,
-                level_spacing=level_spacing or usual_spacing,
-                num_ar_steps=num_ar_steps,
-                ar_step_sizes=ar_step_sizes,
-                guidance_scale=guidance_scale,
-                guidance_schedule=guidance_schedule,
-                guidance_interval=guidance_interval,
+                conditions,
+                ids_B,
+                marks=() if prompt is None else self._texts("prompt").marks,
                 latents_BCYX=given_BCYX,
                 region_L=region_L,
                 on_step=bar.update,
+                **how,
             )
-        images = latents_BCYX if output_type == "latent" else _OUTPUTS[output_type](self._decode(latents_BCYX))
+        images = self._images.output(latents_BCYX, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def edit(
         self,
-        class_labels: int | str | Sequence[int | str],
-        region: Any,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        region: Any = None,
         image: Any = None,
         latents: Tensor | None = None,
         **settings: Any,
     ) -> Any:
-        """Regenerates a region of each image, as the class asked for; the other tokens are its context.
+        """Regenerates a region of each image, as the class or prompt asked for; the other tokens are its context.
 
         They come back bit for bit in latents (`output_type="latent"`).
 
         Args:
-            class_labels: the new class of each image.
+            class_labels: the new class of each image; or give `prompt`.
             region: "centre", "top", "bottom", "outside", "box:Y0,X0,Y1,X1" (rows and columns of tokens, ends left out)
                 or "tokens:0,1,17" (row * columns + column); or a mask of the tokens, true where they are regenerated:
                 bool [rows, columns] or [tokens].
@@ -151,8 +176,170 @@ class CausalFusionPipeline(DiffusionPipeline):
         """
         return self(class_labels, region=region, image=image, latents=latents, **settings)
 
+    @torch.no_grad()
+    def caption(
+        self,
+        images: Any = None,
+        prefix: str | Sequence[str] = "",
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        guidance_scale: float = 1.0,
+        seed: int = 0,
+        ids: Sequence[int] | None = None,
+        latents: Tensor | None = None,
+    ) -> list[str]:
+        """Writes a text about each image.
+
+        Args:
+            images, latents: as `image` and `latents` of `edit`.
+            prefix: how the texts begin, or how each one does.
+            max_tokens: of a text, the two that frame it among them; left out: as many as the model knows.
+            temperature: of the softmax; 0 takes the likeliest token.
+            top_k: only the k likeliest tokens; 0: all.
+            top_p: only the likeliest tokens whose probabilities first reach p; 1: all.
+            guidance_scale: away from what the model would write without the image; 1 = none.
+            seed, ids: of what is drawn; see the class.
+        """
+        texts = self._texts("caption")
+        given_BCYX = self._images.given(images, latents)
+        num_images = len(given_BCYX)
+        starts = [prefix] * num_images if isinstance(prefix, str) else list(prefix)
+        prefixes = texts.encode("prefix", starts, max_tokens)
+        if len(prefixes) != num_images:
+            raise ValueError(f"prefix: expected one text, or {num_images}, one for each image, got {len(prefixes)}")
+        written = self.transformer.caption(
+            given_BCYX,
+            self._ids(ids, num_images, "image"),
+            prefixes,
+            marks=texts.marks,
+            max_tokens=texts.most(max_tokens),
+            seed=seed,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            guidance_scale=guidance_scale,
+        )
+        self.maybe_free_model_hooks()
+        return [self.tokenizer.decode(tokens) for tokens in written]
+
+    @torch.no_grad()
+    def interleave(
+        self,
+        parts: Sequence[Any],
+        max_new_parts: int = 1,
+        first: str | None = None,
+        max_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        text_guidance_scale: float = 1.0,
+        seed: int = 0,
+        id: int = 0,
+        output_type: str = "pil",
+        **settings: Any,
+    ) -> list[Any]:
+        """Goes on with a sample of texts and images, and returns the parts that it adds.
+
+        Args:
+            parts: texts and images in order; an image is one of PIL, a tensor or array [channels, height, width] in
+                [0, 1], or latents: a tensor with as many channels, rows and columns as these have.
+            max_new_parts: at most so many are added; the model may end sooner, and says itself where an image follows.
+            first: whether a "text" or an "image" comes first. None: a text, which goes on from the last part where that
+                is a text, and is then returned from its beginning.
+            max_tokens, temperature, top_k, top_p, text_guidance_scale: as of `caption`.
+            seed, id: of what is drawn.
+            output_type: of the images, each by itself; see the class.
+            settings: how images are made, as of a call: `num_ar_steps`, `guidance_scale`, `solver`, ...
+        """
+        texts, num_places = self._texts("interleave"), self.transformer.config.max_segments
+        check_output(output_type)
+        if first not in (None, "text", "image"):
+            raise ValueError(f"first: expected text, image or None, got {first!r}")
+        num_kept = len(parts) - (first is None and bool(parts) and isinstance(parts[-1], str))
+        if not 1 <= max_new_parts <= num_places - num_kept:
+            raise ValueError(
+                f"max_new_parts: expected at least 1 and, behind {num_kept} parts, at most {num_places - num_kept}, "
+                f"since the model knows {num_places} places in a sample, got {max_new_parts}"
+            )
+        given = [
+            texts.encode("parts", [part], max_tokens)[0] if isinstance(part, str) else self._images.given_part(part)
+            for part in parts
+        ]
+        writing = {"marks": texts.marks, "max_tokens": texts.most(max_tokens), "seed": seed, "temperature": temperature}
+        new = self.transformer.interleave(
+            given,
+            self._ids([id], 1, "sample"),
+            max_new_parts=max_new_parts,
+            first=first,
+            writing=writing | {"top_k": top_k, "top_p": top_p, "guidance_scale": text_guidance_scale},
+            **self._how(seed=seed, **settings),
+        )
+        made = [
+            self._images.output(part[None], output_type)[0] if isinstance(part, Tensor) else self.tokenizer.decode(part)
+            for part in new
+        ]
+        self.maybe_free_model_hooks()
+        return made
+
+    @property
+    def _images(self) -> Images:
+        return Images(self.transformer, self.vae, self._execution_device)
+
+    def _texts(self, what: str) -> Texts:
+        if self.tokenizer is None:
+            raise ValueError(f"{what}: expected a model with texts, got one that was trained without")
+        return Texts(self.tokenizer, self.transformer.config.max_text_tokens)
+
     # -----------------------------------------------------------------------
     # What comes in
+
+    def _conditions(
+        self, class_labels: int | str | Sequence[int | str] | None, prompt: str | Sequence[str] | None
+    ) -> Any:
+        """Classes, int64 [B]; or the tokens of each text."""
+        if (class_labels is None) == (prompt is None):
+            raise ValueError("class_labels: expected classes or a prompt, got both or none")
+        if class_labels is not None:
+            return torch.tensor(self._labels(class_labels), device=self._execution_device)
+        return self._texts("prompt").encode("prompt", [prompt] if isinstance(prompt, str) else list(prompt or ()))
+
+    def _ids(self, ids: Sequence[int] | None, number: int, each: str) -> Tensor:
+        ids = range(number) if ids is None else ids
+        if len(ids) != number:
+            raise ValueError(f"ids: expected {number}, one for each {each}, got {len(ids)}")
+        return torch.tensor(list(ids), dtype=torch.int64, device=self._execution_device)
+
+    def _how(
+        self,
+        *,
+        num_ar_steps: int = 1,
+        num_inference_steps: int | None = None,
+        guidance_scale: float = 2.0,
+        solver: str = "ddpm",
+        seed: int = 0,
+        ar_step_sizes: str | Sequence[int] = "equal",
+        guidance_schedule: str = "constant",
+        guidance_interval: tuple[int, int | None] = (0, None),
+        level_spacing: str | None = None,
+    ) -> dict[str, Any]:
+        """How images are made, as the transformer takes it: a call's arguments, and what those left out stand for."""
+        usual_steps, usual_spacing = _BY_SOLVER.get(solver, _BY_SOLVER["ddpm"])
+        if num_inference_steps is None:
+            num_inference_steps = min(usual_steps, self.scheduler.config.num_train_timesteps)
+        return {
+            "seed": seed,
+            "scheduler": self.scheduler.config,
+            "num_inference_steps": num_inference_steps,
+            "solver": solver,
+            "level_spacing": level_spacing or usual_spacing,
+            "num_ar_steps": num_ar_steps if isinstance(ar_step_sizes, str) else len(ar_step_sizes),
+            "ar_step_sizes": ar_step_sizes,
+            "guidance_scale": guidance_scale,
+            "guidance_schedule": guidance_schedule,
+            "guidance_interval": guidance_interval,
+        }
 
     def _labels(self, class_labels: int | str | Sequence[int | str]) -> list[int]:
         given = [class_labels] if isinstance(class_labels, int | str) else list(class_labels)
@@ -174,20 +361,6 @@ class CausalFusionPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels: expected 0 to {num_classes - 1}, got {label}")
         return int(number)
 
-    def _given(self, image: Any, latents: Tensor | None, num_images: int) -> Tensor:
-        """The latents to keep tokens of: float32 [B, C, Y, X] in the network's scale."""
-        if (image is None) == (latents is None):
-            raise ValueError("image: expected an image or latents, got both or none")
-        config = self.transformer.config
-        size = config.grid * config.patch_size
-        if latents is not None:
-            _check_shape("latents", latents, [num_images, config.latent_channels, size, size])
-            return latents.to(self._execution_device, torch.float32)
-        channels = config.latent_channels if self.vae is None else self.vae.config.in_channels
-        pixels_BCYX = _as_pixels(image, channels)
-        _check_shape("image", pixels_BCYX, [num_images, channels, *[size * self._stride] * 2])
-        return self._encode(pixels_BCYX.to(self._execution_device))
-
     def _region(self, region: Any) -> Tensor:
         """Tokens regenerated: bool [L]."""
         if region is None:
@@ -196,69 +369,3 @@ class CausalFusionPipeline(DiffusionPipeline):
             return self.transformer.region(region if isinstance(region, str | Tensor) else torch.tensor(region))
         except ValueError as error:
             raise ValueError(f"region: {error}") from error
-
-    @property
-    def _stride(self) -> int:
-        """Pixels a side of what becomes one latent."""
-        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    def _encode(self, pixels_BCYX: Tensor) -> Tensor:
-        if self.vae is None:
-            return self.transformer.scaling.to_model(pixels_BCYX)
-        posterior = self.vae.encode(pixels_BCYX.to(self.vae.dtype) * 2 - 1).latent_dist
-        return self.transformer.scaling.to_model(posterior.mean)
-
-    # -----------------------------------------------------------------------
-    # What comes out
-
-    def _decode(self, latents_BCYX: Tensor) -> Tensor:
-        """Latents -> images in [0, 1]."""
-        raw_BCYX = self.transformer.scaling.from_model(latents_BCYX)
-        if self.vae is not None:
-            # In slices: activations of the decoder take a hundred times the memory of its images, or more.
-            num_pixels = raw_BCYX.shape[-2] * raw_BCYX.shape[-1] * self._stride**2
-            slices = torch.split(raw_BCYX.to(self.vae.dtype), max(1, _PIXELS_AT_ONCE // num_pixels))
-            images_BCYX = torch.cat([self.vae.decode(part).sample for part in slices]).float() / 2 + 0.5
-        elif raw_BCYX.shape[1] in (1, 3):
-            images_BCYX = raw_BCYX
-        else:
-            raise ValueError(
-                f"output_type: expected 'latent', since the autoencoder of these {raw_BCYX.shape[1]} channels is not "
-                "part of this folder"
-            )
-        return images_BCYX.clamp(0, 1)
-
-
-def _check_shape(name: str, values: Tensor, expected: list[int]) -> None:
-    if list(values.shape) != expected:
-        raise ValueError(f"{name}: expected {expected} in all, got {list(values.shape)}")
-
-
-def _as_pixels(image: Any, channels: int) -> Tensor:
-    """PIL images of any mode, an array or a tensor -> float32 [B, C, Y, X] in [0, 1]."""
-    if isinstance(image, PIL.Image.Image):
-        image = [image]
-    if isinstance(image, list | tuple) and image and isinstance(image[0], PIL.Image.Image):
-        sizes = sorted({one.size for one in image})
-        if len(sizes) > 1:
-            raise ValueError(f"image: expected images of one size, got {sizes}")
-        arrays = [np.asarray(one.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255 for one in image]
-        image = np.stack([one[None] if one.ndim == 2 else one.transpose(2, 0, 1) for one in arrays])
-    return torch.as_tensor(image).float()
-
-
-def _to_arrays(images_BCYX: Tensor) -> Any:
-    return images_BCYX.cpu().permute(0, 2, 3, 1).numpy()
-
-
-def _to_pil(images_BCYX: Tensor) -> list[PIL.Image.Image]:
-    bytes_BYXC = (_to_arrays(images_BCYX) * 255).round().astype(np.uint8)
-    return [PIL.Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in bytes_BYXC]
-
-
-_OUTPUTS: dict[str, Any] = {
-    "pil": _to_pil,
-    "np": _to_arrays,
-    "pt": lambda images_BCYX: images_BCYX,
-    "latent": None,
-}

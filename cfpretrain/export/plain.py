@@ -28,7 +28,10 @@ def make_visibility(intervals_BMI: Tensor | None, num_keys: int, backend: str) -
 
 
 def attend(q_BHME: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, visibility: Visibility) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v over the visible keys: [B, H, M, E]."""
+    """softmax(q k^T / sqrt(E)) v over the visible keys: [B, H, M, E]; k and v may have fewer heads."""
+    num_served = q_BHME.shape[1] // k_BHKE.shape[1]
+    if num_served > 1:
+        k_BHKE, v_BHKE = k_BHKE.repeat_interleave(num_served, 1), v_BHKE.repeat_interleave(num_served, 1)
     return F.scaled_dot_product_attention(q_BHME, k_BHKE, v_BHKE, attn_mask=visibility.mask)
 
 
@@ -37,7 +40,12 @@ def compile_by_shape(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def layer_norm(width: int, fused: bool = False) -> nn.Module:
+def layer_norm(width: int) -> nn.Module:
     """A LayerNorm over the last dimension, with weight and bias."""
+    return make_norm("layer", width, 1e-5)
+
+
+def make_norm(kind: str, width: int, eps: float, fused: bool = False) -> nn.Module:
+    """A norm over the last dimension: a LayerNorm ("layer"), or an RMSNorm ("rms")."""
     assert not fused
-    return nn.LayerNorm(width, eps=1e-5)
+    return nn.RMSNorm(width, eps=eps) if kind == "rms" else nn.LayerNorm(width, eps=eps)

@@ -19,13 +19,14 @@ from cfpretrain.base.files import read_json
 from cfpretrain.base.typed import Natural, NotNegative, from_plain
 from cfpretrain.core import attention
 from cfpretrain.core.ar import ARSettings
+from cfpretrain.core.block import BlockSettings
 from cfpretrain.core.latents import LatentScaling
-from cfpretrain.core.model import BlockSettings, CausalFusion, WriteInitialValues, write_initial_values
+from cfpretrain.core.model import CausalFusion, WriteInitialValues, write_initial_values
 from cfpretrain.core.norm import has_apex
 from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
 from cfpretrain.core.tasks import Tasks
-from cfpretrain.core.texts import TEXT, Marks
+from cfpretrain.core.texts import TEXT
 from cfpretrain.data.samples import FOLDER_BIT, Prepare, Samples
 from cfpretrain.data.shards import read_info
 from cfpretrain.data.tokenizer import TextTokenizer
@@ -124,7 +125,7 @@ def choose_attention(config: Config, device_type: str) -> str:
 
 
 def _choose_backend(config: Config, key: str, job: str, device_type: str) -> str:
-    engine, head_width = config.engine, config.model.width // config.model.num_heads
+    engine, head_width = config.engine, config.model.design.head_width
     try:
         return attention.choose(getattr(engine, key), job, device_type, engine.precision, head_width, say)
     except ValueError as error:
@@ -143,6 +144,8 @@ def make_model(config: Config, blocks: BlockSettings | None = None) -> CausalFus
         num_cond_tokens=model.num_cond_tokens,
         num_classes=model.num_classes,
         learnable_positions=model.position_embedding == "learnable",
+        trunk_kind=model.trunk,
+        block_changes=model.block_changes,
         blocks=blocks,
         vocabulary=model.vocabulary,
         max_text_tokens=model.max_text_tokens,
@@ -201,8 +204,7 @@ def make_tokenizer(config: Config) -> TextTokenizer | None:
 def _make_tasks(config: Config, tokenizer: TextTokenizer | None) -> Tasks | None:
     if tokenizer is None:
         return None
-    marks = Marks(tokenizer.begin, tokenizer.end, tokenizer.image, tokenizer.pad)
-    return Tasks(vars(config.data.tasks), config.train.text_drop_prob, config.train.image_drop_prob, marks)
+    return Tasks(vars(config.data.tasks), config.train.text_drop_prob, config.train.image_drop_prob, tokenizer.marks)
 
 
 def make_loss(config: Config) -> DenoisingLoss:
@@ -218,6 +220,7 @@ def make_loss(config: Config) -> DenoisingLoss:
         clean_multiple=config.clean_token_multiple(),
         tasks=_make_tasks(config, make_tokenizer(config)),
         weights={TEXT: config.train.text_loss_weight},
+        has_rotary=config.model.design.rotary_base > 0,
     )
 
 

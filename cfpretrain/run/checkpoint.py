@@ -182,7 +182,10 @@ def _read_ranges(opened: Mapping[str, TensorFile], fragments: Sequence[Fragment]
     for content, one in opened.items():
         with files.opened(one.path, os.O_RDONLY) as descriptor:
             for fragment, values in held_tensors(content, fragments, ema_values):
-                read_values(descriptor, one.header.position(fragment.name, fragment.offset), values)
+                if fragment.name not in one.header.shapes:  # frozen there
+                    values.zero_()
+                elif content != EMA or not fragment.is_frozen:  # else its average is the weight itself
+                    read_values(descriptor, one.header.position(fragment.name, fragment.offset), values)
 
 
 def check_shapes(opened: TensorFile, expected: Shapes) -> None:
@@ -203,6 +206,24 @@ def _check_optimizer(there: Mapping[str, Any], here: Mapping[str, Any], path: Pa
             f"checkpoint {path} holds the state of train.optimizer = {one}, and the config says {other}; "
             "set it alike or choose another run.folder"
         )
+
+
+def _expected(
+    here: Mapping[str, Shapes], content: str, there: Shapes, saved: Mapping[str, Any], config: Mapping[str, Any]
+) -> Shapes:
+    """The tensors that a file of this content is to hold, by those of the engine and the two configs.
+
+    Of the optimizer's state, that of parameters which are frozen here may be there too, and is left; that of those
+    which were frozen there is not, and begins at 0.
+    """
+    if content in (WEIGHTS, EMA):
+        return here[content]
+    frozen = {name: shape for name, shape in here[WEIGHTS].items() if name not in here[content] and name in there}
+    expected = {**here[content], **frozen}
+    before, now = (list(one.get("train", {}).get("freeze", [])) for one in (saved, config))
+    if before == now:
+        return expected
+    return {name: shape for name, shape in expected.items() if name in there}
 
 
 @contextmanager
@@ -247,7 +268,7 @@ def load(
         _check_optimizer(state.config, config, path)
         opened = open_tensors(path, state.step, shapes)
         for content, one in opened.items():
-            check_shapes(one, shapes[content])
+            check_shapes(one, _expected(shapes, content, one.header.shapes, state.config, config))
     with _reading_on_all_ranks(path):
         _verify_share(opened.values(), runtime.rank(), runtime.world_size())
     with _reading_on_all_ranks(path):

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,16 +25,19 @@ _PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A
 # FLOPs
 
 
-def training_flops(model: ModelConfig, work: Work) -> float:
+def training_flops(model: ModelConfig, work: Work, frozen: Collection[str] = ()) -> float:
     """FLOPs of forward and backward; of attention, visible pairs alone count.
 
-    Embeddings of classes and timesteps, norms and pointwise operations are left out (under 1 %). `work` holds the
-    tokens and visible pairs of the sequences, counted by their layouts.
+    Of a matrix product, the backward makes two more, and one where the matrix is frozen (`train.freeze`). Embeddings of
+    classes and timesteps, norms, rotations and pointwise operations are left out (under 1 %). `work`
+    holds the tokens and visible pairs of the sequences, counted by their layouts.
     """
-    D = model.width
-    blocks = model.depth * (24 * D**2 * work.tokens + 4 * D * work.visible)
-    ends = model.patch_values * work.projections["image"] + model.vocabulary * work.projections["text"]
-    return 3.0 * (blocks + 2 * D * ends)
+    design, of_texts = model.design, 3.0 - ("text" in frozen)
+    num_frozen = work.projections["text"] if design.separate_image_weights else work.tokens
+    num_products = 3.0 * work.tokens - num_frozen * ("trunk" in frozen)
+    blocks = 2 * design.matrix_values * num_products + 3 * 4 * design.attended_width * work.visible
+    ends = 3 * model.patch_values * work.projections["image"] + of_texts * model.vocabulary * work.projections["text"]
+    return model.depth * blocks + 2 * model.width * ends
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -29,9 +29,21 @@ TRAINING_SECTIONS = ("order", "data", "train", "guard")  # of a config: other va
 # What the past training means: with other values the weights are those of another model. The rest may change.
 _FIXED_SECTIONS, _FIXED_KEYS = ("model", "noise"), ("data.latent_shift", "data.latent_scale")
 # Keys that older records lack, with what was trained then.
-_ADDED_KEYS = {
-    **{"noise.process": "epsilon", "noise.flow_times": "logit_normal"},
-    **{"model.vocabulary": 0, "model.max_text_tokens": 64, "model.max_segments": 2},
+_ADDED_KEYS: dict[str, Any] = {
+    "noise.process": "epsilon",
+    "noise.flow_times": "logit_normal",
+    "model.trunk": "causalfusion",
+    "model.num_kv_heads": 0,
+    "model.head_width": 0,
+    "model.mlp_width": 0,
+    "model.mlp": "auto",
+    "model.norm_eps": 0.0,
+    "model.rotary_base": 0.0,
+    "model.rotary_scaling": [],
+    "model.separate_image_weights": False,
+    "model.vocabulary": 0,
+    "model.max_text_tokens": 64,
+    "model.max_segments": 2,
 }
 
 

@@ -50,6 +50,7 @@ class Fragment:
     values: Tensor  # [numel], the weights that the optimizer updates
     state: dict[str, Tensor]  # the optimizer's, each [numel], under torch's names: exp_avg, exp_avg_sq of Adam
     replicated: bool  # every rank holds the same range (ZeRO stage 0)
+    is_frozen: bool = False  # training never changes the values; then there is no state
 
 
 class DamagedCheckpointError(UserError):

@@ -30,22 +30,25 @@ class ShardedEMA:
             on_host: keep the averages in host memory: four bytes a weight less on the GPU, for a copy of the weights
                 to the host and an average there in each step, both beside the forwards and backwards of the next one.
         """
-        self._weights = [fragment.values for fragment in fragments]
-        self._decay = decay
-        self.values: list[Tensor] = [
-            weights.to("cpu", copy=True) if on_host else weights.clone() for weights in self._weights
-        ]
-        """The averages, aligned with the fragments; a restored checkpoint is written into them in place."""
-        has_thread = on_host and self.values  # a rank of a large world may hold nothing
-        self._thread = _HostThread(self.values, self._weights, 1.0 - decay) if has_thread else None
+        moving = [fragment.values for fragment in fragments if not fragment.is_frozen]
+        self._weights, self._decay = moving, decay
+        self._averages = [weights.to("cpu", copy=True) if on_host else weights.clone() for weights in moving]
+        averages = iter(self._averages)
+        self.values: list[Tensor] = [one.values if one.is_frozen else next(averages) for one in fragments]
+        """The averages, aligned with the fragments; a restored checkpoint is written into them in place.
+
+        Those of frozen weights are these themselves.
+        """
+        has_thread = on_host and moving  # a rank of a large world may hold nothing
+        self._thread = _HostThread(self._averages, moving, 1.0 - decay) if has_thread else None
 
     @torch.no_grad()
     def update(self) -> None:
         """Moves the averages by one step; those in host memory by the next `wait`, from the weights of this moment."""
         if self._thread is not None:
             self._thread.begin()
-        elif self.values:
-            torch._foreach_lerp_(self.values, self._weights, 1.0 - self._decay)
+        elif self._averages:
+            torch._foreach_lerp_(self._averages, self._weights, 1.0 - self._decay)
 
     def wait(self) -> None:
         """Ends the update under way: the weights may change after it, and `values` be read. Raises what stopped it."""
@@ -67,7 +70,7 @@ class ShardedEMA:
     @torch.no_grad()
     def _exchange(self, engine: Engine) -> None:
         self.wait()
-        for weights, average in zip(self._weights, self.values, strict=True):
+        for weights, average in zip(self._weights, self._averages, strict=True):
             kept = weights.clone()
             weights.copy_(average)
             average.copy_(kept)

@@ -10,10 +10,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cfpretrain.base.config import Config
-from cfpretrain.core.model import Block, WriteInitialValues
+from cfpretrain.core.block import Block
+from cfpretrain.core.model import WriteInitialValues, is_frozen
 from cfpretrain.run.tensor_files import Fragment
 from cfpretrain.training import optim, zero
 from cfpretrain.training.optim import Range
@@ -28,7 +30,7 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
     Args:
         make_module: constructs the module; at stage 3 each submodule is cut into shards as soon as it is constructed,
             so that no rank ever holds the whole model, and the module's dtype is already that of `engine.precision`.
-            Every parameter must require a gradient: frozen tensors are buffers.
+            Every parameter must require a gradient; those of `train.freeze` no longer do then.
         config: checked.
         device: of this rank; torch.distributed is initialised for it.
     """
@@ -39,6 +41,8 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
     frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
     if frozen:
         raise RuntimeError(f"frozen tensors must be buffers: {frozen}")
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(not is_frozen(name, config.train.freeze))
     has_blocks = any(isinstance(part, Block) for part in module.modules())
     if has_blocks and config.engine.zero_stage == 3 and (config.engine.compile_blocks or device.type == "cpu"):
         # A block's parameters are gathered at once. Else ZeRO's hooks would gather those of each linear layer inside
@@ -51,7 +55,7 @@ def build_engine(make_module: Callable[[], nn.Module], config: Config, device: t
     deepspeed_engine, *_ = deepspeed.initialize(
         model=called,
         optimizer=optim.make_optimizer(module, config, device, zero.gate.refuses),
-        model_parameters=list(module.parameters()),
+        model_parameters=[parameter for parameter in module.parameters() if parameter.requires_grad],
         config=settings,
         dist_init_required=False,
     )
@@ -118,13 +122,20 @@ class Engine:
         # An optimizer that counts no steps (SGD) needs none to go on.
         counts = [state["step"] for state in optimizer.state.values() if "step" in state]
         self._step_counts = counts or [torch.zeros(())]
-        ranges = {place.name: place for place in self._ranges(parameters)}
+        moving, self._frozen = (
+            {k: p for k, p in parameters.items() if p.requires_grad is moves} for moves in (True, False)
+        )
+        ranges = {place.name: place for place in self._ranges(moving)}
         for part in getattr(optimizer, "parts", ()):
             if isinstance(part, optim.Muon):
                 part.place(ranges)
-        self._fragments = [
-            _make_fragment(place, place.flat, optimizer.state) for place in ranges.values() if place.flat is not None
-        ]
+        made = {
+            place.name: _make_fragment(place, place.flat, optimizer.state[place.flat])
+            for place in ranges.values()
+            if place.flat is not None
+        }
+        made |= {name: _make_frozen(name, parameter, zero_stage) for name, parameter in self._frozen.items()}
+        self._fragments = [made[name] for name in parameters if name in made]
         self.module = module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,6 +220,9 @@ class Engine:
         optimizer = self._deepspeed.optimizer
         if self._zero_stage == 0:
             return
+        for fragment in self._fragments:
+            if fragment.is_frozen:
+                _refresh_frozen(self._frozen[fragment.name], fragment.values, self._zero_stage)
         if self._zero_stage < 3:
             optimizer.update_lp_params()
             return
@@ -235,9 +249,37 @@ class Engine:
         return _ranges_of_stage_3(parameters, self._deepspeed.optimizer)
 
 
-def _make_fragment(place: Range, flat: Tensor, states: Mapping[Tensor, Mapping[str, Tensor]]) -> Fragment:
-    state = {name: place.of(value) for name, value in states[flat].items() if value.shape == flat.shape}
+def _make_fragment(place: Range, flat: Tensor, states: Mapping[str, Tensor]) -> Fragment:
+    state = {name: place.of(value) for name, value in states.items() if value.shape == flat.shape}
     return Fragment(place.name, place.shape, place.offset, place.of(flat), state, place.replicated)
+
+
+# ---------------------------------------------------------------------------
+# Frozen parameters, of which DeepSpeed's optimizers know nothing
+
+
+def _make_frozen(name: str, parameter: nn.Parameter, zero_stage: int) -> Fragment:
+    """This rank's equal part of a frozen parameter; in bf16 an fp32 copy of it, which no step needs."""
+    if zero_stage == 0:
+        return Fragment(name, tuple(parameter.shape), 0, parameter.detach().view(-1), {}, True, is_frozen=True)
+    numel = parameter.ds_numel if zero_stage == 3 else parameter.numel()  # type: ignore[attr-defined]
+    shape = parameter.ds_shape if zero_stage == 3 else parameter.shape  # type: ignore[attr-defined]
+    size = -(-numel // torch.distributed.get_world_size())
+    begin = min(torch.distributed.get_rank() * size, numel)
+    part = parameter.detach().view(-1)[begin : begin + size] if zero_stage < 3 else parameter.ds_tensor.view(-1)  # type: ignore[attr-defined]
+    return Fragment(name, tuple(shape), begin, part[: min(size, numel - begin)].float(), {}, False, is_frozen=True)
+
+
+def _refresh_frozen(parameter: nn.Parameter, values: Tensor, zero_stage: int) -> None:
+    """Gives a frozen parameter the values of all ranks' parts."""
+    if zero_stage == 3:
+        parameter.ds_tensor.view(-1)[: len(values)].copy_(values)  # type: ignore[attr-defined]
+        return
+    num_ranks = torch.distributed.get_world_size()
+    size = -(-parameter.numel() // num_ranks)
+    whole = values.new_empty(num_ranks * size)
+    torch.distributed.all_gather_into_tensor(whole, F.pad(values, (0, size - len(values))))
+    parameter.view(-1).copy_(whole[: parameter.numel()])
 
 
 def _ranges_of_stages_1_and_2(parameters: dict[str, nn.Parameter], flats: list[Tensor]) -> Iterator[Range]:

@@ -1,7 +1,7 @@
 """The rows of a run: a row a step and a row a score, to metrics.jsonl, to wandb and to the person in front of it."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -124,8 +124,7 @@ class Log:
         seconds_left = (train.num_steps - at.step) * step_seconds
         if train.max_train_seconds:
             seconds_left = min(seconds_left, max(0.0, train.max_train_seconds - at.train_seconds))
-        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        text = f"loss {loss}  {row['images_per_second']:.0f} images/s  {row['peak_memory_gb']:.1f} GB"
+        text = f"{describe_loss(row)}  {row['images_per_second']:.0f} images/s  {row['peak_memory_gb']:.1f} GB"
         if at.num_skipped:
             text += f"  skipped {at.num_skipped}"
         if row["data_wait_share"] > _LONG_WAIT_SHARE:
@@ -139,3 +138,16 @@ class Log:
         """Leaves the terminal as it was."""
         if self._progress is not None:
             self._progress.close()
+
+
+def describe_loss(row: Mapping[str, Any]) -> str:
+    """The loss of a step, and that of each kind of token where there are several."""
+
+    def shown(value: float | None, num_values: int = 1) -> str:
+        if num_values == 0:
+            return "none"
+        return "not finite" if value is None else f"{value:.4f}"
+
+    kinds = [key.removeprefix("loss_") for key in row if key.startswith("loss_")]
+    by_kind = [f"{kind} {shown(row[f'loss_{kind}'], row[f'num_{kind}_values'])}" for kind in kinds]
+    return f"loss {shown(row['loss'])}" + (f" ({', '.join(by_kind)})" if by_kind else "")

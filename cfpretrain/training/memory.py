@@ -14,26 +14,19 @@ from typing import Any
 
 import torch
 
-from cfpretrain.base.config import Config, ModelConfig, OrderConfig, can_checkpoint
+from cfpretrain.base.config import Config, ModelConfig, can_checkpoint
 from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.attention import BACKENDS
-from cfpretrain.core.modalities import class_segment, image_segment
-from cfpretrain.core.work import sequence_lengths
+from cfpretrain.core.design import BlockDesign
+from cfpretrain.core.model import is_frozen
 from cfpretrain.run.build import choose_attention, parameter_shapes
+from cfpretrain.run.sequences import has_texts, longest
 from cfpretrain.training.encoding_cost import NO_ENCODING, EncodingCost, encoding_cost
 from cfpretrain.training.zero import ds_config
 
 _FP32 = 4
 
-# What autograd keeps of a block, in [B, M, D] tensors: the input, its norm, qkv (3), normed q and k (2), attention's
-# output and its rearrangement (2), the sum after attention, its norm, and before and after GELU (8).
-_KEPT_OF_BLOCK = 19
-# A compiled block keeps as much: inductor computes no input of a matrix product a second time. In fp32 it also keeps
-# q and k before their norms apart from qkv.
-_KEPT_BY_COMPILER_FP32 = 2
-# Gradients alive at once in a block's backward, in [B, M, D] tensors: its output's, and GELU's output's or input's.
-_WORKING = 5
 # Float tensors of the size of the noised tokens in the loss: latents, noise, noised, prediction, differences, ...
 _KEPT_OF_LOSS = 10
 
@@ -98,29 +91,49 @@ def estimate(config: Config, num_ranks: int, on_gpu: bool, encoding: EncodingCos
     return _Step(config, num_ranks, on_gpu, encoding).estimate()
 
 
+def kept_of_block(design: BlockDesign, value: int, on_gpu: bool, is_compiled: bool = False) -> int:
+    """Bytes that autograd keeps of a block for each token, in activations of `value` bytes.
+
+    Of the paper's block, in units of D values: the input, its norm, qkv (3), normed q and k (2), attention's output and
+    its rearrangement (2), the sum after attention, its norm, and before and after GELU (8); and statistics.
+    """
+    H, of_keys = design.num_heads, design.num_kv_heads * design.head_width
+    of_queries, normed = design.attended_width, 0
+    if design.qk_norm:
+        normed = of_queries + of_keys
+    # RMSNorm without a kernel of its own keeps its input and the normalised values, both in fp32.
+    is_plain_rms = design.norm == "rms" and not on_gpu
+    copied, normalised = is_plain_rms * (value < _FP32), is_plain_rms * _FP32
+    kept = 2 * design.width * ((_FP32 if copied else value) + normalised + value)
+    kept += normed * (normalised + copied * _FP32)
+    # q is a view of qkv unless something is computed from it, v unless it is repeated; a norm's input is one too.
+    is_changed, is_repeated = design.qk_norm or design.rotary_base > 0, of_keys < of_queries
+    if not is_changed or not is_repeated or (design.qk_norm and not copied):
+        kept += value * design.qkv_width
+    kept += value * of_queries * (is_changed + (is_changed or is_repeated) + is_repeated)
+    kept += value * (of_queries * (1 + is_changed) + design.mlp_width * (4 if design.mlp == "swiglu" else 2))
+    if is_compiled and value == _FP32:
+        # Otherwise as much: inductor computes no input of a matrix product a second time. In fp32 it also keeps q and k
+        # before their norms apart from qkv.
+        kept += value * normed
+    # Mean and reciprocal deviation of two norms of a token and two of each head, and attention's log-sum-exp.
+    of_norm = 1 if design.norm == "rms" else 2
+    return kept + _FP32 * (of_norm * (2 + normed // design.head_width) + H)
+
+
 @functools.cache
-def parameter_numels(model: ModelConfig) -> tuple[int, ...]:
-    """Elements of each parameter."""
-    return tuple(map(math.prod, parameter_shapes(Config(model=model)).values()))
-
-
-def longest_sequence(config: Config) -> int:
-    """Tokens of the longest sequence that training can draw."""
-    return _longest_sequence(config.model, config.order, config.clean_token_multiple())
-
-
-@functools.cache
-def _longest_sequence(model: ModelConfig, order: OrderConfig, clean_multiple: int) -> int:
-    image = image_segment(torch.zeros(1, model.num_tokens, dtype=torch.int64))
-    segments = [class_segment(model.num_cond_tokens), image]
-    return max(sequence_lengths(segments, ARSettings(**vars(order)), clean_multiple))
+def parameter_numels(model: ModelConfig, frozen: tuple[str, ...] = ()) -> tuple[int, ...]:
+    """Elements of each parameter, without those that `train.freeze` keeps as they are."""
+    shapes = parameter_shapes(Config(model=model))
+    return tuple(math.prod(shape) for name, shape in shapes.items() if not is_frozen(name, frozen))
 
 
 def num_dense_masks(config: Config, num_ranks: int, on_gpu: bool) -> int:
     """Masks of all pairs that attention takes in a micro-batch."""
     if not BACKENDS[choose_attention(config, "cuda" if on_gpu else "cpu")].has_dense_mask:
         return 0
-    return 1 if ARSettings(**vars(config.order)).shares_split else config.micro_batch_size(num_ranks)
+    shares_mask = ARSettings(**vars(config.order)).shares_split and not has_texts(config)
+    return 1 if shares_mask else config.micro_batch_size(num_ranks)
 
 
 class _Step:
@@ -130,7 +143,8 @@ class _Step:
         self.config, self.num_ranks, self.on_gpu, self.encoding = config, num_ranks, on_gpu, encoding
         self.stage, self.is_bf16 = config.engine.zero_stage, config.engine.precision == "bf16"
         self.value = 2 if self.is_bf16 else _FP32  # of a weight in a forward, and of an activation
-        self.numels = parameter_numels(config.model)
+        self.all_numels = parameter_numels(config.model)
+        self.numels = parameter_numels(config.model, config.train.freeze)  # of those that are trained, as what follows
         self.P, self.largest = sum(self.numels), max(self.numels)
         self.share = self.P if self.stage == 0 else -(-self.P // num_ranks)
         zero = ds_config(config, num_ranks, torch.device("cuda" if on_gpu else "cpu"))["zero_optimization"]
@@ -141,7 +155,7 @@ class _Step:
 
     def estimate(self) -> Estimate:
         ema, on_host = _FP32 * self.share, self.config.engine.ema_on_host
-        activations, working = self._activations()
+        activations, working, of_logits = self._activations()
         buffers = self._buffers()
         return Estimate(
             weights=self._weights(),
@@ -155,7 +169,7 @@ class _Step:
             lasting_buffers=0 if self.stage == 2 else buffers,
             activations=activations,
             moments={
-                "backward": working + self._gathered() + self._conversions(),
+                "backward": self._gathered() + max(working + self._conversions(), of_logits),
                 "reduction": self._reduction(),
                 "update": self._update(),
             },
@@ -163,12 +177,14 @@ class _Step:
         )
 
     def _weights(self) -> int:
+        P, num_ranks = sum(self.all_numels), self.num_ranks
         if self.stage == 0:
-            return _FP32 * self.P
+            return _FP32 * P
+        copies = _FP32 * -(-(P - self.P) // num_ranks) if self.is_bf16 else 0  # in fp32, of frozen ones
         if self.stage < 3:
-            return self.value * self.P
-        persistent = sum(numel for numel in self.numels if numel < self.persistent_numel)
-        return self.value * (self.share + persistent)
+            return self.value * P + copies
+        persistent = sum(numel for numel in self.all_numels if numel < self.persistent_numel)
+        return self.value * (-(-P // num_ranks) + persistent) + copies
 
     def _gradients(self) -> int:
         if self.stage < 2:
@@ -203,18 +219,19 @@ class _Step:
         """Weights that exist for a forward and a backward only."""
         if self.stage == 0:
             # `engine._Bfloat16Forward` rounds all of them.
-            return self.value * self.P if self.is_bf16 else 0
+            return self.value * sum(self.all_numels) if self.is_bf16 else 0
         if self.stage < 3:
             return 0
         # When the backward begins, the last ones are used again within the distance, there and back; and prefetching.
-        return self.value * min(self.P, _REUSE_NUMEL // 2 + self.bucket)
+        return self.value * min(sum(self.all_numels), _REUSE_NUMEL // 2 + self.bucket)
 
     def _conversions(self) -> int:
         """Copies of gradients that are on their way into their sums while the activations still live."""
-        fc1 = 4 * self.config.model.width**2
+        model = self.config.model
+        matrix = max(model.design.largest_matrix, model.vocabulary * model.width)
         # At stage 3 a full bucket is flattened and cut for the ranks, at stage 2 in bf16 it is summed in an fp32 copy.
         num_copies = {2: int(self.is_bf16), 3: 2}.get(self.stage, 0)
-        copies = (self.value + _FP32) * fc1 + num_copies * _FP32 * min(self.bucket, self.P)
+        copies = (self.value + _FP32) * matrix + num_copies * _FP32 * min(self.bucket, self.P)
         return copies + (self._new_sums() if self.stage == 2 or self.overlaps else 0)
 
     def _new_sums(self) -> int:
@@ -251,29 +268,39 @@ class _Step:
         """Values on one rank that Muon moves, with one buffer where Adam has two: qkv, proj, fc1 and fc2 of a block."""
         if self.config.train.optimizer != "muon":
             return 0
-        matrices = 12 * self.config.model.width**2 * self.config.model.depth
+        design, freeze = self.config.model.design, self.config.train.freeze
+        num_sets = 1 + design.separate_image_weights - ("trunk" in freeze)
+        matrices = num_sets * design.matrix_values * self.config.model.depth
         return matrices if self.stage == 0 else -(-matrices // self.num_ranks)
 
-    def _activations(self) -> tuple[int, int]:
-        """Bytes that the forward keeps for the backward, and those that the backward adds when it begins."""
+    def _activations(self) -> tuple[int, int, int]:
+        """Bytes that the forward keeps for the backward, those that its blocks then add, and before that the logits."""
         model, engine = self.config.model, self.config.engine
-        B, M, L = self.config.micro_batch_size(self.num_ranks), longest_sequence(self.config), model.num_tokens
+        B, L, lengths = self.config.micro_batch_size(self.num_ranks), model.num_tokens, longest(self.config)
+        M = lengths.computed
         num_masks = num_dense_masks(self.config, self.num_ranks, self.on_gpu)
         tensor = self.value * B * M * model.width
-        # Mean and reciprocal deviation of two norms of a token and two of each head, and attention's log-sum-exp.
-        statistics = _FP32 * B * M * (4 + 5 * model.num_heads)
         # Torch turns the boolean mask into one to be added, again in each block.
         added_mask = self.value * num_masks * M * M
-        num_kept = _KEPT_OF_BLOCK + (_KEPT_BY_COMPILER_FP32 if engine.compile_blocks and not self.is_bf16 else 0)
-        block = num_kept * tensor + statistics + added_mask
+        design = model.design
+        block = B * M * kept_of_block(design, self.value, self.on_gpu, engine.compile_blocks) + added_mask
         loss = _KEPT_OF_LOSS * _FP32 * B * L * model.patch_values
-        # The trunk's output and its norm, the projected tokens and their places, the boolean mask.
-        ends = tensor + self.value * B * L * model.width + B * (M * model.patch_values * self.value + 8 * M) + loss
+        # The trunk's output, where it was given, and its norm, the projected tokens and their places, the boolean mask.
+        output = self.value * B * max(M, lengths.given) * model.width
+        ends = output + self.value * B * L * model.width + B * (M * model.patch_values * self.value + 8 * M) + loss
         ends += num_masks * M * M
-        working = _WORKING * tensor
+        # Of the text head: the norm of its tokens, and the logarithms of their probabilities.
+        logits = _FP32 * B * lengths.learned_text * model.vocabulary
+        ends += self.value * B * lengths.learned_text * model.width + logits
+        # Gradients alive at once when a block's backward begins: its output's, and GELU's output's or input's. Of
+        # silu(g) * u, those of both factors.
+        num_factors = 2 if design.mlp == "swiglu" else 1
+        working = self.value * B * M * (model.width + num_factors * design.mlp_width)
+        of_blocks = model.depth * block
         if engine.activation_checkpointing:
-            return model.depth * tensor + ends, block - tensor + working
-        return model.depth * block + ends, working
+            of_blocks, working = model.depth * tensor, working + block - tensor
+        # Logits go before the blocks' backward; at first their gradients and those of the logarithms are there.
+        return of_blocks + ends, working - logits, 2 * logits
 
 
 # ---------------------------------------------------------------------------

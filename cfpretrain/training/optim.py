@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cfpretrain.base.config import Config
-from cfpretrain.core.model import Block
+from cfpretrain.core.block import Block
 from cfpretrain.core.norm import has_apex
 
 
@@ -36,13 +36,13 @@ class Range:
 def make_optimizer(
     module: nn.Module, config: Config, device: torch.device, refuses: Callable[[Tensor], bool]
 ) -> torch.optim.Optimizer:
-    """The optimizer of `train.optimizer` for every parameter of a module, which may be ZeRO's shards already.
+    """The optimizer of `train.optimizer` for what trains of a module, whose parameters may be ZeRO's shards already.
 
     At stage 0, `refuses` says of the norm of the whole gradient whether the update is not to be applied.
     """
     train = config.train
     parts: list[torch.optim.Optimizer] = []
-    rest = list(module.parameters())
+    rest = [p for p in module.parameters() if p.requires_grad]
     if train.optimizer == "muon":
         of_blocks = {id(p) for block in module.modules() if isinstance(block, Block) for p in _linear_weights(block)}
         matrices = {name: p for name, p in module.named_parameters() if id(p) in of_blocks}

@@ -150,7 +150,7 @@ class TrainingStep:
         """The only exchange between ranks before the update: a sum on the device, in the order of `decide`."""
         told = [
             *self._counts_ahead(),
-            sum(training_flops(self.config.model, batch.work) for batch in batches),
+            sum(training_flops(self.config.model, batch.work, self.config.train.freeze) for batch in batches),
             self.stop.reason is not None,
             self.writer.is_working,  # before `has_failed`
             self.writer.has_failed,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cfpretrain.base.config import Config
-from cfpretrain.core.model import Block, BlockSettings
+from cfpretrain.core.block import Block, BlockSettings
 
 # Elements of a communication bucket, at least (fp32: 200 MB). DeepSpeed's own default allocates ten times as much.
 _BUCKET_NUMEL = 50_000_000
@@ -76,7 +76,7 @@ def overlaps(zero_stage: int, num_ranks: int, on_gpu: bool) -> bool:
 def _bucket_numel(config: Config) -> int:
     """Elements of a bucket: stage 3 gathers a whole block ahead."""
     with torch.device("meta"):
-        block = Block(config.model.width, config.model.num_heads, BlockSettings())
+        block = Block(config.model.design, BlockSettings())
     largest = sum(parameter.numel() for parameter in block.parameters())
     return max(_BUCKET_NUMEL, largest + largest % 2)  # DeepSpeed takes even ones only
 

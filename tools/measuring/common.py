@@ -1,6 +1,7 @@
 """What the measurements share: turns of several sides, shards of noise, and where it was measured."""
 
 import dataclasses
+import json
 import os
 import platform
 import statistics
@@ -15,12 +16,14 @@ import torch
 
 import cfpretrain
 from cfpretrain.autoencoder import are_pixels
-from cfpretrain.base import runtime
+from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import say
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import LatentsInfo, columns_of
+from cfpretrain.data.tokenizer import SPECIAL
 from cfpretrain.run.metrics import peak_flops
+from cfpretrain.run.sequences import FRAME
 
 _PACKAGES = ("torch", "triton", "deepspeed", "mosaicml-streaming", "flash-attn", "diffusers")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
@@ -38,7 +41,8 @@ def on_noise(config: Config, folder: Path, num_samples: int = 0) -> Config:
     """Writes latent shards of noise that fit the config, and returns the config of a run on them; all ranks call it.
 
     They hold what the recipe reads: pixels where its latents are taken for some, else the moments of a posterior, and
-    those of the mirrored image where images are mirrored. Nothing of such a run is seen outside of the folder.
+    those of the mirrored image where images are mirrored; captions of any words and any length, where it has texts.
+    Nothing of such a run is seen outside of the folder.
 
     Args:
         config: of a run.
@@ -63,9 +67,23 @@ def on_noise(config: Config, folder: Path, num_samples: int = 0) -> Config:
         has_mirror=not pixels and data.mirror_prob > 0,
     )
     if runtime.rank() == 0:
-        _write_noise(folder / "latents", info)
+        most_words = model.max_text_tokens - FRAME if model.vocabulary else 0
+        _write_noise(folder / "latents", info, most_words, model.vocabulary - len(SPECIAL))
+        config = with_words(config, folder)
     runtime.barrier()
     return confined(config, folder, folder / "latents")
+
+
+def with_words(config: Config, folder: Path) -> Config:
+    """The config with a tokenizer of as many words, "w0", "w1", ..., as its vocabulary has; itself without texts."""
+    if not config.model.vocabulary:
+        return config
+    vocabulary = {f"w{i}": i for i in range(config.model.vocabulary - len(SPECIAL))}
+    words = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
+    file = folder / "words.json"
+    files.make_folder(folder, follow=True)
+    files.replace(file, json.dumps({"model": words, "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": []}))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(file)))
 
 
 def confined(config: Config, folder: Path, shards: Path | None = None, autoencoder: str = "") -> Config:
@@ -95,7 +113,7 @@ def refuse_skipped(trainer: Any) -> None:
         raise RuntimeError(f"a step before {trainer.at.step} was skipped: the times say nothing")
 
 
-def _write_noise(folder: Path, info: LatentsInfo) -> None:
+def _write_noise(folder: Path, info: LatentsInfo, most_words: int, vocabulary: int) -> None:
     columns = columns_of(info)
     arrays = [name for name, encoding in columns.items() if encoding.startswith("ndarray")]
     rng = np.random.default_rng(0)
@@ -108,11 +126,22 @@ def _write_noise(folder: Path, info: LatentsInfo) -> None:
         ids = range(begin, min(begin + per_shard, info.num_samples))
         moments = rng.standard_normal((len(ids), len(arrays), *info.latent_shape), np.float32).astype(np.float16)
         samples = (
-            {"id": id, "label": id % len(info.class_names), "caption": "", **dict(zip(arrays, values, strict=True))}
+            {
+                "id": id,
+                "label": id % len(info.class_names),
+                "caption": _caption(rng, most_words, vocabulary),
+                **dict(zip(arrays, values, strict=True)),
+            }
             for id, values in zip(ids, moments, strict=True)
         )
         writer.write(number, samples)
     writer.finish(info, len(begins))
+
+
+def _caption(rng: np.random.Generator, most_words: int, vocabulary: int) -> str:
+    if not most_words:
+        return ""
+    return " ".join(f"w{i}" for i in rng.integers(vocabulary, size=rng.integers(most_words + 1)))
 
 
 # ---------------------------------------------------------------------------

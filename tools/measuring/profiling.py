@@ -10,7 +10,7 @@ from torch.autograd import DeviceType
 
 from cfpretrain.base.config import ModelConfig
 from cfpretrain.core import attention
-from cfpretrain.core.model import Block, BlockSettings
+from cfpretrain.core.block import Block, BlockSettings, make_rotation
 from tools.measuring.attention import full_intervals
 from tools.measuring.common import dtype_of, synchronise
 
@@ -123,14 +123,16 @@ def count_kernels(model: ModelConfig, backend: str, device: torch.device) -> dic
     counters.clear()
     metrics.reset()
     with device:
-        block = Block(model.width, model.num_heads, BlockSettings(attention=backend, compile=True)).to(dtype)
+        block = Block(model.design, BlockSettings(attention=backend, compile=True)).to(dtype)
 
     def run(seed: int) -> None:
         intervals_BMI = full_intervals(seed, 2, model.num_cond_tokens, model.num_tokens).to(device)
         length = intervals_BMI.shape[1]
         visibility = attention.make_visibility(intervals_BMI, length, backend)
         x_BMD = torch.randn(2, length, model.width, device=device, dtype=dtype, requires_grad=True)
-        block(x_BMD, visibility).sum().backward()
+        positions_1M = torch.zeros(1, length, dtype=torch.int64, device=device)
+        rotation = make_rotation(model.design, positions_1M, dtype) if model.design.rotary_base else None
+        block(x_BMD, visibility, None, rotation).sum().backward()
 
     run(0)
     run(1)

@@ -98,6 +98,7 @@ _XL = "step --config configs/XL.yaml --fit --pairs 8 train.global_batch_size=256
 _3B = "step --config configs/3B.yaml --fit --pairs 8 train.global_batch_size=64"
 _3B += " engine.activation_checkpointing=false engine.ema_on_host=true"
 _L = "step --config configs/L.yaml --fit --pairs 8 train.global_batch_size=256"
+_L_TEXT = "step --config configs/L-text.yaml --fit --pairs 8 train.global_batch_size=256"
 _SAMPLING = "sampling --config configs/XL.yaml --alone --precision bf16 --num-ar-steps 1 8 --batch-size 64"
 _SAMPLING += " --num-denoising-steps 25"
 _SAVING = "saving --config configs/L.yaml --kinds unguarded full saving --pairs 2 --block-steps 8"
@@ -121,6 +122,7 @@ _ON_A_GPU: dict[str, tuple[Any, ...]] = {
     "XL from images": (90, f"{_XL} --photos kl16"),
     "images": (80, f"data images {_PHOTOS} --images 512 --batch-size 64 --workers 4 --pairs 2"),
     **{f"L stage {n}": (40, f"{_L} --profile engine.zero_stage={n}") for n in (2, 1, 3, 0)},
+    "L with texts": (60, f"{_L_TEXT} --profile"),
     "sampling": (40, _SAMPLING),
     "checkpoint": (60, _SAVING),
     "features": (30, "evaluation one-rank --features inception --batches 10 --batch-size 128"),
@@ -133,6 +135,7 @@ _ON_A_GPU: dict[str, tuple[Any, ...]] = {
 _TINY = "--config configs/tiny.yaml model.width=32 model.depth=2 model.num_heads=2 data.num_workers=1"
 _TINY += " train.global_batch_size=8 train.micro_batch_size=4"
 _TINY_STEP = f"step {_TINY} --fit --pairs 2"
+_TINY_TEXTS = "model.vocabulary=300 data.tokenizer=words data.tasks.text_to_image=1 data.tasks.image_to_text=1"
 _TINY_ATTENTION = "--tokens 16 --head-widths 32 --num-heads 2 --batch-size 2"
 _TINY_SAMPLING = "sampling --config configs/tiny.yaml --alone --num-ar-steps 2 --batch-size 2 --pairs 1"
 _TINY_SAMPLING += " --num-denoising-steps 2"
@@ -146,6 +149,7 @@ _ON_A_CPU: dict[str, tuple[Any, ...]] = {
     "tiny from images": (12, f"{_TINY_STEP} --photos small model.latent_channels=4 data.encode_batch_size=4"),
     "images": (12, "data images --store original --size 32 --images 8 --batch-size 4 --workers 1 --pairs 1"),
     "tiny stage 1": (8, f"{_TINY_STEP} engine.zero_stage=1"),
+    "tiny with texts": (8, f"{_TINY_STEP} {_TINY_TEXTS}"),
     "sampling": (6, _TINY_SAMPLING),
     "checkpoint": (8, f"saving {_TINY} --kinds full saving --pairs 1 --block-steps 2 --warm-up-steps 2"),
     "features": (8, "evaluation one-rank --features inception --batches 10 --batch-size 1"),

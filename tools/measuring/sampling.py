@@ -24,9 +24,10 @@ from cfpretrain.base import runtime
 from cfpretrain.base.command_line import check_range
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core import ar, attention, sampler
+from cfpretrain.core.block import BlockSettings
 from cfpretrain.core.latents import take_tokens
 from cfpretrain.core.modalities import CLASS, IMAGE
-from cfpretrain.core.model import BlockSettings, CausalFusion, initialise
+from cfpretrain.core.model import CausalFusion, initialise
 from cfpretrain.core.process import make_process
 from cfpretrain.core.segments import Segment
 from cfpretrain.core.solvers import Solver
@@ -43,7 +44,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     config = configs.load(arguments.config or ["configs/benchmark/cpu.yaml"], arguments.overrides, arguments.allow_env)
     for num_ar_steps in arguments.num_ar_steps:
         check_range("--num-ar-steps", num_ar_steps, 1, config.model.num_tokens)
-    head_width = config.model.width // config.model.num_heads
+    head_width = config.model.design.head_width
     cached = attention.choose("auto", "sampling", device.type, arguments.precision, head_width, say)
     with device:
         model = make_model(config, BlockSettings(sampling_attention=cached)).eval().requires_grad_(False)
@@ -103,21 +104,25 @@ def generate_plainly(
     """What `sampler.generate` does, with the context computed again at every denoising step."""
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
     labels, n = torch.cat(branches), len(branches)
+    # Rotary positions of a class and an image, which only some trunks have.
+    place_1Q = torch.zeros(1, model.num_cond_tokens, dtype=torch.int64, device=labels.device)
+    place_1L = torch.ones(1, order_BL.shape[1], dtype=torch.int64, device=labels.device)
     made_BLP = torch.zeros(len(order_BL), 0, model.patch_values, device=labels_B.device)
     for step, size in enumerate(ar_step_sizes):
         begin = made_BLP.shape[1]
         before_BK, at_BN = order_BL[:, :begin], order_BL[:, begin : begin + size]
         intervals_1MI = _visible(model.num_cond_tokens, ar_step_sizes[: step + 1]).to(labels.device)
         before = [
-            Segment(CLASS, clean=labels),
-            Segment(IMAGE, clean=made_BLP.repeat(n, 1, 1), positions_BL=before_BK.repeat(n, 1)),
+            Segment(CLASS, clean=labels, rotary_BL=place_1Q),
+            Segment(IMAGE, clean=made_BLP.repeat(n, 1, 1), positions_BL=before_BK.repeat(n, 1), rotary_BL=place_1L),
         ]
 
         @torch.no_grad()
         def predict(x_BNP: Tensor, time: float, before=before, at_BN=at_BN, intervals_1MI=intervals_1MI) -> Tensor:
             times = torch.full((len(labels),), time, device=labels.device)
-            noised = Segment(IMAGE, noised=x_BNP.repeat(n, 1, 1), positions_BL=at_BN.repeat(n, 1), times_B=times)
-            prediction = model([*before, noised], intervals_1MI)[IMAGE]
+            places_BN, noised = at_BN.repeat(n, 1), x_BNP.repeat(n, 1, 1)
+            image = Segment(IMAGE, noised=noised, positions_BL=places_BN, rotary_BL=place_1L, times_B=times)
+            prediction = model([*before, image], intervals_1MI)[IMAGE]
             if n == 1:
                 return prediction
             with_class, without_class = prediction.chunk(2)

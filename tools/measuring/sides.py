@@ -104,7 +104,7 @@ class BareSide(_OnBatches):
             self._engine.backward(self._loss.total(all_terms[-1]))
         self._engine.step(self._config.train.learning_rate)
         loss = statistics.mean(float(self._loss.total(terms).detach()) for terms in all_terms)
-        return loss, sum(training_flops(self._config.model, batch.work) for batch in batches)
+        return loss, sum(training_flops(self._config.model, batch.work, self._config.train.freeze) for batch in batches)
 
 
 class NaiveSide(_OnBatches):

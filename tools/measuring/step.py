@@ -23,7 +23,7 @@ import dataclasses
 import functools
 import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,11 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import build_layout
+from cfpretrain.data.loader import Loader
 from cfpretrain.data.online import kind_at_hand
-from cfpretrain.run.build import choose_attention, choose_blocks, make_loss
+from cfpretrain.run.build import choose_attention, choose_blocks, make_loss, make_prepare
 from cfpretrain.run.metrics import peak_flops
+from cfpretrain.run.sequences import has_texts
 from cfpretrain.training import memory
 from cfpretrain.training.encoding_cost import NO_ENCODING, EncodingCost, encoding_cost
 from tools.measuring.common import alternate, confined, on_noise
@@ -63,6 +65,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         kernels = count_kernels(config.model, choose_attention(config, device.type), device)
         print(f"a compiled block, forward and backward: {kernels}")
         return {"kernels": kernels}
+    if arguments.against and config.model.vocabulary:
+        raise UserError(f"--against: expected a model without texts, which {arguments.against} has not, got some")
     with tempfile.TemporaryDirectory() as folder:
         config = _on_shards(config, Path(folder), arguments)
         if arguments.fit:
@@ -115,7 +119,7 @@ class Plan:
     """Which of a run's steps are timed."""
 
     num_warm_up: int  # steps before those that are timed
-    lengths: list[int]  # tokens that a sequence is computed with, of the steps that are timed
+    lengths: list[int]  # tokens that a sequence (with texts, the longest) is computed with, of the steps that are timed
     num_between: int  # steps between those and the one that is profiled, which has the length of one of them
     profiled_length: int  # of a sequence
 
@@ -128,22 +132,39 @@ def plan_steps(config: Config, num_timed: int, compiles: bool) -> Plan:
         num_timed: steps.
         compiles: something is compiled, or tuned, for each length when it first comes.
     """
-    loss = make_loss(config)
-    length_of = functools.cache(lambda step: _length_of(config, loss, step))
+    lengths_in = functools.cache(_lengths_by_step(config))
 
-    def lengths_of(steps: range) -> list[int]:
-        return [length_of(step) for step in steps]
+    def all_in(steps: range) -> set[int]:
+        return {length for step in steps for length in lengths_in(step)}
 
     num_warm_up = 2 if compiles else 1  # ZeRO stage 3 learns from its first step
     while compiles and num_warm_up < _MOST_STEPS_PLANNED:
-        if set(lengths_of(range(num_warm_up))) >= set(lengths_of(range(num_warm_up, num_warm_up + num_timed))):
+        if all_in(range(num_warm_up)) >= all_in(range(num_warm_up, num_warm_up + num_timed)):
             break
         num_warm_up += 1
     end = num_warm_up + num_timed
-    timed = lengths_of(range(num_warm_up, end))
-    alike = (i for i in range(_MOST_STEPS_PLANNED) if not compiles or length_of(end + i) in timed)
+    timed = [max(lengths_in(step)) for step in range(num_warm_up, end)]
+    alike = (i for i in range(_MOST_STEPS_PLANNED) if not compiles or max(lengths_in(end + i)) in timed)
     num_between = next(alike, 0)
-    return Plan(num_warm_up, timed, num_between, length_of(end + num_between))
+    return Plan(num_warm_up, timed, num_between, max(lengths_in(end + num_between)))
+
+
+def _lengths_by_step(config: Config) -> Callable[[int], Sequence[int]]:
+    """What says of a step the tokens that sequences of its micro-batches are computed with."""
+    if not has_texts(config):
+        loss = make_loss(config)
+        return lambda step: [_length_of(config, loss, step)]
+    # They depend on the captions.
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))
+    loader = Loader(config, make_prepare(config), 0, 1)
+    found: list[list[int]] = []
+
+    def lengths_in(step: int) -> list[int]:
+        while len(found) <= step:
+            found.append([batch.intervals_BMI.shape[1] for batch in next(loader)])
+        return found[step]
+
+    return lengths_in
 
 
 def _length_of(config: Config, loss: Any, step: int) -> int:

@@ -14,6 +14,10 @@ A further backend is a file here and a line in `BACKENDS`. The file has four fun
     prepare(intervals_BMI, num_keys)      what the intervals become, once a forward, for all blocks
     attend(q, k, v, prepared)             softmax(q k^T / sqrt(E)) v over the visible keys
 
+Where fewer heads have keys and values than queries, these are repeated before a backend has them, but for one that
+takes them as they are. It costs the copy, of keys and values of as many heads as there are queries, in each block: in
+training kept for the backward, and beside a cache made of the whole context in each call.
+
 This module loads neither torch nor a backend before one is used: configs are checked by it.
 """
 
@@ -41,6 +45,7 @@ class Backend:
     head_widths: Sequence[int] = range(1, sys.maxsize)
     widths: str = ""  # the same in words
     has_dense_mask: bool = False  # it takes a mask of all pairs, which needs memory
+    takes_kv_heads: bool = False  # k and v may have fewer heads than q, each of which serves several side by side
     needs_padding: bool = False  # it is compiled for each length of a sequence, so that there should be few
 
     def load(self) -> Any:
@@ -51,7 +56,7 @@ class Backend:
 # The first that can do a job is what "auto" takes.
 BACKENDS = {
     "triton": Backend("block_causal", ("training",), (32, 64, 128), "32, 64, 128"),
-    "flash": Backend("flash", ("sampling",), range(1, 257), "256 or less"),
+    "flash": Backend("flash", ("sampling",), range(1, 257), "256 or less", takes_kv_heads=True),
     "flex": Backend("flex", ("training",), range(16, sys.maxsize), "16 or more", needs_padding=True),
     "sdpa": Backend("sdpa", ("training", "sampling"), has_dense_mask=True),
 }
@@ -119,16 +124,21 @@ class Visibility(NamedTuple):
 
     attend: Callable[[Tensor, Tensor, Tensor, Any], Tensor]  # of the backend
     mask: Any  # what its `prepare` made of the intervals; None: every query sees every key
+    takes_kv_heads: bool  # as of `Backend`
 
 
 def make_visibility(intervals_BMI: Tensor | None, num_keys: int, backend: str) -> Visibility:
     """The form that a backend takes of the row intervals, int32 [B or 1, M, 4]; without them all is visible."""
     module = BACKENDS[backend].load()
-    return Visibility(module.attend, None if intervals_BMI is None else module.prepare(intervals_BMI, num_keys))
+    mask = None if intervals_BMI is None else module.prepare(intervals_BMI, num_keys)
+    return Visibility(module.attend, mask, BACKENDS[backend].takes_kv_heads)
 
 
 def attend(q_BHME: Tensor, k_BHKE: Tensor, v_BHKE: Tensor, visibility: Visibility) -> Tensor:
-    """softmax(q k^T / sqrt(E)) v over the visible keys: [B, H, M, E]."""
+    """softmax(q k^T / sqrt(E)) v over the visible keys: [B, H, M, E]; k and v may have fewer heads."""
+    num_served = q_BHME.shape[1] // k_BHKE.shape[1]
+    if num_served > 1 and not visibility.takes_kv_heads:
+        k_BHKE, v_BHKE = k_BHKE.repeat_interleave(num_served, 1), v_BHKE.repeat_interleave(num_served, 1)
     return visibility.attend(q_BHME, k_BHKE, v_BHKE, visibility.mask)
 
 

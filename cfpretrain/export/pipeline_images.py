@@ -1,0 +1,118 @@
+"""Images that come into the pipeline of an export, and that it gives out: pixels <-> latents in the network's scale."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+
+_PIXELS_AT_ONCE = 1 << 19  # decoded together: 8 images of 256 px
+
+
+@dataclass(frozen=True)
+class Images:
+    """Pixels <-> latents of a model."""
+
+    transformer: Any
+    vae: Any  # an AutoencoderKL; None where latents are pixels
+    device: torch.device  # where they are made
+
+    def given(self, image: Any, latents: Tensor | None, num_images: int | None = None) -> Tensor:
+        """The latents of images that a user gives, so many if that is known: float32 [B, C, Y, X]."""
+        if (image is None) == (latents is None):
+            raise ValueError("image: expected an image or latents, got both or none")
+        if latents is not None:
+            _check_shape("latents", latents, [num_images or len(latents), *self._latent_shape])
+            return latents.to(self.device, torch.float32)
+        channels = self._latent_shape[0] if self.vae is None else self.vae.config.in_channels
+        pixels_BCYX = _as_pixels(image, channels)
+        side = self._latent_shape[1] * self._stride
+        _check_shape("image", pixels_BCYX, [num_images or len(pixels_BCYX), channels, side, side])
+        return self._encode(pixels_BCYX.to(self.device))
+
+    def given_part(self, image: Any) -> Tensor:
+        """The latents of an image among the parts of a sample: [C, Y, X]."""
+        if isinstance(image, Tensor) and self.vae is not None and list(image.shape) == self._latent_shape:
+            return self.given(None, image[None])[0]
+        return self.given(image if isinstance(image, PIL.Image.Image) else torch.as_tensor(image)[None], None)[0]
+
+    def output(self, latents_BCYX: Tensor, output_type: str) -> Any:
+        """Images as an `output_type` of the pipeline says."""
+        return latents_BCYX if output_type == "latent" else _OUTPUTS[output_type](self._decode(latents_BCYX))
+
+    @property
+    def _latent_shape(self) -> list[int]:
+        """Of an image: channels, rows, columns."""
+        config = self.transformer.config
+        return [config.latent_channels, *[config.grid * config.patch_size] * 2]
+
+    @property
+    def _stride(self) -> int:
+        """Pixels a side of what becomes one latent."""
+        return 1 if self.vae is None else 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def _encode(self, pixels_BCYX: Tensor) -> Tensor:
+        if self.vae is None:
+            return self.transformer.scaling.to_model(pixels_BCYX)
+        posterior = self.vae.encode(pixels_BCYX.to(self.vae.dtype) * 2 - 1).latent_dist
+        return self.transformer.scaling.to_model(posterior.mean)
+
+    def _decode(self, latents_BCYX: Tensor) -> Tensor:
+        """Latents -> images in [0, 1]."""
+        raw_BCYX = self.transformer.scaling.from_model(latents_BCYX)
+        if self.vae is not None:
+            # In slices: activations of the decoder take a hundred times the memory of its images, or more.
+            num_pixels = raw_BCYX.shape[-2] * raw_BCYX.shape[-1] * self._stride**2
+            slices = torch.split(raw_BCYX.to(self.vae.dtype), max(1, _PIXELS_AT_ONCE // num_pixels))
+            images_BCYX = torch.cat([self.vae.decode(part).sample for part in slices]).float() / 2 + 0.5
+        elif raw_BCYX.shape[1] in (1, 3):
+            images_BCYX = raw_BCYX
+        else:
+            raise ValueError(
+                f"output_type: expected 'latent', since the autoencoder of these {raw_BCYX.shape[1]} channels is not "
+                "part of this folder"
+            )
+        return images_BCYX.clamp(0, 1)
+
+
+def check_output(output_type: str) -> None:
+    """ValueError where it is none."""
+    if output_type not in _OUTPUTS:
+        raise ValueError(f"output_type: expected one of {', '.join(_OUTPUTS)}, got {output_type!r}")
+
+
+def _check_shape(name: str, values: Tensor, expected: list[int]) -> None:
+    if list(values.shape) != expected:
+        raise ValueError(f"{name}: expected {expected} in all, got {list(values.shape)}")
+
+
+def _as_pixels(image: Any, channels: int) -> Tensor:
+    """PIL images of any mode, an array or a tensor -> float32 [B, C, Y, X] in [0, 1]."""
+    if isinstance(image, PIL.Image.Image):
+        image = [image]
+    if isinstance(image, list | tuple) and image and isinstance(image[0], PIL.Image.Image):
+        sizes = sorted({one.size for one in image})
+        if len(sizes) > 1:
+            raise ValueError(f"image: expected images of one size, got {sizes}")
+        arrays = [np.asarray(one.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255 for one in image]
+        image = np.stack([one[None] if one.ndim == 2 else one.transpose(2, 0, 1) for one in arrays])
+    return torch.as_tensor(image).float()
+
+
+def _to_arrays(images_BCYX: Tensor) -> Any:
+    return images_BCYX.cpu().permute(0, 2, 3, 1).numpy()
+
+
+def _to_pil(images_BCYX: Tensor) -> list[PIL.Image.Image]:
+    bytes_BYXC = (_to_arrays(images_BCYX) * 255).round().astype(np.uint8)
+    return [PIL.Image.fromarray(one.squeeze(-1) if one.shape[-1] == 1 else one) for one in bytes_BYXC]
+
+
+_OUTPUTS: dict[str, Any] = {
+    "pil": _to_pil,
+    "np": _to_arrays,
+    "pt": lambda images_BCYX: images_BCYX,
+    "latent": None,
+}

@@ -1,0 +1,354 @@
+"""Exports of models with texts: the same pixels and tokens where cfpretrain is not, saved again too. Bad tokenizers."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cfpretrain.base.console import UserError
+from cfpretrain.core.ar import choose_sizes
+from cfpretrain.core.continuation import Drawing, Writing, caption_images, continue_samples, generate_behind_texts
+from cfpretrain.core.latents import patchify, take_tokens, unpatchify
+from cfpretrain.core.regions import kept_first, parse_region
+from cfpretrain.core.sampler import Guidance, noise_by_image, sampling_orders
+from cfpretrain.core.solvers import Solver
+from cfpretrain.core.texts import Marks
+from cfpretrain.core.token_choice import TokenChoice
+from cfpretrain.data.tokenizer import TextTokenizer
+from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator
+from cfpretrain.evaluation.source import load_source
+from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.run import build
+from tests.environments import make_environment, run_elsewhere
+from tests.processes import run_alone
+from tests.runs import write_run
+
+CPU = torch.device("cpu")
+TOKENIZER = TextTokenizer.train(["a seven", "a three, written by hand", "two bold numbers: one and two"] * 9, 280)
+TASKS = ("data.tasks.text_to_image=3", "data.tasks.image_to_text=2", "data.tasks.class_to_image=1")
+TRUNKS = {
+    "paper": (),
+    "gpt2": ("model.trunk=gpt2",),
+    "qwen3": ("model.trunk=qwen3", "model.num_kv_heads=1", "model.mlp_width=48"),
+}
+PROMPTS = ["a seven", "", "a three, written by hand <|end|>"]
+IDS = torch.arange(3)
+
+
+def write_text_run(folder: Path, shards: Path, *overrides: str) -> Path:
+    """A run of a model with texts, of random weights, at step 7."""
+    sizes = (f"model.vocabulary={TOKENIZER.size}", "model.max_text_tokens=32", "model.max_segments=5")
+    tokenizer = folder.parent / "tokenizer.json"
+    tokenizer.write_text(TOKENIZER.to_json())
+    run = write_run(
+        folder,
+        shards,
+        *sizes,
+        *TASKS,
+        f"data.tokenizer={tokenizer}",
+        *overrides,
+        tokenizer=TOKENIZER.fingerprint,
+    )
+    shutil.move(tokenizer, run / build.TOKENIZER_FILE)
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """Tests read it only."""
+    return write_text_run(tmp_path_factory.mktemp("runs") / "run", shards)
+
+
+@pytest.fixture
+def exported(run: Path, tmp_path: Path) -> Path:
+    export(run, tmp_path / "exported", ExportSettings())
+    return tmp_path / "exported"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def test_the_folder_has_the_tokenizer_and_its_code(run: Path, exported: Path) -> None:
+    index = json.loads((exported / "model_index.json").read_text())
+    [code] = (exported / "tokenizer").glob("*.py")
+    assert index["tokenizer"] == [code.stem, "CausalFusionTokenizer"]
+    assert sorted(path.name for path in (exported / "tokenizer").iterdir()) == ["tokenizer.json", code.name]
+    assert (exported / "tokenizer" / "tokenizer.json").read_text() == TOKENIZER.to_json()
+    config = json.loads((exported / "transformer" / "config.json").read_text())
+    assert [config[name] for name in ("vocabulary", "max_text_tokens", "max_segments")] == [TOKENIZER.size, 32, 5]
+    weights = load_file(exported / "transformer" / "diffusion_pytorch_model.safetensors")
+    found = build.find_checkpoint(run).load_model().state_dict()
+    assert weights.keys() == found.keys()
+    assert all(torch.equal(weights[name], value) for name, value in found.items())
+
+
+def test_an_export_without_texts_names_none(tmp_path: Path, shards: Path) -> None:
+    """As those of before did."""
+    export(write_run(tmp_path / "run", shards), tmp_path / "out", ExportSettings())
+    assert "tokenizer" not in json.loads((tmp_path / "out" / "model_index.json").read_text())
+    assert not (tmp_path / "out" / "tokenizer").exists()
+    config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+    assert not {"vocabulary", "max_text_tokens", "max_segments"} & config.keys()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "torch and diffusers only" in card
+    assert "prompt" not in card
+    assert "| Tasks |" not in card
+
+
+def test_the_card_says_the_tasks_and_shows_their_calls(exported: Path, tmp_path: Path, shards: Path) -> None:
+    card = (exported / "README.md").read_text()
+    for words in (
+        "- class-conditional-image-generation\n- text-to-image\n- image-to-text\n",
+        "Class-conditional images, images of texts and texts about images from",
+        "pipe([0, '9'], num_ar_steps=4",
+        "pipe(prompt=['a text', 'and another'], num_ar_steps=4",
+        "pipe.edit(prompt='a text', region='top'",
+        "pipe.caption(images)",
+        "torch, diffusers and tokenizers only",
+        f"| Texts | {TOKENIZER.size} token ids, up to 32 tokens each",
+        "an image of its class (1), an image of its text (3), the text of its image (2)",
+    ):
+        assert words in card
+    assert "interleave" not in card
+    other = write_text_run(tmp_path / "run", shards, "data.tasks.image_to_text=0", "data.tasks.class_to_image=0")
+    export(other, tmp_path / "other", ExportSettings())
+    card = (tmp_path / "other" / "README.md").read_text()
+    assert "# other\n\nImages of texts from" in card
+    assert "pipe([0" not in card
+    assert "caption" not in card
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Elsewhere
+
+
+@dataclass(frozen=True)
+class Results:
+    runs: dict[str, Path]
+    made: dict[str, Tensor]
+    said: dict[str, Any]
+    given: Tensor
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Results:
+    """Everything that is made elsewhere, in one process."""
+    folder, runs, exports = tmp_path_factory.mktemp("results"), {}, []
+    for name, trunk in TRUNKS.items():
+        (folder / "runs").mkdir(exist_ok=True)
+        runs[name] = write_text_run(folder / "runs" / name, shards, *trunk)
+        exports.append(folder / name)
+        export(runs[name], exports[-1], ExportSettings())
+    given = torch.rand(3, 1, 8, 8) * 2 - 1
+    save_file({"latents": given}, folder / "given.safetensors")
+    python = make_environment(folder, "tokenizers")
+    tensors = folder / "given.safetensors", folder / "made.safetensors"
+    out, _ = run_elsewhere(python, folder, "elsewhere_texts.py", *tensors, json.dumps(PROMPTS), *exports)
+    return Results(runs, load_file(tensors[1]), json.loads(out.splitlines()[-1]), given)
+
+
+class Ours:
+    """What cfpretrain's own functions make of the same run."""
+
+    def __init__(self, run: Path) -> None:
+        found = build.find_checkpoint(run)
+        self.config, self.model = found.config, found.load_model()
+        self.solver = Solver(build.make_noise_process(self.config), 3, "time", "ddpm")
+        self.marks = Marks(TOKENIZER.begin, TOKENIZER.end, TOKENIZER.image, TOKENIZER.pad)
+
+    def images(self, prompts: list[str], ids_B: Tensor, given: Tensor | None = None, region: str = "") -> Tensor:
+        texts, order_BL = [TOKENIZER.encode(text) for text in prompts], sampling_orders(0, ids_B, 16)
+        sizes, kept = choose_sizes(16, 4, "equal"), None
+        if given is not None:
+            order_BL, num_kept = kept_first(order_BL, parse_region(region, 4))
+            kept = take_tokens(patchify(given, 2), order_BL[:, :num_kept])
+            sizes = choose_sizes(16 - num_kept, 2, "equal")
+        noise = noise_by_image(0, ids_B, self.model.patch_values)
+        makes = order_BL, sizes, self.solver, Guidance(2.0), noise, kept
+        return unpatchify(generate_behind_texts(self.model, texts, self.marks, *makes), 2)
+
+    def captions(self, given: Tensor, ids_B: Tensor, prefixes: list[str], **how: Any) -> list[str]:
+        writing = Writing(self.marks, **{"max_tokens": 32, **how})
+        starts = [TOKENIZER.encode(one) for one in prefixes]
+        return [TOKENIZER.decode(one) for one in caption_images(self.model, patchify(given, 2), ids_B, writing, starts)]
+
+    def interleaved(self, parts: list[Any], seed: int, id: int, first: str | None, max_tokens: int, num: int) -> list:
+        sizes = choose_sizes(16, 4, "equal")
+        drawing = Drawing(16, self.model.patch_values, sizes, self.solver, seed, Guidance(2.0))
+        writing = Writing(self.marks, max_tokens, seed, TokenChoice(1.0))
+        samples = [[TOKENIZER.encode(one) if isinstance(one, str) else patchify(one[None], 2)[0] for one in parts]]
+        [new] = continue_samples(self.model, samples, torch.tensor([id]), writing, drawing, num, [first])
+        return [unpatchify(one[None], 2)[0] if isinstance(one, Tensor) else TOKENIZER.decode(one) for one in new]
+
+
+WAYS = ["paper", "gpt2", "qwen3", "paper saved", "gpt2 saved", "qwen3 saved", "paper hub"]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_pixels_and_tokens_elsewhere(results: Results, way: str) -> None:
+    ours, made, said = Ours(results.runs[way.split()[0]]), results.made, results.said
+    images = ours.images(PROMPTS, IDS)
+    assert torch.equal(made[f"{way} prompt"], images)
+    assert torch.equal(made[f"{way} alone"], ours.images(PROMPTS[2:], IDS[2:]))
+    settings = GenerationSettings(choose_sizes(16, 4, "equal"), 3, Guidance(2.0), 2, 0)
+    assert torch.equal(
+        made[f"{way} class"], ImageGenerator(ours.config, ours.model, settings, CPU).images([3, 7], lambda x: x)
+    )
+    edited = ours.images(PROMPTS, IDS, results.given, "centre")
+    assert torch.equal(made[f"{way} edited"], edited)
+    assert not torch.equal(edited, images)
+    assert said[f"{way} captions"] == ours.captions(results.given, IDS, ["", "", ""])
+    how = {"max_tokens": 12, "seed": 3, "choice": TokenChoice(1.0, 50, 0.9), "guidance": 1.5}
+    drawn = ours.captions(results.given, IDS + 4, ["a", "", "a th"], **how)
+    assert said[f"{way} drawn"] == drawn
+    assert drawn[2].startswith("a th")
+    assert len(set(drawn)) == 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_samples_go_on_elsewhere(results: Results, way: str) -> None:
+    ours = Ours(results.runs[way.split()[0]])
+    goes_on = ours.interleaved([results.given[0], "a se"], 1, 7, "text", 10, 1)
+    assert results.said[f"{way} goes on"] == goes_on
+    assert isinstance(goes_on[0], str)
+    image, *text = ours.interleaved(["a se"], 0, 1, "image", 32, 2)
+    assert torch.equal(results.made[f"{way} interleaved"], image)
+    assert results.said[f"{way} interleaved"] == text
+    assert len(text) == 1
+
+
+def test_pictures_are_read_and_drawn_elsewhere(results: Results) -> None:
+    [alone], [again] = results.said["pictured"]
+    assert alone == again
+    assert results.said["pil"] == "Image"
+
+
+def test_mistakes_elsewhere_are_named(results: Results) -> None:
+    expected = [
+        "class_labels: expected classes or a prompt, got both or none",
+        "class_labels: expected classes or a prompt, got both or none",
+        "prompt: expected a text, or at least one, got []",
+        "prompt: expected a text, or at least one, got [7]",
+        "prompt: expected at most 30 tokens, got ",
+        "prompt: 'utf-8' codec can't encode",
+        "image: expected an image or latents, got both or none",
+        "latents: expected [3, 1, 8, 8] in all, got [3, 1, 4, 8]",
+        "prefix: expected one text, or 3, one for each image, got 2",
+        "max_tokens: expected 2 to 32 (with the two that frame a text), got 1",
+        "temperature, top_k, top_p: expected at least 0, at least 0, and above 0 up to 1, got -1, 0, 1.0",
+        "temperature, top_k, top_p: expected at least 0, at least 0, and above 0 up to 1, got 0.0, 0, 0",
+        "max_new_parts: expected at least 1 and, behind 2 parts, at most 3, since",
+        "first: expected text, image or None, got 'picture'",
+        f"tokenizer: expected {TOKENIZER.size} token ids, as the transformer has, got 0",
+    ]
+    for found, begin in zip(results.said["refusals"], expected, strict=True):
+        assert found is not None, begin
+        assert found.startswith(begin)
+
+
+def test_no_other_package_is_loaded_elsewhere(results: Results) -> None:
+    assert results.said["strangers"] == []
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An export as a source
+
+
+def test_a_run_and_its_export_are_the_same_source(run: Path, exported: Path) -> None:
+    one, other = load_source(run, CPU), load_source(exported, CPU)
+    assert one.config.model == other.config.model
+    assert one.tokenizer is not None
+    assert other.tokenizer is not None
+    assert one.tokenizer.fingerprint == other.tokenizer.fingerprint == TOKENIZER.fingerprint
+    ours, theirs = one.model.state_dict(), other.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    build.make_tokenizer(other.config)
+
+
+def test_the_tools_take_it(run: Path, exported: Path, tmp_path: Path) -> None:
+    quick = ["--num-denoising-steps=2", "--classes", "3", "7", "--num-per-class=1"]
+    for source, out in ((run, "run.npz"), (exported, "export.npz")):
+        ended = run_alone("tools/sample.py", [str(source), *quick, f"--out={tmp_path / out}"])
+        assert ended.code == 0, ended.err
+    assert (tmp_path / "run.npz").read_bytes() == (tmp_path / "export.npz").read_bytes()
+
+
+def test_an_edited_export_is_refused(exported: Path) -> None:
+    config = exported / "config.yaml"
+    config.write_text(config.read_text().replace("max_segments: 5", "max_segments: 4"))
+    with pytest.raises(UserError, match=r"config\.yaml contradicts .*: max_segments is 5 there and 4 by config\.yaml"):
+        load_source(exported, CPU)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad tokenizers
+
+PLAIN = json.loads(TOKENIZER.to_json())
+GROWING = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40
+BAD = {
+    "no JSON": ("<html>", "cannot be read as a tokenizer.json"),
+    "other JSON": ('{"model": []}', "cannot be read as a tokenizer.json"),
+    "another vocabulary": (TextTokenizer.train(["b"], 270).to_json(), "expected the tokenizer that the model"),
+    "no special token": (TOKENIZER.to_json().replace("<|end|>", "<|fin|>"), r"it lacks the special token <\|end\|>"),
+    "a text that grows": (
+        json.dumps(PLAIN | {"normalizer": {"type": "Sequence", "normalizers": GROWING}}),
+        "its Sequence could make more than 65536 bytes of one",
+    ),
+    "a panic": (
+        json.dumps(PLAIN | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}),
+        "cannot be read as a tokenizer.json .Precompiled: Error",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_tokenizer_is_refused(name: str, run: Path, exported: Path, tmp_path: Path) -> None:
+    """Of an export, and of a run that is to be one."""
+    content, words = BAD[name]
+    other = shutil.copytree(run, tmp_path / "run")
+    for file, read in (
+        (exported / "tokenizer" / "tokenizer.json", lambda: load_source(exported, CPU).tokenizer),
+        (other / build.TOKENIZER_FILE, lambda: export(other, tmp_path / "out", ExportSettings())),
+    ):
+        file.write_text(content)
+        with pytest.raises(UserError, match=words) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_too_large_is_not_read(exported: Path) -> None:
+    file = exported / "tokenizer" / "tokenizer.json"
+    with file.open("r+b") as opened:
+        opened.truncate(2**33)  # a hole
+    with pytest.raises(UserError, match=r"cannot be read as a tokenizer\.json .*8589934592 bytes, at most 67108864"):
+        _ = load_source(exported, CPU).tokenizer
+
+
+def test_another_tokenizer_of_the_same_size_leaves_no_run(run: Path, tmp_path: Path) -> None:
+    plain = json.loads(TOKENIZER.to_json())
+    plain["model"]["vocab"] |= {"a": plain["model"]["vocab"]["b"], "b": plain["model"]["vocab"]["a"]}
+    other = shutil.copytree(run, tmp_path / "run")
+    (other / build.TOKENIZER_FILE).write_text(json.dumps(plain))
+    with pytest.raises(UserError, match="expected the tokenizer that the model was trained with"):
+        export(other, tmp_path / "out", ExportSettings())
+
+
+def test_no_tokenizer_behind_a_link_leaves_with_an_export(run: Path, tmp_path: Path) -> None:
+    """It may be any file of this machine."""
+    other = shutil.copytree(run, tmp_path / "run")
+    (other / build.TOKENIZER_FILE).rename(tmp_path / "mine.json")
+    with pytest.raises(UserError, match=r"expected a tokenizer\.json, but .* does not exist"):
+        export(other, tmp_path / "out", ExportSettings())
+    (other / build.TOKENIZER_FILE).symlink_to(tmp_path / "mine.json")
+    with pytest.raises(UserError, match=r"run/tokenizer\.json cannot be read as a tokenizer\.json"):
+        export(other, tmp_path / "out", ExportSettings())
+    assert not (tmp_path / "out").exists()

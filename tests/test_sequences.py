@@ -1,0 +1,101 @@
+"""What training draws, from the config alone, beside batches that it draws."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from cfpretrain.base import config as configs
+from cfpretrain.base.config import Config
+from cfpretrain.core.objective import Batch
+from cfpretrain.run import build, sequences
+from cfpretrain.run.metrics import training_flops
+from tests.digits import digits, digits_info, small_config, write_latents
+from tests.processes import REPOSITORY
+from tests.test_objective import sum_of
+from tools.measuring.common import with_words
+
+NUM_WORDS = 5  # of each caption: FRAME more tokens
+NUM_DRAWN = 2400
+TASKS = ("data.tasks.class_to_image=1", "data.tasks.text_to_image=3", "data.tasks.image_to_text=2")
+DROPS = ("train.text_drop_prob=0.3", "train.image_drop_prob=0.2")
+
+
+def text_config(folder: Path, *overrides: str) -> Config:
+    texts = ("model.vocabulary=50", "model.max_text_tokens=7", "data.tokenizer=any.json")
+    return with_words(small_config(folder / "shards", folder, *texts, *TASKS, *DROPS, *overrides), folder)
+
+
+def batches(config: Config, size: int, num_words: int = NUM_WORDS) -> list[Batch]:
+    loss, model = build.make_loss(config), config.model
+    latents_BCYX = torch.zeros(size, model.latent_channels, model.latent_size, model.latent_size)
+    found = []
+    for step, ids_B in enumerate(torch.arange(NUM_DRAWN).split(size)):
+        draws = loss.draw(step, 0, ids_B, ids_B % 10, model.num_tokens, model.patch_values)
+        found.append(loss.prepare(latents_BCYX, draws, (), [[0] * num_words] * size))
+    return found
+
+
+def test_work_is_the_mean_of_what_is_drawn(tmp_path: Path) -> None:
+    """Over tasks, what they lack for guidance, and splits."""
+    config = text_config(tmp_path)
+    drawn, want = sum_of([one.work for one in batches(config, 8)]), sequences.mean_work(config, 7)
+    assert drawn.tokens / NUM_DRAWN == pytest.approx(want.tokens, rel=0.03)
+    assert drawn.visible / NUM_DRAWN == pytest.approx(want.visible, rel=0.05)
+    for kind in ("image", "text"):
+        assert drawn.projections[kind] / NUM_DRAWN == pytest.approx(want.projections[kind], rel=0.1)
+    # Logits are made of the captions that are learned, dropped images or not.
+    assert want.projections["text"] == pytest.approx(7 * 2 / 6)
+    mean_flops = sum(training_flops(config.model, one.work) for one in batches(config, 8)) / NUM_DRAWN
+    assert mean_flops == pytest.approx(training_flops(config.model, want), rel=0.03)
+
+
+def test_shares_of_what_samples_are_trained_as(tmp_path: Path) -> None:
+    drawn = sequences.drawn_samples(text_config(tmp_path), 7)
+    shares = {tuple(one.kind + "*" * (one.targets is not None) for one in segments): share for share, segments in drawn}
+    assert shares == pytest.approx(
+        {
+            ("class", "image"): 1 / 6,
+            ("text", "image"): 3 / 6 * 0.7,
+            ("image",): 3 / 6 * 0.3,
+            ("image", "text*"): 2 / 6 * 0.8,
+            ("text*",): 2 / 6 * 0.2,
+        }
+    )
+    assert [share for share, _ in sequences.drawn_samples(small_config(tmp_path, tmp_path), 7)] == [1.0]
+
+
+@pytest.mark.parametrize("clean_multiple", [1, 8])
+@pytest.mark.parametrize("tasks", [(1, 1, 1), (0, 1, 0), (0, 0, 1), (1, 1, 0)], ids=str)
+def test_the_longest_is_drawn_and_nothing_longer(tmp_path: Path, clean_multiple: int, tasks) -> None:
+    """Of micro-batches with every kind of sample, whose captions are of the most tokens."""
+    names = ("class_to_image", "text_to_image", "image_to_text")
+    weights = [f"data.tasks.{name}={weight}" for name, weight in zip(names, tasks, strict=True)]
+    config = text_config(tmp_path, f"engine.clean_token_multiple={clean_multiple}", *weights)
+    made, want = batches(config, 40), sequences.longest(config)
+    assert max(one.intervals_BMI.shape[1] for one in made) == want.computed
+    given = [sum(one.num_tokens * (1 + one.is_noised) for one in batch.segments) for batch in made]
+    assert max(given) == want.given
+    learned = [sum(one.num_tokens for one in batch.segments if one.targets is not None) for batch in made]
+    assert max(learned) - config.model.num_tokens == want.learned_text == 7 * (tasks[2] > 0)
+    assert sequences.has_texts(config)
+
+
+def test_captions_at_hand_say_how_long_they_are(tmp_path: Path) -> None:
+    captions = {i: " ".join(["w1"] * (i % 7)) for i in range(100)}
+    write_latents(tmp_path / "shards", digits_info(100), digits(100), captions=captions)
+    config = text_config(tmp_path)
+    lengths = [sequences.FRAME + i % 7 for i in range(100)]
+    found = sequences.captions_at_hand(config)
+    assert found == (round(sum(lengths) / 100), 100, 8, sum(length > 7 for length in lengths))
+    assert "of 100 in data.shards, 8 at most" in str(found)
+    for data in ({"tokenizer": "nowhere.json"}, {"shards": (str(tmp_path / "nowhere"),)}):
+        unknown = sequences.captions_at_hand(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
+        assert unknown == (7, 0, 0, 0)
+        assert "model.max_text_tokens = 7 tokens" in str(unknown)
+
+
+def test_lengths_of_a_preset() -> None:
+    config = configs.load(REPOSITORY / "configs" / "L-text.yaml")
+    assert sequences.longest(config) == (640, 768, 128)
