@@ -70,7 +70,7 @@ demo-text: $(RUN)/summary.json $(READY)
 	$(LAUNCH) tools/encode_latents.py $(CAPTIONED)-images --autoencoder configs/autoencoders/digits \
 	  --out $(CAPTIONED)-latents --no-mirror
 	$(LAUNCH) cfpretrain/train.py --config configs/demo-text.yaml
-	$(BIN)/python tools/text_report.py $(RUN)-text --files $(CAPTIONED)-files --images $(IMAGES) \
+	$(LAUNCH) tools/text_report.py $(RUN)-text --files $(CAPTIONED)-files --images $(IMAGES) \
 	  --held-out $(CAPTIONED)-held-out
 
 $(RUN)/summary.json:

@@ -1,6 +1,6 @@
 """Scores a run with texts on held-out digits: a table, text_report.json, and two pictures in the run folder.
 
-    python tools/text_report.py runs/demo-text --files data/mnist-captioned-files \
+    deepspeed --num_accelerators 2 tools/text_report.py runs/demo-text --files data/mnist-captioned-files \
         --images data/mnist-images --held-out data/mnist-captioned-held-out
 
 Captions are scored by what they say: digit, thickness, slant and width, of which the last three are measured in the
@@ -10,14 +10,13 @@ beside it: guessing from the digit alone, captions of other digits, real digits 
 
 import argparse
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cfpretrain.base import files
-from cfpretrain.base.command_line import Parser, check_range
-from cfpretrain.base.console import ending_in_one_line, path_argument, phase, printable
+from cfpretrain.base.command_line import Parser, add_local_rank, check_range, run_on_ranks
+from cfpretrain.base.console import path_argument, phase, printable
 from cfpretrain.evaluation.sampling_options import check_guidance
 
 REPORT_FILE, PROMPTS_FILE, CAPTIONS_FILE = "text_report.json", "prompts.png", "captions.png"
@@ -33,36 +32,43 @@ def main() -> None:
     add("--held-out", type=path_argument, required=True, help="image shards of digits kept from training")
     add("--guidance", type=float, default=4.0, help="beside unguided samples; 0 to 1000 but 1 (default 4)")
     add("--num-denoising-steps", type=int, default=25, help="2 to the run's noise.num_timesteps (default 25)")
-    with ending_in_one_line():
-        run(parser.parse_args())
+    add_local_rank(parser)
+    run_on_ranks(run, parser.parse_args())
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Scores, draws and prints."""
+    """All ranks draw and write together; rank 0 prints."""
     check_guidance(arguments.guidance)
     with phase("loading torch"):
-        import torch
-
-        from cfpretrain.run import build
+        from cfpretrain.base import runtime
+        from cfpretrain.evaluation.source import load_source
+        from cfpretrain.run.build import read_summary
         from examples.digits import text_exam
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    found = build.find_checkpoint(arguments.run)
-    check_range("--num-denoising-steps", arguments.num_denoising_steps, 2, found.config.noise.num_timesteps)
-    with phase("reading digits"):
-        exam = text_exam.prepare(
-            found, arguments.files, arguments.images, arguments.held_out, arguments.num_denoising_steps
-        )
-    with phase("writing captions"):
-        report = exam.score_captions()
-    with phase("drawing digits from prompts"):
-        report |= exam.score_drawings(arguments.guidance)
-    report |= {"guidance": arguments.guidance, "num_denoising_steps": arguments.num_denoising_steps}
-    report |= build.read_summary(arguments.run) or {"num_steps": found.state.step}
-    with phase("drawing pictures"):
-        exam.draw_prompts(arguments.run / PROMPTS_FILE, arguments.guidance)
-        exam.draw_captions(arguments.run / CAPTIONS_FILE)
-    files.replace(arguments.run / REPORT_FILE, json.dumps(report, indent=2) + "\n")
-    print(_table(report, arguments.run), flush=True)
+    device = runtime.pick_device()
+    with runtime.ranks_of_a_tool(device):
+        with runtime.together(), phase("reading digits"):
+            source = load_source(arguments.run, device)
+            num_timesteps = source.config.noise.num_timesteps
+            check_range("--num-denoising-steps", arguments.num_denoising_steps, 2, num_timesteps)
+            given = arguments.files, arguments.images, arguments.held_out, arguments.num_denoising_steps
+            exam = text_exam.prepare(source, *given)
+        with phase("writing captions"):
+            report = exam.score_captions() | exam.time_captions()
+        with phase("drawing digits from prompts"):
+            report |= exam.score_drawings(arguments.guidance)
+        report |= {"guidance": arguments.guidance, "num_denoising_steps": arguments.num_denoising_steps}
+        report |= read_summary(arguments.run) or {}
+        with phase("drawing pictures"):
+            pictures = (
+                exam.draw_prompts(arguments.run / PROMPTS_FILE, arguments.guidance),
+                exam.draw_captions(arguments.run / CAPTIONS_FILE),
+            )
+        with runtime.together():
+            if runtime.rank() == 0:
+                for write in pictures:
+                    write()
+                files.replace(arguments.run / REPORT_FILE, json.dumps(report, indent=2) + "\n")
+                print(_table(report, arguments.run), flush=True)
 
 
 def _table(report: Mapping[str, Any], folder: Path) -> str:
@@ -88,12 +94,15 @@ def _table(report: Mapping[str, Any], folder: Path) -> str:
         ("  digits", report["num_drawn_never_trained"], report["num_real_never_trained"]),
         (),
     ]
+    trained = (
+        [f"  trained {report['num_steps']} steps in {report['train_seconds']:.0f} s"] if "num_steps" in report else []
+    )
     times = report["caption_cpu_seconds_without_cache"] / report["caption_cpu_seconds"]
     return "\n".join(
         [
             *map(printable, table(lines).split("\n")),
             f"  real digits are through the autoencoder; captions with the key-value cache {times:.1f} times as fast",
-            f"  trained {report['num_steps']} steps in {report.get('train_seconds', 0):.0f} s",
+            *trained,
             f"  pictures: {folder}/{PROMPTS_FILE} {folder}/{CAPTIONS_FILE}",
             f"  numbers:  {folder}/{REPORT_FILE}",
         ]
