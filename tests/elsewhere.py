@@ -154,6 +154,9 @@ def main() -> None:
     decoded = load(latents)
     for kind in ("latent", "pt"):
         out[f"autoencoder {kind}"] = make(decoded, [0, 4], num_ar_steps=2, output_type=kind)
+    decoded.save_pretrained(f"{latents}-saved", safe_serialization=True)
+    out["saved"] = make(load(f"{latents}-saved"), [0, 4], num_ar_steps=2, output_type="pt")
+    out["after saving"] = make(decoded, [0, 4], num_ar_steps=2, output_type="pt")
     for name, folder, labels in (("raw", raw, LABELS), ("autoencoder latent", latents, [0, 4])):
         out[f"{name} from hub"] = make(load_from_hub(folder), labels, num_ar_steps=4 if name == "raw" else 2)
     for process in processes:

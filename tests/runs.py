@@ -11,11 +11,13 @@ import torch
 from cfpretrain.base.config import to_plain, to_yaml
 from cfpretrain.core import seeds
 from cfpretrain.core.design import CHANGES
+from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.run import build
 from tests import checkpoints
 from tests.digits import small_config
 
 STEP = 7
+TOKENIZER = TextTokenizer.train(["a seven", "a three, written by hand", "two bold numbers: one and two"] * 9, 280)
 
 
 def write_run(folder: Path, shards: Path, *overrides: str, **state: Any) -> Path:
@@ -49,6 +51,17 @@ def write_run(folder: Path, shards: Path, *overrides: str, **state: Any) -> Path
         },
     )
     checkpoints.write(build.make_store(config), state, *checkpoints.whole(full))
+    return folder
+
+
+def write_text_run(folder: Path, shards: Path, *overrides: str) -> Path:
+    """The same of a model with texts of `TOKENIZER`."""
+    copy = folder / build.TOKENIZER_FILE
+    sizes = (f"model.vocabulary={TOKENIZER.size}", "model.max_text_tokens=32", "model.max_segments=5")
+    tasks = (f"data.tasks.{name}={i}" for i, name in enumerate(("class_to_image", "image_to_text", "text_to_image"), 1))
+    texts = (*sizes, *tasks, f"data.tokenizer={copy}")
+    write_run(folder, shards, *texts, *overrides, tokenizer=TOKENIZER.fingerprint)
+    copy.write_text(TOKENIZER.to_json())
     return folder
 
 

@@ -35,8 +35,9 @@ DOORS = {
     "apex": {"training/optim.py", "core/norm.py"},
     "flash_attn": {"core/attention/flash.py"},
 }
-# Options whose help speaks of a file. `config.load` expands the first; a region may name a mask's file in its text.
-NO_PATHS = {"--config", "--region", "--max-shard-gb", "--dtype", "--size", "--store"}
+# Options whose help speaks of a file. `config.load` expands the first; a region may name a mask's file in its text, and
+# a part of a sample an image's, which interleave.py expands.
+NO_PATHS = {"--config", "--region", "--max-shard-gb", "--dtype", "--size", "--store", "parts"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "tools").rglob("*.py"))
 SCRIPTS += sorted((REPOSITORY / "examples").rglob("*.py"))

@@ -209,7 +209,7 @@ def test_diffusers_finds_no_package_to_install(module: str) -> None:
     text = bundle(f"cfpretrain.export.{module}", stand_ins)
     found = re.findall(r"^\s*import\s+(\S+)\s*$", text, re.MULTILINE)
     found += re.findall(r"^\s*from\s+(\S+)\s+import", text, re.MULTILINE)
-    assert {name.split(".")[0] for name in found} - sys.stdlib_module_names == packages
+    assert {name.split(".")[0] for name in found} - sys.stdlib_module_names <= packages
 
 
 def test_stand_ins_compute_the_same() -> None:

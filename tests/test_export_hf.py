@@ -555,6 +555,8 @@ def test_an_autoencoder_goes_with_it(results: Results) -> None:
     assert torch.equal(results.made["autoencoder latent"], latents)
     assert torch.equal(results.made["autoencoder pt"], images)
     assert images.shape == (2, 3, 8, 8)
+    for name in ("saved", "after saving"):
+        assert torch.equal(results.made[name], images)
 
 
 def test_weights_elsewhere(results: Results, exported: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.core.ar import choose_sizes
 from cfpretrain.core.continuation import Drawing, Writing, caption_images, continue_samples, generate_behind_texts
 from cfpretrain.core.latents import patchify, take_tokens, unpatchify
@@ -26,37 +26,19 @@ from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.run import build
 from tests.environments import make_environment, run_elsewhere
-from tests.processes import run_alone
-from tests.runs import write_run
+from tests.image_files import digits, write_folder
+from tests.processes import run_tool
+from tests.runs import TOKENIZER, write_run, write_text_run
 
 CPU = torch.device("cpu")
-TOKENIZER = TextTokenizer.train(["a seven", "a three, written by hand", "two bold numbers: one and two"] * 9, 280)
-TASKS = ("data.tasks.text_to_image=3", "data.tasks.image_to_text=2", "data.tasks.class_to_image=1")
 TRUNKS = {
     "paper": (),
     "gpt2": ("model.trunk=gpt2",),
     "qwen3": ("model.trunk=qwen3", "model.num_kv_heads=1", "model.mlp_width=48"),
+    "llama": ("model.trunk=llama", "model.separate_image_weights=true"),
 }
 PROMPTS = ["a seven", "", "a three, written by hand <|end|>"]
 IDS = torch.arange(3)
-
-
-def write_text_run(folder: Path, shards: Path, *overrides: str) -> Path:
-    """A run of a model with texts, of random weights, at step 7."""
-    sizes = (f"model.vocabulary={TOKENIZER.size}", "model.max_text_tokens=32", "model.max_segments=5")
-    tokenizer = folder.parent / "tokenizer.json"
-    tokenizer.write_text(TOKENIZER.to_json())
-    run = write_run(
-        folder,
-        shards,
-        *sizes,
-        *TASKS,
-        f"data.tokenizer={tokenizer}",
-        *overrides,
-        tokenizer=TOKENIZER.fingerprint,
-    )
-    shutil.move(tokenizer, run / build.TOKENIZER_FILE)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +170,7 @@ class Ours:
         return [unpatchify(one[None], 2)[0] if isinstance(one, Tensor) else TOKENIZER.decode(one) for one in new]
 
 
-WAYS = ["paper", "gpt2", "qwen3", "paper saved", "gpt2 saved", "qwen3 saved", "paper hub"]
+WAYS = [*TRUNKS, *(f"{name} saved" for name in TRUNKS), "paper hub"]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -273,12 +255,24 @@ def test_a_run_and_its_export_are_the_same_source(run: Path, exported: Path) -> 
     build.make_tokenizer(other.config)
 
 
-def test_the_tools_take_it(run: Path, exported: Path, tmp_path: Path) -> None:
-    quick = ["--num-denoising-steps=2", "--classes", "3", "7", "--num-per-class=1"]
-    for source, out in ((run, "run.npz"), (exported, "export.npz")):
-        ended = run_alone("tools/sample.py", [str(source), *quick, f"--out={tmp_path / out}"])
+def test_it_is_scored_by_its_classes(run: Path, exported: Path, tmp_path: Path, shards: Path) -> None:
+    """As the run is; other tools with exports: `test_text_tools.py`."""
+    write_folder(tmp_path / "real", digits(0, 60))
+    quick = ["--reference", tmp_path / "real", "--features", "tests.small_features:make", "--num-images", "40"]
+    scores = []
+    for source in (run, exported):
+        out = tmp_path / f"{source.name}.json"
+        ended = run_tool("tools/evaluate_fid.py", [source, *quick, "--num-denoising-steps", "2", "--out", out], 1)
         assert ended.code == 0, ended.err
-    assert (tmp_path / "run.npz").read_bytes() == (tmp_path / "export.npz").read_bytes()
+        scores.append(json.loads(out.read_text()))
+    assert [scores[0][name] for name in ("fd_small", "precision")] == [
+        scores[1][name] for name in ("fd_small", "precision")
+    ]
+    other = write_text_run(tmp_path / "run", shards, "data.tasks.class_to_image=0")
+    ended = run_tool("tools/evaluate_fid.py", [other, *quick], 1)
+    assert ended.code == EXIT_USER_ERROR
+    assert ended.err.count("\n") == 1
+    assert "GENERATED: expected a model of classes, got" in ended.err
 
 
 def test_an_edited_export_is_refused(exported: Path) -> None:

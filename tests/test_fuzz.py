@@ -35,7 +35,7 @@ from cfpretrain.run import build
 from cfpretrain.run.metrics import read_metrics
 from tests.digits import write_digits
 from tests.processes import REPOSITORY
-from tests.runs import STEP, write_run
+from tests.runs import STEP, write_run, write_text_run
 
 SECONDS, MEMORY = 10, 2 * 2**30
 NUM_EXAMPLES = 3500
@@ -48,6 +48,7 @@ def make(folder: Path) -> None:
     (run / build.METRICS_FILE).write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "loss": 0.4}\n')
     (run / build.SUMMARY_FILE).write_text('{"num_steps": 7, "train_seconds": 1.5}\n')
     export(run, folder / "export", ExportSettings(max_shard_bytes=100_000))
+    export(write_text_run(folder / "text_run", folder / "digits"), folder / "text_export", ExportSettings())
     _write_autoencoder(folder / "vae")
     _write_language_model(folder / "llama")
     np.savez(folder / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
@@ -95,6 +96,13 @@ def read_export(folder: Path) -> None:
     load_source(folder / "export", CPU).label_of("3")
 
 
+def read_texts(folder: Path) -> None:
+    tokenizer = load_source(folder / "text_export", CPU).tokenizer
+    assert tokenizer is not None
+    with suppress(ValueError):  # some texts have no tokens there
+        tokenizer.decode(tokenizer.encode("A seven, written by hand. \u00e9\ufdfa" * 4))
+
+
 def read_language_model(folder: Path) -> None:
     model = open_language_model(folder / "llama", "MODEL")
     for name in model.shapes:
@@ -120,6 +128,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "export/scheduler/scheduler_config.json": read_export,
     "export/transformer/diffusion_pytorch_model.safetensors.index.json": read_export,
     "export/transformer/diffusion_pytorch_model-00001-of-00002.safetensors": read_export,
+    "text_export/tokenizer/tokenizer.json": read_texts,
     "vae/config.json": lambda folder: KLAutoencoder.load(folder / "vae", "cpu"),
     "vae/diffusion_pytorch_model.safetensors": lambda folder: KLAutoencoder.load(folder / "vae", "cpu"),
     "llama/config.json": read_language_model,

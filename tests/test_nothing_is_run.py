@@ -39,7 +39,7 @@ from tests.digits import write_digits
 from tests.folders import Bomb
 from tests.latent_shards import as_read
 from tests.processes import REPOSITORY, Ended, run_alone, run_in_processes
-from tests.runs import STEP, as_older, write_run
+from tests.runs import STEP, as_older, write_run, write_text_run
 from tools import replay
 
 CPU = torch.device("cpu")
@@ -100,6 +100,10 @@ def read_export(folder: Path) -> list[Callable[[], Any]]:
     return [lambda: load_source(folder, CPU)]
 
 
+def read_text_export(folder: Path) -> list[Callable[[], Any]]:
+    return [*read_export(folder), lambda: load_source(folder, CPU).tokenizer]
+
+
 def read_shards(folder: Path) -> list[Callable[[], Any]]:
     config = load_config(folder.parent / "run" / build.CONFIG_FILE)
 
@@ -113,7 +117,7 @@ def read_shards(folder: Path) -> list[Callable[[], Any]]:
 
 # What may be missing or damaged, and what of an export only diffusers reads.
 PASSED_OVER = (build.SUMMARY_FILE, build.METRICS_FILE, "requeue", "scheduler_config.json", "config.json")
-READERS = {"run": read_run, "export": read_export, "digits": read_shards}
+READERS = {"run": read_run, "export": read_export, "text_export": read_text_export, "digits": read_shards}
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +127,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards = write_digits(folder / "digits")
     run = write_run(folder / "run", shards)
     export(run, folder / "export", ExportSettings())
+    export(write_text_run(folder / "text_run", shards), folder / "text_export", ExportSettings())
     for name in (build.SUMMARY_FILE, build.METRICS_FILE):
         (run / name).write_text("{}\n")
     return folder
@@ -131,7 +136,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("which", READERS)
 def test_no_file_of_a_folder_is_run(which: str, made: Path, tmp_path: Path) -> None:
     places = sorted(path.relative_to(made) for path in (made / which).rglob("*") if path.is_file())
-    assert len(places) >= {"run": 9, "export": 6, "digits": 3}[which]
+    assert len(places) >= {"run": 9, "export": 6, "text_export": 8, "digits": 3}[which]
     trace = tmp_path / "trace"
     for place in places:
         for name, content in bombs(trace).items():

@@ -15,13 +15,18 @@ from cfpretrain.base import config_checks
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.core.work import Work
 from cfpretrain.data.loader import Loader
+from cfpretrain.data.online import open_training_data
 from cfpretrain.data.tokenizer import TextTokenizer
+from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build
 from cfpretrain.run.metrics import training_flops
+from cfpretrain.training.events import choose_rows
 from tests import folders
 from tests.digits import digits, digits_info, small_config, small_run, write_latents
+from tests.image_files import digits as real_digits
+from tests.image_files import write_folder
 from tests.processes import run_alone, run_script
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -194,12 +199,15 @@ def test_a_tokenizer_needs_captions_and_a_free_place(captioned: Path, shards: Pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exports_without_its_texts_are_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="expected a run without texts"):
-        export(run, tmp_path / "export", ExportSettings())
+def test_it_is_exported_with_its_tokenizer_or_not_at_all(run: Path, tmp_path: Path) -> None:
+    """As `test_export_texts.py` says of random weights; the official code knows no texts."""
+    export(run, tmp_path / "export", ExportSettings())
+    tokenizer = load_source(tmp_path / "export", torch.device("cpu")).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.fingerprint == build.find_checkpoint(run).state.tokenizer
     with pytest.raises(UserError, match=r"ordinal_table.* leave --format official out"):
         write_official(run, tmp_path / "official.pt")
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
 @pytest.mark.parametrize(
@@ -235,6 +243,28 @@ def test_texts_that_do_not_fit_are_refused(captioned: Path, tmp_path: Path, over
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_the_command_refuses_on_one_line(captioned: Path, shards: Path, tmp_path: Path, dry: bool) -> None:
+    """With every exit code of a user's mistake, and nothing left behind."""
+    for overrides, words in (
+        (["model.vocabulary=281"], "model.vocabulary: expected"),
+        (["data.tokenizer=/nowhere.json"], "/nowhere.json"),
+        (["model.max_text_tokens=8"], "model.max_text_tokens: expected at least"),
+        ([f"data.shards={shards}"], "data.tasks.text_to_image: expected captions in"),
+        (["data.tasks.text_to_image=-1"], "data.tasks.text_to_image"),
+        ([f"data.tasks.{name}=0" for name in ("class_to_image", "text_to_image", "image_to_text")], "data.tasks: "),
+        (["model.vocabulary=0"], "data.tasks.text_to_image: expected 0 for a model without texts"),
+    ):
+        if dry and "nowhere" in words:
+            continue  # said, and refused where it is to be trained
+        given = small_run(captioned / "shards", tmp_path / "run", *knobs(captioned, *overrides))
+        ended = run_alone("cfpretrain/train.py", [*given, *(["--dry-run"] if dry else [])])
+        assert ended.code == EXIT_USER_ERROR, (overrides, ended.err)
+        assert words in ended.err
+        assert ended.err.strip().count("\n") == 0, ended.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_mirrored_images_with_captions_are_doubted(captioned: Path, tmp_path: Path) -> None:
     def doubts(*overrides: str) -> list[str]:
         config = config_of(captioned, tmp_path, "data.mirror_prob=0.5", *overrides)
@@ -246,8 +276,8 @@ def test_mirrored_images_with_captions_are_doubted(captioned: Path, tmp_path: Pa
 
 def test_texts_count_in_flops_and_parameters(captioned: Path, tmp_path: Path) -> None:
     config = config_of(captioned, tmp_path)
-    model, work = config.model, Work(10, 0, {"image": 0, "text": 3})
-    without = training_flops(model, Work(10, 0, {"image": 0, "text": 0}))
+    model, work = config.model, Work(10, 0, {"image": 0, "text": 3}, 3)
+    without = training_flops(model, Work(10, 0, {"image": 0, "text": 0}, 3))
     assert training_flops(model, work) - without == 3 * 2 * 3 * model.vocabulary * model.width
     shapes, D = build.parameter_shapes(config), model.width
     added = shapes.keys() - build.parameter_shapes(small_config(captioned / "shards", tmp_path)).keys()
@@ -262,3 +292,65 @@ def test_texts_count_in_flops_and_parameters(captioned: Path, tmp_path: Path) ->
     values = torch.empty(model.vocabulary * D)
     build.initial_weights(config)("text_embedder.embedding_table.weight", (model.vocabulary, D), 0, values)
     assert float(values.std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_grids_show_prompts_or_the_first_captions(captioned: Path, run: Path, tmp_path: Path) -> None:
+    assert len(list((run / "samples").glob("step_*.png"))) == 2, "of 1 and of 2 AR steps, by ranks of ZeRO-3"
+    data = open_training_data(config_of(captioned, tmp_path))
+    tokenizer = TextTokenizer.load(captioned / "tokenizer.json", "here")
+    first = [one["caption"] for one in data.folders[0].samples(range(12))]
+    for prompts, expected in (
+        ([], [text for text in dict.fromkeys(first) if text][:3]),
+        (["sample.prompts=['a two','']"], ["a two", ""]),
+    ):
+        rows = choose_rows(config_of(captioned, tmp_path, "sample.max_classes=3", *prompts), data)
+        assert list(rows.names) == expected
+        assert [tokenizer.decode(tokens) for tokens in rows.conditions] == expected
+    by_class = choose_rows(config_of(captioned, tmp_path, "sample.max_classes=3", "data.tasks.text_to_image=0"), data)
+    assert by_class == (("0", "1", "2"), (0, 1, 2), None)
+    with pytest.raises(UserError, match=r"sample\.prompts: expected at most \d+ tokens .*; shorten it"):
+        choose_rows(config_of(captioned, tmp_path, f"sample.prompts=[{'a two ' * 40}]"), data)
+    config = config_of(captioned, tmp_path, "sample.prompts=[a two]", "data.tasks.text_to_image=0")
+    with pytest.raises(UserError, match=r"sample\.prompts: expected none without data\.tasks\.text_to_image"):
+        config_checks.check(config, 1)
+
+
+@pytest.fixture(scope="module")
+def evaluated(captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """Rows of runs with scores on one rank and, at ZeRO-3, on two."""
+    folder, found = tmp_path_factory.mktemp("evaluated"), []
+    real = write_folder(folder / "real", real_digits(0, 60))
+    for num_ranks, stage in ((1, 0), (2, 3)):
+        overrides = [f"evaluation.captions={captioned / 'shards'}", "evaluation.num_captions=9"]
+        overrides += ["evaluation.every_steps=4", f"evaluation.reference={real}", "evaluation.num_images=30"]
+        overrides += ["evaluation.features=tests.small_features:make", "evaluation.num_denoising_steps=2"]
+        ranked = [f"engine.zero_stage={stage}", "train.micro_batch_size=4", "train.learning_rate=1e-6"]
+        found.append(train(captioned, folder / f"{num_ranks}", num_ranks, *overrides, *ranked))
+    return found
+
+
+def test_captions_and_what_is_drawn_of_them_are_scored_while_training(evaluated: list[list[dict[str, Any]]]) -> None:
+    """The same on two ranks at ZeRO-3, whose captions end at different places."""
+    names = ("fd_small", "cider", "bleu_4", "exact_match", "perplexity")
+    for alone, together in zip(*evaluated, strict=True):
+        assert (alone["step"] % 4 == 0) == ("cider" in alone) == ("cider" in together)
+        if "cider" in alone:
+            assert [alone[name] for name in names] == pytest.approx([together[name] for name in names], rel=1e-3)
+            assert alone["perplexity"] == pytest.approx(280, rel=0.5), "hardly trained: of all the vocabulary"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.tasks.class_to_image=0"], "evaluation.captions: expected latent shards with captions, since without"),
+        (
+            ["evaluation.captions=x", "data.tasks.text_to_image=0", "data.tasks.image_to_text=0"],
+            "evaluation.captions: expected none for a model without texts, got x",
+        ),
+    ],
+)
+def test_captions_to_score_by(captioned: Path, tmp_path: Path, overrides: list[str], words: str) -> None:
+    scored = ["evaluation.every_steps=4", "evaluation.reference=real"]
+    config = config_of(captioned, tmp_path, *scored, *overrides)
+    with pytest.raises(UserError, match=words):
+        config_checks.check(config, 1)

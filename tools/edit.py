@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> None:
         source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
         conditions = [_condition(source, arguments, text) for text in arguments.classes or arguments.prompt]
         generated = None if arguments.generate is None else _condition(source, arguments, arguments.generate)
-        marks = source.tokenizer.marks if source.tokenizer else None
+        marks = source.marks("--prompt") if arguments.prompt else None
         source.load()
         autoencoder = source.make_autoencoder()
     config, model = source.config, source.config.model

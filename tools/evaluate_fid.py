@@ -125,6 +125,11 @@ def _from_model(arguments: argparse.Namespace, device: Any) -> _Generated:
         if num_images < 1:
             raise UserError(f"--num-images: expected at least 1, got {num_images}")
         source = load_source(arguments.generated, device, arguments.precision, arguments.weights, arguments.step)
+        if not source.has_classes:
+            raise UserError(
+                f"GENERATED: expected a model of classes, got {source.title}, which was trained without "
+                "(data.tasks.class_to_image); give a folder of what tools/sample.py --prompts draws with it"
+            )
         settings = read_settings(arguments, source.config, source.config.model.num_tokens)
         autoencoder = source.make_autoencoder()
     num_classes = len(source.class_names)

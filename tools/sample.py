@@ -144,7 +144,7 @@ def _wanted(arguments: argparse.Namespace, source: "Source") -> _Wanted:
     if prompts is not None:
         tokens = [source.tokens_of(option, text) for text in prompts]
         labels = _labels(arguments, list(range(len(prompts))), "prompts")
-        return _Wanted(labels, prompts, tokens, source.texts(option).marks)
+        return _Wanted(labels, prompts, tokens, source.marks(option))
     num_classes = len(source.class_names)
     if arguments.classes:
         classes = [source.label_of(text) for text in arguments.classes]

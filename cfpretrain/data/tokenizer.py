@@ -17,10 +17,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from cfpretrain.base.console import UserError, one_line
 from cfpretrain.base.files import read_text
-from cfpretrain.core.texts import Marks
 
 PAD, BEGIN, END, IMAGE = "<|pad|>", "<|text|>", "<|end|>", "<|image|>"
 SPECIAL = (PAD, BEGIN, END, IMAGE)
+_UNKNOWN = ("<unk>", "[UNK]")  # what tokenizers call the token of all that they have none for
 _MAX_BYTES = 64 * 2**20  # of a tokenizer.json; those of 250,000 tokens have 20 MB
 _MAX_DOUBLINGS = 16  # of a text's bytes, by the steps of a tokenizer one after another
 
@@ -120,19 +120,20 @@ class TextTokenizer:
         return hashlib.blake2b(plain.encode(), digest_size=16).hexdigest()
 
     @property
-    def marks(self) -> Marks:
-        """The tokens that frame texts."""
-        return Marks(self.begin, self.end, self.image, self.pad)
+    def marks(self) -> tuple[int, int, int, int]:
+        """The tokens that frame texts, in the order of `core.texts.Marks`."""
+        return self.begin, self.end, self.image, self.pad
 
     def unknown_part(self, text: str) -> str:
-        """The first character of a text that its tokens do not say; "" where they say all."""
+        """The first part of a text that its tokens do not say; "" where they say all."""
+        unknown = {self._tokenizer.token_to_id(name) for name in _UNKNOWN} - {None}
         found = self._tokenizer.encode(text, add_special_tokens=False)
-        unknown = self._tokenizer.token_to_id(str(getattr(self._tokenizer.model, "unk_token", None)))
-        spans = [span for id, span in zip(found.ids, found.offsets, strict=True) if id != unknown]
-        said = {place for span in spans for place in range(*span)}
-        # Blanks, accents and marks of direction may be left out on purpose.
-        needed = (i for i, one in enumerate(text) if unicodedata.category(one)[0] not in "ZMC")
-        return next((text[i] for i in needed if i not in said), "")
+        for id, (begin, end) in zip(found.ids, found.offsets, strict=True):
+            if id in unknown:
+                return text[begin:end]
+        # Others leave out what they have no token for. Blanks, accents and marks of direction may be so on purpose.
+        needed = [one for one in dict.fromkeys(text) if unicodedata.category(one)[0] not in "ZMC"]
+        return next((one for one in needed if not self.encode(one)), "")
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, without the special ones around it; ValueError where it cannot be written in them."""

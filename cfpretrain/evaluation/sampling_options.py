@@ -75,7 +75,7 @@ def read_writing(arguments: argparse.Namespace, source: "Source", guidance_optio
     from cfpretrain.core.continuation import Writing
     from cfpretrain.core.token_choice import TokenChoice
 
-    known, model = source.texts("SOURCE"), source.config.model
+    known, model = source.marks("SOURCE"), source.config.model
     max_tokens = _or(arguments.max_text_tokens, model.max_text_tokens)
     check_range("--temperature", arguments.temperature, 0, _MOST_TEMPERATURE)
     check_range("--top-k", arguments.top_k, 0, model.vocabulary)
@@ -86,7 +86,7 @@ def read_writing(arguments: argparse.Namespace, source: "Source", guidance_optio
         if value != usual and arguments.temperature == 0:
             raise UserError(f"{option}: expected with a --temperature above 0, which draws; got 0, which does not")
     choice = TokenChoice(arguments.temperature, arguments.top_k, arguments.top_p)
-    return Writing(known.marks, max_tokens, arguments.seed, choice, arguments.text_guidance)
+    return Writing(known, max_tokens, arguments.seed, choice, arguments.text_guidance)
 
 
 def step_or_best(text: str) -> int | Literal["best"]:

@@ -16,6 +16,7 @@ from cfpretrain.base.console import UserError, excerpt, one_line, say
 from cfpretrain.core import attention
 from cfpretrain.core.block import BlockSettings
 from cfpretrain.core.model import CausalFusion
+from cfpretrain.core.texts import Marks
 from cfpretrain.data.images import SUFFIXES
 from cfpretrain.data.tokenizer import SPECIAL, TextTokenizer
 from cfpretrain.export import foreign_files
@@ -111,6 +112,10 @@ class Source:
                 f"{option}: expected a model with texts (model.vocabulary), got {self.title}, which was trained without"
             )
         return self.tokenizer
+
+    def marks(self, option: str) -> Marks:
+        """The tokens that frame texts; UserError as of `texts`."""
+        return Marks(*self.texts(option).marks)
 
     def tokens_of(self, option: str, text: str, max_tokens: int | None = None) -> list[int]:
         """The tokens of a text that an option gives, without those that frame it.

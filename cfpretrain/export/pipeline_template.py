@@ -26,7 +26,7 @@ from torch import Tensor
 from cfpretrain.base.class_names import label_of
 from cfpretrain.export.pipeline_images import Images, check_output
 from cfpretrain.export.pipeline_texts import Texts
-from cfpretrain.export.plain_files import write_text
+from cfpretrain.export.plain_files import put_text
 
 # Noise levels and their spacing, where none are asked for.
 _BY_SOLVER = {
@@ -94,10 +94,10 @@ class CausalFusionPipeline(DiffusionPipeline):
             if part is not None:
                 code = Path(str(sys.modules[type(part).__module__].__file__))
                 index[name or "_class_name"] = [code.stem, type(part).__name__]
-                write_text(folder / name / code.name, code.read_text(encoding="utf-8"))
+                put_text(folder / name / code.name, code.read_text(encoding="utf-8"))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder / "tokenizer")
-        write_text(index_file, json.dumps(index, indent=2) + "\n")
+        put_text(index_file, json.dumps(index, indent=2) + "\n")
 
     @torch.no_grad()
     def __call__(

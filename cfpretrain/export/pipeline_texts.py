@@ -15,8 +15,8 @@ class Texts:
     @property
     def marks(self) -> tuple[int, ...]:
         """The tokens that frame texts, as of `core.texts.Marks`."""
-        texts = self.tokenizer
-        return texts.begin, texts.end, texts.image, texts.pad
+        marks: tuple[int, ...] = self.tokenizer.marks
+        return marks
 
     def most(self, max_tokens: int | None) -> int:
         """What `max_tokens` of the pipeline says, checked."""
@@ -35,6 +35,9 @@ class Texts:
             tokens: list[list[int]] = self.tokenizer.encode_batch(texts)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        unknown = next(filter(None, map(self.tokenizer.unknown_part, texts)), "")
+        if unknown:
+            raise ValueError(f"{name}: expected what the model's tokens can say, got {unknown!r}")
         longest = max(map(len, tokens))
         if longest > most:
             raise ValueError(f"{name}: expected at most {most} tokens, got {longest}; shorten the text")

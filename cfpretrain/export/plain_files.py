@@ -28,7 +28,7 @@ def read_text(file: Path, max_bytes: int, follow: bool = True) -> str:
     return content.decode()
 
 
-def write_text(file: Path, text: str) -> None:
+def put_text(file: Path, text: str) -> None:
     """Writes a file as UTF-8, into a folder that is made where it is not there."""
     os.makedirs(file.parent, exist_ok=True)
     file.write_text(text, encoding="utf-8")

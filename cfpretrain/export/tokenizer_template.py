@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cfpretrain.data.tokenizer import TextTokenizer
-from cfpretrain.export.plain_files import write_text
+from cfpretrain.export.plain_files import put_text
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -24,4 +24,4 @@ class CausalFusionTokenizer(TextTokenizer):
 
     def save_pretrained(self, folder: str | os.PathLike[str], **_: Any) -> None:
         """Writes the same into a folder."""
-        write_text(Path(folder, TOKENIZER_FILE), self.to_json())
+        put_text(Path(folder, TOKENIZER_FILE), self.to_json())

@@ -89,14 +89,14 @@ class Exam:
 
     @property
     def _writing(self) -> Writing:
-        return Writing(self.tokenizer.marks, self.source.config.model.max_text_tokens, _SEED)
+        return Writing(self.source.marks("RUN"), self.source.config.model.max_text_tokens, _SEED)
 
     def draw(self, prompts: Sequence[str], guidance: float) -> Tensor:
         """An image of each prompt, in 1 AR step: [N, 1, Y, X] in [0, 1]."""
         config = self.source.config
         sizes, solver = equal_sizes(config.model.num_tokens, 1), ("sde-dpm++", "log_snr")  # for few denoising steps
         settings = GenerationSettings(sizes, self.num_denoising_steps, Guidance(guidance), _BATCH, _SEED, *solver)
-        generator = ImageGenerator(config, self.source.model, settings, self.source.device, self.tokenizer.marks)
+        generator = ImageGenerator(config, self.source.model, settings, self.source.device, self.source.marks("RUN"))
         return generator.images([self.tokenizer.encode(prompt) for prompt in prompts], self.autoencoder.decode)
 
     def caption(self, images_N1YX: Tensor) -> list[str]:
@@ -142,7 +142,7 @@ class Exam:
     def time_captions(self) -> dict[str, float]:
         """CPU seconds of all held-out images' captions with the key-value cache and without, and whether they agree."""
         tokens_NLP = self._tokens(self.images_N1YX)
-        model, marks, most = self.source.model, self.tokenizer.marks, self._writing.max_tokens
+        model, marks, most = self.source.model, self.source.marks("RUN"), self._writing.max_tokens
 
         def with_cache(tokens_BLP: Tensor) -> list[list[int]]:
             return caption_images(model, tokens_BLP, torch.arange(len(tokens_BLP)), self._writing)
@@ -208,16 +208,19 @@ class Exam:
         def write() -> None:
             rows = -(-len(places) // _SHOWN_IN_ROW)
             title = "Held-out digits, and what the model writes of them"
-            figure = make_figure(2.0 * _SHOWN_IN_ROW, 2.3 * rows, title)
+            figure = make_figure(2.0 * _SHOWN_IN_ROW, 2.45 * rows, title)
             for axes in figure.subplots(rows, _SHOWN_IN_ROW).flat:
-                axes.set_axis_off()
+                axes.set(xticks=[], yticks=[])
             for place, text, said, axes in zip(places, written, said_N4, figure.axes, strict=True):
                 axes.imshow(self.images_N1YX[place, 0], cmap="gray", vmin=0, vmax=1)
                 true = self.parts_N4[place]
                 wrong = [_WORDS[k][true[k]] for k in range(len(true)) if said[k] != true[k]]
-                measured = f"measured: {', '.join(wrong)}" if wrong else ""
-                for top, line, colour in ((-0.04, textwrap.fill(text, _LINE), INK), (-0.26, measured, _RED)):
-                    axes.text(0.5, top, line, transform=axes.transAxes, ha="center", va="top", color=colour, fontsize=8)
+                lines = [*textwrap.wrap(text, _LINE), "", "", ""][:3]  # room for what is measured beneath two
+                axes.set_xlabel("\n".join(lines), color=INK, fontsize=8)
+                if wrong:
+                    at = {"xycoords": "axes fraction", "xytext": (0, -31), "textcoords": "offset points"}
+                    say = f"measured: {', '.join(wrong)}"
+                    axes.annotate(say, (0.5, 0), ha="center", va="top", color=_RED, fontsize=8, **at)
             save(figure, path)
 
         return write
