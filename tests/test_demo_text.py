@@ -13,14 +13,14 @@ from examples.digits import captions, described
 from examples.digits.captioned_digits import HELD_OUT_FILE, TRAIN_FILE, read_words
 from examples.digits.text_report import CAPTIONS_FILE, PROMPTS_FILE, REPORT_FILE
 from examples.digits.variants import variant
-from tests.processes import REPOSITORY, Ended, run_alone
+from tests.processes import REPOSITORY, Ended, run_alone, run_tool
 
 NUM_DIGITS, NUM_VARIANTS = 400, 1
 AUTOENCODER = REPOSITORY / "configs" / "autoencoders" / "digits"
 
 
-def ran(script: str, *arguments: object) -> Ended:
-    ended = run_alone(script, list(map(str, arguments)))
+def ran(script: str, *arguments: object, num_ranks: int = 0) -> Ended:
+    ended = run_tool(script, arguments, num_ranks) if num_ranks else run_alone(script, list(map(str, arguments)))
     assert ended.code == 0, ended.err
     return ended
 
@@ -131,12 +131,13 @@ def test_a_short_form_of_the_demo(folder: Path, tmp_path: Path) -> None:
         *(f"run.folder={run}", f"data.shards={latents}", f"data.tokenizer={tokenizer}"),
         *("train.num_steps=150", "train.warmup_steps=10", "train.decay_steps=100", "train.ema_decay=0.9"),
         *("sample.every_steps=0", "sample.num_per_class=1", "sample.num_denoising_steps=2", "metrics.wandb=disabled"),
+        num_ranks=2,
     )
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # Some templates and words are known by then; a guess among all tokens costs 5.9.
     assert rows[-1]["loss_text"] < rows[0]["loss_text"] / 2
     given = [f"--files={folder}", f"--images={images}", f"--held-out={held_out}", "--num-denoising-steps=2"]
-    scored = ran("tools/text_report.py", run, *given)
+    scored = ran("tools/text_report.py", run, *given, num_ranks=2)
     report = json.loads((run / REPORT_FILE).read_text())
     assert report["true_captions"]["all_four"] == report["true_captions"]["exact_match"] == 1.0
     assert report["class_alone"]["digit"] == 1.0
