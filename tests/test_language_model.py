@@ -264,7 +264,7 @@ def test_a_run_begins_with_the_trunk_of_a_language_model(
 ) -> None:
     import_language_model.run(folders[name], tmp_path / "run", TINY, ["model.num_classes=3"])
     said = capsys.readouterr().out
-    assert "begin anew: class_embedder, image_embedder, noise_head" in said
+    assert "initialised: class_embedder, image_embedder, noise_head" in said
     assert "no place for text_embedder.embedding_table.weight" in said
     model, found = open_language_model(folders[name], "MODEL"), find_checkpoint(tmp_path / "run")
     assert found.config.model.design == model.settings.design

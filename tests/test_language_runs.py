@@ -98,7 +98,7 @@ def test_a_run_begins_with_the_logits_of_the_language_model(
 ) -> None:
     run = tmp_path / "run"
     import_run(folders[name], run)
-    assert "begin anew: class_embedder, image_embedder, noise_head, ordinal_table" in capsys.readouterr().out
+    assert "initialised: class_embedder, image_embedder, noise_head, ordinal_table" in capsys.readouterr().out
     found, ids_BT = find_checkpoint(run), some_ids(VOCABULARY)
     model, theirs = found.load_model("raw"), their_logits(folders[name], ids_BT)
     logits = text_logits(model, ids_BT)
