@@ -95,8 +95,9 @@ def as_text(ids_BT: Tensor, begin: int = 0) -> Segment:
 
 
 @torch.no_grad()
-def their_logits(folder: Path) -> Tensor:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
+def their_logits(folder: Path, ids_BT: Tensor = IDS) -> Tensor:
+    logits: Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_BT).logits
+    return logits
 
 
 @pytest.mark.parametrize("name", CONFIGS)

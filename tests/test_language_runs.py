@@ -29,7 +29,7 @@ from cfpretrain.run.build import find_checkpoint, make_loss
 from tests.closeness import disagreement
 from tests.digits import digits, digits_info, small_run, write_latents
 from tests.processes import run_alone, run_script
-from tests.test_language_model import CONFIGS, TINY, VOCABULARY, make_theirs
+from tests.test_language_model import CONFIGS, TINY, VOCABULARY, make_theirs, their_logits
 from tools import import_language_model
 
 MARKS = 4
@@ -79,12 +79,6 @@ def text_logits(model: CausalFusion, ids_BT: Tensor) -> Tensor:
     text = dataclasses.replace(text_segment(ids_BT), ordinal_B=torch.zeros(len(ids_BT), dtype=torch.int64))
     segments = with_rotary_positions([text]) if model.has_rotary else [text]
     logits: Tensor = model(segments, build_layout(segments).intervals_BMI)[TEXT]
-    return logits
-
-
-@torch.no_grad()
-def their_logits(folder: Path, ids_BT: Tensor) -> Tensor:
-    logits: Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_BT).logits
     return logits
 
 
