@@ -88,6 +88,9 @@ def main() -> None:
         if folder == exports[0]:
             make(f"{name} hub", load_from_hub(folder))
             said |= of_pictures(pipe, given)
+            half = load(folder, torch_dtype=torch.bfloat16)
+            made["half prompt"] = half(prompt=asked, **QUICK).images
+            said["half captions"] = half.caption(latents=given)
     said["strangers"] = sorted({name.split(".")[0] for name in sys.modules} & {"cfpretrain", "transformers"})
     save_file({name: value.float().contiguous() for name, value in made.items()}, made_file)
     print(json.dumps(said))
