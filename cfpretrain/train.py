@@ -112,7 +112,7 @@ def _describe_inputs(config: "Config", world_size: int, captions: "Captions") ->
     from cfpretrain.data.online import open_training_data
     from cfpretrain.run.build import make_autoencoder
 
-    yield from _describe_tokenizer(config, captions)
+    yield from _describe_tokenizer(config)
     folder, elsewhere = config.data.autoencoder, [one for one in config.data.shards if not Path(one).is_dir()]
     data = None if elsewhere else open_training_data(config)
     infos = [] if data is None else data.latents
@@ -139,8 +139,8 @@ def _describe_inputs(config: "Config", world_size: int, captions: "Captions") ->
         yield from _describe_encoding(config, config.data.crop, world_size, captions)
 
 
-def _describe_tokenizer(config: "Config", captions: "Captions") -> Iterator[str]:
-    """That it is of the model's vocabulary, and that the captions at hand are not too long."""
+def _describe_tokenizer(config: "Config") -> Iterator[str]:
+    """That it is of the model's vocabulary."""
     from cfpretrain.run.build import make_tokenizer
 
     model, file = config.model, config.data.tokenizer
@@ -150,12 +150,6 @@ def _describe_tokenizer(config: "Config", captions: "Captions") -> Iterator[str]
         yield f"tokenizer: not looked at, since {file} is no file of this machine"
         return
     make_tokenizer(config)
-    if captions.num_too_long:
-        raise UserError(
-            f"model.max_text_tokens: expected at least {captions.longest}, the tokens of the longest of "
-            f"{captions.num_read} captions that were looked at and the two that frame it, got {model.max_text_tokens}, "
-            f"which refuses {captions.num_too_long} of them; raise it, or shorten the captions"
-        )
     yield f"tokenizer: {file}, of {model.vocabulary:,} tokens"
 
 

@@ -74,7 +74,7 @@ def test_sizes_are_those_of_the_parameters(trunk: str, changes: dict) -> None:
     # A multiplication and an addition of each value for each token, forward and twice as many backward; q k^T and
     # the sum of the values, of each head.
     of_pairs = 4 * 4 * design.head_width
-    work = Work(100, 1000, {"image": 0, "text": 0})
+    work = Work(100, 1000, {"image": 0, "text": 0}, 0)
     assert training_flops(model, work) == 3 * 3 * (2 * sum(matrices) * 100 + of_pairs * 1000)
 
 

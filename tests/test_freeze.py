@@ -191,13 +191,13 @@ def test_frozen_parts_cost_no_gradients_and_no_optimizer() -> None:
         assert [one.ema for one in estimates] == [4 * some, 4 * none]
         assert estimates[1].optimizer == estimates[0].optimizer * none // some
         assert estimates[1].gradients == 4 * none
-    model, work = free.model, Work(10, 7, {"image": 5, "text": 3})
+    model, work = free.model, Work(10, 7, {"image": 5, "text": 3}, text_tokens=4)
     matrices = model.depth * model.design.matrix_values
     difference = training_flops(model, work) - training_flops(model, work, ("trunk",))
     assert difference == 2 * matrices * work.tokens
     separate = dataclasses.replace(model, separate_image_weights=True)
     assert training_flops(separate, work) == training_flops(model, work)
-    assert training_flops(separate, work) - training_flops(separate, work, ("trunk",)) == 2 * matrices * 3
+    assert training_flops(separate, work) - training_flops(separate, work, ("trunk",)) == 2 * matrices * 4
     difference = training_flops(model, work) - training_flops(model, work, ("text",))
     assert difference == 2 * 3 * model.vocabulary * model.width
 

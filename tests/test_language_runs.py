@@ -14,17 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from cfpretrain.base import config as configs
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.core import seeds
-from cfpretrain.core.ar import equal_sizes
-from cfpretrain.core.context import Context
-from cfpretrain.core.modalities import IMAGE
 from cfpretrain.core.model import CausalFusion
-from cfpretrain.core.process import make_process
-from cfpretrain.core.sampler import Guidance, generate_image, noise_by_image, sampling_orders
-from cfpretrain.core.segments import Segment, build_layout, with_rotary_positions
-from cfpretrain.core.solvers import Solver
-from cfpretrain.core.texts import TEXT, Marks, pad_texts, text_segment
-from cfpretrain.core.token_choice import TokenChoice
-from cfpretrain.core.writing import write_texts, writing_keys
+from cfpretrain.core.segments import build_layout, with_rotary_positions
+from cfpretrain.core.texts import TEXT, pad_texts, text_segment
 from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.export.imported_run import write_run
 from cfpretrain.export.language_model import (
@@ -231,25 +223,25 @@ def test_a_language_model_learns_images_and_goes_out_again(captioned: Path, tmp_
     overrides += ["data.tasks.text_to_image=1", "data.tasks.image_to_text=1", "model.num_classes=10"]
     if freezes:
         overrides += ["train.freeze=[trunk,text]", "model.separate_image_weights=true"]
-    ended = run_alone(
-        "tools/import_language_model.py", [str(captioned / "llama"), str(run), "--config", preset, *overrides]
-    )
-    assert ended.code == 0, ended.err
+    call("tools/import_language_model.py", captioned / "llama", run, "--config", preset, *overrides)
     for rank in run_script("cfpretrain/train.py", ["--config", str(run / "config.yaml")], 2):
         assert rank.code == 0, rank.err
     found = find_checkpoint(run)
     assert found.state.step == 3
 
-    model, tokenizer = found.load_model("raw"), TextTokenizer.load(run / "tokenizer.json", "RUN")
-    marks = Marks(tokenizer.begin, tokenizer.end, tokenizer.image, tokenizer.pad)
-    images = draw_images(model, marks, tokenizer.encode_batch(CAPTIONS[:2]))
-    assert images.isfinite().all()
-    texts = write_captions(model, marks, images)
-    assert [text[0] for text in texts] == [marks.begin] * 2
-    assert all(text[-1] in (marks.end, marks.image) for text in texts)
+    # Drawn from the run and from its export, and captioned again.
+    call("tools/export_hf.py", run, tmp_path / "diffusers")
+    for source in ("run", "diffusers"):
+        options = ["--prompt", *CAPTIONS[:2], "--num-per-class=1", "--num-denoising-steps=2", "--num-ar-steps=2"]
+        call("tools/sample.py", tmp_path / source, *options, "--guidance=2", f"--out={tmp_path / source}_drawn")
+    drawn = [sorted((tmp_path / f"{source}_drawn").rglob("*.png")) for source in ("run", "diffusers")]
+    assert len(drawn[0]) == 2
+    assert [one.read_bytes() for one in drawn[0]] == [one.read_bytes() for one in drawn[1]]
+    call("tools/caption.py", run, *drawn[0], "--temperature=1", f"--out={tmp_path / 'captions.jsonl'}")
+    assert len((tmp_path / "captions.jsonl").read_text().splitlines()) == 2
 
-    ended = run_alone("tools/export_hf.py", [str(run), str(out), "--format=transformers", "--weights=raw"])
-    assert ended.code == 0, ended.err
+    model, tokenizer = found.load_model("raw"), TextTokenizer.load(run / "tokenizer.json", "RUN")
+    call("tools/export_hf.py", run, out, "--format=transformers", "--weights=raw")
     ids_BT = some_ids(tokenizer.size)
     assert disagreement(their_logits(out, ids_BT), text_logits(model, ids_BT)) < 1e-5
     num_before = tokenizer.size - MARKS
@@ -259,27 +251,9 @@ def test_a_language_model_learns_images_and_goes_out_again(captioned: Path, tmp_
     assert torch.equal(before, after) is freezes
 
 
-def draw_images(model: CausalFusion, marks: Marks, prompts: list[list[int]]) -> Tensor:
-    """Images of texts, in two AR steps, with guidance away from no text: tokens [B, L, P]."""
-    L, ids_B = model.grid**2, torch.arange(len(prompts))
-    context = Context(model, 40 + L)
-    framed = [[marks.begin, *text, marks.image] for text in prompts]
-    text = text_segment(*pad_texts([*framed, *([] for _ in framed)], marks.pad))
-    context.read(dataclasses.replace(text, ordinal_B=torch.zeros(2 * len(prompts), dtype=torch.int64)))
-    order_BL = sampling_orders(0, ids_B, L)
-    solver, draw = Solver(make_process(), 2), noise_by_image(0, ids_B, model.patch_values)
-    place_B = torch.ones(2 * len(prompts), dtype=torch.int64)
-    return generate_image(context, order_BL, equal_sizes(L, 2), solver, Guidance(2.0), draw, ordinal_B=place_B)
-
-
-def write_captions(model: CausalFusion, marks: Marks, images_BLP: Tensor) -> list[list[int]]:
-    """Texts behind images."""
-    B, L, _ = images_BLP.shape
-    first_B = torch.zeros(B, dtype=torch.int64)
-    context = Context(model, L + 40)
-    context.read(Segment(IMAGE, clean=images_BLP, positions_BL=torch.arange(L).expand(B, -1), ordinal_B=first_B))
-    keys_B = writing_keys(0, torch.arange(B))
-    return write_texts(context, [[]] * B, marks, 40, TokenChoice(temperature=1.0), keys_B, ordinal_B=first_B + 1)
+def call(tool: str, *arguments: object) -> None:
+    ended = run_alone(tool, list(map(str, arguments)))
+    assert ended.code == 0, ended.err
 
 
 # ---------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from cfpretrain.base import runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core.attention import make_visibility
-from cfpretrain.core.block import Block, BlockSettings, make_rotation
+from cfpretrain.core.block import Block, BlockSettings, make_rotation, make_routes
 from cfpretrain.core.design import TRUNKS, make_design
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.objective import Draws
@@ -71,6 +71,7 @@ def activations_config(precision: str, checkpointing: bool, split: str, *others:
     )
 
 
+OTHERS = [("train.optimizer=muon",), ("model.trunk=gpt2", "train.freeze=[trunk]")]
 GROUPED = ("model.trunk=qwen3", "model.num_heads=4", "model.num_kv_heads=2", "model.head_width=32")
 # Whose logits are the largest tensor of all.
 TEXTS = ("model.vocabulary=4000", "model.max_text_tokens=48", "data.tokenizer=any.json")
@@ -94,6 +95,7 @@ ACTIVATIONS: list[tuple[Any, ...]] = [
 BLOCKS: list[tuple[str, dict[str, Any]]] = [
     *((trunk, {}) for trunk in TRUNKS),
     *((trunk, {"num_kv_heads": 2, "head_width": 32, "mlp_width": 96}) for trunk in TRUNKS),
+    *((trunk, {"num_kv_heads": n, "separate_image_weights": True}) for trunk in TRUNKS for n in (2, 4)),
 ]
 
 
@@ -115,9 +117,9 @@ def expect(config: Config, world_size: int) -> memory.Estimate:
 
 @pytest.fixture(scope="module")
 def one() -> list[tuple[int, int]]:
-    """What steps on one rank held: those of KINDS, those of ACTIVATIONS, those of KINDS with Muon."""
+    """What steps on one rank held: those of KINDS, of ACTIVATIONS, of KINDS with Muon, and with a frozen trunk."""
     cases = [states_config(*kind, 1) for kind in KINDS[1]] + [activations_config(*kind) for kind in ACTIVATIONS]
-    cases += [states_config(*kind, 1, "train.optimizer=muon") for kind in KINDS[1]]
+    cases += [states_config(*kind, 1, *others) for others in OTHERS for kind in KINDS[1]]
     measured: list[tuple[int, int]] = run_in_processes(measure, 1, cases)[0]
     return measured
 
@@ -134,9 +136,11 @@ def test_states_of_one_rank(one: list[tuple[int, int]]) -> None:
     check_states(1, one[: len(KINDS[1])])
 
 
-def test_states_of_muon(one: list[tuple[int, int]]) -> None:
-    for kind, (held, _) in zip(KINDS[1], one[len(KINDS[1]) + len(ACTIVATIONS) :], strict=True):
-        found = expect(states_config(*kind, 1, "train.optimizer=muon"), 1)
+@pytest.mark.parametrize("number", range(2))
+def test_states_of_muon_and_of_a_frozen_trunk(one: list[tuple[int, int]], number: int) -> None:
+    measured = one[len(KINDS[1]) + len(ACTIVATIONS) :][number * len(KINDS[1]) :][: len(KINDS[1])]
+    for kind, (held, _) in zip(KINDS[1], measured, strict=True):
+        found = expect(states_config(*kind, 1, *OTHERS[number]), 1)
         assert found.between_micro_batches == pytest.approx(held, rel=0.02), kind
 
 
@@ -161,7 +165,13 @@ def test_what_autograd_keeps_of_a_block(trunk: str, changes: dict[str, Any], dty
     end_M = torch.arange(1, M + 1)
     mask = make_visibility(torch.stack([0 * end_M, end_M, 0 * end_M, 0 * end_M], -1)[None], M, "sdpa")
     rotation = make_rotation(design, end_M[None], dtype) if design.rotary_base else None
-    shared = {one.untyped_storage()._cdata for one in [*block.parameters(), *(rotation or ())]}
+    is_image_BM = (torch.arange(M) % 3 > 0).expand(B, M)
+    routes = (
+        make_routes(is_image_BM, int(is_image_BM[0].sum()), int((~is_image_BM[0]).sum()))
+        if design.separate_image_weights
+        else None
+    )
+    shared = {one.untyped_storage()._cdata for one in [*block.parameters(), *(rotation or ()), *(routes or ())]}
     kept: dict[int, tuple[Any, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -171,7 +181,7 @@ def test_what_autograd_keeps_of_a_block(trunk: str, changes: dict[str, Any], dty
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out_BMD = block(torch.randn(B, M, 64, dtype=dtype, requires_grad=True), mask, None, rotation)
+        out_BMD = block(torch.randn(B, M, 64, dtype=dtype, requires_grad=True), mask, None, rotation, routes)
     assert out_BMD.requires_grad
     measured = sum(num_bytes for _, num_bytes in kept.values())
     assert B * M * memory.kept_of_block(design, dtype.itemsize, on_gpu=False) == pytest.approx(measured, rel=0.02)

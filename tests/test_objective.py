@@ -42,7 +42,9 @@ def with_ar(**knobs) -> DenoisingLoss:
 
 def sum_of(works: Sequence[Work]) -> Work:
     projections = {kind: sum(one.projections[kind] for one in works) for kind in works[0].projections}
-    return Work(sum(one.tokens for one in works), sum(one.visible for one in works), projections)
+    names = ("tokens", "visible", "text_tokens")
+    tokens, visible, text_tokens = (sum(getattr(one, name) for one in works) for name in names)
+    return Work(tokens, visible, projections, text_tokens)
 
 
 def loss_of(loss: DenoisingLoss, model, latents_BCYX: torch.Tensor, draws: Draws) -> LossTerms:

@@ -8,6 +8,7 @@ import torch
 
 from cfpretrain.base import config as configs
 from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
 from cfpretrain.core.objective import Batch
 from cfpretrain.run import build, sequences
 from cfpretrain.run.metrics import training_flops
@@ -47,6 +48,7 @@ def test_work_is_the_mean_of_what_is_drawn(tmp_path: Path) -> None:
         assert drawn.projections[kind] / NUM_DRAWN == pytest.approx(want.projections[kind], rel=0.1)
     # Logits are made of the captions that are learned, dropped images or not.
     assert want.projections["text"] == pytest.approx(7 * 2 / 6)
+    assert drawn.text_tokens / NUM_DRAWN == pytest.approx(want.text_tokens, rel=0.1)
     mean_flops = sum(training_flops(config.model, one.work) for one in batches(config, 8)) / NUM_DRAWN
     assert mean_flops == pytest.approx(training_flops(config.model, want), rel=0.03)
 
@@ -82,18 +84,40 @@ def test_the_longest_is_drawn_and_nothing_longer(tmp_path: Path, clean_multiple:
     assert sequences.has_texts(config)
 
 
+def write_captions(folder: Path, words: int) -> None:
+    captions = {i: " ".join(["w1"] * (i % (words + 1))) for i in range(100)}
+    write_latents(folder / "shards", digits_info(100), digits(100), captions=captions)
+
+
 def test_captions_at_hand_say_how_long_they_are(tmp_path: Path) -> None:
-    captions = {i: " ".join(["w1"] * (i % 7)) for i in range(100)}
-    write_latents(tmp_path / "shards", digits_info(100), digits(100), captions=captions)
+    write_captions(tmp_path, 5)
     config = text_config(tmp_path)
-    lengths = [sequences.FRAME + i % 7 for i in range(100)]
+    lengths = [sequences.FRAME + i % 6 for i in range(100)]
     found = sequences.captions_at_hand(config)
-    assert found == (round(sum(lengths) / 100), 100, 8, sum(length > 7 for length in lengths))
-    assert "of 100 in data.shards, 8 at most" in str(found)
+    assert found == (round(sum(lengths) / 100), 100, lengths.count(2), 7, 0)
+    assert "of 100 in data.shards, 7 at most, 17 are empty" in str(found)
     for data in ({"tokenizer": "nowhere.json"}, {"shards": (str(tmp_path / "nowhere"),)}):
         unknown = sequences.captions_at_hand(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
-        assert unknown == (7, 0, 0, 0)
+        assert unknown == (7, 0, 0, 0, 0)
         assert "model.max_text_tokens = 7 tokens" in str(unknown)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (0, "data.tasks.text_to_image: expected captions in {shards}, got none in 100 samples; give make_shards.py a"),
+        (6, "model.max_text_tokens: expected at least 8, the tokens of the longest of 100 captions that were looked at "
+         "and the two that frame it, got 7, which refuses 14 of them"),
+    ],
+)  # fmt: skip
+def test_captions_that_are_none_or_too_long_are_refused(tmp_path: Path, words: int, problem: str) -> None:
+    write_captions(tmp_path, words)
+    with pytest.raises(UserError) as error:
+        sequences.captions_at_hand(text_config(tmp_path))
+    assert problem.format(shards=tmp_path / "shards") in str(error.value)
+    assert "\n" not in str(error.value)
+    by_class = text_config(tmp_path, "data.tasks.text_to_image=0", "data.tasks.image_to_text=0")
+    assert sequences.captions_at_hand(by_class).num_read == 0
 
 
 def test_lengths_of_a_preset() -> None:

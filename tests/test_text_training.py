@@ -239,6 +239,28 @@ def test_texts_that_do_not_fit_are_refused(captioned: Path, tmp_path: Path, over
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("dry", [True, False])
+def test_the_command_refuses_on_one_line(captioned: Path, shards: Path, tmp_path: Path, dry: bool) -> None:
+    """With every exit code of a user's mistake, and nothing left behind."""
+    for overrides, words in (
+        (["model.vocabulary=281"], "model.vocabulary: expected"),
+        (["data.tokenizer=/nowhere.json"], "/nowhere.json"),
+        (["model.max_text_tokens=8"], "model.max_text_tokens: expected at least"),
+        ([f"data.shards={shards}"], "data.tasks.text_to_image: expected captions in"),
+        (["data.tasks.text_to_image=-1"], "data.tasks.text_to_image"),
+        ([f"data.tasks.{name}=0" for name in ("class_to_image", "text_to_image", "image_to_text")], "data.tasks: "),
+        (["model.vocabulary=0"], "data.tasks.text_to_image: expected 0 for a model without texts"),
+    ):
+        if dry and "nowhere" in words:
+            continue  # said, and refused where it is to be trained
+        given = small_run(captioned / "shards", tmp_path / "run", *knobs(captioned, *overrides))
+        ended = run_alone("cfpretrain/train.py", [*given, *(["--dry-run"] if dry else [])])
+        assert ended.code == EXIT_USER_ERROR, (overrides, ended.err)
+        assert words in ended.err
+        assert ended.err.strip().count("\n") == 0, ended.err
+    assert not (tmp_path / "run").exists()
+
+
 def test_mirrored_images_with_captions_are_doubted(captioned: Path, tmp_path: Path) -> None:
     def doubts(*overrides: str) -> list[str]:
         config = config_of(captioned, tmp_path, "data.mirror_prob=0.5", *overrides)
@@ -250,8 +272,8 @@ def test_mirrored_images_with_captions_are_doubted(captioned: Path, tmp_path: Pa
 
 def test_texts_count_in_flops_and_parameters(captioned: Path, tmp_path: Path) -> None:
     config = config_of(captioned, tmp_path)
-    model, work = config.model, Work(10, 0, {"image": 0, "text": 3})
-    without = training_flops(model, Work(10, 0, {"image": 0, "text": 0}))
+    model, work = config.model, Work(10, 0, {"image": 0, "text": 3}, 3)
+    without = training_flops(model, Work(10, 0, {"image": 0, "text": 0}, 3))
     assert training_flops(model, work) - without == 3 * 2 * 3 * model.vocabulary * model.width
     shapes, D = build.parameter_shapes(config), model.width
     added = shapes.keys() - build.parameter_shapes(small_config(captioned / "shards", tmp_path)).keys()

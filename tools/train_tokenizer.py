@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> None:
         from cfpretrain.data.tokenizer import TextTokenizer
     captions: list[str] = []
     with phase("reading captions"):
-        for shards in (Shards(address, "SHARDS") for address in arguments.shards):
+        folders = [Shards(address, "SHARDS") for address in arguments.shards]
+        for shards in folders:
             captions += [sample["caption"] for i in range(len(shards.files)) for sample in shards.shard(i)]
     said = list(filter(None, captions))
     if not said:
@@ -53,7 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
     lengths = [len(tokenizer.encode(caption)) for caption in said]
     empty = f", {len(captions) - len(said)} more are empty" if len(said) < len(captions) else ""
     print(f"{len(said)} captions of {sum(lengths) / len(said):.1f} tokens in the mean, {max(lengths)} at most{empty}")
-    print("data:", f"  tokenizer: {out}", "  tasks: {text_to_image: 3, image_to_text: 1}", sep="\n")
+    has_classes = any(len(shards.info.class_names) > 1 for shards in folders)
+    tasks = ("" if has_classes else "class_to_image: 0, ") + "text_to_image: 3, image_to_text: 1"
+    print("data:", f"  tokenizer: {out}", f"  tasks: {{{tasks}}}", sep="\n")
     print("model:", f"  vocabulary: {tokenizer.size}", f"  max_text_tokens: {max(lengths) + 2}", sep="\n")
 
 

@@ -182,7 +182,7 @@ class Block(BlockWeights):
         visibility: Visibility,
         extend: ExtendContext | None,
         rotation: Rotation | None,
-        routes: Routes | None,
+        routes: Routes | None = None,
     ) -> Tensor:
         if self.image is None:
             x_BMD = x_BMD + self.attn(self.norm1(x_BMD), visibility, extend, rotation)

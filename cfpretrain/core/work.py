@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from cfpretrain.core.ar import ARSettings, equal_sizes, last_size_probabilities, last_size_table
 from cfpretrain.core.modalities import MODALITIES
 from cfpretrain.core.segments import Layout, Segment, build_layout, num_clean_kept, visible_keys
+from cfpretrain.core.texts import TEXT
 
 
 class Work(NamedTuple):
@@ -21,6 +22,7 @@ class Work(NamedTuple):
     tokens: float  # of all sequences
     visible: float  # pairs of query and key that attention computes
     projections: Mapping[str, float]  # by kind, of its tokens into the network and out (`Modality.projections`)
+    text_tokens: float  # of `tokens`, those of texts
 
 
 def count_work(segments: Sequence[Segment], layout: Layout, batch_size: int = 1) -> Work:
@@ -36,12 +38,13 @@ def count_work(segments: Sequence[Segment], layout: Layout, batch_size: int = 1)
         useful_BN = is_useful_BM
     ends = itertools.accumulate([*layout.num_clean, *(one.num_tokens for one in noised)], initial=0)
     useful = F.pad(useful_BN.sum(0).cumsum(0), (1, 0))[list(ends)].tolist()
-    projections = dict.fromkeys(MODALITIES, 0)
+    projections, num_texts = dict.fromkeys(MODALITIES, 0), 0
     for i, (one, (before, after)) in enumerate(zip([*segments, *noised], itertools.pairwise(useful), strict=True)):
         of_clean, of_noised = MODALITIES[one.kind].projections_of(one)
         projections[one.kind] += per_row * (after - before) * (of_clean if i < len(segments) else of_noised)
+        num_texts += per_row * (after - before) * (one.kind == TEXT)
     num_visible = int((visible_keys(layout.intervals_BMI) * is_useful_BM).sum())
-    return Work(per_row * useful[-1], per_row * num_visible, projections)
+    return Work(per_row * useful[-1], per_row * num_visible, projections, num_texts)
 
 
 def sequence_lengths(segments: Sequence[Segment], ar: ARSettings, clean_multiple: int) -> dict[int, float]:
@@ -63,7 +66,7 @@ def sequence_lengths(segments: Sequence[Segment], ar: ARSettings, clean_multiple
 
 def expected_work(segments: Sequence[Segment], ar: ARSettings) -> Work:
     """The work of a sequence in the mean over splits; noised segments are given uncut, as one AR step each."""
-    tokens, visible, projections = count_work(segments, build_layout(segments))
+    tokens, visible, projections, num_texts = count_work(segments, build_layout(segments))
     projections, num_before = dict(projections), 0
     for i, one in enumerate(segments):
         if one.is_noised:
@@ -78,7 +81,7 @@ def expected_work(segments: Sequence[Segment], ar: ARSettings) -> Work:
             visible += num_before * num_more + squares - L * last
             projections[one.kind] += MODALITIES[one.kind].projections_of(one)[0] * num_more
         num_before += one.num_tokens
-    return Work(tokens, visible, projections)
+    return Work(tokens, visible, projections, num_texts)
 
 
 def _mean_sizes(num_tokens: int, ar: ARSettings) -> tuple[float, float]:

@@ -33,7 +33,7 @@ def training_flops(model: ModelConfig, work: Work, frozen: Collection[str] = ())
     holds the tokens and visible pairs of the sequences, counted by their layouts.
     """
     design, of_texts = model.design, 3.0 - ("text" in frozen)
-    num_frozen = work.projections["text"] if design.separate_image_weights else work.tokens
+    num_frozen = work.text_tokens if design.separate_image_weights else work.tokens
     num_products = 3.0 * work.tokens - num_frozen * ("trunk" in frozen)
     blocks = 2 * design.matrix_values * num_products + 3 * 4 * design.attended_width * work.visible
     ends = 3 * model.patch_values * work.projections["image"] + of_texts * model.vocabulary * work.projections["text"]

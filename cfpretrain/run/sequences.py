@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from cfpretrain.base.config import Config, ModelConfig, OrderConfig
+from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.modalities import class_segment, image_segment
 from cfpretrain.core.segments import Segment
@@ -62,6 +63,7 @@ def mean_work(config: Config, num_text_tokens: int) -> Work:
         sum(one.share * work.tokens for one, work in pairs),
         sum(one.share * work.visible for one, work in pairs),
         {kind: sum(one.share * work.projections[kind] for one, work in pairs) for kind in works[0].projections},
+        sum(one.share * work.text_tokens for one, work in pairs),
     )
 
 
@@ -110,29 +112,57 @@ class Captions(NamedTuple):
     """How long captions are, with the tokens that frame them."""
 
     num_tokens: int  # of one, in the mean
-    num_read: int  # so many were looked at; 0: none, and the mean is taken to be `model.max_text_tokens`
+    num_read: int = 0  # so many were looked at; 0: none, and the mean is taken to be `model.max_text_tokens`
+    num_empty: int = 0  # of these
     longest: int = 0  # of these
     num_too_long: int = 0  # of these
 
     def __str__(self) -> str:
         if not self.num_read:
             return f"captions: taken to have model.max_text_tokens = {self.num_tokens} tokens, since none is at hand"
-        found = f"{self.num_tokens} tokens in the mean of {self.num_read:,} in data.shards, {self.longest} at most"
-        return f"captions: {found}"
+        return (
+            f"captions: {self.num_tokens} tokens in the mean of {self.num_read:,} in data.shards, {self.longest} at "
+            f"most, {self.num_empty:,} are empty"
+        )
 
 
 def captions_at_hand(config: Config) -> Captions:
-    """Those from all over the shards, where these and the tokenizer lie on this machine."""
+    """Those from all over the shards, where these and the tokenizer lie on this machine.
+
+    UserError where all are empty, or one is too long for the model.
+    """
     data, most = config.data, config.model.max_text_tokens
-    if not Path(data.tokenizer).is_file() or not all(Path(address).is_dir() for address in data.shards):
-        return Captions(most, 0)
-    tokenizer = make_tokenizer(config)
+    is_here = Path(data.tokenizer).is_file() and all(Path(address).is_dir() for address in data.shards)
+    tokenizer = make_tokenizer(config) if is_here and has_texts(config) else None
     if tokenizer is None:
-        return Captions(most, 0)
+        return Captions(most)
     lengths: list[int] = []
     for folder in map(Shards, data.shards):
         places = np.linspace(0, len(folder) - 1, min(len(folder), _MOST_READ // len(data.shards) + 1)).astype(int)
         texts = [sample["caption"] for sample in folder.samples(places.tolist())]
         lengths += [FRAME + len(ids) for ids in tokenizer.encode_batch(texts)]
-    num_too_long = sum(length > most for length in lengths)
-    return Captions(round(sum(lengths) / len(lengths)), len(lengths), max(lengths), num_too_long)
+    found = Captions(
+        round(sum(lengths) / len(lengths)),
+        len(lengths),
+        sum(length == FRAME for length in lengths),
+        max(lengths),
+        sum(length > most for length in lengths),
+    )
+    _check(found, config)
+    return found
+
+
+def _check(found: Captions, config: Config) -> None:
+    task = next(name for name, weight in vars(config.data.tasks).items() if weight and "text" in name)
+    if found.num_empty == found.num_read:
+        raise UserError(
+            f"data.tasks.{task}: expected captions in {', '.join(config.data.shards)}, got none in {found.num_read:,} "
+            "samples; give make_shards.py a table with a column `caption`, or set another task"
+        )
+    if found.num_too_long:
+        raise UserError(
+            f"model.max_text_tokens: expected at least {found.longest}, the tokens of the longest of "
+            f"{found.num_read:,} captions that were looked at and the two that frame it, got "
+            f"{config.model.max_text_tokens}, which refuses {found.num_too_long:,} of them; raise it, or shorten the "
+            "captions"
+        )

@@ -38,6 +38,7 @@ from cfpretrain.run.build import (
     read_summary,
 )
 from cfpretrain.run.checkpoint_store import CheckpointStore
+from cfpretrain.run.sequences import captions_at_hand
 from cfpretrain.run.state import TrainingState, changes, read_state
 from cfpretrain.run.tensor_files import DamagedCheckpointError
 from cfpretrain.training.step import Counters
@@ -96,6 +97,8 @@ def prepare_folder(config: Config, device: torch.device) -> TrainingData:
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(_unwritable(folder, f"no permission to write in {nearest}"))
         data = _check_inputs(config, device)
+        if runtime.rank() == 0:
+            captions_at_hand(config)
         with explaining(_unwritable(folder)):
             files.make_folder(folder, follow=True)
             take(folder)

@@ -111,7 +111,13 @@ def kept_of_block(design: BlockDesign, value: int, on_gpu: bool, is_compiled: bo
     if not is_changed or not is_repeated or (design.qk_norm and not copied):
         kept += value * design.qkv_width
     kept += value * of_queries * (is_changed + (is_changed or is_repeated) + is_repeated)
-    kept += value * (of_queries * (1 + is_changed) + design.mlp_width * (4 if design.mlp == "swiglu" else 2))
+    is_separate, has_rotary = design.separate_image_weights, design.rotary_base > 0
+    if is_separate and design.qk_norm and not copied and not (has_rotary and is_repeated):
+        # What both sets of weights made, together, of which q, k or v are views.
+        kept += value * (design.qkv_width - (not has_rotary) * of_queries * (2 - is_repeated))
+    kept += value * (
+        of_queries * (1 + (is_changed or is_separate)) + design.mlp_width * (4 if design.mlp == "swiglu" else 2)
+    )
     if is_compiled and value == _FP32:
         # Otherwise as much: inductor computes no input of a matrix product a second time. In fp32 it also keeps q and k
         # before their norms apart from qkv.

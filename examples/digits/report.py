@@ -319,15 +319,18 @@ def _draw(folder: Path, config: Any, model: Any, step: int, sets: "Sets") -> Non
     from cfpretrain.evaluation import pictures
     from cfpretrain.evaluation.generation import grid_title
     from cfpretrain.run import build
-    from examples.digits.loss_map import draw_loss_map, measure_loss_map, read_means
+    from examples.digits.loss_map import draw_loss_map, measure_loss_map, measure_text_losses, read_means
 
     with phase("drawing the loss map"):
         device = next(model.parameters()).device
         data = open_training_data(config, device)
-        means_NCYX, labels_N = read_means(data, config, _MOST_MAPPED)
+        means_NCYX, labels_N, captions = read_means(data, config, _MOST_MAPPED)
         latents_NCYX = build.make_scaling(config).to_model(means_NCYX).to(device)
-        errors = measure_loss_map(model, build.make_loss(config), latents_NCYX, labels_N, num_bins=20, passes=8)
-        draw_loss_map(folder / "loss_map.png", *errors, title=f"Loss of the EMA weights at step {step}")
+        loss, tokenizer = build.make_loss(config), build.make_tokenizer(config)
+        texts = [] if tokenizer is None else tokenizer.encode_batch(captions)
+        of_texts = measure_text_losses(model, loss, latents_NCYX, labels_N, texts) if texts else None
+        errors = measure_loss_map(model, loss, latents_NCYX, labels_N, num_bins=20, passes=8, texts=texts)
+        draw_loss_map(folder / "loss_map.png", *errors, f"Loss of the EMA weights at step {step}", of_texts)
     names = data.latents[0].class_names[: config.sample.max_classes]
     for key, one in sets.items():
         if key is None:
