@@ -15,7 +15,9 @@ _HERE = Path(__file__).resolve().parent
 VERBS = {
     "train": ("train.py", "trains a model, or resumes a run"),
     "sample": ("sample.py", "images of a run or an exported folder"),
-    "edit": ("edit.py", "a region of an image again, under a new class"),
+    "caption": ("caption.py", "captions of images, by a model with texts"),
+    "interleave": ("interleave.py", "goes on with texts and images in any order"),
+    "edit": ("edit.py", "a region of an image again, under a new class or text"),
     "evaluate": ("evaluate_fid.py", "FID and its kin, of a model or of images"),
     "export": ("export_hf.py", "a run as a folder that diffusers loads, or as the official .pt"),
     "make-shards": ("make_shards.py", "image files -> image shards"),

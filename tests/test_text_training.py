@@ -15,12 +15,14 @@ from cfpretrain.base import config_checks
 from cfpretrain.base.console import EXIT_USER_ERROR, UserError
 from cfpretrain.core.work import Work
 from cfpretrain.data.loader import Loader
+from cfpretrain.data.online import open_training_data
 from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build
 from cfpretrain.run.metrics import training_flops
+from cfpretrain.training.events import choose_rows
 from tests import folders
 from tests.digits import digits, digits_info, small_config, small_run, write_latents
 from tests.processes import run_alone, run_script
@@ -288,3 +290,24 @@ def test_texts_count_in_flops_and_parameters(captioned: Path, tmp_path: Path) ->
     values = torch.empty(model.vocabulary * D)
     build.initial_weights(config)("text_embedder.embedding_table.weight", (model.vocabulary, D), 0, values)
     assert float(values.std()) == pytest.approx(0.02, rel=0.05)
+
+
+def test_grids_show_prompts_or_the_first_captions(captioned: Path, run: Path, tmp_path: Path) -> None:
+    assert len(list((run / "samples").glob("step_*.png"))) == 2, "of 1 and of 2 AR steps, by ranks of ZeRO-3"
+    data = open_training_data(config_of(captioned, tmp_path))
+    tokenizer = TextTokenizer.load(captioned / "tokenizer.json", "here")
+    first = [one["caption"] for one in data.folders[0].samples(range(12))]
+    for prompts, expected in (
+        ([], [text for text in dict.fromkeys(first) if text][:3]),
+        (["sample.prompts=['a two','']"], ["a two", ""]),
+    ):
+        rows = choose_rows(config_of(captioned, tmp_path, "sample.max_classes=3", *prompts), data)
+        assert list(rows.names) == expected
+        assert [tokenizer.decode(tokens) for tokens in rows.conditions] == expected
+    by_class = choose_rows(config_of(captioned, tmp_path, "sample.max_classes=3", "data.tasks.text_to_image=0"), data)
+    assert by_class == (("0", "1", "2"), (0, 1, 2), None)
+    with pytest.raises(UserError, match=r"sample\.prompts: expected at most \d+ tokens .*; shorten it"):
+        choose_rows(config_of(captioned, tmp_path, f"sample.prompts=[{'a two ' * 40}]"), data)
+    config = config_of(captioned, tmp_path, "sample.prompts=[a two]", "data.tasks.text_to_image=0")
+    with pytest.raises(UserError, match=r"sample\.prompts: expected none without data\.tasks\.text_to_image"):
+        config_checks.check(config, 1)

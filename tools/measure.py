@@ -67,6 +67,15 @@ def _sampling(parser: Parser) -> None:
     add("--pairs", type=positive, default=3, help="timed turns of each (default 3)")
 
 
+def _captions(parser: Parser) -> None:
+    add = parser.add_argument
+    add("source", type=path_argument, help="a run folder of a model with texts, or an export of one")
+    add("--shards", type=path_argument, help="a folder of latent shards with images (default: noise)")
+    add("--num-images", type=positive, default=200, help="default 200")
+    add("--precision", choices=_PRECISIONS, default="fp32", help="of the network (default fp32)")
+    add("--pairs", type=positive, default=3, help="timed turns of each (default 3)")
+
+
 def _data(parser: Parser) -> None:
     add = parser.add_argument
     add("what", choices=("make_shards", "encode", "loader", "ready", "images"), help="see below")
@@ -128,6 +137,7 @@ _OPTIONS: dict[str, Callable[[Parser], None]] = {
     "attention": _attention,
     "launches": _launches,
     "sampling": _sampling,
+    "captions": _captions,
     "data": _data,
     "evaluation": _evaluation,
     "export": _export,

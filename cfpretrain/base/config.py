@@ -213,7 +213,8 @@ class CheckpointConfig:
 class SampleConfig:
     every_steps: Natural = 5000  # a grid of EMA samples; 0 = only at the end
     num_per_class: Annotated[int, Range(1, 10_000)] = 4
-    max_classes: Positive = 10  # classes shown in the grid
+    max_classes: Positive = 10  # classes shown in the grid, or captions
+    prompts: tuple[str, ...] = ()  # with data.tasks.text_to_image, shown instead of the first captions of data.shards
     num_denoising_steps: int = 250
     guidance: NotNegative = 2.0
     num_ar_steps: tuple[int, ...] = (1,)  # one picture for each

@@ -246,6 +246,11 @@ def _check_sampling(config: Config) -> Iterable[str]:
     sample, evaluation = config.sample, config.evaluation
     if not sample.num_ar_steps:
         yield "sample.num_ar_steps: expected at least one number of AR steps, got none"
+    if sample.prompts and not config.data.tasks.text_to_image:
+        yield (
+            f"sample.prompts: expected none without data.tasks.text_to_image, got {len(sample.prompts)}; leave them "
+            "out, or train on that task"
+        )
     sections = [("sample", sample.num_denoising_steps, sample.num_ar_steps)]
     # A section that is off need not fit: its defaults are of larger models.
     if evaluation.every_steps:

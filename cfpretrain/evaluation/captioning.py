@@ -2,19 +2,51 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cfpretrain.base import runtime
+from cfpretrain.base.config import Config
+from cfpretrain.base.console import UserError
 from cfpretrain.core.context import Predictor
 from cfpretrain.core.continuation import Writing, caption_images
+from cfpretrain.core.latents import patchify
+from cfpretrain.data.shards import LatentsInfo, Shards
 from cfpretrain.data.tokenizer import TextTokenizer
+from cfpretrain.run.build import make_scaling
+
+
+def read_captioned(folder: Path, config: Config, num_samples: int, key: str) -> tuple[Tensor, list[str]]:
+    """The first samples of latent shards: tokens as the model sees them, of posteriors' means, and captions.
+
+    Args:
+        folder: of the shards.
+        config: of the model.
+        num_samples: at most so many.
+        key: what gave the folder, for messages.
+
+    Returns:
+        float32 [B, L, P] on the CPU, and a text for each.
+    """
+    shards = Shards(folder, key)
+    model, info = config.model, shards.info
+    if not isinstance(info, LatentsInfo):
+        raise UserError(f"{key}: expected latent shards, got image shards in {folder}; encode them first")
+    expected = (model.latent_channels, model.latent_size, model.latent_size)
+    if tuple(info.latent_shape) != expected:
+        raise UserError(f"{key}: expected latents of {expected}, as the model has, got {tuple(info.latent_shape)}")
+    samples = shards.samples(range(min(num_samples, len(shards))))
+    latents_BCYX = torch.stack([torch.from_numpy(one["mean"].astype(np.float32)) for one in samples])
+    tokens_BLP = patchify(make_scaling(config).to_model(latents_BCYX), model.patch_size)
+    return tokens_BLP, [one["caption"] for one in samples]
 
 
 @dataclass(frozen=True)
 class Captioner:
-    """Writes captions with a model that is whole on every rank."""
+    """Writes captions with a model, which all ranks call in step."""
 
     model: Predictor
     tokenizer: TextTokenizer
@@ -34,15 +66,19 @@ class Captioner:
             read: gives the tokens of images by their numbers: float32 [B, L, P] on the model's device.
             num_images: numbered from 0; with the seed, a number fixes what is drawn.
             prefix: tokens of the text that each caption begins with.
-            on_done: called with the number of images that all ranks have done, every few seconds and at the end.
+            on_done: called with the number of images that all ranks have done.
         """
         batches = torch.arange(num_images).split(self.batch_size)
         mine: dict[int, str] = {}
-        with runtime.Exchange(on_done) as exchange:
-            for ids_B in batches[runtime.rank() :: runtime.world_size()]:
-                runtime.tick()
-                texts = caption_images(self.model, read(ids_B.tolist()), ids_B, self.writing, [prefix] * len(ids_B))
+        for first in range(0, len(batches), runtime.world_size()):
+            place = first + runtime.rank()
+            ids_B = batches[min(place, len(batches) - 1)]  # the last one twice, so that ranks run in step
+            with runtime.together():
+                images_BLP = read(ids_B.tolist())
+            runtime.tick()
+            texts = caption_images(self.model, images_BLP, ids_B, self.writing, [prefix] * len(ids_B))
+            if place < len(batches):
                 mine |= zip(ids_B.tolist(), map(self.tokenizer.decode, texts), strict=True)
-                exchange.add(len(ids_B))
+            on_done(min((first + runtime.world_size()) * self.batch_size, num_images))
         found = {number: text for of_rank in runtime.gather(mine) for number, text in of_rank.items()}
         return [found[number] for number in range(num_images)]

@@ -5,21 +5,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config, to_plain
-from cfpretrain.base.console import SickRunError, UserError, count, one_line, phase, reason_of, say
+from cfpretrain.base.console import SickRunError, UserError, count, excerpt, one_line, phase, reason_of, say
 from cfpretrain.base.stopping import StopRequest
 from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.sampler import Guidance
+from cfpretrain.core.texts import Marks
+from cfpretrain.data.online import TrainingData
 from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.evaluator import Evaluator
-from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator, decode_to_look_at, grid_title
-from cfpretrain.run.build import METRICS_FILE, SAMPLES, initial_weights, make_store
+from cfpretrain.evaluation.generation import (
+    Condition,
+    GenerationSettings,
+    ImageGenerator,
+    decode_to_look_at,
+    grid_title,
+)
+from cfpretrain.run.build import METRICS_FILE, SAMPLES, initial_weights, make_store, make_tokenizer
 from cfpretrain.run.checkpoint import load
 from cfpretrain.run.checkpoint_store import Best, is_healthy
 from cfpretrain.run.checkpoint_writer import CheckpointWriter, Outcome
@@ -33,6 +41,7 @@ from cfpretrain.training.engine import Engine
 from cfpretrain.training.step import Counters, StepResult
 
 _MOST_FAILED_CHECKPOINTS = 3  # in a row
+_MOST_CAPTIONS_READ = 100  # to find different ones
 
 
 @dataclass
@@ -187,6 +196,37 @@ class _AskedToStopError(Exception):
     """Ends sampling on all ranks, where one of them is asked to stop."""
 
 
+class Rows(NamedTuple):
+    """What the rows of a grid of samples show."""
+
+    names: tuple[str, ...]
+    conditions: tuple[Condition, ...]
+    marks: Marks | None  # of texts
+
+
+def choose_rows(config: Config, data: TrainingData) -> Rows:
+    """Classes, or texts where a model learns to draw them: those of the config, or else the first different captions.
+
+    UserError where a text is too long.
+    """
+    most, tokenizer = config.sample.max_classes, make_tokenizer(config)
+    if tokenizer is None or not config.data.tasks.text_to_image:
+        names = tuple(data.latents[0].class_names[:most])
+        return Rows(names, tuple(range(len(names))), None)
+    texts = config.sample.prompts
+    if not texts:
+        first = data.folders[0].samples(range(min(len(data.folders[0]), _MOST_CAPTIONS_READ)))
+        texts = tuple(dict.fromkeys(one["caption"] for one in first if one["caption"]))[:most] or ("",)
+    conditions = tuple(tokenizer.encode_batch(texts))
+    for text, tokens in zip(texts, conditions, strict=True):
+        if len(tokens) > config.model.max_text_tokens - 2:
+            raise UserError(
+                f"sample.prompts: expected at most {config.model.max_text_tokens - 2} tokens (model.max_text_tokens "
+                f"without the two that frame them), got {len(tokens)} in {excerpt(repr(text), 80)}; shorten it"
+            )
+    return Rows(texts, conditions, Marks(*tokenizer.marks))
+
+
 @dataclass
 class Samples:
     """Pictures and scores of the EMA weights."""
@@ -197,30 +237,32 @@ class Samples:
     ema: ShardedEMA
     tracker: Tracker
     stop: StopRequest
-    class_names: Sequence[str]  # of the latents trained on
+    data: TrainingData
 
     def __post_init__(self) -> None:
         self.was_stopped = False  # a rank was asked to stop meanwhile, and all have left
         with runtime.together():
             self.decode, self.decode_note = decode_to_look_at(self.config, self.device)
+            self._rows = choose_rows(self.config, self.data) if runtime.rank() == 0 else None
+        self._rows = runtime.gather(self._rows)[0]
 
     def draw(self, step: int) -> None:
         """Writes a labelled grid for each number of AR steps of `config.sample`."""
-        sample = self.config.sample
-        names = tuple(self.class_names[: sample.max_classes])
-        labels = [i for i in range(len(names)) for _ in range(sample.num_per_class)]
-        batch_size = -(-len(labels) // runtime.world_size())
+        sample, rows = self.config.sample, self._rows
+        assert rows is not None
+        conditions = [one for one in rows.conditions for _ in range(sample.num_per_class)]
+        batch_size = -(-len(conditions) // runtime.world_size())
         grids = []
-        with phase(f"sampling {count(len(labels), 'image')} at step {step}"), self._model() as model:
+        with phase(f"sampling {count(len(conditions), 'image')} at step {step}"), self._model() as model:
             for num_ar_steps in sample.num_ar_steps:
                 sizes = equal_sizes(self.config.model.num_tokens, num_ar_steps)
                 guidance, seed = Guidance(sample.guidance), self.config.run.seed
                 settings = GenerationSettings(sizes, sample.num_denoising_steps, guidance, batch_size, seed)
-                generator = ImageGenerator(self.config, model, settings, self.device)
-                grids.append((settings, generator.images(labels, self.decode, self._leave_if_asked)))
+                generator = ImageGenerator(self.config, model, settings, self.device, rows.marks)
+                grids.append((settings, generator.images(conditions, self.decode, self._leave_if_asked)))
         for settings, images in grids if runtime.rank() == 0 else []:
             with tolerating("drawing samples"):
-                self._draw_grid(step, images, names, settings)
+                self._draw_grid(step, images, rows.names, settings)
 
     def _draw_grid(self, step: int, images: Tensor, names: tuple[str, ...], settings: GenerationSettings) -> None:
         title = grid_title(f"step {step}, EMA weights", settings, self.decode_note)

@@ -127,9 +127,7 @@ class Trainer:
             config.metrics.wandb, config.metrics.wandb_project, self.folder, tracker_id, to_shown(config)
         )
         self.log = Log(config, device, metrics, self.tracker)
-        self.samples = Samples(
-            config, device, self.engine, self.ema, self.tracker, self.stop, data.latents[0].class_names
-        )
+        self.samples = Samples(config, device, self.engine, self.ema, self.tracker, self.stop, data)
         self.stop.end_waiting = self._end_waiting
 
     def _build_engine(self) -> None:
