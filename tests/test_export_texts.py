@@ -23,6 +23,7 @@ from cfpretrain.core.token_choice import TokenChoice
 from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator
 from cfpretrain.evaluation.source import load_source
+from cfpretrain.export import model_card
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.pipeline_texts import Texts
 from cfpretrain.run import build
@@ -107,6 +108,17 @@ def test_the_card_says_the_tasks_and_shows_their_calls(exported: Path, tmp_path:
     assert "# other\n\nImages of texts from" in card
     assert "pipe([0" not in card
     assert "caption" not in card
+
+
+def test_the_card_shows_what_can_be_called() -> None:
+    """In the order of the lines; `test_what_the_card_shows_runs_elsewhere` runs some."""
+    lines = model_card._calls(["image_to_text", "interleaved"], [], 4)
+    assert [line.split("(")[0] for line in lines] == [
+        "images = [...]  # of PIL",
+        "texts = pipe.caption",
+        "parts = pipe.interleave",
+    ]
+    assert "pipe(" not in "".join(model_card._calls(["interleaved"], ["zero"], 4))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -212,6 +224,10 @@ def test_pictures_are_read_and_drawn_elsewhere(results: Results) -> None:
     [alone], [again] = results.said["pictured"]
     assert alone == again
     assert results.said["pil"] == "Image"
+
+
+def test_what_the_card_shows_runs_elsewhere(results: Results) -> None:
+    assert results.said["card"] == {"images": 2, "edited": 1, "texts": 2}
 
 
 def test_half_precision_elsewhere(results: Results) -> None:
