@@ -14,10 +14,11 @@ export OMP_NUM_THREADS ?= 1
 RANKS := $(shell gpus=$$(nvidia-smi -L 2>/dev/null | grep -c ^GPU || true); [ "$$gpus" = 1 ] && echo 1 || echo 2)
 LAUNCH := $(BIN)/deepspeed --num_accelerators $(RANKS)
 
-.PHONY: help demo demo-images test test-slow wheelhouse check fix clean
+.PHONY: help demo demo-images demo-text test test-slow wheelhouse check fix clean
 help:
 	@echo "make demo         install, train on real digits on 2 CPU ranks, sample, score (about 10 minutes)"
 	@echo "make demo-images  after it: the same training straight from images, compared with it (2 minutes)"
+	@echo "make demo-text    after it: digits drawn from words, and words written of digits, by one model (10 minutes)"
 	@echo "make test         install, run the CPU test suite (about 12 minutes)"
 	@echo "make test-slow    the tests that take minutes each (about 15 minutes)"
 	@echo "make wheelhouse PYTHON=3.12  wheels for machines without a network, with that Python and torch"
@@ -37,6 +38,7 @@ IMAGES := data/mnist-images
 LATENTS := data/mnist-latents
 HELD_OUT := data/mnist-held-out
 RUN := runs/demo
+CAPTIONED := data/mnist-captioned
 
 demo: $(READY)
 	$(BIN)/python tools/example_images.py mnist --out $(FILES) --held-out $(HELD_OUT)-files
@@ -56,6 +58,20 @@ demo-images: $(RUN)/summary.json $(READY)
 	$(LAUNCH) cfpretrain/train.py --config configs/demo.yaml data.shards=$(IMAGES) run.folder=$(RUN)-images \
 	  train.max_train_seconds=60 sample.every_steps=0
 	$(BIN)/python tools/compare_runs.py $(RUN) $(RUN)-images --steps 50 --tolerance 1e-4
+
+# The demo with texts: digits and variants of them with captions that are true by measurement, in both directions. The
+# demo's own images are those of the classifier that judges what is drawn.
+demo-text: $(RUN)/summary.json $(READY)
+	$(BIN)/python tools/captioned_digits.py --out $(CAPTIONED)-files
+	$(BIN)/python tools/make_shards.py $(CAPTIONED)-files/train.csv --out $(CAPTIONED)-images --size 32 --grey
+	$(BIN)/python tools/make_shards.py $(CAPTIONED)-files/held-out.csv --out $(CAPTIONED)-held-out --size 32 --grey
+	test -f $(CAPTIONED)-tokenizer.json || \
+	  $(BIN)/python tools/train_tokenizer.py $(CAPTIONED)-images --out $(CAPTIONED)-tokenizer.json --size 600
+	$(LAUNCH) tools/encode_latents.py $(CAPTIONED)-images --autoencoder configs/autoencoders/digits \
+	  --out $(CAPTIONED)-latents --no-mirror
+	$(LAUNCH) cfpretrain/train.py --config configs/demo-text.yaml
+	$(LAUNCH) tools/text_report.py $(RUN)-text --files $(CAPTIONED)-files --images $(IMAGES) \
+	  --held-out $(CAPTIONED)-held-out
 
 $(RUN)/summary.json:
 	@echo "[make] expected the demo's complete run in $(RUN): run \`make demo\` first, to its end" >&2; exit 2
@@ -88,4 +104,4 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) $(RUN) $(RUN)-images $(FILES) $(IMAGES) $(LATENTS) $(HELD_OUT) $(HELD_OUT)-files
+	rm -rf $(VENV) $(RUN) $(RUN)-images $(RUN)-text $(CAPTIONED)-* $(FILES) $(IMAGES) $(LATENTS) $(HELD_OUT) $(HELD_OUT)-files

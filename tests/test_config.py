@@ -123,6 +123,7 @@ PATHS = [
     "data.cache_folder",
     "evaluation.reference",
     "evaluation.feature_weights",
+    "evaluation.captions",
 ]
 
 
@@ -140,7 +141,7 @@ def test_every_path_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
             for section, names in (
                 ("run", ["folder"]),
                 ("data", ["shards", "autoencoder", "tokenizer", "cache_folder"]),
-                ("evaluation", ["reference", "feature_weights"]),
+                ("evaluation", ["reference", "feature_weights", "captions"]),
             )
         )
     )
@@ -167,8 +168,8 @@ def test_every_key_that_is_a_path_is_known_as_one() -> None:
             if of_item in (str, FilePath, Address):
                 found["text" if of_item is str else "path"].append(f"{section}.{name}")
     assert found["path"] == PATHS
-    backends = ["engine.attention", "engine.cached_attention"]
-    assert found["text"] == [*backends, "evaluation.features", "evaluation.feature_label", "metrics.wandb_project"]
+    others = ["engine.attention", "engine.cached_attention", "sample.prompts"]
+    assert found["text"] == [*others, "evaluation.features", "evaluation.feature_label", "metrics.wandb_project"]
 
 
 @pytest.mark.parametrize("text", ["$HOME/x", "runs/$SLURM_JOB_ID", "~nobody-of-this-name/x"])

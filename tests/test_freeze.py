@@ -232,4 +232,5 @@ def test_frozen_marks_of_captions_are_doubted() -> None:
 
     assert len(doubts("train.freeze=[trunk,text]", "data.tasks.image_to_text=1")) == 1
     assert doubts("train.freeze=[trunk]", "data.tasks.image_to_text=1") == []
+    assert len(doubts("train.freeze=[text]", "data.tasks.interleaved=1")) == 1
     assert doubts("train.freeze=[text]") == []

@@ -149,6 +149,7 @@ def test_the_folder_says_what_it_is(latents: Path, images: Path, autoencoder: KL
         "has_mirror": True,
         "statistics": {},
         "versions": {},
+        "most_segments": 0,
     }
     assert info.versions.keys() == {"cfpretrain", "torch", "dali", "diffusers"}
     assert info.versions["torch"] == torch.__version__

@@ -186,7 +186,8 @@ def test_texts_of_different_lengths_are_padded_without_effect(separate: bool) ->
             alone_work.append(count_work(own, own_layout))
         work = count_work(segments, layout, 3)
         assert work == sum_of(alone_work)
-        assert work.projections["text"] == work.text_tokens == lengths.sum()
+        assert work.text_tokens == lengths.sum()
+        assert work.projections["text"] == lengths[lengths > 1].sum()  # of a text of one token none is learned
 
 
 @pytest.mark.parametrize("separate", [False, True])

@@ -10,9 +10,11 @@ from cfpretrain.base import config as configs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core.objective import Batch
+from cfpretrain.data.shards import Shards
 from cfpretrain.run import build, sequences
 from cfpretrain.run.metrics import training_flops
 from tests.digits import digits, digits_info, small_config, write_latents
+from tests.interleaved import PATTERNS, write_shards
 from tests.processes import REPOSITORY
 from tests.test_objective import sum_of
 from tools.measuring.common import with_words
@@ -79,8 +81,10 @@ def test_the_longest_is_drawn_and_nothing_longer(tmp_path: Path, clean_multiple:
     assert max(one.intervals_BMI.shape[1] for one in made) == want.computed
     given = [sum(one.num_tokens * (1 + one.is_noised) for one in batch.segments) for batch in made]
     assert max(given) == want.given
+    noised = [sum(one.num_tokens for one in batch.segments if one.is_noised) for batch in made]
+    assert max(noised) == want.noised == config.model.num_tokens
     learned = [sum(one.num_tokens for one in batch.segments if one.targets is not None) for batch in made]
-    assert max(learned) - config.model.num_tokens == want.learned_text == 7 * (tasks[2] > 0)
+    assert max(learned) - want.noised == want.learned_text == 7 * (tasks[2] > 0)
     assert sequences.has_texts(config)
 
 
@@ -100,6 +104,69 @@ def test_captions_at_hand_say_how_long_they_are(tmp_path: Path) -> None:
         unknown = sequences.captions_at_hand(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
         assert unknown == (7, 0, 0, 0, 0)
         assert "model.max_text_tokens = 7 tokens" in str(unknown)
+
+
+# ---------------------------------------------------------------------------
+# Interleaved samples
+
+
+@pytest.fixture(scope="module")
+def interleaved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("interleaved")
+    return write_shards(folder, 60)[1].rename(folder / "as_latents")
+
+
+def interleaved_config(interleaved: Path, tmp_path: Path, *overrides: str) -> Config:
+    both = ("data.tasks.interleaved=4", "model.max_segments=7", "model.num_classes=10", f"data.shards={interleaved}")
+    return text_config(tmp_path, *both, "data.latent_shift=[0.5]", "data.latent_scale=[2.0]", *overrides)
+
+
+def interleaved_batches(config: Config, size: int, num_steps: int) -> list[Batch]:
+    """Of the samples in their order, their texts all of `NUM_WORDS`."""
+    loss, model = build.make_loss(config), config.model
+    rows = [PATTERNS[int(one["id"]) % 6] for one in Shards(config.data.shards[0]).samples(range(60))]
+    found = []
+    for step in range(num_steps):
+        ids_B = torch.arange(step * size, (step + 1) * size)
+        segments = [
+            [[0] * NUM_WORDS if isinstance(one, str) else None for one in rows[place]]
+            for place in (ids_B % 60).tolist()
+        ]
+        num_images = [one.count(None) for one in segments]
+        draws = loss.draw(step, 0, ids_B, ids_B % 10, model.num_tokens, model.patch_values, num_images)
+        latents_BCYX = torch.zeros(sum(num_images), model.latent_channels, model.latent_size, model.latent_size)
+        found.append(loss.prepare(latents_BCYX, draws, (), [[0] * NUM_WORDS] * size, segments))
+    return found
+
+
+def test_work_of_interleaved_samples_is_that_of_those_at_hand(interleaved: Path, tmp_path: Path) -> None:
+    config = interleaved_config(interleaved, tmp_path)
+    drawn = sum_of([one.work for one in interleaved_batches(config, 60, 40)])
+    want = sequences.mean_work(config, 7)
+    assert drawn.tokens / NUM_DRAWN == pytest.approx(want.tokens, rel=0.03)
+    assert drawn.visible / NUM_DRAWN == pytest.approx(want.visible, rel=0.05)
+    for kind in ("image", "text"):
+        assert drawn.projections[kind] / NUM_DRAWN == pytest.approx(want.projections[kind], rel=0.1)
+
+
+@pytest.mark.parametrize("clean_multiple", [1, 8])
+def test_the_longest_of_interleaved_samples_is_drawn(interleaved: Path, tmp_path: Path, clean_multiple: int) -> None:
+    config = interleaved_config(interleaved, tmp_path, f"engine.clean_token_multiple={clean_multiple}")
+    made, want = interleaved_batches(config, 60, 40), sequences.longest(config)
+    assert max(one.intervals_BMI.shape[1] for one in made) == want.computed
+    assert max(sum(one.num_tokens * (1 + one.is_noised) for one in of.segments) for of in made) == want.given
+    assert max(sum(one.num_tokens for one in of.segments if one.is_noised) for of in made) == want.noised
+    learned = [[one for one in of.segments if one.kind == "text" and one.targets is not None] for of in made]
+    assert max(sum(one.num_tokens for one in of) for of in learned) == want.learned_text
+    assert sequences.has_texts(config)
+    unknown = interleaved_config(tmp_path / "nowhere", tmp_path)
+    assert sequences.longest(unknown).given > want.given  # four images and three texts
+
+
+def test_texts_at_hand_are_those_of_the_segments(interleaved: Path, tmp_path: Path) -> None:
+    weights = [f"data.tasks.{name}=0" for name in ("class_to_image", "text_to_image", "image_to_text")]
+    found = sequences.captions_at_hand(interleaved_config(interleaved, tmp_path, *weights))
+    assert found.num_read == 10 * (2 + 1 + 0 + 2 + 2 + 4)
 
 
 @pytest.mark.parametrize(
@@ -122,4 +189,4 @@ def test_captions_that_are_none_or_too_long_are_refused(tmp_path: Path, words: i
 
 def test_lengths_of_a_preset() -> None:
     config = configs.load(REPOSITORY / "configs" / "L-text.yaml")
-    assert sequences.longest(config) == (640, 768, 128)
+    assert sequences.longest(config) == (640, 768, 256, 128)

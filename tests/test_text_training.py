@@ -21,10 +21,12 @@ from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
 from cfpretrain.run import build
-from cfpretrain.run.metrics import training_flops
+from cfpretrain.run.metrics import read_metrics, training_flops
 from cfpretrain.training.events import choose_rows
 from tests import folders
 from tests.digits import digits, digits_info, small_config, small_run, write_latents
+from tests.image_files import digits as real_digits
+from tests.image_files import write_folder
 from tests.processes import run_alone, run_script
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -310,4 +312,46 @@ def test_grids_show_prompts_or_the_first_captions(captioned: Path, run: Path, tm
         choose_rows(config_of(captioned, tmp_path, f"sample.prompts=[{'a two ' * 40}]"), data)
     config = config_of(captioned, tmp_path, "sample.prompts=[a two]", "data.tasks.text_to_image=0")
     with pytest.raises(UserError, match=r"sample\.prompts: expected none without data\.tasks\.text_to_image"):
+        config_checks.check(config, 1)
+
+
+@pytest.fixture(scope="module")
+def evaluated(captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
+    """Rows of runs with scores on one rank and, at ZeRO-3, on two."""
+    folder, found = tmp_path_factory.mktemp("evaluated"), []
+    real = write_folder(folder / "real", real_digits(0, 60))
+    for num_ranks, stage in ((1, 0), (2, 3)):
+        overrides = [f"evaluation.captions={captioned / 'shards'}", "evaluation.num_captions=9"]
+        overrides += ["evaluation.every_steps=4", f"evaluation.reference={real}", "evaluation.num_images=30"]
+        overrides += ["evaluation.features=tests.small_features:make", "evaluation.num_denoising_steps=2"]
+        ranked = [f"engine.zero_stage={stage}", "train.micro_batch_size=4", "train.learning_rate=1e-6"]
+        train(captioned, folder / f"{num_ranks}", num_ranks, *overrides, *ranked)
+        found.append(read_metrics(folder / f"{num_ranks}" / "metrics.jsonl"))
+    return found
+
+
+def test_captions_and_what_is_drawn_of_them_are_scored_while_training(evaluated: list[list[dict[str, Any]]]) -> None:
+    """The same on two ranks at ZeRO-3, whose captions end at different places."""
+    names = ("fd_small", "cider", "bleu_4", "exact_match", "perplexity")
+    for alone, together in zip(*evaluated, strict=True):
+        assert (alone["step"] % 4 == 0) == ("cider" in alone) == ("cider" in together)
+        if "cider" in alone:
+            assert [alone[name] for name in names] == pytest.approx([together[name] for name in names], rel=1e-3)
+            assert alone["perplexity"] == pytest.approx(280, rel=0.5), "hardly trained: of all the vocabulary"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.tasks.class_to_image=0"], "evaluation.captions: expected latent shards with captions, since without"),
+        (
+            ["evaluation.captions=x", "data.tasks.text_to_image=0", "data.tasks.image_to_text=0"],
+            "evaluation.captions: expected none for a model without texts, got x",
+        ),
+    ],
+)
+def test_captions_to_score_by(captioned: Path, tmp_path: Path, overrides: list[str], words: str) -> None:
+    scored = ["evaluation.every_steps=4", "evaluation.reference=real"]
+    config = config_of(captioned, tmp_path, *scored, *overrides)
+    with pytest.raises(UserError, match=words):
         config_checks.check(config, 1)

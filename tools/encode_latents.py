@@ -134,7 +134,8 @@ def _begin(encoding: "Encoding", writer: "ShardWriter") -> list[int] | None:
     missing = writer.missing(num_shards)
     size, there = info.image_size, num_shards - len(missing)
     begun = f"; {there} of {num_shards} shards are there already" if there else ""
-    say(f"encoding {info.num_samples} images of {size} x {size} pixels ({info.source}){begun}")
+    kind = "interleaved samples of images" if info.most_segments else "images"
+    say(f"encoding {info.num_samples} {kind} of {size} x {size} pixels ({info.source}){begun}")
     return missing
 
 

@@ -302,8 +302,9 @@ def _micro_batches(config: "Config", device: "torch.device") -> Iterator[None]:
     from cfpretrain.run.sequences import FRAME
     from cfpretrain.training.ema import ShardedEMA
     from cfpretrain.training.engine import build_engine
-    from tools.measuring.common import with_words
+    from tools.measuring.common import refuse_segments, with_words
 
+    refuse_segments(config)
     model = config.model
     blocks = build.choose_blocks(config, device.type)
     engine = build_engine(lambda: build.make_model(config, blocks), config, device)

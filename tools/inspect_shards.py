@@ -123,6 +123,8 @@ def _print_description(shards: "Shards") -> None:
         "classes": f"{len(info.class_names)}: {names}",
         "columns": ", ".join(f"{name} {kind}" for name, kind in sorted(columns_of(info).items())),
     }
+    if info.most_segments:
+        lines["segments"] = f"up to {info.most_segments} texts and images a sample"
     if isinstance(info, ImagesInfo):
         lines["images"] = f"{info.store}, {info.image_size} x {info.image_size} x {info.channels}"
         lines["rejected"] = f"{info.num_rejected}" + ", see rejected.jsonl" * bool(info.num_rejected)
@@ -178,6 +180,8 @@ def _config_lines(info: "LatentsInfo", address: str, autoencoder: Path | None) -
         data["mirror_prob"] = 0.0
     channels, rows, _ = info.latent_shape
     model = {"latent_size": rows, "latent_channels": channels, "num_classes": len(info.class_names)}
+    if info.most_segments:
+        model["max_segments"] = max(2, info.most_segments)
     return [f"{section}: {json.dumps(values)}" for section, values in (("model", model), ("data", data))]
 
 
@@ -203,8 +207,9 @@ def _draw(shards: "Shards", path: Path, autoencoder: "KLAutoencoder | None") -> 
         samples = [shards.sample(place) for place in places]
         images, note = _look_at(shards, samples, autoencoder)
         names = shards.info.class_names
-        captions = [sample["caption"] or names[sample["label"]] for sample in samples]
-        title = f"{shards.source.address}: {len(shards):,} samples\n{len(places)} from all over it{note}"
+        captions = [sample["caption"] or _texts(sample) or names[sample["label"]] for sample in samples]
+        first = ", of each the first image" if shards.info.most_segments else ""
+        title = f"{shards.source.address}: {len(shards):,} samples\n{len(places)} from all over it{first}{note}"
         cell = max(64, images.shape[-1] if images.shape[-1] <= 128 else 128)
         if images.shape[-1] > cell:
             images = torch.nn.functional.interpolate(images, (cell, cell), mode="area")
@@ -217,26 +222,37 @@ def _draw(shards: "Shards", path: Path, autoencoder: "KLAutoencoder | None") -> 
     say(f"see {path}")
 
 
+def _texts(sample: dict[str, Any]) -> str:
+    """Of an interleaved sample, images as #."""
+    from cfpretrain.data.interleaved import parse_column
+
+    segments = parse_column(sample["segments"]) if "segments" in sample else ()
+    return " ".join("#" if one is None else one for one in segments)
+
+
 def _look_at(
     shards: "Shards", samples: list[dict[str, Any]], autoencoder: "KLAutoencoder | None"
 ) -> "tuple[Tensor, str]":
-    """Images of samples, 0 black and 1 white, and what the title must say of them."""
+    """The first images of samples, 0 black and 1 white, and what the title must say of them."""
     import numpy as np
     import torch
 
     from cfpretrain.autoencoder import IdentityAutoencoder
     from cfpretrain.core.latents import LatentScaling
     from cfpretrain.data.images import centre_crop, read_image
+    from cfpretrain.data.interleaved import files_of
     from cfpretrain.data.shards import ImagesInfo
     from cfpretrain.evaluation.pictures import false_colours
 
     info = shards.info
     if isinstance(info, ImagesInfo):
-        crops = [centre_crop(read_image(sample["image"], info.channels == 1), info.image_size) for sample in samples]
+        images = [read_image(files_of(sample)[0], info.channels == 1) for sample in samples]
+        crops = [centre_crop(image, info.image_size) for image in images]
         pixels_BYXC = torch.from_numpy(np.stack([np.asarray(crop) for crop in crops]))
         return pixels_BYXC.reshape(*pixels_BYXC.shape[:3], -1).permute(0, 3, 1, 2).float() / 255, ""
     scaling = LatentScaling(info.latent_shift, info.latent_scale)
-    latents_BCYX = scaling.to_model(torch.from_numpy(np.stack([sample["mean"] for sample in samples])))
+    firsts = [sample["mean"].reshape(-1, *info.latent_shape)[0] for sample in samples]
+    latents_BCYX = scaling.to_model(torch.from_numpy(np.stack(firsts)))
     if info.autoencoder == "identity":
         return IdentityAutoencoder(scaling).decode(latents_BCYX), ""
     if autoencoder is None:
@@ -322,18 +338,22 @@ def _problem(sample: dict[str, Any], shards: "Shards") -> str | None:
     import numpy as np
 
     from cfpretrain.data.images import RejectedImageError, read_image
+    from cfpretrain.data.interleaved import files_of
     from cfpretrain.data.shards import ImagesInfo
 
     info = shards.info
     if not isinstance(info, ImagesInfo):
         arrays = [value for value in sample.values() if isinstance(value, np.ndarray)]
         return None if all(np.isfinite(array).all() for array in arrays) else "is not finite"
-    try:
-        size = read_image(sample["image"], info.channels == 1).size
-    except RejectedImageError as error:
-        return f"does not decode ({error})"
     expected = (info.image_size, info.image_size)
-    return None if info.store != "lossless" or size == expected else f"is {size[0]} x {size[1]}, not {expected[0]}"
+    for file in files_of(sample):
+        try:
+            size = read_image(file, info.channels == 1).size
+        except RejectedImageError as error:
+            return f"does not decode ({error})"
+        if info.store == "lossless" and size != expected:
+            return f"is {size[0]} x {size[1]}, not {expected[0]}"
+    return None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Images -> image shards: a folder of class folders, or a table of paths, labels and captions.
+"""Images -> image shards: a folder of class folders, or a table of paths or segments, labels and captions.
 
     python tools/make_shards.py imagenet/train --out data/imagenet-train --size 256
     python tools/make_shards.py pictures.csv --out data/pictures --size 512 --store original
@@ -13,6 +13,8 @@ composited on --background: give black for white strokes on nothing, such as dig
 ignored, as ADM does, where --upright does not ask for it. Of these, and of all else that images lose, counts are said
 at the end. Same images and options, same shards, whatever the number of workers. The command may be stopped or killed
 at any moment; run again, it goes on.
+A table's column `segments`, in place of `path`, makes interleaved samples: a list in JSON of texts and images, such as
+["a cat", {"image": "cat.png"}, "and a dog", {"image": "dog.png"}].
 --hold-out puts a share of each class, chosen by hashes of paths, into a second folder, which training never sees.
 An image is known by its path, size in bytes, label and caption: where only the content of files changed, what is there
 is taken for theirs, so give another --out.
@@ -51,7 +53,7 @@ def _parse() -> argparse.Namespace:
         "images",
         type=path_argument,
         help="folder of class folders (numbers in the order of numbers, else of names); or a table, .csv or .jsonl, "
-        "with columns path and, where wanted, label and caption",
+        "with columns path, or segments, and, where wanted, label and caption",
     )
     parser.add_argument("--out", type=path_argument, required=True, help="folder for the shards")
     parser.add_argument("--size", type=int, required=True, help="pixels a side of the centre crop, e.g. 256")
@@ -97,8 +99,9 @@ def run(arguments: argparse.Namespace) -> None:
     with phase(f"listing {arguments.images}"):
         listing = list_images(arguments.images, arguments.root, arguments.ignore_columns)
     ignored = f"; ignored: {listing.ignored}" if listing.ignored else ""
+    kind = "interleaved sample" if listing.is_interleaved else "image"
     say(
-        f"{count(len(listing.rows), 'image')} of {count(len(listing.class_names), 'class', 'classes')} in "
+        f"{count(len(listing.rows), kind)} of {count(len(listing.class_names), 'class', 'classes')} in "
         f"{arguments.images}{ignored}"
     )
     for text in listing.warnings:
@@ -109,7 +112,7 @@ def run(arguments: argparse.Namespace) -> None:
         alone = len(listing.class_names) - len({row.label for row in held_out.rows})
         none = f", none of {alone} classes of a single image" if alone else ""
         say(
-            f"{count(len(rest.rows), 'image')} for {arguments.out}, {len(held_out.rows)} held out for "
+            f"{count(len(rest.rows), kind)} for {arguments.out}, {len(held_out.rows)} held out for "
             f"{arguments.held_out}{none}"
         )
         parts = [(rest, arguments.out), (held_out, arguments.held_out)]

@@ -152,8 +152,8 @@ class _Watched:
 
 def _replay(
     trainer: "Trainer", checkpoints: Sequence[Path], step: int, logged: Mapping[int, Mapping[str, Any]]
-) -> tuple[dict[str, Any], dict[int, Any]]:
-    """Steps to the one that is asked for; returns what all ranks know of it, and its images by sample."""
+) -> tuple[dict[str, Any], dict[tuple[int, int], Any]]:
+    """Steps to the one that is asked for; returns what all ranks know of it, and its images by sample and number."""
     say(f"from step {trainer.at.step} to {step}")
     with phase(f"making {step - trainer.at.step} steps again", announce=False):
         while trainer.at.step < step - 1:
@@ -185,7 +185,9 @@ def _make_step(trainer: "Trainer", checkpoints: Sequence[Path], logged: Mapping[
         )
 
 
-def _gather(trainer: "Trainer", watched: _Watched, logged: Mapping[str, Any]) -> tuple[dict[str, Any], dict[int, Any]]:
+def _gather(
+    trainer: "Trainer", watched: _Watched, logged: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[tuple[int, int], Any]]:
     from cfpretrain.base import runtime
     from cfpretrain.core.latents import take_tokens, unpatchify
     from cfpretrain.evaluation.generation import decode_to_look_at
@@ -194,34 +196,44 @@ def _gather(trainer: "Trainer", watched: _Watched, logged: Mapping[str, Any]) ->
     decode, _ = decode_to_look_at(trainer.config, trainer.device)
     samples, images, patch_size = [], {}, trainer.config.model.patch_size
     for batch, terms in watched.seen:
-        # By kind; that of texts is not looked at, nor are samples that are texts alone.
-        segments = {one.kind: one for one in batch.segments}
-        if "image" not in segments:
+        # Of texts nothing is looked at, nor of samples that are texts alone.
+        of_class = next((one for one in batch.segments if one.kind == "class"), None)
+        of_images = [one for one in batch.segments if one.kind == "image"]
+        if not of_images:
             continue
-        image, of_class = segments["image"], segments.get("class")
-        loss_B = (image.weights_BL.double() * terms["image"].squared_error_BLP.mean(-1).double().cpu()).mean(1)
-        for i, sample_id in enumerate(batch.ids_B.tolist()):
-            if image.lacks(i):
-                continue
-            has_class = of_class is not None and not of_class.lacks(i)
-            samples.append(
-                {
-                    "id": sample_id,
-                    "rank": runtime.rank(),
-                    "label": int(of_class.clean[i]) if has_class else trainer.config.model.num_classes,
-                    "timestep": int(image.times_B[i]),
-                    "ar_step_sizes": image.steps_BL[i].unique(return_counts=True)[1].tolist(),
-                    "loss": finite_or_none(float(loss_B[i])),
-                }
-            )
-        latents_BCYX = unpatchify(take_tokens(image.clean, image.positions_BL.argsort(1)), patch_size)
-        images |= dict(zip(batch.ids_B.tolist(), decode(latents_BCYX.to(trainer.device)).cpu(), strict=True))
+        errors = terms["image"].squared_error_BLP.mean(-1).double().cpu().chunk(len(of_images), dim=1)
+        numbers = dict.fromkeys(batch.ids_B.tolist(), 0)  # of the image, in its sample
+        for image, error_BL in zip(of_images, errors, strict=True):
+            loss_B = (image.weights_BL.double() * error_BL).mean(1)
+            latents_BCYX = unpatchify(take_tokens(image.clean, image.positions_BL.argsort(1)), patch_size)
+            decoded = decode(latents_BCYX.to(trainer.device)).cpu()
+            for i, sample_id in enumerate(batch.ids_B.tolist()):
+                if image.lacks(i):
+                    continue
+                has_class = of_class is not None and not of_class.lacks(i)
+                images[sample_id, numbers[sample_id]] = decoded[i]
+                samples.append(
+                    {
+                        "id": sample_id,
+                        "image": numbers[sample_id],
+                        "rank": runtime.rank(),
+                        "label": int(of_class.clean[i]) if has_class else trainer.config.model.num_classes,
+                        "timestep": int(image.times_B[i]),
+                        "ar_step_sizes": image.steps_BL[i].unique(return_counts=True)[1].tolist(),
+                        "loss": finite_or_none(float(loss_B[i])),
+                    }
+                )
+                numbers[sample_id] += 1
     weights = hashlib.sha256()
     for fragment in trainer.engine.fragments():
         weights.update(fragment.values.cpu().numpy().tobytes())
     of_ranks = runtime.gather((samples, images, weights.hexdigest()))
     row, samples = trainer.log.rows[-1], [sample for of_rank, _, _ in of_ranks for sample in of_rank]
-    hashed = [sorted(samples, key=lambda s: s["id"]), row["grad_norm"], [digest for *_, digest in of_ranks]]
+    hashed = [
+        sorted(samples, key=lambda s: (s["id"], s["image"])),
+        row["grad_norm"],
+        [digest for *_, digest in of_ranks],
+    ]
     result = {
         "step": row["step"],
         "loss": row["loss"],
@@ -235,7 +247,7 @@ def _gather(trainer: "Trainer", watched: _Watched, logged: Mapping[str, Any]) ->
         "zero_stage": trainer.config.engine.zero_stage,
         "skipped": row.get("skipped"),
         # The worst first: one that is not finite, then by loss.
-        "samples": sorted(samples, key=lambda s: (s["loss"] is not None, -(s["loss"] or 0.0), s["id"])),
+        "samples": sorted(samples, key=lambda s: (s["loss"] is not None, -(s["loss"] or 0.0), s["id"], s["image"])),
     }
     return result, {i: image for _, of_rank, _ in of_ranks for i, image in of_rank.items()}
 
@@ -244,7 +256,7 @@ def _show(loss: float | None, form: str) -> str:
     return "not finite" if loss is None else format(loss, form)
 
 
-def _write(folder: Path, result: dict[str, Any], images: dict[int, Any], null_class: int) -> None:
+def _write(folder: Path, result: dict[str, Any], images: dict[tuple[int, int], Any], null_class: int) -> None:
     with writing(str(folder)):
         files.make_folder(folder.parent)
         files.make_folder(folder)
@@ -255,7 +267,7 @@ def _write(folder: Path, result: dict[str, Any], images: dict[int, Any], null_cl
     say(f"see {folder}")
 
 
-def _draw(path: Path, result: dict[str, Any], images: dict[int, Any]) -> None:
+def _draw(path: Path, result: dict[str, Any], images: dict[tuple[int, int], Any]) -> None:
     import torch
 
     from cfpretrain.evaluation import pictures
@@ -264,10 +276,15 @@ def _draw(path: Path, result: dict[str, Any], images: dict[int, Any]) -> None:
     shown = shown[: len(shown) // _COLUMNS * _COLUMNS] or shown[:1]
     columns = min(_COLUMNS, len(shown))
     captions = [_show(sample["loss"], ".3g") for sample in shown]
-    shown_images = torch.stack([images[sample["id"]] for sample in shown])
+    shown_images = torch.stack([images[sample["id"], sample["image"]] for sample in shown])
     title = f"step {result['step']}: samples by loss, highest first\nbelow each its loss"
     rows = [""] * (len(shown) // columns)
     pictures.sample_grid(path, shown_images, rows, title=title, value_range=(0.0, 1.0), captions=captions)
+
+
+def _name(sample: dict[str, Any]) -> str:
+    """The id of a sample, and of a further one of its images the number."""
+    return f"{sample['id']}" + (f".{sample['image']}" if sample["image"] else "")
 
 
 def _print(result: dict[str, Any], null_class: int) -> None:
@@ -275,7 +292,7 @@ def _print(result: dict[str, Any], null_class: int) -> None:
     for sample in result["samples"][:_NUM_SHOWN]:
         label = "none" if sample["label"] == null_class else sample["label"]
         print(
-            f"{sample['id']:10}{label:>7}{sample['timestep']:6}{len(sample['ar_step_sizes']):10}"
+            f"{_name(sample):>10}{label:>7}{sample['timestep']:6}{len(sample['ar_step_sizes']):10}"
             f"{_show(sample['loss'], '.6f'):>12}"
         )
     if len(result["samples"]) > _NUM_SHOWN:

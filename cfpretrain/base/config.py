@@ -39,7 +39,8 @@ class ModelConfig:
     depth: Annotated[int, Range(1, 512)] = 24
     num_heads: Annotated[int, Range(1, 1024)] = 16
     num_cond_tokens: Annotated[int, Range(1, 16384)] = 64  # condition tokens a class (Q)
-    num_classes: Annotated[int, Range(1, 1_000_000)] = 1000  # the null class is index num_classes
+    # The null class is index num_classes; 0 = no classes at all, but texts.
+    num_classes: Annotated[int, Range(0, 1_000_000)] = 1000
     position_embedding: Literal["learnable", "sincos"] = "learnable"
     vocabulary: Annotated[int, Range(0, 1_000_000)] = 0  # token ids of texts, as data.tokenizer has; 0 = no texts
     max_text_tokens: Annotated[int, Range(2, 65536)] = 64  # of a text, the two that frame it among them
@@ -120,6 +121,7 @@ class TasksConfig:
     class_to_image: NotNegative = 1.0
     text_to_image: NotNegative = 0.0
     image_to_text: NotNegative = 0.0
+    interleaved: NotNegative = 0.0  # the texts and images of a sample, which shards then have as segments
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,9 @@ class EvaluationConfig:
     features: str = "effnet_lite0"  # or inception; module:function on the command line alone
     feature_weights: FilePath = ""  # file of the FID Inception's weights, for features: inception
     feature_label: str = ""  # takes other weights of it, and names their score
-    # Generated for a score, over all ranks; classes evenly spread.
+    captions: Address = ""  # latent shards not trained on, with captions: they are drawn instead of classes, and scored
+    num_captions: Positive = 500  # the first of them
+    # Generated for a score, over all ranks; classes, or these captions, evenly spread.
     num_images: Annotated[int, Range(_FEWEST_SCORED, 10_000_000)] = 5000
     guidance: NotNegative = 1.0  # 1 = none
     num_ar_steps: int = 1

@@ -26,6 +26,7 @@ def check(config: Config, world_size: int) -> None:
         *_check_noise(config),
         *_check_data(config),
         *_check_texts(config),
+        *_check_conditions(config),
         *_check_model(config),
         *_check_order(config),
         *_check_engine(config),
@@ -105,11 +106,16 @@ def _check_texts(config: Config) -> Iterable[str]:
     if not any(tasks.values()):
         yield f"data.tasks: expected a weight above 0, got none; set one of {', '.join(tasks)}"
     for name, weight in tasks.items():
-        if weight and "text" in name and not vocabulary:
+        if weight and name != "class_to_image" and not vocabulary:
             yield (
                 f"data.tasks.{name}: expected 0 for a model without texts, got {weight:g}; set model.vocabulary to the "
                 "size of data.tokenizer"
             )
+    if tasks["class_to_image"] and not config.model.num_classes:
+        yield (
+            f"data.tasks.class_to_image: expected 0 for model.num_classes = 0, got {tasks['class_to_image']:g}; set it "
+            "so, and another task, or the number of classes"
+        )
     if vocabulary and not config.data.tokenizer:
         yield (
             f"data.tokenizer: expected a tokenizer.json of model.vocabulary = {vocabulary} tokens, got none; set it, "
@@ -246,11 +252,6 @@ def _check_sampling(config: Config) -> Iterable[str]:
     sample, evaluation = config.sample, config.evaluation
     if not sample.num_ar_steps:
         yield "sample.num_ar_steps: expected at least one number of AR steps, got none"
-    if sample.prompts and not config.data.tasks.text_to_image:
-        yield (
-            f"sample.prompts: expected none without data.tasks.text_to_image, got {len(sample.prompts)}; leave them "
-            "out, or train on that task"
-        )
     sections = [("sample", sample.num_denoising_steps, sample.num_ar_steps)]
     # A section that is off need not fit: its defaults are of larger models.
     if evaluation.every_steps:
@@ -267,6 +268,25 @@ def _check_sampling(config: Config) -> Iterable[str]:
         for num in num_ar_steps:
             if not 1 <= num <= num_tokens:
                 yield f"{section}.num_ar_steps: expected 1 to {num_tokens} (the tokens of an image), got {num}"
+
+
+def _check_conditions(config: Config) -> Iterable[str]:
+    """Of what samples are made that are shown and scored."""
+    prompts, captions, tasks = config.sample.prompts, config.evaluation.captions, config.data.tasks
+    if prompts and not tasks.text_to_image:
+        yield (
+            f"sample.prompts: expected none without data.tasks.text_to_image, got {len(prompts)}; leave them out, or "
+            "train on that task"
+        )
+    if not config.evaluation.every_steps:
+        return
+    if captions and not (tasks.text_to_image or tasks.image_to_text):
+        yield f"evaluation.captions: expected none for a model without texts, got {captions}; leave them out"
+    if not captions and not tasks.class_to_image:
+        yield (
+            "evaluation.captions: expected latent shards with captions, since without data.tasks.class_to_image no "
+            "image of a class can be scored, got none; name them, or set evaluation.every_steps=0"
+        )
 
 
 def check_code(config: Config, origins: Mapping[str, Origin], allow_code: bool) -> None:
@@ -301,15 +321,16 @@ def doubts(config: Config, origins: Mapping[str, Origin]) -> list[str]:
             f"train.ema_decay: at the end {initial_share:.0%} of the averaged weights, which make the samples, are "
             f"still the initial ones; for {train.num_steps} steps set about {max(0.0, 1 - 10 / train.num_steps):.3g}"
         )
-    if config.data.mirror_prob and (config.data.tasks.text_to_image or config.data.tasks.image_to_text):
+    tasks = config.data.tasks
+    if config.data.mirror_prob and tasks.text_to_image + tasks.image_to_text + tasks.interleaved:
         found.append(
-            f"data.mirror_prob: {config.data.mirror_prob:g} of the images are mirrored, and captions that say left or "
+            f"data.mirror_prob: {config.data.mirror_prob:g} of the images are mirrored, and texts that say left or "
             "right are false of them; set 0 where some do"
         )
-    if "text" in train.freeze and config.data.tasks.image_to_text:
+    if "text" in train.freeze and tasks.image_to_text + tasks.interleaved:
         found.append(
             "train.freeze: with text, the tokens that frame texts stay as they began too, and a model may not learn "
-            "where a caption ends; set train.freeze=[trunk]"
+            "where a text ends; set train.freeze=[trunk]"
         )
     return [*found, *_doubt_mirrors(config.data, origins)]
 

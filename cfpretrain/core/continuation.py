@@ -6,7 +6,7 @@ comes before it, a text without its image. Samples of a batch may be of differen
 continued as it is alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,7 +41,8 @@ class Writing:
     max_tokens: int  # of a text, those that frame it among them
     seed: int = 0
     choice: TokenChoice = field(default_factory=TokenChoice)
-    guidance: float = 1.0  # see `write_texts`
+    guidance: float = 1.0  # see `write_texts`, as of
+    go_on: Callable[[bool], bool] = bool
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def _continue_group(
             context, ordinal_B = _branch(context, places, writing.guidance, writing.max_tokens + 1, device)
             starts = [prefixes[row] if number == 0 else () for row in rows]
             keys_B = writing_keys(writing.seed, part_ids_B)
-            how = writing.max_tokens, writing.choice, keys_B, writing.guidance, ordinal_B
+            how = writing.max_tokens, writing.choice, keys_B, writing.guidance, ordinal_B, writing.go_on
             texts = write_texts(context, starts, marks, *how)
             new: list[Part] = [text[1:-1] for text in texts]
             going_on = [i for i, text in enumerate(texts) if text[-1] == marks.image and drawing is not None]

@@ -285,7 +285,7 @@ class CausalFusion(Network):
         depth: int,
         num_heads: int,  # divides the width
         num_cond_tokens: int,  # Q
-        num_classes: int,  # without the null class
+        num_classes: int,  # without the null class; 0: there is no class condition
         learnable_positions: bool = True,  # else fixed 2-d sin-cos
         trunk_kind: str = "causalfusion",  # what its blocks compute: one of `design.TRUNKS`
         block_changes: Mapping[str, Any] | None = None,  # as of `make_design`
@@ -296,12 +296,12 @@ class CausalFusion(Network):
     ) -> None:
         design = make_design(trunk_kind, width, num_heads, block_changes)
         images = Images(grid, patch_values, width, learnable_positions)
-        classes = Classes(num_classes, num_cond_tokens, width)
+        classes = [Classes(num_classes, num_cond_tokens, width)] if num_classes else []
         texts = [Texts(vocabulary, max_text_tokens, design)] if vocabulary else []
-        super().__init__([images, classes, *texts], design, depth, blocks, max_segments)
+        super().__init__([images, *classes, *texts], design, depth, blocks, max_segments)
         self.grid, self.patch_values = grid, patch_values
         self.num_cond_tokens, self.num_classes = num_cond_tokens, num_classes
-        self.null_class = num_classes  # the label that stands for "no class"
+        self.null_class = num_classes  # the label that stands for "no class"; 0 without classes
 
 
 _FROZEN = {"trunk": ("trunk.",), "text": ("text_embedder.", "text_head.", "ordinal_table.")}

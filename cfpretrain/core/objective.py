@@ -14,7 +14,7 @@ import functools
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,22 +26,32 @@ from cfpretrain.core.latents import patchify, take_tokens
 from cfpretrain.core.modalities import IMAGE, LossTerms, class_segment, count_values, loss_of
 from cfpretrain.core.process import NoiseProcess
 from cfpretrain.core.segments import Segment, build_layout, with_rotary_positions
-from cfpretrain.core.tasks import Tasks
+from cfpretrain.core.tasks import INTERLEAVED, Interleaved, Tasks
 from cfpretrain.core.work import Work, count_work
+
+
+class Places(NamedTuple):
+    """Where samples may have several images: which of them are trained on, those of one sample after another's."""
+
+    sample_I: Tensor  # int64, whose each is, as a place in the micro-batch
+    number_I: Tensor  # int64, which of its sample's
+    given_I: Tensor  # int64, its place among all images of the micro-batch
 
 
 @dataclass(frozen=True)
 class Draws:
-    """All that is random in the loss of a micro-batch."""
+    """All that is random in the loss of a micro-batch. What is of images has a row for each, see `places`."""
 
     step: int  # the optimizer step they were drawn for
     ids_B: Tensor  # int64, the samples they were drawn for
     labels_B: Tensor  # int64, after the drop to the null class
-    order_BL: Tensor  # int64, which token of the grid stands at each position
+    order_BL: Tensor  # int64, which token of the grid stands at each position of an image
     steps_BL: Tensor  # int64, the AR step of each position
     timesteps_B: Tensor  # the times that the network is told (`NoiseProcess.draw_times`)
     noise_BLP: Tensor  # epsilon, float32, in raster order
-    slots_B4: Tensor | None = None  # what samples are trained as (`Tasks.draw`); None: all have a class and an image
+    task_B: Tensor | None = None  # int64, what samples are trained as (`Tasks.draw`); None: images of their classes
+    lacks_condition_B: Tensor | None = None  # bool, with `task_B`
+    places: Places | None = None  # None: each sample has one image
 
 
 @dataclass(frozen=True)
@@ -112,6 +122,17 @@ def _unpack(others: dict[str, Any], forms: dict[str, tuple[torch.dtype, torch.Si
     return Batch(**others)._with(tensors)
 
 
+def _place_images(task_B: Tensor | None, num_given_B: Tensor) -> Places:
+    """Of samples that have so many images, those that their tasks train on: all of interleaved ones, else the first."""
+    num_used_B = torch.ones_like(num_given_B)
+    if task_B is not None:
+        num_used_B = torch.where(task_B == INTERLEAVED, num_given_B, num_used_B)
+    sample_I = torch.arange(len(num_used_B)).repeat_interleave(num_used_B)
+    first_given_B, first_used_B = (num_B.cumsum(0) - num_B for num_B in (num_given_B, num_used_B))
+    number_I = torch.arange(len(sample_I)) - first_used_B[sample_I]
+    return Places(sample_I, number_I, first_given_B[sample_I] + number_I)
+
+
 @dataclass(frozen=True)
 class DenoisingLoss:
     """Squared error of the network's prediction over AR steps of random number, size and order."""
@@ -128,28 +149,52 @@ class DenoisingLoss:
     tasks: Tasks | None = None  # None: all samples are trained as images of their classes
     weights: Mapping[str, float] = field(default_factory=dict)  # of a kind's loss beside those of others; without: 1
 
-    def draw(self, step: int, epoch: int, ids_B: Tensor, labels_B: Tensor, num_tokens: int, patch_values: int) -> Draws:
+    def draw(
+        self,
+        step: int,
+        epoch: int,
+        ids_B: Tensor,
+        labels_B: Tensor,
+        num_tokens: int,
+        patch_values: int,
+        num_images: Sequence[int] = (),
+    ) -> Draws:
         """The random numbers of a micro-batch of samples with these ids and labels, int64 [B].
 
-        They are functions of (seed, epoch, id); what a whole global batch shares is one of (seed, optimizer step).
+        They are functions of (seed, epoch, id) and, of several images of a sample, which of them it is; what a whole
+        global batch shares is one of (seed, optimizer step).
+
+        Args:
+            num_images: of each sample; empty: one. Interleaved ones are trained on all of them, others on the first.
         """
 
         def sample_keys(purpose: str) -> Tensor:
             return seeds.fold(seeds.fold(seeds.key(self.seed, purpose), epoch), ids_B)
 
+        def image_keys(purpose: str) -> Tensor:
+            keys_B = sample_keys(purpose)
+            if places is None:
+                return keys_B
+            further_I = seeds.fold(sample_keys(f"{purpose} of further images")[places.sample_I], places.number_I)
+            return torch.where(places.number_I > 0, further_I, keys_B[places.sample_I])
+
         shared_key = seeds.fold(seeds.key(self.seed, "shared ar split"), step)
         dropped_B = seeds.uniform(sample_keys("label drop")) < self.label_drop_prob
+        task_B = lacks_condition_B = None
+        if self.tasks is not None:
+            task_B, lacks_condition_B = self.tasks.draw(sample_keys("task"), sample_keys("condition drop"))
+        places = _place_images(task_B, torch.tensor(num_images)) if num_images else None
         return Draws(
             step,
             ids_B,
             labels_B=torch.where(dropped_B, self.null_class, labels_B),
-            order_BL=draw_orders(sample_keys("order"), num_tokens, self.ar.token_order, self.ar.block_size),
-            steps_BL=self.ar.draw_steps(shared_key, sample_keys("ar split"), num_tokens),
-            timesteps_B=self.process.draw_times(sample_keys("timestep")),
-            noise_BLP=seeds.normal(sample_keys("noise"), (num_tokens, patch_values)),
-            slots_B4=None
-            if self.tasks is None
-            else self.tasks.draw(sample_keys("task"), sample_keys("condition drop")),
+            order_BL=draw_orders(image_keys("order"), num_tokens, self.ar.token_order, self.ar.block_size),
+            steps_BL=self.ar.draw_steps(shared_key, image_keys("ar split"), num_tokens),
+            timesteps_B=self.process.draw_times(image_keys("timestep")),
+            noise_BLP=seeds.normal(image_keys("noise"), (num_tokens, patch_values)),
+            task_B=task_B,
+            lacks_condition_B=lacks_condition_B,
+            places=places,
         )
 
     def prepare(
@@ -158,20 +203,45 @@ class DenoisingLoss:
         draws: Draws,
         skipped: Sequence[int] = (),
         texts: Sequence[Sequence[int]] = (),
+        interleaved: Sequence[Interleaved] = (),
     ) -> Batch:
         """The batch that the draws make of these samples' latents (as the network sees them), all on the CPU.
 
-        Samples at the places `skipped` have the weight 0. `texts` are the tokens of each sample's, where some may be
-        trained with them.
+        Args:
+            latents_BCYX: of all images, those of one sample after another's.
+            draws: of the samples.
+            skipped: places of samples that have the weight 0.
+            texts: the tokens of each sample's caption, where some may be trained with it.
+            interleaved: of each sample, where some may be trained as such.
         """
+        num_samples, skipped_I = len(draws.ids_B), torch.tensor(list(skipped), dtype=torch.int64)
+        if draws.places is not None:
+            latents_BCYX = latents_BCYX[draws.places.given_I]
+            skipped_I = torch.isin(draws.places.sample_I, skipped_I).nonzero().squeeze(1)
+        images = self._noise(latents_BCYX, draws, skipped_I)
+        of_class = class_segment(self.num_cond_tokens, draws.labels_B)
+        segments: tuple[Segment, ...] = (of_class, images)
+        if self.tasks is not None:
+            assert draws.task_B is not None
+            assert draws.lacks_condition_B is not None
+            drawn = draws.task_B.tolist(), draws.lacks_condition_B.tolist()
+            given = texts or [()] * num_samples, interleaved or [()] * num_samples
+            parts = [self.tasks.parts(*of_sample) for of_sample in zip(*drawn, *given, strict=True)]
+            segments = self.tasks.fill(parts, of_class, images, skipped)
+        layout = build_layout(segments, self.clean_multiple, self.ar.shares_split)
+        work = count_work(segments, layout, num_samples)
+        num_clean, intervals_BMI, place_BM = layout.num_clean, layout.intervals_BMI, layout.place_BM
+        placed = tuple(with_rotary_positions(segments)) if self.has_rotary else segments
+        return Batch(draws.step, draws.ids_B, placed, num_clean, intervals_BMI, place_BM, work)
+
+    def _noise(self, latents_BCYX: Tensor, draws: Draws, skipped_I: Tensor) -> Segment:
+        """Images to be learned, as the draws noise them; those at the places `skipped_I` have the weight 0."""
         order_BL, ar = draws.order_BL, self.ar
-        weights_BL = ar_weights(draws.steps_BL, ar.ar_weight_first, ar.ar_weight_last, ar.ar_weight_schedule)
-        if skipped:
-            weights_BL = weights_BL.index_fill(0, torch.tensor(skipped), 0.0)
         clean_BLP = take_tokens(patchify(latents_BCYX, self.patch_size), order_BL)
         noise_BLP = take_tokens(draws.noise_BLP, order_BL)
         noised_BLP, target_BLP = self.process.noise(clean_BLP, noise_BLP, draws.timesteps_B)
-        image = Segment(
+        weights_BL = ar_weights(draws.steps_BL, ar.ar_weight_first, ar.ar_weight_last, ar.ar_weight_schedule)
+        return Segment(
             IMAGE,
             draws.steps_BL,
             is_noised=True,
@@ -180,17 +250,8 @@ class DenoisingLoss:
             positions_BL=order_BL,
             times_B=draws.timesteps_B,
             targets=target_BLP,
-            weights_BL=weights_BL,
+            weights_BL=weights_BL.index_fill(0, skipped_I, 0.0) if len(skipped_I) else weights_BL,
         )
-        of_class = class_segment(self.num_cond_tokens, draws.labels_B)
-        segments: tuple[Segment, ...] = (of_class, image)
-        if self.tasks is not None and draws.slots_B4 is not None:
-            segments = self.tasks.fill(draws.slots_B4, of_class, image, texts, skipped)
-        layout = build_layout(segments, self.clean_multiple, ar.shares_split)
-        work = count_work(segments, layout, len(latents_BCYX))
-        num_clean, intervals_BMI, place_BM = layout.num_clean, layout.intervals_BMI, layout.place_BM
-        placed = tuple(with_rotary_positions(segments)) if self.has_rotary else segments
-        return Batch(draws.step, draws.ids_B, placed, num_clean, intervals_BMI, place_BM, work)
 
     def __call__(self, model: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, LossTerms]:
         """The losses of a micro-batch that lies on the model's device, by kind."""

@@ -91,12 +91,16 @@ def generate(
     given_BKP: Tensor | None = None,
     watch: Watch = lambda *_: None,
 ) -> Tensor:
-    """Images of classes, int64 [B]: `generate_image` behind their condition tokens, with its other arguments."""
+    """Images of classes, int64 [B]: `generate_image` behind their condition tokens, with its other arguments.
+
+    Of a model without classes, they are made without a condition.
+    """
     # The branch without a class has its own context: the same clean tokens under the null class.
     branches = [labels_B] if guidance.scale == 1 else [labels_B, torch.full_like(labels_B, model.null_class)]
     context = Context(model, model.num_cond_tokens + order_BL.shape[1])
     labels_B = torch.cat(branches)
-    context.read(class_segment(model.num_cond_tokens, labels_B))
+    if model.null_class:
+        context.read(class_segment(model.num_cond_tokens, labels_B))
     first_B = torch.zeros_like(labels_B)  # the place of an image behind a class, which is told none itself
     makes = context, order_BL, ar_step_sizes, solver, guidance, draw_noise
     return generate_image(*makes, given_BKP, watch, ordinal_B=first_B)

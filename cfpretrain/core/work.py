@@ -36,13 +36,15 @@ def count_work(segments: Sequence[Segment], layout: Layout, batch_size: int = 1)
         useful_BN = none_BN.scatter(1, layout.place_BM, is_useful_BM)
     else:
         useful_BN = is_useful_BM
-    ends = itertools.accumulate([*layout.num_clean, *(one.num_tokens for one in noised)], initial=0)
-    useful = F.pad(useful_BN.sum(0).cumsum(0), (1, 0))[list(ends)].tolist()
+    ends = list(itertools.accumulate([*layout.num_clean, *(one.num_tokens for one in noised)], initial=0))
+    useful = F.pad(useful_BN.sum(0).cumsum(0), (1, 0))[ends].tolist()
     projections, num_texts = dict.fromkeys(MODALITIES, 0), 0
-    for i, (one, (before, after)) in enumerate(zip([*segments, *noised], itertools.pairwise(useful), strict=True)):
-        of_clean, of_noised = MODALITIES[one.kind].projections_of(one)
-        projections[one.kind] += per_row * (after - before) * (of_clean if i < len(segments) else of_noised)
-        num_texts += per_row * (after - before) * (one.kind == TEXT)
+    for i, (one, (begin, end)) in enumerate(zip([*segments, *noised], itertools.pairwise(ends), strict=True)):
+        num_tokens = per_row * (useful[i + 1] - useful[i])
+        num_texts += num_tokens * (one.kind == TEXT)
+        if one.kind == TEXT and one.weights_BL is not None:  # beside texts of which no token is learned
+            num_tokens = int(useful_BN[:, begin:end][one.weights_BL.any(1)].sum())
+        projections[one.kind] += num_tokens * MODALITIES[one.kind].projections_of(one)[i >= len(segments)]
     num_visible = int((visible_keys(layout.intervals_BMI) * is_useful_BM).sum())
     return Work(per_row * useful[-1], per_row * num_visible, projections, num_texts)
 

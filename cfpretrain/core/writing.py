@@ -1,7 +1,7 @@
 """Writing texts behind a context, token by token."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ def write_texts(
     keys_B: Tensor,
     guidance: float = 1.0,
     ordinal_B: Tensor | None = None,
+    go_on: Callable[[bool], bool] = bool,
 ) -> list[list[int]]:
     """Writes a text behind each context, and reads it: the tokens of each, from its beginning to the one that ends it.
 
@@ -40,6 +41,7 @@ def write_texts(
         keys_B: its randomness, see `writing_keys`; on the model's device.
         guidance: scale of log p(without) + scale * (log p - log p(without)) of the next token; 1 is none.
         ordinal_B: int64, the text's place among the segments of each sequence, where the model is told them.
+        go_on: asked before each token, with whether a text is open; for ranks that call the model in step.
     """
     device, copies = keys_B.device, 1 if guidance == 1 else 2
     texts = [[marks.begin, *prefix] for prefix in prefixes]
@@ -47,7 +49,7 @@ def write_texts(
     length_B = length_B[: len(texts)]
     is_open_B = torch.ones(len(texts), dtype=torch.bool, device=device)
     written = []
-    while is_open_B.any():
+    while go_on(bool(is_open_B.any())):
         chosen_B = choice(_guide(logits_BV, guidance), seeds.fold(keys_B, length_B))
         chosen_B = torch.where(length_B >= max_tokens - 1, marks.end, chosen_B)
         written.append(torch.where(is_open_B, chosen_B, marks.pad))

@@ -18,8 +18,9 @@ def check_infos(infos: Sequence[LatentsInfo], config: Config) -> None:
     """
     first = infos[0]
     problems = [*_check_latents(first, config), *_check_counts(infos, config)]
+    problems += _check_interleaved(infos, config)
     for address, info in zip(config.data.shards[1:], infos[1:], strict=True):
-        problems += _check_alike(first, info, address)
+        problems += _check_alike(first, info, address, config)
     if problems:
         raise UserError(f"shards {', '.join(config.data.shards)} do not fit the config: {' | '.join(problems)}")
 
@@ -62,7 +63,7 @@ def _check_latents(info: LatentsInfo, config: Config) -> Iterable[str]:
 def _check_counts(infos: Sequence[LatentsInfo], config: Config) -> Iterable[str]:
     num_classes, batch = len(infos[0].class_names), config.train.global_batch_size
     num_samples = sum(samples_an_epoch([info.num_samples for info in infos], config.data.repeat))
-    if num_classes != config.model.num_classes:
+    if config.model.num_classes not in (0, num_classes):
         yield f"model.num_classes: expected {num_classes}, the classes in the shards, got {config.model.num_classes}"
     if num_samples < batch:
         yield f"train.global_batch_size: expected at most {num_samples}, the samples of an epoch, got {batch}"
@@ -73,8 +74,31 @@ def _check_counts(infos: Sequence[LatentsInfo], config: Config) -> Iterable[str]
         )
 
 
-def _check_alike(first: LatentsInfo, info: LatentsInfo, address: str) -> Iterable[str]:
-    may_differ = ("num_samples", "source", "statistics", "versions")
+def _check_interleaved(infos: Sequence[LatentsInfo], config: Config) -> Iterable[str]:
+    if not config.data.tasks.interleaved:
+        return
+    lacking = [address for address, info in zip(config.data.shards, infos, strict=True) if not info.most_segments]
+    if lacking:
+        yield (
+            f"data.tasks.interleaved: expected 0 for shards without segments, got {config.data.tasks.interleaved:g} "
+            f"for {', '.join(lacking)}; set it so, or make shards of a table with the column segments"
+        )
+    most = max(info.most_segments for info in infos)
+    if most > config.model.max_segments:
+        yield (
+            f"model.max_segments: expected at least {most}, the texts and images of a sample in the shards, got "
+            f"{config.model.max_segments}; set it so"
+        )
+
+
+def _check_alike(first: LatentsInfo, info: LatentsInfo, address: str, config: Config) -> Iterable[str]:
+    may_differ = ["num_samples", "source", "statistics", "versions", "most_segments"]
+    may_differ += ["class_names"] * (not config.model.num_classes)
+    if bool(first.most_segments) != bool(info.most_segments):
+        yield (
+            f"data.shards: {address}: expected interleaved samples in all folders or in none; a caption and an image "
+            'are one, too: write ["a caption", {"image": "a.png"}] as segments'
+        )
     for name, expected in vars(first).items():
         got = getattr(info, name)
         if expected != got and name not in may_differ:

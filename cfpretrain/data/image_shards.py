@@ -37,7 +37,8 @@ from cfpretrain.data.images import (
     stored_image,
     versions,
 )
-from cfpretrain.data.listing import Listing
+from cfpretrain.data.interleaved import columns_of_files, parse_column
+from cfpretrain.data.listing import Listing, Row
 from cfpretrain.data.shard_writer import ShardWriter, merged_versions
 from cfpretrain.data.shards import ImagesInfo, image_columns, read_info
 
@@ -101,8 +102,9 @@ def _report(folder: Path, before: str, behind: str = "") -> ImagesInfo:
         say(f"{folder}: {line}")
     megabytes = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
     named = f" ({folder / REJECTED_FILE})" if info.num_rejected else ""
+    kind = "interleaved sample" if info.most_segments else "image"
     say(
-        f"{folder}{before}: {count(info.num_samples, 'image')} of {count(len(info.class_names), 'class', 'classes')}, "
+        f"{folder}{before}: {count(info.num_samples, kind)} of {count(len(info.class_names), 'class', 'classes')}, "
         f"{info.channels} x {info.image_size} x {info.image_size}, {info.store}; {info.num_rejected} rejected{named}; "
         f"{megabytes:.1f} MB{behind}"
     )
@@ -163,7 +165,7 @@ class _Folder:
             "images_per_shard": images_per_shard,
             "dealt": "by hash",
         }
-        self.writer = ShardWriter(out, image_columns(), plan)
+        self.writer = ShardWriter(out, image_columns(listing.is_interleaved), plan)
         # Of each shard: images begun, the id of the one being read, the process that reads it. Workers share it.
         self.states = np.frombuffer(mmap.mmap(-1, len(self.slices) * 24), np.int64).reshape(-1, 3)
 
@@ -177,12 +179,15 @@ class _Folder:
             for id in self.slices[number]:
                 row = self.listing.rows[id]
                 state[:] = state[0] + 1, id, os.getpid()
-                try:
-                    stored = stored_image(read_file(self.listing.root / row.path), self._format, changes)
-                except RejectedImageError as error:
-                    rejected.append({"id": id, "path": row.path, "reason": str(error)})
+                stored = []
+                for path in row.paths:
+                    try:
+                        stored.append(stored_image(read_file(self.listing.root / path), self._format, changes))
+                    except RejectedImageError as error:
+                        rejected.append({"id": id, "path": path, "reason": str(error)})
+                        break
                 else:
-                    yield {"id": id, "label": row.label, "caption": row.caption, "image": stored}
+                    yield {"id": id, "label": row.label, "caption": row.caption, **_image_columns_of(row, stored)}
 
         try:
             record = {"rejected": rejected, "changes": changes, "versions": versions()}
@@ -215,9 +220,16 @@ class _Folder:
             versions=merged_versions(records),
             background=self._format.background,
             changes=dict(sorted(sum((Counter(record["changes"]) for record in records), Counter[str]()).items())),
+            most_segments=max(
+                (len(parse_column(row.segments)) for row in self.listing.rows if row.segments), default=0
+            ),
         )
         lines = "".join(json.dumps(one) + "\n" for one in rejected)
         self.writer.finish(info, num_shards, {REJECTED_FILE: lines} if rejected else {})
+
+
+def _image_columns_of(row: Row, stored: Sequence[bytes]) -> dict[str, Any]:
+    return {"segments": row.segments, **columns_of_files(stored)} if row.segments else {"image": stored[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class Encoding:
         # Pixels have no log-variances, and need only be flipped.
         self.has_posterior = not isinstance(autoencoder, IdentityAutoencoder)
         self.has_mirror = with_mirror and self.has_posterior
-        self.columns = latent_columns(self.latent_shape, self.has_posterior, self.has_mirror)
+        self.columns = latent_columns(self.latent_shape, self.has_posterior, self.has_mirror, info.most_segments > 0)
 
     def plan(self) -> dict[str, Any]:
         """The plan of the `ShardWriter`."""
@@ -86,6 +86,7 @@ class Encoding:
             has_mirror=self.has_mirror,
             statistics=_statistics(records) if records else {},
             versions=merged_versions(records) if records else {},
+            most_segments=self.info.most_segments,
         )
 
     def describe_work(self) -> str:
@@ -149,7 +150,7 @@ def encode(
         writer: its `begin` was called.
         numbers: of the shards.
         num_threads: of the CPU, for decoding and, without a GPU, as many for encoding.
-        on_batch: called with the number of images after each batch.
+        on_batch: called with the number of samples begun in each batch.
     """
     batches = decode_shards(encoding.images, numbers, encoding.batch_size, encoding.device, num_threads)
     num_workers = 1 if encoding.device.type == "cuda" else num_threads
@@ -202,13 +203,24 @@ def _write_shard(
     num_channels = encoding.latent_shape[0]
     sums = {"count": np.zeros((), np.int64), "sum": np.zeros(num_channels), "sum_of_squares": np.zeros(num_channels)}
 
-    def samples() -> Iterator[Sample]:
+    def images() -> Iterator[tuple[Sample, _Moments]]:
+        before = None
         for batch, moments in encoded:
             _add_to(sums, moments)
             for place, sample in enumerate(batch.samples):
-                kept = {name: sample[name] for name in ("id", "label", "caption")}
-                yield kept | {name: values[place] for name, values in moments.items()}
-            on_batch(len(batch.samples))
+                yield sample, {name: values[place] for name, values in moments.items()}
+            ids = [sample["id"] for sample in batch.samples]
+            on_batch(len(set(ids) - {before}))
+            before = ids[-1]  # whose other images may follow
+
+    def samples() -> Iterator[Sample]:
+        for _, of_sample in groupby(images(), key=lambda pair: pair[0]["id"]):
+            pairs = list(of_sample)
+            sample, moments = pairs[0]
+            kept = {name: sample[name] for name in ("id", "label", "caption", "segments") if name in sample}
+            if "segments" in sample:
+                moments = {name: np.stack([of_image[name] for _, of_image in pairs]) for name in moments}
+            yield kept | moments
 
     def record() -> dict[str, Any]:
         return {name: values.tolist() for name, values in sums.items()} | {"versions": encoding.versions()}

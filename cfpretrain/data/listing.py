@@ -35,12 +35,19 @@ _MOST_NAMED = 5
 
 
 class Row(NamedTuple):
-    """An image to store; its id is its place in the listing."""
+    """An image to store, or the images of an interleaved sample; its id is its place in the listing."""
 
-    path: str  # below the listing's root, or absolute
+    path: str  # below the listing's root, or absolute; of the first image
     label: int
     caption: str
     num_bytes: int  # of the file; -1 where that is not known
+    segments: str = ""  # of an interleaved sample, as a shard has them
+    others: tuple[tuple[str, int], ...] = ()  # path and bytes of its further images
+
+    @property
+    def paths(self) -> list[str]:
+        """Of all of its images."""
+        return [self.path, *(path for path, _ in self.others)]
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Listing:
 
     def identity(self) -> dict[str, Any]:
         """All that the shards depend on, JSON-able: counts, and a hash of each column."""
+        interleaved = {"segments": _digest([f"{row.segments} {row.others}" for row in self.rows])}
         return {
             "part": self.part,
             "images": len(self.rows),
@@ -65,7 +73,13 @@ class Listing:
             "file_sizes": _digest([row.num_bytes for row in self.rows]),
             "labels": _digest([row.label for row in self.rows]),
             "captions": _digest([f"{i} {row.caption}" for i, row in enumerate(self.rows) if row.caption]),
+            **(interleaved if self.is_interleaved else {}),
         }
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether rows are interleaved samples, which all are or none."""
+        return any(row.segments for row in self.rows[:1])
 
 
 def _digest(value: str | Sequence[str | int]) -> str:
@@ -288,8 +302,12 @@ def _list_table(file: Path, root: Path, ignore_columns: Sequence[str]) -> Listin
     if not root.is_dir():
         raise UserError(f"--root: expected the folder that paths in {file} begin at, got {root}; correct it")
     table = read_table(file, ignore_columns)
-    sizes = [_size(root / path) for path in table.paths]
-    rows = list(map(Row, table.paths, table.labels, table.captions, sizes))
+    files = [[(path, _size(root / path)) for path in paths] for paths in table.paths]
+    columns = zip(files, table.labels, table.captions, table.segments, strict=True)
+    rows = [
+        Row(first, label, caption, num_bytes, segments, tuple(others))
+        for ((first, num_bytes), *others), label, caption, segments in columns
+    ]
     ignored = f"columns {', '.join(table.ignored)}" if table.ignored else ""
     return Listing(root, rows, table.class_names, ignored, tuple(_odd_rows(rows, table.class_names)))
 
@@ -302,7 +320,8 @@ def _odd_rows(rows: Sequence[Row], class_names: Sequence[str]) -> Iterator[str]:
     if num_repeated := len(rows) - len(set(rows)):
         yield f"{count(num_repeated, 'row repeats', 'rows repeat')} an earlier one: each counts as one more image"
     labels: dict[str, int] = {}
-    contradicted = [row.path for row in rows if labels.setdefault(row.path, row.label) != row.label]
+    alone = [row for row in rows if not row.segments]
+    contradicted = [row.path for row in alone if labels.setdefault(row.path, row.label) != row.label]
     if contradicted:
         yield f"{contradicted[0]} has more than one label{_and_more(contradicted)}: each row counts as one image"
     yield from _odd_names(class_names)
@@ -319,7 +338,7 @@ def hold_out(listing: Listing, share: float) -> tuple[Listing, Listing]:
     """Splits a listing: the rest, and a share of each class.
 
     The hashes of paths alone decide, so other options and the order of rows change nothing, and few images change sides
-    when more are added. Rows of one path go together.
+    when more are added. Rows of one path go together; of an interleaved sample, that of its first image.
 
     Args:
         listing: of all.

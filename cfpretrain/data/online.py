@@ -26,7 +26,7 @@ from cfpretrain.data.cache import Cache
 from cfpretrain.data.latent_shards import Encoding
 from cfpretrain.data.pixels import Decoder, dali_version
 from cfpretrain.data.reader import MicroBatches, Reader, Request
-from cfpretrain.data.samples import ImageFiles, Prepare, Samples, T, VisitDraws, split_ids
+from cfpretrain.data.samples import ImageFiles, Prepare, Samples, T, VisitDraws, place_images, split_ids
 from cfpretrain.data.shards import ImagesInfo, LatentsInfo, Shards, read_info
 
 _POLL_SECONDS = 1.0
@@ -134,30 +134,38 @@ class OnlineEncoder:
     def __call__(self, images: ImageFiles) -> Samples:
         """The latents of a micro-batch; errors as of `moments`."""
         epoch, ids_B = images.epoch, images.ids_B
+        sample_I, number_I = place_images(len(ids_B), images.segments)
         moments, skipped = self.moments(images, self._draws.mirrored(epoch, ids_B))
-        latents_BCYX = self._draws.latents(epoch, ids_B, moments["mean"], moments.get("log_variance"))
-        latents_BCYX[list(skipped)] = 0
-        return Samples(ids_B, epoch, latents_BCYX, images.labels_B, skipped, images.captions)
+        found = moments["mean"], moments.get("log_variance")
+        latents_ICYX = self._draws.latents(epoch, ids_B[sample_I], *found, number_I)
+        latents_ICYX[torch.isin(sample_I, torch.tensor(list(skipped), dtype=torch.int64))] = 0
+        return Samples(ids_B, epoch, latents_ICYX, images.labels_B, skipped, images.captions, images.segments)
 
     def moments(self, images: ImageFiles, mirrored_B: Tensor) -> tuple[dict[str, Tensor], dict[int, str]]:
-        """As of `Encoding.moments`, of images or of the mirror images of some; and, by place, why one is skipped.
+        """As of `Encoding.moments`, of images or of the mirror images of those of some samples, one behind another.
 
-        UserError where an image is bad and `data.on_bad_image` is "stop".
+        Also, by place, why a sample is skipped. UserError where an image is bad and `data.on_bad_image` is "stop".
         """
         files, sizes = images.files(), images.sizes()
-        names = [f"data.shards: {self._addresses[folder]}: image of id {id}" for folder, id in split_ids(images.ids_B)]
-        crops_B4 = self._draws.crops(images.epoch, images.ids_B) if self._encoding.has_random_crops else None
+        sample_I, _ = place_images(len(images.ids_B), images.segments)
+        of_samples = [
+            f"data.shards: {self._addresses[folder]}: image of id {id}" for folder, id in split_ids(images.ids_B)
+        ]
+        names, mirrored_I = [of_samples[sample] for sample in sample_I.tolist()], mirrored_B[sample_I]
+        crops_I4 = None
+        if self._encoding.has_random_crops:
+            crops_I4 = self._draws.crops(images.epoch, images.ids_B)[sample_I]
         skipped: dict[int, str] = {}
         moments: list[dict[str, Tensor]] = []
         for begin in range(0, len(files), self._encoding.batch_size):
             end = begin + self._encoding.batch_size
-            crops = None if crops_B4 is None else crops_B4[begin:end]
+            crops = None if crops_I4 is None else crops_I4[begin:end]
             pixels_BYXC, reasons = self._decoder(files[begin:end], sizes[begin:end], crops)
             bad = {begin + place: f"{names[begin + place]}: {reason}" for place, reason in reasons.items()}
             if bad and self._on_bad_image == "stop":
                 raise UserError(f"{next(iter(bad.values()))}; or set data.on_bad_image=skip")
-            skipped |= bad
-            found = self._encoding.moments(pixels_BYXC, mirrored_B[begin:end], names[begin:end])
+            skipped |= {int(sample_I[place]): reason for place, reason in bad.items()}
+            found = self._encoding.moments(pixels_BYXC, mirrored_I[begin:end], names[begin:end])
             moments.append({name: torch.from_numpy(values) for name, values in found.items()})
         return {name: torch.cat([part[name] for part in moments]) for name in moments[0]}, skipped
 

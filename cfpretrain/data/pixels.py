@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.data.images import MOST_PIXELS, declared_size
+from cfpretrain.data.interleaved import files_of
 from cfpretrain.data.shards import ImagesInfo, Shards
 
 Sample = Mapping[str, Any]
@@ -129,7 +130,7 @@ class PixelBatch:
     """Images of one shard, decoded."""
 
     shard: int
-    samples: Sequence[Sample]  # their columns, in the order of the shard
+    samples: Sequence[Sample]  # the columns of each image's, in the order of the shard
     pixels_BYXC: Tensor  # uint8, as of `Decoder`
 
 
@@ -143,9 +144,9 @@ def decode_shards(
     assert isinstance(shards.info, ImagesInfo)
     decoder = Decoder(shards.info, batch_size, device, num_threads)
     for number in numbers:
-        of_shard = shards.shard(number)
-        while samples := list(islice(of_shard, batch_size)):
-            images = [sample["image"] for sample in samples]
+        of_shard = ((sample, file) for sample in shards.shard(number) for file in files_of(sample))
+        while pairs := list(islice(of_shard, batch_size)):
+            samples, images = [sample for sample, _ in pairs], [file for _, file in pairs]
             pixels_BYXC, reasons = decoder(images, list(map(declared_size, images)))
             for place, reason in reasons.items():
                 raise UserError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from cfpretrain.base.config import Config
 from cfpretrain.core import seeds
 from cfpretrain.data.images import declared_size
+from cfpretrain.data.interleaved import Segments, files_of, num_images, parse_column
 from cfpretrain.data.shards import LatentsInfo
 
 # What an id says besides the sample's own, which is smaller: noise differs between the visits of an epoch.
@@ -46,15 +47,37 @@ class Samples:
 
     ids_B: Tensor  # of `Visits`
     epoch: int
-    latents_BCYX: Tensor  # float32, drawn from the posterior, raw: shift and scale are the model's
+    # Float32, drawn from the posterior, raw: shift and scale are the model's. Where samples have several images, those
+    # of one sample after another's.
+    latents_BCYX: Tensor
     labels_B: Tensor  # int64
     skipped: Mapping[int, str] = field(default_factory=dict)  # by place, why one is not trained on; its latents are 0
     captions: Sequence[str] = ()  # of each
+    segments: Sequence[Segments] = ()  # of each, where they are interleaved
 
 
 T = TypeVar("T")
 # What makes of samples, and of the optimizer step that they are for, what `next` of a loader gives.
 Prepare = Callable[[Samples, int], T]
+
+
+def place_images(num_samples: int, segments: Sequence[Segments]) -> tuple[Tensor, Tensor | None]:
+    """Whose each image of a micro-batch is, as a place in it, and which of its sample's: int64 [I] each.
+
+    The latter is None where samples have no segments, but are images.
+    """
+    if not segments:
+        return torch.arange(num_samples), None
+    counts = [num_images(one) for one in segments]
+    return (
+        torch.arange(num_samples).repeat_interleave(torch.tensor(counts)),
+        torch.cat([torch.arange(count) for count in counts]),
+    )
+
+
+def segments_of(columns: Sequence[Mapping[str, Any]]) -> list[Segments]:
+    """The segments of samples; empty where they are not interleaved."""
+    return [parse_column(one["segments"]) for one in columns if "segments" in one]
 
 
 class VisitDraws:
@@ -76,12 +99,26 @@ class VisitDraws:
         keys_B = self._keys("crop", epoch, ids_B)
         return torch.stack([seeds.uniform(seeds.fold(keys_B, number)) for number in range(4)], dim=1)
 
-    def latents(self, epoch: int, ids_B: Tensor, mean_BCYX: Tensor, log_variance_BCYX: Tensor | None) -> Tensor:
-        """mean + exp(log_variance / 2) * epsilon: float32; the mean itself where there is no posterior."""
+    def latents(
+        self,
+        epoch: int,
+        ids_B: Tensor,
+        mean_BCYX: Tensor,
+        log_variance_BCYX: Tensor | None,
+        number_B: Tensor | None = None,
+    ) -> Tensor:
+        """mean + exp(log_variance / 2) * epsilon: float32; the mean itself where there is no posterior.
+
+        All are of images; `number_B`: which of its sample's each is, where samples have several.
+        """
         latents_BCYX = mean_BCYX.float()
         if log_variance_BCYX is not None:
             deviation_BCYX = (0.5 * log_variance_BCYX.float()).exp_()
-            noise_BCYX = seeds.normal(self._keys("posterior", epoch, ids_B), latents_BCYX.shape[1:])
+            keys_B = self._keys("posterior", epoch, ids_B)
+            if number_B is not None:
+                further_B = seeds.fold(self._keys("posterior of further images", epoch, ids_B), number_B)
+                keys_B = torch.where(number_B > 0, further_B, keys_B)
+            noise_BCYX = seeds.normal(keys_B, latents_BCYX.shape[1:])
             latents_BCYX = latents_BCYX + deviation_BCYX * noise_BCYX
         return latents_BCYX
 
@@ -98,20 +135,25 @@ class LatentReading(Generic[T]):
     prepare: Prepare[T]
 
     def __call__(self, visits: Visits) -> T:
+        segments = segments_of(visits.columns)
+        sample_I, number_I = place_images(len(visits.columns), segments)
+        ids_I = visits.ids_B[sample_I]
         mirrored_B = self.draws.mirrored(visits.epoch, visits.ids_B)
-        mean_BCYX = self._stack(visits, "mean", mirrored_B)
+        mean_ICYX = self._join(visits, "mean", mirrored_B)
         if not self.info.has_mirror and mirrored_B.any():
-            mean_BCYX = torch.where(mirrored_B[:, None, None, None], mean_BCYX.flip(-1), mean_BCYX)
-        log_variance_BCYX = self._stack(visits, "log_variance", mirrored_B) if self.info.has_posterior else None
-        latents_BCYX = self.draws.latents(visits.epoch, visits.ids_B, mean_BCYX, log_variance_BCYX)
+            mean_ICYX = torch.where(mirrored_B[sample_I][:, None, None, None], mean_ICYX.flip(-1), mean_ICYX)
+        log_variance_ICYX = self._join(visits, "log_variance", mirrored_B) if self.info.has_posterior else None
+        latents_ICYX = self.draws.latents(visits.epoch, ids_I, mean_ICYX, log_variance_ICYX, number_I)
         captions = [columns["caption"] for columns in visits.columns]
-        samples = Samples(visits.ids_B, visits.epoch, latents_BCYX, visits.labels_B, captions=captions)
+        samples = Samples(visits.ids_B, visits.epoch, latents_ICYX, visits.labels_B, {}, captions, segments)
         return self.prepare(samples, visits.step)
 
-    def _stack(self, visits: Visits, name: str, mirrored_B: Tensor) -> Tensor:
+    def _join(self, visits: Visits, name: str, mirrored_B: Tensor) -> Tensor:
+        """A column of all images, those of one sample after another's."""
         names = [f"mirror_{name}" if mirrored and self.info.has_mirror else name for mirrored in mirrored_B.tolist()]
-        stacked = np.stack([columns[name] for columns, name in zip(visits.columns, names, strict=True)])
-        return torch.from_numpy(stacked.astype(np.float32))
+        arrays = [columns[name] for columns, name in zip(visits.columns, names, strict=True)]
+        joined = np.concatenate(arrays) if self.info.most_segments else np.stack(arrays)
+        return torch.from_numpy(joined.astype(np.float32))
 
 
 @dataclass(frozen=True)
@@ -122,25 +164,26 @@ class ImageFiles:
     epoch: int
     ids_B: Tensor
     labels_B: Tensor
-    sizes_B2: Tensor  # int64, width and height that each declares; 0 where it is no image (`images.declared_size`)
-    ends_B: Tensor  # int64, where each file ends in `data`
+    sizes_I2: Tensor  # int64, width and height that each declares; 0 where it is no image (`images.declared_size`)
+    ends_I: Tensor  # int64, where each file ends in `data`; those of one sample after another's
     data: Tensor  # uint8
     captions: Sequence[str]
+    segments: Sequence[Segments]  # empty where each sample is an image
 
     @classmethod
     def of(cls, visits: Visits) -> "ImageFiles":
         """Of samples of image shards."""
-        files = [np.frombuffer(columns["image"], np.uint8) for columns in visits.columns]
-        sizes_B2 = torch.tensor([declared_size(file) or (0, 0) for file in files])
-        ends_B = torch.tensor([len(file) for file in files]).cumsum(0)
+        files = [np.frombuffer(file, np.uint8) for columns in visits.columns for file in files_of(columns)]
+        sizes_I2 = torch.tensor([declared_size(file) or (0, 0) for file in files])
+        ends_I = torch.tensor([len(file) for file in files]).cumsum(0)
         data = torch.from_numpy(np.concatenate(files))
-        captions = [columns["caption"] for columns in visits.columns]
-        return cls(visits.step, visits.epoch, visits.ids_B, visits.labels_B, sizes_B2, ends_B, data, captions)
+        captions, segments = [columns["caption"] for columns in visits.columns], segments_of(visits.columns)
+        return cls(visits.step, visits.epoch, visits.ids_B, visits.labels_B, sizes_I2, ends_I, data, captions, segments)
 
     def files(self) -> list[NDArray[np.uint8]]:
         """The bytes of each image."""
-        return np.split(self.data.numpy(), self.ends_B[:-1].tolist())
+        return np.split(self.data.numpy(), self.ends_I[:-1].tolist())
 
     def sizes(self) -> list[tuple[int, int] | None]:
         """Width and height that each declares; None where it is no image."""
-        return [(width, height) if width else None for width, height in self.sizes_B2.tolist()]
+        return [(width, height) if width else None for width, height in self.sizes_I2.tolist()]

@@ -5,6 +5,9 @@ which training reads. Columns of both: `id` (unique in the folder, stable), `lab
 `caption` and `checksum` (of the other columns, held against them at every read). Images have `image`, the bytes of a
 file. Latents have `mean` and, as the description says, `log_variance` of the autoencoder's posterior, and both of the
 mirrored image. Latents are raw: shift and scale are recorded beside them and applied in core/latents.py alone.
+
+Interleaved samples have several images each, and `segments` (`interleaved.py`): of images, `images` holds the files one
+behind another, and `image_ends` where each ends; arrays of latents are [n, C, Y, X].
 """
 
 import bisect
@@ -26,8 +29,9 @@ from numpy.typing import NDArray
 
 from cfpretrain.base.console import UserError
 from cfpretrain.base.files import parse_json, read_json
-from cfpretrain.base.typed import from_plain
+from cfpretrain.base.typed import Natural, from_plain
 from cfpretrain.data.cache import Cache, ShardFile
+from cfpretrain.data.interleaved import check_images
 from cfpretrain.data.mosaic import encodings
 from cfpretrain.data.storage import LocalFolder, Source, open_source
 
@@ -64,6 +68,7 @@ class ImagesInfo:
     versions: dict[str, str] = field(default_factory=dict)  # of what wrote them
     background: tuple[int, int, int] = (255, 255, 255)  # RGB behind what was transparent
     changes: dict[str, int] = field(default_factory=dict)  # images that lost something, by what: see images.py
+    most_segments: Natural = 0  # texts and images of an interleaved sample; 0: each sample is an image
 
 
 @dataclass(frozen=True)
@@ -84,33 +89,43 @@ class LatentsInfo:
     has_mirror: bool = False  # the mirrored images' moments are there; pixels need none, they are flipped
     statistics: dict[str, list[float]] = field(default_factory=dict)  # mean and std of raw latents, one a channel
     versions: dict[str, str] = field(default_factory=dict)  # of what wrote them
+    most_segments: Natural = 0  # texts and images of an interleaved sample; 0: each sample is an image
 
 
 Info = ImagesInfo | LatentsInfo
 _KINDS: dict[str, type[ImagesInfo] | type[LatentsInfo]] = {cls.kind: cls for cls in (ImagesInfo, LatentsInfo)}
 
 
-def image_columns() -> dict[str, str]:
+def image_columns(is_interleaved: bool = False) -> dict[str, str]:
     """The columns of image shards, with their MDS encodings."""
+    if is_interleaved:
+        return {**_COMMON_COLUMNS, "segments": "str", "images": "bytes", "image_ends": "ndarray:int64"}
     return {**_COMMON_COLUMNS, "image": "bytes"}
 
 
-def latent_columns(latent_shape: Sequence[int], has_posterior: bool, has_mirror: bool) -> dict[str, str]:
+def latent_columns(
+    latent_shape: Sequence[int], has_posterior: bool, has_mirror: bool, is_interleaved: bool = False
+) -> dict[str, str]:
     """The columns of latent shards, with their MDS encodings."""
-    array = "ndarray:float16:" + ",".join(map(str, latent_shape))
+    array = "ndarray:float16" + (":" + ",".join(map(str, latent_shape))) * (not is_interleaved)
     names = ["mean"]
     if has_posterior:
         names.append("log_variance")
     if has_mirror:
         names += [f"mirror_{name}" for name in names]
-    return {**_COMMON_COLUMNS, **dict.fromkeys(names, array)}
+    return {**_COMMON_COLUMNS, **dict.fromkeys(["segments"] * is_interleaved, "str"), **dict.fromkeys(names, array)}
 
 
 def columns_of(info: Info) -> dict[str, str]:
     """The columns that a folder of this description has."""
+    is_interleaved = info.most_segments > 0
     if isinstance(info, ImagesInfo):
-        return image_columns()
-    return latent_columns(info.latent_shape, info.has_posterior, info.has_mirror)
+        return image_columns(is_interleaved)
+    return latent_columns(info.latent_shape, info.has_posterior, info.has_mirror, is_interleaved)
+
+
+def _latent_shape(info: Info) -> tuple[int, ...]:
+    return () if isinstance(info, ImagesInfo) else info.latent_shape
 
 
 def checksum(sample: Mapping[str, Any]) -> int:
@@ -180,7 +195,7 @@ def _parse_info(text: str, where: str) -> Info:
         cls = _KINDS[plain.pop("kind")]
         del plain["plan"]
         info: Info = from_plain(cls, plain, "its values")
-        shape = () if isinstance(info, ImagesInfo) else info.latent_shape
+        shape = _latent_shape(info)
         sizes = (info.image_size, *shape)
         # A crop or an array of these sizes would be made.
         if min(sizes) < 0 or 0 in shape or max(sizes) > _LARGEST_SIDE or math.prod(shape) > _LARGEST_SIDE**2:
@@ -277,11 +292,13 @@ class Shards:
                         sample = self._decode(_sample_bytes(opened, place, file.num_bytes))
                         if checksum(sample) != sample["checksum"]:
                             raise ValueError("its checksum differs")
+                        if self.info.most_segments:
+                            check_images(sample, self.info.most_segments, _latent_shape(self.info))
                         if not 0 <= sample["label"] < len(self.info.class_names):
                             raise ValueError(f"its label is {sample['label']}, of {len(self.info.class_names)} classes")
                         samples.append(sample)
                     return samples
-                except (ValueError, IndexError, TypeError, OSError, MemoryError) as error:
+                except (ValueError, ArithmeticError, LookupError, TypeError, OSError, MemoryError) as error:
                     problem = f"sample {place} is damaged ({error})"
             if not self.source.drop(file):
                 break

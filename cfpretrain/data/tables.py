@@ -1,5 +1,7 @@
 """Tables of images: .csv or .jsonl, a row for each image, with the columns `path`, `label` and `caption`.
 
+In place of `path`, `segments` has the texts and images of an interleaved sample (`interleaved.py`): then in every row.
+
 The names of columns are compared without case and outer spaces. An unknown column is an error unless it is ignored by
 name: after a typo in `label`, training would silently go on without labels.
 """
@@ -18,16 +20,18 @@ from typing import Any
 
 from cfpretrain.base.console import UserError
 from cfpretrain.base.files import open_to_read, parse_json
+from cfpretrain.data.interleaved import column_of, take_apart
 
 TABLES = (".csv", ".jsonl")
 UNLABELLED = "unlabelled"  # the one class of a table without labels
 
-_COLUMNS = ("path", "label", "caption")
+_COLUMNS = ("path", "label", "caption", "segments")
 _UNREAD = ("index",)  # of the tables that tools/sample.py writes: the number of the class beside its name
 _OTHER_NAMES = {
     "path": ("file", "filename", "filepath", "image", "imagepath", "imagefile", "img", "imgpath"),
     "label": ("class", "classname", "classid", "classlabel", "labelid", "category", "target", "species", "tag", "y"),
     "caption": ("text", "prompt", "description", "title"),
+    "segments": ("interleaved", "sequence", "parts"),
 }
 _MEANT_BY = {name: column for column, names in _OTHER_NAMES.items() for name in (column, *names)}
 _LIKENESS = 0.75  # of two names, as difflib measures it, from which on one is taken for a typo of the other
@@ -48,7 +52,8 @@ _Records = list[tuple[int, dict[str, Any]]]  # (line, value of each known column
 class Table:
     """The rows of a table, in its order."""
 
-    paths: Sequence[str]
+    paths: Sequence[Sequence[str]]  # of the images of each row
+    segments: Sequence[str]  # as a shard has them; "" where rows are images
     labels: Sequence[int]
     captions: Sequence[str]
     class_names: tuple[str, ...]
@@ -63,8 +68,9 @@ def read_table(file: Path, ignore: Iterable[str] = ()) -> Table:
         ignore: names of columns that are left out.
     """
     left_out = {_normal(name): name for name in ignore}
-    if "path" in left_out:
-        raise UserError("--ignore-columns: expected columns other than path, which says where the images are")
+    for column in ("path", "segments"):
+        if column in left_out:
+            raise UserError(f"--ignore-columns: expected columns other than {column}, which says where images are")
     records: _Records = []
     columns: dict[tuple[str, ...], list[str]] = {}  # the known ones, by names as they are written
     for line, names, values in _read_rows(file):
@@ -81,11 +87,30 @@ def read_table(file: Path, ignore: Iterable[str] = ()) -> Table:
             f"--ignore-columns: expected columns of {file} ({', '.join(there):.200}), got {', '.join(absent)}; "
             "correct or leave out"
         )
-    paths = [_text(file, line, record, "path") for line, record in records]
+    paths, segments = zip(*(_images(file, line, record) for line, record in records), strict=True)
+    if any(segments) and not all(segments):
+        line = records[segments.index("")][0]
+        raise UserError(f"images: {file}, line {line}: expected segments, as in other rows, got none; add them")
     labels, class_names = _classes(file, records)
     captions = [_text(file, line, record, "caption") for line, record in records]
     ignored = sorted(name.strip() or "without a name" for name in there if _normal(name) in left_out)
-    return Table(paths, labels, captions, class_names, ignored)
+    return Table(paths, segments, labels, captions, class_names, ignored)
+
+
+def _images(file: Path, line: int, record: dict[str, Any]) -> tuple[list[str], str]:
+    """The paths of a row's images, and its segments as a shard has them."""
+    value = record.get("segments")
+    if not value:
+        return [_text(file, line, record, "path")], ""
+    where = f"images: {file}, line {line}: segments"
+    if record.get("path"):
+        raise UserError(f"{where}: expected no path beside them, got {record['path']!r:.40}; leave one out")
+    try:
+        segments, paths = take_apart(parse_json(value, tuple) if isinstance(value, str) else value)
+        column = column_of(segments)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}; fix them") from error
+    return [_text(file, line, {"path": path}, "path") for path in paths], column
 
 
 def _is_csv(file: Path) -> bool:
@@ -135,7 +160,7 @@ def _read_csv(file: Path, text: io.TextIOBase) -> Iterator[_Row]:
 
 
 def _check_has_path(file: Path, names: Sequence[str]) -> None:
-    if "path" in map(_normal, names):
+    if {"path", "segments"}.intersection(map(_normal, names)):
         return
     meant = [name for name in names if _meant(name) == "path"]
     got, advice = ", ".join(names) or "nothing", "add it"

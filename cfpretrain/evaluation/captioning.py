@@ -14,16 +14,20 @@ from cfpretrain.base.console import UserError
 from cfpretrain.core.context import Predictor
 from cfpretrain.core.continuation import Writing, caption_images
 from cfpretrain.core.latents import patchify
+from cfpretrain.core.texts import Marks
+from cfpretrain.data.cache import Cache
 from cfpretrain.data.shards import LatentsInfo, Shards
 from cfpretrain.data.tokenizer import TextTokenizer
-from cfpretrain.run.build import make_scaling
+from cfpretrain.evaluation.captions import caption_scores
+from cfpretrain.evaluation.perplexity import Likelihood, caption_likelihood, perplexity
+from cfpretrain.run.build import make_scaling, make_tokenizer
 
 
-def read_captioned(folder: Path, config: Config, num_samples: int, key: str) -> tuple[Tensor, list[str]]:
+def read_captioned(folder: Path | str, config: Config, num_samples: int, key: str) -> tuple[Tensor, list[str]]:
     """The first samples of latent shards: tokens as the model sees them, of posteriors' means, and captions.
 
     Args:
-        folder: of the shards.
+        folder: of the shards, or its address.
         config: of the model.
         num_samples: at most so many.
         key: what gave the folder, for messages.
@@ -31,10 +35,12 @@ def read_captioned(folder: Path, config: Config, num_samples: int, key: str) -> 
     Returns:
         float32 [B, L, P] on the CPU, and a text for each.
     """
-    shards = Shards(folder, key)
+    shards = Shards(folder, key, Cache.of(config.data))
     model, info = config.model, shards.info
     if not isinstance(info, LatentsInfo):
         raise UserError(f"{key}: expected latent shards, got image shards in {folder}; encode them first")
+    if info.most_segments:
+        raise UserError(f"{key}: expected samples of an image and its caption, got interleaved ones in {folder}")
     expected = (model.latent_channels, model.latent_size, model.latent_size)
     if tuple(info.latent_shape) != expected:
         raise UserError(f"{key}: expected latents of {expected}, as the model has, got {tuple(info.latent_shape)}")
@@ -82,3 +88,50 @@ class Captioner:
             on_done(min((first + runtime.world_size()) * self.batch_size, num_images))
         found = {number: text for of_rank in runtime.gather(mine) for number, text in of_rank.items()}
         return [found[number] for number in range(num_images)]
+
+
+class HeldOut:
+    """Images with captions that a model is scored by while it trains: how it captions them, and what it draws of these.
+
+    All ranks call it together.
+    """
+
+    def __init__(self, config: Config) -> None:
+        """Reads them; UserError where a caption is too long."""
+        asked, tokenizer, model = config.evaluation, make_tokenizer(config), config.model
+        assert tokenizer is not None
+        self._images_BLP, self.captions = read_captioned(
+            asked.captions, config, asked.num_captions, "evaluation.captions"
+        )
+        self.texts = tokenizer.encode_batch(self.captions)
+        longest = max(map(len, self.texts))
+        if longest > model.max_text_tokens - 2:
+            raise UserError(
+                f"model.max_text_tokens: expected at least {longest + 2}, the tokens of a caption in {asked.captions} "
+                f"and the two that frame it, got {model.max_text_tokens}; raise it, or shorten the caption"
+            )
+        self.marks, self._tokenizer = Marks(*tokenizer.marks), tokenizer
+        self._writing = Writing(self.marks, model.max_text_tokens, config.run.seed, go_on=_on_any_rank)
+        self._batch_size = config.train.micro_batch_size
+
+    def scores(self, model: Predictor, device: torch.device, on_step: Callable[[], None]) -> dict[str, float]:
+        """Of captions, the likeliest: `captions.caption_scores` and "perplexity"; `on_step` is called now and then."""
+
+        def read(places: Sequence[int]) -> Tensor:
+            return self._images_BLP[list(places)].to(device)
+
+        def likelihood(first: int) -> Likelihood:
+            places = range(len(self.texts))[first : first + self._batch_size]
+            on_step()
+            return caption_likelihood(model, read(places), [self.texts[i] for i in places], self.marks)
+
+        captioner = Captioner(model, self._tokenizer, self._writing, self._batch_size)
+        written = captioner.captions(read, len(self.texts), on_done=lambda _: on_step())
+        # On all ranks, which is cheap beside writing.
+        found = [likelihood(first) for first in range(0, len(self.texts), self._batch_size)]
+        scores = caption_scores(written, [[caption] for caption in self.captions])
+        return scores | {"perplexity": perplexity(found)}
+
+
+def _on_any_rank(is_open: bool) -> bool:
+    return bool(runtime.sum_over_ranks(torch.tensor([float(is_open)])))

@@ -5,7 +5,7 @@ the run folder.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,9 +17,10 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, one_line, phase
 from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.sampler import Guidance, Model
+from cfpretrain.evaluation.captioning import HeldOut
 from cfpretrain.evaluation.feature_sums import add, over_ranks, sums_of
 from cfpretrain.evaluation.features import make_extractor
-from cfpretrain.evaluation.generation import Decode, GenerationSettings, ImageGenerator, to_pixels
+from cfpretrain.evaluation.generation import Condition, Decode, GenerationSettings, ImageGenerator, to_pixels
 from cfpretrain.evaluation.given_images import say_sizes
 from cfpretrain.evaluation.inception_score import splits_of
 from cfpretrain.evaluation.references import load_reference
@@ -66,13 +67,20 @@ class Evaluator:
             "features": self._extractor.fingerprint,
             "reference": reference.record["fingerprint"],
         }
-        for key in ("every_steps", "feature_weights"):
+        # Scores of before are as good as those that ask for no captions.
+        unasked = () if asked.captions else ("captions", "num_captions")
+        for key in ("every_steps", "feature_weights", *unasked):
             del self.measured_by[key]
         # Precision and recall of so few images say little, and their features are large.
         self._reference = dataclasses.replace(reference.statistics, neighbours_KF=None)
         self._real_size = reference.image_size  # None once compared with the size of the model's images
         self._config, self._device = config, device
-        self._labels = [i % config.model.num_classes for i in range(asked.num_images)]
+        with runtime.together():
+            self._held_out = HeldOut(config) if asked.captions else None
+        conditions: Sequence[Condition] = range(max(1, config.model.num_classes))
+        if self._held_out is not None and config.data.tasks.text_to_image:
+            conditions = self._held_out.texts
+        self._conditions = [conditions[i % len(conditions)] for i in range(asked.num_images)]
         self._splits_N = splits_of(asked.num_images)
         self._settings = GenerationSettings(
             equal_sizes(config.model.num_tokens, asked.num_ar_steps),
@@ -90,8 +98,9 @@ class Evaluator:
     def __call__(self, model: Model, decode: Decode, on_step: Callable[[], None] = lambda: None) -> dict[str, float]:
         """The model's scores, by the names of `scores.compare`; equal on all ranks. Arguments as `ImageGenerator`'s."""
         sums = self._none
-        generator = ImageGenerator(self._config, model, self._settings, self._device)
-        for ids_B, images_BCYX in generator.batches(self._labels, decode, on_step=on_step):
+        marks = None if self._held_out is None else self._held_out.marks
+        generator = ImageGenerator(self._config, model, self._settings, self._device, marks)
+        for ids_B, images_BCYX in generator.batches(self._conditions, decode, on_step=on_step):
             say_sizes((images_BCYX.shape[3], images_BCYX.shape[2]), self._real_size)
             self._real_size = None
             features = self._extractor(to_pixels(images_BCYX))
@@ -106,6 +115,8 @@ class Evaluator:
                     raise UserError(f"scores cannot be computed: {one_line(error)}") from error
         # One rank's digits decide which checkpoint stays.
         agreed: dict[str, float] = runtime.gather(scores)[0]
+        if self._held_out is not None and self._config.data.tasks.image_to_text:
+            agreed |= self._held_out.scores(model, self._device, on_step)
         return agreed
 
 

@@ -30,6 +30,7 @@ from cfpretrain.data.images import (
     read_file,
     read_image,
 )
+from cfpretrain.data.interleaved import refuse_interleaved
 from cfpretrain.data.listing import ImageFinder
 from cfpretrain.data.shards import INFO_FILE, ImagesInfo, Shards
 from cfpretrain.evaluation import array_files
@@ -193,6 +194,7 @@ class _FromShards(GivenImages):
         info = self._shards.info
         if not isinstance(info, ImagesInfo):
             raise UserError(f"{key}: expected shards of images, got latents in {folder}; give those they were made of")
+        refuse_interleaved(info.most_segments, f"{key}: {folder}")
         super().__init__(folder, key, info.background)
         self._crop = info.image_size if info.store == "original" else None
         self.fingerprint = self._shards.fingerprint

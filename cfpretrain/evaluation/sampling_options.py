@@ -67,7 +67,7 @@ def add_text_options(parser: argparse.ArgumentParser, guidance_option: str) -> N
     add("--top-p", type=float, default=1.0, help="draw from the likeliest that reach p together (default 1: all)")
     add("--max-text-tokens", type=int, help="of a text, the two around it among them (default: the model's)")
     guidance_help = "away from a text without what comes before it; 1: none (default 1)"
-    add(guidance_option, dest="text_guidance", type=float, default=1.0, help=guidance_help)
+    add(guidance_option, dest="text_guidance", type=float, default=1.0, metavar="SCALE", help=guidance_help)
 
 
 def read_writing(arguments: argparse.Namespace, source: "Source", guidance_option: str) -> "Writing":

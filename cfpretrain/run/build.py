@@ -27,7 +27,9 @@ from cfpretrain.core.objective import Batch, DenoisingLoss
 from cfpretrain.core.process import NoiseProcess, make_process
 from cfpretrain.core.tasks import Tasks
 from cfpretrain.core.texts import TEXT, Marks
-from cfpretrain.data.samples import FOLDER_BIT, Prepare, Samples
+from cfpretrain.data.interleaved import num_images
+from cfpretrain.data.sample_texts import encode_texts
+from cfpretrain.data.samples import Prepare, Samples
 from cfpretrain.data.shards import read_info
 from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.run.checkpoint import TensorFile, check_shapes, open_weights
@@ -230,25 +232,13 @@ def make_prepare(config: Config) -> Prepare[Batch]:
     scaling, loss, model, tokenizer = make_scaling(config), make_loss(config), config.model, make_tokenizer(config)
 
     def prepare(samples: Samples, step: int) -> Batch:
-        draws = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, model.num_tokens, model.patch_values)
-        texts = [] if tokenizer is None else _tokens_of(samples, tokenizer, model.max_text_tokens)
-        batch = loss.prepare(scaling.to_model(samples.latents_BCYX), draws, tuple(samples.skipped), texts)
+        sizes = model.num_tokens, model.patch_values, list(map(num_images, samples.segments))
+        draws = loss.draw(step, samples.epoch, samples.ids_B, samples.labels_B, *sizes)
+        latents_BCYX, texts = scaling.to_model(samples.latents_BCYX), encode_texts(samples, tokenizer, config)
+        batch = loss.prepare(latents_BCYX, draws, tuple(samples.skipped), *texts)
         return dataclasses.replace(batch, skipped=tuple(samples.skipped.values()))
 
     return prepare
-
-
-def _tokens_of(samples: Samples, tokenizer: TextTokenizer, max_tokens: int) -> list[list[int]]:
-    """The tokens of each sample's caption, without those that frame it."""
-    texts = [tokenizer.encode(caption) for caption in samples.captions]
-    for sample_id, text in zip(samples.ids_B.tolist(), texts, strict=True):
-        if len(text) > max_tokens - 2:
-            raise UserError(
-                f"model.max_text_tokens: expected at least {len(text) + 2}, the tokens of the caption of sample "
-                f"{sample_id % (1 << FOLDER_BIT)} and the two that frame it, got {max_tokens}; raise it, or shorten "
-                "the caption"
-            )
-    return texts
 
 
 def make_scaling(config: Config) -> LatentScaling:
@@ -312,6 +302,8 @@ class RunCheckpoint:
 
     def class_names(self) -> tuple[str, ...]:
         """One for each class; their numbers where names are not known."""
+        if not self.config.model.num_classes:
+            return ()
         return tuple(self.state.class_names) or _names_of_shards(self.config)
 
     def make_autoencoder(self, device: torch.device) -> Autoencoder:

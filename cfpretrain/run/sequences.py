@@ -1,12 +1,14 @@
 """The sequences that training draws, from the config alone: of which segments, how often, how long, how much work.
 
 Captions differ in length. Memory is asked for where all are the longest (`model.max_text_tokens`); work is that of
-captions of one length, the mean of those in the shards where these can be read.
+captions of one length, the mean of those in the shards where these can be read. So it is of the texts of interleaved
+samples, of which the shards also say how many texts and images each has.
 """
 
 import functools
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +16,12 @@ import torch
 from cfpretrain.base.config import Config, ModelConfig, OrderConfig
 from cfpretrain.base.console import UserError
 from cfpretrain.core.ar import ARSettings
-from cfpretrain.core.modalities import class_segment, image_segment
+from cfpretrain.core.modalities import CLASS, IMAGE, class_segment, image_segment
 from cfpretrain.core.segments import Segment
+from cfpretrain.core.tasks import deal
 from cfpretrain.core.texts import TEXT, text_segment
 from cfpretrain.core.work import Work, expected_work, sequence_lengths
+from cfpretrain.data.interleaved import parse_column
 from cfpretrain.data.shards import Shards
 from cfpretrain.run.build import make_tokenizer
 
@@ -44,9 +48,45 @@ def drawn_samples(config: Config, num_text_tokens: int) -> list[Drawn]:
         "text_to_image": [Drawn(1 - without_text, [given, image]), Drawn(without_text, [image])],
         "image_to_text": [Drawn(1 - without_image, [image, learned]), Drawn(without_image, [learned])],
     }
+    if weights["interleaved"]:
+        ways["interleaved"] = [
+            Drawn(share, [learned if kind == TEXT else image for kind in kinds])
+            for kinds, share in _interleaved_kinds(config.data.shards, model.max_segments).items()
+        ]
     total = sum(weights.values())
-    found = [Drawn(weights[task] / total * way.share, way.segments) for task in weights for way in ways[task]]
-    return [one for one in found if one.share]
+    return [
+        Drawn(weights[task] / total * way.share, way.segments)
+        for task, of_task in ways.items()
+        for way in of_task
+        if weights[task] * way.share
+    ]
+
+
+@functools.cache
+def _interleaved_kinds(shards: tuple[str, ...], max_segments: int) -> dict[tuple[str, ...], float]:
+    """The kinds of the segments of interleaved samples, and the share of those that have them.
+
+    Of samples from all over the shards; where these cannot be read, of as many segments as there may be, in turn.
+    """
+    counts = Counter(
+        tuple(IMAGE if one is None else TEXT for one in parse_column(sample["segments"]))
+        for sample in _samples_at_hand(shards)
+        if "segments" in sample
+    )
+    if not counts:
+        return {tuple([IMAGE, TEXT] * max_segments)[:max_segments]: 1.0}
+    return {kinds: count / counts.total() for kinds, count in counts.items()}
+
+
+def _samples_at_hand(shards: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Samples from all over the shards; none where one of them is not on this machine."""
+    if not all(Path(address).is_dir() for address in shards):
+        return []
+    found: list[dict[str, Any]] = []
+    for folder in map(Shards, shards):
+        places = np.linspace(0, len(folder) - 1, min(len(folder), _MOST_READ // len(shards) + 1)).astype(int)
+        found += folder.samples(places.tolist())
+    return found
 
 
 def _one_step(num_tokens: int) -> torch.Tensor:
@@ -72,36 +112,54 @@ class Lengths(NamedTuple):
 
     computed: int  # by the trunk, padding included
     given: int  # of all slots that its samples share, some of which each leaves empty
+    noised: int  # of them, the noised ones of images
     learned_text: int  # of them, of which logits are made
 
 
 def longest(config: Config) -> Lengths:
-    """Where all captions are the longest, and a micro-batch has samples of every kind."""
-    weights = config.data.tasks
-    tasks = (weights.text_to_image > 0, weights.image_to_text > 0, weights.class_to_image > 0)
-    return _longest(config.model, config.order, config.clean_token_multiple(), tasks)
+    """Where all texts are the longest, and a micro-batch has samples of every kind."""
+    drawn = drawn_samples(config, config.model.max_text_tokens)
+    kinds = tuple(tuple((one.kind, one.targets is not None) for one in way.segments) for way in drawn)
+    return _longest(config.model, config.order, config.clean_token_multiple(), kinds)
 
 
 @functools.cache
-def _longest(model: ModelConfig, order: OrderConfig, clean_multiple: int, tasks: tuple[bool, bool, bool]) -> Lengths:
+def _longest(
+    model: ModelConfig, order: OrderConfig, clean_multiple: int, samples: tuple[tuple[tuple[str, bool], ...], ...]
+) -> Lengths:
+    """`samples`: the kinds of segments of each kind of sample, and whether their texts are learned."""
     ar, L, T = ARSettings(**vars(order)), model.num_tokens, model.max_text_tokens
-    has_before, has_behind, has_class = tasks
-    of_class, image = class_segment(model.num_cond_tokens), image_segment(_one_step(L))
-    if not (has_before or has_behind):
-        length = max(sequence_lengths([of_class, image], ar, clean_multiple))
-        return Lengths(length, length, 0)
-    text = text_segment(_one_step(T))
-    samples = [[of_class, image]] * has_class + [[text, image]] * has_before + [[image, text]] * has_behind
-    # Rows close up (`segments.build_layout`): as many clean columns as the sample with the most needs.
-    num_clean = max(max(sequence_lengths(segments, ar, 1)) - L for segments in samples)
-    slots = (model.num_cond_tokens * has_class, T * has_before, L, T * has_behind)
-    num_columns = min(-(-num_clean // clean_multiple) * clean_multiple, sum(slots))
-    return Lengths(num_columns + L, sum(slots) + L, slots[-1])
+    segments = {
+        CLASS: class_segment(model.num_cond_tokens),
+        IMAGE: image_segment(_one_step(L)),
+        TEXT: text_segment(torch.zeros(1, T, dtype=torch.int64)),
+    }
+    kinds_of = [[kind for kind, _ in sample] for sample in samples]
+    if TEXT not in kinds_of[0] and all(kinds == kinds_of[0] for kinds in kinds_of):
+        length = max(sequence_lengths([segments[kind] for kind in kinds_of[0]], ar, clean_multiple))
+        return Lengths(length, length, L * kinds_of[0].count(IMAGE), 0)
+    # Rows close up (`segments.build_layout`) to as many columns, clean and noised, as the sample with the most needs.
+    longest_of = [max(sequence_lengths([segments[kind] for kind in kinds], ar, 1)) for kinds in kinds_of]
+    num_clean = max(length - L * kinds.count(IMAGE) for length, kinds in zip(longest_of, kinds_of, strict=True))
+    num_noised = L * max(kinds.count(IMAGE) for kinds in kinds_of)
+    slots = {slot: kind for kinds in kinds_of for slot, kind in zip(deal(kinds), kinds, strict=True)}
+    learned = {
+        slot
+        for sample, kinds in zip(samples, kinds_of, strict=True)
+        for slot, (kind, is_learned) in zip(deal(kinds), sample, strict=True)
+        if kind == TEXT and is_learned
+    }
+    num_slot_tokens = sum(segments[kind].num_tokens for kind in slots.values())
+    num_columns = min(-(-num_clean // clean_multiple) * clean_multiple, num_slot_tokens)
+    num_noised_given = L * list(slots.values()).count(IMAGE)
+    num_given = num_slot_tokens + num_noised_given
+    return Lengths(num_columns + num_noised, num_given, num_noised_given, T * len(learned))
 
 
 def has_texts(config: Config) -> bool:
-    """Whether a sample may be trained with its caption."""
-    return any(one.kind == TEXT for drawn in drawn_samples(config, FRAME) for one in drawn.segments)
+    """Whether a sample may be trained with texts, or with whatever interleaved samples have."""
+    drawn = drawn_samples(config, FRAME)
+    return config.data.tasks.interleaved > 0 or any(one.kind == TEXT for way in drawn for one in way.segments)
 
 
 # ---------------------------------------------------------------------------
@@ -132,15 +190,17 @@ def captions_at_hand(config: Config) -> Captions:
     UserError where all are empty, or one is too long for the model.
     """
     data, most = config.data, config.model.max_text_tokens
-    is_here = Path(data.tokenizer).is_file() and all(Path(address).is_dir() for address in data.shards)
-    tokenizer = make_tokenizer(config) if is_here and has_texts(config) else None
-    if tokenizer is None:
+    samples = _samples_at_hand(data.shards) if has_texts(config) and Path(data.tokenizer).is_file() else []
+    tokenizer = make_tokenizer(config) if samples else None
+    texts: list[str] = []
+    if data.tasks.text_to_image + data.tasks.image_to_text:
+        texts += [sample["caption"] for sample in samples]
+    if data.tasks.interleaved:
+        of_samples = [parse_column(sample["segments"]) for sample in samples if "segments" in sample]
+        texts += [one for segments in of_samples for one in segments if one is not None]
+    if tokenizer is None or not texts:
         return Captions(most)
-    lengths: list[int] = []
-    for folder in map(Shards, data.shards):
-        places = np.linspace(0, len(folder) - 1, min(len(folder), _MOST_READ // len(data.shards) + 1)).astype(int)
-        texts = [sample["caption"] for sample in folder.samples(places.tolist())]
-        lengths += [FRAME + len(ids) for ids in tokenizer.encode_batch(texts)]
+    lengths = [FRAME + len(ids) for ids in tokenizer.encode_batch(texts)]
     found = Captions(
         round(sum(lengths) / len(lengths)),
         len(lengths),
@@ -153,8 +213,8 @@ def captions_at_hand(config: Config) -> Captions:
 
 
 def _check(found: Captions, config: Config) -> None:
-    task = next(name for name, weight in vars(config.data.tasks).items() if weight and "text" in name)
-    if found.num_empty == found.num_read:
+    task = next((name for name, weight in vars(config.data.tasks).items() if weight and "text" in name), "")
+    if task and found.num_empty == found.num_read:
         raise UserError(
             f"data.tasks.{task}: expected captions in {', '.join(config.data.shards)}, got none in {found.num_read:,} "
             "samples; give make_shards.py a table with a column `caption`, or set another task"

@@ -185,6 +185,8 @@ def _check_inputs(config: Config, device: torch.device) -> TrainingData:
         check_relative("data.shards", address)
     if config.evaluation.every_steps:
         check_relative("evaluation.reference", config.evaluation.reference)
+        if config.evaluation.captions:
+            check_relative("evaluation.captions", config.evaluation.captions)
     data, tokenizer = open_training_data(config, device), make_tokenizer(config)
     infos = data.latents
     check_infos(infos, config)

@@ -282,18 +282,18 @@ class _Step:
     def _activations(self) -> tuple[int, int, int]:
         """Bytes that the forward keeps for the backward, those that its blocks then add, and before that the logits."""
         model, engine = self.config.model, self.config.engine
-        B, L, lengths = self.config.micro_batch_size(self.num_ranks), model.num_tokens, longest(self.config)
-        M = lengths.computed
+        B, lengths = self.config.micro_batch_size(self.num_ranks), longest(self.config)
+        M, N = lengths.computed, lengths.noised
         num_masks = num_dense_masks(self.config, self.num_ranks, self.on_gpu)
         tensor = self.value * B * M * model.width
         # Torch turns the boolean mask into one to be added, again in each block.
         added_mask = self.value * num_masks * M * M
         design = model.design
         block = B * M * kept_of_block(design, self.value, self.on_gpu, engine.compile_blocks) + added_mask
-        loss = _KEPT_OF_LOSS * _FP32 * B * L * model.patch_values
+        loss = _KEPT_OF_LOSS * _FP32 * B * N * model.patch_values
         # The trunk's output, where it was given, and its norm, the projected tokens and their places, the boolean mask.
         output = self.value * B * max(M, lengths.given) * model.width
-        ends = output + self.value * B * L * model.width + B * (M * model.patch_values * self.value + 8 * M) + loss
+        ends = output + self.value * B * N * model.width + B * (M * model.patch_values * self.value + 8 * M) + loss
         ends += num_masks * M * M
         # Of the text head: the norm of its tokens, and the logarithms of their probabilities.
         logits = _FP32 * B * lengths.learned_text * model.vocabulary

@@ -92,12 +92,13 @@ class Trainer:
         if saved is not None:
             self.at = Counters(saved.step, saved.num_skipped, saved.num_rewinds, saved.train_seconds)
             position = Position(saved.epoch, saved.samples_in_epoch)
+        class_names = list(data.latents[0].class_names) if config.model.num_classes else []
         # What a checkpoint says besides counters and tensors.
         self.record: dict[str, Any] = {
             "seed": config.run.seed,
             "config": to_plain(config),
             "history": [] if saved is None else saved.history_with(to_plain(config)),
-            "class_names": list(data.latents[0].class_names),
+            "class_names": class_names,
             "autoencoder": data.latents[0].autoencoder,
             "data_kind": data.kind,
             "tokenizer": "" if tokenizer is None else tokenizer.fingerprint,
@@ -250,7 +251,8 @@ class Trainer:
         self.log.write([row])
         self.scored_step = step
         floor = "" if evaluator.floor is None else f" (floor {evaluator.floor:.4g})"
-        say(f"step {step}: {evaluator.name} {score:.4g}{floor}{', the best so far' * is_best}")
+        captions = f"; of captions: CIDEr-D {row['cider']:.4g}" if "cider" in row else ""
+        say(f"step {step}: {evaluator.name} {score:.4g}{floor}{', the best so far' * is_best}{captions}")
 
     # ------------------------------------------------------------------
     # The end

@@ -20,7 +20,7 @@ from cfpretrain.core.model import CausalFusion
 from cfpretrain.core.objective import DenoisingLoss
 from cfpretrain.core.texts import TEXT
 from cfpretrain.data.online import OnlineEncoder, TrainingData
-from cfpretrain.data.samples import ImageFiles, Visits
+from cfpretrain.data.samples import ImageFiles, Visits, place_images
 from cfpretrain.evaluation.figures import Floats, label_log, make_figure, quiet_ticks, save
 from cfpretrain.evaluation.pictures import INK, PAPER, QUIET
 
@@ -35,7 +35,7 @@ def read_means(data: TrainingData, config: Config, most: int) -> tuple[Tensor, T
     """Raw latents of at most so many samples from all over the first folder, their labels and captions.
 
     They are means of posteriors, not mirrored; those of images are encoded as training encodes them, and bad images
-    left out where training skips them.
+    left out where training skips them. Of interleaved samples, those of the first image.
     """
     shards = data.folders[0]
     places = np.linspace(0, len(shards) - 1, min(len(shards), most)).round().astype(int).tolist()
@@ -43,13 +43,17 @@ def read_means(data: TrainingData, config: Config, most: int) -> tuple[Tensor, T
     labels_N = torch.tensor([int(sample["label"]) for sample in samples])
     captions = [str(sample["caption"]) for sample in samples]
     if not data.encodings:
-        return torch.from_numpy(np.stack([sample["mean"] for sample in samples])).float(), labels_N, captions
+        shape = data.latents[0].latent_shape
+        means = [sample["mean"].reshape(-1, *shape)[0] for sample in samples]
+        return torch.from_numpy(np.stack(means)).float(), labels_N, captions
     ids_N = torch.tensor([int(sample["id"]) for sample in samples])
     images = ImageFiles.of(Visits(step=0, epoch=0, ids_B=ids_N, labels_B=labels_N, columns=samples))
     with deterministic_convolutions():
         moments, skipped = OnlineEncoder(data.encodings, config).moments(images, torch.zeros_like(ids_N).bool())
+    sample_I, _ = place_images(len(samples), images.segments)
+    first_N = torch.searchsorted(sample_I, torch.arange(len(samples)))
     good = [place for place in range(len(samples)) if place not in skipped]
-    return moments["mean"][good].float(), labels_N[good], [captions[place] for place in good]
+    return moments["mean"][first_N[good]].float(), labels_N[good], [captions[place] for place in good]
 
 
 @torch.no_grad()
@@ -64,9 +68,10 @@ def measure_loss_map(
 ) -> tuple[Floats, list[float], list[float]]:
     """Mean squared error of the prediction, by timestep and by the number of clean tokens before the AR step.
 
-    Splits, orders and timesteps follow their training laws, and so does what samples with texts are trained as; no
-    condition is dropped and AR weights are not applied. Latents are as the model sees them, and each is used `passes`
-    times, with other draws each time. `texts` are the tokens of each one's caption.
+    Splits, orders and timesteps follow their training laws, and so does what samples with texts are trained as, but
+    for interleaved ones, which are left out; no condition is dropped and AR weights are not applied. Latents are as the
+    model sees them, and each is used `passes` times, with other draws each time. `texts` are the tokens of each one's
+    caption.
 
     Returns:
         (errors [num_bins, L], NaN where nothing fell; edges of the timesteps; edges of the positions).
@@ -97,7 +102,11 @@ def _without_drops(loss: DenoisingLoss, task: str | None = None) -> DenoisingLos
     tasks = loss.tasks
     if tasks is not None:
         weights = tasks.weights if task is None else {task: 1.0}
-        tasks = replace(tasks, weights=weights, text_drop_prob=0.0, image_drop_prob=0.0)
+        pairs = {name: weight for name, weight in weights.items() if name != "interleaved" and weight}
+        # Where there are none but interleaved samples, images without any condition.
+        lacks_text = 0.0 if pairs else 1.0
+        weights = pairs or {"text_to_image": 1.0}
+        tasks = replace(tasks, weights=weights, text_drop_prob=lacks_text, image_drop_prob=0.0)
     return replace(loss, label_drop_prob=0.0, tasks=tasks)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cfpretrain.base.console import UserError
 from cfpretrain.data.images import read_image
+from cfpretrain.data.interleaved import refuse_interleaved
 from cfpretrain.data.shards import ImagesInfo, Shards
 from cfpretrain.evaluation.frechet import Gaussian, frechet_distance, gaussian_of, moments_of
 
@@ -27,6 +28,7 @@ def read_all_images(folder: str | Path, key: str) -> tuple[Tensor, Tensor]:
             f"{key}: expected shards of images, written by tools/make_shards.py with --store lossless, got {got} in "
             f"{folder}"
         )
+    refuse_interleaved(info.most_segments, f"{key}: {folder}")
     images_BCYX = np.empty((len(shards), info.channels, info.image_size, info.image_size), np.uint8)
     labels_B = np.empty(len(shards), np.int64)
     for i in range(len(shards)):

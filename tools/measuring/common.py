@@ -18,7 +18,7 @@ import cfpretrain
 from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config
-from cfpretrain.base.console import say
+from cfpretrain.base.console import UserError, say
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import LatentsInfo, columns_of
 from cfpretrain.data.tokenizer import SPECIAL
@@ -49,6 +49,7 @@ def on_noise(config: Config, folder: Path, num_samples: int = 0) -> Config:
         folder: gets the shards and the run folder.
         num_samples: in the shards; 0: two global batches.
     """
+    refuse_segments(config)
     model, data = config.model, config.data
     pixels = are_pixels(model.latent_channels)
 
@@ -60,7 +61,7 @@ def on_noise(config: Config, folder: Path, num_samples: int = 0) -> Config:
         latent_shape=(model.latent_channels, model.latent_size, model.latent_size),
         latent_shift=of_each_channel(data.latent_shift),
         latent_scale=of_each_channel(data.latent_scale),
-        class_names=tuple(map(str, range(model.num_classes))),
+        class_names=tuple(map(str, range(max(1, model.num_classes)))),
         num_samples=num_samples or max(2 * config.train.global_batch_size, _FEWEST_SAMPLES),
         source="noise",
         has_posterior=not pixels,
@@ -72,6 +73,15 @@ def on_noise(config: Config, folder: Path, num_samples: int = 0) -> Config:
         config = with_words(config, folder)
     runtime.barrier()
     return confined(config, folder, folder / "latents")
+
+
+def refuse_segments(config: Config) -> None:
+    """UserError where samples are trained as what those of noise are not."""
+    if config.data.tasks.interleaved:
+        raise UserError(
+            f"data.tasks.interleaved: expected 0, since samples are made here that have no segments, got "
+            f"{config.data.tasks.interleaved:g}; set it so, and the tasks of pairs"
+        )
 
 
 def with_words(config: Config, folder: Path) -> Config:

@@ -19,6 +19,7 @@ from cfpretrain.base.command_line import check_range
 from cfpretrain.base.config import Config, DataConfig, EngineConfig, ModelConfig, TrainConfig
 from cfpretrain.base.console import UserError, phase
 from cfpretrain.data.images import declared_size
+from cfpretrain.data.interleaved import refuse_interleaved
 from cfpretrain.data.latent_shards import Encoding, encode
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.online import TrainingData, open_training_data
@@ -91,6 +92,7 @@ def _open(arguments: argparse.Namespace, folder: Path, device: torch.device) -> 
     if not opened.encodings:
         raise UserError(f"--shards: expected image shards, got latents in {shards}; give the images they were made of")
     info = opened.latents[0]
+    refuse_interleaved(info.most_segments, f"--shards: {shards}")
     channels, size, _ = info.latent_shape
     model = ModelConfig(latent_size=size, latent_channels=channels, num_classes=len(info.class_names))
     data = replace(data, latent_shift=info.latent_shift, latent_scale=info.latent_scale)
