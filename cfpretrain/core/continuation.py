@@ -6,6 +6,7 @@ comes before it, a text without its image. Samples of a batch may be of differen
 continued as it is alone.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from cfpretrain.core import seeds
 from cfpretrain.core.context import Context, Predictor
-from cfpretrain.core.modalities import IMAGE
+from cfpretrain.core.modalities import IMAGE, clean_image_segment
 from cfpretrain.core.sampler import (
     Guidance,
     NoiseDraw,
@@ -23,7 +24,6 @@ from cfpretrain.core.sampler import (
     noise_by_image,
     sampling_orders,
 )
-from cfpretrain.core.segments import Segment
 from cfpretrain.core.solvers import Solver
 from cfpretrain.core.texts import TEXT, Marks
 from cfpretrain.core.token_choice import TokenChoice
@@ -260,18 +260,10 @@ def _frame(sample: Sequence[Part], precedes_image: bool, marks: Marks) -> list[l
 
 
 def _read_images(context: Context, images: Sequence[Tensor | None], ordinal_B: Tensor) -> None:
-    """Reads images, which some sequences may lack, each as clean tokens of one AR step."""
+    """Reads images, which some sequences may lack."""
     like = next(image for image in images if image is not None)
-    clean_BLP = torch.stack([torch.zeros_like(like) if image is None else image for image in images])
-    B, L = clean_BLP.shape[:2]
-    lacks_B1 = torch.tensor([[image is None] for image in images])
-    context.read(
-        Segment(
-            IMAGE,
-            torch.zeros(1, L, dtype=torch.int64),
-            is_padding_BL=lacks_B1.expand(-1, L) if lacks_B1.any() else None,
-            clean=clean_BLP,
-            positions_BL=torch.arange(L, device=clean_BLP.device).expand(B, -1),
-            ordinal_B=ordinal_B,
-        )
-    )
+    tokens_BLP = torch.stack([torch.zeros_like(like) if image is None else image for image in images])
+    segment, lacks_B1 = clean_image_segment(tokens_BLP, ordinal_B), torch.tensor([[image is None] for image in images])
+    if lacks_B1.any():
+        segment = dataclasses.replace(segment, is_padding_BL=lacks_B1.expand(-1, segment.num_tokens))
+    context.read(segment)

@@ -182,6 +182,14 @@ def image_segment(steps_BL: Tensor) -> Segment:
     return Segment(IMAGE, steps_BL, is_noised=True)
 
 
+def clean_image_segment(tokens_BLP: Tensor, ordinal_B: Tensor | None = None) -> Segment:
+    """Images that are only given: tokens in raster order, float32 [B, L, P], clean and in one AR step."""
+    B, L = tokens_BLP.shape[:2]
+    positions_BL = torch.arange(L, device=tokens_BLP.device).expand(B, L)
+    steps_BL = torch.zeros(1, L, dtype=torch.int64)
+    return Segment(IMAGE, steps_BL, clean=tokens_BLP, positions_BL=positions_BL, ordinal_B=ordinal_B)
+
+
 class ImageEmbedder(nn.Module):
     """Tokens x of an image -> vectors: W x + b + position for clean ones, and + TimestepEmbedder(t) for noised ones."""
 

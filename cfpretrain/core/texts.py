@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cfpretrain.core.design import BlockDesign
 from cfpretrain.core.modalities import MODALITIES, LossTerms, Modality, Vectors, count_values, join
 from cfpretrain.core.norm import make_norm
-from cfpretrain.core.segments import Segment
+from cfpretrain.core.segments import Segment, tensors_of
 
 TEXT = "text"
 
@@ -71,8 +71,7 @@ class TextEmbedder(nn.Module):
 
     def forward(self, segments: Sequence[Segment]) -> Vectors:
         """The clean vectors of all tokens of all segments."""
-        ids_BT = join([one.clean for one in segments if one.clean is not None])
-        places_BT = join([one.positions_BL for one in segments if one.positions_BL is not None])
+        ids_BT, places_BT = (join(tensors_of(segments, name)) for name in ("clean", "positions_BL"))
         vectors_BTD = self.embedding_table(ids_BT)
         return vectors_BTD if self.position_table is None else vectors_BTD + self.position_table(places_BT), None
 
@@ -116,8 +115,7 @@ class Texts(Modality):
     @staticmethod
     def loss(prediction_BTV: Tensor, segments: Sequence[Segment]) -> LossTerms:
         """The sum of -log softmax(prediction)[next token], where a text is learned and has a next token."""
-        targets_BT = join([one.targets for one in segments if one.targets is not None])
-        weights_BT = join([one.weights_BL for one in segments if one.weights_BL is not None])
+        targets_BT, weights_BT = (join(tensors_of(segments, name)) for name in ("targets", "weights_BL"))
         # Of padding too, at the weight 0: to leave it out, the host would wait for a GPU.
         error_N = F.cross_entropy(prediction_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
         return LossTerms(

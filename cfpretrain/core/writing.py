@@ -45,7 +45,8 @@ def write_texts(
     """
     device, copies = keys_B.device, 1 if guidance == 1 else 2
     texts = [[marks.begin, *prefix] for prefix in prefixes]
-    logits_BV, length_B = read_texts(context, texts * copies, marks.pad, device, ordinal_B)
+    logits_BTV, length_B = read_texts(context, texts * copies, marks.pad, device, ordinal_B)
+    logits_BV = logits_BTV[torch.arange(len(length_B), device=device), length_B - 1]
     length_B = length_B[: len(texts)]
     is_open_B = torch.ones(len(texts), dtype=torch.bool, device=device)
     written = []
@@ -76,7 +77,7 @@ def read_texts(
     device: torch.device,
     ordinal_B: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Reads texts, of which some may be empty: the logits of each one's next token [B, V], and its length, int64 [B].
+    """Reads texts, of which some may be empty: the logits behind each token [B, T, V], and their lengths, int64 [B].
 
     Arguments as of `write_texts`, but that texts have the tokens that frame them.
     """
@@ -87,9 +88,7 @@ def read_texts(
     assert segment.positions_BL is not None
     clean, positions_BL = segment.clean.to(device), segment.positions_BL.to(device)
     segment = dataclasses.replace(segment, clean=clean, positions_BL=positions_BL, ordinal_B=ordinal_B)
-    logits_BTV = context.read(segment)[TEXT]
-    length_B = length_B.to(device)
-    return logits_BTV[torch.arange(len(texts), device=device), length_B - 1], length_B
+    return context.read(segment)[TEXT], length_B.to(device)
 
 
 def _guide(logits_BV: Tensor, scale: float) -> Tensor:

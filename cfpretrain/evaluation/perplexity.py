@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cfpretrain.core.context import Context, Predictor
-from cfpretrain.core.modalities import IMAGE
-from cfpretrain.core.segments import Segment
-from cfpretrain.core.texts import TEXT, Marks, pad_texts, text_segment
+from cfpretrain.core.modalities import clean_image_segment
+from cfpretrain.core.texts import Marks, pad_texts
+from cfpretrain.core.writing import read_texts
 
 
 class Likelihood(NamedTuple):
@@ -33,23 +33,12 @@ def caption_likelihood(
         texts: the tokens of each one's caption, without those that frame it.
         marks: these.
     """
-    B, L, _ = images_BLP.shape
-    device = images_BLP.device
-    ids_BT, length_B = pad_texts([[marks.begin, *text, marks.end] for text in texts], marks.pad)
-    context = Context(model, L + ids_BT.shape[1])
-    first_B, positions_BL = torch.zeros(B, dtype=torch.int64, device=device), torch.arange(L, device=device)
-    context.read(Segment(IMAGE, clean=images_BLP, positions_BL=positions_BL.expand(B, L), ordinal_B=first_B))
-    given = text_segment(ids_BT, length_B)
-    assert given.positions_BL is not None
-    behind = Segment(
-        TEXT,
-        given.steps_BL,
-        is_padding_BL=given.is_padding_BL,
-        clean=ids_BT.to(device),
-        positions_BL=given.positions_BL.to(device),
-        ordinal_B=first_B + 1,
-    )
-    logits_BTV = context.read(behind)[TEXT]
+    device, framed = images_BLP.device, [[marks.begin, *text, marks.end] for text in texts]
+    ids_BT, length_B = pad_texts(framed, marks.pad)
+    context = Context(model, images_BLP.shape[1] + ids_BT.shape[1])
+    first_B = torch.zeros(len(texts), dtype=torch.int64, device=device)
+    context.read(clean_image_segment(images_BLP, first_B))
+    logits_BTV, _ = read_texts(context, framed, marks.pad, device, first_B + 1)
     log_p_BTV = F.log_softmax(logits_BTV[:, :-1].double(), -1)
     log_p_BT = log_p_BTV.gather(-1, ids_BT[:, 1:, None].to(device)).squeeze(-1).cpu()
     has_next_BT = torch.arange(1, ids_BT.shape[1]) < length_B[:, None]

@@ -22,9 +22,9 @@ from cfpretrain.base import runtime
 from cfpretrain.base.console import UserError, say
 from cfpretrain.core import seeds
 from cfpretrain.core.continuation import Writing, caption_images
-from cfpretrain.core.modalities import IMAGE
+from cfpretrain.core.modalities import clean_image_segment
 from cfpretrain.core.model import Network
-from cfpretrain.core.segments import Segment, build_layout, with_rotary_positions
+from cfpretrain.core.segments import build_layout, with_rotary_positions
 from cfpretrain.core.texts import TEXT, text_segment
 from cfpretrain.evaluation.captioning import read_captioned
 from cfpretrain.evaluation.source import load_source
@@ -73,15 +73,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 @torch.no_grad()
 def caption_plainly(model: Network, images_BLP: Tensor, writing: Writing) -> list[list[int]]:
     """What `caption_images` does greedily and without guidance, with the whole sequence computed for each token."""
-    (B, L, _), device, marks = images_BLP.shape, images_BLP.device, writing.marks
+    B, device, marks = len(images_BLP), images_BLP.device, writing.marks
     first_B = torch.zeros(B, dtype=torch.int64)
-    image = Segment(
-        IMAGE,
-        torch.zeros(1, L, dtype=torch.int64),
-        clean=images_BLP,
-        positions_BL=torch.arange(L).expand(B, L),
-        ordinal_B=first_B,
-    )
+    image = clean_image_segment(images_BLP, first_B)
     ids_BT = torch.full((B, 1), marks.begin)
     has_ended_B = torch.zeros(B, dtype=torch.bool)
     while not has_ended_B.all() and ids_BT.shape[1] < writing.max_tokens - 1:
