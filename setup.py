@@ -37,7 +37,7 @@ setup(
         "numpy",
         "matplotlib",
         "pillow",
-        "tokenizers>=0.21",
+        "tokenizers>=0.21",  # texts
         "psutil",
         "tqdm",
         "wandb",

@@ -49,6 +49,14 @@ def of_pictures(pipe: Any, given: Any) -> dict[str, Any]:
     }
 
 
+def run_card(folder: Path) -> dict[str, int]:
+    """What the code of a model card makes: how many of which."""
+    _, code, *_ = (folder / "README.md").read_text().split("```")
+    scope: dict[str, Any] = {}
+    exec(code.removeprefix("python").replace("FOLDER_OR_REPOSITORY", str(folder)), scope)
+    return {name: len(value) for name, value in scope.items() if isinstance(value, list)}
+
+
 def main() -> None:
     given_file, made_file, prompts, *exports = sys.argv[1:]
     with contextlib.suppress(ImportError):
@@ -88,6 +96,10 @@ def main() -> None:
         if folder == exports[0]:
             make(f"{name} hub", load_from_hub(folder))
             said |= of_pictures(pipe, given)
+            said["card"] = run_card(Path(folder))
+            half = load(folder, torch_dtype=torch.bfloat16)
+            made["half prompt"] = half(prompt=asked, **QUICK).images
+            said["half captions"] = half.caption(latents=given)
     said["strangers"] = sorted({name.split(".")[0] for name in sys.modules} & {"cfpretrain", "transformers"})
     save_file({name: value.float().contiguous() for name, value in made.items()}, made_file)
     print(json.dumps(said))

@@ -54,13 +54,13 @@ def write_run(folder: Path, shards: Path, *overrides: str, **state: Any) -> Path
     return folder
 
 
-def write_text_run(folder: Path, shards: Path, *overrides: str) -> Path:
+def write_text_run(folder: Path, shards: Path, *overrides: str, **state: Any) -> Path:
     """The same of a model with texts of `TOKENIZER`."""
     copy = folder / build.TOKENIZER_FILE
     sizes = (f"model.vocabulary={TOKENIZER.size}", "model.max_text_tokens=32", "model.max_segments=5")
     tasks = (f"data.tasks.{name}={i}" for i, name in enumerate(("class_to_image", "image_to_text", "text_to_image"), 1))
     texts = (*sizes, *tasks, f"data.tokenizer={copy}")
-    write_run(folder, shards, *texts, *overrides, tokenizer=TOKENIZER.fingerprint)
+    write_run(folder, shards, *texts, *overrides, **{"tokenizer": TOKENIZER.fingerprint, **state})
     copy.write_text(TOKENIZER.to_json())
     return folder
 

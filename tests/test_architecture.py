@@ -38,6 +38,7 @@ DOORS = {
 # Options whose help speaks of a file. `config.load` expands the first; a region may name a mask's file in its text, and
 # a part of a sample an image's, which interleave.py expands.
 NO_PATHS = {"--config", "--region", "--max-shard-gb", "--dtype", "--size", "--store", "parts"}
+TEXTS = {".md", ".py", ".sh", ".yaml"}
 MODULES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((REPOSITORY / "tools").rglob("*.py"))
 SCRIPTS += sorted((REPOSITORY / "examples").rglob("*.py"))
@@ -171,3 +172,16 @@ def test_what_writes_goes_through_files() -> None:
 def test_a_line_that_writes_by_itself_is_found(line: str) -> None:
     (call,) = (node for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Call))
     assert writes_by_itself(call)
+
+
+def test_no_half_of_a_merge_is_left() -> None:
+    """In what people read, and in code: the marks that git writes around two versions of a passage."""
+    folders = ("cfpretrain", "cluster", "configs", "docs", "examples", "tests", "tools")
+    texts = [path for folder in folders for path in (REPOSITORY / folder).rglob("*") if path.suffix in TEXTS]
+    found = [
+        f"{path.relative_to(REPOSITORY)}:{number}"
+        for path in [*texts, *REPOSITORY.glob("*.md"), *REPOSITORY.glob("*.toml"), REPOSITORY / "Makefile"]
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if re.match(r"(<{7}|>{7}|\|{7}) ", line)
+    ]
+    assert found == []

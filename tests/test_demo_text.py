@@ -10,6 +10,7 @@ from PIL import Image
 
 from cfpretrain.core import seeds
 from examples.digits import captions, described
+from examples.digits.analogies import NEVER_ASKED, RULES
 from examples.digits.captioned_digits import HELD_OUT_FILE, TRAIN_FILE, read_words
 from examples.digits.text_report import CAPTIONS_FILE, PROMPTS_FILE, REPORT_FILE
 from examples.digits.variants import variant
@@ -149,3 +150,22 @@ def test_a_short_form_of_the_demo(folder: Path, tmp_path: Path) -> None:
     for name in (CAPTIONS_FILE, PROMPTS_FILE):
         with Image.open(run / name) as picture:
             assert min(picture.size) > 500
+
+
+def test_analogies_are_of_rules_that_are_asked(folder: Path, tmp_path: Path) -> None:
+    table = tmp_path / "analogies.jsonl"
+    ran("examples/digits/analogies.py", folder, f"--out={table}", "--num=300")
+    _, rows = read(folder / TRAIN_FILE)
+    labels = {row["path"]: int(row["label"]) for row in rows}
+    asked = set()
+    for line in table.read_text().splitlines():
+        parts = json.loads(line)["segments"]
+        a, b, c, d = (labels[part["image"]] for part in parts[::2])
+        words = captions.DIGITS
+        assert parts[1::2] == [words[a], words[b], f"{words[c]} {words[d]}"]
+        rule = (b - a) % 10
+        assert (d - c) % 10 == rule
+        asked.add((c, rule))
+    assert {rule for _, rule in asked} == {rule % 10 for rule in RULES}
+    assert asked.isdisjoint({(digit, rule % 10) for digit, rule in NEVER_ASKED})
+    assert len(asked) == 10 * len(RULES) - len(NEVER_ASKED)

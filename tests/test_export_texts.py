@@ -23,7 +23,9 @@ from cfpretrain.core.token_choice import TokenChoice
 from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator
 from cfpretrain.evaluation.source import load_source
+from cfpretrain.export import model_card
 from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.export.pipeline_texts import Texts
 from cfpretrain.run import build
 from tests.environments import make_environment, run_elsewhere
 from tests.image_files import digits, write_folder
@@ -37,6 +39,7 @@ TRUNKS = {
     "qwen3": ("model.trunk=qwen3", "model.num_kv_heads=1", "model.mlp_width=48"),
     "llama": ("model.trunk=llama", "model.separate_image_weights=true"),
 }
+PLAIN = json.loads(TOKENIZER.to_json())
 PROMPTS = ["a seven", "", "a three, written by hand <|end|>"]
 IDS = torch.arange(3)
 
@@ -107,6 +110,17 @@ def test_the_card_says_the_tasks_and_shows_their_calls(exported: Path, tmp_path:
     assert "caption" not in card
 
 
+def test_the_card_shows_what_can_be_called() -> None:
+    """In the order of the lines; `test_what_the_card_shows_runs_elsewhere` runs some."""
+    lines = model_card._calls(["image_to_text", "interleaved"], [], 4)
+    assert [line.split("(")[0] for line in lines] == [
+        "images = [...]  # of PIL",
+        "texts = pipe.caption",
+        "parts = pipe.interleave",
+    ]
+    assert "pipe(" not in "".join(model_card._calls(["interleaved"], ["zero"], 4))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Elsewhere
 
@@ -139,9 +153,9 @@ def results(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Results:
 class Ours:
     """What cfpretrain's own functions make of the same run."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, dtype: torch.dtype = torch.float32) -> None:
         found = build.find_checkpoint(run)
-        self.config, self.model = found.config, found.load_model()
+        self.config, self.model = found.config, found.load_model().to(dtype)
         self.solver = Solver(build.make_noise_process(self.config), 3, "time", "ddpm")
         self.marks = Marks(TOKENIZER.begin, TOKENIZER.end, TOKENIZER.image, TOKENIZER.pad)
 
@@ -212,6 +226,16 @@ def test_pictures_are_read_and_drawn_elsewhere(results: Results) -> None:
     assert results.said["pil"] == "Image"
 
 
+def test_what_the_card_shows_runs_elsewhere(results: Results) -> None:
+    assert results.said["card"] == {"images": 2, "edited": 1, "texts": 2}
+
+
+def test_half_precision_elsewhere(results: Results) -> None:
+    ours = Ours(results.runs["paper"], torch.bfloat16)
+    assert torch.equal(results.made["half prompt"], ours.images(PROMPTS, IDS))
+    assert results.said["half captions"] == ours.captions(results.given, IDS, ["", "", ""])
+
+
 def test_mistakes_elsewhere_are_named(results: Results) -> None:
     expected = [
         "class_labels: expected classes or a prompt, got both or none",
@@ -233,6 +257,15 @@ def test_mistakes_elsewhere_are_named(results: Results) -> None:
     for found, begin in zip(results.said["refusals"], expected, strict=True):
         assert found is not None, begin
         assert found.startswith(begin)
+
+
+def test_a_prompt_that_the_tokens_cannot_say_is_refused() -> None:
+    words = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
+    rules = {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "added_tokens": []}
+    texts = Texts(TextTokenizer.from_json(json.dumps(PLAIN | {"model": words} | rules)), 9)
+    assert texts.encode("prompt", ["a a"]) == [[0, 0]]
+    with pytest.raises(ValueError, match="prompt: expected what the model's tokens can say, got 'b'"):
+        texts.encode("prompt", ["a b a"])
 
 
 def test_no_other_package_is_loaded_elsewhere(results: Results) -> None:
@@ -285,7 +318,6 @@ def test_an_edited_export_is_refused(exported: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Bad tokenizers
 
-PLAIN = json.loads(TOKENIZER.to_json())
 GROWING = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40
 BAD = {
     "no JSON": ("<html>", "cannot be read as a tokenizer.json"),

@@ -208,6 +208,17 @@ def test_names_and_buffers_of_older_checkpoints(folders: dict[str, Path], tmp_pa
             "rope_scaling: expected none, or rope_type",
         ),
         ("llama", {"rope_parameters": {"rope_theta": 0}}, "rope_scaling: expected none, or rope_type"),
+        ("llama", {"rope_parameters": {"rope_theta": 10**400}}, "rope_scaling: expected none, or rope_type"),
+        (
+            "llama",
+            {"rope_scaling": {**_LLAMA3, "factor": 10**400}, "rope_parameters": None},
+            "rope_scaling: expected none, or rope_type",
+        ),
+        (
+            "llama",
+            {"num_attention_heads": 64, "num_key_value_heads": 64, "head_dim": None},
+            "num_attention_heads: expected at most hidden_size = 32, got 64",
+        ),
         ("llama", {"rms_norm_eps": 0}, "rms_norm_eps: expected between 1e-30 and 1, got 0"),
         ("llama", {"num_key_value_heads": 3}, "expected a number of key-value heads that divides 4, got 3"),
         ("llama", {"hidden_size": 0}, "hidden_size: expected between 1 and"),

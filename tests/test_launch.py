@@ -21,10 +21,13 @@ VARIABLES = (*PAIR, "LOCAL_WORLD_SIZE", *launch._TASKS)
 COMMANDS = {
     "cfpretrain/train.py": ["--config", "configs/tiny.yaml"],
     "tools/sample.py": ["runs/none"],
+    "tools/caption.py": ["runs/none", "images"],
+    "tools/interleave.py": ["runs/none", "text:one"],
     "tools/edit.py": ["runs/none", "--generate", "0", "--region", "top", "--class", "1"],
     "tools/encode_latents.py": ["images", "--autoencoder", "identity", "--out", "latents"],
     "tools/evaluate_fid.py": ["runs/none", "--reference", "images"],
     "tools/report.py": ["runs/none", "--images", "images", "--held-out", "images"],
+    "tools/text_report.py": ["runs/none", "--files", "files", "--images", "images", "--held-out", "images"],
     "tools/replay.py": ["runs/none", "--step", "1"],
     "tools/measure.py": ["saving", "--config", "configs/tiny.yaml"],
     "tools/measure_step.py": ["--config", "configs/tiny.yaml"],

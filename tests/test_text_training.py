@@ -1,8 +1,10 @@
 """Runs that learn captions beside images: alike on any ranks, resumed to the bit, refused where they make no sense."""
 
+import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from cfpretrain.core.work import Work
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.online import open_training_data
 from cfpretrain.data.tokenizer import TextTokenizer
+from cfpretrain.evaluation.captioning import read_captioned
 from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
@@ -199,6 +202,19 @@ def test_a_tokenizer_needs_captions_and_a_free_place(captioned: Path, shards: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("size", ["259", "1000001", "100000000000"])
+def test_a_tokenizer_has_no_more_tokens_than_a_model_may(captioned: Path, tmp_path: Path, size: str) -> None:
+    """The package takes memory for all of them at once, and where there is none it ends the process."""
+    ended = run_alone(
+        "tools/train_tokenizer.py", [str(captioned / "shards"), f"--out={tmp_path / 'a'}", "--size", size]
+    )
+    assert ended.code == EXIT_USER_ERROR
+    assert ended.err == f"[cfpretrain] error: --size: expected 260 to 1000000, got {size}\n"
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match=r"model\.vocabulary: expected between 0 and 1e.06"):
+        config_of(captioned, tmp_path, "model.vocabulary=1000001")
+
+
 def test_it_is_exported_with_its_tokenizer_or_not_at_all(run: Path, tmp_path: Path) -> None:
     """As `test_export_texts.py` says of random weights; the official code knows no texts."""
     export(run, tmp_path / "export", ExportSettings())
@@ -355,3 +371,17 @@ def test_captions_to_score_by(captioned: Path, tmp_path: Path, overrides: list[s
     config = config_of(captioned, tmp_path, *scored, *overrides)
     with pytest.raises(UserError, match=words):
         config_checks.check(config, 1)
+
+
+def test_captions_of_other_latents_are_refused(captioned: Path, tmp_path: Path) -> None:
+    """Of another autoencoder or scale they would give scores, but meaningless ones."""
+    config, info = config_of(captioned, tmp_path), digits_info(20)
+    for change, words in (
+        ({"latent_scale": (3.0,)}, "expected latents of latent_scale (2.0,), as in data.shards, got (3.0,) in"),
+        ({"autoencoder": "blake2b:0"}, "expected latents of autoencoder identity, as in data.shards, got blake2b:0"),
+    ):
+        folder = write_latents(tmp_path / next(iter(change)), dataclasses.replace(info, **change), digits(20))
+        with pytest.raises(UserError, match="^evaluation.captions: " + re.escape(words)):
+            read_captioned(folder, config, 20, "evaluation.captions", info)
+    _, captions = read_captioned(captioned / "shards", config, 20, "evaluation.captions", info)
+    assert len(captions) == 20

@@ -1,5 +1,6 @@
 """Texts become tokens and come back; whose names special tokens bear says nothing; other files are refused."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,31 @@ def test_another_file_is_refused_in_one_line(tmp_path: Path, content: str) -> No
     assert "\n" not in str(raised.value)
     with pytest.raises(UserError, match="does not exist"):
         TextTokenizer.load(tmp_path / "nothing", "data.tokenizer")
+
+
+LLAMA = [
+    {"type": "Prepend", "prepend": "\u2581"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+]
+XLNET = [
+    *({"type": "Replace", "pattern": {"String": quote}, "content": '"'} for quote in ("``", "''")),
+    *({"type": kind} for kind in ("NFKD", "StripAccents", "Lowercase")),
+    {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
+]
+DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+NESTED = [{"type": "Sequence", "normalizers": [DOUBLED] * 8}] * 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "is_taken"),
+    [(LLAMA, True), (XLNET, True), ([DOUBLED] * 3, True), ([DOUBLED] * 17, False), (NESTED, False)]
+    + [([{"type": "ByteLevel"}] * number, number < 17) for number in (1, 16, 17, 40)],
+)
+def test_rules_that_could_fill_the_memory_are_refused(steps: list, is_taken: bool) -> None:
+    """A few lines that each double a text make 10^12 letters of one."""
+    plain = json.loads(TOKENIZER.to_json()) | {"normalizer": {"type": "Sequence", "normalizers": steps}}
+    if is_taken:
+        assert len(TextTokenizer.from_json(json.dumps(plain)).encode("abc")) > 0
+        return
+    with pytest.raises(ValueError, match="its Sequence could make more than 65536 bytes of one"):
+        TextTokenizer.from_json(json.dumps(plain))

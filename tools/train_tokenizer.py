@@ -15,6 +15,7 @@ from cfpretrain.base.command_line import Parser, check_range, positive
 from cfpretrain.base.console import UserError, address_argument, ending_in_one_line, explaining, path_argument, phase
 
 _FEWEST_TOKENS = 260  # one for each byte, and those that frame texts
+_MOST_TOKENS = 1_000_000  # that `model.vocabulary` may be
 
 
 def main() -> None:
@@ -23,7 +24,12 @@ def main() -> None:
     add = parser.add_argument
     add("shards", nargs="+", type=address_argument, help="folders of shards with captions, or their addresses")
     add("--out", type=path_argument, required=True, help="the file to write, e.g. data/tokenizer.json")
-    add("--size", type=positive, default=8192, help=f"the most tokens, at least {_FEWEST_TOKENS} (default 8192)")
+    add(
+        "--size",
+        type=positive,
+        default=8192,
+        help=f"the most tokens, {_FEWEST_TOKENS} to {_MOST_TOKENS} (default 8192)",
+    )
     with ending_in_one_line():
         run(parser.parse_args())
 
@@ -31,7 +37,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Makes the tokenizer, and prints what a config needs of it."""
     out: Path = arguments.out
-    check_range("--size", arguments.size, _FEWEST_TOKENS)
+    check_range("--size", arguments.size, _FEWEST_TOKENS, _MOST_TOKENS)
     outputs.refuse_existing(out, "--out")
     with phase("loading torch and tokenizers"):
         from cfpretrain.data.interleaved import parse_column

@@ -24,7 +24,9 @@ from cfpretrain.evaluation.perplexity import Likelihood, caption_likelihood, per
 from cfpretrain.run.build import make_scaling, make_tokenizer
 
 
-def read_captioned(folder: Path | str, config: Config, num_samples: int, key: str) -> tuple[Tensor, list[str]]:
+def read_captioned(
+    folder: Path | str, config: Config, num_samples: int, key: str, trained_on: LatentsInfo | None = None
+) -> tuple[Tensor, list[str]]:
     """The first samples of latent shards: tokens as the model sees them, of posteriors' means, and captions.
 
     Args:
@@ -32,6 +34,7 @@ def read_captioned(folder: Path | str, config: Config, num_samples: int, key: st
         config: of the model.
         num_samples: at most so many.
         key: what gave the folder, for messages.
+        trained_on: the latents that the model learns, where they are known: others mean nothing to it.
 
     Returns:
         float32 [B, L, P] on the CPU, and a text for each.
@@ -45,6 +48,13 @@ def read_captioned(folder: Path | str, config: Config, num_samples: int, key: st
     expected = (model.latent_channels, model.latent_size, model.latent_size)
     if tuple(info.latent_shape) != expected:
         raise UserError(f"{key}: expected latents of {expected}, as the model has, got {tuple(info.latent_shape)}")
+    for name in ("autoencoder", "latent_shift", "latent_scale") if trained_on is not None else ():
+        wanted, got = getattr(trained_on, name), getattr(info, name)
+        if wanted != got:
+            raise UserError(
+                f"{key}: expected latents of {name} {wanted}, as in data.shards, got {got} in {folder}; encode their "
+                "images with the autoencoder of those"
+            )
     samples = shards.samples(range(min(num_samples, len(shards))))
     latents_BCYX = torch.stack([torch.from_numpy(one["mean"].astype(np.float32)) for one in samples])
     tokens_BLP = patchify(make_scaling(config).to_model(latents_BCYX), model.patch_size)
@@ -97,12 +107,12 @@ class HeldOut:
     All ranks call it together.
     """
 
-    def __init__(self, config: Config) -> None:
-        """Reads them; UserError where a caption is too long."""
+    def __init__(self, config: Config, trained_on: LatentsInfo | None = None) -> None:
+        """Reads them; UserError where a caption is too long. See `read_captioned`."""
         asked, tokenizer, model = config.evaluation, make_tokenizer(config), config.model
         assert tokenizer is not None
         self._images_BLP, self.captions = read_captioned(
-            asked.captions, config, asked.num_captions, "evaluation.captions"
+            asked.captions, config, asked.num_captions, "evaluation.captions", trained_on
         )
         self.texts = tokenizer.encode_batch(self.captions)
         check_length(max(self.texts, key=len), f"a caption in {asked.captions}", model.max_text_tokens)

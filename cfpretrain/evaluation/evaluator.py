@@ -17,6 +17,7 @@ from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, one_line, phase
 from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.sampler import Guidance, Model
+from cfpretrain.data.shards import LatentsInfo
 from cfpretrain.evaluation.captioning import HeldOut
 from cfpretrain.evaluation.feature_sums import add, over_ranks, sums_of
 from cfpretrain.evaluation.features import make_extractor
@@ -44,8 +45,11 @@ class Evaluator:
     All ranks construct it, and call it, together.
     """
 
-    def __init__(self, config: Config, device: torch.device) -> None:
-        """Loads the features' network, and reads the reference where its statistics are not kept yet."""
+    def __init__(self, config: Config, device: torch.device, trained_on: LatentsInfo | None = None) -> None:
+        """Loads the features' network, and reads the reference where its statistics are not kept yet.
+
+        `trained_on` describes the latents of `data.shards`, which those of `evaluation.captions` must be alike.
+        """
         asked = config.evaluation
         with _named_as_in_config():
             with runtime.together():
@@ -76,7 +80,7 @@ class Evaluator:
         self._real_size = reference.image_size  # None once compared with the size of the model's images
         self._config, self._device = config, device
         with runtime.together():
-            self._held_out = HeldOut(config) if asked.captions else None
+            self._held_out = HeldOut(config, trained_on) if asked.captions else None
         conditions: Sequence[Condition] = range(max(1, config.model.num_classes))
         if self._held_out is not None and config.data.tasks.text_to_image:
             conditions = self._held_out.texts

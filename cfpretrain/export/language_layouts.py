@@ -142,6 +142,10 @@ def read_settings(plain: Mapping[str, Any], source: str) -> LanguageSettings:
         raise UserError(
             f"{source}: expected a number of key-value heads that divides {settings.num_heads}, got {num_kv_heads}"
         )
+    if not settings.design.head_width:
+        raise UserError(
+            f"{source}: num_attention_heads: expected at most hidden_size = {settings.width}, got {settings.num_heads}"
+        )
     if settings.width % settings.num_heads and "head_width" not in settings.changes:
         raise UserError(f"{source}: n_head: expected a divisor of n_embd = {settings.width}, got {settings.num_heads}")
     return settings
@@ -173,7 +177,7 @@ def _read_llama(kind: str, plain: Mapping[str, Any], source: str) -> LanguageSet
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         scaling = {"default": (), "llama3": _ROPE_KEYS}[rope_type]
         changes["rotary_scaling"] = tuple(float(rope[key]) for key in scaling)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, OverflowError) as error:
         raise UserError(
             f"{source}: rope_scaling: expected none, or rope_type llama3 with {', '.join(_ROPE_KEYS)}, got "
             f"{rope!r:.120}; take another checkpoint"

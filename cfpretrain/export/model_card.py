@@ -34,8 +34,9 @@ tags:
 
 # {name}
 
-{what} from a CausalFusion transformer: diffusion inside autoregressive steps, any
-number of them, in any order ("Causal Diffusion Transformers for Generative Modeling", arXiv 2412.12095).
+{what} from a CausalFusion transformer:
+diffusion inside autoregressive steps, any number of them, in any order
+("Causal Diffusion Transformers for Generative Modeling", arXiv 2412.12095).
 
 {picture}## Use
 
@@ -113,6 +114,8 @@ def _listed(words: Sequence[str]) -> str:
 def _calls(tasks: Collection[str], class_names: Sequence[str], num_ar_steps: int) -> list[str]:
     """Lines of Python that show what the model was trained for; each can be run behind those before it."""
     how, lines = f"num_ar_steps={num_ar_steps}, solver='sde-dpm++'", []
+    if not {"class_to_image", "text_to_image"} & set(tasks):
+        lines.append("images = [...]  # of PIL")
     if "class_to_image" in tasks:
         last = len(class_names) - 1
         try:
@@ -125,10 +128,9 @@ def _calls(tasks: Collection[str], class_names: Sequence[str], num_ar_steps: int
         lines.append(f"images = pipe(prompt=['a text', 'and another'], {how}).images")
         lines.append("edited = pipe.edit(prompt='a text', region='top', image=images[:1], solver='sde-dpm++').images")
     if "image_to_text" in tasks:
-        lines.append("texts = pipe.caption(images)  # these, or PIL images of your own")
+        lines.append("texts = pipe.caption(images)")
     if "interleaved" in tasks:
-        lines.append("# Of an image of PIL, say images[0]")
-        lines.append(f"parts = pipe.interleave(['a text', image, 'and another'], max_new_parts=2, {how})")
+        lines.append(f"parts = pipe.interleave(['a text', images[0], 'and another'], max_new_parts=1, {how})")
     return lines
 
 

@@ -349,6 +349,8 @@ class CausalFusionPipeline(DiffusionPipeline):
 
     def _label(self, label: Any) -> int:
         num_classes = self.transformer.num_classes
+        if not num_classes:
+            raise ValueError(f"class_labels: expected a prompt, since this model has no classes, got {label!r}")
         if isinstance(label, str):
             names = {int(number): known for number, known in (self.config.id2label or {}).items()}
             try:

@@ -336,7 +336,7 @@ def run(config: Config, device: torch.device, stop: StopRequest) -> bool:
     watchdog = Watchdog(config.guard.rank_timeout_seconds, lambda reason: write_requeue(folder, reason), stop)
     try:
         # Its mistakes are found before the engine is built.
-        evaluator = Evaluator(config, device) if config.evaluation.every_steps else None
+        evaluator = Evaluator(config, device, data.latents[0]) if config.evaluation.every_steps else None
         return Trainer(config, device, stop, evaluator=evaluator, data=data).train()
     except (UserError, SickRunError):
         raise

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpretrain.core.ar import equal_sizes
-from cfpretrain.core.continuation import Writing, caption_images
-from cfpretrain.core.latents import patchify
+from cfpretrain.core.continuation import Drawing, Part, Writing, caption_images
+from cfpretrain.core.latents import patchify, unpatchify
 from cfpretrain.core.sampler import Guidance
 from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.evaluation import pictures
@@ -84,24 +84,43 @@ class Exam:
     num_denoising_steps: int
 
     @property
-    def _writing(self) -> Writing:
+    def writing(self) -> Writing:
+        """How texts are written: in the likeliest words."""
         return Writing(self.source.marks("RUN"), self.source.config.model.max_text_tokens, _SEED)
 
-    def draw(self, prompts: Sequence[str], guidance: float) -> Tensor:
-        """An image of each prompt, in 1 AR step: [N, 1, Y, X] in [0, 1]."""
+    def _generator(self, guidance: float) -> ImageGenerator:
         config = self.source.config
         sizes, solver = equal_sizes(config.model.num_tokens, 1), ("sde-dpm++", "log_snr")  # for few denoising steps
         settings = GenerationSettings(sizes, self.num_denoising_steps, Guidance(guidance), _BATCH, _SEED, *solver)
-        generator = ImageGenerator(config, self.source.model, settings, self.source.device, self.source.marks("RUN"))
-        return generator.images([self.tokenizer.encode(prompt) for prompt in prompts], self.autoencoder.decode)
+        return ImageGenerator(config, self.source.model, settings, self.source.device, self.source.marks("RUN"))
+
+    def drawing(self, guidance: float) -> Drawing:
+        """How images are made of samples that go on, in 1 AR step."""
+        return self._generator(guidance).drawing()
+
+    def draw(self, prompts: Sequence[str], guidance: float) -> Tensor:
+        """An image of each prompt, in 1 AR step: [N, 1, Y, X] in [0, 1]."""
+        conditions = [self.tokenizer.encode(prompt) for prompt in prompts]
+        return self._generator(guidance).images(conditions, self.autoencoder.decode)
+
+    def digits_drawn(self, images: Sequence[Part | None]) -> NDArray[np.int64]:
+        """What the classifier finds in the tokens of images; -2 where there is none."""
+        found_N = np.full(len(images), -2)
+        there = [i for i, one in enumerate(images) if isinstance(one, Tensor)]
+        if there:
+            tokens_NLP = torch.stack([one for one in images if isinstance(one, Tensor)])
+            latents_NCYX = unpatchify(tokens_NLP, self.source.config.model.patch_size)
+            found_N[there] = self.examiner.parts_seen(self.autoencoder.decode(latents_NCYX))[:, 0]
+        return found_N
 
     def caption(self, images_N1YX: Tensor) -> list[str]:
         """A caption of each image, in the likeliest words."""
-        tokens_NLP = self._tokens(images_N1YX)
-        captioner = Captioner(self.source.model, self.tokenizer, self._writing, _BATCH)
+        tokens_NLP = self.tokens(images_N1YX)
+        captioner = Captioner(self.source.model, self.tokenizer, self.writing, _BATCH)
         return captioner.captions(lambda places: tokens_NLP[list(places)], len(tokens_NLP))
 
-    def _tokens(self, images_N1YX: Tensor) -> Tensor:
+    def tokens(self, images_N1YX: Tensor) -> Tensor:
+        """Of images, the means of their posteriors: [N, L, P], as the model sees them."""
         config = self.source.config
         means = [self.autoencoder.encode(part.to(self.source.device))[0] for part in images_N1YX.split(_BATCH)]
         return patchify(make_scaling(config).to_model(torch.cat(means)), config.model.patch_size)
@@ -137,14 +156,13 @@ class Exam:
 
     def time_captions(self) -> dict[str, float]:
         """CPU seconds of all held-out images' captions with the key-value cache and without, and whether they agree."""
-        tokens_NLP = self._tokens(self.images_N1YX)
-        model = self.source.model
+        tokens_NLP, model = self.tokens(self.images_N1YX), self.source.model
 
         def with_cache(tokens_BLP: Tensor) -> list[list[int]]:
-            return caption_images(model, tokens_BLP, torch.arange(len(tokens_BLP)), self._writing)
+            return caption_images(model, tokens_BLP, torch.arange(len(tokens_BLP)), self.writing)
 
         def without_cache(tokens_BLP: Tensor) -> list[list[int]]:
-            return caption_plainly(model, tokens_BLP, self._writing)
+            return caption_plainly(model, tokens_BLP, self.writing)
 
         seconds, texts = [], []
         for write in (with_cache, without_cache):
