@@ -95,8 +95,9 @@ def as_text(ids_BT: Tensor, begin: int = 0) -> Segment:
 
 
 @torch.no_grad()
-def their_logits(folder: Path) -> Tensor:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(IDS).logits
+def their_logits(folder: Path, ids_BT: Tensor = IDS) -> Tensor:
+    logits: Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_BT).logits
+    return logits
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -275,7 +276,7 @@ def test_a_run_begins_with_the_trunk_of_a_language_model(
 ) -> None:
     import_language_model.run(folders[name], tmp_path / "run", TINY, ["model.num_classes=3"])
     said = capsys.readouterr().out
-    assert "begin anew: class_embedder, image_embedder, noise_head" in said
+    assert "initialised: class_embedder, image_embedder, noise_head" in said
     assert "no place for text_embedder.embedding_table.weight" in said
     model, found = open_language_model(folders[name], "MODEL"), find_checkpoint(tmp_path / "run")
     assert found.config.model.design == model.settings.design

@@ -29,7 +29,7 @@ from cfpretrain.run.build import find_checkpoint, make_loss
 from tests.closeness import disagreement
 from tests.digits import digits, digits_info, small_run, write_latents
 from tests.processes import run_alone, run_script
-from tests.test_language_model import CONFIGS, TINY, VOCABULARY, make_theirs
+from tests.test_language_model import CONFIGS, TINY, VOCABULARY, make_theirs, their_logits
 from tools import import_language_model
 
 MARKS = 4
@@ -82,12 +82,6 @@ def text_logits(model: CausalFusion, ids_BT: Tensor) -> Tensor:
     return logits
 
 
-@torch.no_grad()
-def their_logits(folder: Path, ids_BT: Tensor) -> Tensor:
-    logits: Tensor = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_BT).logits
-    return logits
-
-
 def some_ids(vocabulary: int) -> Tensor:
     return torch.randint(0, vocabulary, (3, 40), generator=torch.Generator().manual_seed(2))
 
@@ -98,7 +92,7 @@ def test_a_run_begins_with_the_logits_of_the_language_model(
 ) -> None:
     run = tmp_path / "run"
     import_run(folders[name], run)
-    assert "begin anew: class_embedder, image_embedder, noise_head, ordinal_table" in capsys.readouterr().out
+    assert "initialised: class_embedder, image_embedder, noise_head, ordinal_table" in capsys.readouterr().out
     found, ids_BT = find_checkpoint(run), some_ids(VOCABULARY)
     model, theirs = found.load_model("raw"), their_logits(folders[name], ids_BT)
     logits = text_logits(model, ids_BT)

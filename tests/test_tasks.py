@@ -47,15 +47,31 @@ def make_batch(
     return loss.prepare(latents_BCYX, draws, skipped, [TEXTS[i] for i in places])
 
 
-def text_model() -> CausalFusion:
+def text_model(num_classes: int = 5, trunk: str = "causalfusion", max_segments: int = 2) -> CausalFusion:
     torch.manual_seed(0)
     sizes = {"grid": 3, "patch_values": 4, "width": 16, "depth": 2, "num_heads": 2}
-    model = CausalFusion(
-        **sizes, num_cond_tokens=2, num_classes=5, vocabulary=11, max_text_tokens=8, max_segments=2
-    ).double()
+    texts = {"vocabulary": 11, "max_text_tokens": 8, "max_segments": max_segments, "trunk_kind": trunk}
+    model = CausalFusion(**sizes, num_cond_tokens=2, num_classes=num_classes, **texts).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model
+
+
+def check_alone(loss: DenoisingLoss, model: CausalFusion, together: Batch, batches: list[Batch]) -> None:
+    """Samples have the losses and gradients that they have alone."""
+    want = loss(model, together)
+    loss.total(want).backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    alone = [loss(model, one) for one in batches]
+    for kind, terms in want.items():
+        assert terms.count == together.counts()[kind] == sum(one[kind].count for one in alone) > 0
+        assert disagreement(sum(one[kind].total for one in alone), terms.total) < 1e-6  # added up in fp32
+    sum(loss.total(one, together.counts()) for one in alone).backward()
+    for name, parameter in model.named_parameters():
+        if not name.endswith("k_norm.bias"):  # softmax ignores it: its gradient is rounding
+            assert disagreement(parameter.grad, gradients[name]) < 1e-6, name
+    assert together.work == sum_of([one.work for one in batches])
 
 
 def test_tasks_and_drops_have_their_laws() -> None:
@@ -144,19 +160,7 @@ def test_samples_have_the_losses_and_gradients_that_they_have_alone(clean_multip
     assert [one.kind for one in together.segments] == ["class", "text", "image", "text"]
     batches = [make_batch(loss, [i]) for i in IDS.tolist()]
     assert len({one.intervals_BMI.shape[1] for one in batches}) > 3
-    want = loss(model, together)
-    loss.total(want).backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    alone = [loss(model, one) for one in batches]
-    for kind, terms in want.items():
-        assert terms.count == together.counts()[kind] == sum(one[kind].count for one in alone) > 0
-        assert disagreement(sum(one[kind].total for one in alone), terms.total) < 1e-6  # added up in fp32
-    sum(loss.total(one, together.counts()) for one in alone).backward()
-    for name, parameter in model.named_parameters():
-        if not name.endswith("k_norm.bias"):  # softmax ignores it: its gradient is rounding
-            assert disagreement(parameter.grad, gradients[name]) < 1e-6, name
-    assert together.work == sum_of([one.work for one in batches])
+    check_alone(loss, model, together, batches)
 
 
 def test_the_loss_of_a_kind_is_its_mean_times_its_weight() -> None:
@@ -202,16 +206,6 @@ def interleaved_batch(
     keys = [seeds.fold(seeds.key(0, f"image {n}"), ids_B[i]) for i, of in enumerate(num_images) for n in range(of)]
     latents_BCYX = seeds.normal(torch.stack(keys), (1, 6, 6))
     return loss.prepare(latents_BCYX, draws, tuple(skipped), [TEXTS[i] for i in places], segments)
-
-
-def interleaved_model(num_classes: int = 5, trunk: str = "causalfusion") -> CausalFusion:
-    torch.manual_seed(0)
-    sizes = {"grid": 3, "patch_values": 4, "width": 16, "depth": 2, "num_heads": 2}
-    texts = {"vocabulary": 11, "max_text_tokens": 8, "max_segments": 5, "trunk_kind": trunk}
-    model = CausalFusion(**sizes, num_cond_tokens=2, num_classes=num_classes, **texts).double()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
 
 
 def test_interleaved_samples_are_their_segments_in_order() -> None:
@@ -280,25 +274,13 @@ def test_interleaved_samples_have_the_losses_and_gradients_that_they_have_alone(
 ) -> None:
     """Beside samples of all other tasks, some of which lack an image or a text."""
     ar = dataclasses.replace(LOSS.ar, ar_split=ar_split)
-    model, places = interleaved_model(trunk=trunk), IDS.tolist()
+    model, places = text_model(trunk=trunk, max_segments=5), IDS.tolist()
     settings = {"clean_multiple": clean_multiple, "has_rotary": model.has_rotary}
     loss = dataclasses.replace(with_tasks(BOTH), ar=ar, **settings)
     together, batches = interleaved_batch(loss, places), [interleaved_batch(loss, [i]) for i in places]
     assert [one.kind for one in together.segments] == ["class", *["text", "image"] * 3][: len(together.segments)]
     assert len({tuple(part.kind for part in one.segments) for one in batches}) > 5
-    want = loss(model, together)
-    loss.total(want).backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    alone = [loss(model, one) for one in batches]
-    for kind, terms in want.items():
-        assert terms.count == together.counts()[kind] == sum(one[kind].count for one in alone) > 0
-        assert disagreement(sum(one[kind].total for one in alone), terms.total) < 1e-6
-    sum(loss.total(one, together.counts()) for one in alone).backward()
-    for name, parameter in model.named_parameters():
-        if not name.endswith("k_norm.bias"):
-            assert disagreement(parameter.grad, gradients[name]) < 1e-6, name
-    assert together.work == sum_of([one.work for one in batches])
+    check_alone(loss, model, together, batches)
 
 
 def test_an_interleaved_pair_is_the_task_of_a_pair() -> None:
@@ -322,9 +304,9 @@ def test_a_batch_of_several_images_a_sample_travels_from_workers() -> None:
 
 
 def test_a_model_without_classes_has_no_parameters_of_them() -> None:
-    model = interleaved_model(num_classes=0)
+    model = text_model(num_classes=0, max_segments=5)
     names = {name for name, _ in model.named_parameters()}
-    assert {name for name, _ in interleaved_model().named_parameters()} - names == {
+    assert {name for name, _ in text_model(max_segments=5).named_parameters()} - names == {
         "class_embedder.embedding_table.weight",
         "class_embedder.cond_pos_embed",
     }

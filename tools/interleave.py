@@ -1,11 +1,11 @@
-"""Goes on with a sample of texts and images in any order, by a model that was trained on such.
+"""Continues a sample of texts and images in any order, by a model that was trained on such.
 
     python tools/interleave.py runs/words text:three image:3.png text:four image:4.png text:seven --out next
     python tools/interleave.py runs/words image:a.png text:three image:b.png text:four image:c.png --out eight
     python tools/interleave.py runs/shapes image:a.png image:a_turned.png image:b.png image --out b_turned
 
 Parts are text:WORDS and image:FILE; a text: of no words is an empty one. Behind them the model writes a text, which
-goes on from the last part where that is one, and says at its end whether an image follows, which it then makes, and so
+continues the last part where that is one, and says at its end whether an image follows, which it then makes, and so
 on. A last part that is only the word text or image says what comes first instead: behind images alone, as in
 A : A' :: B : ?, no text can say that an image follows. The folder gets all images as the model sees them, part_N.png,
 and transcript.json. Image files may have any size: they are turned upright and cropped as for training.
@@ -59,16 +59,16 @@ class _Asked:
     """What the command line gives."""
 
     parts: list[tuple[str, str]]  # kind, and words or a path
-    first: str | None  # kind of what comes behind them; None: a text that goes on
+    first: str | None  # kind of what comes behind them; None: a text, which may continue the last part
 
     @property
-    def goes_on_from(self) -> bool:
+    def continues_last(self) -> bool:
         """The first new part begins with the last one given."""
         return self.first is None and bool(self.parts) and self.parts[-1][0] == "text"
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Goes on on one process."""
+    """Continues a sample on one process."""
     asked = _read_parts(arguments.parts)
     check_range("--max-new-parts", arguments.max_new_parts, 1)
     check_place("--out", arguments.out)
@@ -93,9 +93,9 @@ def run(arguments: argparse.Namespace) -> None:
         autoencoder = source.make_autoencoder()
     crops, given = _read_images(arguments, asked, source, autoencoder, texts)
     say(f"{source.title}: {count(len(given), 'part')} given, {settings}")
-    with phase("going on"):
-        new = _go_on(source, given, asked, writing, settings, arguments.max_new_parts)
-    kept = len(crops) - asked.goes_on_from
+    with phase("continuing the sample"):
+        new = _continue(source, given, asked, writing, settings, arguments.max_new_parts)
+    kept = len(crops) - asked.continues_last
     made: list[Any] = [*crops[:kept]]
     for part in new:
         if isinstance(part, Tensor):
@@ -125,7 +125,7 @@ def _read_parts(words: list[str]) -> _Asked:
 
 def _check_number(asked: _Asked, max_new_parts: int, source: "Source") -> None:
     """The model is told each part's place, of which it knows so many."""
-    most = source.config.model.max_segments - len(asked.parts) + asked.goes_on_from
+    most = source.config.model.max_segments - len(asked.parts) + asked.continues_last
     if most < 1:
         num_parts, known = len(asked.parts), source.config.model.max_segments
         raise UserError(
@@ -155,7 +155,7 @@ def _read_images(
     return seen, parts
 
 
-def _go_on(
+def _continue(
     source: "Source",
     given: "list[Part]",
     asked: _Asked,

@@ -185,18 +185,17 @@ def _make_step(trainer: "Trainer", checkpoints: Sequence[Path], logged: Mapping[
         )
 
 
-def _gather(
-    trainer: "Trainer", watched: _Watched, logged: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[tuple[int, int], Any]]:
+def _look_at(trainer: "Trainer", watched: _Watched) -> tuple[list[dict[str, Any]], dict[tuple[int, int], Any]]:
+    """This rank's images as people see them, by sample and number, and what is known of each; of texts, nothing."""
     from cfpretrain.base import runtime
     from cfpretrain.core.latents import take_tokens, unpatchify
     from cfpretrain.evaluation.generation import decode_to_look_at
     from cfpretrain.run.metrics import finite_or_none
 
     decode, _ = decode_to_look_at(trainer.config, trainer.device)
-    samples, images, patch_size = [], {}, trainer.config.model.patch_size
+    samples: list[dict[str, Any]] = []
+    images: dict[tuple[int, int], Any] = {}
     for batch, terms in watched.seen:
-        # Of texts nothing is looked at, nor of samples that are texts alone.
         of_class = next((one for one in batch.segments if one.kind == "class"), None)
         of_images = [one for one in batch.segments if one.kind == "image"]
         if not of_images:
@@ -205,17 +204,19 @@ def _gather(
         numbers = dict.fromkeys(batch.ids_B.tolist(), 0)  # of the image, in its sample
         for image, error_BL in zip(of_images, errors, strict=True):
             loss_B = (image.weights_BL.double() * error_BL).mean(1)
-            latents_BCYX = unpatchify(take_tokens(image.clean, image.positions_BL.argsort(1)), patch_size)
+            tokens_BLP = take_tokens(image.clean, image.positions_BL.argsort(1))
+            latents_BCYX = unpatchify(tokens_BLP, trainer.config.model.patch_size)
             decoded = decode(latents_BCYX.to(trainer.device)).cpu()
             for i, sample_id in enumerate(batch.ids_B.tolist()):
                 if image.lacks(i):
                     continue
                 has_class = of_class is not None and not of_class.lacks(i)
-                images[sample_id, numbers[sample_id]] = decoded[i]
+                number = numbers[sample_id]
+                images[sample_id, number] = decoded[i]
                 samples.append(
                     {
                         "id": sample_id,
-                        "image": numbers[sample_id],
+                        "image": number,
                         "rank": runtime.rank(),
                         "label": int(of_class.clean[i]) if has_class else trainer.config.model.num_classes,
                         "timestep": int(image.times_B[i]),
@@ -224,6 +225,16 @@ def _gather(
                     }
                 )
                 numbers[sample_id] += 1
+    return samples, images
+
+
+def _gather(
+    trainer: "Trainer", watched: _Watched, logged: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[tuple[int, int], Any]]:
+    """What all ranks know of the step, and its images."""
+    from cfpretrain.base import runtime
+
+    samples, images = _look_at(trainer, watched)
     weights = hashlib.sha256()
     for fragment in trainer.engine.fragments():
         weights.update(fragment.values.cpu().numpy().tobytes())

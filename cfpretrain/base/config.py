@@ -56,9 +56,8 @@ class ModelConfig:
     rotary_base: NotNegative = 0.0  # of rotary positions
     # Llama 3's: factor, low_freq_factor, high_freq_factor, original_max_position_embeddings.
     rotary_scaling: tuple[float, ...] = ()
-    separate_image_weights: bool = (
-        False  # images and classes have norms and matrices of their own beside those of texts
-    )
+    # Images and classes have norms and matrices of their own beside those of texts.
+    separate_image_weights: bool = False
 
     @property
     def grid(self) -> int:

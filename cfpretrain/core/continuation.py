@@ -1,6 +1,6 @@
 """Images behind prompts, captions of images, and samples of texts and images in any order that are continued.
 
-A sample is a list of parts, which the model reads in order and goes on from. Behind an image comes a text; the token
+A sample is a list of parts, which the model reads in order and continues. Behind an image comes a text; the token
 that ends a text says whether an image follows. What guidance leads away from has read nothing: an image without what
 comes before it, a text without its image. Samples of a batch may be of different parts and lengths, and each is
 continued as it is alone.
@@ -138,11 +138,11 @@ def continue_samples(
         max_new_parts: at most so many are added; of a model that is told their places, a sample may have no more parts
             in all than it knows places.
         first: whether a text or an image (`TEXT`, `IMAGE`) comes first, of each sample. None, or empty: a text, which
-            goes on from the sample's last part where that is a text.
+            continues the sample's last part where that is a text.
 
     Returns:
-        Of each sample the new parts. A text that was gone on from is one of them, with its beginning. A sample ends
-        with the text whose last token says so, or with the last part that it may have.
+        Of each sample the new parts. A text that is continued is one of them, with its beginning. A sample ends with
+        the text whose last token says so, or with the last part that it may have.
     """
     wanted = first or [None] * len(samples)
     added: list[list[Part]] = [[] for _ in samples]

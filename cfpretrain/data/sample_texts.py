@@ -30,7 +30,7 @@ def _encode_captions(tokenizer: TextTokenizer, samples: Samples, max_tokens: int
     """The tokens of each sample's caption, without those that frame it."""
     texts = [tokenizer.encode(caption) for caption in samples.captions]
     for sample_id, text in zip(samples.ids_B.tolist(), texts, strict=True):
-        _check_length(text, "the caption", sample_id, max_tokens)
+        check_length(text, f"the caption of sample {_in_its_folder(sample_id)}", max_tokens)
     return texts
 
 
@@ -41,17 +41,22 @@ def _encode_interleaved(tokenizer: TextTokenizer, samples: Samples, max_tokens: 
         if len(segments) > max_segments:
             raise UserError(
                 f"model.max_segments: expected at least {len(segments)}, the texts and images of sample "
-                f"{sample_id % (1 << FOLDER_BIT)}, got {max_segments}; raise it"
+                f"{_in_its_folder(sample_id)}, got {max_segments}; raise it"
             )
         found.append([None if text is None else tokenizer.encode(text) for text in segments])
         for text in found[-1]:
-            _check_length(text or [], "a text", sample_id, max_tokens)
+            check_length(text or [], f"a text of sample {_in_its_folder(sample_id)}", max_tokens)
     return found
 
 
-def _check_length(text: Sequence[int], what: str, sample_id: int, max_tokens: int) -> None:
+def check_length(text: Sequence[int], what: str, max_tokens: int) -> None:
+    """UserError where the tokens of a text, without those that frame it, are more than a model knows."""
     if len(text) > max_tokens - 2:
         raise UserError(
-            f"model.max_text_tokens: expected at least {len(text) + 2}, the tokens of {what} of sample "
-            f"{sample_id % (1 << FOLDER_BIT)} and the two that frame it, got {max_tokens}; raise it, or shorten that"
+            f"model.max_text_tokens: expected at least {len(text) + 2}, the tokens of {what} and the two that frame "
+            f"it, got {max_tokens}; raise it, or shorten that"
         )
+
+
+def _in_its_folder(sample_id: int) -> int:
+    return sample_id % (1 << FOLDER_BIT)

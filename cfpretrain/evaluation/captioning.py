@@ -16,6 +16,7 @@ from cfpretrain.core.continuation import Writing, caption_images
 from cfpretrain.core.latents import patchify
 from cfpretrain.core.texts import Marks
 from cfpretrain.data.cache import Cache
+from cfpretrain.data.sample_texts import check_length
 from cfpretrain.data.shards import LatentsInfo, Shards
 from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.evaluation.captions import caption_scores
@@ -114,12 +115,7 @@ class HeldOut:
             asked.captions, config, asked.num_captions, "evaluation.captions", trained_on
         )
         self.texts = tokenizer.encode_batch(self.captions)
-        longest = max(map(len, self.texts))
-        if longest > model.max_text_tokens - 2:
-            raise UserError(
-                f"model.max_text_tokens: expected at least {longest + 2}, the tokens of a caption in {asked.captions} "
-                f"and the two that frame it, got {model.max_text_tokens}; raise it, or shorten the caption"
-            )
+        check_length(max(self.texts, key=len), f"a caption in {asked.captions}", model.max_text_tokens)
         self.marks, self._tokenizer = Marks(*tokenizer.marks), tokenizer
         self._writing = Writing(self.marks, model.max_text_tokens, config.run.seed, go_on=_on_any_rank)
         self._batch_size = config.train.micro_batch_size

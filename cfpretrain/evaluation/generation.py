@@ -203,7 +203,7 @@ class ImageGenerator:
         return torch.cat(edited)
 
     def drawing(self) -> Drawing:
-        """How the images of samples are made that go on."""
+        """How an image among texts and images is made."""
         model, settings, trained = self.config.model, self.settings, self.config.order
         return Drawing(
             model.num_tokens,
@@ -264,10 +264,8 @@ class ImageGenerator:
         return generate_behind_texts(self.model, texts, self.marks, *makes)
 
     def _orders(self, ids_B: Tensor) -> Tensor:
-        settings, trained = self.settings, self.config.order
-        order, block_size = settings.token_order or trained.token_order, settings.block_size or trained.block_size
-        num_tokens = self.config.model.num_tokens
-        return sampling_orders(settings.seed, ids_B, num_tokens, order, block_size).to(self.device)
+        how = self.drawing()
+        return sampling_orders(how.seed, ids_B, how.num_tokens, how.token_order, how.block_size).to(self.device)
 
     def _solver(self) -> Solver:
         settings = self.settings

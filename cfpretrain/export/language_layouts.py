@@ -307,7 +307,7 @@ def prefix_of(settings: LanguageSettings) -> str:
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor there is computed anew, and not read."""
+    """Whether a tensor there is computed from others, and not read."""
     return name.endswith(_BUFFERS)
 
 

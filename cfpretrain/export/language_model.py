@@ -194,7 +194,7 @@ def start_from(model: LanguageModel, config: Config, source: str) -> ForeignChec
     """The first weights of a run whose trunk, and whatever else it shares with a language model, is the model's.
 
     The rest begins as in a new run, but for the places of segments, whose vectors are 0, so that texts have the logits
-    that the language model gives them. Prints what is taken, what begins anew, and what the run's model has no place
+    that the language model gives them. Prints what is taken, what is initialised, and what the run's model has no place
     for. Tokens that the language model lacks begin as the mean of all: as an average token, hence with a small
     probability (J. Hewitt, "Initializing new word embeddings for pretrained language models", 2021).
     """
@@ -219,9 +219,9 @@ def start_from(model: LanguageModel, config: Config, source: str) -> ForeignChec
             f"{source} does not fit the config: tensors {different}; leave out the keys of `model` that say what "
             "blocks are"
         )
-    anew = sorted({name.split(".")[0] for name in shapes if name not in taken})
+    initialised = sorted({name.split(".")[0] for name in shapes if name not in taken})
     unused = sorted(name for name in model.shapes if name not in taken)
-    say(f"taken: {len(taken)} tensors; begin anew: {', '.join(anew) or 'none'}")
+    say(f"taken: {len(taken)} tensors; initialised: {', '.join(initialised) or 'none'}")
     if unused:
         say(f"WARNING: the model of the config has no place for {', '.join(unused)}, which are left out")
 

@@ -240,13 +240,13 @@ class CausalFusionPipeline(DiffusionPipeline):
         output_type: str = "pil",
         **settings: Any,
     ) -> list[Any]:
-        """Goes on with a sample of texts and images, and returns the parts that it adds.
+        """Continues a sample of texts and images, and returns the parts that it adds.
 
         Args:
             parts: texts and images in order; an image is one of PIL, a tensor or array [channels, height, width] in
                 [0, 1], or latents: a tensor with as many channels, rows and columns as these have.
             max_new_parts: at most so many are added; the model may end sooner, and says itself where an image follows.
-            first: whether a "text" or an "image" comes first. None: a text, which goes on from the last part where that
+            first: whether a "text" or an "image" comes first. None: a text, which continues the last part where that
                 is a text, and is then returned from its beginning.
             max_tokens, temperature, top_k, top_p, text_guidance_scale: as of `caption`.
             seed, id: of what is drawn.

@@ -211,7 +211,7 @@ def choose_rows(config: Config, data: TrainingData) -> Rows:
     """
     most, tasks, tokenizer = config.sample.max_classes, config.data.tasks, make_tokenizer(config)
     if tokenizer is None or (tasks.class_to_image and not tasks.text_to_image):
-        names = tuple(data.latents[0].class_names[:most]) if config.model.num_classes else ("no condition",)
+        names = tuple(data.latents[0].class_names[:most])
         return Rows(names, tuple(range(len(names))), None)
     texts = config.sample.prompts
     if not texts:

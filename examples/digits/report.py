@@ -59,7 +59,7 @@ def main() -> None:
         "tokens, in any order (default 1 4 16)")  # fmt: skip
     add("--num-denoising-steps", type=int, default=25, help=f"of each AR step, by {_SOLVER}; 2 to the run's "
         "noise.num_timesteps (default 25)")  # fmt: skip
-    add("--guidance", type=float, default=2.0, help="beside unguided samples; 0 to 1000 but 1 (default 2)")
+    add("--guidance", type=float, default=2.0, help="beside unguided samples; 0 to 1000 (default 2)")
     add("--batch-size", type=int, default=250, help=f"images a forward on one rank, 1 to {_MOST_SCORED} (default 250)")
     add_local_rank(parser)
     run_on_ranks(run, parser.parse_args())

@@ -1,6 +1,5 @@
 """What a model of texts and images is asked about digits, and what says how good its answers are."""
 
-import dataclasses
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -14,13 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cfpretrain.core.ar import equal_sizes
-from cfpretrain.core.context import Context
 from cfpretrain.core.continuation import Drawing, Part, Writing, caption_images
 from cfpretrain.core.latents import patchify, unpatchify
-from cfpretrain.core.modalities import IMAGE
 from cfpretrain.core.sampler import Guidance
-from cfpretrain.core.segments import Segment
-from cfpretrain.core.texts import TEXT, text_segment
 from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.captioning import Captioner
@@ -35,6 +30,7 @@ from examples.digits.captioned_digits import read_words
 from examples.digits.described import Examiner, agreement, captions_of, guesses, never_trained, parts_said
 from examples.digits.pixels import read_all_images
 from examples.digits.summary import read_labelled
+from tools.measuring.captions import caption_plainly
 
 _BATCH = 125
 _SEED = 0
@@ -161,16 +157,13 @@ class Exam:
     def time_captions(self) -> dict[str, float]:
         """CPU seconds of all held-out images' captions with the key-value cache and without, and whether they agree."""
         tokens_NLP = self.tokens(self.images_N1YX)
-        model, marks, most = self.source.model, self.source.marks("RUN"), self.writing.max_tokens
+        model = self.source.model
 
         def with_cache(tokens_BLP: Tensor) -> list[list[int]]:
             return caption_images(model, tokens_BLP, torch.arange(len(tokens_BLP)), self.writing)
 
         def without_cache(tokens_BLP: Tensor) -> list[list[int]]:
-            ids_BT = torch.full((len(tokens_BLP), 1), marks.begin, device=tokens_BLP.device)
-            while ids_BT.shape[1] < most and not (ids_BT == marks.end).any(1).all():
-                ids_BT = torch.cat([ids_BT, _next_tokens(model, tokens_BLP, ids_BT)], 1)
-            return ids_BT[:, 1:].tolist()
+            return caption_plainly(model, tokens_BLP, self.writing)
 
         seconds, texts = [], []
         for write in (with_cache, without_cache):
@@ -243,15 +236,3 @@ class Exam:
             save(figure, path)
 
         return write
-
-
-@torch.no_grad()
-def _next_tokens(model: Any, tokens_BLP: Tensor, ids_BT: Tensor) -> Tensor:
-    """The likeliest token behind each image and the text so far, all computed anew: int64 [B, 1]."""
-    B, L = tokens_BLP.shape[:2]
-    first_B = torch.zeros(B, dtype=torch.int64, device=tokens_BLP.device)
-    places_BL = torch.arange(L, device=tokens_BLP.device).expand(B, L)
-    context = Context(model, L + ids_BT.shape[1])
-    context.read(Segment(IMAGE, clean=tokens_BLP, positions_BL=places_BL, ordinal_B=first_B))
-    text = dataclasses.replace(text_segment(ids_BT), ordinal_B=first_B + 1)
-    return context.read(text)[TEXT][:, -1].argmax(-1, keepdim=True)

@@ -30,7 +30,7 @@ def main() -> None:
     add("--files", type=path_argument, required=True, help="what tools/captioned_digits.py has written to train on")
     add("--images", type=path_argument, required=True, help="image shards of real digits, for the classifier")
     add("--held-out", type=path_argument, required=True, help="image shards of digits kept from training")
-    add("--guidance", type=float, default=4.0, help="beside unguided samples; 0 to 1000 but 1 (default 4)")
+    add("--guidance", type=float, default=4.0, help="beside unguided samples; 0 to 1000 (default 4)")
     add("--num-denoising-steps", type=int, default=25, help="2 to the run's noise.num_timesteps (default 25)")
     add_local_rank(parser)
     run_on_ranks(run, parser.parse_args())
