@@ -39,6 +39,18 @@ def of_pictures(pipe: Any, given: Any) -> dict[str, Any]:
             lambda: pipe.caption(latents=given, top_p=0),
             lambda: pipe.interleave(["a", picture], max_new_parts=4),
             lambda: pipe.interleave(["a"], first="picture"),
+            lambda: pipe.interleave("a seven", 1),
+            lambda: pipe.interleave([None], first="image"),
+            lambda: pipe.interleave(["a"], first="image", guidance_scale=float("nan")),
+            lambda: pipe(prompt="a", guidance_scale=float("inf")),
+            lambda: pipe.caption(picture, guidance_scale=float("nan")),
+            lambda: pipe.caption("picture.png"),
+            lambda: pipe.caption([picture, "picture.png"]),
+            lambda: pipe.caption(given.new_full((1, 1, 8, 8), 200)),
+            lambda: pipe.caption(given.new_full((1, 1, 8, 8), float("nan"))),
+            lambda: pipe.caption(latents=given * float("inf")),
+            lambda: pipe.interleave([(given[0] * 255).byte()], first="image"),
+            lambda: pipe.caption(picture.convert("I;16")),
             lambda: type(pipe)(pipe.transformer, pipe.scheduler, pipe.vae),
         )
     ]

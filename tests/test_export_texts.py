@@ -252,6 +252,18 @@ def test_mistakes_elsewhere_are_named(results: Results) -> None:
         "temperature, top_k, top_p: expected at least 0, at least 0, and above 0 up to 1, got 0.0, 0, 0",
         "max_new_parts: expected at least 1 and, behind 2 parts, at most 3, since",
         "first: expected text, image or None, got 'picture'",
+        "parts: expected a list of texts and images, got 'a seven'",
+        "image: expected PIL images, or one array or tensor, got None",
+        "guidance_scale: expected a finite number, got nan",
+        "guidance_scale: expected a finite number, got inf",
+        "guidance_scale: expected a finite number, got nan",
+        "image: expected PIL images, or one array or tensor, got 'picture.png'",
+        "image: expected PIL images, or one array or tensor, got [<PIL.Image.Image",
+        "image: expected values from 0 to 1, got 200 to 200; divide bytes by 255",
+        "image: expected values from 0 to 1, got nan to nan; divide bytes by 255",
+        "latents: expected finite numbers, got others",
+        "image: expected values from 0 to 1, got ",
+        "image: expected 8 bits a channel, got mode I;16; scale the image to them first",
         f"tokenizer: expected {TOKENIZER.size} token ids, as the transformer has, got 0",
     ]
     for found, begin in zip(results.said["refusals"], expected, strict=True):

@@ -126,6 +126,8 @@ def test_both_kinds_of_table_name_several_images_a_row(tmp_path: Path) -> None:
         ({"segments": [{"image": 3}]}, "expected a text as path, got 3"),
         ({"segments": [{"image": ""}]}, "expected a path, got none"),
         ({"segments": 7}, "expected a list of texts and images"),
+        ({"segments": {"image": "images/0.png"}}, "expected a list of texts and images, got {'image': 'images/0.png'}"),
+        ({"segments": []}, "segments: expected 1 to 64 images, got 0"),
         ({"segments": ["a"], "path": "images/0.png"}, "expected no path beside them"),
         ({"path": "images/0.png"}, "line 2: expected segments, as in other rows"),
         ({"caption": "nothing"}, "expected a path, got none"),

@@ -95,6 +95,16 @@ def test_an_archive_says_the_prompts(source: Path, tmp_path: Path) -> None:
     assert "holds images of other settings already (other prompts" in ended.err
 
 
+def test_a_file_of_prompts_has_one_a_line_as_editors_show_them(source: Path, tmp_path: Path) -> None:
+    """With the mark that some editors write in front, and characters that only Python ends a line at."""
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa seven\r\na\u2028b\x0b\x1c\x85\r\n\na two".encode())
+    command = [source, "--prompts", tmp_path / "prompts.txt", "--out", tmp_path / "drawn.npz", "--num-per-class", 1]
+    ended = run_tool(SAMPLE, [*command, *QUICK])
+    assert (ended.code, ended.err) == (0, "")
+    with np.load(tmp_path / "drawn.npz") as archive:
+        assert archive["arr_2"].tolist() == ["a seven", "a\u2028b\x0b\x1c\x85", "", "a two"]
+
+
 def test_prompts_are_drawn_in_a_grid_and_on_the_way(source: Path, tmp_path: Path) -> None:
     for option in ("--out", "--trajectory"):
         out = tmp_path / f"{option[2:]}.png"

@@ -37,7 +37,9 @@ def test_tokens_follow_the_softmax_of_those_kept(choice: TokenChoice, kept: list
 
 def test_without_a_temperature_the_likeliest_is_taken() -> None:
     logits_BV = torch.stack([LOGITS, LOGITS.flip(0)])
-    assert TokenChoice()(logits_BV, torch.zeros(2, dtype=torch.int64)).tolist() == [0, 4]
+    for temperature in (0.0, 5e-324, 1e-42, 1e-35, 1e-29):  # in fp32, which logits are divided in, 0 or nearly so
+        choice = TokenChoice(temperature)
+        assert choice(logits_BV, torch.zeros(2, dtype=torch.int64)).tolist() == [0, 4], temperature
 
 
 def test_a_row_draws_alike_alone_and_in_a_batch_and_whatever_order_equal_logits_have() -> None:

@@ -16,6 +16,7 @@ folder, or damaged in it.
 
 import argparse
 import hashlib
+import io
 import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -167,13 +168,19 @@ def _labels(arguments: argparse.Namespace, classes: list[int], what: str) -> lis
 def _read_prompts(path: Path) -> list[str]:
     wanted = f"--prompts: expected a text file with a prompt a line, got {path}"
     try:
-        prompts = files.read_text(path, _MOST_PROMPT_BYTES).splitlines()
+        prompts = _lines(files.read_text(path, _MOST_PROMPT_BYTES))
     except (OSError, ValueError) as error:
         reason = reason_of(error) if isinstance(error, OSError) else "which is no UTF-8"
         raise UserError(f"{wanted} ({reason}); give another") from error
     if not prompts:
         raise UserError(f"{wanted}, which is empty; an empty line is an empty prompt")
     return prompts
+
+
+def _lines(text: str) -> list[str]:
+    """As editors show them: without a mark in front, and not ended at the other characters where Python ends lines."""
+    lines = io.StringIO(text.removeprefix("\ufeff"), newline=None).read().split("\n")
+    return lines[:-1] if lines[-1] == "" else lines
 
 
 def _draw_grid(path: Path, source: "Source", wanted: _Wanted, settings: "GenerationSettings") -> None:

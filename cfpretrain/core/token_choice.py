@@ -7,13 +7,16 @@ from torch import Tensor
 
 from cfpretrain.core import seeds
 
+# Below, quotients leave the range of fp32, and equal infinities would hide which logit is the largest.
+_COLDEST = 1e-30
+
 
 @dataclass(frozen=True)
 class TokenChoice:
     """How a token is chosen from logits.
 
     Attributes:
-        temperature: of the softmax; 0 takes the likeliest token.
+        temperature: of the softmax; 0 takes the likeliest token, and so do those that are as good as 0.
         top_k: only the k likeliest tokens; 0: all.
         top_p: only the likeliest tokens whose probabilities, added up, first reach p (arXiv 1904.09751); 1: all.
     """
@@ -25,7 +28,7 @@ class TokenChoice:
     def __call__(self, logits_BV: Tensor, keys_B: Tensor) -> Tensor:
         """int64 [B], the tokens chosen; equal logits and keys (`seeds`) choose equal tokens, in a batch of any size."""
         logits_BV = logits_BV.float()
-        if self.temperature == 0:
+        if self.temperature < _COLDEST:
             return logits_BV.argmax(-1)
         sorted_BV, ids_BV = (logits_BV / self.temperature).sort(dim=-1, descending=True, stable=True)
         rank_V = torch.arange(sorted_BV.shape[1], device=sorted_BV.device)

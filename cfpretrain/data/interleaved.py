@@ -53,7 +53,7 @@ def take_apart(value: Any) -> tuple[Segments, list[Any]]:
     ValueError where it is no such list, has no image or too many, or texts stand side by side.
     """
     if not isinstance(value, list):
-        raise ValueError(f"expected a list of texts and images, got {value!r:.40}")
+        raise ValueError(f"expected a list of texts and images, got {_shown(value)!r:.40}")
     segments: list[str | None] = []
     names: list[Any] = []
     for one in value:

@@ -100,7 +100,7 @@ def read_table(file: Path, ignore: Iterable[str] = ()) -> Table:
 def _images(file: Path, line: int, record: dict[str, Any]) -> tuple[list[str], str]:
     """The paths of a row's images, and its segments as a shard has them."""
     value = record.get("segments")
-    if not value:
+    if value in (None, ""):
         return [_text(file, line, record, "path")], ""
     where = f"images: {file}, line {line}: segments"
     if record.get("path"):

@@ -25,18 +25,23 @@ class Images:
             raise ValueError("image: expected an image or latents, got both or none")
         if latents is not None:
             _check_shape("latents", latents, [num_images or len(latents), *self._latent_shape])
+            if not latents.isfinite().all():
+                raise ValueError("latents: expected finite numbers, got others")
             return latents.to(self.device, torch.float32)
         channels = self._latent_shape[0] if self.vae is None else self.vae.config.in_channels
         pixels_BCYX = _as_pixels(image, channels)
         side = self._latent_shape[1] * self._stride
         _check_shape("image", pixels_BCYX, [num_images or len(pixels_BCYX), channels, side, side])
+        if not ((pixels_BCYX >= 0) & (pixels_BCYX <= 1)).all():
+            low, high = pixels_BCYX.min().item(), pixels_BCYX.max().item()
+            raise ValueError(f"image: expected values from 0 to 1, got {low:g} to {high:g}; divide bytes by 255")
         return self._encode(pixels_BCYX.to(self.device))
 
     def given_part(self, image: Any) -> Tensor:
         """The latents of an image among the parts of a sample: [C, Y, X]."""
         if isinstance(image, Tensor) and self.vae is not None and list(image.shape) == self._latent_shape:
             return self.given(None, image[None])[0]
-        return self.given(image if isinstance(image, PIL.Image.Image) else torch.as_tensor(image)[None], None)[0]
+        return self.given(image if isinstance(image, PIL.Image.Image) else _as_tensor(image)[None], None)[0]
 
     def output(self, latents_BCYX: Tensor, output_type: str) -> Any:
         """Images as an `output_type` of the pipeline says."""
@@ -89,16 +94,25 @@ def _check_shape(name: str, values: Tensor, expected: list[int]) -> None:
 
 
 def _as_pixels(image: Any, channels: int) -> Tensor:
-    """PIL images of any mode, an array or a tensor -> float32 [B, C, Y, X] in [0, 1]."""
+    """PIL images of any mode of 8 bits, an array or a tensor -> float32 [B, C, Y, X] in [0, 1]."""
     if isinstance(image, PIL.Image.Image):
         image = [image]
-    if isinstance(image, list | tuple) and image and isinstance(image[0], PIL.Image.Image):
-        sizes = sorted({one.size for one in image})
+    if isinstance(image, list | tuple) and image and all(isinstance(one, PIL.Image.Image) for one in image):
+        sizes, deep = sorted({one.size for one in image}), [one.mode for one in image if one.mode[0] in "IF"]
         if len(sizes) > 1:
             raise ValueError(f"image: expected images of one size, got {sizes}")
+        if deep:  # as PIL turns these into bytes, nearly all would be white
+            raise ValueError(f"image: expected 8 bits a channel, got mode {deep[0]}; scale the image to them first")
         arrays = [np.asarray(one.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255 for one in image]
         image = np.stack([one[None] if one.ndim == 2 else one.transpose(2, 0, 1) for one in arrays])
-    return torch.as_tensor(image).float()
+    return _as_tensor(image).float()
+
+
+def _as_tensor(image: Any) -> Tensor:
+    try:
+        return torch.as_tensor(image)
+    except (TypeError, RuntimeError, ValueError):
+        raise ValueError(f"image: expected PIL images, or one array or tensor, got {image!r:.80}") from None
 
 
 def _to_arrays(images_BCYX: Tensor) -> Any:

@@ -255,6 +255,8 @@ class CausalFusionPipeline(DiffusionPipeline):
         """
         texts, num_places = self._texts("interleave"), self.transformer.config.max_segments
         check_output(output_type)
+        if not isinstance(parts, list | tuple):  # a text would be taken apart into letters
+            raise ValueError(f"parts: expected a list of texts and images, got {parts!r:.80}")
         if first not in (None, "text", "image"):
             raise ValueError(f"first: expected text, image or None, got {first!r}")
         num_kept = len(parts) - (first is None and bool(parts) and isinstance(parts[-1], str))

@@ -5,6 +5,7 @@ sequence, K keys, D width, H heads, E head width, P values of a token, Q conditi
 Y rows, X columns.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -191,6 +192,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
         if isinstance(ar_step_sizes, str):
             _check_choice("ar_step_sizes", ar_step_sizes, ("equal", "cosine"))
         _check_choice("guidance_schedule", guidance_schedule, ("constant", "linear"))
+        _check_finite("guidance_scale", guidance_scale)
         process = process_of_scheduler(self.config.prediction_type, scheduler)
         return (
             choose_sizes(num_tokens, num_ar_steps, ar_step_sizes),
@@ -215,6 +217,7 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
                 "temperature, top_k, top_p: expected at least 0, at least 0, and above 0 up to 1, got "
                 f"{temperature}, {top_k}, {top_p}"
             )
+        _check_finite("guidance_scale", guidance_scale)
         return Writing(Marks(*marks), max_tokens, seed, TokenChoice(temperature, top_k, top_p), guidance_scale)
 
     def region(self, region: str | Tensor) -> Tensor:
@@ -234,3 +237,8 @@ class CausalFusionTransformer(CausalFusion, ModelMixin, ConfigMixin):
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
+
+
+def _check_finite(name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
