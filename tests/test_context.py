@@ -143,6 +143,13 @@ def test_texts_behind_other_contexts_are_those_written_alone(model: Network, cho
     assert len(set(map(len, together))) > 1 or not choice.temperature  # the likeliest tokens may end none
 
 
+@pytest.mark.parametrize(("last", "end"), [(MARKS.image, MARKS.image), (MARKS.end, MARKS.end), (5, MARKS.end)])
+def test_an_image_may_follow_a_text_as_long_as_may_be(model: Network, last: int, end: int) -> None:
+    tokens = iter([5] * (MOST_WORDS - 2) + [last])
+    (text,) = write(model, [0], [True], [[]], choice=lambda *_: torch.tensor([next(tokens)]))
+    assert text == [MARKS.begin, *[5] * (MOST_WORDS - 2), end]
+
+
 def test_texts_are_those_of_full_forwards(model: Network) -> None:
     for number in range(5):
         (text,) = write(model, [number], [True], [[]], choice=TokenChoice())

@@ -89,7 +89,7 @@ def plain_text(model: Network, before: list[Segment], prefix: Sequence[int], num
         with_all = forward(model, [*before, of_text(ids, len(before))])[TEXT][:, -1].float().log_softmax(-1)
         without = forward(model, [of_text(ids, 0)])[TEXT][:, -1].float().log_softmax(-1)
         chosen = how.choice(without + how.guidance * (with_all - without), seeds.fold(keys, len(ids)))
-        ids.append(int(chosen) if len(ids) < MOST_WORDS - 1 else MARKS.end)
+        ids.append(int(chosen) if len(ids) < MOST_WORDS - 1 or chosen == MARKS.image else MARKS.end)
     return ids
 
 

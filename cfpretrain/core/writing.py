@@ -52,7 +52,8 @@ def write_texts(
     written = []
     while go_on(bool(is_open_B.any())):
         chosen_B = choice(_guide(logits_BV, guidance), seeds.fold(keys_B, length_B))
-        chosen_B = torch.where(length_B >= max_tokens - 1, marks.end, chosen_B)
+        # The last place is of a token that ends a text, by which an image may follow too.
+        chosen_B = torch.where((length_B >= max_tokens - 1) & (chosen_B != marks.image), marks.end, chosen_B)
         written.append(torch.where(is_open_B, chosen_B, marks.pad))
         places_B = length_B.clamp(max=max_tokens - 1)  # of a text that has ended, whose tokens are not kept
         token = Segment(
