@@ -40,6 +40,7 @@ def of_pictures(pipe: Any, given: Any) -> dict[str, Any]:
             lambda: pipe.interleave(["a", picture], max_new_parts=4),
             lambda: pipe.interleave(["a"], first="picture"),
             lambda: pipe.interleave("a seven", 1),
+            lambda: pipe.interleave(["a", "seven"]),
             lambda: pipe.interleave([None], first="image"),
             lambda: pipe.interleave(["a"], first="image", guidance_scale=float("nan")),
             lambda: pipe(prompt="a", guidance_scale=float("inf")),

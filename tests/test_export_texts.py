@@ -253,6 +253,7 @@ def test_mistakes_elsewhere_are_named(results: Results) -> None:
         "max_new_parts: expected at least 1 and, behind 2 parts, at most 3, since",
         "first: expected text, image or None, got 'picture'",
         "parts: expected a list of texts and images, got 'a seven'",
+        "parts: expected an image between two texts, as in training, got two texts; join them",
         "image: expected PIL images, or one array or tensor, got None",
         "guidance_scale: expected a finite number, got nan",
         "guidance_scale: expected a finite number, got inf",

@@ -245,8 +245,17 @@ MISTAKES = [
     (INTERLEAVE, ["image:s3://bucket/one.png"], "PART: expected a path of this machine, got the address s3:"),
     (INTERLEAVE, ["text:IMAGE"], "PART: expected a text, got the image file"),
     (INTERLEAVE, ["image:a seven"], "PART: a seven: "),
-    (INTERLEAVE, [*["text:a"] * 5, "image"], "PART: expected fewer than the 5 parts of a sample that the model knows"),
-    (INTERLEAVE, [*["text:a"] * 4, "image", "--max-new-parts", "2"], "--max-new-parts: expected 1 to 1, got 2"),
+    (INTERLEAVE, ["text:a", "text:b"], "PART: expected an image between two texts, as in training, got 'a' and 'b'"),
+    (
+        INTERLEAVE,
+        [*["text:a", "image:IMAGE"] * 3, "image"],
+        "PART: expected fewer than the 5 parts of a sample that the model knows",
+    ),
+    (
+        INTERLEAVE,
+        [*["text:a", "image:IMAGE"] * 2, "image", "--max-new-parts", "2"],
+        "--max-new-parts: expected 1 to 1, got 2",
+    ),
     (INTERLEAVE, ["text:a", "--max-new-parts", "0"], "--max-new-parts: expected at least 1, got 0"),
     (INTERLEAVE, ["text:a", "--text-guidance", "inf"], "--text-guidance: expected 0 to 1000"),
 ]

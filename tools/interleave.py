@@ -12,6 +12,7 @@ and transcript.json. Image files may have any size: they are turned upright and 
 """
 
 import argparse
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,10 @@ def _read_parts(words: list[str]) -> _Asked:
             parts.append((kind, value if kind == "text" else str(path_argument(value))))
         except argparse.ArgumentTypeError as error:
             raise UserError(f"PART: {error}") from error
+    for (kind, before), (other, behind) in itertools.pairwise(parts):
+        if kind == other == "text":
+            got = f"{excerpt(before, 40)!r} and {excerpt(behind, 40)!r}"
+            raise UserError(f"PART: expected an image between two texts, as in training, got {got}; join them")
     return _Asked(parts, first)
 
 

@@ -13,6 +13,7 @@ And of a model with texts:
 It stands alone: torch and diffusers are all that it needs, and for texts `tokenizers`.
 """
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -257,6 +258,8 @@ class CausalFusionPipeline(DiffusionPipeline):
         check_output(output_type)
         if not isinstance(parts, list | tuple):  # a text would be taken apart into letters
             raise ValueError(f"parts: expected a list of texts and images, got {parts!r:.80}")
+        if any(isinstance(one, str) and isinstance(other, str) for one, other in itertools.pairwise(parts)):
+            raise ValueError("parts: expected an image between two texts, as in training, got two texts; join them")
         if first not in (None, "text", "image"):
             raise ValueError(f"first: expected text, image or None, got {first!r}")
         num_kept = len(parts) - (first is None and bool(parts) and isinstance(parts[-1], str))
