@@ -154,6 +154,19 @@ def test_texts_are_those_of_full_forwards(model: Network) -> None:
             assert int(logits[0, -1].argmax()) == text[n]
 
 
+def test_a_text_of_the_greatest_length_ends_as_the_model_says(model: Network) -> None:
+    """An image may follow it as well."""
+    for number in range(12):
+        prefix = [5 + (number + i) % 6 for i in range(MOST_WORDS - 2)]
+        (text,) = write(model, [number], [True], [prefix], choice=TokenChoice())
+        words = dataclasses.replace(text_segment(torch.tensor([text[:-1]])), ordinal_B=torch.tensor([1]))
+        segments = with_rotary_positions([image_segment([number], [True]), words])
+        with torch.no_grad():
+            logits_V = model(segments, build_layout(segments).intervals_BMI)[TEXT][0, -1]
+        assert len(text) == MOST_WORDS
+        assert text[-1] == (MARKS.image if logits_V[MARKS.image] > logits_V[MARKS.end] else MARKS.end)
+
+
 def test_guidance_is_away_from_the_text_without_the_image(model: Network) -> None:
     """At scale 0 only what is without the image counts."""
     numbers, has_image = [0, 1, 0, 1], [True, True, False, False]
