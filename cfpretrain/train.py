@@ -202,24 +202,22 @@ def _describe_sequences(config: "Config", captions: "Captions") -> Iterator[str]
     drawn = "" if order.num_ar_steps else f" in the mean, decay {order.ar_step_decay:g}"
     yield f"AR steps: {mean:g}{drawn}, {order.ar_step_sizes} sizes, {order.token_order} order"
 
-    work, has_texts = sequences.mean_work(config, captions.num_tokens), sequences.has_texts(config)
-    if has_texts:
+    work, each = sequences.mean_work(config, captions.num_tokens), "a sample"
+    tokens = f"tokens a sequence: {work.tokens:.1f} in the mean"
+    if sequences.has_texts(config):
         yield f"{captions}"
-        padded = f"with padding {sequences.longest(config).computed} at most"
+        yield f"{tokens}, with padding {sequences.longest(config).computed} at most"
     else:
         ((_, segments),) = sequences.drawn_samples(config, captions.num_tokens)
         share_by_length = sequence_lengths(segments, ar.ARSettings(**vars(order)), config.clean_token_multiple())
         lengths = list(share_by_length)
-        few = len(lengths) < 10
+        few, each = len(lengths) < 10, "an image"
         shown = ", ".join(map(str, lengths)) if few else f"{len(lengths)} from {lengths[0]} to {lengths[-1]}"
-        padded = (
-            f"{sum(length * share for length, share in share_by_length.items()):.1f} with padding; lengths: {shown}"
-        )
-    yield f"tokens a sequence: {work.tokens:.1f} in the mean, {padded}"
-    flops = num_sequences * metrics.training_flops(model, work, config.train.freeze)
-    if not has_texts:
+        padded = sum(length * share for length, share in share_by_length.items())
+        yield f"{tokens}, {padded:.1f} with padding; lengths: {shown}"
         yield f"visible pairs: {work.visible / work.tokens**2:.1%} of the mean length's square"
-    yield f"training FLOPs: {flops / num_sequences:.3e} {'a sample' if has_texts else 'an image'}, {flops:.3e} a step"
+    flops = num_sequences * metrics.training_flops(model, work, config.train.freeze)
+    yield f"training FLOPs: {flops / num_sequences:.3e} {each}, {flops:.3e} a step"
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -143,6 +143,13 @@ def test_texts_behind_other_contexts_are_those_written_alone(model: Network, cho
     assert len(set(map(len, together))) > 1 or not choice.temperature  # the likeliest tokens may end none
 
 
+@pytest.mark.parametrize(("last", "end"), [(MARKS.image, MARKS.image), (MARKS.end, MARKS.end), (5, MARKS.end)])
+def test_an_image_may_follow_a_text_as_long_as_may_be(model: Network, last: int, end: int) -> None:
+    tokens = iter([5] * (MOST_WORDS - 2) + [last])
+    (text,) = write(model, [0], [True], [[]], choice=lambda *_: torch.tensor([next(tokens)]))
+    assert text == [MARKS.begin, *[5] * (MOST_WORDS - 2), end]
+
+
 def test_texts_are_those_of_full_forwards(model: Network) -> None:
     for number in range(5):
         (text,) = write(model, [number], [True], [[]], choice=TokenChoice())
@@ -152,19 +159,6 @@ def test_texts_are_those_of_full_forwards(model: Network) -> None:
             with torch.no_grad():
                 logits = model(segments, build_layout(segments).intervals_BMI)[TEXT]
             assert int(logits[0, -1].argmax()) == text[n]
-
-
-def test_a_text_of_the_greatest_length_ends_as_the_model_says(model: Network) -> None:
-    """An image may follow it as well."""
-    for number in range(12):
-        prefix = [5 + (number + i) % 6 for i in range(MOST_WORDS - 2)]
-        (text,) = write(model, [number], [True], [prefix], choice=TokenChoice())
-        words = dataclasses.replace(text_segment(torch.tensor([text[:-1]])), ordinal_B=torch.tensor([1]))
-        segments = with_rotary_positions([image_segment([number], [True]), words])
-        with torch.no_grad():
-            logits_V = model(segments, build_layout(segments).intervals_BMI)[TEXT][0, -1]
-        assert len(text) == MOST_WORDS
-        assert text[-1] == (MARKS.image if logits_V[MARKS.image] > logits_V[MARKS.end] else MARKS.end)
 
 
 def test_guidance_is_away_from_the_text_without_the_image(model: Network) -> None:

@@ -88,11 +88,8 @@ def plain_text(model: Network, before: list[Segment], prefix: Sequence[int], num
     while ids[-1] not in (MARKS.end, MARKS.image):
         with_all = forward(model, [*before, of_text(ids, len(before))])[TEXT][:, -1].float().log_softmax(-1)
         without = forward(model, [of_text(ids, 0)])[TEXT][:, -1].float().log_softmax(-1)
-        guided = without + how.guidance * (with_all - without)
-        if len(ids) == MOST_WORDS - 1:
-            others = [id for id in range(guided.shape[1]) if id not in (MARKS.end, MARKS.image)]
-            guided[:, others] = -torch.inf
-        ids.append(int(how.choice(guided, seeds.fold(keys, len(ids)))))
+        chosen = how.choice(without + how.guidance * (with_all - without), seeds.fold(keys, len(ids)))
+        ids.append(int(chosen) if len(ids) < MOST_WORDS - 1 or chosen == MARKS.image else MARKS.end)
     return ids
 
 

@@ -10,6 +10,7 @@ from cfpretrain.base import config as configs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core.objective import Batch
+from cfpretrain.core.texts import FRAME
 from cfpretrain.data.shards import Shards
 from cfpretrain.run import build, sequences
 from cfpretrain.run.metrics import training_flops
@@ -96,7 +97,7 @@ def write_captions(folder: Path, words: int) -> None:
 def test_captions_at_hand_say_how_long_they_are(tmp_path: Path) -> None:
     write_captions(tmp_path, 5)
     config = text_config(tmp_path)
-    lengths = [sequences.FRAME + i % 6 for i in range(100)]
+    lengths = [FRAME + i % 6 for i in range(100)]
     found = sequences.captions_at_hand(config)
     assert found == (round(sum(lengths) / 100), 100, lengths.count(2), 7, 0)
     assert "of 100 in data.shards, 7 at most, 17 are empty" in str(found)

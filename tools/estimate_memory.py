@@ -298,8 +298,8 @@ def _micro_batches(config: "Config", device: "torch.device") -> Iterator[None]:
     import torch._dynamo  # now: inside ZeRO's construction it would find a patched torch, and fail
 
     from cfpretrain.base import runtime
+    from cfpretrain.core.texts import FRAME
     from cfpretrain.run import build
-    from cfpretrain.run.sequences import FRAME
     from cfpretrain.training.ema import ShardedEMA
     from cfpretrain.training.engine import build_engine
     from tools.measuring.common import refuse_segments, with_words

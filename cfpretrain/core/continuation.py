@@ -237,9 +237,11 @@ def _read_samples(
         own = [parts[place] if place < len(parts) else [] for parts in framed]
         texts = [[] if isinstance(part, Tensor) else part for part in own]
         slots.append((texts, [part if isinstance(part, Tensor) else None for part in own]))
-    sizes = [max(len(text) for text in texts) + max(0 if one is None else len(one) for one in images)
-             for texts, images in slots]  # fmt: skip
-    context = Context(model, sum(sizes))
+    capacity = sum(
+        max(map(len, texts)) + max((len(one) for one in images if one is not None), default=0)
+        for texts, images in slots
+    )
+    context = Context(model, capacity)
     for place, (texts, images) in enumerate(slots):
         ordinal_B = torch.full((len(samples),), place, device=device)
         if any(texts):

@@ -18,6 +18,7 @@ from cfpretrain.core.norm import make_norm
 from cfpretrain.core.segments import Segment, tensors_of
 
 TEXT = "text"
+FRAME = 2  # the tokens around a text, see `Marks`
 
 
 class Marks(NamedTuple):

@@ -1,7 +1,6 @@
 """Writing texts behind a context, token by token."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -37,7 +36,7 @@ def write_texts(
         context: of B sequences, and with guidance of B more, by which they are without what guidance is towards.
         prefixes: how each text begins, after the token that begins it; it may be empty.
         marks: the tokens that frame texts.
-        max_tokens: of a text; the last of so many is one of the two that end it.
+        max_tokens: of a text; one that has not ended by then is ended.
         choice: of the next token.
         keys_B: its randomness, see `writing_keys`; on the model's device.
         guidance: scale of log p(without) + scale * (log p - log p(without)) of the next token; 1 is none.
@@ -50,14 +49,11 @@ def write_texts(
     logits_BV = logits_BTV[torch.arange(len(length_B), device=device), length_B - 1]
     length_B = length_B[: len(texts)]
     is_open_B = torch.ones(len(texts), dtype=torch.bool, device=device)
-    is_end_V = torch.zeros(logits_BV.shape[1], dtype=torch.bool, device=device)
-    is_end_V[[marks.end, marks.image]] = True
     written = []
     while go_on(bool(is_open_B.any())):
-        # What a text of the greatest length ends in, training has told as of others.
-        must_end_B1 = (length_B >= max_tokens - 1).unsqueeze(1)
-        guided_BV = _guide(logits_BV, guidance).masked_fill(must_end_B1 & ~is_end_V, -math.inf)
-        chosen_B = choice(guided_BV, seeds.fold(keys_B, length_B))
+        chosen_B = choice(_guide(logits_BV, guidance), seeds.fold(keys_B, length_B))
+        # The last place is of a token that ends a text, by which an image may follow too.
+        chosen_B = torch.where((length_B >= max_tokens - 1) & (chosen_B != marks.image), marks.end, chosen_B)
         written.append(torch.where(is_open_B, chosen_B, marks.pad))
         places_B = length_B.clamp(max=max_tokens - 1)  # of a text that has ended, whose tokens are not kept
         token = Segment(

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
+from cfpretrain.core.texts import FRAME
 from cfpretrain.data.samples import FOLDER_BIT, Samples
 from cfpretrain.data.tokenizer import TextTokenizer
 
@@ -51,10 +52,10 @@ def _encode_interleaved(tokenizer: TextTokenizer, samples: Samples, max_tokens: 
 
 def check_length(text: Sequence[int], what: str, max_tokens: int) -> None:
     """UserError where the tokens of a text, without those that frame it, are more than a model knows."""
-    if len(text) > max_tokens - 2:
+    if len(text) > max_tokens - FRAME:
         raise UserError(
-            f"model.max_text_tokens: expected at least {len(text) + 2}, the tokens of {what} and the two that frame "
-            f"it, got {max_tokens}; raise it, or shorten that"
+            f"model.max_text_tokens: expected at least {len(text) + FRAME}, the tokens of {what} and the two that "
+            f"frame it, got {max_tokens}; raise it, or shorten that"
         )
 
 

@@ -16,7 +16,7 @@ from cfpretrain.base.console import UserError, excerpt, one_line, say
 from cfpretrain.core import attention
 from cfpretrain.core.block import BlockSettings
 from cfpretrain.core.model import CausalFusion
-from cfpretrain.core.texts import Marks
+from cfpretrain.core.texts import FRAME, Marks
 from cfpretrain.data.images import SUFFIXES
 from cfpretrain.data.tokenizer import SPECIAL, TextTokenizer
 from cfpretrain.export import foreign_files
@@ -123,7 +123,7 @@ class Source:
         UserError where it is of more than `max_tokens` with these two (None: than the model knows), or is no text that
         the tokenizer can write.
         """
-        tokenizer, most = self.texts(option), max_tokens or self.config.model.max_text_tokens
+        tokenizer, most = self.texts(option), (max_tokens or self.config.model.max_text_tokens) - FRAME
         wanted = f"{option}: expected a text that the model's tokenizer can write, got"
         mark = next((one for one in SPECIAL if one in text), None)
         if mark is not None:
@@ -138,9 +138,9 @@ class Source:
         if unknown:
             raise UserError(f"{wanted} {unknown!r} in it, of which it has no token; leave it out")
         tokens = tokenizer.encode(text)
-        if len(tokens) > most - 2:
+        if len(tokens) > most:
             words = excerpt(repr(text), 80)
-            raise UserError(f"{option}: expected at most {most - 2} tokens, got {len(tokens)} in {words}; shorten it")
+            raise UserError(f"{option}: expected at most {most} tokens, got {len(tokens)} in {words}; shorten it")
         return tokens
 
     def make_autoencoder(self) -> Autoencoder:

@@ -19,13 +19,12 @@ from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.modalities import CLASS, IMAGE, class_segment, image_segment
 from cfpretrain.core.segments import Segment
 from cfpretrain.core.tasks import deal
-from cfpretrain.core.texts import TEXT, text_segment
+from cfpretrain.core.texts import FRAME, TEXT, text_segment
 from cfpretrain.core.work import Work, expected_work, sequence_lengths
 from cfpretrain.data.interleaved import parse_column
 from cfpretrain.data.shards import Shards
 from cfpretrain.run.build import make_tokenizer
 
-FRAME = 2  # the tokens around a text
 _MOST_READ = 1000  # captions
 
 

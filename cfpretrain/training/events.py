@@ -16,7 +16,7 @@ from cfpretrain.base.console import SickRunError, UserError, count, excerpt, one
 from cfpretrain.base.stopping import StopRequest
 from cfpretrain.core.ar import equal_sizes
 from cfpretrain.core.sampler import Guidance
-from cfpretrain.core.texts import Marks
+from cfpretrain.core.texts import FRAME, Marks
 from cfpretrain.data.online import TrainingData
 from cfpretrain.evaluation import pictures
 from cfpretrain.evaluation.evaluator import Evaluator
@@ -217,11 +217,11 @@ def choose_rows(config: Config, data: TrainingData) -> Rows:
     if not texts:
         first = data.folders[0].samples(range(min(len(data.folders[0]), _MOST_CAPTIONS_READ)))
         texts = tuple(dict.fromkeys(one["caption"] for one in first if one["caption"]))[:most] or ("",)
-    conditions = tuple(tokenizer.encode_batch(texts))
+    conditions, most_tokens = tuple(tokenizer.encode_batch(texts)), config.model.max_text_tokens - FRAME
     for text, tokens in zip(texts, conditions, strict=True):
-        if len(tokens) > config.model.max_text_tokens - 2:
+        if len(tokens) > most_tokens:
             raise UserError(
-                f"sample.prompts: expected at most {config.model.max_text_tokens - 2} tokens (model.max_text_tokens "
+                f"sample.prompts: expected at most {most_tokens} tokens (model.max_text_tokens "
                 f"without the two that frame them), got {len(tokens)} in {excerpt(repr(text), 80)}; shorten it"
             )
     return Rows(texts, conditions, Marks(*tokenizer.marks))

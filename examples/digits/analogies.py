@@ -23,7 +23,7 @@ import torch
 
 from cfpretrain.base import files
 from cfpretrain.base.command_line import Parser, positive
-from cfpretrain.base.console import ending_in_one_line, path_argument, say
+from cfpretrain.base.console import ending_in_one_line, explaining, path_argument, say
 from cfpretrain.core import seeds
 from examples.digits.captioned_digits import TRAIN_FILE
 from examples.digits.captions import DIGITS
@@ -45,7 +45,9 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Writes the table."""
     paths: dict[int, list[str]] = {}
-    for row in csv.DictReader((arguments.files / TRAIN_FILE).read_text().splitlines()):
+    with explaining(f"FILES: expected a folder of tools/captioned_digits.py, got {arguments.files} ({{reason}})"):
+        table = files.read_text(arguments.files / TRAIN_FILE)
+    for row in csv.DictReader(table.splitlines()):
         paths.setdefault(int(row["label"]), []).append(row["path"])
     asked = [(first, second, rule) for first in range(10) for second in range(10) for rule in RULES
              if (second, rule) not in NEVER_ASKED]  # fmt: skip

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from cfpretrain.base.command_line import Parser, positive, run_on_ranks
 from cfpretrain.base.console import path_argument, phase
+from cfpretrain.evaluation.sampling_options import check_guidance
 from examples.digits.analogies import NEVER_ASKED, RULES, digits_of
 from examples.digits.captions import DIGITS
 
@@ -42,6 +43,7 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Asks, and prints."""
+    check_guidance(arguments.guidance)
     with phase("loading torch"):
         from cfpretrain.base import runtime
         from cfpretrain.evaluation.source import load_source

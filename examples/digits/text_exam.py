@@ -156,8 +156,7 @@ class Exam:
 
     def time_captions(self) -> dict[str, float]:
         """CPU seconds of all held-out images' captions with the key-value cache and without, and whether they agree."""
-        tokens_NLP = self.tokens(self.images_N1YX)
-        model = self.source.model
+        tokens_NLP, model = self.tokens(self.images_N1YX), self.source.model
 
         def with_cache(tokens_BLP: Tensor) -> list[list[int]]:
             return caption_images(model, tokens_BLP, torch.arange(len(tokens_BLP)), self.writing)

@@ -19,11 +19,11 @@ from cfpretrain.autoencoder import are_pixels
 from cfpretrain.base import files, runtime
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError, say
+from cfpretrain.core.texts import FRAME
 from cfpretrain.data.shard_writer import ShardWriter
 from cfpretrain.data.shards import LatentsInfo, columns_of
 from cfpretrain.data.tokenizer import SPECIAL
 from cfpretrain.run.metrics import peak_flops
-from cfpretrain.run.sequences import FRAME
 
 _PACKAGES = ("torch", "triton", "deepspeed", "mosaicml-streaming", "flash-attn", "diffusers")
 _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
