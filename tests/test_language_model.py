@@ -298,3 +298,22 @@ def test_a_config_of_another_trunk_is_refused(folders: dict[str, Path], tmp_path
     with pytest.raises(UserError, match=r"does not fit the config: tensors unknown: trunk\.blocks\.1\.norm1\.weight"):
         import_language_model.run(folders["llama"], tmp_path / "run", TINY, ["model.depth=1"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "message"),
+    [
+        ("llama", "model.norm_eps=0.1", "model.norm_eps: expected 1e-06, as MODEL: .* has it, got 0.1; leave it out"),
+        ("llama", "model.rotary_base=7", r"model.rotary_base: expected 10000.0, as .*, got 7.0; leave it out"),
+        ("llama 3", "model.rotary_scaling=[]", r"model.rotary_scaling: expected \(8.0, .*, got \(\); leave it out"),
+        ("gpt2", "model.mlp=gelu", "model.mlp: expected gelu_tanh, as MODEL: .* has it, got gelu; leave it out"),
+        ("gpt2", "model.num_heads=8", "model.num_heads: expected 4, as MODEL: .* has it, got 8; leave it out"),
+    ],
+)
+def test_what_no_tensor_shows_stays_the_language_models(
+    folders: dict[str, Path], tmp_path: Path, name: str, override: str, message: str
+) -> None:
+    """Else its weights would be taken, and mean something else."""
+    with pytest.raises(UserError, match=message):
+        import_language_model.run(folders[name], tmp_path / "run", TINY, [override])
+    assert not (tmp_path / "run").exists()

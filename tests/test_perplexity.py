@@ -44,3 +44,11 @@ def test_who_knows_nothing_has_the_perplexity_of_the_vocabulary() -> None:
     with torch.no_grad():
         model.text_head.linear.weight.zero_()
     assert perplexity([caption_likelihood(model, IMAGES, TEXTS, MARKS)]) == pytest.approx(NUM_WORDS)
+
+
+def test_of_a_model_that_diverged_it_is_infinite() -> None:
+    """It ends no training, and metrics say null."""
+    model = text_model()
+    with torch.no_grad():
+        model.text_head.linear.weight.mul_(1e6)
+    assert perplexity([caption_likelihood(model, IMAGES, TEXTS, MARKS)]) == float("inf")

@@ -75,3 +75,16 @@ def test_rules_that_could_fill_the_memory_are_refused(steps: list, is_taken: boo
         return
     with pytest.raises(ValueError, match="its Sequence could make more than 65536 bytes of one"):
         TextTokenizer.from_json(json.dumps(plain))
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_one_that_draws_tokens_is_refused(is_trained: bool) -> None:
+    """Else a resumed run would not be the one that was left alone, nor a prompt the one that was drawn."""
+    plain = json.loads(TextTokenizer.train(["a seven"] * 9, 270).to_json())
+    for dropout, is_taken in ((0.9, False), (0.0, True), (None, True)):
+        text = json.dumps(plain | {"model": plain["model"] | {"dropout": dropout}})
+        if is_taken:
+            assert len({tuple(TextTokenizer.from_json(text, is_trained).encode("a seven")) for _ in range(3)}) == 1
+        else:
+            with pytest.raises(ValueError, match=r"its dropout of 0\.9 gives a text other tokens each time"):
+                TextTokenizer.from_json(text, is_trained)

@@ -79,6 +79,9 @@ class TextTokenizer:
             missing = [name for name in SPECIAL if is_trained and found.token_to_id(name) is None]
             if missing:
                 raise ValueError(f"it lacks the special token {missing[0]}")
+            dropout = json.loads(found.model.__getstate__()).get("dropout")
+            if dropout:
+                raise ValueError(f"its dropout of {dropout} gives a text other tokens each time; set it to null")
             for part in (found.normalizer, found.pre_tokenizer, found.decoder):
                 if part is not None and _doublings(json.loads(part.__getstate__())) > _MAX_DOUBLINGS:
                     raise ValueError(f"its {type(part).__name__} could make more than {2**_MAX_DOUBLINGS} bytes of one")

@@ -48,7 +48,10 @@ def caption_likelihood(
 def perplexity(found: Iterable[Likelihood]) -> float:
     """exp(-mean log p of a token) of all captions together; of a model that knows nothing, the size of its vocabulary.
 
-    Perplexities of two tokenizers are not comparable.
+    Perplexities of two tokenizers are not comparable. Infinite where a float cannot hold it, as while a model diverges.
     """
     totals, counts = zip(*found, strict=True)
-    return math.exp(-sum(totals) / sum(counts))
+    try:
+        return math.exp(-sum(totals) / sum(counts))
+    except OverflowError:
+        return math.inf

@@ -219,6 +219,10 @@ def start_from(model: LanguageModel, config: Config, source: str) -> ForeignChec
             f"{source} does not fit the config: tensors {different}; leave out the keys of `model` that say what "
             "blocks are"
         )
+    for name, wanted in vars(model.settings.design).items():  # what no tensor shows, as norm_eps
+        got = getattr(config.model.design, name)
+        if got != wanted and name != "separate_image_weights":
+            raise UserError(f"model.{name}: expected {wanted}, as {source} has it, got {got}; leave it out")
     initialised = sorted({name.split(".")[0] for name in shapes if name not in taken})
     unused = sorted(name for name in model.shapes if name not in taken)
     say(f"taken: {len(taken)} tensors; initialised: {', '.join(initialised) or 'none'}")
