@@ -256,10 +256,7 @@ class CausalFusionPipeline(DiffusionPipeline):
         """
         texts, num_places = self._texts("interleave"), self.transformer.config.max_segments
         check_output(output_type)
-        if not isinstance(parts, list | tuple):  # a text would be taken apart into letters
-            raise ValueError(f"parts: expected a list of texts and images, got {parts!r:.80}")
-        if any(isinstance(one, str) and isinstance(other, str) for one, other in itertools.pairwise(parts)):
-            raise ValueError("parts: expected an image between two texts, as in training, got two texts; join them")
+        _check_parts(parts)
         if first not in (None, "text", "image"):
             raise ValueError(f"first: expected text, image or None, got {first!r}")
         num_kept = len(parts) - (first is None and bool(parts) and isinstance(parts[-1], str))
@@ -376,3 +373,11 @@ class CausalFusionPipeline(DiffusionPipeline):
             return self.transformer.region(region if isinstance(region, str | Tensor) else torch.tensor(region))
         except ValueError as error:
             raise ValueError(f"region: {error}") from error
+
+
+def _check_parts(parts: Any) -> None:
+    """ValueError where they are no sample of texts and images."""
+    if not isinstance(parts, list | tuple):  # a text would be taken apart into letters
+        raise ValueError(f"parts: expected a list of texts and images, got {parts!r:.80}")
+    if any(isinstance(one, str) and isinstance(other, str) for one, other in itertools.pairwise(parts)):
+        raise ValueError("parts: expected an image between two texts, as in training, got two texts; join them")
