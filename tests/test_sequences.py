@@ -1,21 +1,27 @@
 """What training draws, from the config alone, beside batches that it draws."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
 
 from cfpretrain.base import config as configs
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import UserError
 from cfpretrain.core.objective import Batch
 from cfpretrain.core.texts import FRAME
+from cfpretrain.data.image_shards import write_image_shards
+from cfpretrain.data.images import ImageFormat
+from cfpretrain.data.listing import list_images
 from cfpretrain.data.shards import Shards
+from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.run import build, sequences
 from cfpretrain.run.metrics import training_flops
 from tests.digits import digits, digits_info, small_config, write_latents
-from tests.interleaved import PATTERNS, write_shards
+from tests.interleaved import PATTERNS, write_shards, write_table
 from tests.processes import REPOSITORY
 from tests.test_objective import sum_of
 from tools.measuring.common import with_words
@@ -99,11 +105,11 @@ def test_captions_at_hand_say_how_long_they_are(tmp_path: Path) -> None:
     config = text_config(tmp_path)
     lengths = [FRAME + i % 6 for i in range(100)]
     found = sequences.captions_at_hand(config)
-    assert found == (round(sum(lengths) / 100), 100, lengths.count(2), 7, 0)
+    assert found == (round(sum(lengths) / 100), 100, lengths.count(2), 7, 0, "")
     assert "of 100 in data.shards, 7 at most, 17 are empty" in str(found)
     for data in ({"tokenizer": "nowhere.json"}, {"shards": (str(tmp_path / "nowhere"),)}):
         unknown = sequences.captions_at_hand(dataclasses.replace(config, data=dataclasses.replace(config.data, **data)))
-        assert unknown == (7, 0, 0, 0, 0)
+        assert unknown == (7, 0, 0, 0, 0, "")
         assert "model.max_text_tokens = 7 tokens" in str(unknown)
 
 
@@ -186,6 +192,30 @@ def test_captions_that_are_none_or_too_long_are_refused(tmp_path: Path, words: i
     assert "\n" not in str(error.value)
     by_class = text_config(tmp_path, "data.tasks.text_to_image=0", "data.tasks.image_to_text=0")
     assert sequences.captions_at_hand(by_class).num_read == 0
+
+
+def test_interleaved_samples_without_captions_are_no_pairs(interleaved: Path, tmp_path: Path) -> None:
+    """Their own texts are no captions: images would be learned behind empty texts."""
+    assert sequences.captions_at_hand(interleaved_config(interleaved, tmp_path)).num_read > 0
+    table = write_table(tmp_path / "files", 12)
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    table.write_text("".join(json.dumps({"segments": row["segments"]}) + "\n" for row in rows))
+    write_image_shards([(list_images(table), tmp_path / "shards")], ImageFormat("lossless", 8, is_grey=True), "a test")
+    with pytest.raises(UserError, match=r"data\.tasks\.text_to_image: expected captions in .*, got none in 12 samples"):
+        sequences.captions_at_hand(interleaved_config(tmp_path / "shards", tmp_path))
+
+
+def test_words_that_the_tokenizer_lacks_are_named(tmp_path: Path) -> None:
+    """Which training leaves out of a caption, or takes for others."""
+    captions = {i: "w1 w2" if i % 7 else "w1 nine" for i in range(100)}
+    write_latents(tmp_path / "shards", digits_info(100), digits(100), captions=captions)
+    letters = Tokenizer(models.BPE({one: i for i, one in enumerate("w12 ")}, []))
+    (tmp_path / "tokenizer.json").write_text(TextTokenizer(letters).to_json())
+    size = TextTokenizer(letters).size
+    texts = (f"data.tokenizer={tmp_path / 'tokenizer.json'}", f"model.vocabulary={size}", "model.max_text_tokens=9")
+    found = sequences.captions_at_hand(small_config(tmp_path / "shards", tmp_path, *texts, *TASKS))
+    assert found.unknown == "n"
+    assert str(found).endswith(", and data.tokenizer has no token for 'n' in them")
 
 
 def test_lengths_of_a_preset() -> None:

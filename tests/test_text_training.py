@@ -19,7 +19,7 @@ from cfpretrain.core.work import Work
 from cfpretrain.data.loader import Loader
 from cfpretrain.data.online import open_training_data
 from cfpretrain.data.tokenizer import TextTokenizer
-from cfpretrain.evaluation.captioning import read_captioned
+from cfpretrain.evaluation.captioning import HeldOut, read_captioned
 from cfpretrain.evaluation.source import load_source
 from cfpretrain.export.diffusers_layout import ExportSettings, export
 from cfpretrain.export.official import write_official
@@ -373,7 +373,7 @@ def test_captions_to_score_by(captioned: Path, tmp_path: Path, overrides: list[s
         config_checks.check(config, 1)
 
 
-def test_captions_of_other_latents_are_refused(captioned: Path, tmp_path: Path) -> None:
+def test_captions_of_other_latents_or_none_are_refused(captioned: Path, tmp_path: Path) -> None:
     """Of another autoencoder or scale they would give scores, but meaningless ones."""
     config, info = config_of(captioned, tmp_path), digits_info(20)
     for change, words in (
@@ -383,5 +383,8 @@ def test_captions_of_other_latents_are_refused(captioned: Path, tmp_path: Path) 
         folder = write_latents(tmp_path / next(iter(change)), dataclasses.replace(info, **change), digits(20))
         with pytest.raises(UserError, match="^evaluation.captions: " + re.escape(words)):
             read_captioned(folder, config, 20, "evaluation.captions", info)
+    empty = write_latents(tmp_path / "empty", info, digits(20))
+    with pytest.raises(UserError, match=r"^evaluation\.captions: expected captions, got none in 20 samples of"):
+        HeldOut(config_of(captioned, tmp_path, f"evaluation.captions={empty}"), info)
     _, captions = read_captioned(captioned / "shards", config, 20, "evaluation.captions", info)
     assert len(captions) == 20

@@ -114,6 +114,11 @@ class HeldOut:
         self._images_BLP, self.captions = read_captioned(
             asked.captions, config, asked.num_captions, "evaluation.captions", trained_on
         )
+        if not any(self.captions):
+            raise UserError(
+                f"evaluation.captions: expected captions, got none in {len(self.captions):,} samples of "
+                f"{asked.captions}; name shards that were made of a table with a column `caption`"
+            )
         self.texts = tokenizer.encode_batch(self.captions)
         check_length(max(self.texts, key=len), f"a caption in {asked.captions}", model.max_text_tokens)
         self.marks, self._tokenizer = Marks(*tokenizer.marks), tokenizer

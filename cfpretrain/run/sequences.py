@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from cfpretrain.base.config import Config, ModelConfig, OrderConfig
-from cfpretrain.base.console import UserError
+from cfpretrain.base.console import UserError, excerpt
 from cfpretrain.core.ar import ARSettings
 from cfpretrain.core.modalities import CLASS, IMAGE, class_segment, image_segment
 from cfpretrain.core.segments import Segment
@@ -26,6 +26,7 @@ from cfpretrain.data.shards import Shards
 from cfpretrain.run.build import make_tokenizer
 
 _MOST_READ = 1000  # captions
+_MOST_SEARCHED = 200  # of these, for parts without a token, at half a millisecond each
 
 
 class Drawn(NamedTuple):
@@ -173,13 +174,15 @@ class Captions(NamedTuple):
     num_empty: int = 0  # of these
     longest: int = 0  # of these
     num_too_long: int = 0  # of these
+    unknown: str = ""  # a part of one of them that the tokenizer has no token for
 
     def __str__(self) -> str:
         if not self.num_read:
             return f"captions: taken to have model.max_text_tokens = {self.num_tokens} tokens, since none is at hand"
+        lacks = f", and data.tokenizer has no token for {excerpt(repr(self.unknown), 40)} in them" * bool(self.unknown)
         return (
             f"captions: {self.num_tokens} tokens in the mean of {self.num_read:,} in data.shards, {self.longest} at "
-            f"most, {self.num_empty:,} are empty"
+            f"most, {self.num_empty:,} are empty{lacks}"
         )
 
 
@@ -194,6 +197,8 @@ def captions_at_hand(config: Config) -> Captions:
     texts: list[str] = []
     if data.tasks.text_to_image + data.tasks.image_to_text:
         texts += [sample["caption"] for sample in samples]
+        if texts and not any(texts):
+            raise UserError(_no_captions(config, len(texts)))
     if data.tasks.interleaved:
         of_samples = [parse_column(sample["segments"]) for sample in samples if "segments" in sample]
         texts += [one for segments in of_samples for one in segments if one is not None]
@@ -206,18 +211,21 @@ def captions_at_hand(config: Config) -> Captions:
         sum(length == FRAME for length in lengths),
         max(lengths),
         sum(length > most for length in lengths),
+        next(filter(None, map(tokenizer.unknown_part, list(dict.fromkeys(texts))[:_MOST_SEARCHED])), ""),
     )
     _check(found, config)
     return found
 
 
+def _no_captions(config: Config, num_read: int) -> str:
+    task = next(name for name, weight in vars(config.data.tasks).items() if weight and "text" in name)
+    return (
+        f"data.tasks.{task}: expected captions in {', '.join(config.data.shards)}, got none in {num_read:,} samples; "
+        "give make_shards.py a table with a column `caption`, or set another task"
+    )
+
+
 def _check(found: Captions, config: Config) -> None:
-    task = next((name for name, weight in vars(config.data.tasks).items() if weight and "text" in name), "")
-    if task and found.num_empty == found.num_read:
-        raise UserError(
-            f"data.tasks.{task}: expected captions in {', '.join(config.data.shards)}, got none in {found.num_read:,} "
-            "samples; give make_shards.py a table with a column `caption`, or set another task"
-        )
     if found.num_too_long:
         raise UserError(
             f"model.max_text_tokens: expected at least {found.longest}, the tokens of the longest of "

@@ -98,7 +98,9 @@ def prepare_folder(config: Config, device: torch.device) -> TrainingData:
             raise UserError(_unwritable(folder, f"no permission to write in {nearest}"))
         data = _check_inputs(config, device)
         if runtime.rank() == 0:
-            captions_at_hand(config)
+            captions = captions_at_hand(config)
+            if captions.unknown:
+                say(f"WARNING: {captions}: a model learns such texts without it")
         with explaining(_unwritable(folder)):
             files.make_folder(folder, follow=True)
             take(folder)
