@@ -84,7 +84,8 @@ def draw(path: Path, shown: Sequence[Case]) -> None:
     from matplotlib.patches import Patch  # isort: skip
 
     num_rows = -(-len(shown) // _COLUMNS)
-    figure = make_figure(4.2 * _COLUMNS, 4.5 * num_rows, "")
+    figure = make_figure(4.2 * _COLUMNS, 4.9 * num_rows, "")
+    figure.get_layout_engine().set(hspace=0.08)
     for axes, case in zip(figure.subplots(num_rows, _COLUMNS).flat, shown, strict=True):
         M = len(case.kinds)
         colours_M3 = np.array([to_rgb(_COLOURS[kind]) for kind in case.kinds])
