@@ -140,8 +140,7 @@ def main() -> None:
             lambda: pipe.edit(LABELS, torch.ones(3, 3, dtype=torch.bool), latents=given),
             lambda: pipe.edit(LABELS, "top"),
             lambda: pipe.edit([1], "top", latents=given),
-            lambda: pipe.edit([1], "top", image=pictures[0].resize((16, 12))),
-            lambda: pipe.edit([1, 2], "top", image=[pictures[0], pictures[0].resize((4, 4))]),
+            lambda: pipe.edit([1], "top", image=given[:1, :, :, :7] / 2 + 0.5),
             lambda: pipe(LABELS, latents=given),
             lambda: DiffusionPipeline.from_pretrained(digits),
         )

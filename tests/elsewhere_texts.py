@@ -15,6 +15,7 @@ from typing import Any
 
 # Beside this file.
 from elsewhere import load, load_from_hub, refusal
+from PIL import Image
 
 QUICK = {"num_inference_steps": 3, "num_ar_steps": 4, "output_type": "latent"}
 
@@ -55,10 +56,39 @@ def of_pictures(pipe: Any, given: Any) -> dict[str, Any]:
             lambda: type(pipe)(pipe.transformer, pipe.scheduler, pipe.vae),
         )
     ]
+    writing = {"temperature": 1.0, "prefix": ["a", "a th"]}
     return {
         "pictured": [pipe.caption(picture), pipe.caption([picture, picture])[1:]],
+        "blanks": [
+            pipe.caption([picture] * 2, **writing),
+            pipe.caption([picture] * 2, **writing | {"prefix": ["a ", "a th \n"]}),
+        ],
+        "blank goes on": [
+            pipe.interleave([*before, f"a se{end}"], temperature=1.0)
+            for before in ([], [picture])
+            for end in ("", "  ")
+        ],
         "pil": type(drawn[0]).__name__,
         "refusals": refusals,
+    }
+
+
+def of_any_size(pipe: Any, crops: Any) -> dict[str, Any]:
+    """What is made of own.png and of its crop, whose pixels are given: each the same twice; and refusals."""
+    own = Image.open("own.png")
+    drawn = {"temperature": 1.0, "seed": 5, "prefix": "a"}
+    return {
+        "own captions": [pipe.caption([own, Image.new("L", (9, 70))], **drawn), pipe.caption(crops, **drawn)],
+        "own goes on": [pipe.interleave([one], temperature=1.0, first="text") for one in (own, crops[0])],
+        "own refusals": [
+            refusal(call)
+            for call in (
+                lambda: pipe.caption(Image.new("L", (1, 2**22))),
+                lambda: pipe.caption(Image.new("RGB", (0, 4))),
+                lambda: pipe.caption(crops[..., :7]),
+                lambda: pipe.interleave([crops[0, :, :7].numpy()], first="text"),
+            )
+        ],
     }
 
 
@@ -79,7 +109,8 @@ def main() -> None:
     from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(1)
-    given, asked = load_file(given_file)["latents"], json.loads(prompts)
+    tensors, asked = load_file(given_file), json.loads(prompts)
+    given, crops = tensors["latents"], tensors["crops"]
     made: dict[str, Any] = {}
     said: dict[str, Any] = {}
 
@@ -109,7 +140,11 @@ def main() -> None:
         if folder == exports[0]:
             make(f"{name} hub", load_from_hub(folder))
             said |= of_pictures(pipe, given)
+            said |= of_any_size(pipe, crops)
+            edit = {"prompt": asked[0], "region": "centre", **QUICK | {"num_ar_steps": 2}}
+            made["own edited"] = pipe.edit(image=Image.open("own.png"), **edit).images
             said["card"] = run_card(Path(folder))
+            said["interleaved cards"] = [run_card(Path("cards", str(number))) for number in range(3)]
             half = load(folder, torch_dtype=torch.bfloat16)
             made["half prompt"] = half(prompt=asked, **QUICK).images
             said["half captions"] = half.caption(latents=given)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -21,10 +23,12 @@ from cfpretrain.core.solvers import Solver
 from cfpretrain.core.texts import Marks
 from cfpretrain.core.token_choice import TokenChoice
 from cfpretrain.data.tokenizer import TextTokenizer
+from cfpretrain.evaluation.editing import read_crop
 from cfpretrain.evaluation.generation import GenerationSettings, ImageGenerator
 from cfpretrain.evaluation.source import load_source
 from cfpretrain.export import model_card
 from cfpretrain.export.diffusers_layout import ExportSettings, export
+from cfpretrain.export.pipeline_images import _as_pixels
 from cfpretrain.export.pipeline_texts import Texts
 from cfpretrain.run import build
 from tests.environments import make_environment, run_elsewhere
@@ -112,13 +116,58 @@ def test_the_card_says_the_tasks_and_shows_their_calls(exported: Path, tmp_path:
 
 def test_the_card_shows_what_can_be_called() -> None:
     """In the order of the lines; `test_what_the_card_shows_runs_elsewhere` runs some."""
-    lines = model_card._calls(["image_to_text", "interleaved"], [], 4)
+    lines = model_card._calls(["image_to_text", "interleaved"], [], 4, ["a", "b"], 5)
     assert [line.split("(")[0] for line in lines] == [
-        "images = [...]  # of PIL",
+        "images = [PIL.Image.open",
         "texts = pipe.caption",
         "parts = pipe.interleave",
     ]
-    assert "pipe(" not in "".join(model_card._calls(["interleaved"], ["zero"], 4))
+    assert "pipe(" not in "".join(model_card._calls(["interleaved"], ["zero"], 4, ["a", "b"], 5))
+
+
+def test_texts_that_the_card_shows_fit_the_model() -> None:
+    words = {"type": "WordLevel", "vocab": {"a": 0, "[UNK]": 1}, "unk_token": "[UNK]"}
+    rules = {"pre_tokenizer": {"type": "Whitespace"}, "decoder": None, "added_tokens": []}
+    of_words = TextTokenizer.from_json(json.dumps(PLAIN | {"model": words} | rules))
+    bare = TextTokenizer.from_json(json.dumps(PLAIN | {"model": {**words, "vocab": {"c": 0}}} | rules))  # no [UNK]
+    first, second = model_card._WORDS
+    num_tokens = len(TOKENIZER.encode(first[0]))
+    for tokenizer, most, choices, expected in (
+        (TOKENIZER, num_tokens + 2, first, first[0]),
+        (TOKENIZER, num_tokens + 1, first, first[1]),
+        (TOKENIZER, 3, second, "b"),
+        (TOKENIZER, 2, first, ""),
+        (of_words, 9, first, "a"),
+        (of_words, 9, second, ""),
+        (bare, 9, first, ""),
+    ):
+        assert model_card._shown(choices, tokenizer, most) == expected
+
+
+@pytest.mark.parametrize("name", ["rgba", "grey", "grey_alpha", "palette", "rgb_key", "turned", "cmyk", "small"])
+def test_own_pictures_are_cropped_as_files_are(name: str, tmp_path: Path) -> None:
+    """Bit for bit as the tools do, which turn images upright."""
+    pixels = np.random.default_rng(0).integers(0, 256, (61, 37, 4), np.uint8)
+    image, kind, options = Image.fromarray(pixels), "PNG", {}
+    if name == "palette":
+        image, options = image.convert("P"), {"transparency": 3}
+    elif name == "rgb_key":
+        image, options = Image.fromarray(pixels[..., :3] // 64 * 64), {"transparency": (64, 0, 128)}
+    elif name == "turned":
+        image, kind, options = image.convert("RGB"), "JPEG", {"exif": Image.Exif()}
+        options["exif"][0x0112] = 6
+    elif name == "cmyk":
+        image, kind = image.convert("CMYK"), "TIFF"
+    elif name == "small":
+        image = image.convert("RGB").crop((0, 0, 7, 5))
+    elif name != "rgba":
+        image = image.convert("L" if name == "grey" else "LA")
+    image.save(tmp_path / "image", kind, **options)
+    for channels in (1, 3):
+        expected, _ = read_crop(tmp_path / "image", 8, channels == 1)
+        assert torch.equal(_as_pixels(Image.open(tmp_path / "image"), channels, 8), expected)
+        twice = _as_pixels([Image.open(tmp_path / "image"), Image.new("L", (30, 9), 255)], channels, 8)
+        assert torch.equal(twice, torch.cat([expected, torch.ones_like(expected)]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,8 +191,21 @@ def results(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Results:
         runs[name] = write_text_run(folder / "runs" / name, shards, *trunk)
         exports.append(folder / name)
         export(runs[name], exports[-1], ExportSettings())
+    tasks = [f"data.tasks.{task}=0" for task in ("class_to_image", "text_to_image", "image_to_text")]
+    for number, sizes in enumerate(((7, 3), (3, 3), (2, 2))):
+        texts, segments = sizes
+        card = (*tasks, "data.tasks.interleaved=1", f"model.max_text_tokens={texts}", f"model.max_segments={segments}")
+        export(
+            write_text_run(folder / "runs" / f"card_{number}", shards, *card),
+            folder / "cards" / str(number),
+            ExportSettings(),
+        )
     given = torch.rand(3, 1, 8, 8) * 2 - 1
-    save_file({"latents": given}, folder / "given.safetensors")
+    pixels = np.random.default_rng(1).integers(0, 256, (45, 23, 4), np.uint8)
+    for name in ("own.png", "one.png"):
+        Image.fromarray(pixels).save(folder / name)
+    crops = torch.cat([read_crop(folder / "own.png", 8, is_grey=True)[0], torch.zeros(1, 1, 8, 8)])
+    save_file({"latents": given, "crops": crops}, folder / "given.safetensors")
     python = make_environment(folder, "tokenizers")
     tensors = folder / "given.safetensors", folder / "made.safetensors"
     out, _ = run_elsewhere(python, folder, "elsewhere_texts.py", *tensors, json.dumps(PROMPTS), *exports)
@@ -228,6 +290,36 @@ def test_pictures_are_read_and_drawn_elsewhere(results: Results) -> None:
 
 def test_what_the_card_shows_runs_elsewhere(results: Results) -> None:
     assert results.said["card"] == {"images": 2, "edited": 1, "texts": 2}
+    assert results.said["interleaved cards"] == [{"images": 1, "parts": 1}] * 3
+    for number in range(3):
+        card = (results.runs["paper"].parent.parent / "cards" / str(number) / "README.md").read_text()
+        assert "import PIL.Image\n" in card
+        assert not any(words in card for words in ("...", "Classes", "| Condition |", "a class"))
+
+
+def test_pictures_of_any_size_are_taken_elsewhere(results: Results) -> None:
+    """As their crops are; arrays are not cropped."""
+    said, ours = results.said, Ours(results.runs["paper"])
+    assert said["own captions"][0] == said["own captions"][1]
+    assert said["own goes on"][0] == said["own goes on"][1]
+    crop = load_file(results.runs["paper"].parent.parent / "given.safetensors")["crops"][:1]
+    latents = build.make_scaling(ours.config).to_model(crop)
+    assert torch.equal(results.made["own edited"], ours.images(PROMPTS[:1], IDS[:1], latents, "centre"))
+    thin, empty, tensor, array = said["own refusals"]
+    assert thin.startswith("image: expected one less thin, got 1 x 4194304")
+    assert empty == "image: expected pixels, got 0 x 4"
+    assert tensor == "image: expected [2, 1, 8, 8] in all, got [2, 1, 8, 7]"
+    assert array == "image: expected [1, 1, 8, 8] in all, got [1, 1, 7, 8]"
+
+
+def test_blanks_that_end_a_beginning_are_left_out_elsewhere(results: Results) -> None:
+    plain, blank = results.said["blanks"]
+    assert plain == blank
+    assert plain[1].startswith("a th")
+    alone, alone_blank, behind, behind_blank = results.said["blank goes on"]
+    assert alone == alone_blank
+    assert behind == behind_blank
+    assert TOKENIZER.encode("a se ") != TOKENIZER.encode("a se")  # else it would show nothing
 
 
 def test_half_precision_elsewhere(results: Results) -> None:

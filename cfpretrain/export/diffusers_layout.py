@@ -107,6 +107,7 @@ def export(run: Path, out: Path, settings: ExportSettings) -> None:
             dtype=settings.dtype,
             licence=settings.licence,
             class_names=class_names,
+            tokenizer=tokenizer,
             num_parameters=sum(map(math.prod, tensors.header.shapes.values())),
             samples=SAMPLES_FILE if samples else None,
         )

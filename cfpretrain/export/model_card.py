@@ -1,5 +1,6 @@
 """The model card of an export: README.md, as people and the hub read it."""
 
+import contextlib
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -8,6 +9,8 @@ from typing import Any
 from cfpretrain.base.class_names import label_of
 from cfpretrain.base.config import Config
 from cfpretrain.base.console import visible
+from cfpretrain.core.texts import FRAME
+from cfpretrain.data.tokenizer import TextTokenizer
 from cfpretrain.run.build import CONFIG_FILE, SUMMARY_NUMBERS
 from cfpretrain.run.state import TRAINING_SECTIONS, TrainingState
 
@@ -23,6 +26,8 @@ _KINDS = {
     "image_to_text": ("image-to-text", "texts about images", "the text of its image"),
     "interleaved": ("any-to-any", "samples of texts and images", "texts and images in the order of the sample"),
 }
+
+_WORDS = (("a text", "text", "a"), ("and another", "other", "b"))  # of two texts, from the longest on
 
 _CARD = """---
 library_name: diffusers
@@ -41,7 +46,7 @@ diffusion inside autoregressive steps, any number of them, in any order
 {picture}## Use
 
 ```python
-from diffusers import DiffusionPipeline
+{imports}from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("FOLDER_OR_REPOSITORY", trust_remote_code=True)
 {calls}
@@ -78,12 +83,16 @@ def text(
     dtype: str,  # of the weights' files
     licence: str,  # the hub's name of one
     class_names: Sequence[str],
+    tokenizer: TextTokenizer | None,  # None for a model without texts
     num_parameters: int,  # of the transformer
     samples: str | None,  # the picture with samples; None without one
 ) -> str:
     """The card as Markdown."""
-    has_texts = bool(config.model.vocabulary)
-    tasks = _tasks(config)
+    tasks, model = _tasks(config), config.model
+    if "class_to_image" not in tasks:  # a model may have classes that it never saw
+        class_names = ()
+    texts = [] if tokenizer is None else [_shown(words, tokenizer, model.max_text_tokens) for words in _WORDS]
+    calls = _calls(tasks, class_names, min(4, model.num_tokens), texts, model.max_segments)
     stated = f"Licence: {_as_text(licence)}." if licence != "unknown" else "The licence of these weights is not stated."
     return _CARD.format(
         license=licence if _PLAIN.fullmatch(licence) else json.dumps(licence),
@@ -91,10 +100,11 @@ def text(
         picture=f"![samples]({samples})\n\n" if samples else "",
         tags="\n".join(f"- {_KINDS[task][0]}" for task in tasks),
         what=_listed([_KINDS[task][1] for task in tasks]).capitalize(),
-        calls="\n".join(_calls(tasks, class_names, min(4, config.model.num_tokens))),
-        files="three" if has_texts else "two",
-        packages="torch, diffusers and tokenizers" if has_texts else "torch and diffusers",
-        num_tokens=config.model.num_tokens,
+        imports="import PIL.Image\n" if any("PIL.Image" in line for line in calls) else "",
+        calls="\n".join(calls),
+        files="three" if tokenizer else "two",
+        packages="torch, diffusers and tokenizers" if tokenizer else "torch and diffusers",
+        num_tokens=model.num_tokens,
         model=_table(_model_rows(config, weights, dtype, class_names, num_parameters)),
         training=_table(_training_rows(config, state, summary)),
         config=CONFIG_FILE,
@@ -111,11 +121,26 @@ def _listed(words: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
-def _calls(tasks: Collection[str], class_names: Sequence[str], num_ar_steps: int) -> list[str]:
+def _shown(choices: Sequence[str], tokenizer: TextTokenizer, max_text_tokens: int) -> str:
+    """The first of some texts that a model takes; the empty one, which any takes, where it is none of them."""
+    for choice in choices:
+        with contextlib.suppress(ValueError):  # it cannot be written in the tokens
+            if len(tokenizer.encode(choice)) <= max_text_tokens - FRAME and not tokenizer.unknown_part(choice):
+                return choice
+    return ""
+
+
+def _calls(
+    tasks: Collection[str],
+    class_names: Sequence[str],
+    num_ar_steps: int,
+    texts: Sequence[str],  # two, where the model has any
+    max_segments: int,  # that the model knows in a sample
+) -> list[str]:
     """Lines of Python that show what the model was trained for; each can be run behind those before it."""
     how, lines = f"num_ar_steps={num_ar_steps}, solver='sde-dpm++'", []
     if not {"class_to_image", "text_to_image"} & set(tasks):
-        lines.append("images = [...]  # of PIL")
+        lines.append("images = [PIL.Image.open('one.png')]  # of any size")
     if "class_to_image" in tasks:
         last = len(class_names) - 1
         try:
@@ -125,12 +150,15 @@ def _calls(tasks: Collection[str], class_names: Sequence[str], num_ar_steps: int
         lines.append(f"images = pipe([0, {repr(class_names[last]) if is_plain else last}], {how}).images")
         lines.append(f"edited = pipe.edit([{last}], region='top', image=images[:1], solver='sde-dpm++').images")
     if "text_to_image" in tasks:
-        lines.append(f"images = pipe(prompt=['a text', 'and another'], {how}).images")
-        lines.append("edited = pipe.edit(prompt='a text', region='top', image=images[:1], solver='sde-dpm++').images")
+        lines.append(f"images = pipe(prompt={texts!r}, {how}).images")
+        settings = "region='top', image=images[:1], solver='sde-dpm++'"
+        lines.append(f"edited = pipe.edit(prompt={texts[0]!r}, {settings}).images")
     if "image_to_text" in tasks:
         lines.append("texts = pipe.caption(images)")
     if "interleaved" in tasks:
-        lines.append(f"parts = pipe.interleave(['a text', images[0], 'and another'], max_new_parts=1, {how})")
+        # The last text is continued, in its place.
+        given = f"[{texts[0]!r}, images[0], {texts[1]!r}]" if max_segments > 2 else "[images[0]]"
+        lines.append(f"parts = pipe.interleave({given}, max_new_parts=1, {how})")
     return lines
 
 

@@ -1,14 +1,17 @@
 """Images that come into the pipeline of an export, and that it gives out: pixels <-> latents in the network's scale."""
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import torch
 from torch import Tensor
 
 _PIXELS_AT_ONCE = 1 << 19  # decoded together: 8 images of 256 px
+_MOST_PIXELS = 2 * (PIL.Image.MAX_IMAGE_PIXELS or 1 << 27)  # where PIL refuses to decode
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ class Images:
                 raise ValueError("latents: expected finite numbers, got others")
             return latents.to(self.device, torch.float32)
         channels = self._latent_shape[0] if self.vae is None else self.vae.config.in_channels
-        pixels_BCYX = _as_pixels(image, channels)
         side = self._latent_shape[1] * self._stride
+        pixels_BCYX = _as_pixels(image, channels, side)
         _check_shape("image", pixels_BCYX, [num_images or len(pixels_BCYX), channels, side, side])
         if not ((pixels_BCYX >= 0) & (pixels_BCYX <= 1)).all():
             low, high = pixels_BCYX.min().item(), pixels_BCYX.max().item()
@@ -93,19 +96,46 @@ def _check_shape(name: str, values: Tensor, expected: list[int]) -> None:
         raise ValueError(f"{name}: expected {expected} in all, got {list(values.shape)}")
 
 
-def _as_pixels(image: Any, channels: int) -> Tensor:
-    """PIL images of any mode of 8 bits, an array or a tensor -> float32 [B, C, Y, X] in [0, 1]."""
+def _as_pixels(image: Any, channels: int, side: int) -> Tensor:
+    """PIL images of any size and of any mode of 8 bits, an array or a tensor -> float32 [B, C, Y, X] in [0, 1].
+
+    Of PIL images the centre crop is taken, of `side` pixels a side; others stay as they are.
+    """
     if isinstance(image, PIL.Image.Image):
         image = [image]
     if isinstance(image, list | tuple) and image and all(isinstance(one, PIL.Image.Image) for one in image):
-        sizes, deep = sorted({one.size for one in image}), [one.mode for one in image if one.mode[0] in "IF"]
-        if len(sizes) > 1:
-            raise ValueError(f"image: expected images of one size, got {sizes}")
+        deep = [one.mode for one in image if one.mode[0] in "IF"]
         if deep:  # as PIL turns these into bytes, nearly all would be white
             raise ValueError(f"image: expected 8 bits a channel, got mode {deep[0]}; scale the image to them first")
-        arrays = [np.asarray(one.convert("L" if channels == 1 else "RGB"), dtype=np.float32) / 255 for one in image]
+        crops = [_centre_crop(_opaque(one).convert("L" if channels == 1 else "RGB"), side) for one in image]
+        arrays = [np.asarray(one, dtype=np.float32) / 255 for one in crops]
         image = np.stack([one[None] if one.ndim == 2 else one.transpose(2, 0, 1) for one in arrays])
     return _as_tensor(image).float()
+
+
+def _opaque(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image as viewers show it: upright, and on white where it is transparent; in RGB."""
+    with contextlib.suppress(Exception):  # damaged EXIF, which viewers ignore too
+        image = PIL.ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _centre_crop(image: PIL.Image.Image, side: int) -> PIL.Image.Image:
+    """ADM's, as for training: halved by the box filter, the rest by the bicubic one, and the middle cut out."""
+    if not min(image.size):
+        raise ValueError(f"image: expected pixels, got {image.width} x {image.height}")
+    while min(image.size) >= 2 * side:
+        image = image.resize((image.width // 2, image.height // 2), PIL.Image.Resampling.BOX)
+    scale = side / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    if width * height > _MOST_PIXELS:
+        raise ValueError(f"image: expected one less thin, got {image.width} x {image.height}; crop it first")
+    image = image.resize((width, height), PIL.Image.Resampling.BICUBIC)
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 def _as_tensor(image: Any) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from cfpretrain.base.class_names import label_of
 from cfpretrain.export.pipeline_images import Images, check_output
-from cfpretrain.export.pipeline_texts import Texts
+from cfpretrain.export.pipeline_texts import Texts, to_continue
 from cfpretrain.export.plain_files import put_text
 
 # Noise levels and their spacing, where none are asked for.
@@ -170,7 +170,8 @@ class CausalFusionPipeline(DiffusionPipeline):
             region: "centre", "top", "bottom", "outside", "box:Y0,X0,Y1,X1" (rows and columns of tokens, ends left out)
                 or "tokens:0,1,17" (row * columns + column); or a mask of the tokens, true where they are regenerated:
                 bool [rows, columns] or [tokens].
-            image: PIL images, or a tensor or array [B, channels, height, width] in [0, 1].
+            image: PIL images of any size, cropped as for training, upright, and on white where they are transparent; or
+                a tensor or array [B, channels, height, width] in [0, 1].
             latents: instead of these, [B, channels, rows, columns] in the network's scale, as `output_type="latent"`
                 gives them.
             settings: the other arguments of a call, e.g. `num_ar_steps` and `guidance_scale`.
@@ -195,7 +196,7 @@ class CausalFusionPipeline(DiffusionPipeline):
 
         Args:
             images, latents: as `image` and `latents` of `edit`.
-            prefix: how the texts begin, or how each one does.
+            prefix: how the texts begin, or how each one does; blanks at its end are left out.
             max_tokens: of a text, the two that frame it among them; left out: as many as the model knows.
             temperature: of the softmax; 0 takes the likeliest token.
             top_k: only the k likeliest tokens; 0: all.
@@ -207,7 +208,7 @@ class CausalFusionPipeline(DiffusionPipeline):
         given_BCYX = self._images.given(images, latents)
         num_images = len(given_BCYX)
         starts = [prefix] * num_images if isinstance(prefix, str) else list(prefix)
-        prefixes = texts.encode("prefix", starts, max_tokens)
+        prefixes = texts.encode("prefix", list(map(to_continue, starts)), max_tokens)
         if len(prefixes) != num_images:
             raise ValueError(f"prefix: expected one text, or {num_images}, one for each image, got {len(prefixes)}")
         written = self.transformer.caption(
@@ -244,11 +245,12 @@ class CausalFusionPipeline(DiffusionPipeline):
         """Continues a sample of texts and images, and returns the parts that it adds.
 
         Args:
-            parts: texts and images in order; an image is one of PIL, a tensor or array [channels, height, width] in
-                [0, 1], or latents: a tensor with as many channels, rows and columns as these have.
+            parts: texts and images in order; an image is one of PIL, of any size, as of `edit`, a tensor or array
+                [channels, height, width] in [0, 1], or latents: a tensor with as many channels, rows and columns as
+                these have.
             max_new_parts: at most so many are added; the model may end sooner, and says itself where an image follows.
             first: whether a "text" or an "image" comes first. None: a text, which continues the last part where that
-                is a text, and is then returned from its beginning.
+                is a text, and is then returned from its beginning, without blanks at that part's end.
             max_tokens, temperature, top_k, top_p, text_guidance_scale: as of `caption`.
             seed, id: of what is drawn.
             output_type: of the images, each by itself; see the class.
@@ -259,7 +261,8 @@ class CausalFusionPipeline(DiffusionPipeline):
         _check_parts(parts)
         if first not in (None, "text", "image"):
             raise ValueError(f"first: expected text, image or None, got {first!r}")
-        num_kept = len(parts) - (first is None and bool(parts) and isinstance(parts[-1], str))
+        continues = first is None and bool(parts) and isinstance(parts[-1], str)
+        num_kept = len(parts) - continues
         if not 1 <= max_new_parts <= num_places - num_kept:
             raise ValueError(
                 f"max_new_parts: expected at least 1 and, behind {num_kept} parts, at most {num_places - num_kept}, "
@@ -267,7 +270,7 @@ class CausalFusionPipeline(DiffusionPipeline):
             )
         given = [
             texts.encode("parts", [part], max_tokens)[0] if isinstance(part, str) else self._images.given_part(part)
-            for part in parts
+            for part in [*parts[:num_kept], *map(to_continue, parts[num_kept:])]
         ]
         writing = {"marks": texts.marks, "max_tokens": texts.most(max_tokens), "seed": seed, "temperature": temperature}
         new = self.transformer.interleave(

@@ -42,3 +42,8 @@ class Texts:
         if longest > most:
             raise ValueError(f"{name}: expected at most {most} tokens, got {longest}; shorten the text")
         return tokens
+
+
+def to_continue(text: Any) -> Any:
+    """A text without blanks at its end: a token begins with the blank before its word, so one there would be a word."""
+    return text.rstrip() if isinstance(text, str) else text
