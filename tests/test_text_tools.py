@@ -301,9 +301,9 @@ def test_models_without_texts_or_classes(shards: Path, images: list[Path], tmp_p
         (EDIT, plain, [*edit, "--prompt", "a seven"], f"--prompt: {NO_TEXTS}"),
         (CAPTION, plain, [images[0]], f"SOURCE: {NO_TEXTS}"),
         (INTERLEAVE, plain, ["text:a"], f"SOURCE: {NO_TEXTS}"),
-        (SAMPLE, without_classes, ["--classes", "7"], "class: expected a text, since"),
+        (SAMPLE, without_classes, ["--classes", "7"], "--classes: expected a text, since"),
         (SAMPLE, without_classes, [], "--prompt: expected a text, since"),
-        (EDIT, without_classes, [*edit, "--class", "7"], "class: expected a text, since"),
+        (EDIT, without_classes, [*edit, "--class", "7"], "--class: expected a text, since"),
     ):
         ended = run_tool(script, [path, *words])
         assert ended.code == EXIT_USER_ERROR
