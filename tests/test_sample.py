@@ -179,7 +179,7 @@ def test_names_that_are_numbers_of_others(tmp_path: Path, shards: Path) -> None:
     for script, *arguments in ([SCRIPT, source, "--classes", "10"], edit):
         ended = run_tool(script, arguments)
         assert ended.code == EXIT_USER_ERROR
-        said = "--classes: '10' is the name of class 2, and class 10 is '8'; give name:10 or index:10"
+        said = f"{arguments[1]}: '10' is the name of class 2, and class 10 is '8'; give name:10 or index:10"
         assert ended.err == f"[cfpretrain] error: {said}\n"
     made = {}
     for word, folder in (("name:10", tmp_path), ("index:2", tmp_path), ("name:10", tmp_path / "run")):
