@@ -19,7 +19,7 @@ VERBS = {
     "interleave": ("interleave.py", "goes on with texts and images in any order"),
     "edit": ("edit.py", "a region of an image again, under a new class or text"),
     "evaluate": ("evaluate_fid.py", "FID and its kin, of a model or of images"),
-    "export": ("export_hf.py", "a run as a folder that diffusers loads, or as the official .pt"),
+    "export": ("export_hf.py", "a run as a folder for diffusers or transformers, or as the official .pt"),
     "make-shards": ("make_shards.py", "image files -> image shards"),
     "encode": ("encode_latents.py", "image shards -> latent shards"),
     "inspect": ("inspect_shards.py", "what a folder of shards holds; --verify reads all of it"),
@@ -41,7 +41,7 @@ def main() -> None:
     words = sys.argv[1:]
     of_launcher = [words.pop(0)] if words and words[0].startswith("--local_rank") else []  # it comes first
     if not words or words[0] not in VERBS:
-        lines = (f"  {verb:<20}{text}" for verb, (_, text) in VERBS.items())
+        lines = (f"  {verb:<23}{text}" for verb, (_, text) in VERBS.items())
         parser = Parser("\n".join([__doc__ or "", "VERB is one of", "", *lines]), "cfpretrain")
         parser.add_argument("verb", metavar="VERB", choices=VERBS, help="see below; cfpretrain VERB --help says more")
         parser.parse_args(words[:1])

@@ -134,8 +134,8 @@ def test_an_image_is_edited_as_viewers_show_it(tmp_path: Path, capsys: pytest.Ca
     image, size = read_crop(tmp_path / "photo.png", 8, False, (255, 255, 255))
     assert size == (60, 40)
     said = capsys.readouterr().out
-    assert "--image: 1 images with transparency are composited on white (--background)\n" in said
-    assert "--image: 1 images are turned upright, as their EXIF rotation says\n" in said
+    assert "--image: 1 image with transparency is composited on white (--background)\n" in said
+    assert "--image: 1 image is turned upright, as its EXIF rotation says\n" in said
     assert (image[0, :, :, 5:] > 0.98).all(), "the hidden green is white"
     assert (image[0, 0, :, :3] > 0.95).all()
     assert (image[0, 1:, :, :3] < 0.05).all()
@@ -201,7 +201,7 @@ def test_a_seam_is_the_step_across_the_border_of_the_region() -> None:
 MISTAKES = [
     (["--image", "absent.png"], "--image: absent.png: the file cannot be read: No such file or directory; give an im"),
     (["--image", "README.md"], "--image: README.md: no"),
-    (["--generate", "x"], "class: expected a name, or a number from 0 to 9, got 'x'"),
+    (["--generate", "x"], "--generate: expected a name, or a number from 0 to 9, got 'x'"),
     (["--generate", "1", "--region", "left"], "--region: expected centre, top, bottom, outside, box:Y0,X0,Y1,X1 or t"),
     (["--generate", "1", "--region", "box:0,0,9,9"], "--region: expected a box with 0 <= Y0 < Y1 <= 4 and 0 <= X0"),
     (["--generate", "1", "--region", "mask:absent.png"], "--region: absent.png: the file cannot be read"),

@@ -300,7 +300,7 @@ def test_backgrounds() -> None:
             parse_background(text)
     lines = describe_changes({"composited": 2, "enlarged": 1}, (37, 99, 168), 64)
     assert lines[0] == "2 images with transparency are composited on #2563a8 (--background)"
-    assert lines[1] == "1 images have a side of fewer than 64 pixels and are enlarged"
+    assert lines[1] == "1 image has a side of fewer than 64 pixels and is enlarged"
 
 
 def test_only_pixels_are_stored() -> None:

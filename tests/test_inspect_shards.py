@@ -119,8 +119,8 @@ def test_what_images_lost_is_shown(
     write_images(tmp_path / "images", [[png(16)]], 16, background=(0, 0, 0), changes=changes)
     inspect(monkeypatch, tmp_path / "images")
     shown = capsys.readouterr().out
-    assert "of these: 1 images with transparency are composited on black (--background)\n" in shown
-    assert ": 1 images have a side of fewer than 16 pixels and are enlarged\n" in shown
+    assert "of these: 1 image with transparency is composited on black (--background)\n" in shown
+    assert ": 1 image has a side of fewer than 16 pixels and is enlarged\n" in shown
 
 
 def test_images_are_described_and_verified(

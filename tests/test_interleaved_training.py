@@ -116,6 +116,17 @@ def test_a_resumed_run_has_the_same_losses_bit_by_bit(data: Path, run: Path, tmp
     assert [[row[name] for name in NAMES] for row in again] == [[row[name] for name in NAMES] for row in wanted]
 
 
+def test_grids_of_interleaved_samples_alone_have_no_condition_or_prompts(data: Path, tmp_path: Path) -> None:
+    alone = ["data.tasks.text_to_image=0", "data.tasks.image_to_text=0", "sample.num_per_class=3"]
+    for name, prompts in (("none", []), ("given", ["sample.prompts=[row 1,row 2]"])):
+        folder = tmp_path / name
+        ended = run_script(TRAIN, small_run(data / "latents", folder, *knobs(data, *alone, *prompts)), 1)[0]
+        assert ended.code == 0, ended.err
+        assert f"sampling {6 if prompts else 3} images at step {NUM_STEPS}" in ended.out
+        assert "drawing samples failed" not in ended.out
+        assert list((folder / "samples").glob("step_*.png"))
+
+
 def test_a_step_is_made_again_with_each_of_its_images(run: Path) -> None:
     ended = run_script("tools/replay.py", [str(run), "--step", "6"], 2)
     assert [one.code for one in ended] == [0, 0], ended[0].err

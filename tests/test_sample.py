@@ -137,8 +137,8 @@ def test_the_way_of_an_image_is_drawn(tmp_path: Path, source: Path) -> None:
 
 
 MISTAKES = [
-    (["--classes", "sevn"], "class: expected a name, or a number from 0 to 9, got 'sevn'; names are 0, 1, 2"),
-    (["--classes", "10"], "class: expected a name, or a number from 0 to 9, got '10'; did you mean '1' or '0'?"),
+    (["--classes", "sevn"], "--classes: expected a name, or a number from 0 to 9, got 'sevn'; names are 0, 1, 2"),
+    (["--classes", "10"], "--classes: expected a name, or a number from 0 to 9, got '10'; did you mean '1' or '0'?"),
     (["--num-ar-steps", "17"], "--num-ar-steps: expected 1 to 16, got 17"),
     (["--num-ar-steps", "0"], "--num-ar-steps: expected 1 to 16, got 0"),
     (["--ar-sizes", "some"], "--ar-sizes: expected equal or cosine, or sizes such as 1,3,12, got 'some'"),
@@ -179,7 +179,7 @@ def test_names_that_are_numbers_of_others(tmp_path: Path, shards: Path) -> None:
     for script, *arguments in ([SCRIPT, source, "--classes", "10"], edit):
         ended = run_tool(script, arguments)
         assert ended.code == EXIT_USER_ERROR
-        said = "class: '10' is the name of class 2, and class 10 is '8'; give name:10 or index:10"
+        said = f"{arguments[1]}: '10' is the name of class 2, and class 10 is '8'; give name:10 or index:10"
         assert ended.err == f"[cfpretrain] error: {said}\n"
     made = {}
     for word, folder in (("name:10", tmp_path), ("index:2", tmp_path), ("name:10", tmp_path / "run")):
@@ -201,7 +201,7 @@ def test_a_class_with_a_typo_is_found_before_the_weights_are_read(tmp_path: Path
     words = ["--classes", "sevn"] if script == SCRIPT else ["--generate", "1", "--region", "top", "--class", "sevn"]
     [ended] = run_script(script, [str(source), *words])
     assert ended.code == EXIT_USER_ERROR
-    assert "error: class: expected a name, or a number from 0 to 9, got 'sevn'" in ended.err
+    assert "error: --classes: expected a name, or a number from 0 to 9, got 'sevn'" in ended.err
     [ended] = run_script(script, [str(source), *(word.replace("sevn", "7") for word in words)])
     assert ended.code == EXIT_USER_ERROR
     assert "ema.safetensors" in ended.err

@@ -160,6 +160,21 @@ def test_greedy_captions_are_the_models(source: Path, images: list[Path], tmp_pa
     assert said == [TOKENIZER.decode(text) for text in texts]
 
 
+def test_a_blank_behind_a_prefix_changes_nothing(source: Path, images: list[Path], tmp_path: Path) -> None:
+    """Tokens begin with their blank."""
+    for script, given, blank in (
+        (CAPTION, [images[0], "--prefix", "a"], [images[0], "--prefix", "a "]),
+        (INTERLEAVE, [f"image:{images[0]}", "text:a"], [f"image:{images[0]}", "text:a  "]),
+    ):
+        found = []
+        for i, words in enumerate((given, blank)):
+            out = tmp_path / f"{Path(script).stem}_{i}.jsonl"
+            ended = run_tool(script, [source, *words, "--out", out])
+            assert (ended.code, ended.err) == (0, "")
+            found.append(content(out) if out.is_dir() else out.read_text())
+        assert found[0] == found[1]
+
+
 def test_what_is_no_image_ends_all_ranks(source: Path, images: list[Path], tmp_path: Path) -> None:
     (tmp_path / "words.png").write_text("a seven")
     for path in (tmp_path / "words.png", tmp_path / "absent.png"):
@@ -204,6 +219,10 @@ def test_the_last_part_says_what_comes_first(source: Path, images: list[Path], t
         found = transcript(tmp_path / name)
         assert [next(iter(one)) for one in found] == expected, name
         assert [one["is_new"] for one in found] == [False] * (len(expected) - 1) + [True], name
+    full = [*["text:a", f"image:{images[0]}"] * 2, "image"]  # one place is left
+    ended = run_tool(INTERLEAVE, [source, *full, "--out", tmp_path / "full", *QUICK])
+    assert (ended.code, ended.err) == (0, "")
+    assert [next(iter(one)) for one in transcript(tmp_path / "full")] == ["text", "image", "text", "image", "image"]
     assert transcript(tmp_path / "goes on")[1]["text"].startswith("a seven")
     assert (tmp_path / "analogy" / "part_4.png").is_file()
 
@@ -282,9 +301,9 @@ def test_models_without_texts_or_classes(shards: Path, images: list[Path], tmp_p
         (EDIT, plain, [*edit, "--prompt", "a seven"], f"--prompt: {NO_TEXTS}"),
         (CAPTION, plain, [images[0]], f"SOURCE: {NO_TEXTS}"),
         (INTERLEAVE, plain, ["text:a"], f"SOURCE: {NO_TEXTS}"),
-        (SAMPLE, without_classes, ["--classes", "7"], "class: expected a text, since"),
+        (SAMPLE, without_classes, ["--classes", "7"], "--classes: expected a text, since"),
         (SAMPLE, without_classes, [], "--prompt: expected a text, since"),
-        (EDIT, without_classes, [*edit, "--class", "7"], "class: expected a text, since"),
+        (EDIT, without_classes, [*edit, "--class", "7"], "--class: expected a text, since"),
     ):
         ended = run_tool(script, [path, *words])
         assert ended.code == EXIT_USER_ERROR

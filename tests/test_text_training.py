@@ -324,6 +324,9 @@ def test_grids_show_prompts_or_the_first_captions(captioned: Path, run: Path, tm
         assert [tokenizer.decode(tokens) for tokens in rows.conditions] == expected
     by_class = choose_rows(config_of(captioned, tmp_path, "sample.max_classes=3", "data.tasks.text_to_image=0"), data)
     assert by_class == (("0", "1", "2"), (0, 1, 2), None)
+    learned = ["data.tasks.class_to_image=0", "data.tasks.text_to_image=0"]
+    rows = choose_rows(config_of(captioned, tmp_path, *learned), data)
+    assert rows[:2] == (("no condition",), (None,))
     with pytest.raises(UserError, match=r"sample\.prompts: expected at most \d+ tokens .*; shorten it"):
         choose_rows(config_of(captioned, tmp_path, f"sample.prompts=[{'a two ' * 40}]"), data)
     config = config_of(captioned, tmp_path, "sample.prompts=[a two]", "data.tasks.text_to_image=0")

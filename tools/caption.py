@@ -60,7 +60,8 @@ def run(arguments: argparse.Namespace) -> None:
             # Mistakes in texts and settings are found before the weights are read.
             source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
             writing = read_writing(arguments, source, "--guidance")
-            prefix = source.tokens_of("--prefix", arguments.prefix, writing.max_tokens)
+            # A token begins with the blank before its word: one at the end would be a word.
+            prefix = source.tokens_of("--prefix", arguments.prefix.rstrip(), writing.max_tokens)
             source.load()
             autoencoder = source.make_autoencoder()
         say(f"{source.title}: captions of {count(len(arguments.images), 'image')}")

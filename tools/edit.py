@@ -81,8 +81,10 @@ def run(arguments: argparse.Namespace) -> None:
     with phase(f"loading {arguments.source}"):
         # Mistakes in names are found before the weights are read.
         source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
-        conditions = [_condition(source, arguments, text) for text in arguments.classes or arguments.prompt]
-        generated = None if arguments.generate is None else _condition(source, arguments, arguments.generate)
+        conditions = [_condition(source, arguments, text, "--class") for text in arguments.classes or arguments.prompt]
+        generated = (
+            None if arguments.generate is None else _condition(source, arguments, arguments.generate, "--generate")
+        )
         marks = source.marks("--prompt") if arguments.prompt else None
         source.load()
         autoencoder = source.make_autoencoder()
@@ -106,9 +108,9 @@ def run(arguments: argparse.Namespace) -> None:
     say(f"{count(len(conditions), 'edit')}: {arguments.out}" + (f" and {arguments.images}" if arguments.images else ""))
 
 
-def _condition(source: "Source", arguments: argparse.Namespace, text: str) -> "Condition":
-    """The class that a word means, or the tokens of a text."""
-    return source.label_of(text) if arguments.classes else source.tokens_of("--prompt", text)
+def _condition(source: "Source", arguments: argparse.Namespace, text: str, option: str) -> "Condition":
+    """The class that a word of this option means, or the tokens of a text."""
+    return source.label_of(text, option) if arguments.classes else source.tokens_of("--prompt", text)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -16,6 +16,7 @@ from cfpretrain.base.console import (
     Progress,
     UserError,
     address_argument,
+    count,
     path_argument,
     phase,
     say,
@@ -118,8 +119,8 @@ def _work(encoding: "Encoding", writer: "ShardWriter") -> None:
             writer.finish(info, len(sizes))
             shape = " x ".join(map(str, info.latent_shape))
             say(
-                f"{writer.folder}: {info.num_samples} latents of {len(info.class_names)} classes, {shape} "
-                f"({info.source})"
+                f"{writer.folder}: {info.num_samples} latents of {count(len(info.class_names), 'class', 'classes')}, "
+                f"{shape} ({info.source})"
             )
 
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cfpretrain.evaluation.source import Source
 
 _KINDS = ("text", "image")
+_NEW_PARTS = 2  # where no other number is given, or as many as the model has places for
 
 
 def main() -> None:
@@ -43,7 +44,7 @@ def main() -> None:
     add = parser.add_argument
     add("source", type=path_argument, help="a run folder, or one that tools/export_hf.py wrote")
     add("parts", nargs="+", metavar="PART", help="text:WORDS or image:FILE; the last may be text or image: see below")
-    add("--max-new-parts", type=int, default=2, help="texts and images that the model adds at most (default 2)")
+    add("--max-new-parts", type=int, help=f"texts and images that the model adds at most (default {_NEW_PARTS})")
     add("--out", type=path_argument, default=Path("interleaved"), help="a new folder (default interleaved)")
     add("--background", metavar="COLOUR", default="white",
         help="behind what is transparent: a name or '#rrggbb' (default white)")  # fmt: skip
@@ -71,7 +72,8 @@ class _Asked:
 def run(arguments: argparse.Namespace) -> None:
     """Continues a sample on one process."""
     asked = _read_parts(arguments.parts)
-    check_range("--max-new-parts", arguments.max_new_parts, 1)
+    if arguments.max_new_parts is not None:
+        check_range("--max-new-parts", arguments.max_new_parts, 1)
     check_place("--out", arguments.out)
     with phase("loading torch"):
         from torch import Tensor
@@ -86,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         source = open_source(arguments.source, device, arguments.precision, arguments.weights, arguments.step)
         writing = read_writing(arguments, source, "--text-guidance")
         settings = read_settings(arguments, source.config, source.config.model.num_tokens)
-        _check_number(asked, arguments.max_new_parts, source)
+        max_new_parts = _read_number(asked, arguments.max_new_parts, source)
         texts = [
             source.tokens_of("PART", value, writing.max_tokens) if kind == "text" else [] for kind, value in asked.parts
         ]
@@ -95,7 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     crops, given = _read_images(arguments, asked, source, autoencoder, texts)
     say(f"{source.title}: {count(len(given), 'part')} given, {settings}")
     with phase("continuing the sample"):
-        new = _continue(source, given, asked, writing, settings, arguments.max_new_parts)
+        new = _continue(source, given, asked, writing, settings, max_new_parts)
     kept = len(crops) - asked.continues_last
     made: list[Any] = [*crops[:kept]]
     for part in new:
@@ -125,18 +127,24 @@ def _read_parts(words: list[str]) -> _Asked:
         if kind == other == "text":
             got = f"{excerpt(before, 40)!r} and {excerpt(behind, 40)!r}"
             raise UserError(f"PART: expected an image between two texts, as in training, got {got}; join them")
-    return _Asked(parts, first)
+    asked = _Asked(parts, first)
+    if asked.continues_last:  # a token begins with the blank before its word: one at the end would be a word
+        parts[-1] = "text", parts[-1][1].rstrip()
+    return asked
 
 
-def _check_number(asked: _Asked, max_new_parts: int, source: "Source") -> None:
-    """The model is told each part's place, of which it knows so many."""
+def _read_number(asked: _Asked, max_new_parts: int | None, source: "Source") -> int:
+    """How many parts are added at most: the model is told each part's place, of which it knows so many."""
     most = source.config.model.max_segments - len(asked.parts) + asked.continues_last
     if most < 1:
         num_parts, known = len(asked.parts), source.config.model.max_segments
         raise UserError(
             f"PART: expected fewer than the {known} parts of a sample that the model knows, got {num_parts}"
         )
+    if max_new_parts is None:
+        return min(_NEW_PARTS, most)
     check_range("--max-new-parts", max_new_parts, 1, most)
+    return max_new_parts
 
 
 def _read_images(

@@ -148,7 +148,7 @@ def _wanted(arguments: argparse.Namespace, source: "Source") -> _Wanted:
         return _Wanted(labels, prompts, tokens, source.marks(option))
     num_classes = len(source.class_names)
     if arguments.classes:
-        classes = [source.label_of(text) for text in arguments.classes]
+        classes = [source.label_of(text, "--classes") for text in arguments.classes]
     else:
         num_asked = min(num_classes, _MOST_ROWS) if is_picture(arguments.out) else num_classes
         classes = [i * num_classes // num_asked for i in range(num_asked)]

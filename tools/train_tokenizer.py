@@ -49,8 +49,9 @@ def run(arguments: argparse.Namespace) -> None:
         folders = [Shards(address, "SHARDS") for address in arguments.shards]
         for shards in folders:
             for sample in itertools.chain.from_iterable(map(shards.shard, range(len(shards.files)))):
-                captions.append(sample["caption"])
                 segments = parse_column(sample["segments"]) if "segments" in sample else ()
+                if sample["caption"] or not segments:  # which have texts of their own
+                    captions.append(sample["caption"])
                 texts += [one for one in segments if one is not None]
     said = list(filter(None, [*captions, *texts]))
     if not said:

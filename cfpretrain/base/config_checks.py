@@ -273,10 +273,10 @@ def _check_sampling(config: Config) -> Iterable[str]:
 def _check_conditions(config: Config) -> Iterable[str]:
     """Of what samples are made that are shown and scored."""
     prompts, captions, tasks = config.sample.prompts, config.evaluation.captions, config.data.tasks
-    if prompts and not tasks.text_to_image:
+    if prompts and not (tasks.text_to_image or tasks.interleaved):
         yield (
-            f"sample.prompts: expected none without data.tasks.text_to_image, got {len(prompts)}; leave them out, or "
-            "train on that task"
+            f"sample.prompts: expected none without data.tasks.text_to_image or interleaved, got {len(prompts)}; leave "
+            "them out, or train on one of these"
         )
     if not config.evaluation.every_steps:
         return

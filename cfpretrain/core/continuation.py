@@ -67,7 +67,7 @@ class Drawing:
 @torch.no_grad()
 def generate_behind_texts(
     model: Predictor,
-    texts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int] | None],
     marks: Marks,
     order_BL: Tensor,
     ar_step_sizes: Sequence[int],
@@ -81,15 +81,16 @@ def generate_behind_texts(
 
     Args:
         model: with texts.
-        texts: the tokens of each without those that frame them.
+        texts: the tokens of each without those that frame them; None: nothing is before the image.
         marks: these.
         order_BL, ar_step_sizes, solver, guidance, draw_noise, given_BKP, watch: see `generate_image`.
 
     Returns:
         float32 [B, L, P], tokens in raster order.
     """
-    context = _read_samples(model, [[text] for text in texts], True, marks, order_BL.device)
-    context, ordinal_B = _branch(context, [1] * len(texts), guidance.scale, order_BL.shape[1], order_BL.device)
+    samples = [[] if text is None else [text] for text in texts]
+    context = _read_samples(model, samples, True, marks, order_BL.device)
+    context, ordinal_B = _branch(context, list(map(len, samples)), guidance.scale, order_BL.shape[1], order_BL.device)
     makes = context, order_BL, ar_step_sizes, solver, guidance, draw_noise
     return generate_image(*makes, given_BKP, watch, ordinal_B=ordinal_B)
 

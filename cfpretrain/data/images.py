@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageColor, ImageFile, UnidentifiedImageError
 
 import cfpretrain
-from cfpretrain.base.console import UserError, one_line
+from cfpretrain.base.console import UserError, count, one_line
 from cfpretrain.base.files import read_bytes
 
 Colour = tuple[int, int, int]  # red, green and blue, 0 to 255
@@ -77,6 +77,7 @@ _CHANGES = {
     "of several frames": "of several frames or pictures give their first",
     "enlarged": "have a side of fewer than {size} pixels and are enlarged",
 }
+_OF_ONE = {"are": "is", "have": "has", "give": "gives", "their": "its"}  # the words of these where it is one image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -129,11 +130,13 @@ def colour_name(colour: Colour) -> str:
 
 def describe_changes(counts: Mapping[str, int], background: Colour, image_size: int) -> list[str]:
     """A line for each kind of change to images, from the counts of `stored_image` or `read_image`."""
-    return [
-        f"{counts[change]} images {text.format(background=colour_name(background), size=image_size)}"
-        for change, text in _CHANGES.items()
-        if counts.get(change)
-    ]
+    lines = []
+    for change, text in _CHANGES.items():
+        if number := counts.get(change):
+            words = [_OF_ONE.get(word, word) for word in text.split(" ")] if number == 1 else [text]
+            said = " ".join(words).format(background=colour_name(background), size=image_size)
+            lines.append(f"{count(number, 'image')} {said}")
+    return lines
 
 
 def read_file(path: Path) -> bytes:

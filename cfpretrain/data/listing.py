@@ -313,10 +313,11 @@ def _list_table(file: Path, root: Path, ignore_columns: Sequence[str]) -> Listin
 
 
 def _odd_rows(rows: Sequence[Row], class_names: Sequence[str]) -> Iterator[str]:
+    kind = "samples" if any(row.segments for row in rows) else "images"
     if class_names == (UNLABELLED,):
-        yield f"no row has a label: all {len(rows)} images are of one class, {UNLABELLED}"
+        yield f"no row has a label: all {len(rows)} {kind} are of one class, {UNLABELLED}"
     elif len(class_names) == 1:
-        yield f"all {len(rows)} images are of one class, {class_names[0]}"
+        yield f"all {len(rows)} {kind} are of one class, {class_names[0]}"
     if num_repeated := len(rows) - len(set(rows)):
         yield f"{count(num_repeated, 'row repeats', 'rows repeat')} an earlier one: each counts as one more image"
     labels: dict[str, int] = {}

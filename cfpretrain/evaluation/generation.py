@@ -61,8 +61,8 @@ def plan_of(config: Config, weights: str, autoencoder: str, settings: Generation
     }
 
 
-# What an image is made of: a class, or the tokens of a text.
-Condition = int | Sequence[int]
+# What an image is made of: a class, or the tokens of a text; None: nothing, of a model with texts.
+Condition = int | Sequence[int] | None
 # Latents as the model sees them -> images [B, 1 or 3, Y, X], 0 black and 1 white.
 Decode = Callable[[Tensor], Tensor]
 

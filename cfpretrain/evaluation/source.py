@@ -69,17 +69,17 @@ class Source:
         """Whether it was trained to make images of classes."""
         return self.config.data.tasks.class_to_image > 0
 
-    def label_of(self, text: str) -> int:
-        """The class that a word means (see `class_names.label_of`); UserError where it means none, or several."""
+    def label_of(self, text: str, option: str = "class") -> int:
+        """The class that an option's word means (`class_names.label_of`); UserError where it means none, or several."""
         if not self.has_classes:
             raise UserError(
-                f"class: expected a text, since {self.title} was trained without classes (data.tasks.class_to_image), "
-                f"got {text!r}; give --prompt"
+                f"{option}: expected a text, since {self.title} was trained without classes "
+                f"(data.tasks.class_to_image), got {text!r}; give --prompt"
             )
         try:
             return label_of(text, self.class_names)
         except ValueError as error:
-            raise UserError(f"class: {error}") from error
+            raise UserError(f"{option}: {error}") from error
 
     def load(self) -> None:
         """Brings the weights into memory, where they are not."""

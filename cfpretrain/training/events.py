@@ -205,15 +205,18 @@ class Rows(NamedTuple):
 
 
 def choose_rows(config: Config, data: TrainingData) -> Rows:
-    """Classes, or texts where a model learns to draw them: those of the config, or else the first different captions.
+    """What grids show: texts, classes or images without any condition, whichever the model learns.
 
+    Texts are those of the config, or else the first different captions where a model learns to draw captions.
     UserError where a text is too long.
     """
     most, tasks, tokenizer = config.sample.max_classes, config.data.tasks, make_tokenizer(config)
-    if tokenizer is None or (tasks.class_to_image and not tasks.text_to_image):
+    texts = config.sample.prompts
+    if tokenizer is None or (tasks.class_to_image and not tasks.text_to_image and not texts):
         names = tuple(data.latents[0].class_names[:most])
         return Rows(names, tuple(range(len(names))), None)
-    texts = config.sample.prompts
+    if not texts and not tasks.text_to_image:
+        return Rows(("no condition",), (None,), Marks(*tokenizer.marks))
     if not texts:
         first = data.folders[0].samples(range(min(len(data.folders[0]), _MOST_CAPTIONS_READ)))
         texts = tuple(dict.fromkeys(one["caption"] for one in first if one["caption"]))[:most] or ("",)
