@@ -13,8 +13,7 @@ from torch import Tensor
 from cfpretrain.base import config as configs
 from cfpretrain.base import runtime
 from cfpretrain.base.console import EXIT_USER_ERROR
-from cfpretrain.core import attention, seeds
-from cfpretrain.core import model as transformer
+from cfpretrain.core import attention, block, seeds
 from cfpretrain.data.loader import Loader
 from cfpretrain.run.build import make_loss, make_prepare
 from tests.digits import write_digits
@@ -264,8 +263,8 @@ def train_tiny(variant: str, shards: Path, folder: Path) -> list[float]:
     runtime.start(CPU)
     trainer.prepare_folder(config, CPU)
     run = trainer.Trainer(config, CPU)
-    attend = transformer.attend if variant.startswith("sdpa") else plain_attention(variant)
-    with patch.object(transformer, "attend", attend):
+    attend = block.attend if variant.startswith("sdpa") else plain_attention(variant)
+    with patch.object(block, "attend", attend):
         for _ in range(NUM_STEPS):
             run.train_step()
     run.loader.close()
