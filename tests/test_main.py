@@ -24,8 +24,9 @@ def run(*words: str, place: Path = REPOSITORY) -> "subprocess.CompletedProcess[s
 def test_help_lists_every_verb_with_a_line_each() -> None:
     ended = run("--help")
     assert ended.returncode == 0, ended.stderr
+    width = max(map(len, VERBS)) + 2
     for verb, (_, text) in VERBS.items():
-        assert f"\n  {verb:<20}{text}\n" in ended.stdout
+        assert f"\n  {verb:<{width}}{text}\n" in ended.stdout
         assert file_of(verb).is_file()
 
 

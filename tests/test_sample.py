@@ -201,7 +201,8 @@ def test_a_class_with_a_typo_is_found_before_the_weights_are_read(tmp_path: Path
     words = ["--classes", "sevn"] if script == SCRIPT else ["--generate", "1", "--region", "top", "--class", "sevn"]
     [ended] = run_script(script, [str(source), *words])
     assert ended.code == EXIT_USER_ERROR
-    assert "error: --classes: expected a name, or a number from 0 to 9, got 'sevn'" in ended.err
+    option = "--classes" if script == SCRIPT else "--class"
+    assert f"error: {option}: expected a name, or a number from 0 to 9, got 'sevn'" in ended.err
     [ended] = run_script(script, [str(source), *(word.replace("sevn", "7") for word in words)])
     assert ended.code == EXIT_USER_ERROR
     assert "ema.safetensors" in ended.err
