@@ -108,7 +108,7 @@ def test_help_tells_every_limit(monkeypatch: pytest.MonkeyPatch, capsys) -> None
         report.main()
     said = " ".join(capsys.readouterr().out.split())
     for text in ("100 to 1000000", "1 to the run's number of tokens", "2 to the run's noise.num_timesteps",
-                 "0 to 1000", "at least 2 classes", "at least 8 images more than classes"):  # fmt: skip
+                 "0 to 1000 (default 2)", "at least 2 classes", "at least 8 images more than classes"):  # fmt: skip
         assert text in said
 
 
